@@ -1,0 +1,47 @@
+"""StoredTensor: a tensor as a byte range of a file, the common word of all formats."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+    "fp64": np.dtype(np.float64),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+}
+"""Every dtype a checkpoint may hold; weights are bf16, fp16 or fp32."""
+
+
+class TensorSpec(NamedTuple):
+    """A tensor to be written: shape and dtype (a key of NUMPY_DTYPES), no data yet."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+
+class StoredTensor(NamedTuple):
+    """A row-major tensor at `offset` bytes into the file `path`."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return TensorSpec(self.shape, self.dtype).num_bytes

@@ -1,0 +1,295 @@
+"""Qwen2Config: the shape of a Qwen2 / Qwen2.5 model, read from Hugging Face's config.json.
+
+Megatron's words are used throughout; Hugging Face's appear in this reader and in the mapping
+table (`checkpoint/rules.py`) and nowhere else. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2_ascend.errors import UserError, raise_if
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN rope scaling (Peng et al. 2023, arXiv:2309.00071), as Qwen's cards enable it."""
+
+    factor: float
+    """By how much the context is stretched."""
+    original_max_position_embeddings: int
+    """Context length, in tokens, that the model was trained with."""
+    beta_fast: float = 32.0
+    """Rotations over the original context above which a frequency is left alone."""
+    beta_slow: float = 1.0
+    """Rotations below which a frequency is fully interpolated."""
+    attention_factor: float
+    """What cos and sin are multiplied by; 0.1 ln(factor) + 1 unless the config says otherwise."""
+    truncate: bool = True
+    """Round the two bounds of the frequency ramp to whole dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config:
+    """Shape and constants of one Qwen2 model, all that splitting and building it needs."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    kv_channels: int
+    """Width of one head."""
+    vocab_size: int
+    """Rows of the embedding in the Hugging Face files, before any padding."""
+    max_position_embeddings: int = 32768
+    rotary_base: float = 1_000_000.0
+    yarn: YarnScaling | None = None
+    norm_epsilon: float = 1e-6
+    tie_word_embeddings: bool = False
+    init_method_std: float = 0.02
+    attention_dropout: float = 0.0
+    dtype: str = "bf16"
+    """What the config says the weights are: bf16, fp16 or fp32."""
+
+    def __post_init__(self) -> None:
+        raise_if(self._faults())
+
+    def _faults(self) -> list[str]:
+        faults = [
+            f"{name}={value} must be a positive whole number."
+            for name, value in asdict(self).items()
+            if name in _SIZES and not (type(value) is int and value > 0)
+        ]
+        if faults:
+            return faults
+        if self.num_attention_heads % self.num_query_groups:
+            faults.append(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_query_groups={self.num_query_groups} (num_key_value_heads)."
+            )
+        if self.kv_channels % 2:
+            faults.append(f"kv_channels={self.kv_channels} (head width) is odd; RoPE needs pairs.")
+        if not (math.isfinite(self.norm_epsilon) and self.norm_epsilon > 0):
+            faults.append(f"norm_epsilon={self.norm_epsilon} must be above zero.")
+        if not (math.isfinite(self.rotary_base) and self.rotary_base > 1):
+            faults.append(f"rotary_base={self.rotary_base} must be above one.")
+        if self.dtype not in DTYPES.values():
+            faults.append(f"dtype={self.dtype} is not one of bf16, fp16, fp32.")
+        return faults
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of the unpadded model; a tied embedding counts once."""
+        h, heads, groups = self.hidden_size, self.num_attention_heads, self.num_query_groups
+        attention = (heads + 2 * groups) * self.kv_channels * (h + 1) + heads * self.kv_channels * h
+        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
+        vocabulary = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + h + vocabulary
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Qwen2Config:
+        """Reads `folder/config.json` (or the file itself).
+
+        Raises:
+            UserError: no such file, not JSON, or a model this project does not implement.
+        """
+        path = Path(folder)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; give a Hugging Face model folder.") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: holds {type(raw).__name__}, not a JSON object.")
+        try:
+            return cls.from_dict(raw)
+        except UserError as error:
+            raise UserError(f"{path}: {fault}" for fault in error.faults) from None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Qwen2Config:
+        """Reads the contents of a config.json, in transformers-4 or transformers-5 spelling.
+
+        Raises:
+            UserError: missing keys, or a feature this project does not implement; all at once.
+        """
+        if raw.get("model_type") != "qwen2":
+            raise UserError(
+                f'model_type={raw.get("model_type")!r} is not "qwen2"; '
+                "this project trains Qwen2 and Qwen2.5 dense models only."
+            )
+        missing = [key for key in _HF_SIZES if not isinstance(raw.get(key), int)]
+        raise_if(f"{key}={raw.get(key)!r} must be a whole number." for key in missing)
+        raise_if(_unimplemented(raw))
+        sizes = {ours: raw[theirs] for theirs, ours in _HF_SIZES.items()}
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+        head_dim = raw.get("head_dim")
+        if head_dim is None and heads > 0 and hidden % heads:
+            raise UserError(
+                f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} "
+                "and the config gives no head_dim."
+            )
+        return cls(
+            **sizes,
+            kv_channels=head_dim or hidden // max(heads, 1),
+            max_position_embeddings=raw.get("max_position_embeddings", 32768),
+            rotary_base=float(_rope(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),
+            yarn=_yarn(raw),
+            norm_epsilon=raw.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            init_method_std=raw.get("initializer_range", 0.02),
+            attention_dropout=raw.get("attention_dropout", 0.0),
+            dtype=DTYPES[_dtype_name(raw)],
+        )
+
+    @classmethod
+    def named(cls, name: str) -> Qwen2Config:
+        """The published shape of one size: 0.5B, 1.5B, 3B, 7B, 14B, 32B or 72B.
+
+        Raises:
+            UserError: a size that was not published.
+        """
+        sizes = _PUBLISHED.get(name.upper().removeprefix("QWEN2.5-").removeprefix("QWEN2-"))
+        if sizes is None:
+            raise UserError(f"model {name!r} is not known; known are {', '.join(_PUBLISHED)}.")
+        layers, hidden, ffn, heads, groups, vocabulary = sizes
+        return cls(
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=hidden // heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=hidden <= 2048,
+        )
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """A config.json's contents for this shape, in the spelling that every release reads."""
+        raw: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in _HF_SIZES.items()}
+        raw |= {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "head_dim": self.kv_channels,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rotary_base,
+            "rms_norm_eps": self.norm_epsilon,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.init_method_std,
+            "attention_dropout": self.attention_dropout,
+            "use_sliding_window": False,
+            "torch_dtype": next(k for k, v in DTYPES.items() if v == self.dtype),
+        }
+        if self.yarn:
+            raw["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **asdict(self.yarn)}
+        return raw
+
+
+_HF_SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "vocab_size": "vocab_size",
+}
+_SIZES = {*_HF_SIZES.values(), "kv_channels", "max_position_embeddings"}
+
+# layers, hidden, ffn, heads, groups, vocabulary; sizes up to 2048 wide tie their embeddings
+_PUBLISHED = {
+    "0.5B": (24, 896, 4864, 14, 2, 151936),
+    "1.5B": (28, 1536, 8960, 12, 2, 151936),
+    "3B": (36, 2048, 11008, 16, 2, 151936),
+    "7B": (28, 3584, 18944, 28, 4, 152064),
+    "14B": (48, 5120, 13824, 40, 8, 152064),
+    "32B": (64, 5120, 27648, 40, 8, 152064),
+    "72B": (80, 8192, 29568, 64, 8, 152064),
+}
+
+
+def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 says `rope_parameters`, transformers 4 `rope_scaling` (null when unused)."""
+    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+
+
+def _rope_type(raw: Mapping[str, Any]) -> str:
+    rope = _rope(raw)
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _yarn(raw: Mapping[str, Any]) -> YarnScaling | None:
+    if _rope_type(raw) != "yarn":
+        return None
+    rope = _rope(raw)
+    factor = float(rope["factor"])
+    original = rope.get("original_max_position_embeddings")
+    given = rope.get("attention_factor")
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=original or raw.get("max_position_embeddings", 32768),
+        beta_fast=float(rope.get("beta_fast") or 32.0),
+        beta_slow=float(rope.get("beta_slow") or 1.0),
+        attention_factor=float(given) if given is not None else 0.1 * math.log(factor) + 1.0,
+        truncate=rope.get("truncate", True),
+    )
+
+
+def _dtype_name(raw: Mapping[str, Any]) -> str:
+    return str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+
+
+def _unimplemented(raw: Mapping[str, Any]) -> list[str]:
+    """What the config asks for and this project does not do, one sentence each."""
+    faults = []
+    if (sliding := _sliding_layers(raw)) > 0:
+        faults.append(
+            f"sliding window attention is in use on {sliding} layer(s) (sliding_window="
+            f"{raw.get('sliding_window')}); it is not implemented. Qwen publishes its models with "
+            '"use_sliding_window": false; set that if full attention is what you want.'
+        )
+    rope, rope_type = _rope(raw), _rope_type(raw)
+    if rope_type not in ("default", "yarn"):
+        faults.append(
+            f"rope scaling type {rope_type!r} is not implemented; "
+            'only "yarn" is, as Qwen documents it for long contexts.'
+        )
+    elif rope_type == "yarn":
+        factor = rope.get("factor")
+        if not (isinstance(factor, (int, float)) and factor >= 1):
+            faults.append(f"yarn rope scaling: factor={factor!r} must be a number >= 1.")
+        if rope.get("mscale") or rope.get("mscale_all_dim"):
+            faults.append("yarn rope scaling: mscale and mscale_all_dim are not implemented.")
+    if raw.get("hidden_act", "silu") != "silu":
+        faults.append(f'hidden_act={raw["hidden_act"]!r} is not "silu"; Qwen2 is SwiGLU only.')
+    if _dtype_name(raw) not in DTYPES:
+        faults.append(f"torch_dtype={_dtype_name(raw)!r} is not one of {', '.join(DTYPES)}.")
+    if raw.get("quantization_config"):
+        faults.append(
+            "quantization_config: the checkpoint is quantized; convert the unquantized one."
+        )
+    return faults
+
+
+def _sliding_layers(raw: Mapping[str, Any]) -> int:
+    if raw.get("layer_types"):
+        return sum(kind != "full_attention" for kind in raw["layer_types"])
+    if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
+        return 0
+    return max(0, raw["num_hidden_layers"] - raw.get("max_window_layers", 28))

@@ -1,0 +1,197 @@
+"""ParallelLayout: which rank holds which layer. Pure arithmetic, checked before any work begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """How a model is cut over tensor- and pipeline-parallel ranks."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Interleaved pipeline (VPP): layers in each of a stage's chunks."""
+    num_layer_list: tuple[int, ...] | None = None
+    """Layers of each pipeline stage when they are not equal."""
+
+    @property
+    def tp(self) -> int:
+        return self.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.pipeline_model_parallel_size
+
+    def virtual_pipeline_size(self, num_layers: int) -> int | None:
+        """Chunks per stage, or None without an interleaved pipeline."""
+        if self.num_layers_per_virtual_pipeline_stage is None:
+            return None
+        return num_layers // self.pp // self.num_layers_per_virtual_pipeline_stage
+
+    def stages(self, num_layers: int) -> tuple[tuple[range, ...], ...]:
+        """Global layer numbers as `[pp_stage][chunk]`; one chunk per stage without VPP.
+
+        Chunk c of stage p holds layers (c * pp + p) * n ... + n - 1 with n layers per chunk.
+        """
+        if self.num_layer_list is not None:
+            ends = list(accumulate(self.num_layer_list))
+            return tuple(
+                (range(end - n, end),) for n, end in zip(self.num_layer_list, ends, strict=True)
+            )
+        n = self.num_layers_per_virtual_pipeline_stage or num_layers // self.pp
+        chunks = self.virtual_pipeline_size(num_layers) or 1
+        return tuple(
+            tuple(range((c * self.pp + p) * n, (c * self.pp + p + 1) * n) for c in range(chunks))
+            for p in range(self.pp)
+        )
+
+    def check(self, config: Qwen2Config, padded_vocab_size: int | None = None) -> None:
+        """Raises UserError naming everything about this layout that does not fit `config`."""
+        vocabulary = config.vocab_size if padded_vocab_size is None else padded_vocab_size
+        raise_if(self._size_faults() or self._tensor_faults(config) + self._layer_faults(config))
+        raise_if(_vocabulary_faults(config.vocab_size, vocabulary, self.tp))
+
+    def _size_faults(self) -> list[str]:
+        sizes = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "num_layers_per_virtual_pipeline_stage": self.num_layers_per_virtual_pipeline_stage,
+        }
+        faults = [
+            f"{k}={v} must be at least 1." for k, v in sizes.items() if v is not None and v < 1
+        ]
+        if self.num_layer_list is not None and min(self.num_layer_list, default=0) < 1:
+            faults.append(f"num_layer_list={_comma(self.num_layer_list)}: each must be at least 1.")
+        return faults
+
+    def _tensor_faults(self, config: Qwen2Config) -> list[str]:
+        tp = self.tp
+        usable = tensor_parallel_sizes(config)
+        faults = [
+            f"tensor_model_parallel_size={tp} does not divide {name}={getattr(config, name)}; "
+            f"use {_either(usable)}."
+            for name in ("num_attention_heads", "hidden_size", "ffn_hidden_size")
+            if getattr(config, name) % tp
+        ]
+        groups = config.num_query_groups
+        if not faults and groups % tp and tp % groups:
+            faults.append(
+                f"tensor_model_parallel_size={tp} neither divides nor is a multiple of "
+                f"num_query_groups={groups}; use {_either(usable)}."
+            )
+        return faults
+
+    def _layer_faults(self, config: Qwen2Config) -> list[str]:
+        layers, pp, per_chunk = (
+            config.num_layers,
+            self.pp,
+            self.num_layers_per_virtual_pipeline_stage,
+        )
+        if self.num_layer_list is not None:
+            return self._layer_list_faults(layers)
+        if layers % pp:
+            return [
+                f"pipeline_model_parallel_size={pp} does not divide num_layers={layers}; use "
+                f"{_either(_divisors(layers))}, or say --num-layer-list with {pp} numbers that "
+                f"sum to {layers}."
+            ]
+        if per_chunk is None:
+            return []
+        if pp == 1:
+            return [
+                f"num_layers_per_virtual_pipeline_stage={per_chunk} needs "
+                "pipeline_model_parallel_size of at least 2."
+            ]
+        if layers // pp % per_chunk:
+            return [
+                f"num_layers_per_virtual_pipeline_stage={per_chunk} does not divide the "
+                f"{layers // pp} layers of a stage; use {_either(_divisors(layers // pp))}."
+            ]
+        return []
+
+    def _layer_list_faults(self, num_layers: int) -> list[str]:
+        numbers = self.num_layer_list or ()
+        faults = []
+        if self.num_layers_per_virtual_pipeline_stage is not None:
+            faults.append(
+                "num_layer_list and num_layers_per_virtual_pipeline_stage exclude each other."
+            )
+        if len(numbers) != self.pp:
+            faults.append(
+                f"num_layer_list={_comma(numbers)} has {len(numbers)} numbers for "
+                f"pipeline_model_parallel_size={self.pp}; give one per stage."
+            )
+        if (total := sum(numbers)) != num_layers:
+            faults.append(
+                f"num_layer_list={_comma(numbers)} sums to {total}, not num_layers={num_layers}."
+            )
+        return faults
+
+
+def tensor_parallel_sizes(config: Qwen2Config) -> tuple[int, ...]:
+    """Every tensor_model_parallel_size that can cut this model (its vocabulary aside)."""
+    sizes = (config.num_attention_heads, config.hidden_size, config.ffn_hidden_size)
+    groups = config.num_query_groups
+    return tuple(n for n in _divisors(math.gcd(*sizes)) if not (groups % n and n % groups))
+
+
+def padded_vocab_size(
+    config: Qwen2Config, tp: int, *, size: int | None = None, divisible_by: int | None = None
+) -> int:
+    """Rows of the padded embedding over all tensor-parallel ranks.
+
+    Args:
+        config: the model.
+        tp: tensor_model_parallel_size.
+        size: the size itself (`--padded-vocab-size`).
+        divisible_by: Megatron's rule, a multiple of `divisible_by * tp`
+            (`--make-vocab-size-divisible-by`, 128 in Megatron).
+
+    Without either the vocabulary keeps its size.
+
+    Raises:
+        UserError: both are given, or the size is too small or not divisible by `tp`.
+    """
+    if size is not None and divisible_by is not None:
+        raise UserError("--padded-vocab-size and --make-vocab-size-divisible-by: give one of them.")
+    if divisible_by is not None:
+        if divisible_by < 1:
+            raise UserError(f"--make-vocab-size-divisible-by {divisible_by} must be at least 1.")
+        unit = divisible_by * tp
+        size = -(-config.vocab_size // unit) * unit
+    padded = config.vocab_size if size is None else size
+    raise_if(_vocabulary_faults(config.vocab_size, padded, tp))
+    return padded
+
+
+def _vocabulary_faults(vocab_size: int, padded: int, tp: int) -> list[str]:
+    if padded < vocab_size:
+        return [f"padded_vocab_size={padded} is below vocab_size={vocab_size}; rows would be lost."]
+    if padded % tp:
+        return [
+            f"tensor_model_parallel_size={tp} does not divide the vocabulary of {padded} rows; "
+            f"pad it, for example --padded-vocab-size {-(-padded // tp) * tp} or "
+            "--make-vocab-size-divisible-by 128 (Megatron's rule)."
+        ]
+    return []
+
+
+def _divisors(n: int) -> tuple[int, ...]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))
+
+
+def _either(numbers: tuple[int, ...]) -> str:
+    words = [str(n) for n in numbers if n <= 1024]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _comma(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
