@@ -1,0 +1,493 @@
+"""PretrainSettings: every flag of `launch/pretrain_qwen2.py`, grouped, and the rules between them.
+
+The names are Megatron's. The attribute docstrings are the text of `--help`. There is no flag for
+the model's shape: the config says it. Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model, and where its weights come from."""
+
+    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|SIZE")] = (
+        None
+    )
+    """Model config: a Hugging Face folder, a config.json, or a published size (0.5B, 1.5B, 3B, 7B,
+    14B, 32B, 72B). Not needed when --load has a config.json."""
+    load: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where to start: a Hugging Face folder, converted shards, or a training checkpoint, which is
+    resumed. Without it the weights are random."""
+    pretrained_checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Weights to start from while --load holds no checkpoint yet, so that one command line both
+    starts a run and resumes it."""
+    finetune: Flag = False
+    """Take only the weights from --load: iteration, optimizer and schedule start anew."""
+    padded_vocab_size: int | None = None
+    """Rows of the embedding after padding; by default the vocabulary keeps its size."""
+    make_vocab_size_divisible_by: int | None = None
+    """Pad the vocabulary to a multiple of this times the tensor parallel size (128 in Megatron)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How the model and the batch are spread over ranks; what is left over is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are dealt to."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Interleaved pipeline: layers in each of a stage's chunks."""
+    num_layer_list: Annotated[str | None, tyro.conf.arg(metavar="N,N,...")] = None
+    """Layers of each pipeline stage when they are not equal, as in 6,8,8,6."""
+    sequence_parallel: Flag = False
+    """Split norms and residuals over the tensor parallel ranks along the sequence."""
+    use_distributed_optimizer: Flag = False
+    """Split the optimizer's state over the data parallel ranks."""
+    overlap_grad_reduce: Flag = False
+    """Reduce gradients while backward is still running."""
+    overlap_param_gather: Flag = False
+    """Gather the updated weights while forward is already running; needs
+    --use-distributed-optimizer and --overlap-grad-reduce."""
+    distributed_timeout_minutes: float = 10.0
+    """Minutes after which a collective that waits for a silent rank fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """How much is trained on, and in which pieces."""
+
+    micro_batch_size: int = 1
+    """Sequences that go through a rank at once."""
+    global_batch_size: int | None = None
+    """Sequences per optimizer step; by default one micro-batch per data parallel rank."""
+    seq_length: int
+    """Tokens in a sequence."""
+    train_iters: int | None = None
+    """Optimizer steps of the whole run."""
+    train_samples: int | None = None
+    """Sequences of the whole run, instead of --train-iters."""
+    exit_interval: int | None = None
+    """Save and end the run after every so many steps; the next run goes on from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW and its learning rate; norms and biases have no weight decay."""
+
+    lr: float
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Lowest learning rate."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """How the learning rate falls."""
+    lr_decay_iters: int | None = None
+    """Steps until it has fallen; by default all."""
+    lr_warmup_iters: int = 0
+    """Steps in which it rises linearly."""
+    lr_warmup_fraction: float | None = None
+    """The same as a part of the decay steps."""
+    lr_warmup_init: float = 0.0
+    """Where it rises from."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """How WSD falls in its last phase."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of that last phase."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay rate of the running mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay rate of the running mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Keeps the division by the second mean finite."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSettings:
+    """Number formats, and what happens when numbers run out."""
+
+    bf16: Flag = False
+    """Compute in bf16 with fp32 main weights; neither flag means fp32 throughout."""
+    fp16: Flag = False
+    """Compute in fp16 with fp32 main weights and loss scaling."""
+    loss_scale: float | None = None
+    """A fixed loss scale; by default fp16 finds it."""
+    initial_loss_scale: float = 2.0**32
+    """First loss scale that is tried."""
+    min_loss_scale: float = 1.0
+    """Lowest loss scale."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the scale doubles."""
+    hysteresis: int = 2
+    """Overflows until the scale is halved."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When the loss or the gradient norm is not finite: end the run, or go on without that update.
+    The weights are not touched either way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeSettings:
+    """Activations that are computed again in backward rather than kept."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """selective: only attention's core; full: whole layers."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full: uniform keeps the input of every --recompute-num-layers layers; block recomputes
+    the first --recompute-num-layers of each stage and keeps the others whole."""
+    recompute_num_layers: int | None = None
+    """See --recompute-method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is trained on: Megatron's .bin/.idx files."""
+
+    data_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[WEIGHT] PREFIX ...")] = ()
+    """One prefix of a .bin/.idx pair, or a blend: 0.3 A 0.7 B."""
+    mock_data: Flag = False
+    """Train on random tokens, to try a set-up or to measure its speed."""
+    split: str = "969,30,1"
+    """Shares of training, validation and test."""
+    data_cache_path: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where the sample index is kept between runs."""
+    num_workers: int | None = None
+    """Processes per rank that read ahead; by default 0 on a cpu and 2 elsewhere."""
+    eval_interval: int = 1000
+    """Steps between two measurements of the validation loss."""
+    eval_iters: int = 0
+    """Batches that the validation loss is measured on; 0 does not measure it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """What is written, and what of a checkpoint is read."""
+
+    save: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder for checkpoints; one is always written at the end."""
+    save_interval: int | None = None
+    """Steps between two checkpoints."""
+    ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
+    """torch_dist resumes at any layout; torch is Megatron's mp_rank tree, for its own layout."""
+    no_save_optim: Flag = False
+    """Leave the optimizer out: smaller, but the run cannot be resumed exactly."""
+    no_save_rng: Flag = False
+    """Leave the state of the random number generators out."""
+    no_load_optim: Flag = False
+    """Do not read the optimizer."""
+    no_load_rng: Flag = False
+    """Do not read the state of the random number generators."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What is said about the run, and where it is kept."""
+
+    log_interval: int = 1
+    """Steps between two lines of the log."""
+    tensorboard_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write TensorBoard events there."""
+    report_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write metrics.jsonl and loss.png there; by default into --save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSettings:
+    """The machine."""
+
+    device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
+    """auto takes npu, else cuda, else cpu, and says which."""
+    mindspeed: Flag = False
+    """Activate MindSpeed before megatron-core is imported."""
+    attention_backend: Literal["auto", "torch", "npu"] = "auto"
+    """Layers from plain torch or with fused NPU operators; auto goes by the device."""
+    seed: int = 1234
+    """Seed of weights, dropout and the order of the data."""
+    deterministic: Flag = False
+    """Choose deterministic operators and communication: slower, and the same bits every time."""
+    exit_signal_handler: bool = True
+    """On SIGTERM save, then stop at the end of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """Pretrain Qwen2 / Qwen2.5, from random weights or from a checkpoint, one process per device.
+
+    torchrun --nproc-per-node 4 launch/pretrain_qwen2.py --load Qwen2.5-0.5B --data-path corpus
+    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --seq-length 1024
+    --global-batch-size 16 --train-iters 100 --lr 1e-5 --bf16 --save out
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    batch: BatchSettings
+    optimizer: OptimizerSettings
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    recompute: RecomputeSettings = field(default_factory=RecomputeSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        layout = self.parallel
+        return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model."""
+        return world_size // self.model_parallel_size
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Sequences per optimizer step."""
+        given = self.batch.global_batch_size
+        return given or self.batch.micro_batch_size * self.data_parallel_size(world_size)
+
+    def train_iters(self, world_size: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.batch.train_iters is not None:
+            return self.batch.train_iters
+        return (self.batch.train_samples or 0) // self.global_batch_size(world_size)
+
+    def layout(self) -> ParallelLayout:
+        """How the model is cut.
+
+        Raises:
+            UserError: --num-layer-list is not a list of numbers.
+        """
+        numbers = self.parallel.num_layer_list
+        try:
+            layers = tuple(int(n) for n in numbers.split(",")) if numbers else None
+        except ValueError:
+            raise UserError(
+                f"--num-layer-list {numbers} is not a list of whole numbers such as 6,8,8,6."
+            ) from None
+        return ParallelLayout(
+            tensor_model_parallel_size=self.parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.parallel.pipeline_model_parallel_size,
+            num_layers_per_virtual_pipeline_stage=(
+                self.parallel.num_layers_per_virtual_pipeline_stage
+            ),
+            num_layer_list=layers,
+        )
+
+    def padded_vocab_size(self, config: Qwen2Config) -> int:
+        """Rows of the embedding over all tensor parallel ranks.
+
+        Raises:
+            UserError: the sizes do not fit.
+        """
+        return padded_vocab_size(
+            config,
+            self.parallel.tensor_model_parallel_size,
+            size=self.model.padded_vocab_size,
+            divisible_by=self.model.make_vocab_size_divisible_by,
+        )
+
+
+def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
+    """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
+    return tyro.cli(
+        PretrainSettings,
+        prog="pretrain_qwen2.py",
+        description=PretrainSettings.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+
+
+def validate(settings: PretrainSettings, config: Qwen2Config, world_size: int) -> None:
+    """Checks everything that can be checked before any process group exists.
+
+    Raises:
+        UserError: all faults at once.
+    """
+    faults = _value_faults(settings)
+    faults += _layout_faults(settings, config)
+    if not faults:
+        faults += _world_faults(settings, world_size)
+    faults += _schedule_faults(settings, world_size) if not faults else []
+    faults += _combination_faults(settings, config)
+    raise_if(dict.fromkeys(faults))
+
+
+def _value_faults(settings: PretrainSettings) -> list[str]:
+    """Values that are wrong whatever the others are."""
+    batch, optimizer, precision = settings.batch, settings.optimizer, settings.precision
+    at_least_one = {
+        "--micro-batch-size": batch.micro_batch_size,
+        "--global-batch-size": batch.global_batch_size,
+        "--seq-length": batch.seq_length,
+        "--exit-interval": batch.exit_interval,
+        "--save-interval": settings.checkpoint.save_interval,
+        "--log-interval": settings.report.log_interval,
+        "--eval-interval": settings.data.eval_interval,
+        "--recompute-num-layers": settings.recompute.recompute_num_layers,
+        "--lr-decay-iters": optimizer.lr_decay_iters,
+        "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
+        "--loss-scale-window": precision.loss_scale_window,
+        "--hysteresis": precision.hysteresis,
+    }
+    not_negative = {
+        "--train-iters": batch.train_iters,
+        "--train-samples": batch.train_samples,
+        "--eval-iters": settings.data.eval_iters,
+        "--num-workers": settings.data.num_workers,
+        "--lr-warmup-iters": optimizer.lr_warmup_iters,
+        "--lr-warmup-init": optimizer.lr_warmup_init,
+        "--min-lr": optimizer.min_lr,
+        "--weight-decay": optimizer.weight_decay,
+        "--clip-grad": optimizer.clip_grad,
+        "--seed": settings.runtime.seed,
+    }
+    above_zero = {
+        "--lr": optimizer.lr,
+        "--adam-eps": optimizer.adam_eps,
+        "--loss-scale": precision.loss_scale,
+        "--initial-loss-scale": precision.initial_loss_scale,
+        "--min-loss-scale": precision.min_loss_scale,
+        "--distributed-timeout-minutes": settings.parallel.distributed_timeout_minutes,
+    }
+    betas = {"--adam-beta1": optimizer.adam_beta1, "--adam-beta2": optimizer.adam_beta2}
+    faults = [
+        f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
+    ]
+    faults += [
+        f"{k} {v} must not be below zero."
+        for k, v in not_negative.items()
+        if v is not None and not v >= 0
+    ]
+    faults += [
+        f"{k} {v} must be above zero." for k, v in above_zero.items() if v is not None and not v > 0
+    ]
+    faults += [f"{k} {v} must be from 0 to below 1." for k, v in betas.items() if not 0 <= v < 1]
+    return faults
+
+
+def _layout_faults(settings: PretrainSettings, config: Qwen2Config) -> list[str]:
+    faults: list[str] = []
+    try:
+        settings.layout().check(config, settings.padded_vocab_size(config))
+    except UserError as error:
+        faults += error.faults
+    return faults
+
+
+def _world_faults(settings: PretrainSettings, world_size: int) -> list[str]:
+    """What the number of processes has to do with the layout and the batch."""
+    layout = settings.parallel
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        return [
+            f"{world_size} process(es) cannot be shared out to tensor_model_parallel_size={tp} "
+            f"times pipeline_model_parallel_size={pp}; start a multiple of {tp * pp}, for example "
+            f"torchrun --nproc-per-node {-(-world_size // (tp * pp)) * tp * pp}."
+        ]
+    dp = settings.data_parallel_size(world_size)
+    unit = settings.batch.micro_batch_size * dp
+    size = settings.global_batch_size(world_size)
+    if size % unit:
+        return [
+            f"--global-batch-size {size} is not a multiple of --micro-batch-size "
+            f"{settings.batch.micro_batch_size} times {dp} data parallel rank(s); "
+            f"use a multiple of {unit}."
+        ]
+    if layout.num_layers_per_virtual_pipeline_stage is not None and size // unit % pp:
+        return [
+            f"an interleaved pipeline needs a number of micro-batches that is a multiple of "
+            f"pipeline_model_parallel_size={pp}, not {size // unit}; "
+            f"use a --global-batch-size that is a multiple of {unit * pp}."
+        ]
+    return []
+
+
+def _schedule_faults(settings: PretrainSettings, world_size: int) -> list[str]:
+    batch, optimizer = settings.batch, settings.optimizer
+    faults = []
+    if (batch.train_iters is None) == (batch.train_samples is None):
+        faults.append("give one of --train-iters and --train-samples.")
+    if optimizer.min_lr > optimizer.lr:
+        faults.append(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}.")
+    if optimizer.lr_warmup_init > optimizer.lr:
+        faults.append(f"--lr-warmup-init {optimizer.lr_warmup_init} is above --lr {optimizer.lr}.")
+    if (fraction := optimizer.lr_warmup_fraction) is not None:
+        if not 0 <= fraction < 1:
+            faults.append(f"--lr-warmup-fraction {fraction} must be from 0 to below 1.")
+        if optimizer.lr_warmup_iters:
+            faults.append("--lr-warmup-iters and --lr-warmup-fraction: give one of them.")
+    if faults:
+        return faults
+    decay = optimizer.lr_decay_iters or settings.train_iters(world_size)
+    if 0 < decay <= optimizer.lr_warmup_iters:
+        faults.append(
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} must be below the {decay} steps in "
+            "which the learning rate falls."
+        )
+    if optimizer.lr_decay_style == "WSD":
+        last = optimizer.lr_wsd_decay_iters
+        if last is None:
+            faults.append("--lr-decay-style WSD needs --lr-wsd-decay-iters.")
+        elif 0 < decay < last:
+            faults.append(f"--lr-wsd-decay-iters {last} is above the {decay} steps of the decay.")
+    return faults
+
+
+def _combination_faults(settings: PretrainSettings, config: Qwen2Config) -> list[str]:
+    """Flags that need or exclude each other."""
+    batch, parallel, recompute = settings.batch, settings.parallel, settings.recompute
+    tp = parallel.tensor_model_parallel_size
+    faults = []
+    if settings.precision.bf16 and settings.precision.fp16:
+        faults.append("--bf16 and --fp16: give one of them.")
+    if parallel.sequence_parallel and tp > 0 and batch.seq_length % tp:
+        faults.append(
+            f"--sequence-parallel needs --seq-length {batch.seq_length} to be a multiple of "
+            f"tensor_model_parallel_size={tp}."
+        )
+    if batch.seq_length > config.max_position_embeddings:
+        faults.append(
+            f"--seq-length {batch.seq_length} is above the model's max_position_embeddings="
+            f"{config.max_position_embeddings}; raise that in the config, with YaRN rope scaling."
+        )
+    if parallel.overlap_param_gather and not (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        faults.append(
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
+        )
+    is_full = recompute.recompute_granularity == "full"
+    if is_full and None in (recompute.recompute_method, recompute.recompute_num_layers):
+        faults.append(
+            "--recompute-granularity full needs --recompute-method and --recompute-num-layers."
+        )
+    if not is_full and (recompute.recompute_method or recompute.recompute_num_layers):
+        faults.append(
+            "--recompute-method and --recompute-num-layers need --recompute-granularity full."
+        )
+    if not settings.data.data_path and not settings.data.mock_data:
+        faults.append("give --data-path, or --mock-data to train on random tokens.")
+    if settings.data.data_path and settings.data.mock_data:
+        faults.append("--data-path and --mock-data: give one of them.")
+    if settings.checkpoint.save is None and (settings.checkpoint.save_interval is not None):
+        faults.append("--save-interval needs --save.")
+    return faults
