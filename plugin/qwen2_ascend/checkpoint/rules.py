@@ -29,6 +29,7 @@ Box = tuple[tuple[int, int], ...]
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
+VOCABULARY = (EMBEDDING, OUTPUT)
 
 BY_BLOCKS, BY_ROWS, BY_COLUMNS = 0, 1, 2
 

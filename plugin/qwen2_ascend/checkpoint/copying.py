@@ -1,0 +1,173 @@
+"""Executes plans: reads boxes of stored tensors and puts them where they belong.
+
+A target is filled band by band (about a megabyte, so that it stays in the processor's cache while
+it is read, hashed and written). A band that is one run of bytes in its source is read straight
+into the buffer; columns are gathered from a memory map. No tensor is ever held whole.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.checkpoint.plan import Copy, Held, Write, bands, overlap, volume
+from qwen2_ascend.checkpoint.rules import Box
+
+BAND_BYTES = 1 << 20
+
+
+class Reader:
+    """Reads stored tensors; keeps files open and mapped until closed. Threads may share one."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[int, mmap.mmap]] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd, mapped in self._files.values():
+            mapped.close()
+            os.close(fd)
+        self._files.clear()
+
+    def _open(self, path: Path) -> tuple[int, mmap.mmap]:
+        with self._lock:
+            if path not in self._files:
+                fd = os.open(path, os.O_RDONLY)
+                self._files[path] = (fd, mmap.mmap(fd, 0, prot=mmap.PROT_READ))
+            return self._files[path]
+
+    def view(self, held: Held, box: Box) -> np.ndarray:
+        """`box` (of the tensor's view) as a `[blocks, rows, columns]` array over the file."""
+        _, mapped = self._open(held.stored.path)
+        shape = _extent(held.piece.box)
+        count = volume(held.piece.box)
+        flat = np.frombuffer(
+            mapped, NUMPY_DTYPES[held.stored.dtype], count=count, offset=held.stored.offset
+        )
+        return flat.reshape(shape)[_within(box, held.piece.box)]
+
+    def read_run(self, held: Held, box: Box, out: np.ndarray) -> None:
+        """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype)."""
+        fd, _ = self._open(held.stored.path)
+        start = _run_start(held, box)
+        raw = memoryview(out.reshape(-1).view(np.uint8).data)
+        while len(raw):
+            n = os.preadv(fd, [raw], start)
+            if n == 0:
+                raise OSError(f"{held.stored.path} ended at byte {start}; is it being changed?")
+            raw, start = raw[n:], start + n
+
+    def fill(self, out: np.ndarray, box: Box, copies: Sequence[Copy]) -> None:
+        """Fills `out`, a `[blocks, rows, columns]` array of `box`, from the sources.
+
+        Casts to `out`'s dtype (round to nearest even); leaves what no copy covers untouched.
+        """
+        for copy in copies:
+            common = overlap(copy.box, box)
+            if not volume(common):
+                continue
+            dtype = NUMPY_DTYPES[copy.source.stored.dtype]
+            if common == box and dtype == out.dtype and _is_run(copy.source, common):
+                self.read_run(copy.source, common, out)
+            else:
+                _assign(out[_within(common, box)], self.view(copy.source, common))
+
+
+class BandBuffers(threading.local):
+    """One reusable band per thread."""
+
+    def __init__(self) -> None:
+        self._raw = np.empty(BAND_BYTES, np.uint8)
+
+    def take(self, box: Box, dtype: np.dtype) -> np.ndarray:
+        """An uninitialized `[blocks, rows, columns]` array for `box`."""
+        num_bytes = volume(box) * dtype.itemsize
+        if num_bytes > self._raw.nbytes:
+            self._raw = np.empty(num_bytes, np.uint8)
+        return self._raw[:num_bytes].view(dtype).reshape(_extent(box))
+
+
+def write_bands(
+    write: Write, reader: Reader, buffers: BandBuffers, put: Callable[[int, np.ndarray], None]
+) -> str:
+    """Produces a target tensor's bytes in order.
+
+    Args:
+        write: the target and its sources.
+        reader: where sources are read from.
+        buffers: the thread's band.
+        put: called with (byte offset within the tensor, contiguous band).
+
+    Returns:
+        The xxh3-128 checksum of the tensor's bytes, in hexadecimal.
+    """
+    dtype = NUMPY_DTYPES[write.target.stored.dtype]
+    checksum, position = xxhash.xxh3_128(), 0
+    for box in bands(write.target.piece.box, BAND_BYTES // dtype.itemsize):
+        band = buffers.take(box, dtype)
+        if write.is_padded:
+            band.view(np.uint8)[...] = 0
+        reader.fill(band, box, write.copies)
+        checksum.update(band.reshape(-1).view(np.uint8))
+        put(position, band)
+        position += band.nbytes
+    return checksum.hexdigest()
+
+
+def stored_checksum(stored: StoredTensor) -> str:
+    """The xxh3-128 checksum of a tensor's bytes as they are in its file."""
+    checksum, raw = xxhash.xxh3_128(), memoryview(bytearray(BAND_BYTES))
+    with open(stored.path, "rb", buffering=0) as file:
+        file.seek(stored.offset)
+        left = stored.num_bytes
+        while left:
+            n = file.readinto(raw[: min(left, BAND_BYTES)])
+            if not n:
+                return "file ends early"
+            checksum.update(raw[:n])
+            left -= n
+    return checksum.hexdigest()
+
+
+def _assign(out: np.ndarray, values: np.ndarray) -> None:
+    """Copies or casts; an overflow to infinity is the cast's answer, as torch gives it."""
+    if out.dtype == values.dtype:
+        # moved as plain integers: ml_dtypes' element-wise loops are slower, and NaNs stay as is
+        raw = np.dtype(f"u{out.dtype.itemsize}")
+        out.view(raw)[...] = values.view(raw)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[...] = values.astype(out.dtype)
+
+
+def _extent(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
+
+
+def _within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Index of `box` into an array that holds `outer`."""
+    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))
+
+
+def _is_run(held: Held, box: Box) -> bool:
+    """Whether `box` is one run of the stored bytes (rows of one block, all columns)."""
+    blocks, _, columns = box
+    whole = held.piece.box
+    return columns == whole[2] and (blocks[1] - blocks[0] == 1 or box[1] == whole[1])
+
+
+def _run_start(held: Held, box: Box) -> int:
+    _, rows, columns = _extent(held.piece.box)
+    block, row, column = (a - c for (a, _), (c, _) in zip(box, held.piece.box, strict=True))
+    element = (block * rows + row) * columns + column
+    return held.stored.offset + element * NUMPY_DTYPES[held.stored.dtype].itemsize

@@ -1,0 +1,113 @@
+"""Direct loading: each rank fills its own parameters from any checkpoint, reading just its bytes.
+
+The plan is the splitter's, with the target in memory. Nothing is written to disk, and a rank's
+peak is its parameters and what of the source it has mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen2_ascend.checkpoint.copying import Reader
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.checkpoint.plan import Held, make_plan, volume
+from qwen2_ascend.checkpoint.rules import EMBEDDING, OUTPUT, Shard, megatron_pieces
+from qwen2_ascend.checkpoint.source import Source, open_source
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    import torch
+
+_IN_MEMORY = Path("memory")
+
+
+def load_checkpoint_weights(
+    chunks: Sequence[torch.nn.Module],
+    source: Source | str | Path,
+    layout: ParallelLayout,
+    *,
+    padded_vocab_size: int,
+    tp_rank: int,
+    pp_stage: int,
+) -> None:
+    """Fills this rank's parameters; vocabulary padding becomes zero.
+
+    Args:
+        chunks: the rank's model chunks (one, or one per virtual stage), wrapped or not, on any
+            device and of any of the dtypes fp32, bf16, fp16, fp64; values are cast.
+        source: an opened source, or a folder of any kind that `open_source` takes.
+        layout: how the model in memory is cut (the source may be cut otherwise).
+        padded_vocab_size: rows of the model's embedding over all tensor-parallel ranks.
+        tp_rank: this rank's tensor-parallel rank.
+        pp_stage: this rank's pipeline stage.
+
+    Raises:
+        UserError: the source does not fit its config, or the model is another one.
+    """
+    source = source if isinstance(source, Source) else open_source(source)
+    layout.check(source.config, padded_vocab_size)
+    pieces = megatron_pieces(source.config, layout, padded_vocab_size)
+    with Reader() as reader:
+        for chunk, module in enumerate(chunks):
+            expected = pieces[Shard(tp_rank, pp_stage, chunk)]
+            parameters = _parameters(module)
+            _check(expected, parameters)
+            targets = [
+                Held(name, piece, StoredTensor(_IN_MEMORY, 0, piece.shape, "fp32"))
+                for name, piece in expected.items()
+                if name in parameters
+            ]
+            for write in make_plan(source.held, targets, source.config.vocab_size).writes:
+                parameter = parameters[write.target.name]
+                staged, array = _staging(parameter)
+                array[...] = 0
+                box = write.target.piece.box
+                shape = tuple(stop - start for start, stop in box)
+                assert array.size == volume(box)
+                reader.fill(array.reshape(shape), box, write.copies)
+                if staged is not parameter:
+                    parameter.copy_(staged)
+
+
+def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by their names in a GPTModel, whatever wraps it."""
+    while hasattr(module, "module"):
+        module = module.module  # type: ignore[assignment]  # DistributedDataParallel, Float16Module
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def _check(expected: Mapping, parameters: Mapping[str, torch.Tensor]) -> None:
+    """The model must be the config's; a stage that shares its embedding may lack the copy."""
+    missing = set(expected) - set(parameters) - {OUTPUT, EMBEDDING}
+    extra = set(parameters) - set(expected)
+    if missing or extra:
+        names = ", ".join(sorted(missing | extra)[:8])
+        raise UserError(f"the model built is not the checkpoint's: {names} differ.")
+    for name in expected.keys() & parameters.keys():
+        if tuple(parameters[name].shape) != expected[name].shape:
+            raise UserError(
+                f"{name}: the model's shape is {tuple(parameters[name].shape)}, "
+                f"the checkpoint's {expected[name].shape}."
+            )
+
+
+def _staging(parameter: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """A CPU tensor to fill, the parameter itself where it can be, and its memory as an array."""
+    import torch
+
+    names = {
+        torch.float32: "fp32",
+        torch.float64: "fp64",
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+    }
+    tensor = parameter
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = torch.empty(parameter.shape, dtype=parameter.dtype)
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    return tensor, raw.view(NUMPY_DTYPES[names[parameter.dtype]])

@@ -1,0 +1,386 @@
+"""Opens a checkpoint, whatever its kind, as a list of held tensors; refuses what does not fit.
+
+Everything is checked here against the mapping table, from headers alone, before any byte moves:
+missing and extra tensors, shapes, dtypes, all named at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen2_ascend.checkpoint.formats import hugging_face, megatron, torch_dist
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.checkpoint.plan import Held, volume
+from qwen2_ascend.checkpoint.rules import (
+    EMBEDDING,
+    OUTPUT,
+    Piece,
+    Rule,
+    Shard,
+    hugging_face_pieces,
+    megatron_pieces,
+    qwen2_rules,
+)
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.parallel import ParallelLayout
+
+WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
+_MOST_NAMED = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened checkpoint: headers read and checked, no tensor data touched."""
+
+    kind: str
+    """ "hf" or "mg"."""
+    folder: Path
+    config: Qwen2Config
+    held: tuple[Held, ...]
+    side_files: tuple[Path, ...]
+    """config.json, tokenizer and chat template files."""
+    format: str
+    """"safetensors", "megatron" or "torch_dist"."""
+    layout: ParallelLayout | None = None
+    """How Megatron shards are cut; None where the files do not depend on a layout."""
+    padded_vocab_size: int
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({held.stored.dtype for held in self.held}))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(held.stored.path for held in self.held))
+
+    def describe(self) -> str:
+        """One line for a log."""
+        size = sum(held.stored.num_bytes for held in self.held) / 1e9
+        cut = ""
+        if self.layout is not None:
+            cut = f", TP{self.layout.tp} PP{self.layout.pp}"
+            if n := self.layout.num_layers_per_virtual_pipeline_stage:
+                cut += f", {n} layers per virtual stage"
+        return (
+            f"{self.folder}: {'Hugging Face' if self.kind == 'hf' else 'Megatron'} {self.format}"
+            f"{cut}, {len(self.held)} tensors, {size:.2f} GB {'/'.join(self.dtypes)}"
+        )
+
+
+def detect(folder: str | Path) -> str:
+    """What a folder holds: "hf" or "mg".
+
+    Raises:
+        UserError: neither, or both.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder.")
+    is_hf = hugging_face.is_model_folder(folder)
+    is_mg = megatron.is_checkpoint_folder(folder)
+    if is_hf and is_mg:
+        raise UserError(
+            f"{folder}: holds Hugging Face weights and Megatron shards; say which with "
+            "--load-model-type."
+        )
+    if is_mg:
+        return "mg"
+    if not is_hf and any(folder.glob("iter_*")):
+        megatron.iteration_folder(folder)  # says what is missing
+    if not is_hf:
+        hugging_face.read_tensors(folder)  # says what is missing
+    return "hf"
+
+
+def open_source(
+    folder: str | Path, kind: str | None = None, hf_cfg_dir: str | Path | None = None
+) -> Source:
+    """Opens a Hugging Face folder, Megatron shards or a training checkpoint.
+
+    Args:
+        folder: the folder; for Megatron also one iteration's.
+        kind: "hf" or "mg"; detected when None.
+        hf_cfg_dir: where config.json and the tokenizer are, if not beside the weights.
+
+    Raises:
+        UserError: anything in it that does not fit the config; every fault at once.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder.")
+    kind = kind or detect(folder)
+    iteration = megatron.iteration_folder(folder) if kind == "mg" else folder
+    config_folder = _config_folder(folder, iteration, hf_cfg_dir)
+    config = Qwen2Config.from_pretrained(config_folder)
+    side_files = hugging_face.side_files(config_folder)
+    if kind == "hf":
+        return _open_hugging_face(folder, config, side_files)
+    if megatron.is_torch_dist(iteration):
+        return _open_torch_dist(iteration, config, side_files)
+    return _open_ranks(iteration, config, side_files)
+
+
+def check_dtypes(source: Source, wanted: str | None) -> None:
+    """Raises UserError where the dtype to write is in doubt; `wanted` (--dtype) settles it."""
+    if wanted is not None:
+        return
+    found = source.dtypes
+    assert found, "an opened source holds tensors"
+    if len(found) > 1:
+        counts = ", ".join(f"{sum(h.stored.dtype == d for h in source.held)} x {d}" for d in found)
+        raise UserError(f"{source.folder}: mixes dtypes ({counts}); say --dtype {found[0]} or so.")
+    if source.kind == "hf" and found[0] != source.config.dtype:
+        raise UserError(
+            f"{source.folder}: config.json says {source.config.dtype}, the tensors are {found[0]}; "
+            f"say --dtype {found[0]} to keep them or --dtype {source.config.dtype} to cast them."
+        )
+
+
+def _config_folder(folder: Path, iteration: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        return Path(given)
+    for candidate in (folder, iteration, iteration.parent):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(
+        f"{folder}: has no config.json; name the Hugging Face folder that has it with --hf-cfg-dir."
+    )
+
+
+def _open_hugging_face(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+    tensors = {
+        name: tensor
+        for name, tensor in hugging_face.read_tensors(folder).items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    _check_layer_count(folder, config, len(tensors))
+    pieces = hugging_face_pieces(config)
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        # some tools write the tied output too; equal bytes are checked before the work begins
+        pieces["lm_head.weight"] = pieces["model.embed_tokens.weight"]
+    held, faults = _match(pieces, tensors)
+    if "lm_head.weight" in set(pieces) - set(tensors):
+        faults.append(
+            'config.json says "tie_word_embeddings": false, but there is no lm_head.weight; '
+            "set it to true if the output shares the embedding."
+        )
+    raise_if(f"{folder}: {fault}" for fault in faults)
+    return Source(
+        kind="hf",
+        folder=folder,
+        config=config,
+        held=tuple(held),
+        side_files=side_files,
+        format="safetensors",
+        padded_vocab_size=config.vocab_size,
+    )
+
+
+def _open_ranks(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+    shards = megatron.read_ranks(folder).shards
+    _check_layer_count(folder, config, sum(map(len, shards.values())))
+    layout = _layout_of(folder, shards, config)
+    padded = _padded_vocab_size(folder, shards, layout, config)
+    layout.check(config, padded)
+    held: list[Held] = []
+    faults: list[str] = []
+    for shard, pieces in megatron_pieces(config, layout, padded).items():
+        where = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
+        found, wrong = _match(pieces, shards.get(shard, {}))
+        held += found
+        faults += [f"{folder / where}: {fault}" for fault in wrong]
+    if faults and any(OUTPUT in fault for fault in faults):
+        tied = str(config.tie_word_embeddings).lower()
+        faults.append(f'{folder}: config.json says "tie_word_embeddings": {tied}; is that right?')
+    raise_if(faults)
+    return Source(
+        kind="mg",
+        folder=folder,
+        config=config,
+        held=tuple(held),
+        side_files=side_files,
+        format=_format_name(held),
+        layout=layout,
+        padded_vocab_size=padded,
+    )
+
+
+def _format_name(held: list[Held]) -> str:
+    return "safetensors" if held[0].stored.path.suffix == ".safetensors" else "megatron"
+
+
+def _check_layer_count(folder: Path, config: Qwen2Config, num_tensors: int) -> None:
+    """Before anything is enumerated per layer: a config may claim any number of them."""
+    if config.num_layers > num_tensors:
+        raise UserError(
+            f"{folder}: config.json says {config.num_layers} layers, "
+            f"but there are only {num_tensors} tensors."
+        )
+
+
+def _match(
+    pieces: Mapping[str, Piece], tensors: Mapping[str, StoredTensor]
+) -> tuple[list[Held], list[str]]:
+    """Pairs expected pieces with stored tensors; what does not fit, in sentences."""
+    faults = _names("missing tensors", [n for n in pieces if n not in tensors])
+    faults += _names("unexpected tensors", [n for n in tensors if n not in pieces])
+    extra_layers = _layers(tensors) - _layers(pieces)
+    if extra_layers:
+        faults.append(
+            f"the files hold layers up to {max(extra_layers)}, "
+            f"config.json says {len(_layers(pieces))} layers."
+        )
+    held = []
+    for name, piece in pieces.items():
+        stored = tensors.get(name)
+        if stored is None:
+            continue
+        if stored.shape != piece.shape:
+            faults.append(f"{name}: expected shape {piece.shape}, found {stored.shape}.")
+        if stored.dtype not in WEIGHT_DTYPES:
+            faults.append(f"{name}: dtype {stored.dtype} is none of {', '.join(WEIGHT_DTYPES)}.")
+        held.append(Held(name, piece, stored))
+    return held, faults
+
+
+def _names(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]
+
+
+def _layers(names: Iterable[str]) -> set[int]:
+    found = (re.search(r"\blayers\.(\d{1,9})\.", name) for name in names)
+    return {int(match[1]) for match in found if match}
+
+
+def _layout_of(
+    folder: Path, shards: Mapping[Shard, Mapping[str, StoredTensor]], config: Qwen2Config
+) -> ParallelLayout:
+    """The layout that the ranks' files show; stages are counted on tensor-parallel rank 0."""
+    tp = 1 + max(shard.tp_rank for shard in shards)
+    pp = 1 + max(shard.pp_stage for shard in shards)
+    counts = {s[1:]: len(_layers(t)) for s, t in sorted(shards.items()) if s.tp_rank == 0}
+    total = sum(counts.values())
+    if total != config.num_layers:
+        raise UserError(
+            f"{folder}: the shards hold {total} layers, config.json says {config.num_layers}."
+        )
+    per_chunk = set(counts.values())
+    if max(chunk for _, chunk in counts) > 0:
+        if len(per_chunk) > 1:
+            raise UserError(f"{folder}: virtual stages of unequal length are not implemented.")
+        return ParallelLayout(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            num_layers_per_virtual_pipeline_stage=per_chunk.pop(),
+        )
+    return ParallelLayout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        num_layer_list=None if len(per_chunk) == 1 else tuple(counts.values()),
+    )
+
+
+def _padded_vocab_size(
+    folder: Path,
+    shards: Mapping[Shard, Mapping[str, StoredTensor]],
+    layout: ParallelLayout,
+    config: Qwen2Config,
+) -> int:
+    embedding = shards[Shard(0, 0, 0)].get(EMBEDDING)
+    if embedding is None:
+        raise UserError(f"{folder}: the first stage has no {EMBEDDING}.")
+    padded = embedding.shape[0] * layout.tp
+    if padded < config.vocab_size:
+        raise UserError(
+            f"{folder}: {layout.tp} x {embedding.shape[0]} vocabulary rows, fewer than "
+            f"config.json's vocab_size={config.vocab_size}."
+        )
+    return padded
+
+
+def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+    chunks = torch_dist.read(folder).chunks
+    _check_layer_count(folder, config, sum(map(len, chunks.values())) * config.num_layers)
+    if EMBEDDING not in chunks:
+        raise UserError(f"{folder}: no {EMBEDDING} in it; not a Qwen2 model.")
+    padded = chunks[EMBEDDING][0].global_shape[0]
+    if padded < config.vocab_size:
+        raise UserError(
+            f"{folder}: {padded} vocabulary rows, fewer than vocab_size={config.vocab_size}."
+        )
+    rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
+    held: list[Held] = []
+    unexpected = []
+    for key, parts in chunks.items():
+        plain, layer = _unstack(key)
+        if plain in rules:
+            for part in parts:
+                held += _chunk_held(rules[plain], layer, part)
+        elif not key.startswith("optimizer.") and megatron.plain_name(key):
+            unexpected.append(key)
+    faults = _names("unexpected tensors", unexpected)
+    faults += _coverage_faults(rules.values(), held, config)
+    raise_if(f"{folder}: {fault}" for fault in faults)
+    return Source(
+        kind="mg",
+        folder=folder,
+        config=config,
+        held=tuple(held),
+        side_files=side_files,
+        format="torch_dist",
+        padded_vocab_size=padded,
+    )
+
+
+def _stacked(rule: Rule) -> str:
+    return rule.megatron.replace(".{}", "")
+
+
+def _unstack(key: str) -> tuple[str, int | None]:
+    """A torch_dist key without its layer number, which homogeneous models stack on an axis."""
+    key = megatron.plain_name(key) or key
+    match = re.fullmatch(r"decoder\.layers\.(\d{1,9})\.(.+)", key)
+    return (f"decoder.layers.{match[2]}", int(match[1])) if match else (key, None)
+
+
+def _chunk_held(rule: Rule, layer: int | None, chunk: torch_dist.Chunk) -> Iterator[Held]:
+    """The held tensors of one chunk; more than one where it spans layers."""
+    tensor, offsets = chunk.tensor, chunk.offsets
+    first, count, shape = layer or 0, 1, tensor.shape
+    if "{}" in rule.megatron and layer is None:
+        first, count = offsets[0], shape[0]
+        offsets, shape = offsets[1:], shape[1:]
+    rows, columns = (*shape, 1)[:2]
+    column = (offsets[1], offsets[1] + columns) if rule.is_matrix else (0, 1)
+    size = rows * columns * NUMPY_DTYPES[tensor.dtype].itemsize
+    box = (*rule.rows_box(offsets[0], offsets[0] + rows)[:2], column)
+    for i in range(count):
+        name = rule.megatron.format(first + i)
+        stored = tensor._replace(offset=tensor.offset + i * size, shape=tuple(shape))
+        yield Held(name, Piece(name, box, tuple(shape)), stored)
+
+
+def _coverage_faults(
+    rules: Iterable[Rule], held: Iterable[Held], config: Qwen2Config
+) -> Iterator[str]:
+    """Tensors of which elements are missing, or stored twice."""
+    found: dict[str, int] = {}
+    for one in {(h.piece.tensor, h.piece.box) for h in held}:
+        found[one[0]] = found.get(one[0], 0) + volume(one[1])
+    missing = []
+    for rule in rules:
+        layers = range(config.num_layers) if "{}" in rule.megatron else range(1)
+        whole = volume(tuple((0, n) for n in rule.view))
+        for layer in layers:
+            name = rule.megatron.format(layer)
+            if found.pop(name, 0) != whole:
+                missing.append(name)
+    yield from _names("missing or incomplete tensors", missing)
+    yield from _names("unexpected tensors", sorted(found))
