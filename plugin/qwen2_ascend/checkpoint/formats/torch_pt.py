@@ -1,4 +1,4 @@
-"""PyTorch's `.pt` files, read and laid out in place: where the tensors' bytes lie, without torch."""
+"""PyTorch's `.pt` files, read and laid out in place without torch."""
 
 from __future__ import annotations
 
