@@ -1,0 +1,209 @@
+"""From a Qwen2Config and a ParallelLayout to this rank's model chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
+from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
+from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.runtime import current, supported_keywords
+
+TORCH_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+"""Dtypes a model can be built in; fp64 is for proofs."""
+
+
+def build_model(
+    config: Qwen2Config,
+    layout: ParallelLayout,
+    *,
+    padded_vocab_size: int | None = None,
+    dtype: str = "fp32",
+    backend: str = "torch",
+    perform_initialization: bool = True,
+    **options: Any,
+) -> list[GPTModel]:
+    """This rank's model chunks, one without an interleaved pipeline.
+
+    Args:
+        config: the model's shape.
+        layout: the cut; `runtime.initialize_model_parallel` has built its groups.
+        padded_vocab_size: rows of the embedding over all ranks; the vocabulary's own by default.
+        dtype: fp32, bf16, fp16 or fp64, of parameters and activations.
+        backend: whose operators the layers call.
+        perform_initialization: draw the weights; False leaves them unset, to be loaded.
+        **options: of `transformer_config`.
+
+    Raises:
+        UserError: layout and model do not fit, or the installed megatron-core cannot do it.
+    """
+    layout.check(config, padded_vocab_size)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = layout.stages(config.num_layers)[stage]
+    transformer = transformer_config(
+        config, layout, dtype=dtype, perform_initialization=perform_initialization, **options
+    )
+    models = []
+    for index, layers in enumerate(chunks):
+        if len(chunks) > 1 and hasattr(parallel_state, "set_virtual_pipeline_model_parallel_rank"):
+            parallel_state.set_virtual_pipeline_model_parallel_rank(index)
+        model = GPTModel(
+            transformer,
+            get_qwen2_block_spec(len(layers), backend),
+            vocab_size=padded_vocab_size or config.vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            pre_process=stage == 0 and index == 0,
+            post_process=stage == layout.pp - 1 and index == len(chunks) - 1,
+            share_embeddings_and_output_weights=config.tie_word_embeddings,
+            position_embedding_type="rope",
+            **supported_keywords(GPTModel.__init__, vp_stage=index if len(chunks) > 1 else None),
+        )
+        model.rotary_pos_emb = Qwen2RotaryEmbedding(
+            config, transformer.params_dtype, current().device
+        )
+        built = [layer.layer_number - 1 for layer in model.decoder.layers]
+        assert built == list(layers), f"megatron-core built layers {built}, not {list(layers)}"
+        if not perform_initialization:
+            _mark_tensor_parallel(model)
+        models.append(model)
+    return models
+
+
+def transformer_config(
+    config: Qwen2Config,
+    layout: ParallelLayout,
+    *,
+    dtype: str = "fp32",
+    sequence_parallel: bool = False,
+    recompute_granularity: str | None = None,
+    recompute_method: str | None = None,
+    recompute_num_layers: int | None = None,
+    attention_dropout: float = 0.0,
+    hidden_dropout: float = 0.0,
+    **options: Any,
+) -> TransformerConfig:
+    """megatron-core's configuration of this model, cut by `layout`.
+
+    Args:
+        config: the model's shape.
+        layout: the cut.
+        dtype: a key of TORCH_DTYPES.
+        sequence_parallel: cut the norms' and residuals' sequence over the tensor-parallel ranks.
+        recompute_granularity: None, "selective" (attention) or "full" (whole layers).
+        recompute_method: with "full": "uniform" or "block".
+        recompute_num_layers: with "full": layers per unit, or recomputed layers per stage.
+        attention_dropout: share of the attention weights to drop in training.
+        hidden_dropout: share of each block's output to drop in training.
+        **options: further fields of TransformerConfig, under their own names.
+
+    Raises:
+        UserError: sequence parallelism without tensor parallelism, or a cut that the installed
+            megatron-core cannot do.
+    """
+    if sequence_parallel and layout.tp == 1:
+        raise UserError("sequence_parallel needs tensor_model_parallel_size of at least 2.")
+    virtual_size = layout.virtual_pipeline_size(config.num_layers)
+    on_cpu = current().name == "cpu"
+    fields: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.norm_epsilon,
+        "activation_func": silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "init_method_std": config.init_method_std,
+        "attention_dropout": attention_dropout,
+        "hidden_dropout": hidden_dropout,
+        "params_dtype": TORCH_DTYPES[dtype],
+        "pipeline_dtype": TORCH_DTYPES[dtype],
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": virtual_size,
+        "sequence_parallel": sequence_parallel,
+        "recompute_granularity": recompute_granularity,
+        "recompute_method": recompute_method,
+        "recompute_num_layers": recompute_num_layers,
+        "use_cpu_initialization": on_cpu,
+        # A CPU has no stream to wait for.
+        "batch_p2p_sync": not on_cpu,
+        **_p2p(virtual_size),
+        **_uneven_stages(config.num_layers, layout),
+        **options,
+    }
+    return TransformerConfig(**fields)
+
+
+def _p2p(virtual_size: int | None) -> dict[str, bool]:
+    """The interleaved schedule trains silently wrong with batched, unoverlapped transfers."""
+    if virtual_size is None:
+        return {}
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+
+
+def _uneven_stages(num_layers: int, layout: ParallelLayout) -> dict[str, Any]:
+    """What tells the installed megatron-core about `layout.num_layer_list`."""
+    numbers = layout.num_layer_list
+    if numbers is None or layout.pp == 1 or len(set(numbers)) == 1:
+        return {}
+    if "pipeline_model_parallel_layout" in TransformerConfig.__dataclass_fields__:
+        rows = [["decoder"] * n for n in numbers]
+        rows[0].insert(0, "embedding")
+        rows[-1].append("loss")
+        return {"pipeline_model_parallel_layout": rows}
+    if len(set(numbers[1:-1])) > 1:
+        raise UserError(
+            f"num_layer_list={','.join(map(str, numbers))}: the installed megatron-core can give "
+            "only the first and the last stage a number of their own; make the stages between "
+            "equal, or install megatron-core 0.13 or later."
+        )
+    return {
+        "num_layers_in_first_pipeline_stage": numbers[0],
+        "num_layers_in_last_pipeline_stage": numbers[-1],
+    }
+
+
+def _mark_tensor_parallel(model: GPTModel) -> None:
+    """Sets what megatron-core's initialization sets besides values.
+
+    Without these marks the gradient norm counts each cut weight on one rank only.
+    """
+    for module, dim in _cut_modules(model):
+        weight = module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+
+def _cut_modules(model: GPTModel) -> Iterator[tuple[torch.nn.Module, int]]:
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            yield module, 0
+        elif isinstance(module, RowParallelLinear):
+            yield module, 1

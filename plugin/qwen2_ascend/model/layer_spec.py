@@ -1,0 +1,67 @@
+"""Qwen2's layer as a megatron-core ModuleSpec; parameter names do not depend on the backend."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from qwen2_ascend.model.modules import CausalAttention, Qwen2MLP, Qwen2SelfAttention, RMSNorm
+from qwen2_ascend.ops import get_ops
+
+
+def get_qwen2_layer_spec(backend: str = "torch") -> ModuleSpec:
+    """One decoder layer: RMSNorm, attention with QKV bias, RMSNorm, SwiGLU.
+
+    Args:
+        backend: whose operators the modules call; "torch" runs on every device.
+
+    Raises:
+        UserError: a backend this release does not have.
+    """
+    ops = {"ops": get_ops(backend)}
+    norm = ModuleSpec(module=RMSNorm, params=ops)
+    attention = ModuleSpec(
+        module=Qwen2SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, **ops},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ModuleSpec(module=ColumnParallelLinear),
+            core_attention=ModuleSpec(module=CausalAttention, params=ops),
+            linear_proj=ModuleSpec(module=RowParallelLinear),
+        ),
+    )
+    mlp = ModuleSpec(
+        module=Qwen2MLP,
+        params=ops,
+        submodules=MLPSubmodules(
+            linear_fc1=ModuleSpec(module=ColumnParallelLinear),
+            linear_fc2=ModuleSpec(module=RowParallelLinear),
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def get_qwen2_block_spec(num_layers: int, backend: str = "torch") -> TransformerBlockSubmodules:
+    """The decoder of one model chunk: `num_layers` layers and, in the last chunk, the final norm.
+
+    A layer spec alone would give the final norm megatron-core's default, which has no sequence
+    parallelism.
+    """
+    norm = ModuleSpec(module=RMSNorm, params={"ops": get_ops(backend)})
+    layers = [get_qwen2_layer_spec(backend)] * num_layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

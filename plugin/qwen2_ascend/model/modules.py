@@ -1,0 +1,149 @@
+"""The modules of a Qwen2 layer: megatron-core's parameters and parallelism, our operators.
+
+Shapes in Megatron's letters: `s` sequence, `b` micro-batch, `h` hidden, `hn` head width, `np` query
+heads and `ng` query groups of this rank.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from qwen2_ascend.ops import Ops
+from qwen2_ascend.runtime import current
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm whose weight takes part in sequence parallelism."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, *, ops: Ops
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=current().device)
+        )
+        # Each rank sees a part of the sequence, so megatron-core adds the gradients up.
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
+        self.eps = eps
+        self._rms_norm = ops.rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._rms_norm(x, self.weight, self.eps)
+
+
+class CausalAttention(torch.nn.Module):
+    """Core attention: causal, grouped queries, no parameters."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        *,
+        ops: Ops,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert config.kv_channels is not None
+        self.softmax_scale = softmax_scale or config.kv_channels**-0.5
+        self.dropout_p = config.attention_dropout
+        self.sequence_parallel = config.sequence_parallel
+        self._attention = ops.attention
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np * hn]`."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        with self._random_state(dropout_p):
+            return self._attention(q, k, v, softmax_scale=self.softmax_scale, dropout_p=dropout_p)
+
+    def _random_state(self, dropout_p: float):
+        """Each rank drops in its own heads; under sequence parallelism the block forked already."""
+        if dropout_p == 0.0 or self.sequence_parallel:
+            return nullcontext()
+        return tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+class Qwen2SelfAttention(SelfAttention):
+    """megatron-core's self-attention with a forward that only does what Qwen2 needs."""
+
+    def __init__(self, *args: Any, ops: Ops, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        heads, groups = self.config.num_attention_heads, self.config.num_query_groups
+        assert groups is not None and self.config.kv_channels is not None
+        self._width = self.config.kv_channels
+        self._groups = max(groups // tp, 1)
+        self._heads_per_group = heads // groups
+        # More ranks than groups: `_ranks_per_group` of them share a group's rows, and its heads.
+        self._ranks_per_group = max(tp // groups, 1)
+        self._group, self._part = divmod(rank, self._ranks_per_group)
+        self._rotary = ops.rotary
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        attention_bias: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends causally over `hidden_states`, `[s, b, h]`.
+
+        Returns:
+            `[s, b, h]` (its sequence part under sequence parallelism) and no bias.
+        """
+        unused = (attention_mask, inference_context, packed_seq_params, attention_bias)
+        assert all(x is None for x in unused), "attention here is causal over whole sequences"
+        qkv, _ = self.linear_qkv(hidden_states)
+        if self.checkpoint_core_attention and self.training:
+            context = tensor_parallel.checkpoint(self._attend, False, qkv, rotary_pos_emb)
+        else:
+            context = self._attend(qkv, rotary_pos_emb)
+        return self.linear_proj(context)
+
+    def _attend(self, qkv: Tensor, cos_sin: Tensor) -> Tensor:
+        """From the projection, `[s, b, ng * (np/ng + 2) * hn]`, to the context, `[s, b, np * hn]`."""
+        if self._ranks_per_group > 1:
+            qkv = self._whole_group(qkv)
+        s, b, _ = qkv.shape
+        r = self._heads_per_group
+        blocks = qkv.view(s, b, self._groups, r + 2, self._width)
+        q, k, v = blocks.split((r, 1, 1), dim=3)
+        if self._ranks_per_group > 1:
+            q = q.chunk(self._ranks_per_group, dim=3)[self._part]
+        cos, sin = cos_sin.unbind()
+        q = self._rotary(q, cos, sin).flatten(2, 3)
+        k = self._rotary(k, cos, sin).flatten(2, 3)
+        return self.core_attention(q, k, v.flatten(2, 3))
+
+    def _whole_group(self, qkv: Tensor) -> Tensor:
+        """This rank's group out of all ranks' rows, which are plain chunks of the groups."""
+        gathered = tensor_parallel.mappings.all_gather_last_dim_from_tensor_parallel_region(qkv)
+        return gathered.chunk(self.config.num_query_groups, dim=-1)[self._group]
+
+
+class Qwen2MLP(MLP):
+    """megatron-core's MLP with SwiGLU as one operator."""
+
+    def __init__(self, *args: Any, ops: Ops, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._swiglu = ops.swiglu
+
+    def forward(self, hidden_states: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """`[s, b, h]` to `[s, b, h]`, and no bias."""
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(self._swiglu(gate_up))

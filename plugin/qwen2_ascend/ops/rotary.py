@@ -1,0 +1,21 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated, full width."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x * cos + rotate_half(x) * sin.
+
+    Args:
+        x: heads, `[s, b, n, hn]` or with more axes between the first and the last.
+        cos: `[s, hn]`, both halves of the last axis equal.
+        sin: `[s, hn]`.
+
+    Returns:
+        x's shape and dtype, contiguous.
+    """
+    shape = (cos.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.view(shape) + torch.cat((-second, first), dim=-1) * sin.view(shape)

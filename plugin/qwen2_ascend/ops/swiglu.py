@@ -1,0 +1,19 @@
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import silu
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up.
+
+    Args:
+        x: `[..., 2 * f]`, the gate in the first half, up in the second.
+
+    Returns:
+        `[..., f]`.
+    """
+    gate, up = x.chunk(2, dim=-1)
+    return silu(gate) * up

@@ -1,0 +1,114 @@
+"""What megatron-core needs to run on a plain CPU: its CUDA calls answered by the host.
+
+Each of these was removed alone to see what breaks; `why` says what did.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from qwen2_ascend.runtime.ledger import Patch, apply
+
+_CPU = torch.device("cpu")
+_UNTIL = "megatron-core asks torch.accelerator, or its CPU device, instead of torch.cuda"
+
+
+def redirect_torch() -> None:
+    """Answers torch.cuda calls with the CPU; before megatron.core is imported."""
+    apply(
+        Patch(
+            target="torch:cuda.current_device",
+            why="megatron-core allocates on torch.cuda.current_device() throughout",
+            how="answers torch.device('cpu')",
+            until=_UNTIL,
+        ),
+        lambda original: lambda: _CPU,
+    )
+    for factory in ("tensor", "zeros"):
+        apply(
+            Patch(
+                target=f"torch:{factory}",
+                why="gradient clipping and norms allocate scalars with device='cuda'",
+                how="device='cuda' becomes the CPU, anything else passes through",
+                until=_UNTIL,
+            ),
+            _on_cpu,
+        )
+    apply(
+        Patch(
+            target="torch:Tensor.type",
+            why="gradient clipping and the distributed optimizer accept torch.cuda.* tensors only",
+            how="type() without arguments says torch.cuda.FloatTensor for torch.FloatTensor",
+            until=_UNTIL,
+        ),
+        cuda_type_name,
+    )
+    _redirect_random_state()
+
+
+def redirect_megatron() -> None:
+    """Gives megatron-core's RNG tracker the CPU generator; imports megatron.core."""
+    module = "megatron.core.tensor_parallel.random"
+    apply(
+        Patch(
+            target=f"{module}:_get_cuda_rng_state",
+            why="reads a CUDA generator; nothing crashes, but recomputed dropout draws differ",
+            how="reads the CPU generator",
+            until=_UNTIL,
+        ),
+        lambda original: lambda *args, **kwargs: torch.get_rng_state(),
+    )
+    apply(
+        Patch(
+            target=f"{module}:_set_cuda_rng_state",
+            why="sets a CUDA generator lazily, which never happens; dropout draws are wrong",
+            how="sets the CPU generator",
+            until=_UNTIL,
+        ),
+        lambda original: lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
+    )
+
+
+def cuda_type_name(original: Any) -> Any:
+    """`Tensor.type` that answers torch.cuda.* where megatron-core compares the name."""
+
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if args or kwargs or not isinstance(answer, str):
+            return answer
+        return f"torch.cuda.{answer.rsplit('.', 1)[-1]}"
+
+    return type_
+
+
+def _on_cpu(original: Any) -> Any:
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return original(*args, **kwargs)
+
+    return factory
+
+
+def _redirect_random_state() -> None:
+    answers = {
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "set_rng_state": lambda new_state, device="cuda": torch.set_rng_state(new_state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+    }
+    for name, answer in answers.items():
+        apply(
+            Patch(
+                target=f"torch:cuda.{name}",
+                why="megatron-core's RNG tracker forks and restores the CUDA generator",
+                how="works on the CPU generator",
+                until=_UNTIL,
+            ),
+            lambda original, answer=answer: answer,
+        )

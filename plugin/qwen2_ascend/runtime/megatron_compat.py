@@ -1,0 +1,69 @@
+"""megatron-core's process groups, and the differences between its releases 0.12 and 0.16."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.parallel import ParallelLayout
+
+
+def supported_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
+    """Those of `keywords` that the installed release's `function` takes.
+
+    For arguments only that came or went between the releases this project runs with.
+    """
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in keywords.items() if name in taken}
+
+
+def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
+    """Builds megatron-core's process groups for `layout`; what is left over is data parallel.
+
+    Args:
+        layout: sizes of the cut; checked against the model by `ParallelLayout.check`.
+        num_layers: of the whole model, which with `layout` gives the virtual pipeline size.
+
+    Raises:
+        UserError: tensor times pipeline parallel size does not divide the number of processes.
+    """
+    from megatron.core import parallel_state
+
+    from qwen2_ascend.runtime.startup import current
+
+    runtime = current()
+    model_size = layout.tp * layout.pp
+    if runtime.world_size % model_size:
+        raise UserError(
+            f"{runtime.world_size} process(es) cannot hold tensor_model_parallel_size={layout.tp} "
+            f"times pipeline_model_parallel_size={layout.pp} = {model_size}; start a multiple of "
+            f"{model_size}."
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size(num_layers),
+        distributed_timeout_minutes=max(1, math.ceil(runtime.timeout_seconds / 60)),
+    )
+
+
+def destroy_model_parallel() -> None:
+    """Takes the process groups down, so that another layout can be initialized."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def model_parallel_seed(seed: int) -> int:
+    """Seeds megatron-core's RNG trackers and returns this pipeline stage's own seed."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.model_parallel_is_initialized():
+        return seed
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return seed
