@@ -1,0 +1,327 @@
+"""Pretraining data: megatron-core's GPTDataset over blends of indexed datasets.
+
+Nothing is sampled here; megatron-core's builder does that, the same as in Megatron-LM, so a run
+moved from there sees the same samples in the same order. What is added are the checks that keep
+it from hanging or from reading something else than it was told to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwen2_ascend.errors import UserError, raise_if
+
+SPLITS = ("train", "valid", "test")
+
+
+class PretrainingDatasets(NamedTuple):
+    """Map-style datasets of dicts (`sampler.BATCH_KEYS`, each `[s]`); None where none is wanted."""
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+class Blend(NamedTuple):
+    """Indexed datasets and the share of samples drawn from each.
+
+    Without weights the datasets go in whole, for one epoch, as in Megatron.
+    """
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+class EodTokenizer:
+    """All that GPTDataset wants of a tokenizer, for data that is tokenized already.
+
+    `unique_identifiers` becomes part of the name of the cached sample indices; it carries the
+    fingerprints of the data, which megatron-core itself leaves out.
+    """
+
+    def __init__(self, eod: int, vocab_size: int | None, data: dict[str, str]) -> None:
+        self.eod = eod
+        self.vocab_size = vocab_size
+        self.unique_identifiers = OrderedDict(eod=eod, data=data)
+
+
+def build_pretraining_datasets(
+    *,
+    num_samples: tuple[int, int, int],
+    seq_length: int,
+    seed: int,
+    eod_token: int,
+    data_path: Sequence[str] | None = None,
+    train_data_path: Sequence[str] | None = None,
+    valid_data_path: Sequence[str] | None = None,
+    test_data_path: Sequence[str] | None = None,
+    split: str = "969,30,1",
+    vocab_size: int | None = None,
+    data_cache_path: str | Path | None = None,
+    reset_position_ids: bool = False,
+    eod_mask_loss: bool = False,
+) -> PretrainingDatasets:
+    """Builds the training, validation and test datasets. Every rank calls this.
+
+    Rank 0 writes the sample indices, the others wait and read them. Without torch.distributed it
+    works in the one process there is.
+
+    Args:
+        num_samples: samples wanted of train, valid and test; a split of which none is wanted is
+            not built. Epochs are repeated as needed.
+        seq_length: tokens in a sample.
+        seed: of the shuffling.
+        eod_token: id of the token that ends a document.
+        data_path: one prefix, several, or weights and prefixes in turn (`0.3 A 0.7 B`), divided
+            by `split`.
+        train_data_path: the same, for training alone; instead of `data_path`.
+        valid_data_path: the same, for validation.
+        test_data_path: the same, for testing.
+        split: shares of train, valid and test in `data_path`, by documents.
+        vocab_size: rows of the model's embedding; a sample of the tokens is checked against it.
+        data_cache_path: where the sample indices go, on storage that all nodes share; beside the
+            data when None.
+        reset_position_ids: count positions from each document's start.
+        eod_mask_loss: leave the loss at `eod_token` out.
+
+    Raises:
+        UserError: data that is missing, damaged or too little, or settings that contradict.
+    """
+    blends = _blends(data_path, (train_data_path, valid_data_path, test_data_path), num_samples)
+    split_matrix = _split_matrix(split) if data_path else [(0.0, 1.0)] * len(SPLITS)
+    tokenizer = EodTokenizer(
+        eod_token,
+        vocab_size,
+        _check_data(
+            blends,
+            split_matrix,
+            split if data_path else None,
+            vocab_size,
+            eod_token if reset_position_ids or eod_mask_loss else None,
+        ),
+    )
+    settings: dict[str, Any] = dict(
+        random_seed=seed,
+        sequence_length=seq_length,
+        path_to_cache=None if data_cache_path is None else str(data_cache_path),
+        tokenizer=tokenizer,
+        reset_position_ids=reset_position_ids,
+        reset_attention_mask=False,
+        eod_mask_loss=eod_mask_loss,
+        create_attention_mask=False,
+    )
+    if data_path:
+        blend = next(blend for blend in blends if blend)
+        settings |= dict(blend=_listed(blend), split=split)
+    else:
+        settings |= dict(blend_per_split=[_listed(blend) for blend in blends])
+    datasets = _build(settings, num_samples)
+    _check_lengths(datasets, num_samples)
+    return datasets
+
+
+def parse_blend(words: Sequence[str]) -> Blend:
+    """Reads `A`, `A B C` or `0.3 A 0.7 B`.
+
+    Raises:
+        UserError: weights for some datasets only, or weights that are not above zero.
+    """
+    numbers = [_number(word) for word in words[::2]]
+    if all(number is None for number in numbers):
+        return Blend(tuple(words), None)
+    if len(words) % 2 or any(number is None for number in numbers):
+        raise UserError(
+            f"{' '.join(words)!r}: give prefixes only, or a weight before each: 0.3 A 0.7 B."
+        )
+    weights = tuple(float(number) for number in numbers if number is not None)
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise UserError(f"{' '.join(words)!r}: each weight must be above zero.")
+    return Blend(tuple(words[1::2]), weights)
+
+
+def _blends(
+    data_path: Sequence[str] | None,
+    per_split: tuple[Sequence[str] | None, ...],
+    num_samples: tuple[int, int, int],
+) -> list[Blend | None]:
+    """What each split reads; None where no sample of it is wanted."""
+    if bool(data_path) == any(per_split):
+        raise UserError(
+            "give --data-path (divided by --split), or --train-data-path, --valid-data-path and "
+            f"--test-data-path; {'both were' if data_path else 'none was'} given."
+        )
+    words = (data_path,) * len(SPLITS) if data_path else per_split
+    raise_if(
+        f"--{name}-data-path is missing, and {count} {name} samples are wanted."
+        for name, given, count in zip(SPLITS, words, num_samples, strict=True)
+        if count and not given
+    )
+    return [
+        parse_blend(given) if given and count else None
+        for given, count in zip(words, num_samples, strict=True)
+    ]
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _split_matrix(split: str) -> list[tuple[float, float]]:
+    """(start, stop) of train, valid and test as shares of all documents, as Megatron cuts them."""
+    shares = [_number(word) for word in split.split(",")]
+    if len(shares) > len(SPLITS) or any(n is None or not 0 <= n < math.inf for n in shares):
+        raise UserError(f"split={split!r} must be up to three shares, such as 969,30,1.")
+    if not any(shares):
+        raise UserError(f"split={split!r} gives nothing to anyone; one share must be above zero.")
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return [share or (0.0, 0.0) for share in matrix]
+
+
+def _check_data(
+    blends: Sequence[Blend | None],
+    split_matrix: list[tuple[float, float]],
+    split: str | None,
+    vocab_size: int | None,
+    eod_token: int | None,
+) -> dict[str, str]:
+    """Fingerprints of all datasets by prefix, after checking that each has what is wanted of it.
+
+    Args:
+        blends: one for each split, None where no sample is wanted.
+        split_matrix: the share of the documents that goes to each split.
+        split: what the user said, for the message.
+        vocab_size: if not None, no sampled token may be above it.
+        eod_token: if not None, documents must end with it.
+    """
+    from qwen2_ascend.data import indexed
+
+    faults: list[str] = []
+    prints: dict[str, str] = {}
+    for prefix in dict.fromkeys(p for blend in blends if blend for p in blend.prefixes):
+        try:
+            dataset = indexed.open_indexed(prefix)
+        except UserError as error:
+            faults += error.faults
+            continue
+        prints[prefix] = indexed.fingerprint(prefix)
+        faults += _token_faults(prefix, dataset, vocab_size, eod_token)
+        for name, blend, (start, stop) in zip(SPLITS, blends, split_matrix, strict=True):
+            if not blend or prefix not in blend.prefixes:
+                continue
+            n = len(dataset)
+            tokens = dataset.sequence_lengths[round(start * n) : round(stop * n)].sum()
+            # megatron-core repeats epochs until there are enough tokens, of none without end
+            if not tokens:
+                of = f"split={split}" if split else "the file"
+                faults.append(
+                    f"{prefix}: {of} leaves nothing of its {n} documents for {name}; give {name} "
+                    "a larger share, more documents, or ask for no sample of it."
+                )
+    raise_if(faults)
+    return prints
+
+
+def _token_faults(
+    prefix: str, dataset: Any, vocab_size: int | None, eod_token: int | None
+) -> list[str]:
+    from qwen2_ascend.data import indexed
+
+    faults = []
+    documents = indexed.sample_documents(dataset)
+    largest = max((int(tokens.max(initial=0)) for tokens in documents), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        faults.append(
+            f"{prefix} holds token {largest}, the model's vocabulary ends at {vocab_size - 1}; "
+            "the data was written with another tokenizer."
+        )
+    if eod_token is not None and not any(d.size and d[-1] == eod_token for d in documents):
+        faults.append(
+            f"{prefix}: no document ends with the end-of-document token {eod_token}, which "
+            "--reset-position-ids and --eod-mask-loss look for; preprocess with --append-eod, or "
+            "name the token that was appended."
+        )
+    return faults
+
+
+def _listed(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:
+    if blend is None:
+        return None
+    return list(blend.prefixes), None if blend.weights is None else list(blend.weights)
+
+
+def _build(settings: dict[str, Any], num_samples: tuple[int, int, int]) -> PretrainingDatasets:
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    from qwen2_ascend.data.helpers_cpp import ensure_helpers_cpp
+
+    ensure_helpers_cpp()
+    config = GPTDatasetConfig(**settings)
+    if config.split_matrix is not None:
+        for i, count in enumerate(num_samples):
+            if not count:
+                config.split_matrix[i] = None  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with _process_group(), _cache_errors(config.path_to_cache):
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config)
+        return PretrainingDatasets(*builder.build())
+
+
+def _check_lengths(datasets: PretrainingDatasets, num_samples: tuple[int, int, int]) -> None:
+    raise_if(
+        f"{name}: a blend without weights lasts one epoch, {len(dataset)} samples, and {wanted} "
+        "are wanted; put a weight before each prefix (0.3 A 0.7 B) to repeat them."
+        for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True)
+        if dataset is not None and len(dataset) < wanted
+    )
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
+    """A group of one where there is none: BlendedDataset asks for its rank without asking first."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
+
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _cache_errors(data_cache_path: str | None) -> Iterator[None]:
+    """Turns megatron-core's failures to write or find its index cache into a UserError."""
+    where = data_cache_path or "the folder of the data"
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(
+            f"sample indices that rank 0 wrote to {where} are not seen here ({error}); "
+            "--data-cache-path must be on storage that all nodes share."
+        ) from error
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"sample indices cannot be written to {where}: {cause}; "
+            "give --data-cache-path a folder that can be written."
+        ) from error
