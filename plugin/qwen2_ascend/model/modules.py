@@ -116,7 +116,7 @@ class Qwen2SelfAttention(SelfAttention):
         return self.linear_proj(context)
 
     def _attend(self, qkv: Tensor, cos_sin: Tensor) -> Tensor:
-        """From the projection, `[s, b, ng * (np/ng + 2) * hn]`, to the context, `[s, b, np * hn]`."""
+        """qkv `[s, b, ng * (np/ng + 2) * hn]` to the context `[s, b, np * hn]`."""
         if self._ranks_per_group > 1:
             qkv = self._whole_group(qkv)
         s, b, _ = qkv.shape

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +58,23 @@ def destroy_model_parallel() -> None:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def silence_known_notes() -> None:
+    """Keeps out of users' logs what megatron-core says about packages nobody here needs."""
+    for note in (
+        ".*Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        # About the default of a field that nobody here sets.
+        "full scope is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=note, category=UserWarning)
+    # An MLP of another class than megatron-core's own takes the tensor-parallel group by itself.
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_no_mlp_note)
+
+
+def _is_no_mlp_note(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Unknown MLP type")
 
 
 def model_parallel_seed(seed: int) -> int:

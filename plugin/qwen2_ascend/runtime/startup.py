@@ -10,6 +10,7 @@ import torch
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import cpu, npu
 from qwen2_ascend.runtime.device import BACKENDS, Runtime, select_device
+from qwen2_ascend.runtime.megatron_compat import silence_known_notes
 
 _current: Runtime | None = None
 
@@ -41,6 +42,7 @@ def start(
             raise UserError(f"device={device}: this process already runs on {_current.name}.")
         return _current
     name = select_device(device)
+    silence_known_notes()
     _redirect(name)
     rank, world_size, local_rank = _place()
     runtime = Runtime(

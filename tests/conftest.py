@@ -1,0 +1,31 @@
+"""Fixtures of several rooms, and the warnings that are somebody else's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from distributed.harness import Launches  # noqa: E402
+
+FOREIGN_WARNINGS = (
+    # megatron-core, at import, about packages that an NPU or CPU does not have
+    "ignore:.*Transformer Engine and Apex are not installed",
+    "ignore:Apex is not installed",
+    # megatron-core's own default for a field that nobody sets here
+    "ignore:full scope is deprecated",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for warning in FOREIGN_WARNINGS:
+        config.addinivalue_line("filterwarnings", warning)
+
+
+@pytest.fixture(scope="session")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """The torchrun launches of this test run; see distributed/harness.py."""
+    return Launches(tmp_path_factory.mktemp("launches"))
