@@ -118,7 +118,7 @@ def write_bands(
         if write.is_padded:
             band.view(np.uint8)[...] = 0
         reader.fill(band, box, write.copies)
-        checksum.update(band.reshape(-1).view(np.uint8))
+        checksum.update(band.reshape(-1).view(np.uint8).data)
         put(position, band)
         position += band.nbytes
     return checksum.hexdigest()

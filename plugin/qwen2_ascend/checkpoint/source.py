@@ -7,6 +7,7 @@ missing and extra tensors, shapes, dtypes, all named at once.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,20 +125,25 @@ def open_source(
     return _open_ranks(iteration, config, side_files)
 
 
-def check_dtypes(source: Source, wanted: str | None) -> None:
-    """Raises UserError where the dtype to write is in doubt; `wanted` (--dtype) settles it."""
+def target_dtype(source: Source, wanted: str | None) -> str:
+    """The dtype to write: `wanted` (--dtype), or the one that all the source's tensors have.
+
+    Raises:
+        UserError: the source leaves it in doubt.
+    """
     if wanted is not None:
-        return
-    found = source.dtypes
-    assert found, "an opened source holds tensors"
-    if len(found) > 1:
-        counts = ", ".join(f"{sum(h.stored.dtype == d for h in source.held)} x {d}" for d in found)
-        raise UserError(f"{source.folder}: mixes dtypes ({counts}); say --dtype {found[0]} or so.")
-    if source.kind == "hf" and found[0] != source.config.dtype:
+        return wanted
+    counts = Counter(held.stored.dtype for held in source.held)
+    found = counts.most_common(1)[0][0]
+    if len(counts) > 1:
+        mix = ", ".join(f"{n} x {dtype}" for dtype, n in counts.items())
+        raise UserError(f"{source.folder}: mixes dtypes ({mix}); say for example --dtype {found}.")
+    if source.kind == "hf" and found != source.config.dtype:
         raise UserError(
-            f"{source.folder}: config.json says {source.config.dtype}, the tensors are {found[0]}; "
-            f"say --dtype {found[0]} to keep them or --dtype {source.config.dtype} to cast them."
+            f"{source.folder}: config.json says {source.config.dtype}, the tensors are {found}; "
+            f"say --dtype {found} to keep them or --dtype {source.config.dtype} to cast them."
         )
+    return found
 
 
 def _config_folder(folder: Path, iteration: Path, given: str | Path | None) -> Path:

@@ -1,0 +1,155 @@
+"""`qwen2-ascend convert` and tools/convert_checkpoint.py; flags as in MindSpeed-LLM's converter."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from qwen2_ascend.checkpoint.convert import Conversion, Prepared, convert, plan_rows, prepare
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.parallel import ParallelLayout
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Split a Hugging Face checkpoint into Megatron shards, merge shards back, or cut them anew.
+
+    The source's format and layout are detected. The result is written beside --save-dir and
+    renamed into place when complete, so --save-dir is never half.
+    """
+
+    load_dir: Path
+    """Hugging Face folder, Megatron shards, or a training checkpoint."""
+    save_dir: Path
+    """Folder to write; must not exist, or be empty."""
+    save_model_type: Literal["hf", "mg"]
+    """What to write: Hugging Face or Megatron."""
+    load_model_type: Literal["hf", "mg"] | None = None
+    """What --load-dir holds; detected when not said."""
+    target_tensor_parallel_size: int = 1
+    """Tensor-parallel ranks to cut for."""
+    target_pipeline_parallel_size: int = 1
+    """Pipeline stages to cut for."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers per chunk of an interleaved pipeline (VPP)."""
+    num_layer_list: str | None = None
+    """Layers of each stage when they are not equal, as 6,8,8,6."""
+    hf_cfg_dir: Path | None = None
+    """Folder with config.json and tokenizer, when they are not beside the weights."""
+    save_format: Literal["megatron", "safetensors", "torch_dist"] = "megatron"
+    """Of shards: mp_rank_*/model_optim_rng.pt, the same tree as safetensors, or torch_dist."""
+    padded_vocab_size: int | None = None
+    """Pad the vocabulary to this many rows, with zeros; they are trimmed on the way back."""
+    make_vocab_size_divisible_by: int | None = None
+    """Pad it to a multiple of this times the tensor-parallel size (Megatron's default is 128)."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Cast the weights; without it they are kept bit for bit."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file of a Hugging Face result."""
+    workers: int = 0
+    """Threads; 0 takes one per core, at most 8."""
+    dry_run: bool = False
+    """Print the plan as a table and check it; write nothing."""
+    verify: bool = False
+    """Read the result back, every byte, against the source (and a source against its manifest)."""
+    resume: bool = False
+    """Finish a conversion that was killed."""
+    overwrite: bool = False
+    """Replace a checkpoint in --save-dir; the old one stays until the new one is complete."""
+    ignore_replica_mismatch: bool = False
+    """Accept tensors that ranks hold twice and differently; the first rank's is taken."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` and converts."""
+    options = tyro.cli(ConvertOptions, args=argv)
+    started = time.monotonic()
+    prepared = prepare(_conversion(options))
+    _say(f"from {prepared.source.describe()}")
+    if options.dry_run:
+        _print_plan(prepared)
+        return
+    _say(
+        f"to {prepared.target.format} in {len(prepared.target.files)} files, "
+        f"{prepared.target.total_bytes / 1e9:.2f} GB"
+    )
+    convert(prepared, _say)
+    _say(f"done in {time.monotonic() - started:.1f} s")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB.
+
+    Raises:
+        UserError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"--max-shard-size {text}: not a size; say for example 5GB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _conversion(options: ConvertOptions) -> Conversion:
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers} must be at least 0.")
+    return Conversion(
+        load_dir=options.load_dir,
+        save_dir=options.save_dir,
+        load_model_type=options.load_model_type,
+        save_model_type=options.save_model_type,
+        layout=ParallelLayout(
+            tensor_model_parallel_size=options.target_tensor_parallel_size,
+            pipeline_model_parallel_size=options.target_pipeline_parallel_size,
+            num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
+            num_layer_list=_numbers(options.num_layer_list),
+        ),
+        hf_cfg_dir=options.hf_cfg_dir,
+        save_format=options.save_format,
+        padded_vocab_size=options.padded_vocab_size,
+        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
+        dtype=options.dtype,
+        max_shard_bytes=parse_size(options.max_shard_size),
+        workers=options.workers,
+        verify=options.verify,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        ignore_replica_mismatch=options.ignore_replica_mismatch,
+    )
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--num-layer-list {text}: not numbers with commas between, as 6,8,8,6."
+        ) from None
+
+
+def _print_plan(prepared: Prepared) -> None:
+    head = ("file", "tensor", "shape", "dtype", "bytes", "copied by", "from")
+    rows = [head, *plan_rows(prepared)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]))
+    print(
+        f"{len(rows) - 1} tensors in {len(prepared.target.files)} files, "
+        f"{prepared.target.total_bytes} bytes; every byte has one source. Nothing was written."
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

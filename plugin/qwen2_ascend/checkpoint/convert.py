@@ -1,0 +1,222 @@
+"""Converts a checkpoint: open, plan, check, write beside, verify, publish. No torch.
+
+The steps before `_write` read headers only. From there on the target folder is either untouched or
+replaced whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from qwen2_ascend.checkpoint.manifest import (
+    MANIFEST_FILE,
+    check_against_manifest,
+    encode_manifest,
+    source_identity,
+)
+from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan
+from qwen2_ascend.checkpoint.progress import Progress
+from qwen2_ascend.checkpoint.source import Source, open_source, target_dtype
+from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_folder, write_file
+from qwen2_ascend.checkpoint.target import Target, hugging_face_target, megatron_target
+from qwen2_ascend.checkpoint.verify import check_replicas, verify
+from qwen2_ascend.checkpoint.writing import JOURNAL_FILE, Journal, write_target
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+
+SPACE_MARGIN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """One conversion, as asked for; see the command's flags for their meaning."""
+
+    load_dir: Path
+    save_dir: Path
+    load_model_type: str | None = None
+    save_model_type: str
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    hf_cfg_dir: Path | None = None
+    save_format: str = "megatron"
+    padded_vocab_size: int | None = None
+    make_vocab_size_divisible_by: int | None = None
+    dtype: str | None = None
+    max_shard_bytes: int = 5 * 10**9
+    workers: int = 0
+    """Threads; 0 takes one per core, at most 8."""
+    verify: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    ignore_replica_mismatch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A conversion of which everything is known and checked, before its first byte."""
+
+    request: Conversion
+    source: Source
+    target: Target
+    plan: Plan
+    padded_vocab_size: int | None
+    """None for a Hugging Face target, which is never padded."""
+
+
+def prepare(request: Conversion) -> Prepared:
+    """Opens the source, lays out the target and plans the copying; reads headers only.
+
+    Raises:
+        UserError: whatever does not fit.
+    """
+    _check_folders(request)
+    source = open_source(request.load_dir, request.load_model_type, request.hf_cfg_dir)
+    dtype = target_dtype(source, request.dtype)
+    padded = None
+    if request.save_model_type == "hf":
+        target = hugging_face_target(
+            source.config, dtype, request.max_shard_bytes, source.side_files
+        )
+    else:
+        padded = padded_vocab_size(
+            source.config,
+            request.layout.tp,
+            size=request.padded_vocab_size,
+            divisible_by=request.make_vocab_size_divisible_by,
+        )
+        request.layout.check(source.config, padded)
+        target = megatron_target(
+            source.config, request.layout, padded, dtype, request.save_format, source.side_files
+        )
+    plan = make_plan(source.held, target.held, source.config.vocab_size)
+    check_all_used(plan, source.held, source.config.vocab_size)
+    return Prepared(
+        request=request, source=source, target=target, plan=plan, padded_vocab_size=padded
+    )
+
+
+def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
+    """Carries a prepared conversion out.
+
+    Args:
+        prepared: from `prepare`.
+        say: gets one line per step.
+
+    Raises:
+        UserError: the target is in the way, the disk too small, or the source inconsistent.
+        OSError: reading or writing failed; the target is as it was.
+        VerificationError: the result is not what it should be; the target is as it was.
+    """
+    request, source = prepared.request, prepared.source
+    staged = StagedFolder(request.save_dir, resume=request.resume, overwrite=request.overwrite)
+    if not request.ignore_replica_mismatch:
+        check_replicas(prepared.plan.replicas)
+    if request.verify and (n := check_against_manifest(request.load_dir)):
+        say(f"source: {n} tensors have the checksums they were written with")
+    with staged:
+        _check_space(prepared, staged.folder)
+        _write(prepared, staged, say)
+        if request.verify:
+            written = open_source(staged.folder, request.save_model_type)
+            with Progress("verify", prepared.plan.num_bytes) as progress:
+                verify(source, written, workers=_workers(request), progress=progress)
+            say("verified: every byte was read back and equals the source")
+        staged.publish()
+    say(f"written: {request.save_dir}")
+
+
+def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
+    """The plan as a table: file, tensor, shape, dtype, bytes, how, from."""
+    rows = []
+    for write in prepared.plan.writes:
+        stored = write.target.stored
+        how = ["columns" if write.is_strided else "rows"]
+        how += ["cast"] if write.casts else []
+        how += ["zero padding"] if write.is_padded else []
+        sources = ", ".join(
+            f"{copy.source.stored.path.relative_to(prepared.source.folder)}:{copy.source.name}"
+            for copy in write.copies
+        )
+        rows.append(
+            (
+                str(stored.path),
+                write.target.name,
+                "x".join(map(str, stored.shape)),
+                stored.dtype,
+                str(stored.num_bytes),
+                "+".join(how),
+                sources or "-",
+            )
+        )
+    return rows
+
+
+def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object]) -> None:
+    request, source, target = prepared.request, prepared.source, prepared.target
+    journal = Journal(staged.folder, _identity(prepared), resume=staged.is_resumed)
+    if journal.done:
+        say(f"resuming: {len(journal.done)} of {len(prepared.plan.writes)} tensors are there")
+    try:
+        with Progress("write", prepared.plan.num_bytes) as progress:
+            checksums = write_target(
+                staged.folder,
+                target,
+                prepared.plan,
+                journal,
+                workers=_workers(request),
+                progress=progress,
+            )
+    finally:
+        journal.close()
+    for path, data in target.small_files.items():
+        write_file(staged.folder / path, data)
+    layout = request.layout if target.kind == "mg" else None
+    manifest = encode_manifest(source, target, layout, prepared.padded_vocab_size, checksums)
+    write_file(staged.folder / MANIFEST_FILE, manifest)
+    os.unlink(staged.folder / JOURNAL_FILE)
+    if target.tracker is not None:
+        for root, _, _ in os.walk(staged.folder, topdown=False):
+            fsync_folder(Path(root))
+        write_file(staged.folder / target.tracker[0], target.tracker[1])
+
+
+def _identity(prepared: Prepared) -> Mapping[str, object]:
+    """What must be equal for an unfinished conversion to be finished by this one."""
+    return {
+        "source": source_identity(prepared.source),
+        "mtimes": [path.stat().st_mtime_ns for path in prepared.source.files],
+        "target": [prepared.target.kind, prepared.target.format],
+        "layout": asdict(prepared.request.layout),
+        "padded_vocab_size": prepared.padded_vocab_size,
+        "sizes": {str(file.path): file.total_bytes for file in prepared.target.files},
+        "dtypes": sorted({held.stored.dtype for held in prepared.target.held}),
+    }
+
+
+def _workers(request: Conversion) -> int:
+    return request.workers or min(8, os.cpu_count() or 1)
+
+
+def _check_folders(request: Conversion) -> None:
+    load, save = request.load_dir.resolve(), request.save_dir.resolve()
+    if load == save or load in save.parents or save in load.parents:
+        raise UserError(
+            f"--save-dir {request.save_dir} and --load-dir {request.load_dir} lie in each other; "
+            "choose a folder outside the source, which is never touched."
+        )
+
+
+def _check_space(prepared: Prepared, folder: Path) -> None:
+    there = sum(
+        entry.stat().st_blocks * 512 for entry in folder.rglob("*") if entry.is_file()
+    )  # of an unfinished run
+    needed = prepared.target.total_bytes + SPACE_MARGIN_BYTES - there
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{prepared.request.save_dir}: needs {needed / 1e9:.2f} GB, but the disk has "
+            f"{free / 1e9:.2f} GB free; make room or choose another --save-dir."
+        )

@@ -1,0 +1,53 @@
+"""Progress in bytes: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+
+class Progress:
+    """Context manager to be called with the bytes of each piece of work that is done."""
+
+    def __init__(self, what: str, total_bytes: int, *, seconds_per_line: float = 10.0) -> None:
+        self._what, self._total = what, total_bytes
+        self._done = 0
+        self._lock = threading.Lock()
+        self._bar = None
+        self._every = seconds_per_line
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self._total, desc=self._what, unit="B", unit_scale=True, leave=False
+            )
+        return self
+
+    def __call__(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            if self._bar is not None:
+                self._bar.update(num_bytes)
+            elif time.monotonic() - self._said >= self._every:
+                self._said = time.monotonic()
+                self._line()
+
+    def _line(self) -> None:
+        seconds = time.monotonic() - self._started
+        percent = 100 * self._done / max(self._total, 1)
+        print(
+            f"{self._what}: {percent:3.0f}% of {self._total / 1e9:.2f} GB, "
+            f"{self._done / 1e9 / max(seconds, 1e-9):.2f} GB/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if kind is None:
+            self._line()

@@ -1,0 +1,315 @@
+"""Lays out the files of a checkpoint to be written: names, sizes, small bytes, tensor places.
+
+Nothing is written here. A target is a list of files (how long, and every byte that is not tensor
+data) and a list of held tensors inside them, which the plan fills.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2_ascend.checkpoint.formats import (
+    hugging_face,
+    megatron,
+    safetensors,
+    torch_dist,
+    torch_pt,
+)
+from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.rules import (
+    BY_BLOCKS,
+    Box,
+    Piece,
+    Rule,
+    Shard,
+    hugging_face_pieces,
+    megatron_pieces,
+    qwen2_rules,
+)
+from qwen2_ascend.config import DTYPES, Qwen2Config
+from qwen2_ascend.parallel import ParallelLayout
+
+ITERATION = 1
+"""Converted shards carry this iteration, as MindSpeed-LLM's and Megatron's converters write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetFile:
+    """A file to be: its place below the target folder, its length, its bytes between tensors."""
+
+    path: Path
+    total_bytes: int
+    segments: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A checkpoint folder to be. Paths are relative to it."""
+
+    kind: str
+    format: str
+    held: tuple[Held, ...]
+    files: tuple[TargetFile, ...]
+    small_files: Mapping[Path, bytes]
+    """Written whole before the folder is published: config, index."""
+    tracker: tuple[Path, bytes] | None
+    """Written last of all: latest_checkpointed_iteration.txt."""
+
+    @property
+    def total_bytes(self) -> int:
+        small = sum(map(len, self.small_files.values()))
+        return small + sum(file.total_bytes for file in self.files)
+
+
+def hugging_face_target(
+    config: Qwen2Config, dtype: str, max_shard_bytes: int, side_files: Sequence[Path]
+) -> Target:
+    """A Hugging Face folder: safetensors of at most `max_shard_bytes`, index, side files."""
+    pieces = hugging_face_pieces(config)
+    specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
+    weights = hugging_face.plan_files(specs, max_shard_bytes)
+    small = read_side_files(side_files, dtype)
+    if (index := hugging_face.index_json(weights)) is not None:
+        small[Path(hugging_face.INDEX_FILE)] = index
+    return Target(
+        kind="hf",
+        format="safetensors",
+        held=tuple(
+            Held(name, pieces[name], StoredTensor(Path(file.name), offset, *spec))
+            for file in weights
+            for name, (offset, spec) in file.tensors.items()
+        ),
+        files=tuple(
+            TargetFile(
+                path=Path(file.name), total_bytes=file.total_bytes, segments=((0, file.header),)
+            )
+            for file in weights
+        ),
+        small_files=small,
+        tracker=None,
+    )
+
+
+def megatron_target(
+    config: Qwen2Config,
+    layout: ParallelLayout,
+    padded_vocab_size: int,
+    dtype: str,
+    save_format: str,
+    side_files: Sequence[Path],
+) -> Target:
+    """A Megatron folder in one of the formats "megatron", "safetensors", "torch_dist"."""
+    folder = Path(f"iter_{ITERATION:07d}")
+    shards = megatron_pieces(config, layout, padded_vocab_size)
+    args = megatron_args(config, layout, padded_vocab_size, dtype)
+    if save_format == "torch_dist":
+        held, files = _torch_dist_files(folder, config, shards, padded_vocab_size, dtype, args)
+    elif save_format == "safetensors":
+        held, files = _safetensors_files(folder, layout, shards, dtype)
+    else:
+        held, files = _pt_files(folder, layout, shards, dtype, args)
+    return Target(
+        kind="mg",
+        format=save_format,
+        held=tuple(held),
+        files=tuple(files),
+        small_files=read_side_files(side_files, dtype),
+        tracker=(Path(megatron.TRACKER_FILE), str(ITERATION).encode()),
+    )
+
+
+def megatron_args(
+    config: Qwen2Config, layout: ParallelLayout, padded_vocab_size: int, dtype: str
+) -> Namespace:
+    """What Megatron-LM's and MindSpeed-LLM's loaders compare, under Megatron's names."""
+    layers = layout.num_layer_list
+    return Namespace(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        group_query_attention=True,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        max_position_embeddings=config.max_position_embeddings,
+        seq_length=config.max_position_embeddings,
+        add_position_embedding=True,
+        position_embedding_type="rope",
+        use_rotary_position_embeddings=True,
+        rotary_base=config.rotary_base,
+        rotary_percent=1.0,
+        normalization="RMSNorm",
+        norm_epsilon=config.norm_epsilon,
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size(config.num_layers),
+        num_layers_per_virtual_pipeline_stage=layout.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=",".join(map(str, layers)) if layers else None,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=padded_vocab_size,
+        make_vocab_size_divisible_by=padded_vocab_size // layout.tp,
+        tokenizer_type="PretrainedFromHF",
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        iteration=ITERATION,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+def read_side_files(side_files: Sequence[Path], dtype: str) -> dict[Path, bytes]:
+    """The files carried along, byte for byte but for config.json's dtype when that changes."""
+    found: dict[Path, bytes] = {}
+    for path in side_files:
+        inner = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in inner:
+            if file.is_file():
+                found[file.relative_to(path.parent)] = file.read_bytes()
+    config = Path("config.json")
+    if config in found:
+        found[config] = _with_dtype(found[config], dtype)
+    return found
+
+
+def _with_dtype(config_json: bytes, dtype: str) -> bytes:
+    raw: dict[str, Any] = json.loads(config_json)
+    key = "dtype" if "dtype" in raw and "torch_dtype" not in raw else "torch_dtype"
+    name = next(long for long, short in DTYPES.items() if short == dtype)
+    if str(raw.get(key)).removeprefix("torch.") == name:
+        return config_json
+    return (json.dumps(raw | {key: name}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _pt_files(
+    folder: Path,
+    layout: ParallelLayout,
+    shards: Mapping[Shard, Mapping[str, Piece]],
+    dtype: str,
+    args: Namespace,
+) -> tuple[list[Held], list[TargetFile]]:
+    num_chunks = 1 + max(shard.chunk for shard in shards)
+    held, files = [], []
+    for tp_rank in range(layout.tp):
+        for pp_stage in range(layout.pp):
+            models = {
+                megatron.model_key(chunk, num_chunks): shards[Shard(tp_rank, pp_stage, chunk)]
+                for chunk in range(num_chunks)
+            }
+            state = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION} | {
+                key: OrderedDict((n, TensorSpec(p.shape, dtype)) for n, p in pieces.items())
+                for key, pieces in models.items()
+            }
+            rank = megatron.rank_folder_name(tp_rank, pp_stage, layout.pp)
+            path = folder / rank / megatron.PT_FILE
+            pt = torch_pt.layout_pt(state, name=path.stem)
+            files.append(TargetFile(path=path, total_bytes=pt.total_bytes, segments=pt.segments))
+            held += [
+                Held(name, piece, StoredTensor(path, pt.offsets[key, name], piece.shape, dtype))
+                for key, pieces in models.items()
+                for name, piece in pieces.items()
+            ]
+    return held, files
+
+
+def _safetensors_files(
+    folder: Path,
+    layout: ParallelLayout,
+    shards: Mapping[Shard, Mapping[str, Piece]],
+    dtype: str,
+) -> tuple[list[Held], list[TargetFile]]:
+    num_chunks = 1 + max(shard.chunk for shard in shards)
+    held, files = [], []
+    for shard, pieces in shards.items():
+        specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
+        header, offsets = safetensors.encode_header(specs, {"format": "pt"})
+        rank = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
+        path = folder / rank / f"{megatron.model_key(shard.chunk, num_chunks)}.safetensors"
+        ends = [offsets[name] + spec.num_bytes for name, spec in specs.items()]
+        total = max(ends, default=len(header))
+        files.append(TargetFile(path=path, total_bytes=total, segments=((0, header),)))
+        held += [
+            Held(name, piece, StoredTensor(path, offsets[name], piece.shape, dtype))
+            for name, piece in pieces.items()
+        ]
+    return held, files
+
+
+def _torch_dist_files(
+    folder: Path,
+    config: Qwen2Config,
+    shards: Mapping[Shard, Mapping[str, Piece]],
+    padded_vocab_size: int,
+    dtype: str,
+    args: Namespace,
+) -> tuple[list[Held], list[TargetFile]]:
+    """Chunks are cut as the ranks are, each once; replicas are not stored twice."""
+    rules = {rule.megatron: rule for rule in qwen2_rules(config, padded_vocab_size)}
+    chunks: dict[str, list[torch_dist.ChunkSpec]] = {}
+    pieces: dict[str, list[Piece]] = {}
+    seen: set[tuple[str, Box]] = set()
+    for piece in (piece for shard in shards.values() for piece in shard.values()):
+        rule, layer = _rule_of(piece, rules)
+        for part in _one_range_each(piece, rule):
+            if (part.tensor, part.box) in seen:
+                continue
+            seen.add((part.tensor, part.box))
+            key = rule.megatron.replace(".{}", "")
+            spec = _chunk_spec(part, rule, layer, config.num_layers, dtype)
+            chunks.setdefault(key, []).append(spec)
+            pieces.setdefault(key, []).append(part)
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
+    num_ranks = len({shard[:2] for shard in shards})
+    laid_out = torch_dist.layout_torch_dist(chunks, common, num_files=num_ranks)
+    held = [
+        Held(
+            f"{key}[{','.join(map(str, spec.offsets))}]",
+            part,
+            StoredTensor(folder / place.file, place.offset, part.shape, dtype),
+        )
+        for key, parts in pieces.items()
+        for part, spec, place in zip(parts, chunks[key], laid_out.places[key], strict=True)
+    ]
+    files = [
+        TargetFile(path=folder / name, total_bytes=file.total_bytes, segments=file.segments)
+        for name, file in laid_out.files.items()
+    ]
+    return held, files
+
+
+def _rule_of(piece: Piece, rules: Mapping[str, Rule]) -> tuple[Rule, int | None]:
+    if piece.tensor in rules:
+        return rules[piece.tensor], None
+    *_, layer, rest = piece.tensor.split(".", 3)
+    return rules[f"decoder.layers.{{}}.{rest}"], int(layer)
+
+
+def _one_range_each(piece: Piece, rule: Rule) -> list[Piece]:
+    """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
+    (b0, b1), rows, columns = piece.box
+    if rule.shard_axis in (None, BY_BLOCKS) or b1 - b0 == 1:
+        return [piece]
+    boxes = [((b, b + 1), rows, columns) for b in range(b0, b1)]
+    return [Piece(piece.tensor, box, rule.shape(box)) for box in boxes]
+
+
+def _chunk_spec(
+    part: Piece, rule: Rule, layer: int | None, num_layers: int, dtype: str
+) -> torch_dist.ChunkSpec:
+    (block, _), (row, _), (column, _) = part.box
+    offsets: tuple[int, ...] = (block * rule.view[1] + row, column)[: len(part.shape)]
+    shape = rule.shape(tuple((0, n) for n in rule.view))
+    local = part.shape
+    if layer is not None:
+        offsets, shape, local = (layer, *offsets), (num_layers, *shape), (1, *local)
+    return torch_dist.ChunkSpec(shape, offsets, TensorSpec(local, dtype))

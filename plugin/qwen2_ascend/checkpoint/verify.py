@@ -1,0 +1,106 @@
+"""Reads a written checkpoint back and compares every byte with its source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from qwen2_ascend.checkpoint.copying import BAND_BYTES, BandBuffers, Reader
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.checkpoint.plan import Held, Write, bands, make_plan
+from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.errors import raise_if
+
+
+class VerificationError(RuntimeError):
+    """What was written is not what it should be."""
+
+
+def verify(
+    source: Source, written: Source, *, workers: int, progress: Callable[[int], object]
+) -> None:
+    """Compares `written`, opened afresh from its files, with `source`.
+
+    The written tensors are found through their own headers, not through what the writer believes.
+    The page cache is dropped first where the kernel allows it, so that the disk is read.
+
+    Args:
+        source: what was converted.
+        written: the result.
+        workers: threads.
+        progress: called with the bytes of each tensor that was compared.
+
+    Raises:
+        VerificationError: names the tensors that differ.
+    """
+    for path in written.files:
+        _drop_cache(path)
+    plan = make_plan(source.held, written.held, source.config.vocab_size)
+    buffers = BandBuffers()
+    with Reader() as reader, ThreadPoolExecutor(workers) as pool:
+
+        def differs(write: Write) -> str | None:
+            equal = _equals_source(write, reader, buffers)
+            progress(write.target.stored.num_bytes)
+            return None if equal else f"{write.target.stored.path}: {write.target.name}"
+
+        wrong = [name for name in pool.map(differs, plan.writes) if name]
+    if wrong:
+        raise VerificationError(f"{len(wrong)} tensors differ from the source: {wrong[:20]}")
+
+
+def check_replicas(replicas: Iterable[tuple[Held, Held]]) -> None:
+    """Tensors that are stored twice must be equal, or one of them would be lost in silence.
+
+    Raises:
+        UserError: those that differ, all named.
+    """
+    faults = []
+    with Reader() as reader:
+        for one, other in replicas:
+            same_dtype = one.stored.dtype == other.stored.dtype
+            if not same_dtype or not _equal_tensors(one, other, reader):
+                faults.append(
+                    f"{other.stored.path}: {other.name} differs from {one.name} in "
+                    f"{one.stored.path}, of which it should be a copy; if that is known, "
+                    "--ignore-replica-mismatch takes the latter."
+                )
+    raise_if(faults)
+
+
+def _equals_source(write: Write, reader: Reader, buffers: BandBuffers) -> bool:
+    target = write.target
+    dtype = NUMPY_DTYPES[target.stored.dtype]
+    for box in bands(target.piece.box, BAND_BYTES // dtype.itemsize):
+        expected = buffers.take(box, dtype)
+        if write.is_padded:
+            expected.view(np.uint8)[...] = 0
+        reader.fill(expected, box, write.copies)
+        if not _same_bytes(expected, reader.view(target, box)):
+            return False
+    return True
+
+
+def _equal_tensors(one: Held, other: Held, reader: Reader) -> bool:
+    itemsize = NUMPY_DTYPES[one.stored.dtype].itemsize
+    return all(
+        _same_bytes(reader.view(one, box), reader.view(other, box))
+        for box in bands(one.piece.box, BAND_BYTES // itemsize)
+    )
+
+
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    raw = np.dtype(f"u{one.dtype.itemsize}")  # NaNs are compared as bits too
+    return np.array_equal(one.view(raw), other.view(raw))
+
+
+def _drop_cache(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -1,0 +1,251 @@
+"""Writes a planned checkpoint into a folder: tensors in parallel, a journal for resuming, fsync."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+
+from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, stored_checksum, write_bands
+from qwen2_ascend.checkpoint.plan import Held, Plan, Write
+from qwen2_ascend.checkpoint.target import Target, TargetFile
+from qwen2_ascend.errors import UserError
+
+Checksums = dict[tuple[str, str], str]
+"""xxh3-128 by (file, tensor name)."""
+
+JOURNAL_FILE = ".journal.jsonl"
+_WRITEBACK_BYTES = 32 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class Cancelled(Exception):
+    """Another worker failed, or the user pressed Ctrl-C."""
+
+
+class Journal:
+    """Which tensors are complete, one line each, so that a killed run can be finished.
+
+    The first line identifies the work; a run with other sources or settings cannot go on from it.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, object], *, resume: bool) -> None:
+        path = folder / JOURNAL_FILE
+        head = json.dumps(identity, sort_keys=True)
+        self.done: Checksums = {}
+        self._lock = threading.Lock()
+        if resume and path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            if lines[0] != head:
+                raise UserError(
+                    f"{folder}: belongs to a conversion with another source or other options; "
+                    "start again with --overwrite."
+                )
+            self.done = dict(_entries(lines[1:-1]))  # a line without its end was being written
+            os.truncate(path, sum(len(line.encode()) + 1 for line in lines[:-1]))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        else:
+            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+            self._file.write(head + "\n")
+            self._file.flush()
+
+    def record(self, file: str, name: str, checksum: str) -> None:
+        with self._lock:
+            self.done[file, name] = checksum
+            self._file.write(json.dumps([file, name, checksum]) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_target(
+    folder: Path,
+    target: Target,
+    plan: Plan,
+    journal: Journal,
+    *,
+    workers: int,
+    progress: Callable[[int], object],
+) -> Checksums:
+    """Writes every file of `target` below `folder` and flushes it to disk.
+
+    Args:
+        folder: where the target's relative paths begin.
+        target: the files.
+        plan: what fills them.
+        journal: what an earlier, killed run already wrote; each is read back before it is
+            believed.
+        workers: threads.
+        progress: called with the bytes of each tensor that is done.
+
+    Returns:
+        The checksum of every tensor.
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    before = dict(journal.done)
+    files = _Files(folder, target.files, plan.writes, keep_contents=bool(before))
+    cancelled = threading.Event()
+    buffers = BandBuffers()
+
+    def one(write: Write) -> None:
+        held = write.target
+        key = (str(held.stored.path), held.name)
+        stored = held.stored._replace(path=folder / held.stored.path)
+        if key not in before or stored_checksum(stored) != before[key]:
+            put = _checked(files.putter(held), cancelled)
+            journal.record(*key, write_bands(write, reader, buffers, put))
+        files.finish(held)
+        progress(held.stored.num_bytes)
+
+    with Reader() as reader, contextlib.closing(files), ThreadPoolExecutor(workers) as pool:
+        try:
+            _run_all(pool, one, sorted(plan.writes, key=_place))
+        except BaseException:
+            cancelled.set()
+            raise
+    return {key: journal.done[key] for key in map(_key, plan.writes)}
+
+
+class _Files:
+    """The open target files; each is flushed and closed when its last tensor is done."""
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Iterable[TargetFile],
+        writes: Iterable[Write],
+        *,
+        keep_contents: bool,
+    ) -> None:
+        self._folder = folder
+        self._files = {file.path: file for file in files}
+        self._left: dict[Path, int] = defaultdict(int)
+        for write in writes:
+            self._left[write.target.stored.path] += 1
+        self._keep = keep_contents
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        for path in set(self._files) - set(self._left):
+            os.close(self._flushed(self._open(path)))
+
+    def _open(self, path: Path) -> int:
+        full = self._folder / path
+        full.parent.mkdir(parents=True, exist_ok=True)
+        keep = 0 if self._keep else os.O_TRUNC
+        fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o644)
+        os.ftruncate(fd, self._files[path].total_bytes)
+        for offset, data in self._files[path].segments:
+            _pwrite(fd, memoryview(data), offset)
+        return fd
+
+    def putter(self, held: Held) -> Callable[[int, np.ndarray], None]:
+        """A function that writes bands of one tensor and starts their way to the disk early."""
+        path, start = held.stored.path, held.stored.offset
+        fd = self._fd(path)
+        pending = 0
+
+        def put(position: int, band: np.ndarray) -> None:
+            nonlocal pending
+            data = memoryview(band.reshape(-1).view(np.uint8).data)
+            _pwrite(fd, data, start + position)
+            pending += len(data)
+            if pending >= _WRITEBACK_BYTES:
+                _start_writeback(fd, start + position + len(data) - pending, pending)
+                pending = 0
+
+        return put
+
+    def _fd(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._fds:
+                self._fds[path] = self._open(path)
+            return self._fds[path]
+
+    def finish(self, held: Held) -> None:
+        path = held.stored.path
+        with self._lock:
+            self._left[path] -= 1
+            if self._left[path]:
+                return
+            fd = self._fds.pop(path, None)
+        fd = self._open(path) if fd is None else fd
+        os.close(self._flushed(fd))
+
+    @staticmethod
+    def _flushed(fd: int) -> int:
+        os.fsync(fd)
+        return fd
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def _run_all(
+    pool: ThreadPoolExecutor, one: Callable[[Write], None], writes: Iterable[Write]
+) -> None:
+    futures = [pool.submit(one, write) for write in writes]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()
+    failures = [f.exception() for f in futures if not f.cancelled() and f.done()]
+    for failure in failures:
+        if failure is not None and not isinstance(failure, Cancelled):
+            raise failure
+
+
+def _checked(
+    put: Callable[[int, np.ndarray], None], cancelled: threading.Event
+) -> Callable[[int, np.ndarray], None]:
+    def checked(position: int, band: np.ndarray) -> None:
+        if cancelled.is_set():
+            raise Cancelled
+        put(position, band)
+
+    return checked
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        n = os.pwrite(fd, data, offset)
+        data, offset = data[n:], offset + n
+
+
+def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
+    """Asks the kernel to begin writing a range out, so that the final fsync finds little to do."""
+    if _sync_file_range is not None:
+        _sync_file_range(
+            fd, ctypes.c_int64(offset), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE
+        )
+
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
+def _entries(lines: Iterable[str]) -> Iterable[tuple[tuple[str, str], str]]:
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            file, name, checksum = json.loads(line)
+            yield (file, name), checksum
+
+
+def _key(write: Write) -> tuple[str, str]:
+    return str(write.target.stored.path), write.target.name
+
+
+def _place(write: Write) -> tuple[str, int]:
+    return str(write.target.stored.path), write.target.stored.offset
