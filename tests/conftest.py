@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from distributed.harness import Launches  # noqa: E402
+from distributed.harness import Launches
 
 FOREIGN_WARNINGS = (
     # megatron-core, at import, about packages that an NPU or CPU does not have

@@ -186,27 +186,26 @@ def launch(
 
 
 def _run_group(command: list[str], environment: dict[str, str], log, timeout: float) -> str:
-    """Runs `command` as its own process group; says how it ended."""
-    process = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    """Runs torchrun; says how it ended. Nothing of it is left running."""
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         return f"exit status {process.wait(timeout)}"
     except subprocess.TimeoutExpired:
         return f"killed after {timeout} seconds"
     finally:
-        _kill_session(process.pid)
+        _kill_marked(environment["CHECKS_FOLDER"])
         process.wait()
 
 
-def _kill_session(session: int) -> None:
-    """Kills what is left of a session: torchrun gives its workers groups of their own."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def _kill_marked(folder: str) -> None:
+    """Kills every process of one launch: torchrun's workers have sessions of their own."""
+    mark = f"CHECKS_FOLDER={folder}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        pid = int(environ.parent.name)
         try:
-            fields = stat.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-        except (OSError, ValueError, IndexError):
+            if pid != os.getpid() and mark in environ.read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
+        except OSError:
             continue
 
 

@@ -1,0 +1,17 @@
+"""The model's logits and gradients equal transformers' at every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from distributed.harness import Check, Launches
+from distributed.parity_worker import CHECKS
+
+WORKER = Path(__file__).with_name("parity_worker.py")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
+def test_parity(check: Check, launches: Launches) -> None:
+    launches.result(WORKER, check).require()
