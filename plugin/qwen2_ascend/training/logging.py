@@ -1,0 +1,279 @@
+"""What a run says about itself: lines, a progress bar, metrics.jsonl, TensorBoard, a picture.
+
+Rank 0 alone speaks. TFLOP/s counts the model's own arithmetic, `train_flops`; recomputed
+activations and the optimizer are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwen2_ascend.config import Qwen2Config
+
+METRICS_FILE = "metrics.jsonl"
+PICTURE_FILE = "loss.png"
+
+
+class Step(NamedTuple):
+    """One step, as the log wants it."""
+
+    iteration: int
+    consumed_samples: int
+    loss: float
+    grad_norm: float
+    lr: float
+    num_tokens: int
+    """Tokens that have a loss."""
+    seconds: float
+    updated: bool
+    loss_scale: float
+    peak_memory_bytes: int
+
+
+def train_flops(
+    config: Qwen2Config, *, num_sequences: int, seq_length: int, padded_vocab_size: int
+) -> float:
+    """Floating-point operations of forward and backward over `num_sequences`.
+
+    Per token and layer, a multiply-add counted as two: attention's and the MLP's matrices twice
+    their elements; the scores and their product with the values 4 * np * hn for each of the
+    (s + 1) / 2 tokens that a causal token sees on average. The output layer counts, the embedding
+    lookup does not. Backward is twice forward (Narayanan et al. 2021, arXiv:2104.04473).
+    """
+    h, hn = config.hidden_size, config.kv_channels
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    matrices = h * hn * (2 * heads + 2 * groups) + 3 * h * config.ffn_hidden_size
+    attention = 4 * heads * hn * (seq_length + 1) / 2
+    token = config.num_layers * (2 * matrices + attention) + 2 * h * padded_vocab_size
+    return 3.0 * token * num_sequences * seq_length
+
+
+class Reporter:
+    """Collects steps and reports each interval.
+
+    Args:
+        train_iters: steps of the whole run.
+        first_iteration: steps made before this run.
+        log_interval: steps between two lines.
+        tokens_per_step: tokens in a global batch.
+        flops_per_step: `train_flops` of a global batch.
+        world_size: devices, for TFLOP/s per device.
+        report_dir: where metrics.jsonl and the picture go, or None.
+        tensorboard_dir: where TensorBoard events go, or None.
+        silent: say and write nothing (every rank but 0).
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_iters: int,
+        first_iteration: int,
+        log_interval: int,
+        tokens_per_step: int,
+        flops_per_step: float,
+        world_size: int,
+        report_dir: Path | None = None,
+        tensorboard_dir: Path | None = None,
+        silent: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.train_iters = train_iters
+        self.log_interval = log_interval
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_step = flops_per_step
+        self.world_size = world_size
+        self.silent = silent
+        self.report_dir = None if silent else report_dir
+        self._bar = None if silent else _progress_bar(train_iters, first_iteration)
+        self._say = say or self._print
+        self._steps: list[Step] = []
+        self._tensorboard = None
+        if tensorboard_dir and not silent:
+            self._tensorboard = _tensorboard_writer(tensorboard_dir, self._say)
+        if self.report_dir:
+            self.report_dir.mkdir(parents=True, exist_ok=True)
+            _forget_after(self.report_dir / METRICS_FILE, first_iteration)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        if not self.silent:
+            self._say(line)
+
+    def step(self, step: Step) -> None:
+        """Takes a step; reports when it ends an interval or the run."""
+        if self.silent:
+            return
+        self._steps.append(step)
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"loss {step.loss:.4f}", refresh=False)
+        if step.iteration % self.log_interval == 0 or step.iteration >= self.train_iters:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reports the steps since the last line."""
+        if not self._steps:
+            return
+        metrics = self._metrics()
+        self._say(format_line(metrics, self.train_iters))
+        self._write(metrics)
+        self._steps.clear()
+
+    def validation(self, iteration: int, loss: float) -> None:
+        """Reports a validation loss."""
+        if self.silent:
+            return
+        perplexity = math.exp(min(loss, 20.0))
+        self._say(
+            f"iteration {iteration}/{self.train_iters} | validation loss {loss:.4f} | "
+            f"perplexity {perplexity:.4g}"
+        )
+        self._write({"iteration": iteration, "validation_loss": loss})
+
+    def close(self) -> None:
+        """Reports what is left and draws the picture."""
+        if self.silent:
+            return
+        self.flush()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self.report_dir:
+            draw_loss(self.report_dir / METRICS_FILE, self.report_dir / PICTURE_FILE, self._say)
+
+    def _metrics(self) -> dict[str, Any]:
+        steps, last = self._steps, self._steps[-1]
+        seconds = sum(step.seconds for step in steps) / len(steps)
+        weights = [step.num_tokens for step in steps if math.isfinite(step.loss)]
+        losses = [step.loss * step.num_tokens for step in steps if math.isfinite(step.loss)]
+        loss = sum(losses) / sum(weights) if sum(weights) else last.loss
+        return {
+            "iteration": last.iteration,
+            "consumed_samples": last.consumed_samples,
+            "loss": loss,
+            "grad_norm": last.grad_norm,
+            "lr": last.lr,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "tflops_per_device": self.flops_per_step / seconds / self.world_size / 1e12,
+            "step_seconds": seconds,
+            "peak_memory_bytes": last.peak_memory_bytes,
+            "loss_scale": last.loss_scale,
+            "skipped": sum(not step.updated for step in steps),
+        }
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        if self.report_dir:
+            # JSON has no NaN: what is not finite is null
+            plain = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in metrics.items()
+            }
+            with (self.report_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain, allow_nan=False) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if name != "iteration":
+                    self._tensorboard.add_scalar(f"train/{name}", value, metrics["iteration"])
+
+    def _print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+
+def format_line(metrics: dict[str, Any], train_iters: int) -> str:
+    """One interval in one line."""
+    words = [
+        f"iteration {metrics['iteration']}/{train_iters}",
+        f"loss {metrics['loss']:.4f}",
+        f"grad norm {metrics['grad_norm']:.3f}",
+        f"lr {metrics['lr']:.3e}",
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        f"{metrics['tflops_per_device']:.3g} TFLOP/s/device",
+        f"{metrics['step_seconds']:.3f} s/step",
+        f"peak {metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
+    ]
+    if metrics["loss_scale"] != 1.0:
+        words.append(f"loss scale {metrics['loss_scale']:g}")
+    if metrics["skipped"]:
+        words.append(f"{metrics['skipped']} skipped")
+    return " | ".join(words)
+
+
+def draw_loss(metrics: Path, picture: Path, say: Callable[[str], None]) -> None:
+    """Draws the losses and the learning rate that `metrics` holds; says so, or why not."""
+    if not metrics.is_file():
+        return
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    training = [(row["iteration"], row["loss"], row["lr"]) for row in rows if row.get("loss")]
+    validation = [
+        (row["iteration"], row["validation_loss"]) for row in rows if row.get("validation_loss")
+    ]
+    if not training:
+        return
+    try:
+        os.environ.setdefault("MPLBACKEND", "Agg")
+        from matplotlib.figure import Figure
+    except ImportError:
+        say(f"{picture.name}: not drawn, matplotlib is not installed (pip: qwen2-ascend[report]).")
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    iterations, losses, lrs = zip(*training, strict=True)
+    marker = "o" if len(training) < 30 else None
+    above.plot(iterations, losses, label="training", linewidth=1.5, marker=marker, markersize=3)
+    if validation:
+        above.plot(*zip(*validation, strict=True), label="validation", marker="o", markersize=4)
+        above.legend(frameon=False)
+    above.set_ylabel("loss (nats per token)")
+    below.plot(iterations, lrs, color="tab:gray", linewidth=1.5)
+    below.set_ylabel("learning rate")
+    below.set_xlabel("iteration")
+    below.set_ylim(bottom=0)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=120)
+    say(f"loss curve: {picture}")
+
+
+def _forget_after(metrics: Path, iteration: int) -> None:
+    """Drops what an earlier run wrote beyond the checkpoint that this one goes on from."""
+    if not metrics.is_file():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            is_kept = json.loads(line)["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError):
+            is_kept = False  # a line cut short by a kill
+        kept += [line] if is_kept else []
+    metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _progress_bar(total: int, initial: int) -> Any:
+    """A bar on a terminal, nothing in a log."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, leave=False)
+
+
+def _tensorboard_writer(folder: Path, say: Callable[[str], None]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("--tensorboard-dir: tensorboard is not installed (pip: qwen2-ascend[report]).")
+        return None
+    return SummaryWriter(str(folder))

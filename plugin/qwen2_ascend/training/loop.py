@@ -1,0 +1,402 @@
+"""The training loop: forward and backward through megatron-core's schedules, one update, again.
+
+What is trained on is the mean loss per token of the whole global batch: each rank sums the losses
+of its tokens, and the gradient is divided by all ranks' number of tokens. So the loss does not
+depend on how the batch is cut into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from qwen2_ascend.data.sampler import PretrainingBatchSampler, build_data_iterator
+from qwen2_ascend.runtime import Runtime, supported_keywords
+from qwen2_ascend.training import optimizer as optimizers
+from qwen2_ascend.training.schedule import current_lr
+from qwen2_ascend.training.settings import ParallelSettings, PretrainSettings
+
+Batch = dict[str, torch.Tensor]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm is infinite or not a number; the weights are as before."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far the run is; a checkpoint holds it."""
+
+    iteration: int = 0
+    """Steps made, skipped ones too."""
+    consumed_samples: int = 0
+    """Sequences read by all ranks together."""
+    skipped_iterations: int = 0
+    """Steps that did not change the weights."""
+
+    state_dict = asdict
+
+
+class StepResult(NamedTuple):
+    """What one step did, the same on every rank."""
+
+    loss: float
+    """Mean over the tokens of the global batch."""
+    grad_norm: float
+    num_tokens: int
+    """Tokens that have a loss."""
+    lr: float
+    updated: bool
+    overflow: bool
+    """fp16: not updated, because the loss scale was too high; it is lower now."""
+    peak_memory_bytes: int
+    """Of the rank that has most."""
+    stop_wanted: bool
+    """Some rank was told to stop."""
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """Everything a step needs."""
+
+    settings: PretrainSettings
+    runtime: Runtime
+    chunks: list[Any]
+    """This rank's model chunks, wrapped by `wrap_chunks`."""
+    optimizer: Any
+    schedule: Any
+    train_data: Any
+    """Map-style dataset of dicts with `data.sampler.BATCH_KEYS`."""
+    valid_data: Any = None
+    progress: Progress
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.settings.global_batch_size(self.runtime.world_size)
+
+    @property
+    def train_iters(self) -> int:
+        return self.settings.train_iters(self.runtime.world_size)
+
+    @property
+    def num_microbatches(self) -> int:
+        per_step = self.settings.batch.micro_batch_size * data_parallel_place()[1]
+        return self.global_batch_size // per_step
+
+
+def wrap_chunks(
+    chunks: Sequence[torch.nn.Module], settings: ParallelSettings
+) -> list[DistributedDataParallel]:
+    """Puts model chunks into megatron-core's DistributedDataParallel and connects the schedules.
+
+    Weights must be loaded before: wrapping moves them into contiguous buffers.
+    """
+    config: Any = chunks[0].config
+    # before wrapping, which chooses by it whether gradients are averaged or summed
+    config.calculate_per_token_loss = True
+    keywords = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    ddp_config = DistributedDataParallelConfig(
+        **supported_keywords(DistributedDataParallelConfig, **keywords)
+    )
+    # only the first chunk's communication can be waited for, the others' is hidden: no buckets
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    if settings.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def train(
+    run: TrainingRun,
+    *,
+    on_step: Callable[[StepResult, float], None],
+    on_validation: Callable[[float], None],
+    save: Callable[[], None] | None = None,
+    stop_wanted: Callable[[], bool] = lambda: False,
+) -> str | None:
+    """Trains to the end of the run, or until told to stop.
+
+    Args:
+        run: begins at `run.progress`, which is kept up to date.
+        on_step: called after every step with its result and its duration in seconds.
+        on_validation: called with the validation loss.
+        save: writes a checkpoint; called at the interval and at the end.
+        stop_wanted: asked once per step; true on any rank ends the run on all.
+
+    Returns:
+        Why the run ended early, or None when it is complete.
+
+    Raises:
+        NonFiniteError: the loss or the gradient norm is not finite, and `on_nonfinite` is "stop".
+    """
+    settings, progress = run.settings, run.progress
+    batches = train_batches(run) if progress.iteration < run.train_iters else iter(())
+    saved_at, reason = progress.iteration, None
+    while progress.iteration < run.train_iters and reason is None:
+        begun = time.perf_counter()
+        result = train_step(run, batches, stop_wanted=stop_wanted())
+        on_step(result, time.perf_counter() - begun)
+        if is_due(progress.iteration, settings.data.eval_interval) and run.valid_data is not None:
+            on_validation(evaluate(run))
+        if result.stop_wanted:
+            reason = "was told to stop (SIGTERM)"
+        elif is_due(progress.iteration, settings.batch.exit_interval):
+            reason = f"--exit-interval {settings.batch.exit_interval}"
+        if (
+            save
+            and reason is None
+            and is_due(progress.iteration, settings.checkpoint.save_interval)
+        ):
+            save()
+            saved_at = progress.iteration
+    if save and saved_at != progress.iteration:
+        save()
+    return reason if progress.iteration < run.train_iters else None
+
+
+def train_step(
+    run: TrainingRun, batches: Iterator[Batch | None], *, stop_wanted: bool = False
+) -> StepResult:
+    """One global batch: forward, backward, and the update if all numbers are finite.
+
+    Raises:
+        NonFiniteError: they are not, and `on_nonfinite` is "stop".
+    """
+    optimizer, settings = run.optimizer, run.settings
+    lr = current_lr(run.schedule)
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = _forward_backward(run, list(islice(batches, run.num_microbatches)))
+    agreed = _agree(run, losses, stop_wanted)
+    may_overflow = optimizers.can_lower_loss_scale(optimizer)
+    overflow = optimizer.prepare_grads()
+    grad_norm = float("nan") if overflow else float(optimizer.get_grad_norm())
+    overflow = overflow and may_overflow and optimizers.is_finite(agreed.loss)
+    updated = optimizers.is_finite(agreed.loss, grad_norm)
+    if not updated and not overflow and settings.precision.on_nonfinite == "stop":
+        raise NonFiniteError(_describe_nonfinite(run, losses, agreed.loss, grad_norm))
+    if updated:
+        updated = optimizers.clip_and_step(optimizer, grad_norm)
+        run.schedule.step(increment=run.global_batch_size)
+    run.progress.iteration += 1
+    run.progress.consumed_samples += run.global_batch_size
+    run.progress.skipped_iterations += not updated
+    return StepResult(
+        loss=agreed.loss,
+        grad_norm=grad_norm,
+        num_tokens=agreed.num_tokens,
+        lr=lr,
+        updated=updated,
+        overflow=overflow,
+        peak_memory_bytes=agreed.peak_memory_bytes,
+        stop_wanted=agreed.stop_wanted,
+    )
+
+
+@torch.no_grad()
+def evaluate(run: TrainingRun) -> float:
+    """Mean loss per token of the first `eval_iters` global batches of the validation data.
+
+    The same samples each time, so the numbers can be compared.
+    """
+    for chunk in run.chunks:
+        chunk.eval()
+    batches = _batches(run, run.valid_data, consumed_samples=0)
+    total, num_tokens = 0.0, 0
+    for _ in range(run.settings.data.eval_iters):
+        taken = list(islice(batches, run.num_microbatches))
+        agreed = _agree(run, _forward_backward(run, taken, forward_only=True), False)
+        total += agreed.loss * agreed.num_tokens
+        num_tokens += agreed.num_tokens
+    for chunk in run.chunks:
+        chunk.train()
+    return total / max(num_tokens, 1)
+
+
+def train_batches(run: TrainingRun) -> Iterator[Batch | None]:
+    """This rank's micro-batches from `run.progress` on; None for stages that read no data."""
+    return _batches(run, run.train_data, run.progress.consumed_samples)
+
+
+def is_due(iteration: int, interval: int | None) -> bool:
+    """Whether something that happens every `interval` steps happens after this one."""
+    return interval is not None and iteration % interval == 0
+
+
+def data_parallel_place() -> tuple[int, int]:
+    """(rank, size) in the data-parallel group."""
+    return (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _batches(run: TrainingRun, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:
+    ends = (run.chunks[0].module.pre_process, run.chunks[-1].module.post_process)
+    if not any(ends):
+        while True:
+            yield None
+    num_workers = run.settings.data.num_workers
+    if num_workers is None:
+        num_workers = 0 if run.runtime.name == "cpu" else 2
+    dp_rank, dp_size = data_parallel_place()
+    yield from build_data_iterator(
+        dataset,
+        consumed_samples,
+        run.settings.batch.micro_batch_size,
+        dp_rank,
+        dp_size,
+        num_workers,
+    )
+
+
+def _forward_backward(
+    run: TrainingRun, batches: list[Batch | None], *, forward_only: bool = False
+) -> list[tuple[float, int]]:
+    """Sum of losses and number of tokens of each micro-batch; empty but on the last stage."""
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, run.runtime.device),
+        # every chunk sees all micro-batches; an iterator each
+        data_iterator=[iter(batches) for _ in run.chunks],
+        model=run.chunks,
+        num_microbatches=run.num_microbatches,
+        seq_length=run.settings.batch.seq_length,
+        micro_batch_size=run.settings.batch.micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not outputs:
+        return []
+    # one transfer for all micro-batches
+    rows = torch.stack([torch.stack(output) for output in outputs]).tolist()
+    return [(loss, round(tokens)) for loss, tokens in rows]
+
+
+def _forward_step(
+    device: torch.device, batches: Iterator[Batch | None], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable]:
+    batch = next(batches)
+    if batch is None:
+        return model(None, None, None), _sum_losses
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_sum_losses, mask=batch["loss_mask"])
+
+
+def _sum_losses(
+    losses: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """The sum over tokens, their number, and both again for the log.
+
+    Args:
+        losses: `[b, s]`.
+        mask: `[b, s]`, 1 where the token has a loss.
+    """
+    total = (losses.float() * mask).sum()
+    tokens = mask.sum()
+    # the schedule divides the returned loss in place: the log's is a copy
+    return total, tokens.to(torch.int), (total.detach().clone(), tokens.float())
+
+
+class _Agreed(NamedTuple):
+    """What all ranks know of a step after telling each other."""
+
+    loss: float
+    num_tokens: int
+    peak_memory_bytes: int
+    stop_wanted: bool
+
+
+def _agree(run: TrainingRun, losses: list[tuple[float, int]], stop_wanted: bool) -> _Agreed:
+    """Tells every rank the mean loss and whether to stop, in one small collective.
+
+    Gathered and added on the host in double precision: HCCL does not reduce fp64.
+    """
+    counts = parallel_state.get_tensor_model_parallel_rank() == 0
+    own = torch.tensor(
+        [
+            sum(loss for loss, _ in losses) if counts else 0.0,
+            sum(tokens for _, tokens in losses) if counts else 0.0,
+            run.runtime.peak_memory_bytes() / 2**20,
+            float(stop_wanted),
+        ],
+        dtype=torch.float32,
+        device=run.runtime.device,
+    )
+    rows = own.new_empty(run.runtime.world_size * own.numel())
+    torch.distributed.all_gather_into_tensor(rows, own)
+    totals, tokens, memories, stops = zip(*rows.view(-1, own.numel()).tolist(), strict=True)
+    return _Agreed(
+        loss=sum(totals) / max(sum(tokens), 1.0),
+        num_tokens=round(sum(tokens)),
+        peak_memory_bytes=int(max(memories) * 2**20),
+        stop_wanted=any(stops),
+    )
+
+
+def _describe_nonfinite(
+    run: TrainingRun, losses: list[tuple[float, int]], loss: float, grad_norm: float
+) -> str:
+    """The step and the samples to look at; every rank calls it, as it asks them all."""
+    dp_rank, dp_size = data_parallel_place()
+    first = run.progress.consumed_samples
+    micro_batches = PretrainingBatchSampler(
+        num_samples=first + run.global_batch_size,
+        consumed_samples=first,
+        micro_batch_size=run.settings.batch.micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+    own = [
+        sample
+        for (total, _), samples in zip(losses, micro_batches, strict=False)
+        if not optimizers.is_finite(total)
+        for sample in samples
+    ]
+    everyones: list[Any] = [None] * run.runtime.world_size
+    torch.distributed.all_gather_object(everyones, own)
+    found = sorted({sample for samples in everyones for sample in samples})
+    if found:
+        where = f"in the micro-batches of samples {_ranges(found)}"
+    else:
+        where = f"with every micro-batch's loss finite (samples {first} to "
+        where += f"{first + run.global_batch_size - 1})"
+    return (
+        f"iteration {run.progress.iteration + 1}: loss {loss}, gradient norm {grad_norm} {where} "
+        "of the training data; the weights have not been changed. "
+        "--on-nonfinite skip leaves such steps out."
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """ "3-5, 9" for 3, 4, 5, 9."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in ranges)

@@ -1,0 +1,280 @@
+"""AdamW over a pipeline stage's model chunks, and its state in a form that fits any layout.
+
+megatron-core keeps the optimizer's state in three shapes: beside fp32 weights, beside fp32 copies
+of 16-bit weights, or as slices of those over the data-parallel ranks. `gather_state` and
+`load_state` translate each to and from one canonical form: for every parameter of this
+tensor/pipeline rank `exp_avg`, `exp_avg_sq` and, for 16-bit weights, `fp32_param`, all fp32 and of
+the parameter's shape. A checkpoint holds nothing else, so it can be resumed at another layout,
+with or without the distributed optimizer, and by fp32 and bf16 runs alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from qwen2_ascend.runtime import supported_keywords
+from qwen2_ascend.training.settings import PretrainSettings
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN = "fp32_param"
+
+
+class Slice(NamedTuple):
+    """What this rank updates of one parameter: elements start..stop of it, flattened."""
+
+    main: torch.Tensor
+    """The fp32 weights that are updated, of any shape with stop - start elements."""
+    start: int
+    stop: int
+    optimizer: torch.optim.Optimizer
+    data_parallel_group: Any
+    """The ranks that share the parameter, or None where each has all of it."""
+
+
+def build_optimizer(chunks: Sequence[Any], settings: PretrainSettings) -> MegatronOptimizer:
+    """megatron-core's mixed-precision AdamW; norms and biases get no weight decay.
+
+    Args:
+        chunks: model chunks in megatron-core's DistributedDataParallel.
+        settings: what `settings.validate` has checked.
+    """
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    optimizer, precision = settings.optimizer, settings.precision
+    keywords = dict(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        params_dtype=params_dtype(settings),
+        loss_scale=precision.loss_scale,
+        initial_loss_scale=precision.initial_loss_scale,
+        min_loss_scale=precision.min_loss_scale,
+        loss_scale_window=precision.loss_scale_window,
+        hysteresis=precision.hysteresis,
+        use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+        overlap_param_gather=settings.parallel.overlap_param_gather,
+    )
+    config = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def params_dtype(settings: PretrainSettings) -> torch.dtype:
+    """What the weights are computed in."""
+    if settings.precision.bf16:
+        return torch.bfloat16
+    return torch.float16 if settings.precision.fp16 else torch.float32
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
+    """Updates the weights from gradients that `prepare_grads` has made ready.
+
+    megatron-core's own `step` computes the norm and updates in one call; between the two is where
+    a norm that is not finite has to be seen.
+
+    Args:
+        optimizer: built by `build_optimizer`.
+        grad_norm: norm of the whole gradient, from `optimizer.get_grad_norm()`.
+
+    Returns:
+        Whether the weights were updated.
+    """
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm
+            )
+    return bool(optimizer.step_with_ready_grads())
+
+
+def loss_scale(optimizer: MegatronOptimizer) -> float:
+    """What the loss is multiplied by before backward."""
+    return float(optimizer.get_loss_scale())
+
+
+def can_lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
+    """Whether an overflow is what a dynamic loss scale expects, and has an answer to."""
+    scalers: list[Any] = [getattr(part, "grad_scaler", None) for part in _parts(optimizer)]
+    return any(
+        hasattr(scaler, "min_scale") and float(scaler.scale) > float(scaler.min_scale)
+        for scaler in scalers
+    )
+
+
+def num_updates(optimizer: MegatronOptimizer) -> int:
+    """Updates that Adam has made, which its bias correction goes by."""
+    for part in _parts(optimizer):
+        inner = part.optimizer
+        steps = [state["step"] for state in inner.state.values() if "step" in state]
+        steps += [group["step"] for group in inner.param_groups if "step" in group]
+        if steps:
+            return int(steps[0])
+    return 0
+
+
+@torch.no_grad()
+def gather_state(
+    optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]
+) -> Iterator[tuple[int, str, dict[str, torch.Tensor]]]:
+    """Yields (chunk, parameter name, canonical state on the host) of every parameter.
+
+    All ranks of a data-parallel group must exhaust it together; each gets the same.
+    """
+    slices = dict(_slices(optimizer))
+    group = _shared_group(optimizer)
+    for index, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            piece = slices.get(parameter)
+            kinds = (*MOMENTS, MAIN) if parameter.dtype != torch.float32 else MOMENTS
+            state = {kind: _whole(kind, parameter, piece, group) for kind in kinds}
+            yield index, name, state
+
+
+@torch.no_grad()
+def load_state(
+    optimizer: MegatronOptimizer,
+    states: Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]],
+    num_updates: int,
+) -> None:
+    """Puts canonical states back; the weights themselves must have been loaded before.
+
+    Args:
+        optimizer: built by `build_optimizer`, as yet without state.
+        states: for every parameter its moments and, where known, `fp32_param`.
+        num_updates: what `num_updates` said when they were gathered.
+    """
+    optimizer.reload_model_params()
+    for parameter, piece in _slices(optimizer):
+        saved = states[parameter]
+        state = {kind: torch.zeros_like(piece.main, dtype=torch.float32) for kind in MOMENTS}
+        for kind in MOMENTS:
+            _copy_slice(state[kind], saved[kind], piece)
+        if MAIN in saved:
+            _copy_slice(piece.main, saved[MAIN], piece)
+        if _counts_per_parameter(piece.optimizer):
+            # a tensor of its own: Adam adds to it in place
+            state["step"] = torch.tensor(float(num_updates), dtype=torch.float32)
+        piece.optimizer.state[piece.main] = state
+    for part in _parts(optimizer):
+        if not _counts_per_parameter(part.optimizer):
+            for group in part.optimizer.param_groups:
+                group["step"] = num_updates
+
+
+def scaler_state(optimizer: MegatronOptimizer) -> dict[str, float]:
+    """The dynamic loss scale, in plain numbers; empty without one."""
+    for part in _parts(optimizer):
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is not None and hasattr(scaler, "_growth_tracker"):
+            return {
+                "scale": float(scaler.scale),
+                "growth_tracker": scaler._growth_tracker,
+                "hysteresis_tracker": scaler._hysteresis_tracker,
+            }
+    return {}
+
+
+def load_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, float]) -> None:
+    """Puts `scaler_state` back, if this run scales its loss dynamically too."""
+    for part in _parts(optimizer):
+        scaler = getattr(part, "grad_scaler", None)
+        if state and scaler is not None and hasattr(scaler, "_growth_tracker"):
+            scaler._scale.fill_(state["scale"])
+            scaler._growth_tracker = int(state["growth_tracker"])
+            scaler._hysteresis_tracker = int(state["hysteresis_tracker"])
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
+    """torch's Adam counts updates per parameter, the fused ones per parameter group."""
+    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _shared_group(optimizer: Any) -> Any:
+    """The data-parallel group that the distributed optimizer slices over, else None."""
+    for part in _parts(optimizer):
+        if hasattr(part, "model_param_group_index_map"):
+            return part.data_parallel_group
+    return None
+
+
+def _slices(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
+    """Every parameter of which this rank updates anything, with what it updates."""
+    for part in _parts(optimizer):
+        if hasattr(part, "model_param_group_index_map"):
+            yield from _distributed_slices(part)
+            continue
+        pairs = [(p, p) for group in part.optimizer.param_groups for p in group["params"]]
+        if hasattr(part, "fp32_from_float16_groups"):
+            pairs = []
+            for models, mains in zip(
+                part.float16_groups, part.fp32_from_float16_groups, strict=True
+            ):
+                pairs += zip(models, mains, strict=True)
+            pairs += [(p, p) for group in part.fp32_from_fp32_groups for p in group]
+        for parameter, main in pairs:
+            yield parameter, Slice(main, 0, parameter.numel(), part.optimizer, None)
+
+
+def _distributed_slices(part: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
+    for parameter, (group, place) in part.model_param_group_index_map.items():
+        held = part._get_model_param_range_map(parameter)["param"]
+        main = part.optimizer.param_groups[group]["params"][place]
+        yield (
+            parameter,
+            Slice(main, held.start, held.end, part.optimizer, part.data_parallel_group),
+        )
+
+
+def _whole(
+    kind: str, parameter: torch.nn.Parameter, piece: Slice | None, group: Any
+) -> torch.Tensor:
+    """One state tensor of the parameter's shape, on the host, put together from all slices."""
+    if group is None:
+        assert piece is not None
+        return _held(kind, piece).reshape(parameter.shape).cpu()
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if piece is not None:
+        whole[piece.start : piece.stop].copy_(_held(kind, piece).flatten())
+    torch.distributed.all_reduce(whole, group=group)
+    return whole.reshape(parameter.shape).cpu()
+
+
+def _held(kind: str, piece: Slice) -> torch.Tensor:
+    if kind == MAIN:
+        return piece.main.detach()
+    state = piece.optimizer.state.get(piece.main, {})
+    return state[kind] if kind in state else torch.zeros_like(piece.main)
+
+
+def _copy_slice(target: torch.Tensor, whole: torch.Tensor, piece: Slice) -> None:
+    part = whole.flatten()[piece.start : piece.stop]
+    target.copy_(part.reshape(target.shape))
+
+
+def is_finite(*values: float) -> bool:
+    """Whether none of `values` is infinite or not a number."""
+    return all(math.isfinite(value) for value in values)

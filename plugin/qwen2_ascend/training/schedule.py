@@ -1,0 +1,64 @@
+"""The learning rate over the run: megatron-core's scheduler, counted in samples as in Megatron."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qwen2_ascend.training.settings import OptimizerSettings
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def build_schedule(
+    optimizer: Any, settings: OptimizerSettings, *, train_iters: int, global_batch_size: int
+) -> OptimizerParamScheduler:
+    """The scheduler that sets `lr` and `weight_decay` of every parameter group.
+
+    Args:
+        optimizer: whose `param_groups` it sets.
+        settings: what `settings.validate` has checked.
+        train_iters: optimizer steps of the whole run.
+        global_batch_size: sequences per step; `step(increment=global_batch_size)` after each.
+    """
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    decay_steps = max(1, settings.lr_decay_iters or train_iters) * global_batch_size
+    if settings.lr_warmup_fraction is not None:
+        warmup_steps = int(settings.lr_warmup_fraction * decay_steps)
+    else:
+        warmup_steps = min(settings.lr_warmup_iters * global_batch_size, decay_steps - 1)
+    wsd_iters = settings.lr_wsd_decay_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=max(1, train_iters) * global_batch_size,
+        wd_incr_style="constant",
+        # a resumed run follows its command line; `changed` says what that changes
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=None if wsd_iters is None else wsd_iters * global_batch_size,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+    )
+
+
+def current_lr(schedule: OptimizerParamScheduler) -> float:
+    """The learning rate of the step to come."""
+    return schedule.get_lr({})
+
+
+def changed(schedule: OptimizerParamScheduler, saved: dict[str, Any]) -> list[str]:
+    """What `schedule` does otherwise than the one whose state `saved` is, in words."""
+    now = schedule.state_dict()
+    return [
+        f"{name} {saved[name]} -> {value}"
+        for name, value in now.items()
+        if name != "num_steps" and name in saved and saved[name] != value
+    ]

@@ -1,0 +1,38 @@
+"""Being told to stop: SIGTERM sets a flag, which all ranks look at together after each step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopSignal:
+    """While it is entered, SIGTERM is remembered rather than obeyed; a second one is obeyed.
+
+    A scheduler may signal one rank, or all at different moments: `received` is this rank's own
+    view, and the training loop stops when any rank's is true.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.received = False
+        self._before: Any = signal.SIG_DFL
+
+    def __enter__(self) -> StopSignal:
+        if self.enabled:
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.enabled:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(signal.SIGTERM, self._before)
