@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -45,3 +46,12 @@ class StoredTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return TensorSpec(self.shape, self.dtype).num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileLayout:
+    """A file to be: create it with `total_bytes`, write `segments`, then fill the tensors."""
+
+    total_bytes: int
+    segments: tuple[tuple[int, bytes], ...]
+    """(file offset, bytes) of everything that is not tensor data."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 
 
 class Chunk(NamedTuple):
@@ -44,14 +44,6 @@ class ChunkPlace(NamedTuple):
 
     file: str
     offset: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileLayout:
-    """One file to be: create it with `total_bytes`, write `segments`, then fill the chunks."""
-
-    total_bytes: int
-    segments: tuple[tuple[int, bytes], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
