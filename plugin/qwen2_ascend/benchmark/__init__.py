@@ -1,0 +1,1 @@
+"""Measurements behind docs/benchmarks.md: interleaved runs, medians and spreads, ratios."""
