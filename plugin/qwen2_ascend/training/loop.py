@@ -346,9 +346,9 @@ def _agree(run: TrainingRun, losses: list[tuple[float, int]], stop_wanted: bool)
         dtype=torch.float32,
         device=run.runtime.device,
     )
-    rows = own.new_empty(run.runtime.world_size * own.numel())
-    torch.distributed.all_gather_into_tensor(rows, own)
-    totals, tokens, memories, stops = zip(*rows.view(-1, own.numel()).tolist(), strict=True)
+    rows = [torch.empty_like(own) for _ in range(run.runtime.world_size)]
+    torch.distributed.all_gather(rows, own)
+    totals, tokens, memories, stops = zip(*torch.stack(rows).tolist(), strict=True)
     return _Agreed(
         loss=sum(totals) / max(sum(tokens), 1.0),
         num_tokens=round(sum(tokens)),

@@ -166,9 +166,19 @@ class DataSettings:
     mock_data: Flag = False
     """Train on random tokens, to try a set-up or to measure its speed."""
     split: str = "969,30,1"
-    """Shares of training, validation and test."""
+    """Shares of training, validation and test in --data-path."""
+    train_data_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[WEIGHT] PREFIX ...")] = ()
+    """Training data, instead of a share of --data-path."""
+    valid_data_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[WEIGHT] PREFIX ...")] = ()
+    """Validation data, instead of a share of --data-path."""
     data_cache_path: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the sample index is kept between runs."""
+    eod_token: int | None = None
+    """Id of the token that ends a document; by default the config's eos_token_id."""
+    eod_mask_loss: Flag = False
+    """Leave the loss at the token that ends a document out."""
+    reset_position_ids: Flag = False
+    """Count positions from each document's start."""
     num_workers: int | None = None
     """Processes per rank that read ahead; by default 0 on a cpu and 2 elsewhere."""
     eval_interval: int = 1000
@@ -217,8 +227,6 @@ class RuntimeSettings:
     """auto takes npu, else cuda, else cpu, and says which."""
     mindspeed: Flag = False
     """Activate MindSpeed before megatron-core is imported."""
-    attention_backend: Literal["auto", "torch", "npu"] = "auto"
-    """Layers from plain torch or with fused NPU operators; auto goes by the device."""
     seed: int = 1234
     """Seed of weights, dropout and the order of the data."""
     deterministic: Flag = False
@@ -484,10 +492,9 @@ def _combination_faults(settings: PretrainSettings, config: Qwen2Config) -> list
         faults.append(
             "--recompute-method and --recompute-num-layers need --recompute-granularity full."
         )
-    if not settings.data.data_path and not settings.data.mock_data:
-        faults.append("give --data-path, or --mock-data to train on random tokens.")
-    if settings.data.data_path and settings.data.mock_data:
-        faults.append("--data-path and --mock-data: give one of them.")
+    data = settings.data
+    if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
+        faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
     if settings.checkpoint.save is None and (settings.checkpoint.save_interval is not None):
         faults.append("--save-interval needs --save.")
     return faults
