@@ -1,0 +1,97 @@
+"""`qwen2-ascend preprocess`: its flags. The work is in `preprocess.py`, imported after parsing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen2_ascend.errors import raise_if
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSettings:
+    """Turns text, JSONL or Parquet into Megatron's .bin/.idx with a Hugging Face tokenizer.
+
+    Writes PREFIX_KEY_document.bin and .idx for each key; --data-path takes PREFIX_KEY_document.
+    """
+
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|GLOB|DIR ...")]
+    """Files, globs or folders: .jsonl/.json, .parquet, anything else is text; .gz of these."""
+    output_prefix: Annotated[Path, tyro.conf.arg(metavar="PREFIX")]
+    """Where the result goes, without suffix."""
+    tokenizer_name_or_path: Annotated[
+        str, tyro.conf.arg(aliases=["--tokenizer-model"], metavar="DIR")
+    ]
+    """Hugging Face folder of the tokenizer."""
+    tokenizer_type: Literal["PretrainedFromHF", "HuggingFaceTokenizer"] = "PretrainedFromHF"
+    """Megatron's flag, so that its command lines work; there is only the one kind."""
+    json_keys: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY ...")] = ("text",)
+    """Keys of a JSON object, or columns of a Parquet file, to take; one output each."""
+    append_eod: Flag = False
+    """End each document with the end-of-document token."""
+    eod_token: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
+    """The end-of-document token; by default the tokenizer's eos_token, as in Megatron. Of Qwen's
+    instruct models that is <|im_end|>; their pretraining used <|endoftext|>."""
+    input_format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """What the files are; auto goes by their names."""
+    split_text_on: Literal["file", "blank-line", "line"] = "file"
+    """Of a text file, what is one document."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do with a row that gives no document: not JSON, no such key, not a string, empty, not
+    UTF-8, too long."""
+    max_document_bytes: Annotated[int, tyro.conf.arg(metavar="BYTES")] = 64 * 2**20
+    """Longest row or text document; a tokenizer needs about a hundred times that in memory."""
+    workers: int | None = None
+    """Processes that tokenize; by default as many as there are cores. The result is the same."""
+    log_interval: Annotated[int, tyro.conf.arg(metavar="DOCUMENTS")] = 10_000
+    """Documents between two lines of progress, where no bar can be shown."""
+    save_interval_mb: Annotated[int, tyro.conf.arg(metavar="MB")] = 256
+    """MB of text between two points that --resume can go on from."""
+    resume: Flag = False
+    """Finish a run that was interrupted; starts one when there is none."""
+    overwrite: Flag = False
+    """Replace an existing result, or an unfinished run."""
+
+    def __post_init__(self) -> None:
+        raise_if(self._faults())
+
+    def _faults(self) -> list[str]:
+        faults = []
+        for name in ("max_document_bytes", "log_interval", "save_interval_mb"):
+            if (value := getattr(self, name)) < 1:
+                faults.append(f"--{name.replace('_', '-')} {value} must be at least 1.")
+        if self.workers is not None and self.workers < 1:
+            faults.append(f"--workers {self.workers} must be at least 1.")
+        if not self.input:
+            faults.append("--input names no file, glob or folder.")
+        if not self.json_keys or len(set(self.json_keys)) < len(self.json_keys):
+            faults.append(f"--json-keys {' '.join(self.json_keys)}: give each key once.")
+        if self.output_prefix.name in ("", ".", "..") or self.output_prefix.is_dir():
+            faults.append(
+                f"--output-prefix {self.output_prefix}: is a folder; give the start of a file "
+                f"name in it, such as {self.output_prefix / 'corpus'}."
+            )
+        if self.eod_token is not None and not self.append_eod:
+            faults.append(f"--eod-token {self.eod_token} has no effect without --append-eod.")
+        if self.resume and self.overwrite:
+            faults.append("--resume and --overwrite exclude each other.")
+        return faults
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` and preprocesses.
+
+    Raises:
+        UserError: settings or input that cannot be used.
+    """
+    settings = tyro.cli(PreprocessSettings, args=None if argv is None else list(argv))
+
+    from qwen2_ascend.data.preprocess import preprocess
+
+    preprocess(settings)

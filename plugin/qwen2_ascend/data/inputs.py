@@ -1,0 +1,330 @@
+"""The rows of text, JSONL and Parquet files, in order, from any position on.
+
+Rows are handed out raw: decoding, JSON and tokenizing are the workers' (`tokenization.py`). Every
+row comes with the position behind it, which is all that is needed to go on from there later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from qwen2_ascend.errors import UserError, raise_if
+
+JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jl")
+TEXT_SUFFIXES = (".txt", ".text")
+BOM = b"\xef\xbb\xbf"
+
+
+class InputFile(NamedTuple):
+    """One file to read, with what tells whether it is still the same when a run is resumed."""
+
+    path: str
+    format: str
+    """text, jsonl or parquet."""
+    size: int
+    """Bytes on disk."""
+    mtime_ns: int
+
+    @property
+    def is_gzip(self) -> bool:
+        return self.path.endswith(".gz")
+
+
+class Row(NamedTuple):
+    """One document as it lies in its file."""
+
+    path: str
+    number: int
+    """Line (or Parquet row), from 1; 0 where the whole file is the document."""
+    format: str
+    raw: Any
+    """bytes; for Parquet bytes or None for each key; None when longer than what is allowed."""
+
+    @property
+    def num_bytes(self) -> int:
+        parts = self.raw if isinstance(self.raw, tuple) else (self.raw,)
+        return sum(len(part) for part in parts if part is not None)
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.number}" if self.number else self.path
+
+
+class Position(NamedTuple):
+    """Where the next row starts."""
+
+    file: int = 0
+    offset: int = 0
+    """Bytes into the (uncompressed) file, or Parquet rows."""
+    line: int = 0
+    """Lines before it in the file."""
+
+
+class Reading(NamedTuple):
+    """How rows are cut out of files."""
+
+    keys: tuple[str, ...]
+    split_text_on: str
+    """file, blank-line or line."""
+    max_row_bytes: int
+
+
+def find_inputs(words: Sequence[str], input_format: str = "auto") -> list[InputFile]:
+    """Expands files, globs and folders; the order given, each expansion sorted.
+
+    A folder gives the files below it with a known suffix, or all of them when the format is told.
+
+    Raises:
+        UserError: nothing there, an unreadable file, or one that is given twice.
+    """
+    faults: list[str] = []
+    paths: list[str] = []
+    for word in words:
+        found = _expand(word, input_format)
+        if not found:
+            faults.append(f"--input {word}: {_nothing_found(word)}")
+        paths += found
+    twice = [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]
+    faults += [f"--input: {path} is given more than once." for path in twice]
+    faults += [f"{path}: cannot be read." for path in paths if not os.access(path, os.R_OK)]
+    raise_if(faults)
+    files = []
+    for path in paths:
+        stat = os.stat(path)
+        kind = _format_of(path) if input_format == "auto" else input_format
+        files.append(InputFile(path, kind, stat.st_size, stat.st_mtime_ns))
+    return files
+
+
+def _expand(word: str, input_format: str) -> list[str]:
+    if os.path.isdir(word):
+        below = sorted(str(path) for path in Path(word).rglob("*") if path.is_file())
+        return [p for p in below if input_format != "auto" or _has_known_suffix(p)]
+    if os.path.exists(word):
+        return [word]
+    return sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+
+
+def _nothing_found(word: str) -> str:
+    if os.path.isdir(word):
+        known = " ".join((*JSONL_SUFFIXES, *TEXT_SUFFIXES, ".parquet"))
+        return f"no file below it ends in {known} (or .gz of these); say --input-format to take all"
+    return "no such file, folder or match"
+
+
+def _has_known_suffix(path: str) -> bool:
+    known = (*JSONL_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+    return path.removesuffix(".gz").lower().endswith(known)
+
+
+def _format_of(path: str) -> str:
+    name = path.removesuffix(".gz").lower()
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "jsonl" if name.endswith(JSONL_SUFFIXES) else "text"
+
+
+def check_inputs(files: Sequence[InputFile], reading: Reading) -> None:
+    """Finds what can be found without reading all: wrong formats and missing Parquet columns.
+
+    Raises:
+        UserError: with every fault.
+    """
+    faults = []
+    if len(reading.keys) > 1 and any(file.format == "text" for file in files):
+        faults.append(
+            f"--json-keys {' '.join(reading.keys)}: text files hold one text; give one key."
+        )
+    for file in files:
+        if file.format == "parquet":
+            faults += _parquet_faults(file, reading.keys)
+        elif file.format == "jsonl":
+            with _damaged_gzip(file):
+                faults += _jsonl_faults(file)
+    raise_if(faults)
+
+
+def _jsonl_faults(file: InputFile) -> list[str]:
+    with _opened(file) as stream:
+        start = stream.read(4096).removeprefix(BOM).lstrip()
+    if start.startswith(b"["):
+        return [f"{file.path}: is a JSON array; one JSON object on each line is needed (JSONL)."]
+    if start.startswith((b"{\n", b"{\r")) and not _is_json(start.splitlines()[0]):
+        return [f"{file.path}: is one JSON object over many lines; JSONL has one on each line."]
+    return []
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet_faults(file: InputFile, keys: Sequence[str]) -> list[str]:
+    import pyarrow as pa
+
+    try:
+        schema = _parquet(file.path).schema_arrow
+    except pa.ArrowInvalid as error:
+        return [f"{file.path}: is not a Parquet file: {' '.join(str(error).split())}"]
+    faults = []
+    for key in keys:
+        if key not in schema.names:
+            faults.append(f"{file.path}: has no column {key!r}; it has {', '.join(schema.names)}.")
+            continue
+        kind = schema.field(key).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            faults.append(f"{file.path}: column {key!r} is {kind}, not a string.")
+    return faults
+
+
+def _parquet(path: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{path}: Parquet needs pyarrow; install it with pip install 'qwen2-ascend[data]'."
+        ) from None
+    return pyarrow.parquet.ParquetFile(path)
+
+
+def read_rows(
+    files: Sequence[InputFile], reading: Reading, start: Position
+) -> Iterator[tuple[Row, Position, int]]:
+    """Every row from `start` on, with the position behind it and the bytes on disk read so far.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    before = sum(file.size for file in files[: start.file])
+    for index in range(start.file, len(files)):
+        file = files[index]
+        first = start if index == start.file else Position(index)
+        rows = _parquet_rows if file.format == "parquet" else _stream_rows
+        with _damaged_gzip(file):
+            for row, position, read_bytes in rows(file, reading, first):
+                yield row, position, before + read_bytes
+        before += file.size
+
+
+@contextlib.contextmanager
+def _damaged_gzip(file: InputFile) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{file.path}: damaged or incomplete gzip: {error}") from None
+
+
+def _opened(file: InputFile) -> IO[bytes]:
+    return gzip.open(file.path, "rb") if file.is_gzip else open(file.path, "rb")  # pyright: ignore
+
+
+def _stream_rows(
+    file: InputFile, reading: Reading, start: Position
+) -> Iterator[tuple[Row, Position, int]]:
+    cut = _cut_lines
+    if file.format == "text" and reading.split_text_on != "line":
+        cut = _cut_file if reading.split_text_on == "file" else _cut_paragraphs
+    with _opened(file) as stream:
+        # of a gzip it is the compressed file's place that says how far this is
+        disk = stream.fileobj.raw if isinstance(stream, gzip.GzipFile) else stream  # pyright: ignore
+        if start.offset:
+            stream.seek(start.offset)
+        for number, raw, offset, line in cut(stream, reading.max_row_bytes, start):
+            if number <= 1 and raw is not None:
+                raw = raw.removeprefix(BOM)
+            position = Position(start.file, offset, line)
+            yield Row(file.path, number, file.format, raw), position, disk.tell()
+
+
+Cut = tuple[int, bytes | None, int, int]
+"""Line number, document, and the offset and number of lines behind it."""
+
+
+def _cut_file(stream: IO[bytes], limit: int, start: Position) -> Iterator[Cut]:
+    if start.offset == 0 and start.line == 0:
+        raw = stream.read(limit + 1)
+        yield 0, raw if len(raw) <= limit else None, max(1, len(raw)), 1
+
+
+def _cut_lines(stream: IO[bytes], limit: int, start: Position) -> Iterator[Cut]:
+    offset, line = start.offset, start.line
+    for raw, length in _lines(stream, limit):
+        offset, line = offset + length, line + 1
+        if raw.strip():
+            yield line, raw.rstrip(b"\r\n") if length <= limit else None, offset, line
+
+
+def _cut_paragraphs(stream: IO[bytes], limit: int, start: Position) -> Iterator[Cut]:
+    """Documents are what stands between blank lines, without the last line's end."""
+    offset, line, first, size = start.offset, start.line, 0, 0
+    lines: list[bytes] = []
+
+    def paragraph() -> Cut:
+        return first, b"".join(lines).rstrip(b"\r\n") if size <= limit else None, offset, line
+
+    for raw, length in _lines(stream, limit):
+        offset, line = offset + length, line + 1
+        if raw.strip():
+            first, size = first or line, size + length
+            if size <= limit:
+                lines.append(raw)
+            continue
+        if size:
+            yield paragraph()
+        lines, first, size = [], 0, 0
+    if size:
+        yield paragraph()
+
+
+def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[bytes, int]]:
+    """Lines with their lengths; of one longer than `limit` only the start is held."""
+    while raw := stream.readline(limit + 1):
+        length, end = len(raw), raw
+        while not end.endswith(b"\n") and (end := stream.readline(limit + 1)):
+            length += len(end)
+        yield raw, length
+
+
+def _parquet_rows(
+    file: InputFile, reading: Reading, start: Position
+) -> Iterator[tuple[Row, Position, int]]:
+    import pyarrow as pa
+
+    table = _parquet(file.path)
+    number, total = 0, max(1, table.metadata.num_rows)
+    for group in range(table.num_row_groups):
+        rows_in_group = table.metadata.row_group(group).num_rows
+        if number + rows_in_group <= start.offset:
+            number += rows_in_group
+            continue
+        batches = table.iter_batches(256, row_groups=[group], columns=list(reading.keys))
+        for batch in batches:
+            columns = [batch.column(batch.schema.names.index(key)) for key in reading.keys]
+            columns = [
+                c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in columns
+            ]
+            # as bytes, so that what is not UTF-8 spoils one row and not the batch
+            lists = [column.cast(pa.large_binary()).to_pylist() for column in columns]
+            for raw in zip(*lists, strict=True):
+                number += 1
+                if number <= start.offset:
+                    continue
+                row = Row(file.path, number, "parquet", raw)
+                if row.num_bytes > reading.max_row_bytes:
+                    row = row._replace(raw=None)
+                position = Position(start.file, number, number)
+                yield row, position, file.size * number // total

@@ -1,0 +1,245 @@
+"""From documents to Megatron's .bin/.idx: workers tokenize, one process writes, in input order.
+
+`inputs.py` gives the rows, `tokenization.py` their ids, `parts.py` keeps them so that a killed run
+can go on, and `output.py` renames the whole into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from qwen2_ascend.data.command import PreprocessSettings
+from qwen2_ascend.data.inputs import (
+    InputFile,
+    Position,
+    Reading,
+    Row,
+    check_inputs,
+    find_inputs,
+    read_rows,
+)
+from qwen2_ascend.data.output import Output
+from qwen2_ascend.data.parts import Batch, Counts, Parts, State, join
+from qwen2_ascend.data.progress import Progress, print_summary
+from qwen2_ascend.data.tokenization import (
+    ENDOFTEXT,
+    BadRow,
+    Encoded,
+    Encoder,
+    TokenizerSpec,
+    encode_in_worker,
+    load_tokenizer,
+    start_worker,
+)
+from qwen2_ascend.errors import UserError
+
+BATCH_BYTES, BATCH_ROWS = 256 * 1024, 1024
+BATCHES_PER_WORKER = 3
+SHOWN_BAD_ROWS = 20
+
+
+def preprocess(settings: PreprocessSettings) -> None:
+    """Does what `settings` say and prints a summary.
+
+    Raises:
+        UserError: input, tokenizer or output cannot be used, or a bad row was met.
+        OSError: the output cannot be written; finished parts are kept.
+    """
+    started = time.monotonic()
+    reading = Reading(settings.json_keys, settings.split_text_on, settings.max_document_bytes)
+    files = find_inputs(settings.input, settings.input_format)
+    check_inputs(files, reading)
+    tokenizer = load_tokenizer(settings.tokenizer_name_or_path, settings.eod_token)
+    for note in _tokenizer_notes(settings, tokenizer):
+        print(f"note: {note}", flush=True)
+    state = State(
+        settings=_deciding_settings(settings, files, tokenizer),
+        counts={key: Counts() for key in settings.json_keys},
+    )
+    output = Output(settings.output_prefix, settings.json_keys)
+    if output.is_complete(state.settings, resume=settings.resume):
+        print(f"{output.prefix}: complete already; nothing to do.")
+        return
+    with output.work_folder(state, resume=settings.resume, overwrite=settings.overwrite) as (
+        folder,
+        state,
+    ):
+        resumed_tokens = sum(counts.tokens for counts in state.counts.values())
+        if not state.is_joined:
+            _tokenize(settings, files, reading, tokenizer, folder, state)
+            names = {key: output.dataset(key).name for key in settings.json_keys}
+            join(folder, state, names, output.bad_rows.name)
+        output.publish(folder, state)
+    print_summary(
+        {key: asdict(counts) for key, counts in state.counts.items()},
+        {key: f"{output.dataset(key)}.bin" for key in settings.json_keys},
+        bad_rows=state.bad_rows,
+        bad_rows_file=str(output.bad_rows) if state.bad_rows else None,
+        seconds=time.monotonic() - started,
+        resumed_tokens=resumed_tokens,
+    )
+
+
+def _tokenizer_notes(settings: PreprocessSettings, tokenizer: TokenizerSpec) -> Iterator[str]:
+    if not settings.append_eod:
+        yield "documents run into one another: no --append-eod."
+    elif tokenizer.eod is None:
+        raise UserError(
+            f"--append-eod: the tokenizer of {tokenizer.path} has no eos_token; name the token "
+            "with --eod-token."
+        )
+    else:
+        yield f"documents end with {tokenizer.eod_token} ({tokenizer.eod})."
+        if settings.eod_token is None and tokenizer.eod_token == "<|im_end|>":
+            yield f"Qwen's own pretraining ends documents with {ENDOFTEXT} (--eod-token)."
+
+
+def _deciding_settings(
+    settings: PreprocessSettings, files: Sequence[InputFile], tokenizer: TokenizerSpec
+) -> dict[str, Any]:
+    from qwen2_ascend.data.indexed import DType
+
+    backend = tokenizer.backend or tokenizer.path
+    return {
+        "input": [[os.path.abspath(f.path), f.format, f.size, f.mtime_ns] for f in files],
+        "json_keys": list(settings.json_keys),
+        "split_text_on": settings.split_text_on,
+        "max_document_bytes": settings.max_document_bytes,
+        "tokenizer": xxhash.xxh3_64(backend.encode()).hexdigest(),
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod if settings.append_eod else None,
+        "dtype": DType.optimal_dtype(tokenizer.vocab_size).__name__,
+    }
+
+
+# --- tokenizing -----------------------------------------------------------------------------------
+
+
+def _tokenize(
+    settings: PreprocessSettings,
+    files: Sequence[InputFile],
+    reading: Reading,
+    tokenizer: TokenizerSpec,
+    folder: Path,
+    state: State,
+) -> None:
+    """Writes parts until the input is used up, keeping `state` and its file up to date."""
+    options = dict(
+        keys=settings.json_keys,
+        dtype=state.settings["dtype"],
+        append_eod=settings.append_eod,
+        max_row_bytes=settings.max_document_bytes,
+    )
+    bad_rows = BadRows(settings.on_bad_row)
+    progress = Progress(sum(file.size for file in files), settings.log_interval)
+    batches = _batches(read_rows(files, reading, state.position))
+    with (
+        Parts(folder, state, settings.save_interval_mb * 2**20) as parts,
+        progress,
+        _encode(settings.workers or _num_cores(), tokenizer, options) as encode,
+    ):
+        for batch, encoded in encode(batches):
+            bad_rows.add(encoded.bad_rows)
+            parts.add(batch, encoded)
+            progress.update(
+                documents=len(batch.rows) - len(encoded.bad_rows),
+                tokens=sum(tokens.size for tokens in encoded.tokens.values()),
+                read_bytes=batch.read_bytes,
+            )
+        parts.finish()
+    bad_rows.say_how_many_more()
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _batches(rows: Iterable[tuple[Row, Position, int]]) -> Iterator[Batch]:
+    waiting: list[Row] = []
+    size, end, read_bytes = 0, Position(), 0
+    for row, end, read_bytes in rows:
+        waiting.append(row)
+        size += row.num_bytes
+        if size >= BATCH_BYTES or len(waiting) >= BATCH_ROWS:
+            yield Batch(waiting, end, read_bytes)
+            waiting, size = [], 0
+    if waiting:
+        yield Batch(waiting, end, read_bytes)
+
+
+Encode = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Encoded]]]
+
+
+@contextlib.contextmanager
+def _encode(workers: int, spec: TokenizerSpec, options: dict[str, Any]) -> Iterator[Encode]:
+    """A function that tokenizes batches, in order, in `workers` processes (1: in this one)."""
+    if workers == 1:
+        encoder = Encoder(spec, **options)
+        yield lambda batches: ((batch, encoder(batch.rows)) for batch in batches)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=start_worker,
+        initargs=(spec, options),
+    )
+    try:
+        yield lambda batches: _in_order(pool, batches, workers * BATCHES_PER_WORKER)
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process was killed, most likely for want of memory; take fewer --workers or "
+            "a smaller --max-document-bytes, and go on with --resume."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, batches: Iterable[Batch], ahead: int
+) -> Iterator[tuple[Batch, Encoded]]:
+    """Results in the order of `batches`, at most `ahead` of them under way."""
+    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+    for batch in batches:
+        waiting.append((batch, pool.submit(encode_in_worker, batch.rows)))
+        if len(waiting) >= ahead:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    while waiting:
+        first, future = waiting.popleft()
+        yield first, future.result()
+
+
+class BadRows:
+    """Stops at bad rows or says which they are, the first of them one by one."""
+
+    def __init__(self, on_bad_row: str) -> None:
+        self._stop = on_bad_row == "stop"
+        self._count = 0
+
+    def add(self, bad_rows: Sequence[BadRow]) -> None:
+        """Raises UserError if a bad row is the end, else prints it."""
+        if bad_rows and self._stop:
+            faults = [f"{row.where}: {row.reason}." for row in bad_rows[:SHOWN_BAD_ROWS]]
+            faults.append("--on-bad-row skip leaves such rows out.")
+            raise UserError(faults)
+        for row in bad_rows[: max(0, SHOWN_BAD_ROWS - self._count)]:
+            print(f"skipped {row.where}: {row.reason}", file=sys.stderr)
+        self._count += len(bad_rows)
+
+    def say_how_many_more(self) -> None:
+        """The rows that `add` did not print."""
+        if self._count > SHOWN_BAD_ROWS:
+            print(f"skipped {self._count - SHOWN_BAD_ROWS} more rows", file=sys.stderr)

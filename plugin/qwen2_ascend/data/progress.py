@@ -1,0 +1,94 @@
+"""What preprocessing says about itself: a bar on a terminal, lines in a log, a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Documents and tokens so far, and how much of the input that is."""
+
+    def __init__(self, total_bytes: int, log_interval: int) -> None:
+        self._total_bytes = max(1, total_bytes)
+        self._log_interval = log_interval
+        self._bar: Any = None
+        self._documents = self._tokens = self._logged = 0
+
+    def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._total_bytes, unit="B", unit_scale=True, dynamic_ncols=True)
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and self._documents > self._logged:
+            self._log()
+
+    def update(self, *, documents: int, tokens: int, read_bytes: int) -> None:
+        """Adds documents and tokens; `read_bytes` of the input are read by now."""
+        self._documents += documents
+        self._tokens += tokens
+        self._read_bytes = min(read_bytes, self._total_bytes)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._rate():,.0f} tokens/s", refresh=False)
+            self._bar.update(self._read_bytes - self._bar.n)
+        elif self._documents // self._log_interval > self._logged // self._log_interval:
+            self._log()
+
+    def _rate(self) -> float:
+        return self._tokens / max(1e-9, time.monotonic() - self._started)
+
+    def _log(self) -> None:
+        self._logged = self._documents
+        seconds = max(1e-9, time.monotonic() - self._started)
+        print(
+            f"processed {self._documents:,} documents, {self._tokens:,} tokens "
+            f"({self._documents / seconds:,.0f} documents/s, {self._rate():,.0f} tokens/s), "
+            f"{100 * self._read_bytes / self._total_bytes:.0f}% of the input",
+            flush=True,
+        )
+
+
+def print_summary(
+    counts: Mapping[str, Mapping[str, int]],
+    outputs: Mapping[str, str],
+    *,
+    bad_rows: int,
+    bad_rows_file: str | None,
+    seconds: float,
+    resumed_tokens: int,
+) -> None:
+    """Prints what was written.
+
+    Args:
+        counts: of each key: documents, tokens, shortest, longest.
+        outputs: of each key the .bin file.
+        bad_rows: rows that were left out.
+        bad_rows_file: where they are listed.
+        seconds: how long this run took.
+        resumed_tokens: tokens that an earlier run had written already.
+    """
+    for key, of in counts.items():
+        mean = of["tokens"] / max(1, of["documents"])
+        print(f"{outputs[key]} and .idx")
+        print(f"  documents        {of['documents']:,}")
+        print(f"  tokens           {of['tokens']:,}")
+        print(
+            f"  tokens/document  mean {mean:,.1f}, shortest {of['shortest']:,}, "
+            f"longest {of['longest']:,}"
+        )
+    where = f", listed in {bad_rows_file}" if bad_rows_file else ""
+    print(f"bad rows  {bad_rows:,}{where}")
+    new = sum(of["tokens"] for of in counts.values()) - resumed_tokens
+    resumed = f"; {resumed_tokens:,} tokens were there already" if resumed_tokens else ""
+    print(f"time      {seconds:,.1f} s, {new / max(seconds, 1e-9):,.0f} tokens/s{resumed}")
