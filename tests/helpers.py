@@ -38,7 +38,7 @@ def random_hugging_face_model(config: Qwen2Config, seed: int = 0):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            scale = 0.3 if weight.dim() == 1 else weight.shape[-1] ** -0.5
+            scale = 0.3 if weight.dim() == 1 else 0.3 * weight.shape[-1] ** -0.5
             weight.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
     return model.eval()
 

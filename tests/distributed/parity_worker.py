@@ -87,16 +87,17 @@ def parity(case: Case, run: Run) -> str:
         if (case.model, dtype) in (("wide", "fp32"), ("yarn", "fp64")):
             # In fp32 transformers' own noise is 1.4e-6 there; its YaRN knows fp32 only.
             continue
-        logits, gradients = _differences(case, dtype, tokens)
-        found.append(f"{dtype} logits {logits:.1e}, gradients {gradients:.1e}")
+        logits, gradients, largest = _differences(case, dtype, tokens)
+        found.append(f"{dtype} logits {logits:.1e} of {largest:.1f}, gradients {gradients:.1e}")
         assert logits <= tolerance, f"{dtype} logits differ by {logits:.1e}"
         limit = 10 * tolerance
         assert gradients <= limit, f"{dtype} gradients differ by {gradients:.1e}"
     return "; ".join(found)
 
 
-def _differences(case: Case, dtype: str, tokens: torch.Tensor) -> tuple[float, float]:
-    """Largest differences over all ranks: of a logit, and of a gradient relative to its largest."""
+def _differences(case: Case, dtype: str, tokens: torch.Tensor) -> tuple[float, float, float]:
+    """Largest difference over all ranks of a logit, of a gradient relative to its tensor's largest,
+    and the largest logit itself."""
     import torch
     from qwen2_ascend.model.build import TORCH_DTYPES
 
@@ -120,7 +121,7 @@ def _differences(case: Case, dtype: str, tokens: torch.Tensor) -> tuple[float, f
         differences[0] = (logits[..., :vocabulary] - expected).abs().max()
     differences[1] = _gradient_difference(chunks, case, reference)
     torch.distributed.all_reduce(differences, torch.distributed.ReduceOp.MAX)
-    return differences[0].item(), differences[1].item()
+    return *differences.tolist(), expected.abs().max().item()
 
 
 def _loaded_chunks(case: Case, dtype: str, reference: torch.nn.Module) -> list[Any]:

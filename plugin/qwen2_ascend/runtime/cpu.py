@@ -46,6 +46,15 @@ def redirect_torch() -> None:
         ),
         cuda_type_name,
     )
+    apply(
+        Patch(
+            target="torch:Tensor.cuda",
+            why="the last pipeline stage moves its copy of a tied embedding with .cuda()",
+            how="answers the tensor itself",
+            until=_UNTIL,
+        ),
+        lambda original: lambda self, *args, **kwargs: self,
+    )
     _redirect_random_state()
 
 
