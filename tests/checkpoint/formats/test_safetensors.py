@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from format_helpers import random_bytes, stored_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header, read_header
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, TensorSpec
 from qwen2_ascend.errors import UserError
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -18,17 +19,6 @@ shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 dtypes = st.sampled_from(sorted(NUMPY_DTYPES))
 specs = st.dictionaries(names, st.builds(TensorSpec, shapes, dtypes), max_size=6)
 metadata = st.dictionaries(names, st.text(st.characters(codec="utf-8")), max_size=3)
-
-
-def random_bytes(spec: TensorSpec, seed: int) -> bytes:
-    data = np.random.default_rng(seed).integers(0, 256, spec.num_bytes, dtype=np.uint8)
-    return (data % 2 if spec.dtype == "bool" else data).tobytes()
-
-
-def stored_bytes(tensor: StoredTensor) -> bytes:
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        return file.read(tensor.num_bytes)
 
 
 @settings(max_examples=200, deadline=None)

@@ -5,9 +5,9 @@ import zipfile
 
 import pytest
 import torch
+from format_helpers import write_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.formats.zips import Record, ZipFault, layout_zip, read_zip
 
 names = st.text("abcdefé._0123", min_size=1, max_size=80).map(lambda name: f"archive/data/{name}")
@@ -24,16 +24,6 @@ def torch_zip(records, path):
         else:
             writer.write_record(name, content, len(content))
     writer.write_end_of_file()
-
-
-def written(layout: FileLayout, path):
-    """The file of a layout, with holes where the tensors go."""
-    with path.open("wb") as file:
-        file.truncate(layout.total_bytes)
-        for offset, data in layout.segments:
-            file.seek(offset)
-            file.write(data)
-    return path
 
 
 def with_torch_tail(records, path):
@@ -53,7 +43,7 @@ def test_bytes_are_those_of_torch(tmp_path_factory, records):
     torch_zip(records, folder / "archive.pt")
     records = with_torch_tail(records, folder / "archive.pt")
     layout = layout_zip(records)
-    ours = written(layout, folder / "ours")
+    ours = write_layout(layout, folder / "ours")
     theirs = (folder / "archive.pt").read_bytes()
     assert ours.read_bytes() == theirs
     assert all(offset % 64 == 0 for offset in layout.offsets.values())
@@ -94,7 +84,7 @@ def test_zip64_is_used_where_torch_does(tmp_path, sizes):
 
 def test_a_zip_inside_a_file_is_found_where_it_lies(tmp_path):
     layout = layout_zip({"archive/a": b"first", "archive/b": b""})
-    inner = written(layout, tmp_path / "zip").read_bytes()
+    inner = write_layout(layout, tmp_path / "zip").read_bytes()
     file = io.BytesIO(b"x" * 1000 + inner + b"y" * 10)
     records = read_zip(file, 1000, len(inner))
     assert records["archive/a"] == Record(1000 + layout.offsets["archive/a"], 5)

@@ -10,9 +10,8 @@ torch.distributed.checkpoint Python's default), the text instructions of protoco
 from __future__ import annotations
 
 import argparse
-import pickletools
 import struct
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,15 +108,90 @@ class _Mark:
 
 
 _MARK = _Mark()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+_FIXED = {
+    0x80: ("PROTO", "<B"),
+    0x95: ("FRAME", "<Q"),
+    ord("K"): ("BININT1", "<B"),
+    ord("M"): ("BININT2", "<H"),
+    ord("J"): ("BININT", "<i"),
+    ord("G"): ("BINFLOAT", ">d"),
+    ord("q"): ("BINPUT", "<B"),
+    ord("r"): ("LONG_BINPUT", "<I"),
+    ord("h"): ("BINGET", "<B"),
+    ord("j"): ("LONG_BINGET", "<I"),
+}
+"""Instructions with a number of fixed size."""
+_COUNTED = {
+    ord("X"): ("BINUNICODE", "<I"),
+    0x8C: ("SHORT_BINUNICODE", "<B"),
+    0x8D: ("BINUNICODE8", "<Q"),
+    ord("B"): ("BINBYTES", "<I"),
+    ord("C"): ("SHORT_BINBYTES", "<B"),
+    0x8E: ("BINBYTES8", "<Q"),
+    0x96: ("BYTEARRAY8", "<Q"),
+    0x8A: ("LONG1", "<B"),
+}
+"""Instructions with a length and as many bytes."""
+_BARE = {
+    ord(code): name
+    for code, name in {
+        "(": "MARK", ".": "STOP", "0": "POP", "1": "POP_MARK", "2": "DUP",
+        "N": "NONE", "\x88": "NEWTRUE", "\x89": "NEWFALSE",
+        "}": "EMPTY_DICT", "]": "EMPTY_LIST", ")": "EMPTY_TUPLE", "\x8f": "EMPTY_SET",
+        "t": "TUPLE", "\x85": "TUPLE1", "\x86": "TUPLE2", "\x87": "TUPLE3",
+        "a": "APPEND", "e": "APPENDS", "s": "SETITEM", "u": "SETITEMS",
+        "\x90": "ADDITEMS", "\x91": "FROZENSET", "\x94": "MEMOIZE", "\x93": "STACK_GLOBAL",
+        "R": "REDUCE", "\x81": "NEWOBJ", "\x92": "NEWOBJ_EX", "b": "BUILD", "Q": "BINPERSID",
+    }.items()
 }  # fmt: skip
+_LINES = {ord("c"): "GLOBAL", ord("i"): "INST"}
+"""Instructions with two lines of text."""
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_LITERALS = {"BININT", "BININT1", "BININT2", "BINFLOAT", *(name for name, _ in _COUNTED.values())}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
 _MEMO_PUTS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _MEMO_GETS = {"BINGET", "LONG_BINGET"}
+
+
+def _instructions(data: bytes) -> Iterator[tuple[str, Any]]:
+    """(name, argument) of each instruction up to STOP."""
+    at, name = 0, ""
+    while name != "STOP":
+        if at >= len(data):
+            raise PickleFault("it ends in the middle")
+        code, argument = data[at], None
+        at += 1
+        if code in _BARE:
+            name = _BARE[code]
+        elif code in _FIXED:
+            name, form = _FIXED[code]
+            (argument,) = struct.unpack_from(form, data, at)
+            at += struct.calcsize(form)
+        elif code in _COUNTED:
+            name, form = _COUNTED[code]
+            (count,) = struct.unpack_from(form, data, at)
+            at += struct.calcsize(form)
+            if at + count > len(data):
+                raise PickleFault("it ends in the middle")
+            argument = _literal(name, data[at : at + count])
+            at += count
+        elif code in _LINES:
+            name = _LINES[code]
+            first = data.index(b"\n", at)
+            second = data.index(b"\n", first + 1)
+            argument = (data[at:first].decode(), data[first + 1 : second].decode())
+            at = second + 1
+        else:
+            raise PickleFault(f"it uses the instruction {bytes([code])!r}")
+        yield name, argument
+
+
+def _literal(name: str, raw: bytes) -> Any:
+    if "UNICODE" in name:
+        return raw.decode("utf-8", "surrogatepass")
+    if name == "LONG1":
+        return int.from_bytes(raw, "little", signed=True)
+    return bytearray(raw) if name == "BYTEARRAY8" else raw
 
 
 class _Machine:
@@ -133,10 +207,10 @@ class _Machine:
 
     def run(self, data: bytes) -> Any:
         self.copies_left = 4 * len(data)
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
+        for count, (name, arg) in enumerate(_instructions(data)):
             if count >= MAX_INSTRUCTIONS:
                 raise PickleFault(f"it has more than {MAX_INSTRUCTIONS} instructions")
-            self._step(opcode.name, arg)
+            self._step(name, arg)
         if len(self.stack) != 1 or self.stack[0] is _MARK:
             raise PickleFault("it does not end with one object")
         return self.stack[0]
@@ -154,10 +228,8 @@ class _Machine:
             self.stack.append(self.memo[arg])
         elif name in _EMPTY:
             self.stack.append(_EMPTY[name]())
-        elif method := getattr(self, f"_{name}", None):
-            method(arg)
         else:
-            raise PickleFault(f"it uses the instruction {name}")
+            getattr(self, f"_{name}")(arg)
 
     # -- the stack
 
@@ -257,9 +329,8 @@ class _Machine:
 
     # -- names, and what a real unpickler would call
 
-    def _GLOBAL(self, arg: str) -> None:
-        module, _, name = arg.partition(" ")
-        self.stack.append(self._resolve(module, name))
+    def _GLOBAL(self, arg: tuple[str, str]) -> None:
+        self.stack.append(self._resolve(*arg))
 
     def _STACK_GLOBAL(self, _: None) -> None:
         name, module = self._pop(), self._pop()
@@ -267,9 +338,9 @@ class _Machine:
             raise PickleFault("it asks for a global whose name is not a string")
         self.stack.append(self._resolve(module, name))
 
-    def _INST(self, arg: str) -> None:
-        self._GLOBAL(arg)
-        raise PickleFault("it uses the instruction INST")
+    def _INST(self, arg: tuple[str, str]) -> None:
+        self._resolve(*arg)
+        raise PickleFault("it uses the instruction INST of protocol 0")
 
     def _resolve(self, module: str, name: str) -> Any:
         # Python 2's names, which protocol 2 keeps writing
