@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -139,14 +141,18 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _print_plan(prepared: Prepared) -> None:
-    head = ("file", "tensor", "shape", "dtype", "bytes", "copied by", "from")
-    rows = [head, *plan_rows(prepared)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]]))
+    """One line per tensor under its file's; cut to the width of a terminal, whole in a pipe."""
+    rows = plan_rows(prepared)
+    sizes = {str(file.path): file.total_bytes for file in prepared.target.files}
+    widths = [max(len(row[i]) for row in rows) for i in range(1, 5)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for file, group in groupby(rows, key=lambda row: row[0]):
+        print(f"{file}  {sizes[file]} bytes")
+        for _, *cells, sources in group:
+            padded = [cell.ljust(n) for cell, n in zip(cells, widths, strict=True)]
+            print("  ".join(["", *padded, sources])[:width])
     print(
-        f"{len(rows) - 1} tensors in {len(prepared.target.files)} files, "
+        f"{len(rows)} tensors in {len(prepared.target.files)} files, "
         f"{prepared.target.total_bytes} bytes; every byte has one source. Nothing was written."
     )
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import xxhash
 
 from qwen2_ascend.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -21,11 +23,16 @@ from qwen2_ascend.checkpoint.manifest import (
 from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan
 from qwen2_ascend.checkpoint.progress import Progress
 from qwen2_ascend.checkpoint.source import Source, open_source, target_dtype
-from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_folder, write_file
-from qwen2_ascend.checkpoint.target import Target, hugging_face_target, megatron_target
+from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_tree, partial_folder, write_file
+from qwen2_ascend.checkpoint.target import (
+    Target,
+    check_files,
+    hugging_face_target,
+    megatron_target,
+)
 from qwen2_ascend.checkpoint.verify import check_replicas, verify
 from qwen2_ascend.checkpoint.writing import JOURNAL_FILE, Journal, write_target
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 
 SPACE_MARGIN_BYTES = 64 << 20
@@ -64,6 +71,8 @@ class Prepared:
     plan: Plan
     padded_vocab_size: int | None
     """None for a Hugging Face target, which is never padded."""
+    stamps: Mapping[str, tuple[int, int]]
+    """Size in bytes and modification time of each source file, when its header was read."""
 
 
 def prepare(request: Conversion) -> Prepared:
@@ -72,8 +81,9 @@ def prepare(request: Conversion) -> Prepared:
     Raises:
         UserError: whatever does not fit.
     """
-    _check_folders(request)
+    raise_if(_request_faults(request))
     source = open_source(request.load_dir, request.load_model_type, request.hf_cfg_dir)
+    stamps = _stamps(source)
     dtype = target_dtype(source, request.dtype)
     padded = None
     if request.save_model_type == "hf":
@@ -91,10 +101,16 @@ def prepare(request: Conversion) -> Prepared:
         target = megatron_target(
             source.config, request.layout, padded, dtype, request.save_format, source.side_files
         )
+    check_files(target)
     plan = make_plan(source.held, target.held, source.config.vocab_size)
     check_all_used(plan, source.held, source.config.vocab_size)
     return Prepared(
-        request=request, source=source, target=target, plan=plan, padded_vocab_size=padded
+        request=request,
+        source=source,
+        target=target,
+        plan=plan,
+        padded_vocab_size=padded,
+        stamps=stamps,
     )
 
 
@@ -114,28 +130,35 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
     staged = StagedFolder(request.save_dir, resume=request.resume, overwrite=request.overwrite)
     if not request.ignore_replica_mismatch:
         check_replicas(prepared.plan.replicas)
-    if request.verify and (n := check_against_manifest(request.load_dir)):
+    if request.verify and (n := check_against_manifest(source, workers=_workers(request))):
         say(f"source: {n} tensors have the checksums they were written with")
-    with staged:
-        _check_space(prepared, staged.folder)
-        _write(prepared, staged, say)
-        if request.verify:
-            written = open_source(staged.folder, request.save_model_type)
-            with Progress("verify", prepared.plan.num_bytes) as progress:
-                verify(source, written, workers=_workers(request), progress=progress)
-            say("verified: every byte was read back and equals the source")
-        staged.publish()
+    try:
+        with staged:
+            _check_space(prepared, staged.folder)
+            _write(prepared, staged, say)
+            if request.verify:
+                _verify(prepared, staged, say)
+            (staged.folder / JOURNAL_FILE).unlink()
+            staged.publish()
+    except KeyboardInterrupt:
+        if staged.folder.is_dir():
+            flags = "--resume --overwrite" if request.overwrite else "--resume"
+            say(
+                f"what is written so far stays in {staged.folder}; finish it by repeating the "
+                f"command with {flags}, or remove that folder"
+            )
+        raise
     say(f"written: {request.save_dir}")
 
 
 def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
-    """The plan as a table: file, tensor, shape, dtype, bytes, how, from."""
+    """The plan as a table: file, tensor, shape, dtype, how it is copied, from what."""
     rows = []
     for write in prepared.plan.writes:
         stored = write.target.stored
         how = ["columns" if write.is_strided else "rows"]
         how += ["cast"] if write.casts else []
-        how += ["zero padding"] if write.is_padded else []
+        how += ["zeros"] if write.is_padded else []
         sources = ", ".join(
             f"{copy.source.stored.path.relative_to(prepared.source.folder)}:{copy.source.name}"
             for copy in write.copies
@@ -146,7 +169,6 @@ def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
                 write.target.name,
                 "x".join(map(str, stored.shape)),
                 stored.dtype,
-                str(stored.num_bytes),
                 "+".join(how),
                 sources or "-",
             )
@@ -171,42 +193,81 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
             )
     finally:
         journal.close()
+    if _stamps(source) != prepared.stamps:
+        raise OSError(f"{source.folder}: changed while it was read; convert it when it is at rest.")
     for path, data in target.small_files.items():
         write_file(staged.folder / path, data)
     layout = request.layout if target.kind == "mg" else None
     manifest = encode_manifest(source, target, layout, prepared.padded_vocab_size, checksums)
     write_file(staged.folder / MANIFEST_FILE, manifest)
-    os.unlink(staged.folder / JOURNAL_FILE)
     if target.tracker is not None:
-        for root, _, _ in os.walk(staged.folder, topdown=False):
-            fsync_folder(Path(root))
+        fsync_tree(staged.folder)
         write_file(staged.folder / target.tracker[0], target.tracker[1])
+
+
+def _verify(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object]) -> None:
+    written = open_source(staged.folder, prepared.target.kind)
+    with Progress("verify", prepared.plan.num_bytes) as progress:
+        verify(prepared.source, written, workers=_workers(prepared.request), progress=progress)
+    say("verified: every byte was read back and equals the source")
 
 
 def _identity(prepared: Prepared) -> Mapping[str, object]:
     """What must be equal for an unfinished conversion to be finished by this one."""
+    small = prepared.target.small_files
     return {
         "source": source_identity(prepared.source),
-        "mtimes": [path.stat().st_mtime_ns for path in prepared.source.files],
+        "stamps": prepared.stamps,
         "target": [prepared.target.kind, prepared.target.format],
         "layout": asdict(prepared.request.layout),
         "padded_vocab_size": prepared.padded_vocab_size,
         "sizes": {str(file.path): file.total_bytes for file in prepared.target.files},
         "dtypes": sorted({held.stored.dtype for held in prepared.target.held}),
+        "small_files": {str(path): xxhash.xxh3_128_hexdigest(small[path]) for path in small},
     }
 
 
+def _stamps(source: Source) -> dict[str, tuple[int, int]]:
+    stats = {path: path.stat() for path in source.files}
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
 def _workers(request: Conversion) -> int:
-    return request.workers or min(8, os.cpu_count() or 1)
+    if request.workers:
+        return request.workers
+    usable = getattr(os, "sched_getaffinity", None)  # Linux: the cores of this container
+    return min(8, len(usable(0)) if usable else os.cpu_count() or 1)
 
 
-def _check_folders(request: Conversion) -> None:
-    load, save = request.load_dir.resolve(), request.save_dir.resolve()
+def _request_faults(request: Conversion) -> Iterator[str]:
+    """What can be said before anything is opened."""
+    if request.save_model_type == "hf":
+        shard_flags = {
+            "--target-tensor-parallel-size": request.layout.tp != 1,
+            "--target-pipeline-parallel-size": request.layout.pp != 1,
+            "--num-layers-per-virtual-pipeline-stage": (
+                request.layout.num_layers_per_virtual_pipeline_stage is not None
+            ),
+            "--num-layer-list": request.layout.num_layer_list is not None,
+            "--padded-vocab-size": request.padded_vocab_size is not None,
+            "--make-vocab-size-divisible-by": request.make_vocab_size_divisible_by is not None,
+        }
+        if given := [flag for flag, is_given in shard_flags.items() if is_given]:
+            yield f"{', '.join(given)}: for shards only; leave out with --save-model-type hf."
+    save, load = _real(request.save_dir), _real(request.load_dir)
     if load == save or load in save.parents or save in load.parents:
-        raise UserError(
+        yield (
             f"--save-dir {request.save_dir} and --load-dir {request.load_dir} lie in each other; "
             "choose a folder outside the source, which is never touched."
         )
+    for flag, folder in (("--load-dir", request.load_dir), ("--hf-cfg-dir", request.hf_cfg_dir)):
+        for written in (save, partial_folder(save)):
+            if folder is not None and written in (real := _real(folder), *real.parents):
+                yield f"{flag} {folder} lies where the result is written; choose another --save-dir"
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _check_space(prepared: Prepared, folder: Path) -> None:

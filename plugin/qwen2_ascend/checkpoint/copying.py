@@ -7,8 +7,10 @@ into the buffer; columns are gathered from a memory map. No tensor is ever held 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,13 +31,16 @@ class Reader:
     def __init__(self) -> None:
         self._files: dict[Path, tuple[int, mmap.mmap]] = {}
         self._lock = threading.Lock()
+        allow_many_open_files()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
         for fd, mapped in self._files.values():
-            mapped.close()
+            # an exception on its way out may hold arrays over the map: it goes with them then
+            with contextlib.suppress(BufferError):
+                mapped.close()
             os.close(fd)
         self._files.clear()
 
@@ -47,8 +52,14 @@ class Reader:
             return self._files[path]
 
     def view(self, held: Held, box: Box) -> np.ndarray:
-        """`box` (of the tensor's view) as a `[blocks, rows, columns]` array over the file."""
-        _, mapped = self._open(held.stored.path)
+        """`box` (of the tensor's view) as a `[blocks, rows, columns]` array over the file.
+
+        Raises:
+            OSError: the file has become shorter; touching its lost pages would kill the process.
+        """
+        fd, mapped = self._open(held.stored.path)
+        if os.fstat(fd).st_size < held.stored.offset + held.stored.num_bytes:
+            raise _ended(held)
         shape = _extent(held.piece.box)
         count = volume(held.piece.box)
         flat = np.frombuffer(
@@ -62,9 +73,14 @@ class Reader:
         start = _run_start(held, box)
         raw = memoryview(out.reshape(-1).view(np.uint8).data)
         while len(raw):
-            n = os.preadv(fd, [raw], start)
+            try:
+                n = os.preadv(fd, [raw], start)
+            except OSError as error:
+                raise OSError(
+                    f"{held.stored.path}: cannot be read ({held.name}): {error.strerror}."
+                ) from None
             if n == 0:
-                raise OSError(f"{held.stored.path} ended at byte {start}; is it being changed?")
+                raise _ended(held)
             raw, start = raw[n:], start + n
 
     def fill(self, out: np.ndarray, box: Box, copies: Sequence[Copy]) -> None:
@@ -137,6 +153,21 @@ def stored_checksum(stored: StoredTensor) -> str:
             checksum.update(raw[:n])
             left -= n
     return checksum.hexdigest()
+
+
+def allow_many_open_files() -> None:
+    """Raises the soft limit of open files to the hard one: each source file takes two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _ended(held: Held) -> OSError:
+    return OSError(
+        f"{held.stored.path} became shorter while it was read ({held.name} is gone); something "
+        "else is writing it."
+    )
 
 
 def _assign(out: np.ndarray, values: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,11 @@ def source_identity(source: Source) -> dict[str, Any]:
     }
 
 
-def check_against_manifest(folder: Path) -> int:
-    """Reads every tensor that a folder's manifest lists and compares checksums.
+def check_against_manifest(source: Source, *, workers: int) -> int:
+    """Reads every tensor of a source that its manifest lists and compares checksums.
+
+    Files that came later (a training run that went on in the same folder) are not in the manifest
+    and not compared.
 
     Returns:
         The number of tensors compared; 0 where there is no manifest.
@@ -73,26 +77,36 @@ def check_against_manifest(folder: Path) -> int:
     Raises:
         UserError: tensors whose bytes changed since they were written, all named.
     """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
+    places = (source.folder, source.folder.parent)  # shards: the folder of the iterations
+    path = next((p / MANIFEST_FILE for p in places if (p / MANIFEST_FILE).is_file()), None)
+    if path is None:
         return 0
+    entries = [entry for entry in _entries(path) if entry[1].path in set(source.files)]
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda entry: stored_checksum(entry[1]), entries)
+        raise_if(
+            f"{stored.path}: {name} does not have the checksum it was written with; the file is "
+            "damaged or was changed."
+            for (name, stored, expected), checksum in zip(entries, found, strict=True)
+            if checksum != expected
+        )
+    return len(entries)
+
+
+def _entries(path: Path) -> list[tuple[str, StoredTensor, str]]:
+    """(name, where it lies, checksum) of every tensor that a manifest lists."""
     try:
         files: Mapping[str, Mapping[str, Any]] = json.loads(path.read_bytes())["tensors"]
-        entries = [
-            (file, name, _stored(folder / file, entry), entry["xxh3_128"])
+        return [
+            (
+                name,
+                StoredTensor(
+                    path.parent / file, entry["offset"], tuple(entry["shape"]), entry["dtype"]
+                ),
+                entry["xxh3_128"],
+            )
             for file, tensors in files.items()
             for name, entry in tensors.items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest of qwen2-ascend: {error!r}") from None
-    raise_if(
-        f"{folder / file}: {name} does not have the checksum it was written with; the file is "
-        "damaged or was changed."
-        for file, name, stored, expected in entries
-        if stored_checksum(stored) != expected
-    )
-    return len(entries)
-
-
-def _stored(path: Path, entry: Mapping[str, Any]) -> StoredTensor:
-    return StoredTensor(path, entry["offset"], tuple(entry["shape"]), entry["dtype"])

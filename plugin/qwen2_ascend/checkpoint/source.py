@@ -148,7 +148,7 @@ def target_dtype(source: Source, wanted: str | None) -> str:
 
 def _config_folder(folder: Path, iteration: Path, given: str | Path | None) -> Path:
     if given is not None:
-        return Path(given)
+        return Path(given).parent if Path(given).is_file() else Path(given)
     for candidate in (folder, iteration, iteration.parent):
         if (candidate / "config.json").is_file():
             return candidate
@@ -240,17 +240,19 @@ def _match(
             f"the files hold layers up to {max(extra_layers)}, "
             f"config.json says {len(_layers(pieces))} layers."
         )
-    held = []
-    for name, piece in pieces.items():
-        stored = tensors.get(name)
-        if stored is None:
-            continue
-        if stored.shape != piece.shape:
-            faults.append(f"{name}: expected shape {piece.shape}, found {stored.shape}.")
-        if stored.dtype not in WEIGHT_DTYPES:
-            faults.append(f"{name}: dtype {stored.dtype} is none of {', '.join(WEIGHT_DTYPES)}.")
-        held.append(Held(name, piece, stored))
-    return held, faults
+    held = [Held(name, piece, tensors[name]) for name, piece in pieces.items() if name in tensors]
+    return held, faults + _some([fault for one in held for fault in _tensor_faults(one)])
+
+
+def _tensor_faults(held: Held) -> Iterator[str]:
+    name, piece, stored = held
+    if stored.shape != piece.shape:
+        yield f"{name}: expected shape {piece.shape}, found {stored.shape} in {stored.path.name}."
+    if stored.dtype not in WEIGHT_DTYPES:
+        yield (
+            f"{name}: dtype {stored.dtype} is none of {', '.join(WEIGHT_DTYPES)}, "
+            f"in {stored.path.name}."
+        )
 
 
 def _names(what: str, names: list[str]) -> list[str]:
@@ -258,6 +260,12 @@ def _names(what: str, names: list[str]) -> list[str]:
         return []
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]
+
+
+def _some(faults: list[str]) -> list[str]:
+    if len(faults) <= _MOST_NAMED:
+        return faults
+    return [*faults[:_MOST_NAMED], f"and {len(faults) - _MOST_NAMED} more faults of this kind."]
 
 
 def _layers(names: Iterable[str]) -> set[int]:
@@ -299,9 +307,9 @@ def _padded_vocab_size(
     layout: ParallelLayout,
     config: Qwen2Config,
 ) -> int:
-    embedding = shards[Shard(0, 0, 0)].get(EMBEDDING)
-    if embedding is None:
-        raise UserError(f"{folder}: the first stage has no {EMBEDDING}.")
+    embedding = shards.get(Shard(0, 0, 0), {}).get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError(f"{folder}: the first stage has no {EMBEDDING} of two axes.")
     padded = embedding.shape[0] * layout.tp
     if padded < config.vocab_size:
         raise UserError(
@@ -313,8 +321,7 @@ def _padded_vocab_size(
 
 def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
     chunks = torch_dist.read(folder).chunks
-    _check_layer_count(folder, config, sum(map(len, chunks.values())) * config.num_layers)
-    if EMBEDDING not in chunks:
+    if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
         raise UserError(f"{folder}: no {EMBEDDING} in it; not a Qwen2 model.")
     padded = chunks[EMBEDDING][0].global_shape[0]
     if padded < config.vocab_size:
@@ -323,15 +330,20 @@ def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, 
         )
     rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
     held: list[Held] = []
-    unexpected = []
+    unexpected: list[str] = []
+    faults: list[str] = []
     for key, parts in chunks.items():
         plain, layer = _unstack(key)
         if plain in rules:
             for part in parts:
-                held += _chunk_held(rules[plain], layer, part)
+                wrong = list(_chunk_faults(key, rules[plain], layer, part, config))
+                faults += wrong
+                held += _chunk_held(rules[plain], layer, part) if not wrong else ()
         elif not key.startswith("optimizer.") and megatron.plain_name(key):
             unexpected.append(key)
-    faults = _names("unexpected tensors", unexpected)
+    faults = _names("unexpected tensors", unexpected) + _some(faults)
+    raise_if(f"{folder}: {fault}" for fault in faults)
+    _check_layer_count(folder, config, len(held))
     faults += _coverage_faults(rules.values(), held, config)
     raise_if(f"{folder}: {fault}" for fault in faults)
     return Source(
@@ -354,6 +366,29 @@ def _unstack(key: str) -> tuple[str, int | None]:
     key = megatron.plain_name(key) or key
     match = re.fullmatch(r"decoder\.layers\.(\d{1,9})\.(.+)", key)
     return (f"decoder.layers.{match[2]}", int(match[1])) if match else (key, None)
+
+
+def _chunk_faults(
+    key: str, rule: Rule, layer: int | None, chunk: torch_dist.Chunk, config: Qwen2Config
+) -> Iterator[str]:
+    """What of one chunk does not fit its rule."""
+    whole = rule.shape(tuple((0, n) for n in rule.view))
+    if "{}" in rule.megatron and layer is None:
+        whole = (config.num_layers, *whole)
+    if chunk.global_shape != whole:
+        yield f"{key}: expected shape {whole}, found {chunk.global_shape}."
+        return
+    if chunk.tensor.dtype not in WEIGHT_DTYPES:
+        yield f"{key}: dtype {chunk.tensor.dtype} is none of {', '.join(WEIGHT_DTYPES)}."
+    ends = [o + n for o, n in zip(chunk.offsets, chunk.tensor.shape, strict=True)]
+    if any(o < 0 or end > n for o, end, n in zip(chunk.offsets, ends, whole, strict=True)):
+        yield f"{key}: a chunk of {chunk.tensor.shape} at {chunk.offsets} leaves {whole}."
+        return
+    rows_axis = -2 if rule.is_matrix else -1
+    try:
+        rule.rows_box(chunk.offsets[rows_axis], ends[rows_axis])
+    except ValueError as error:
+        yield f"{key}: {error}."
 
 
 def _chunk_held(rule: Rule, layer: int | None, chunk: torch_dist.Chunk) -> Iterator[Held]:

@@ -1,12 +1,13 @@
 """A folder that appears whole or not at all.
 
-Work goes into `.NAME.partial` beside the target NAME, under a lock on that folder itself. When all
-is written and flushed it is renamed to NAME; with an old NAME in place the two are exchanged in one
+Work goes into `.NAME.partial` beside the target NAME, under a lock on `.NAME.lock`. When all is
+written and flushed it is renamed to NAME; with an old NAME in place the two are exchanged in one
 step. Killed at any moment, NAME is the old state or the new one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -19,12 +20,18 @@ from qwen2_ascend.errors import UserError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class StagedFolder:
     """Use as a context manager, then `publish()`; leaving without it removes the partial folder.
 
     KeyboardInterrupt keeps the partial folder, so that `resume` can go on from it.
+
+    Attributes:
+        target: the folder to be.
+        folder: where it is written until then.
+        is_resumed: whether there is an earlier run's work in `folder`; known once entered.
     """
 
     def __init__(self, target: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -35,28 +42,38 @@ class StagedFolder:
                 nor `overwrite` says what to do with it.
         """
         self.target = Path(os.path.abspath(target))
-        self.folder = self.target.parent / f".{self.target.name}.partial"
-        self._overwrite = overwrite
+        self.folder = partial_folder(self.target)
+        self._lock_file = self.target.parent / f".{self.target.name}.lock"
+        self._replaced = self.target.parent / f".{self.target.name}.replaced"
+        self._resume, self._overwrite = resume, overwrite
         self._fd: int | None = None
-        self._published = False
-        if resume and overwrite:
-            raise UserError("--resume and --overwrite exclude each other.")
+        self._made: list[Path] = []
+        self.is_resumed = False
+        self._check()
+
+    def _check(self) -> None:
         self._check_target()
-        if self.folder.exists() and not (resume or overwrite):
+        if not os.path.lexists(self.folder):
+            return
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            raise UserError(f"{self.folder}: is in the way and not a folder; remove it.")
+        if not (self._resume or self._overwrite):
             raise UserError(
-                f"{target}: an unfinished conversion lies beside it in {self.folder.name}; finish "
-                "it with --resume or start again with --overwrite."
+                f"{self.target}: an unfinished conversion lies beside it in {self.folder.name}; "
+                "finish it with --resume or start again with --overwrite."
             )
-        self.is_resumed = resume and self.folder.exists()
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.target):
             return
         if self.target.is_symlink() or not self.target.is_dir():
-            raise UserError(f"{self.target}: exists and is not a folder.")
+            raise UserError(f"{self.target}: exists and is not a folder; choose another name.")
         names = os.listdir(self.target)
         if names and not self._overwrite:
-            raise UserError(f"{self.target}: exists and is not empty; replace it with --overwrite.")
+            also = "besides --resume " if self._resume and self.folder.is_dir() else ""
+            raise UserError(
+                f"{self.target}: exists and is not empty; say {also}--overwrite to replace it."
+            )
         if names and not any(map(_belongs_to_checkpoint, names)):
             raise UserError(
                 f"{self.target}: does not look like a checkpoint folder, so --overwrite will not "
@@ -65,67 +82,117 @@ class StagedFolder:
 
     def __enter__(self) -> StagedFolder:
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._enter()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        try:
+            self._make_parents()
+            self._lock()
+            if self._replaced.is_dir() and not os.path.lexists(self.target):
+                os.rename(self._replaced, self.target)  # killed between publish's two renames
+            self._check()  # again: another conversion may have come in between
+            self.is_resumed = self._resume and self.folder.is_dir()
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.target}: cannot be written: {error.strerror}.") from None
-        self._lock()
         if not self.is_resumed:
-            _empty(self.folder)
-        return self
+            empty_folder(self.folder)
+
+    def _make_parents(self) -> None:
+        missing = [p for p in self.target.parents if not p.exists()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._made.append(path)
 
     def _lock(self) -> None:
-        self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the other one may have published in between: then this is no longer our folder
-            held = os.fstat(self._fd).st_ino == os.stat(self.folder).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            held = True  # a network file system without locks
-        if not held:
-            self._close()
-            raise UserError(
-                f"{self.target}: another conversion is writing it; wait for that one, or choose "
-                "another --save-dir."
-            )
+        while self._fd is None:
+            fd = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise UserError(
+                    f"{self.target}: another conversion is writing it; wait for that one, or "
+                    "choose another --save-dir."
+                ) from None
+            except OSError as error:  # a network file system without locks
+                if error.errno not in _NO_LOCKS:
+                    os.close(fd)
+                    raise
+            if _is_still(fd, self._lock_file):
+                self._fd = fd
+            else:  # whoever had it removed it just now
+                os.close(fd)
 
     def publish(self) -> None:
-        """Flushes the folder's entries and makes it the target in one step."""
-        for root, _, _ in os.walk(self.folder, topdown=False):
-            fsync_folder(Path(root))
-        replaced = self.target.exists() and _exchange(self.folder, self.target)
-        if not replaced:
-            if self.target.exists():
-                # no exchange on this file system: the old state stays beside for this moment
-                old = self.target.parent / f".{self.target.name}.replaced"
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(self.target, old)
+        """Flushes the folder's entries and makes it the target in one step.
+
+        Raises:
+            UserError: the target came into being meanwhile.
+        """
+        fsync_tree(self.folder)
+        if self._overwrite and self.target.exists() and os.listdir(self.target):
+            self._replace_target()
+        else:
+            try:
+                os.rename(self.folder, self.target)  # over an empty folder, if need be
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise UserError(
+                    f"{self.target}: something else was written there meanwhile; it was left alone."
+                ) from None
+        for made in (self.target, *reversed(self._made)):
+            fsync_folder(made.parent)
+        self._remove_old()
+
+    def _replace_target(self) -> None:
+        if not _exchange(self.folder, self.target):
+            # not on this file system: the old state lies beside for a moment
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.rename(self.target, self._replaced)
+            try:
                 os.rename(self.folder, self.target)
-                shutil.rmtree(old)
-            else:
-                os.rename(self.folder, self.target)
-        fsync_folder(self.target.parent)
-        self._published = True
-        if replaced:
-            shutil.rmtree(self.folder)
+            except OSError:
+                os.rename(self._replaced, self.target)
+                raise
+
+    def _remove_old(self) -> None:
+        for old in (self.folder, self._replaced):
+            if old.is_dir():
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    raise OSError(
+                        f"{self.target} is complete, but what it replaced could not be removed "
+                        f"from {old}: {error.strerror}."
+                    ) from None
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        keep = kind is not None and (
-            issubclass(kind, KeyboardInterrupt)
-            or (self.is_resumed and issubclass(kind, UserError))  # wrong options, not bad bytes
-        )
-        if not self._published and not keep:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        wrong_options = kind is not None and self.is_resumed and issubclass(kind, UserError)
+        if not (interrupted or wrong_options):
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._close()
+        self._leave()
 
-    def _close(self) -> None:
+    def _leave(self) -> None:
         if self._fd is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._lock_file)
             os.close(self._fd)
             self._fd = None
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):  # not empty: used
+                path.rmdir()
+
+
+def partial_folder(target: Path) -> Path:
+    """Where a target is written until it is complete."""
+    return target.parent / f".{target.name}.partial"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -135,6 +202,21 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flushes the entries of a folder and of all folders in it, innermost first."""
+    for root, _, _ in os.walk(folder, topdown=False):
+        fsync_folder(Path(root))
+
+
+def empty_folder(folder: Path) -> None:
+    """Removes everything in a folder; links are removed, not followed."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -154,12 +236,12 @@ def _belongs_to_checkpoint(name: str) -> bool:
     )
 
 
-def _empty(folder: Path) -> None:
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
+def _is_still(fd: int, path: Path) -> bool:
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), there)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -22,7 +22,7 @@ from qwen2_ascend.checkpoint.formats import (
     torch_pt,
 )
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
-from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.plan import Held, PlanError
 from qwen2_ascend.checkpoint.rules import (
     BY_BLOCKS,
     Box,
@@ -125,6 +125,24 @@ def megatron_target(
     )
 
 
+def check_files(target: Target) -> None:
+    """Raises PlanError unless tensors and the bytes between them tile every file exactly once."""
+    ranges: dict[Path, list[tuple[int, int]]] = {file.path: [] for file in target.files}
+    for file in target.files:
+        ranges[file.path] += ((start, start + len(data)) for start, data in file.segments)
+    for held in target.held:
+        stored = held.stored
+        ranges[stored.path].append((stored.offset, stored.offset + stored.num_bytes))
+    for file in target.files:
+        end = 0
+        for start, stop in sorted(ranges[file.path]):
+            if start != end:
+                raise PlanError(f"{file.path}: bytes {end}..{start} are written twice or never")
+            end = stop
+        if end != file.total_bytes:
+            raise PlanError(f"{file.path}: {end} bytes are laid out, not {file.total_bytes}")
+
+
 def megatron_args(
     config: Qwen2Config, layout: ParallelLayout, padded_vocab_size: int, dtype: str
 ) -> Namespace:
@@ -184,11 +202,12 @@ def read_side_files(side_files: Sequence[Path], dtype: str) -> dict[Path, bytes]
 
 def _with_dtype(config_json: bytes, dtype: str) -> bytes:
     raw: dict[str, Any] = json.loads(config_json)
-    key = "dtype" if "dtype" in raw and "torch_dtype" not in raw else "torch_dtype"
     name = next(long for long, short in DTYPES.items() if short == dtype)
-    if str(raw.get(key)).removeprefix("torch.") == name:
+    if Qwen2Config.from_dict(raw).dtype == dtype:
         return config_json
-    return (json.dumps(raw | {key: name}, indent=2, ensure_ascii=False) + "\n").encode()
+    keys = [key for key in ("torch_dtype", "dtype") if key in raw] or ["torch_dtype"]
+    changed = raw | dict.fromkeys(keys, name)
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _pt_files(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, stored_checksum, write_bands
 from qwen2_ascend.checkpoint.plan import Held, Plan, Write
+from qwen2_ascend.checkpoint.staging import empty_folder
 from qwen2_ascend.checkpoint.target import Target, TargetFile
 from qwen2_ascend.errors import UserError
 
@@ -35,32 +37,42 @@ class Journal:
     """Which tensors are complete, one line each, so that a killed run can be finished.
 
     The first line identifies the work; a run with other sources or settings cannot go on from it.
+    Nothing here is flushed to disk: after a loss of power lines may be missing, garbled, or claim
+    bytes that never arrived, so `write_target` reads back what the journal claims.
+
+    Attributes:
+        done: the checksum of every tensor that is complete.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object], *, resume: bool) -> None:
+        """Opens the journal in `folder`; a folder without a usable one is emptied first.
+
+        Raises:
+            UserError: with `resume`, when the folder belongs to other work.
+        """
         path = folder / JOURNAL_FILE
-        head = json.dumps(identity, sort_keys=True)
+        head = json.dumps(identity, sort_keys=True).encode()
+        lines = path.read_bytes().split(b"\n") if resume and path.exists() else []
+        complete = lines[:-1]  # a line without its end was being written
         self.done: Checksums = {}
         self._lock = threading.Lock()
-        if resume and path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            if lines[0] != head:
-                raise UserError(
-                    f"{folder}: belongs to a conversion with another source or other options; "
-                    "start again with --overwrite."
-                )
-            self.done = dict(_entries(lines[1:-1]))  # a line without its end was being written
-            os.truncate(path, sum(len(line.encode()) + 1 for line in lines[:-1]))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if complete and complete[0].startswith(b"{") and complete[0] != head:
+            raise UserError(
+                f"{folder}: belongs to a conversion with another source or other options; repeat "
+                "those, or start again with --overwrite."
+            )
+        if complete and complete[0] == head:
+            self.done = dict(_entries(complete[1:]))
+            os.truncate(path, sum(len(line) + 1 for line in complete))
         else:
-            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-            self._file.write(head + "\n")
-            self._file.flush()
+            empty_folder(folder)
+            path.write_bytes(head + b"\n")
+        self._file = open(path, "ab")  # noqa: SIM115
 
     def record(self, file: str, name: str, checksum: str) -> None:
         with self._lock:
             self.done[file, name] = checksum
-            self._file.write(json.dumps([file, name, checksum]) + "\n")
+            self._file.write(json.dumps([file, name, checksum]).encode() + b"\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -137,16 +149,17 @@ class _Files:
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
         for path in set(self._files) - set(self._left):
-            os.close(self._flushed(self._open(path)))
+            self._flush(path, self._open(path))
 
     def _open(self, path: Path) -> int:
         full = self._folder / path
         full.parent.mkdir(parents=True, exist_ok=True)
         keep = 0 if self._keep else os.O_TRUNC
         fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o644)
-        os.ftruncate(fd, self._files[path].total_bytes)
-        for offset, data in self._files[path].segments:
-            _pwrite(fd, memoryview(data), offset)
+        with _naming(path):
+            os.ftruncate(fd, self._files[path].total_bytes)
+            for offset, data in self._files[path].segments:
+                _pwrite(fd, memoryview(data), offset)
         return fd
 
     def putter(self, held: Held) -> Callable[[int, np.ndarray], None]:
@@ -158,7 +171,8 @@ class _Files:
         def put(position: int, band: np.ndarray) -> None:
             nonlocal pending
             data = memoryview(band.reshape(-1).view(np.uint8).data)
-            _pwrite(fd, data, start + position)
+            with _naming(path):
+                _pwrite(fd, data, start + position)
             pending += len(data)
             if pending >= _WRITEBACK_BYTES:
                 _start_writeback(fd, start + position + len(data) - pending, pending)
@@ -179,13 +193,15 @@ class _Files:
             if self._left[path]:
                 return
             fd = self._fds.pop(path, None)
-        fd = self._open(path) if fd is None else fd
-        os.close(self._flushed(fd))
+        self._flush(path, self._open(path) if fd is None else fd)
 
     @staticmethod
-    def _flushed(fd: int) -> int:
-        os.fsync(fd)
-        return fd
+    def _flush(path: Path, fd: int) -> None:
+        try:
+            with _naming(path):
+                os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -225,6 +241,19 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[n:], offset + n
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds to an OSError which file it was about; those of file descriptors do not say."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "; make room or choose another --save-dir" if full else ""
+        raise OSError(f"{path}: cannot be written: {error.strerror}{way_out}.") from None
+
+
 def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
     """Asks the kernel to begin writing a range out, so that the final fsync finds little to do."""
     if _sync_file_range is not None:
@@ -236,11 +265,11 @@ def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
-def _entries(lines: Iterable[str]) -> Iterable[tuple[tuple[str, str], str]]:
+def _entries(lines: Iterable[bytes]) -> Iterable[tuple[tuple[str, str], str]]:
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             file, name, checksum = json.loads(line)
-            yield (file, name), checksum
+            yield (str(file), str(name)), str(checksum)
 
 
 def _key(write: Write) -> tuple[str, str]:
