@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from qwen2_ascend.runtime.ledger import Patch, apply
 
@@ -18,6 +19,9 @@ _UNTIL = "megatron-core asks torch.accelerator, or its CPU device, instead of to
 
 def redirect_torch() -> None:
     """Answers torch.cuda calls with the CPU; before megatron.core is imported."""
+    # `with torch.device("meta")` remembers the factories it steers at its first use: let it be the
+    # real ones. With ours in their place transformers' from_pretrained leaves inv_freq unset.
+    _device_constructors()
     apply(
         Patch(
             target="torch:cuda.current_device",
