@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.harness import Checks, Run, main
-from helpers import random_hugging_face_model, tiny_config
+from helpers import make_tiny_hugging_face_folder, random_hugging_face_model, tiny_config
 from qwen2_ascend.config import Qwen2Config, YarnScaling
 from qwen2_ascend.parallel import ParallelLayout
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 FP32_TOLERANCE, FP64_TOLERANCE = 1e-6, 1e-10
+SEED = 3
 BATCHES, BATCH, LENGTH = 4, 2, 24
 """Micro-batches, sequences in each, tokens in each sequence."""
 
@@ -87,7 +89,7 @@ def parity(case: Case, run: Run) -> str:
         if (case.model, dtype) in (("wide", "fp32"), ("yarn", "fp64")):
             # In fp32 transformers' own noise is 1.4e-6 there; its YaRN knows fp32 only.
             continue
-        logits, gradients, largest = _differences(case, dtype, tokens)
+        logits, gradients, largest = _differences(case, dtype, tokens, run)
         found.append(f"{dtype} logits {logits:.1e} of {largest:.1f}, gradients {gradients:.1e}")
         assert logits <= tolerance, f"{dtype} logits differ by {logits:.1e}"
         limit = 10 * tolerance
@@ -95,13 +97,15 @@ def parity(case: Case, run: Run) -> str:
     return "; ".join(found)
 
 
-def _differences(case: Case, dtype: str, tokens: torch.Tensor) -> tuple[float, float, float]:
+def _differences(
+    case: Case, dtype: str, tokens: torch.Tensor, run: Run
+) -> tuple[float, float, float]:
     """Largest difference over all ranks of a logit, of a gradient relative to its tensor's largest,
     and the largest logit itself."""
     import torch
     from qwen2_ascend.model.build import TORCH_DTYPES
 
-    reference = random_hugging_face_model(case.config, seed=3)
+    reference = random_hugging_face_model(case.config, seed=SEED)
     if dtype == "fp64":
         from distributed.reference import exact
 
@@ -113,7 +117,7 @@ def _differences(case: Case, dtype: str, tokens: torch.Tensor) -> tuple[float, f
     expected = torch.stack([reference(batch, use_cache=False).logits for batch in tokens])
     ((expected * weights).sum() / len(tokens)).backward()
 
-    chunks = _loaded_chunks(case, dtype, reference)
+    chunks = _loaded_chunks(case, dtype, run)
     logits = _forward_backward(chunks, case, tokens, weights)
     differences = torch.zeros(2, dtype=torch.float64)
     if logits is not None:
@@ -124,10 +128,11 @@ def _differences(case: Case, dtype: str, tokens: torch.Tensor) -> tuple[float, f
     return *differences.tolist(), expected.abs().max().item()
 
 
-def _loaded_chunks(case: Case, dtype: str, reference: torch.nn.Module) -> list[Any]:
-    """Megatron's DDP around this rank's chunks, filled from the reference's weights."""
-    import torch
+def _loaded_chunks(case: Case, dtype: str, run: Run) -> list[Any]:
+    """Megatron's DDP around this rank's chunks, filled as `--load` fills them."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.model.build import build_model
 
     chunks = build_model(
@@ -138,16 +143,27 @@ def _loaded_chunks(case: Case, dtype: str, reference: torch.nn.Module) -> list[A
         perform_initialization=False,
         **case.options,
     )
-    for index, chunk in enumerate(chunks):
-        expected = _expected(case, index, dict(reference.named_parameters()))
-        parameters = dict(chunk.named_parameters())
-        assert parameters.keys() == expected.keys(), sorted(parameters.keys() ^ expected.keys())
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                assert parameter.shape == expected[name].shape, name
-                parameter.copy_(expected[name])
+    load_checkpoint_weights(
+        chunks,
+        _hugging_face_folder(case, run),
+        case.layout,
+        padded_vocab_size=case.padded_vocab_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
+    )
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False)
     return [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+
+
+def _hugging_face_folder(case: Case, run: Run) -> Path:
+    """The reference's weights on disk, written once per launch."""
+    import torch
+
+    folder = run.folder / case.model
+    if run.runtime.rank == 0 and not folder.exists():
+        make_tiny_hugging_face_folder(folder, case.config, seed=SEED)
+    torch.distributed.barrier()
+    return folder
 
 
 def _expected(case: Case, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -206,7 +222,9 @@ def _gradient_difference(chunks: list[Any], case: Case, reference: torch.nn.Modu
     worst = 0.0
     for index, chunk in enumerate(chunks):
         expected = _expected(case, index, gradients)
-        for name, parameter in chunk.module.named_parameters():
+        parameters = dict(chunk.module.named_parameters())
+        assert parameters.keys() == expected.keys(), sorted(parameters.keys() ^ expected.keys())
+        for name, parameter in parameters.items():
             difference = (parameter.main_grad - expected[name]).abs().max()
             worst = max(worst, (difference / expected[name].abs().max()).item())
     return worst
