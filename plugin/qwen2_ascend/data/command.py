@@ -45,13 +45,13 @@ class PreprocessSettings:
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do with a row that gives no document: not JSON, no such key, not a string, empty, not
     UTF-8, too long."""
-    max_document_bytes: Annotated[int, tyro.conf.arg(metavar="BYTES")] = 64 * 2**20
-    """Longest row or text document; a tokenizer needs about a hundred times that in memory."""
+    max_document_bytes: Annotated[int, tyro.conf.arg(metavar="BYTES")] = 16 * 2**20
+    """Longest row or text document; a worker needs about 140 times as much memory for it."""
     workers: int | None = None
     """Processes that tokenize; by default as many as there are cores. The result is the same."""
     log_interval: Annotated[int, tyro.conf.arg(metavar="DOCUMENTS")] = 10_000
     """Documents between two lines of progress, where no bar can be shown."""
-    save_interval_mb: Annotated[int, tyro.conf.arg(metavar="MB")] = 256
+    save_interval_mb: Annotated[float, tyro.conf.arg(metavar="MB")] = 256
     """MB of text between two points that --resume can go on from."""
     resume: Flag = False
     """Finish a run that was interrupted; starts one when there is none."""
@@ -63,9 +63,11 @@ class PreprocessSettings:
 
     def _faults(self) -> list[str]:
         faults = []
-        for name in ("max_document_bytes", "log_interval", "save_interval_mb"):
+        for name in ("max_document_bytes", "log_interval"):
             if (value := getattr(self, name)) < 1:
                 faults.append(f"--{name.replace('_', '-')} {value} must be at least 1.")
+        if not self.save_interval_mb > 0:
+            faults.append(f"--save-interval-mb {self.save_interval_mb} must be above zero.")
         if self.workers is not None and self.workers < 1:
             faults.append(f"--workers {self.workers} must be at least 1.")
         if not self.input:

@@ -88,4 +88,5 @@ def fingerprint(prefix: str | Path) -> str:
 def sample_documents(dataset: Any, num_documents: int = 128) -> list[np.ndarray]:
     """Up to `num_documents` documents' tokens, evenly spread, the first among them."""
     step = -(-len(dataset) // num_documents) or 1
-    return [dataset[i] for i in range(0, len(dataset), step)]
+    # copies: a view outlives the dataset's memory map and then crashes the process
+    return [np.array(dataset[i]) for i in range(0, len(dataset), step)]

@@ -145,9 +145,11 @@ def _tokenize(
     )
     bad_rows = BadRows(settings.on_bad_row)
     progress = Progress(sum(file.size for file in files), settings.log_interval)
-    batches = _batches(read_rows(files, reading, state.position))
+    part_bytes = int(settings.save_interval_mb * 2**20)
+    rows = read_rows(files, reading, state.position)
+    batches = _batches(rows, min(part_bytes, BATCH_BYTES))
     with (
-        Parts(folder, state, settings.save_interval_mb * 2**20) as parts,
+        Parts(folder, state, part_bytes) as parts,
         progress,
         _encode(settings.workers or _num_cores(), tokenizer, options) as encode,
     ):
@@ -167,13 +169,13 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _batches(rows: Iterable[tuple[Row, Position, int]]) -> Iterator[Batch]:
+def _batches(rows: Iterable[tuple[Row, Position, int]], num_bytes: int) -> Iterator[Batch]:
     waiting: list[Row] = []
     size, end, read_bytes = 0, Position(), 0
     for row, end, read_bytes in rows:
         waiting.append(row)
         size += row.num_bytes
-        if size >= BATCH_BYTES or len(waiting) >= BATCH_ROWS:
+        if size >= num_bytes or len(waiting) >= BATCH_ROWS:
             yield Batch(waiting, end, read_bytes)
             waiting, size = [], 0
     if waiting:

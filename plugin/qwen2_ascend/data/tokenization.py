@@ -58,7 +58,7 @@ def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
     """Reads a Hugging Face tokenizer.
 
     Args:
-        path: a Hugging Face folder, or a name transformers can find.
+        path: a Hugging Face folder, or the name of a model in the local Hugging Face cache.
         eod_token: what ends a document; the tokenizer's own eos_token when None.
 
     Raises:
@@ -67,10 +67,10 @@ def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
         text = " ".join(str(error).split())
-        what = "no such folder" if not os.path.exists(path) else f"not a tokenizer: {text}"
+        what = f"not a tokenizer: {text}" if os.path.exists(path) else "no such folder"
         raise UserError(
             f"--tokenizer-name-or-path {path}: {what}; give the model's Hugging Face folder, with "
             "its tokenizer.json."
@@ -206,7 +206,7 @@ def _encode_function(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int
     if spec.backend is None:
         from transformers import AutoTokenizer
 
-        slow: Any = AutoTokenizer.from_pretrained(spec.path)
+        slow: Any = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
         return lambda texts: [slow(text).input_ids for text in texts]
 
     from tokenizers import Tokenizer
