@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import struct
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,14 @@ class Inert:
     type_name: str
     """Module and name, such as "megatron.core.transformer.enums.AttnBackend"."""
     args: tuple[Any, ...] = ()
+    state: Any = None
+
+
+@dataclass(eq=False)
+class InertKey:
+    """As Inert, for a class whose objects are dictionary keys; each equals itself alone."""
+
+    type_name: str
     state: Any = None
 
 
@@ -378,7 +386,7 @@ class _Machine:
 
     def _BUILD(self, _: None) -> None:
         state, target = self._pop(), self._top()
-        if isinstance(target, Inert):
+        if isinstance(target, (Inert, InertKey)):
             target.state = state
         elif isinstance(target, argparse.Namespace):
             self._charge(state)
@@ -395,11 +403,15 @@ class _Machine:
 
 
 def _key(key: Any) -> Hashable:
-    """`key` if it is a scalar or a flat tuple of scalars: hashing deep tuples overflows C's stack.
+    """`key` if it is a scalar, an InertKey or a flat tuple of scalars.
+
+    Hashing deep tuples would overflow C's stack.
 
     Raises:
         PickleFault: it is not.
     """
+    if isinstance(key, InertKey):
+        return key
     parts = key if isinstance(key, tuple) else (key,)
     sound = len(parts) <= MAX_KEY_PARTS
     if not sound or not all(isinstance(part, (*_SCALARS, DType)) for part in parts):
@@ -457,11 +469,24 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
 
 
+class Record(NamedTuple):
+    """To be pickled as an object of a class, made without a call and given `state`."""
+
+    type_name: Name
+    state: Any
+
+
 class Name(NamedTuple):
     """To be pickled as a global."""
 
     module: str
     name: str
+
+
+class DictItems(NamedTuple):
+    """To be pickled as a dictionary; its keys need not be hashable here."""
+
+    items: Sequence[tuple[Any, Any]]
 
 
 class PersistentId(NamedTuple):
@@ -474,8 +499,8 @@ def write_pickle(obj: Any, expand: Callable[[Any], Any] = lambda leaf: leaf) -> 
     """`obj` as a protocol 2 pickle.
 
     Args:
-        obj: dicts, lists, tuples, argparse.Namespace, scalars, strings, DType, and Call, Name and
-            PersistentId.
+        obj: dicts, lists, tuples, argparse.Namespace, scalars, strings, DType, and Call, Record,
+            Name, DictItems and PersistentId.
         expand: what to write for a leaf of another kind.
 
     Raises:
@@ -516,22 +541,25 @@ class _Writer:
         elif isinstance(obj, PersistentId):
             self.write(obj.value)
             put(b"Q")
+        elif isinstance(obj, Record):
+            self.write(obj.type_name)
+            put(b")\x81")
+            self.write(obj.state)
+            put(b"b")
         else:
             self._container(obj)
 
     def _container(self, obj: Any) -> None:
-        put = self.parts.append
         if type(obj) is tuple:
             self._sequence(b"(", obj, b"t")
         elif type(obj) is list:
             self._sequence(b"](", obj, b"e")
         elif isinstance(obj, dict):
-            self._sequence(b"}(", (part for item in obj.items() for part in item), b"u")
+            self._container(DictItems(tuple(obj.items())))
+        elif isinstance(obj, DictItems):
+            self._sequence(b"}(", (part for item in obj.items for part in item), b"u")
         elif isinstance(obj, argparse.Namespace):
-            self._name(Name("argparse", "Namespace"))
-            put(b")\x81")
-            self.write(vars(obj))
-            put(b"b")
+            self.write(Record(Name("argparse", "Namespace"), vars(obj)))
         else:
             expanded = self.expand(obj)
             if expanded is obj:

@@ -1,13 +1,76 @@
-"""megatron-core's "torch_dist" checkpoint folders, read and laid out in place."""
+"""megatron-core's "torch_dist" checkpoint folders, read and laid out in place without torch.
+
+    metadata.json      which backends wrote it: {"sharded_backend": "torch_dist", ...}
+    common.pt          a `.pt` of what every rank has alike: args, iteration, ...
+    .metadata          a pickled torch.distributed.checkpoint Metadata: every tensor's global shape,
+                       its chunks, and the (file, offset, length) of each chunk
+    __RANK_N.distcp    torch.save files one after the other, one per chunk or object
+
+What megatron-core 0.16.1 stores for Qwen2 (seen in folders it wrote at TP1, TP2, PP2 and TP2 PP2):
+
+- One key per kind of tensor, without layer numbers: `decoder.layers.mlp.linear_fc2.weight` has the
+  global shape [num_layers, h, f], and a chunk [1, h, f / tp] at (layer, 0, tp_rank * f / tp). With
+  `non_homogeneous_layers` or `singleton_local_shards` in the save's metadata the keys have global
+  layer numbers (`decoder.layers.3.mlp...`) and no such axis.
+- `linear_fc1` is [num_layers, 2 f, h]: all of gate, then all of up; each rank stores two chunks,
+  at rows tp_rank * f / tp and f + tp_rank * f / tp. (With `singleton_local_shards` two keys,
+  `..._w` and `..._v`.)
+- `linear_qkv` rows are in the order of the query groups, as in the mp_rank files; a rank's rows
+  are one chunk. Norms are [num_layers, h].
+- `embedding.word_embeddings.weight` and `output_layer.weight` are [padded vocabulary, h]. Another
+  padding may be asked for at loading (`allow_shape_mismatch`): rows beyond are zero or dropped.
+- Tied: there is no `output_layer.weight`; the last stage's copy is a replica of the embedding.
+- Replicas (norms over TP ranks, everything over DP ranks) are stored once.
+- The layer specs of megatron-core, local and Transformer Engine's alike, store the norms as
+  `self_attention.linear_qkv.layer_norm_weight` and `mlp.linear_fc1.layer_norm_weight` (the local
+  one by its `sharded_state_dict_keys_map`); a spec without that map as `input_layernorm.weight`
+  and `pre_mlp_layernorm.weight`.
+- Every linear layer has an object `KEY._extra_state/shard_LAYER_NUM-LAYERS` that holds [None]. A
+  model asks for them when it loads, so a folder without them cannot be loaded (`extra_states`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen2_ascend.checkpoint.formats import torch_pt
+from qwen2_ascend.checkpoint.formats.pickles import (
+    PLAIN,
+    Call,
+    DictItems,
+    DType,
+    Inert,
+    InertKey,
+    Maker,
+    Name,
+    Record,
+    known_records,
+    read_pickle,
+    write_pickle,
+)
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT
+from qwen2_ascend.errors import UserError, raise_if
+
+MAX_METADATA_BYTES = 1 << 28
+"""Of a `.metadata`; a chunk takes about 300 bytes in it."""
+CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""metadata.json."""
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_INDEX = f"{_METADATA}.MetadataIndex"
 
 
 class Chunk(NamedTuple):
@@ -36,7 +99,7 @@ class TorchDistCheckpoint:
     chunks: dict[str, list[Chunk]]
     """Every tensor by key, its chunks ordered by offsets."""
     objects: tuple[str, ...]
-    """Keys of entries that are not tensors (RNG states, TE extra states); not decoded."""
+    """Keys of entries that are not tensors (RNG states, extra states); not decoded."""
 
 
 class ChunkPlace(NamedTuple):
@@ -51,7 +114,7 @@ class TorchDistLayout:
     """A folder to be."""
 
     files: dict[str, FileLayout]
-    """By name: the .distcp files, and .metadata, common.pt, metadata.json complete."""
+    """By name: the .distcp files, and common.pt, .metadata and metadata.json complete."""
     places: dict[str, list[ChunkPlace]]
     """Of every chunk, keys and order as given to `layout_torch_dist`."""
 
@@ -60,19 +123,400 @@ def read(folder: str | Path) -> TorchDistCheckpoint:
     """Reads what a folder holds and where.
 
     Raises:
-        UserError: a missing, short or damaged file, or a pickle that asks for anything unknown.
+        UserError: a missing, short or damaged file, or a pickle that asks for anything unknown;
+            every fault of the .distcp files at once.
     """
-    raise NotImplementedError
+    folder = Path(folder)
+    _check_config(folder / "metadata.json")
+    common = torch_pt.read(folder / "common.pt")
+    if type(common) is not dict:
+        raise UserError(f"{folder / 'common.pt'}: holds {type(common).__name__}, not a dict.")
+    tensors, objects, stored = _read_metadata(folder / ".metadata")
+    raise_if(_file_faults(folder, stored.values()))
+    wanted = {index: stored[index] for index in stored if index.key in tensors}
+    chunks: dict[str, list[Chunk]] = {key: [] for key in tensors}
+    faults = []
+    for index, tensor in _read_tensors(folder, wanted):
+        if isinstance(tensor, UserError):
+            faults += tensor.faults
+            continue
+        described, offsets = tensors[index.key], index.offsets or ()
+        said = (described.chunks[offsets], described.dtype)
+        if said != (tensor.shape, tensor.dtype):
+            faults.append(
+                f"{tensor.path}: chunk {list(offsets)} of {index.key} is {tensor.shape} "
+                f"{tensor.dtype}; .metadata says {said[0]} {said[1]}."
+            )
+        chunks[index.key].append(Chunk(described.global_shape, offsets, tensor))
+    raise_if(faults)
+    for parts in chunks.values():
+        parts.sort(key=lambda chunk: chunk.offsets)
+    return TorchDistCheckpoint(common=common, chunks=chunks, objects=objects)
+
+
+def extra_states(num_layers: int) -> list[str]:
+    """The objects that a megatron-core Qwen2 asks for when it loads, besides its tensors."""
+    linears = (
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    )
+    return [
+        f"decoder.layers.{linear}._extra_state/shard_{layer}_{num_layers}"
+        for layer in range(num_layers)
+        for linear in linears
+    ]
 
 
 def layout_torch_dist(
-    chunks: Mapping[str, Sequence[ChunkSpec]], common: Mapping[str, Any], num_files: int = 1
+    chunks: Mapping[str, Sequence[ChunkSpec]],
+    common: Mapping[str, Any],
+    num_files: int = 1,
+    objects: Iterable[str] = (),
 ) -> TorchDistLayout:
     """Lays out the folder that megatron-core's dist_checkpointing would write.
 
     Args:
         chunks: every tensor's boxes, which must tile its global shape.
         common: what goes into common.pt; no tensors.
-        num_files: over how many .distcp files the chunks are spread, evenly by bytes.
+        num_files: over how many .distcp files the chunks are spread, evenly by bytes; fewer are
+            made when there are not so many chunks.
+        objects: keys of objects that are [None]; see `extra_states`.
     """
-    raise NotImplementedError
+    flat = [(key, chunk) for key, parts in chunks.items() for chunk in parts]
+    assert all(_is_inside(chunk) for _, chunk in flat), "a chunk lies outside of its tensor"
+    writers = [_DistcpFile(f"__{i}_0.distcp") for i in range(num_files)]
+    stored: dict[_Index, _StorageInfo] = {}
+    for key in objects:
+        stored[_Index(key, None)] = writers[0].append_object()
+    places: dict[str, list[ChunkPlace]] = {key: [] for key in chunks}
+    files = _spread([chunk.tensor.num_bytes for _, chunk in flat], num_files)
+    for (key, chunk), file in zip(flat, files, strict=True):
+        index = _Index(key, tuple(chunk.offsets))
+        assert index not in stored, f"two chunks of {key} at {chunk.offsets}"
+        stored[index], place = writers[file].append_tensor(chunk.tensor)
+        places[key].append(place)
+    small = {
+        "common.pt": _small_pt(dict(common)),
+        ".metadata": _encode_metadata(chunks, stored),
+        "metadata.json": json.dumps(CONFIG).encode(),
+    }
+    layouts = {writer.name: writer.layout() for writer in writers if writer.segments}
+    layouts |= {name: _whole_file(data) for name, data in small.items()}
+    return TorchDistLayout(files=layouts, places=places)
+
+
+# -- what .metadata says
+
+
+class _Index(NamedTuple):
+    """One chunk, or one object, which has no offsets."""
+
+    key: str
+    offsets: tuple[int, ...] | None
+
+
+class _StorageInfo(NamedTuple):
+    """A torch.save inside a .distcp file."""
+
+    file: str
+    offset: int
+    num_bytes: int
+
+
+class _Described(NamedTuple):
+    """A tensor as .metadata describes it."""
+
+    global_shape: tuple[int, ...]
+    dtype: str
+    chunks: dict[tuple[int, ...], tuple[int, ...]]
+    """Shape by offsets."""
+
+
+_KNOWN = (
+    PLAIN
+    | known_records(
+        *(
+            f"{_METADATA}.{name}"
+            for name in (
+                "Metadata",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "TensorProperties",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        f"{_FILESYSTEM}._StorageInfo",
+        f"{_FILESYSTEM}._StoragePrefix",
+        "torch.serialization._get_layout",
+        "pathlib.PosixPath",
+        "pathlib._local.PosixPath",
+        # the plans that megatron-core keeps to save faster the next time
+        *(
+            f"torch.distributed.checkpoint.planner.{name}"
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+        ),
+        "torch.distributed.checkpoint.planner.BytesIOWriteData",
+        *(
+            f"megatron.core.dist_checkpointing.strategies.torch.{name}"
+            for name in ("MCoreMetadata", "MCoreSavePlan")
+        ),
+    )
+    | torch_pt.TORCH_VALUES
+    | {_INDEX: Maker(_INDEX, lambda: InertKey(_INDEX))}
+)
+
+
+def _check_config(path: Path) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}.") from None
+    backend = config.get("sharded_backend") if isinstance(config, dict) else None
+    version = config.get("sharded_backend_version") if isinstance(config, dict) else None
+    if (backend, version) != ("torch_dist", 1):
+        raise UserError(
+            f"{path}: sharded_backend={backend!r} version {version!r}; only torch_dist version 1 "
+            "is read. Save the checkpoint again with --ckpt-format torch_dist."
+        )
+
+
+def _read_metadata(
+    path: Path,
+) -> tuple[dict[str, _Described], tuple[str, ...], dict[_Index, _StorageInfo]]:
+    """The tensors, the other keys, and where each chunk is, from `.metadata`."""
+    try:
+        if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
+            raise UserError(f"{path}: {num_bytes} bytes, above {MAX_METADATA_BYTES}; damaged.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    metadata = read_pickle(data, str(path), _KNOWN)
+    try:
+        state = _state(metadata, "Metadata")
+        entries = dict(state["state_dict_metadata"])
+        tensors, faults = {}, []
+        for key, entry in entries.items():
+            if not _is(entry, "BytesStorageMetadata"):
+                tensors[key] = _describe(entry)
+        stored = dict(_storage_infos(state["storage_data"]))
+        faults += _missing_chunks(tensors, stored)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: not a torch.distributed.checkpoint metadata: {error}.") from None
+    raise_if(f"{path}: {fault}" for fault in faults)
+    return tensors, tuple(key for key in entries if key not in tensors), stored
+
+
+def _is(record: Any, name: str) -> bool:
+    return isinstance(record, (Inert, InertKey)) and record.type_name == f"{_METADATA}.{name}"
+
+
+def _state(record: Any, name: str) -> Any:
+    if not _is(record, name):
+        raise ValueError(f"a {type(record).__name__} instead of a {name}")
+    return record.state
+
+
+def _describe(entry: Any) -> _Described:
+    state = _state(entry, "TensorStorageMetadata")
+    dtype = _state(state["properties"], "TensorProperties")[0]
+    if not isinstance(dtype, DType):
+        raise ValueError("a tensor without a dtype")
+    chunks = {}
+    for record in state["chunks"]:
+        chunk = _state(record, "ChunkStorageMetadata")
+        chunks[_sizes(chunk["offsets"])] = _sizes(chunk["sizes"])
+    return _Described(_sizes(state["size"]), torch_pt.OURS.get(dtype.name, dtype.name), chunks)
+
+
+def _storage_infos(storage_data: Any) -> Iterator[tuple[_Index, _StorageInfo]]:
+    for record, info in storage_data.items():
+        index = _state(record, "MetadataIndex")
+        if not isinstance(info, Inert) or info.type_name != f"{_FILESYSTEM}._StorageInfo":
+            raise ValueError("a chunk without a _StorageInfo")
+        if info.state.get("transform_descriptors"):
+            raise ValueError(f"{index['fqn']} is stored through a transform (compressed)")
+        file, offset, length = (info.state[k] for k in ("relative_path", "offset", "length"))
+        if type(file) is not str or "/" in file or file in ("", ".", ".."):
+            raise ValueError(f"{index['fqn']} is in {file!r}, outside of the folder")
+        _sizes((offset, length))
+        offsets = None if index.get("offset") is None else _sizes(index["offset"])
+        yield _Index(index["fqn"], offsets), _StorageInfo(file, offset, length)
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    if type(numbers) is not tuple or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{numbers!r:.80} instead of sizes")
+    return numbers
+
+
+def _missing_chunks(
+    tensors: Mapping[str, _Described], stored: Mapping[_Index, _StorageInfo]
+) -> Iterator[str]:
+    """Chunks that are nowhere stored, stored but not described, or outside of their tensor."""
+    for key, tensor in tensors.items():
+        for offsets, sizes in tensor.chunks.items():
+            if _Index(key, offsets) not in stored:
+                yield f"{key} {list(offsets)} is in no file."
+            if not _is_inside(ChunkSpec(tensor.global_shape, offsets, TensorSpec(sizes, "uint8"))):
+                yield f"{key} {list(offsets)} + {list(sizes)} is outside {tensor.global_shape}."
+    for key, offsets in stored:
+        if key in tensors and offsets not in tensors[key].chunks:
+            yield f"{key} {offsets} is stored but not described."
+
+
+def _is_inside(chunk: ChunkSpec) -> bool:
+    axes = (chunk.global_shape, chunk.offsets, chunk.tensor.shape)
+    return len(set(map(len, axes))) == 1 and all(
+        start + n <= size for size, start, n in zip(*axes, strict=True)
+    )
+
+
+# -- the .distcp files
+
+
+def _file_faults(folder: Path, infos: Iterable[_StorageInfo]) -> Iterator[str]:
+    """Files that are missing or shorter than `.metadata` says."""
+    needed: dict[str, int] = {}
+    for info in infos:
+        needed[info.file] = max(needed.get(info.file, 0), info.offset + info.num_bytes)
+    for name, num_bytes in needed.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path}: no such file, but .metadata names it; copy the folder again."
+        elif (size := path.stat().st_size) < num_bytes:
+            yield f"{path}: truncated, {size} of {num_bytes} bytes; copy it again."
+
+
+def _read_tensors(
+    folder: Path, stored: Mapping[_Index, _StorageInfo]
+) -> Iterator[tuple[_Index, StoredTensor | UserError]]:
+    """The tensor, or what is wrong with it, of each index; file after file."""
+    by_file: dict[str, list[tuple[_Index, _StorageInfo]]] = {}
+    for index, info in stored.items():
+        by_file.setdefault(info.file, []).append((index, info))
+    for name, items in by_file.items():
+        path = folder / name
+        with path.open("rb") as file:
+            for index, info in sorted(items, key=lambda item: item[1].offset):
+                try:
+                    tensor = torch_pt.read_part(file, path, info.offset, info.num_bytes)
+                    if not isinstance(tensor, StoredTensor):
+                        raise UserError(f"{path}: {index.key}: not a tensor at {info.offset}.")
+                except UserError as error:
+                    yield index, error
+                else:
+                    yield index, tensor
+
+
+# -- writing
+
+
+class _DistcpFile:
+    """A .distcp file in the making."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.segments: list[tuple[int, bytes]] = []
+        self.end = 0
+
+    def append_tensor(self, spec: TensorSpec) -> tuple[_StorageInfo, ChunkPlace]:
+        info, layout = self._append(spec)
+        return info, ChunkPlace(self.name, info.offset + layout.offsets[()])
+
+    def append_object(self) -> _StorageInfo:
+        return self._append([None])[0]
+
+    def _append(self, obj: Any) -> tuple[_StorageInfo, torch_pt.PtLayout]:
+        """Each torch.save starts at a multiple of 64 bytes, so that its tensor does too."""
+        start = self.end + -self.end % ALIGNMENT
+        layout = torch_pt.layout_pt(obj)
+        self.segments += ((start + offset, data) for offset, data in layout.segments)
+        self.end = start + layout.total_bytes
+        return _StorageInfo(self.name, start, layout.total_bytes), layout
+
+    def layout(self) -> FileLayout:
+        return FileLayout(total_bytes=self.end, segments=tuple(self.segments))
+
+
+def _spread(sizes: Sequence[int], num_files: int) -> Iterator[int]:
+    """The file of each of `sizes`, runs of about equal bytes."""
+    total = max(sum(sizes), 1)
+    for end, size in zip(accumulate(sizes), sizes, strict=True):
+        middle = end - (size + 1) // 2
+        yield min(middle * num_files // total, num_files - 1)
+
+
+def _small_pt(obj: Any) -> bytes:
+    layout = torch_pt.layout_pt(obj, "common")
+    assert not layout.offsets, f"common state with tensors: {list(layout.offsets)}"
+    return b"".join(data for _, data in layout.segments)
+
+
+def _whole_file(data: bytes) -> FileLayout:
+    return FileLayout(total_bytes=len(data), segments=((0, data),))
+
+
+def _encode_metadata(
+    chunks: Mapping[str, Sequence[ChunkSpec]], stored: Mapping[_Index, _StorageInfo]
+) -> bytes:
+    """`.metadata` as torch.distributed.checkpoint's FileSystemReader unpickles it."""
+    objects = [index.key for index in stored if index.offsets is None]
+    entries = {key: _tensor_record(parts) for key, parts in chunks.items()}
+    entries |= {key: Record(Name(_METADATA, "BytesStorageMetadata"), {}) for key in objects}
+    state = {
+        "state_dict_metadata": entries,
+        "planner_data": None,
+        "storage_data": DictItems(
+            [(_index_record(index), _info_record(info)) for index, info in stored.items()]
+        ),
+        "storage_meta": None,
+        "version": "1.0.0",
+    }
+    return write_pickle(Record(Name(_METADATA, "Metadata"), state))
+
+
+def _tensor_record(parts: Sequence[ChunkSpec]) -> Record:
+    """A TensorStorageMetadata."""
+    first = parts[0]
+    dtype = DType(torch_pt.DTYPES[first.tensor.dtype])
+    same = all((c.global_shape, c.tensor.dtype) == (first[0], first.tensor.dtype) for c in parts)
+    volume = sum(prod(chunk.tensor.shape) for chunk in parts)
+    assert same and volume == prod(first.global_shape), f"chunks do not tile {first.global_shape}"
+    layout = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Call(Name(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+    properties = (dtype, layout, False, contiguous, False)
+    return Record(
+        Name(_METADATA, "TensorStorageMetadata"),
+        {
+            "properties": Record(Name(_METADATA, "TensorProperties"), properties),
+            "size": _torch_size(first.global_shape),
+            "chunks": [
+                Record(
+                    Name(_METADATA, "ChunkStorageMetadata"),
+                    {"offsets": _torch_size(c.offsets), "sizes": _torch_size(c.tensor.shape)},
+                )
+                for c in parts
+            ],
+        },
+    )
+
+
+def _index_record(index: _Index) -> Record:
+    offset = None if index.offsets is None else _torch_size(index.offsets)
+    state = {"fqn": index.key, "offset": offset, "index": None}
+    return Record(Name(_METADATA, "MetadataIndex"), state)
+
+
+def _info_record(info: _StorageInfo) -> Record:
+    state = {"relative_path": info.file, "offset": info.offset, "length": info.num_bytes}
+    return Record(Name(_FILESYSTEM, "_StorageInfo"), state)
+
+
+def _torch_size(sizes: Sequence[int]) -> Call:
+    return Call(Name("torch", "Size"), (tuple(sizes),))

@@ -37,7 +37,7 @@ from qwen2_ascend.checkpoint.formats.stored import (
     StoredTensor,
     TensorSpec,
 )
-from qwen2_ascend.checkpoint.formats.zips import Record, ZipFault, layout_zip, read_zip
+from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT, Record, ZipFault, layout_zip, read_zip
 from qwen2_ascend.errors import UserError, raise_if
 
 MAX_PICKLE_BYTES = 1 << 27
@@ -83,7 +83,8 @@ _ITEM_BYTES = {theirs: NUMPY_DTYPES[ours].itemsize for ours, theirs in DTYPES.it
     "complex64": 8,
     "complex128": 16,
 }
-_OURS = {theirs: ours for ours, theirs in DTYPES.items()}
+OURS = {theirs: ours for ours, theirs in DTYPES.items()}
+"""And back."""
 _UNTYPED = "torch.storage.UntypedStorage"
 
 
@@ -155,7 +156,7 @@ def layout_pt(obj: Any, name: str = "archive") -> PtLayout:
         {
             f"{name}/data.pkl": data_pkl,
             f"{name}/.format_version": b"1",
-            f"{name}/.storage_alignment": b"64",
+            f"{name}/.storage_alignment": str(ALIGNMENT).encode(),
             f"{name}/byteorder": b"little",
             **sizes,
             f"{name}/version": b"3\n",
@@ -310,9 +311,9 @@ class _Storages:
         sizes = _is_sizes(shape) and _is_sizes(strides) and len(shape) == len(strides)
         if not sizes or not _is_size(start):
             raise PickleFault("it builds a tensor of an impossible shape")
-        if dtype not in _OURS:
-            return _Unreadable(f"dtype {dtype} is not one of {', '.join(_OURS)}")
-        spec = TensorSpec(tuple(shape), _OURS[dtype])
+        if dtype not in OURS:
+            return _Unreadable(f"dtype {dtype} is not one of {', '.join(OURS)}")
+        spec = TensorSpec(tuple(shape), OURS[dtype])
         wanted = _row_major(spec.shape)
         is_row_major = all(n == 1 or a == b for n, a, b in zip(shape, strides, wanted, strict=True))
         if spec.num_bytes and not is_row_major:
@@ -354,12 +355,10 @@ def _known(storages: _Storages) -> dict[str, Any]:
         of_dtype,
         Maker("torch._tensor._rebuild_from_type_v2", rebuild),
         Maker("torch._utils._rebuild_parameter", parameter),
-        Maker("torch.Size", _size),
         Maker("torch._utils._rebuild_parameter_with_state", parameter),
     ]
-    known = PLAIN | _RECORDS | {maker.type_name: maker for maker in makers}
+    known = PLAIN | TORCH_VALUES | _RECORDS | {maker.type_name: maker for maker in makers}
     known |= {f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGES.items()}
-    known |= {f"torch.{name}": DType(name) for name in (*_OURS, *_OTHER_DTYPES)}
     known[_UNTYPED] = known["torch.UntypedStorage"] = _StorageType(None)
     return known
 
@@ -379,6 +378,12 @@ def _is_sizes(numbers: Any) -> bool:
         type(numbers) in (tuple, list) and len(numbers) <= MAX_AXES and all(map(_is_size, numbers))
     )
 
+
+TORCH_VALUES: dict[str, Any] = {
+    "torch.Size": Maker("torch.Size", _size),
+    **{f"torch.{name}": DType(name) for name in (*OURS, *_OTHER_DTYPES)},
+}
+"""torch's names for values that are not tensors."""
 
 _RECORDS = known_records(
     "builtins.slice",
