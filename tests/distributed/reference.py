@@ -8,11 +8,54 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from qwen2_ascend.checkpoint.rules import Piece, Shard, megatron_pieces, qwen2_rules
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.parallel import ParallelLayout
+
+
+class Answer(NamedTuple):
+    """What transformers computes from one folder's weights."""
+
+    tokens: torch.Tensor
+    """`[n, b, s]`: n micro-batches."""
+    weights: torch.Tensor
+    """`[n, b, s, vocabulary]`. The loss of a micro-batch is the sum of its weighted logits: linear,
+    so that no cross entropy, which goes through fp32, comes in between."""
+    logits: torch.Tensor
+    """`[n, b, s, vocabulary]`"""
+    gradients: dict[str, torch.Tensor]
+    """Of the mean over micro-batches, by transformers' names."""
+
+
+def ask_transformers(folder: Path, dtype: str, shape: tuple[int, int, int], path: Path) -> None:
+    """Writes to `path` the Answer of the model in `folder` for `shape` random tokens.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: fp32, or fp64 throughout.
+        shape: micro-batches, sequences in each, tokens in each sequence.
+        path: the file.
+    """
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model = exact(model) if dtype == "fp64" else model.float()
+    generator = torch.Generator().manual_seed(7)
+    vocabulary = model.config.vocab_size
+    tokens = torch.randint(vocabulary, shape, generator=generator)
+    weights = torch.randn(*shape, vocabulary, generator=generator).to(model.dtype)
+    logits = torch.stack([model(batch, use_cache=False).logits for batch in tokens])
+    ((logits * weights).sum() / len(tokens)).backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    torch.save(Answer(tokens, weights, logits.detach(), gradients)._asdict(), path)
+
+
+def read_answer(path: Path) -> Answer:
+    return Answer(**torch.load(path, weights_only=True))
 
 
 def exact(model: torch.nn.Module) -> torch.nn.Module:
