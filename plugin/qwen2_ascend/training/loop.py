@@ -292,7 +292,7 @@ def _forward_backward(
         return []
     # one transfer for all micro-batches
     rows = torch.stack([torch.stack(output) for output in outputs]).tolist()
-    return [(loss, round(tokens)) for loss, tokens in rows]
+    return [(mean * tokens + rest, round(tokens)) for mean, rest, tokens in rows]
 
 
 def _forward_step(
@@ -308,17 +308,21 @@ def _forward_step(
 
 def _sum_losses(
     losses: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """The sum over tokens, their number, and both again for the log.
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The sum over tokens, their number, and (mean, what it lacks of the sum, number) for the log.
+
+    An fp32 sum of many losses is coarser than one loss; with the rest it is as fine as they are.
 
     Args:
         losses: `[b, s]`.
         mask: `[b, s]`, 1 where the token has a loss.
     """
-    total = (losses.float() * mask).sum()
-    tokens = mask.sum()
-    # the schedule divides the returned loss in place: the log's is a copy
-    return total, tokens.to(torch.int), (total.detach().clone(), tokens.float())
+    losses, mask = losses.float(), mask.float()
+    total, tokens = (losses * mask).sum(), mask.sum()
+    # new tensors: the schedule divides the returned loss in place
+    mean = total.detach() / tokens.clamp(min=1)
+    rest = ((losses.detach() - mean) * mask).sum()
+    return total, tokens.to(torch.int), (mean, rest, tokens)
 
 
 class _Agreed(NamedTuple):
@@ -335,22 +339,22 @@ def _agree(run: TrainingRun, losses: list[tuple[float, int]], stop_wanted: bool)
 
     Gathered and added on the host in double precision: HCCL does not reduce fp64.
     """
-    counts = parallel_state.get_tensor_model_parallel_rank() == 0
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        losses = []  # tensor-parallel ranks all have the same
+    total, num_tokens = sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses)
+    mean = torch.tensor(total / max(num_tokens, 1)).item()
+    memory = run.runtime.peak_memory_bytes() / 2**20
     own = torch.tensor(
-        [
-            sum(loss for loss, _ in losses) if counts else 0.0,
-            sum(tokens for _, tokens in losses) if counts else 0.0,
-            run.runtime.peak_memory_bytes() / 2**20,
-            float(stop_wanted),
-        ],
+        [mean, total - mean * num_tokens, num_tokens, memory, stop_wanted],
         dtype=torch.float32,
         device=run.runtime.device,
     )
     rows = [torch.empty_like(own) for _ in range(run.runtime.world_size)]
     torch.distributed.all_gather(rows, own)
-    totals, tokens, memories, stops = zip(*torch.stack(rows).tolist(), strict=True)
+    means, rests, tokens, memories, stops = zip(*torch.stack(rows).tolist(), strict=True)
+    total = sum(m * n + rest for m, rest, n in zip(means, rests, tokens, strict=True))
     return _Agreed(
-        loss=sum(totals) / max(sum(tokens), 1.0),
+        loss=total / max(sum(tokens), 1.0),
         num_tokens=round(sum(tokens)),
         peak_memory_bytes=int(max(memories) * 2**20),
         stop_wanted=any(stops),

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.checkpointing import CheckpointIdentity, SavedRun
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
+
+
+FOREIGN_WARNINGS = (
+    # torch 2.13 has new names for collectives that megatron-core calls by their old ones
+    "`torch.distributed.[a-z_]*` is deprecated. Please use",
+    # about CUDA streams
+    "When using sequence parallelism it is recommended to set",
+    # megatron-core looks at .grad of its slices, which have none, before it sets it
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+)
+"""Beginnings of warnings about code that is not this project's, which no user can act on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +69,9 @@ def pretrain(settings: PretrainSettings) -> None:
     settings = start.settings
     validate(settings, start.config, world_size)
 
+    for message in FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
     from qwen2_ascend import runtime as runtimes
 
     runtime = runtimes.start(
@@ -71,8 +88,8 @@ def pretrain(settings: PretrainSettings) -> None:
 
     from qwen2_ascend.training.checkpointing import resume
 
-    run = _build(settings, start, runtime, say)
-    identity = _identity(settings, start)
+    run = build_run(settings, start, runtime, say)
+    identity = checkpoint_identity(settings, start)
     if start.saved is not None:
         for note in resume(run, start.saved, identity, settings.checkpoint):
             say(note)
@@ -163,10 +180,16 @@ def _headline(settings: PretrainSettings, runtime: Runtime, config: Qwen2Config)
     return f"{runtime.describe()}, {', '.join(words)}"
 
 
-def _build(
+def build_run(
     settings: PretrainSettings, start: Start, runtime: Runtime, say: Callable[[str], None]
 ) -> TrainingRun:
-    """Model with its weights, optimizer, schedule and data."""
+    """Model with its weights, optimizer, schedule and data, at iteration 0.
+
+    `runtime.initialize_model_parallel` has built the process groups of `settings.layout()`.
+
+    Raises:
+        UserError: weights or data do not fit the model.
+    """
     from megatron.core import parallel_state
 
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
@@ -270,7 +293,8 @@ def _eod_token(settings: PretrainSettings, start: Start) -> int:
     return 0
 
 
-def _identity(settings: PretrainSettings, start: Start) -> CheckpointIdentity:
+def checkpoint_identity(settings: PretrainSettings, start: Start) -> CheckpointIdentity:
+    """What checkpoints of this run say about its model."""
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
 
     return CheckpointIdentity(

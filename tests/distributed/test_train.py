@@ -1,0 +1,35 @@
+"""Training gives the same losses at every layout, and those of transformers with torch's AdamW."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from distributed.harness import Check, Launches
+from distributed.train_worker import CHECKS, LAYOUTS, TOLERANCE
+
+WORKER = Path(__file__).with_name("train_worker.py")
+BY_NAME = {check.name: check for check in CHECKS.all()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
+def test_train(check: Check, launches: Launches) -> None:
+    launches.result(WORKER, check).require()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tied", ["untied", "tied"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1-pp1"])
+def test_losses_are_those_of_one_process(layout: str, tied: str, launches: Launches) -> None:
+    losses = _losses(f"{layout}-{tied}", launches)
+    alone = _losses(f"tp1-pp1-{tied}", launches)
+    assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) <= TOLERANCE
+
+
+def _losses(name: str, launches: Launches) -> list[float]:
+    result = launches.result(WORKER, BY_NAME[name])
+    result.require()
+    found, _ = json.JSONDecoder().raw_decode(result.detail)
+    return found["losses"]
