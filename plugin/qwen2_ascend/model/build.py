@@ -23,6 +23,7 @@ from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import current, supported_keywords
+from qwen2_ascend.runtime.megatron_compat import virtual_pipeline_size, virtual_stage
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -58,31 +59,31 @@ def build_model(
         UserError: layout and model do not fit, or the installed megatron-core cannot do it.
     """
     layout.check(config, padded_vocab_size)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = layout.stages(config.num_layers)[stage]
     transformer = transformer_config(
         config, layout, dtype=dtype, perform_initialization=perform_initialization, **options
     )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = layout.stages(config.num_layers)[stage]
     models = []
     for index, layers in enumerate(chunks):
-        if len(chunks) > 1 and hasattr(parallel_state, "set_virtual_pipeline_model_parallel_rank"):
-            parallel_state.set_virtual_pipeline_model_parallel_rank(index)
-        model = GPTModel(
-            transformer,
-            get_qwen2_block_spec(len(layers), backend),
-            vocab_size=padded_vocab_size or config.vocab_size,
-            max_sequence_length=config.max_position_embeddings,
-            pre_process=stage == 0 and index == 0,
-            post_process=stage == layout.pp - 1 and index == len(chunks) - 1,
-            share_embeddings_and_output_weights=config.tie_word_embeddings,
-            position_embedding_type="rope",
-            **supported_keywords(GPTModel.__init__, vp_stage=index if len(chunks) > 1 else None),
-        )
+        is_first = (stage, index) == (0, 0)
+        is_last = (stage, index) == (layout.pp - 1, len(chunks) - 1)
+        with virtual_stage(index if len(chunks) > 1 else None) as vp_stage:
+            model = GPTModel(
+                transformer,
+                get_qwen2_block_spec(len(layers), backend),
+                vocab_size=padded_vocab_size or config.vocab_size,
+                max_sequence_length=config.max_position_embeddings,
+                pre_process=is_first,
+                post_process=is_last,
+                share_embeddings_and_output_weights=config.tie_word_embeddings,
+                position_embedding_type="rope",
+                **supported_keywords(GPTModel.__init__, vp_stage=vp_stage),
+            )
         model.rotary_pos_emb = Qwen2RotaryEmbedding(
             config, transformer.params_dtype, current().device
         )
-        built = [layer.layer_number - 1 for layer in model.decoder.layers]
-        assert built == list(layers), f"megatron-core built layers {built}, not {list(layers)}"
+        _check_layers(model, layers)
         if not perform_initialization:
             _mark_tensor_parallel(model)
         models.append(model)
@@ -122,7 +123,7 @@ def transformer_config(
     """
     if sequence_parallel and layout.tp == 1:
         raise UserError("sequence_parallel needs tensor_model_parallel_size of at least 2.")
-    virtual_size = layout.virtual_pipeline_size(config.num_layers)
+    virtual_size = virtual_pipeline_size(layout, config.num_layers)
     on_cpu = current().name == "cpu"
     fields: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -188,6 +189,11 @@ def _uneven_stages(num_layers: int, layout: ParallelLayout) -> dict[str, Any]:
         "num_layers_in_first_pipeline_stage": numbers[0],
         "num_layers_in_last_pipeline_stage": numbers[-1],
     }
+
+
+def _check_layers(model: Any, layers: range) -> None:
+    built = [layer.layer_number - 1 for layer in model.decoder.layers]
+    assert built == list(layers), f"megatron-core built layers {built}, not {list(layers)}"
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from qwen2_ascend.model.modules import CausalAttention, Qwen2MLP, Qwen2SelfAttention, RMSNorm
@@ -43,20 +48,22 @@ def get_qwen2_layer_spec(backend: str = "torch") -> ModuleSpec:
             linear_fc2=ModuleSpec(module=RowParallelLinear),
         ),
     )
+    # megatron-core takes functions here too, though its own annotations say types only.
+    add_residual: Any = get_bias_dropout_add
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_residual,
             pre_mlp_layernorm=norm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_residual,
         ),
     )
 
 
-def get_qwen2_block_spec(num_layers: int, backend: str = "torch") -> TransformerBlockSubmodules:
+def get_qwen2_block_spec(num_layers: int, backend: str = "torch") -> ModuleSpec:
     """The decoder of one model chunk: `num_layers` layers and, in the last chunk, the final norm.
 
     A layer spec alone would give the final norm megatron-core's default, which has no sequence
@@ -64,4 +71,7 @@ def get_qwen2_block_spec(num_layers: int, backend: str = "torch") -> Transformer
     """
     norm = ModuleSpec(module=RMSNorm, params={"ops": get_ops(backend)})
     layers = [get_qwen2_layer_spec(backend)] * num_layers
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+    return ModuleSpec(
+        module=TransformerBlock,
+        submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
+    )

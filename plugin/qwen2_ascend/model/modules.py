@@ -70,11 +70,16 @@ class CausalAttention(torch.nn.Module):
         """Each rank drops in its own heads; under sequence parallelism the block forked already."""
         if dropout_p == 0.0 or self.sequence_parallel:
             return nullcontext()
-        return tensor_parallel.get_cuda_rng_tracker().fork()
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+        return tracker.fork()
 
 
 class Qwen2SelfAttention(SelfAttention):
     """megatron-core's self-attention with a forward that only does what Qwen2 needs."""
+
+    linear_qkv: Any
+    linear_proj: Any
+    core_attention: Any
 
     def __init__(self, *args: Any, ops: Ops, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,7 +105,7 @@ class Qwen2SelfAttention(SelfAttention):
         packed_seq_params: Any = None,
         attention_bias: Tensor | None = None,
         **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """Attends causally over `hidden_states`, `[s, b, h]`.
 
         Returns:

@@ -29,7 +29,9 @@ class Qwen2RotaryEmbedding(RotaryEmbedding):
         self._scale = config.yarn.attention_factor if config.yarn else 1.0
         self._table = torch.empty(2, 0, config.kv_channels, dtype=dtype, device=device)
 
-    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleVariableOverride]  # theirs is cached
+        self, max_seq_len: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """cos and sin of positions 0 ... max_seq_len - 1, `[2, s, hn]`."""
         if self._table.shape[1] < max_seq_len:
             self._table = self._compute(max_seq_len)

@@ -6,7 +6,8 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qwen2_ascend.errors import UserError
@@ -47,7 +48,7 @@ def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size(num_layers),
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(layout, num_layers),
         distributed_timeout_minutes=max(1, math.ceil(runtime.timeout_seconds / 60)),
     )
 
@@ -58,6 +59,31 @@ def destroy_model_parallel() -> None:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def virtual_pipeline_size(layout: ParallelLayout, num_layers: int) -> int | None:
+    """Chunks per stage as megatron-core wants it: None, not 1, without an interleaved pipeline."""
+    size = layout.virtual_pipeline_size(num_layers)
+    return None if size == 1 else size
+
+
+@contextmanager
+def virtual_stage(index: int | None) -> Iterator[int | None]:
+    """Builds chunk `index` of an interleaved pipeline; None is for a plain one.
+
+    Newer releases are told by GPTModel's `vp_stage`, older ones by this global.
+    """
+    from megatron.core import parallel_state
+
+    tell = getattr(parallel_state, "set_virtual_pipeline_model_parallel_rank", None)
+    if index is None or tell is None:
+        yield index
+        return
+    tell(index)
+    try:
+        yield index
+    finally:
+        tell(0)
 
 
 def silence_known_notes() -> None:

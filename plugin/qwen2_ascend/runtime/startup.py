@@ -116,6 +116,7 @@ def _join(runtime: Runtime) -> None:
         torch.distributed.init_process_group(runtime.backend, timeout=timeout)
         return
     # A process alone talks to nobody: no port to pick, none to be taken.
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group(
-        runtime.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        runtime.backend, store=store, rank=0, world_size=1, timeout=timeout
     )
