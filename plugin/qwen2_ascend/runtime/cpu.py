@@ -59,6 +59,15 @@ def redirect_torch() -> None:
         ),
         lambda original: lambda self, *args, **kwargs: self,
     )
+    apply(
+        Patch(
+            target="torch:cuda.synchronize",
+            why="saving torch_dist waits for copies from the device that it has begun",
+            how="returns at once: on the CPU nothing is under way",
+            until=_UNTIL,
+        ),
+        lambda original: lambda device=None: None,
+    )
     _redirect_random_state()
 
 
