@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -224,10 +225,11 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch, target: str, nth: int) -> None:
     """Makes the nth call of `target` fail."""
-    import importlib
-
-    module_name, name = target.rsplit(".", 1)
+    module_name, names = target.split(":")
+    *path, name = names.split(".")
     module = importlib.import_module(module_name)
+    for part in path:
+        module = getattr(module, part)
     original, calls = getattr(module, name), iter(range(10**9))
 
     def failing(*args, **kwargs):
@@ -243,7 +245,7 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_up(
 ) -> None:
     settings = {"save_interval_mb": 0.01}
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        interrupt_at(patched, "qwen2_ascend.data.parts._fsync", 9)
+        interrupt_at(patched, "qwen2_ascend.data.parts:_fsync", 9)
         run(tmp_path / "a", corpus, tokenizer_folder, **settings)
     with pytest.raises(UserError, match=r"an unfinished run lies in \.a\.preprocessing"):
         run(tmp_path / "a", corpus, tokenizer_folder, **settings)
@@ -260,7 +262,7 @@ def test_overwrite_starts_an_unfinished_run_again(
     corpus, expected, tokenizer_folder, tmp_path, monkeypatch
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        interrupt_at(patched, "qwen2_ascend.data.parts._fsync", 9)
+        interrupt_at(patched, "qwen2_ascend.data.parts:_fsync", 9)
         run(tmp_path / "a", corpus, tokenizer_folder, save_interval_mb=0.01)
     run(tmp_path / "a", corpus, tokenizer_folder, overwrite=True)
     assert result(tmp_path / "a") == expected
@@ -269,13 +271,13 @@ def test_overwrite_starts_an_unfinished_run_again(
 @pytest.mark.parametrize(
     "target",
     [
-        "qwen2_ascend.data.parts._fsync",
-        "qwen2_ascend.data.parts.write_file",
-        "qwen2_ascend.data.parts.fsync_folder",
-        "qwen2_ascend.data.output.os.replace",
-        "qwen2_ascend.data.output.fsync_folder",
-        "qwen2_ascend.data.output.write_file",
-        "qwen2_ascend.data.output.shutil.rmtree",
+        "qwen2_ascend.data.parts:_fsync",
+        "qwen2_ascend.data.parts:write_file",
+        "qwen2_ascend.data.parts:fsync_folder",
+        "qwen2_ascend.data.output:os.replace",
+        "qwen2_ascend.data.output:fsync_folder",
+        "qwen2_ascend.data.output:write_file",
+        "qwen2_ascend.data.output:shutil.rmtree",
     ],
 )
 def test_any_interruption_is_gone_on_from(target, tokenizer_folder, tmp_path, monkeypatch) -> None:
@@ -363,7 +365,7 @@ def num_parts(folder: Path) -> int:
 def test_kill_9_is_gone_on_from(tokenizer_folder: Path, tmp_path: Path, capsys) -> None:
     """Killed twice at different moments, the result is that of a run nobody disturbed; workers do
     not outlive their parent."""
-    texts = documents(3000, seed=5)
+    texts = documents(1500, seed=5)
     corpus = write_jsonl(tmp_path / "large.jsonl", texts)
     output, folder = tmp_path / "a", tmp_path / ".a.preprocessing"
     flags = ("--workers", "2", "--save-interval-mb", "0.05")
@@ -389,7 +391,7 @@ def test_kill_9_is_gone_on_from(tokenizer_folder: Path, tmp_path: Path, capsys) 
 
 
 def test_ctrl_c_keeps_finished_parts_and_says_so(tokenizer_folder: Path, tmp_path: Path) -> None:
-    corpus = write_jsonl(tmp_path / "large.jsonl", documents(3000, seed=5))
+    corpus = write_jsonl(tmp_path / "large.jsonl", documents(1500, seed=5))
     folder = tmp_path / ".a.preprocessing"
     flags = ("--workers", "2", "--save-interval-mb", "0.05")
     process = start_script(corpus, tmp_path / "a", tokenizer_folder, *flags, start_new_session=True)

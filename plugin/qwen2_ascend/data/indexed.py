@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ __all__ = [
     "sample_documents",
 ]
 
+HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, code of the dtype, number of sequences, number of documents and one."""
+EMPTY_HEADER = bytes(HEADER.size)
 SAMPLED_BLOCKS, SAMPLED_BYTES = 64, 4096
 
 
@@ -44,11 +48,8 @@ def open_indexed(prefix: str | Path) -> Any:
             raise UserError(f"{prefix}{suffix}: no such file; {_prefix_hint(prefix)}")
     if Path(prefix + ".bin").stat().st_size == 0:
         raise UserError(f"{prefix}.bin is empty; preprocess the data again.")
-    try:
-        dataset = IndexedDataset(prefix)
-    except (AssertionError, ValueError, OSError, IndexError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{prefix}.idx is not an index of Megatron's: {text}") from None
+    _check_index(f"{prefix}.idx")
+    dataset = IndexedDataset(prefix)
     expected = int(dataset.index.sequence_pointers[-1]) + (
         int(dataset.sequence_lengths[-1]) * DType.size(dataset.index.dtype)
     )
@@ -58,6 +59,21 @@ def open_indexed(prefix: str | Path) -> Any:
             "they are not of one run, or the copy is not complete."
         )
     return dataset
+
+
+def _check_index(path: str) -> None:
+    """Refuses what IndexedDataset would stumble over: by its own failed asserts, noisily."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+    whole = len(header) == HEADER.size
+    magic, version, code, sequences, documents = HEADER.unpack(header if whole else EMPTY_HEADER)
+    if magic != b"MMIDIDX\0\0" or version != 1 or code not in [dtype.value for dtype in DType]:
+        raise UserError(f"{path} is not an index of Megatron's (version 1).")
+    expected = HEADER.size + sequences * (4 + 8) + documents * 8
+    if (found := Path(path).stat().st_size) < expected:
+        raise UserError(f"{path} has {found} bytes and should have {expected}; it was cut short.")
+    if not sequences:
+        raise UserError(f"{path} holds no document.")
 
 
 def _prefix_hint(prefix: str) -> str:

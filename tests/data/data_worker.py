@@ -1,0 +1,97 @@
+"""Checks of pretraining data that need several ranks; run by test_data_on_ranks.py."""
+
+from __future__ import annotations
+
+from distributed.harness import Checks, Run, main
+
+CHECKS = Checks()
+
+
+def _build(run: Run, prefix: str = "A", **settings):
+    from qwen2_ascend.data.pretraining import build_pretraining_datasets
+
+    words = ["0.4", str(run.folder / prefix), "0.6", str(run.folder / "B")]
+    settings = {"num_samples": (64, 8, 0), "seq_length": 16, "seed": 7, "eod_token": 0, **settings}
+    return build_pretraining_datasets(
+        data_path=words, split="80,20", data_cache_path=run.folder / "cache", **settings
+    )
+
+
+def _write(run: Run) -> None:
+    import torch.distributed as dist
+    from data.corpora import write_indexed
+
+    if run.runtime.rank == 0:
+        write_indexed(run.folder / "A", [10, 20, 30] * 20)
+        write_indexed(run.folder / "B", [15, 25] * 20, first=1001)
+    dist.barrier()
+
+
+def _digest(datasets) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for dataset in datasets[:2]:
+        for i in range(len(dataset)):
+            digest.update(dataset[i]["tokens"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@CHECKS.add(world_size=2)
+def rank_0_builds_the_cache_and_all_ranks_read_the_same(run: Run) -> str:
+    import numpy
+    import torch.distributed as dist
+
+    _write(run)
+    saved, save = [], numpy.save
+    numpy.save = lambda path, *args, **kwargs: (saved.append(path), save(path, *args, **kwargs))
+    try:
+        mine = _digest(_build(run))
+    finally:
+        numpy.save = save
+    assert bool(saved) == (run.runtime.rank == 0), saved
+    everyones: list[str] = [""] * 2
+    dist.all_gather_object(everyones, mine)
+    assert len(set(everyones)) == 1
+    return f"rank {run.runtime.rank} wrote {len(saved)} files"
+
+
+@CHECKS.add(world_size=2)
+def a_users_mistake_is_raised_on_every_rank_and_nobody_waits(run: Run) -> None:
+    from qwen2_ascend.errors import UserError
+
+    _write(run)
+    try:
+        _build(run, prefix="missing")
+    except UserError as error:
+        assert "missing.bin: no such file" in str(error)
+    else:
+        raise AssertionError("the missing file was not noticed")
+
+
+@CHECKS.add(world_size=2)
+def a_cache_that_is_not_shared_is_named(run: Run) -> None:
+    """Rank 1 looks for the cache elsewhere, as on a node with a disk of its own."""
+    from qwen2_ascend.data import pretraining
+    from qwen2_ascend.errors import UserError
+
+    _write(run)
+    elsewhere = run.folder / f"cache-of-{run.runtime.rank}"
+    try:
+        pretraining.build_pretraining_datasets(
+            data_path=[str(run.folder / "A")],
+            num_samples=(16, 0, 0),
+            seq_length=16,
+            seed=7,
+            eod_token=0,
+            data_cache_path=elsewhere,
+        )
+    except UserError as error:
+        assert run.runtime.rank == 1
+        assert "must be on storage that all nodes share" in str(error)
+    else:
+        assert run.runtime.rank == 0
+
+
+if __name__ == "__main__":
+    main(CHECKS)
