@@ -86,6 +86,11 @@ class ParallelLayout:
                 f"tensor_model_parallel_size={tp} neither divides nor is a multiple of "
                 f"num_query_groups={groups}; use {_either(usable)}."
             )
+        elif not faults and _qkv_rows(config) % tp:
+            faults.append(
+                f"tensor_model_parallel_size={tp} does not divide the {_qkv_rows(config)} rows of "
+                f"linear_qkv; use {_either(usable)}."
+            )
         return faults
 
     def _layer_faults(self, config: Qwen2Config) -> list[str]:
@@ -138,8 +143,14 @@ class ParallelLayout:
 def tensor_parallel_sizes(config: Qwen2Config) -> tuple[int, ...]:
     """Every tensor_model_parallel_size that can cut this model (its vocabulary aside)."""
     sizes = (config.num_attention_heads, config.hidden_size, config.ffn_hidden_size)
+    sizes += (_qkv_rows(config),)
     groups = config.num_query_groups
     return tuple(n for n in _divisors(math.gcd(*sizes)) if not (groups % n and n % groups))
+
+
+def _qkv_rows(config: Qwen2Config) -> int:
+    """Rows of linear_qkv over all ranks; a query group may be cut over ranks, a row may not."""
+    return (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
 
 
 def padded_vocab_size(
@@ -159,6 +170,8 @@ def padded_vocab_size(
     Raises:
         UserError: both are given, or the size is too small or not divisible by `tp`.
     """
+    if tp < 1:
+        raise UserError(f"tensor_model_parallel_size={tp} must be at least 1.")
     if size is not None and divisible_by is not None:
         raise UserError("--padded-vocab-size and --make-vocab-size-divisible-by: give one of them.")
     if divisible_by is not None:

@@ -14,6 +14,7 @@ import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from qwen2_ascend.errors import UserError
@@ -223,11 +224,25 @@ def write_file(path: Path, data: bytes) -> None:
     """Writes a small file whole: beside its place, flushed, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with naming(path):
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds to an OSError which file it was about; those of file descriptors do not say."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "; make room or choose another --save-dir" if full else ""
+        raise OSError(f"{path}: cannot be written: {error.strerror}{way_out}.") from None
 
 
 def _belongs_to_checkpoint(name: str) -> bool:

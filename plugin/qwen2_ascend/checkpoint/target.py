@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +127,9 @@ def megatron_target(
 
 def check_files(target: Target) -> None:
     """Raises PlanError unless tensors and the bytes between them tile every file exactly once."""
+    names = Counter((held.stored.path, held.name) for held in target.held)
+    if twice := [f"{path}: {name}" for (path, name), n in names.items() if n > 1]:
+        raise PlanError(f"names that are not unique in their file: {twice[:5]}")
     ranges: dict[Path, list[tuple[int, int]]] = {file.path: [] for file in target.files}
     for file in target.files:
         ranges[file.path] += ((start, start + len(data)) for start, data in file.segments)
@@ -234,7 +237,11 @@ def _pt_files(
             pt = torch_pt.layout_pt(state, name=path.stem)
             files.append(TargetFile(path=path, total_bytes=pt.total_bytes, segments=pt.segments))
             held += [
-                Held(name, piece, StoredTensor(path, pt.offsets[key, name], piece.shape, dtype))
+                Held(
+                    name if num_chunks == 1 else f"{key}/{name}",  # chunks repeat the names
+                    piece,
+                    StoredTensor(path, pt.offsets[key, name], piece.shape, dtype),
+                )
                 for key, pieces in models.items()
                 for name, piece in pieces.items()
             ]

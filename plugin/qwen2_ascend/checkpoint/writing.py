@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, stored_checksum, write_bands
 from qwen2_ascend.checkpoint.plan import Held, Plan, Write
-from qwen2_ascend.checkpoint.staging import empty_folder
+from qwen2_ascend.checkpoint.staging import empty_folder, naming
 from qwen2_ascend.checkpoint.target import Target, TargetFile
 from qwen2_ascend.errors import UserError
 
@@ -66,14 +65,15 @@ class Journal:
             os.truncate(path, sum(len(line) + 1 for line in complete))
         else:
             empty_folder(folder)
-            path.write_bytes(head + b"\n")
-        self._file = open(path, "ab")  # noqa: SIM115
+            with naming(path):
+                path.write_bytes(head + b"\n")
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def record(self, file: str, name: str, checksum: str) -> None:
-        with self._lock:
+        with self._lock, naming(self._path):
             self.done[file, name] = checksum
             self._file.write(json.dumps([file, name, checksum]).encode() + b"\n")
-            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -156,10 +156,14 @@ class _Files:
         full.parent.mkdir(parents=True, exist_ok=True)
         keep = 0 if self._keep else os.O_TRUNC
         fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o644)
-        with _naming(path):
-            os.ftruncate(fd, self._files[path].total_bytes)
-            for offset, data in self._files[path].segments:
-                _pwrite(fd, memoryview(data), offset)
+        try:
+            with naming(path):
+                os.ftruncate(fd, self._files[path].total_bytes)
+                for offset, data in self._files[path].segments:
+                    _pwrite(fd, memoryview(data), offset)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def putter(self, held: Held) -> Callable[[int, np.ndarray], None]:
@@ -171,7 +175,7 @@ class _Files:
         def put(position: int, band: np.ndarray) -> None:
             nonlocal pending
             data = memoryview(band.reshape(-1).view(np.uint8).data)
-            with _naming(path):
+            with naming(path):
                 _pwrite(fd, data, start + position)
             pending += len(data)
             if pending >= _WRITEBACK_BYTES:
@@ -198,7 +202,7 @@ class _Files:
     @staticmethod
     def _flush(path: Path, fd: int) -> None:
         try:
-            with _naming(path):
+            with naming(path):
                 os.fsync(fd)
         finally:
             os.close(fd)
@@ -239,19 +243,6 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
     while len(data):
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Adds to an OSError which file it was about; those of file descriptors do not say."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "; make room or choose another --save-dir" if full else ""
-        raise OSError(f"{path}: cannot be written: {error.strerror}{way_out}.") from None
 
 
 def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
