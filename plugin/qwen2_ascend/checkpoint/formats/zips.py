@@ -211,8 +211,9 @@ def _data_offset(file: BinaryIO, start: int, entry: _Entry) -> int:
         raise ZipFault(f"is damaged: record {entry.name!r} starts beyond the last one")
     fields = _LOCAL.unpack(_read(file, start + entry.header, _LOCAL.size))
     name_bytes, extra_bytes = fields[9], fields[10]
-    name = _read(file, start + entry.header + _LOCAL.size, name_bytes)
-    if fields[0] != b"PK\3\4" or _decode(name) != entry.name or fields[3]:
+    raw_name = entry.name.encode()
+    sound = fields[0] == b"PK\3\4" and name_bytes == len(raw_name) and not fields[3]
+    if not sound or _read(file, start + entry.header + _LOCAL.size, name_bytes) != raw_name:
         raise ZipFault(f"is damaged: the header of record {entry.name!r} contradicts the directory")
     return entry.header + _LOCAL.size + name_bytes + extra_bytes
 

@@ -1,0 +1,225 @@
+"""Genuine megatron-core saves what we read, and loads what we lay out (distributed/harness.py)."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from distributed.harness import Checks, Run, main
+from format_helpers import fill, stored_bytes, write_layout
+from helpers import tiny_config
+from qwen2_ascend.checkpoint.formats import torch_dist
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, TensorSpec
+from qwen2_ascend.checkpoint.formats.torch_dist import ChunkSpec
+from qwen2_ascend.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHECKS = Checks()
+LAYOUT = ParallelLayout(tensor_model_parallel_size=2)
+BF16 = NUMPY_DTYPES["bf16"]
+
+
+def gpt_model(run: Run, *, tied: bool, spec: str = "ours", padded_vocab_size: int = 256):
+    """This rank's half of a toy model with random weights, of our layer spec or megatron-core's."""
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from qwen2_ascend import runtime
+    from qwen2_ascend.model.build import build_model, transformer_config
+
+    prepare_megatron()
+    config = tiny_config(tie_word_embeddings=tied)
+    runtime.initialize_model_parallel(LAYOUT, config.num_layers)
+    run.runtime.seed_all(1)
+    if spec == "ours":
+        options: dict[str, Any] = {"padded_vocab_size": padded_vocab_size, "dtype": "bf16"}
+        model = build_model(config, LAYOUT, **options)[0]
+    else:
+        model = GPTModel(
+            transformer_config(config, LAYOUT, dtype="bf16"),
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=128,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=tied,
+        ).bfloat16()
+    own, common = (torch.Generator().manual_seed(seed) for seed in (run.runtime.rank, 7))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            generator = common if "layernorm" in name else own
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def prepare_megatron() -> None:
+    """What saving needs beyond the runtime's redirects on a machine without a GPU or psutil."""
+    import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    torch.cuda.synchronize = lambda *args: None
+    if not filesystem_async.HAVE_PSUTIL:
+        filesystem_async._process_memory = lambda: 0
+
+
+def own_shards(model) -> list[Any]:
+    """megatron-core's ShardedTensors of this rank, fused ones taken apart."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+
+
+def box_of(shard) -> tuple[slice, ...]:
+    shape = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+    return tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shape, strict=True))
+
+
+def assert_equal(shards, whole: dict[str, np.ndarray]) -> None:
+    """Every shard's bytes are those of its box of the whole tensor."""
+    import torch
+
+    for shard in shards:
+        box = whole[shard.key][box_of(shard)]
+        ours = shard.data.detach().contiguous().view(torch.int16).numpy()
+        assert ours.tobytes() == box.tobytes(), f"{shard.key} at {shard.global_offset}"
+
+
+def save_and_read(tied: bool, run: Run) -> str:
+    import torch
+    from megatron.core import dist_checkpointing
+
+    model = gpt_model(run, tied=tied)
+    folder = run.folder / f"saved-{tied}"
+    if run.runtime.rank == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    state = {"args": Namespace(tensor_model_parallel_size=2), "iteration": 7}
+    state["model"] = model.sharded_state_dict()
+    dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
+    found = torch_dist.read(folder)
+    assert found.common == {"args": Namespace(tensor_model_parallel_size=2), "iteration": 7}
+    assert set(found.objects) == set(torch_dist.extra_states(4))
+    shards = own_shards(model)
+    assert set(found.chunks) == {shard.key for shard in shards}
+    assert ("output_layer.weight" in found.chunks) is not tied
+    whole = {}
+    for key, chunks in found.chunks.items():
+        whole[key] = np.zeros(chunks[0].global_shape, BF16)
+        filled = np.zeros(chunks[0].global_shape, np.int8)
+        for chunk in chunks:
+            box = tuple(slice(*pair) for pair in ends(chunk.offsets, chunk.tensor.shape))
+            data = np.frombuffer(stored_bytes(chunk.tensor), BF16)
+            whole[key][box] = data.reshape(chunk.tensor.shape)
+            filled[box] += 1
+        assert (filled == 1).all(), key
+    assert_equal(shards, whole)
+    return f"{sum(map(len, found.chunks.values()))} chunks of {len(whole)} tensors"
+
+
+def ends(offsets, shape) -> list[tuple[int, int]]:
+    return [(start, start + n) for start, n in zip(offsets, shape, strict=True)]
+
+
+def lay_out_and_load(spec: str, tied: bool, cut: str, padded_vocab_size: int, run: Run) -> str:
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    model = gpt_model(run, tied=tied, spec=spec, padded_vocab_size=padded_vocab_size)
+    shards = own_shards(model)
+    folder = run.folder / f"laid-out-{spec}-{tied}-{cut}-{padded_vocab_size}"
+    whole = random_tensors(shards)
+    norm = (
+        "input_layernorm.weight"
+        if spec == "ours"
+        else "self_attention.linear_qkv.layer_norm_weight"
+    )
+    assert f"decoder.layers.{norm}" in whole
+    if run.runtime.rank == 0:
+        write_folder(folder, whole, cut)
+    torch.distributed.barrier()
+    loaded = dist_checkpointing.load(
+        {"model": model.sharded_state_dict()}, str(folder), strict=StrictHandling.RAISE_ALL
+    )
+    assert loaded["args"] == Namespace(num_layers=4) and loaded["iteration"] == 5
+    model.load_state_dict(loaded["model"])
+    for key in [key for key in whole if "embedding" in key or "output" in key]:
+        # megatron-core fills the rows that the folder does not have with zeros
+        missing = np.zeros((padded_vocab_size - len(whole[key]), 64), BF16)
+        whole[key] = np.concatenate([whole[key], missing])
+    assert_equal(own_shards(model), whole)
+    return f"{len(whole)} tensors"
+
+
+def random_tensors(shards) -> dict[str, np.ndarray]:
+    """A whole tensor for each key, the same on every rank; vocabularies of 256 rows."""
+    whole = {}
+    for number, key in enumerate(sorted({shard.key for shard in shards})):
+        shape = next(shard.global_shape for shard in shards if shard.key == key)
+        if "embedding" in key or "output" in key:
+            shape = (256, *shape[1:])
+        whole[key] = np.random.default_rng(number).normal(size=shape).astype(BF16)
+    return whole
+
+
+def write_folder(folder: Path, whole: dict[str, np.ndarray], cut: str) -> None:
+    boxes = {key: list(cuts(array.shape, cut)) for key, array in whole.items()}
+    chunks = {
+        key: [
+            ChunkSpec(
+                whole[key].shape,
+                tuple(start for start, _ in box),
+                TensorSpec(tuple(stop - start for start, stop in box), "bf16"),
+            )
+            for box in boxes[key]
+        ]
+        for key in whole
+    }
+    common = {"args": Namespace(num_layers=4), "iteration": 5}
+    objects = torch_dist.extra_states(4)
+    layout = torch_dist.layout_torch_dist(chunks, common, num_files=3, objects=objects)
+    folder.mkdir()
+    for name, file in layout.files.items():
+        write_layout(file, folder / name)
+    for key, places in layout.places.items():
+        for box, place in zip(boxes[key], places, strict=True):
+            data = whole[key][tuple(slice(*pair) for pair in box)].tobytes()
+            fill(folder / place.file, place.offset, data)
+
+
+def cuts(shape: tuple[int, ...], cut: str):
+    """Boxes that tile `shape`: whole, by the first axis, or unevenly by the last."""
+    whole = [(0, n) for n in shape]
+    if cut == "whole":
+        yield tuple(whole)
+    elif cut == "first axis":
+        for i in range(shape[0]) if shape[0] <= 4 else ():
+            yield ((i, i + 1), *whole[1:])
+        if shape[0] > 4:
+            half = shape[0] // 2
+            yield from (((0, half), *whole[1:]), ((half, shape[0]), *whole[1:]))
+    else:
+        last = shape[-1]
+        for start, stop in ((0, 5), (5, last // 2 + 3), (last // 2 + 3, last)):
+            yield (*whole[:-1], (start, stop))
+
+
+def _add(name: str, function, *arguments) -> None:
+    CHECKS.add(world_size=2, name=name)(lambda run: function(*arguments, run))
+
+
+_add("reads-untied", save_and_read, False)
+_add("reads-tied", save_and_read, True)
+for _cut in ("whole", "first axis", "uneven"):
+    _add(f"loads-untied-{_cut}", lay_out_and_load, "ours", False, _cut, 256)
+_add("loads-tied", lay_out_and_load, "ours", True, "whole", 256)
+_add("loads-more-padding", lay_out_and_load, "ours", False, "whole", 384)
+_add("loads-megatron-spec", lay_out_and_load, "megatron", False, "first axis", 256)
+
+if __name__ == "__main__":
+    main(CHECKS)
