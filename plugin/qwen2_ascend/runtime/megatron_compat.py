@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import math
@@ -112,3 +113,22 @@ def model_parallel_seed(seed: int) -> int:
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return seed
+
+
+def let_torch_dist_save_without_psutil() -> None:
+    """Keeps the saving of torch_dist checkpoints from waiting for ever for want of psutil."""
+    from qwen2_ascend.runtime.ledger import Patch, apply
+
+    module = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    if getattr(importlib.import_module(module), "HAVE_PSUTIL", True):
+        return
+    apply(
+        Patch(
+            target=f"{module}:_process_memory",
+            why="megatron-core does not declare psutil, and its writer processes raise without it; "
+            "the figure goes into a debug line only, but saving waits for them for ever",
+            how="says 0 bytes, where psutil is not installed",
+            until="megatron-core declares psutil, or does without",
+        ),
+        lambda original: lambda: 0,
+    )
