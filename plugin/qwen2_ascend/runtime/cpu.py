@@ -35,7 +35,7 @@ def redirect_torch() -> None:
         apply(
             Patch(
                 target=f"torch:{factory}",
-                why="gradient clipping and norms allocate scalars with device='cuda'",
+                why="gradient norm, clipping and token counts are allocated with device='cuda'",
                 how="device='cuda' becomes the CPU, anything else passes through",
                 until=_UNTIL,
             ),
@@ -77,7 +77,7 @@ def redirect_megatron() -> None:
     apply(
         Patch(
             target=f"{module}:_get_cuda_rng_state",
-            why="reads a CUDA generator; nothing crashes, but recomputed dropout draws differ",
+            why="the RNG tracker saves its state on leaving a fork; raises without CUDA",
             how="reads the CPU generator",
             until=_UNTIL,
         ),
@@ -86,7 +86,8 @@ def redirect_megatron() -> None:
     apply(
         Patch(
             target=f"{module}:_set_cuda_rng_state",
-            why="sets a CUDA generator lazily, which never happens; dropout draws are wrong",
+            why="sets a CUDA generator lazily, which never happens: no crash, but a fork does not "
+            "change the generator and recomputation draws another dropout",
             how="sets the CPU generator",
             until=_UNTIL,
         ),
@@ -119,18 +120,22 @@ def _on_cpu(original: Any) -> Any:
 
 
 def _redirect_random_state() -> None:
-    answers = {
-        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
-        "set_rng_state": lambda new_state, device="cuda": torch.set_rng_state(new_state),
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
-    }
-    for name, answer in answers.items():
-        apply(
-            Patch(
-                target=f"torch:cuda.{name}",
-                why="megatron-core's RNG tracker forks and restores the CUDA generator",
-                how="works on the CPU generator",
-                until=_UNTIL,
-            ),
-            lambda original, answer=answer: answer,
-        )
+    apply(
+        Patch(
+            target="torch:cuda.get_rng_state",
+            why="the RNG tracker saves the CUDA generator before it forks; raises without CUDA",
+            how="reads the CPU generator",
+            until=_UNTIL,
+        ),
+        lambda original: lambda device="cuda": torch.get_rng_state(),
+    )
+    apply(
+        Patch(
+            target="torch:cuda.manual_seed",
+            why="the RNG tracker seeds lazily, which never happens: no crash, but every "
+            "tensor-parallel rank draws the same dropout",
+            how="seeds the CPU generator",
+            until=_UNTIL,
+        ),
+        lambda original: lambda seed: torch.default_generator.manual_seed(seed),
+    )

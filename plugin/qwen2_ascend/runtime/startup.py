@@ -42,9 +42,9 @@ def start(
             raise UserError(f"device={device}: this process already runs on {_current.name}.")
         return _current
     name = select_device(device)
+    rank, world_size, local_rank = _place()
     silence_known_notes()
     _redirect(name)
-    rank, world_size, local_rank = _place()
     runtime = Runtime(
         name=name,
         backend=BACKENDS[name],
