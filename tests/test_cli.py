@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from qwen2_ascend import __version__, cli
 from qwen2_ascend.errors import UserError
 

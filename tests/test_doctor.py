@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from qwen2_ascend import doctor
 from qwen2_ascend.doctor import Finding, Machine, examine, report
 

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from helpers import tiny_config
 from qwen2_ascend.checkpoint.command import main
 from qwen2_ascend.cli import run_command
 from qwen2_ascend.config import Qwen2Config
-from safetensors.numpy import load_file, save_file
 
 NUMPY = {
     "bf16": np.dtype(ml_dtypes.bfloat16),

@@ -19,6 +19,7 @@ def _build(run: Run, prefix: str = "A", **settings):
 
 def _write(run: Run) -> None:
     import torch.distributed as dist
+
     from data.corpora import write_indexed
 
     if run.runtime.rank == 0:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from data_worker import CHECKS
+
 from distributed.harness import Check, Launches
 
 WORKER = Path(__file__).parent / "data_worker.py"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from qwen2_ascend.data.helpers_cpp import compile_helpers_cpp
 from qwen2_ascend.errors import UserError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from corpora import documents, write_jsonl
+
 from qwen2_ascend.data.inputs import (
     InputFile,
     Position,

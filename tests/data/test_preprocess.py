@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import documents, save_tokenizer, write_jsonl
+
 from qwen2_ascend.data.command import PreprocessSettings
 from qwen2_ascend.data.preprocess import preprocess
 from qwen2_ascend.errors import UserError
@@ -45,8 +46,9 @@ def result(output: Path, key: str = "text") -> tuple[bytes, bytes]:
 
 def written_directly(folder: Path, texts: list[str], tokenizer: Path, dtype) -> tuple[bytes, bytes]:
     """What Megatron's builder makes of the same ids, one document after the other."""
-    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
     from transformers import AutoTokenizer
+
+    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
 
     encode = AutoTokenizer.from_pretrained(tokenizer)
     builder = IndexedDatasetBuilder(str(folder / "direct.bin"), dtype=dtype)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import documents, save_tokenizer, write_indexed, write_jsonl
+
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder, fingerprint, open_indexed
 from qwen2_ascend.data.pretraining import build_pretraining_datasets, parse_blend
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
@@ -119,6 +120,7 @@ def test_order_is_that_of_megatrons_own_builder(tmp_path: Path) -> None:
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import get_blend_from_list
+
     from qwen2_ascend.data.pretraining import EodTokenizer
 
     words = ["0.4", "A", "0.6", "B"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import documents, save_tokenizer
+
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.data.tokenization import Encoder, load_tokenizer
 from qwen2_ascend.errors import UserError

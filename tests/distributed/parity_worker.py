@@ -17,6 +17,7 @@ from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
     import torch
+
     from distributed.reference import Answer
 
 FP32_TOLERANCE, FP64_TOLERANCE = 1e-6, 1e-10
@@ -112,6 +113,7 @@ def _differences(case: Case, dtype: str, run: Run) -> tuple[float, float, float]
 def _answer(case: Case, dtype: str, run: Run) -> Answer:
     """What transformers says; rank 0 asks it once per model and dtype of a launch."""
     import torch
+
     from distributed.reference import ask_transformers, read_answer
 
     folder = run.folder / case.model
@@ -128,6 +130,7 @@ def _loaded_chunks(case: Case, dtype: str, run: Run) -> list[Any]:
     """Megatron's DDP around this rank's chunks, filled as `--load` fills them."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.model.build import build_model
 
@@ -153,8 +156,9 @@ def _loaded_chunks(case: Case, dtype: str, run: Run) -> list[Any]:
 
 def _expected(case: Case, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What chunk `index` of this rank holds of the reference's `tensors`."""
-    from distributed.reference import expected_parameters
     from megatron.core import parallel_state
+
+    from distributed.reference import expected_parameters
     from qwen2_ascend.checkpoint.rules import Shard
 
     tp_rank = parallel_state.get_tensor_model_parallel_rank()

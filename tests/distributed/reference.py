@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
 from qwen2_ascend.checkpoint.rules import Piece, Shard, megatron_pieces, qwen2_rules
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.parallel import ParallelLayout

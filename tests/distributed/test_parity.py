@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from distributed.harness import Check, Launches
 from distributed.parity_worker import CHECKS
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from distributed.harness import Check, Launches
 from distributed.train_worker import CHECKS, LAYOUTS, TOLERANCE
 

@@ -20,6 +20,7 @@ def logits(source: str, tp: int, pp: int, run: Run) -> str:
     import numpy as np
     import torch
     from megatron.core import parallel_state
+
     from qwen2_ascend import runtime
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.checkpoint.source import open_source

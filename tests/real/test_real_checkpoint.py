@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from distributed.harness import Check, launch
 from real.real_worker import CHECKS
 

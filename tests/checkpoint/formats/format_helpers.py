@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 
 

@@ -14,6 +14,7 @@ import torch
 from format_helpers import write_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qwen2_ascend.checkpoint.formats import pickles, torch_pt
 from qwen2_ascend.checkpoint.formats.pickles import (
     PLAIN,

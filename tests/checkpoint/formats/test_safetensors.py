@@ -8,11 +8,12 @@ import pytest
 from format_helpers import random_bytes, stored_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header, read_header
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, TensorSpec
 from qwen2_ascend.errors import UserError
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 names = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda n: n != "__metadata__")
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)

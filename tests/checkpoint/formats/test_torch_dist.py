@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed.harness import Check, Launches
 from format_helpers import fill, random_bytes, stored_bytes, write_layout
-from qwen2_ascend.checkpoint.formats import torch_dist
-from qwen2_ascend.checkpoint.formats.stored import TensorSpec
-from qwen2_ascend.checkpoint.formats.torch_dist import ChunkSpec
-from qwen2_ascend.errors import UserError
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch_dist_worker import CHECKS
+
+from distributed.harness import Check, Launches
+from qwen2_ascend.checkpoint.formats import torch_dist
+from qwen2_ascend.checkpoint.formats.stored import TensorSpec
+from qwen2_ascend.checkpoint.formats.torch_dist import ChunkSpec
+from qwen2_ascend.errors import UserError
 
 WORKER = Path(__file__).with_name("torch_dist_worker.py")
 CHUNKS = {

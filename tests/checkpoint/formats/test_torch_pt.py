@@ -14,6 +14,7 @@ import torch
 from format_helpers import fill, random_bytes, stored_bytes, write_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qwen2_ascend.checkpoint.formats import torch_pt
 from qwen2_ascend.checkpoint.formats.pickles import DType, Inert
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec

@@ -8,6 +8,7 @@ import torch
 from format_helpers import write_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qwen2_ascend.checkpoint.formats.zips import Record, ZipFault, layout_zip, read_zip
 
 names = st.text("abcdefé._0123", min_size=1, max_size=80).map(lambda name: f"archive/data/{name}")

@@ -6,8 +6,9 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed.harness import Checks, Run, main
 from format_helpers import fill, stored_bytes, write_layout
+
+from distributed.harness import Checks, Run, main
 from helpers import tiny_config
 from qwen2_ascend.checkpoint.formats import torch_dist
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, TensorSpec
@@ -27,6 +28,7 @@ def gpt_model(run: Run, *, tied: bool, spec: str = "ours", padded_vocab_size: in
     import torch
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     from qwen2_ascend import runtime
     from qwen2_ascend.model.build import build_model, transformer_config
 
