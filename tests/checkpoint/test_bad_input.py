@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from checkpoint.toys import (
     convert,
     fingerprint,
@@ -364,8 +365,8 @@ MEGATRON = {
     ),
     "a tracker that leads out below iter_": (
         "megatron",
-        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("iter_/../../x"),
-        ["latest_checkpointed_iteration.txt"],
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("iter_0000001/../../mg"),
+        ["says 'iter_0000001/../../mg', neither a number nor"],
     ),
     "an empty rank": (
         "megatron",

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
 from checkpoint.toys import (
     NUMPY,
     SIDE_FILES,
@@ -27,14 +31,11 @@ from checkpoint.toys import (
     tp,
     tree,
 )
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from qwen2_ascend.config import Qwen2Config
-from safetensors.numpy import load_file
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where nothing is flushed to a disk, so that many examples take little time."""
-FORMATS = ("megatron", "safetensors")
+FORMATS = ("megatron", "safetensors", "torch_dist")
 
 
 # -- round trips

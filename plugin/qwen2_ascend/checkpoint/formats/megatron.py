@@ -69,8 +69,8 @@ def iteration_folder(folder: Path) -> Path:
         hint = f" It holds {', '.join(there[-3:])}; give one of them." if there else ""
         raise UserError(f"{folder}: has no {TRACKER_FILE}, so no complete checkpoint.{hint}")
     said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    name = f"iter_{int(said):07d}" if said.isascii() and said.isdigit() else said
-    if not (name == "release" or name.startswith("iter_")):
+    name = f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,12}", said) else said
+    if not re.fullmatch(r"release|iter_[0-9]+", name):
         raise UserError(f'{tracker}: says {said[:40]!r}, neither a number nor "release".')
     if not is_iteration_folder(folder / name):
         raise UserError(f"{tracker}: names {name}, which is missing or holds no checkpoint.")
@@ -111,6 +111,18 @@ def plain_name(name: str) -> str | None:
         if name.endswith(fused):
             return name.removesuffix(fused) + plain
     return name
+
+
+def torch_dist_key(name: str) -> str:
+    """The key of a layer's tensor in a torch_dist folder; `name` has `{}` for the layer number.
+
+    Layers are stacked on a leading axis, and the norms have the names of fused layers.
+    """
+    key = name.replace(".{}", "")
+    for fused, plain in _ALIASES:
+        if "{}" in name and key.endswith(plain):
+            return key.removesuffix(plain) + fused
+    return key
 
 
 def _rank_folders(folder: Path) -> dict[tuple[int, int], Path]:
@@ -190,4 +202,5 @@ __all__ = [
     "rank_folder_name",
     "read_ranks",
     "torch_dist",
+    "torch_dist_key",
 ]
