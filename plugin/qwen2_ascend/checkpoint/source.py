@@ -320,7 +320,7 @@ def _padded_vocab_size(
 
 
 def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-    chunks = torch_dist.read(folder).chunks
+    chunks = torch_dist.read(folder, wanted=_is_model_key).chunks
     if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
         raise UserError(f"{folder}: no {EMBEDDING} in it; not a Qwen2 model.")
     padded = chunks[EMBEDDING][0].global_shape[0]
@@ -339,7 +339,7 @@ def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, 
                 wrong = list(_chunk_faults(key, rules[plain], layer, part, config))
                 faults += wrong
                 held += _chunk_held(rules[plain], layer, part) if not wrong else ()
-        elif not key.startswith("optimizer.") and megatron.plain_name(key):
+        elif megatron.plain_name(key):
             unexpected.append(key)
     faults = _names("unexpected tensors", unexpected) + _some(faults)
     raise_if(f"{folder}: {fault}" for fault in faults)
@@ -355,6 +355,10 @@ def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, 
         format="torch_dist",
         padded_vocab_size=padded,
     )
+
+
+def _is_model_key(key: str) -> bool:
+    return not key.startswith("optimizer.")
 
 
 def _stacked(rule: Rule) -> str:

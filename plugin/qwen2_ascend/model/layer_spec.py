@@ -19,6 +19,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from qwen2_ascend.model.modules import CausalAttention, Qwen2MLP, Qwen2SelfAttention, RMSNorm
 from qwen2_ascend.ops import get_ops
 
+TORCH_DIST_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""The norms' names in torch_dist folders, as megatron-core's own layer specs have them, so that
+Megatron-LM reads ours and we read its."""
+
 
 def get_qwen2_layer_spec(backend: str = "torch") -> ModuleSpec:
     """One decoder layer: RMSNorm, attention with QKV bias, RMSNorm, SwiGLU.
@@ -59,6 +66,7 @@ def get_qwen2_layer_spec(backend: str = "torch") -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=add_residual,
+            sharded_state_dict_keys_map=TORCH_DIST_NAMES,
         ),
     )
 

@@ -441,6 +441,8 @@ class _DistcpFile:
     def _append(self, obj: Any) -> tuple[_StorageInfo, torch_pt.PtLayout]:
         """Each torch.save starts at a multiple of 64 bytes, so that its tensor does too."""
         start = self.end + -self.end % ALIGNMENT
+        if start > self.end:
+            self.segments.append((self.end, bytes(start - self.end)))
         layout = torch_pt.layout_pt(obj)
         self.segments += ((start + offset, data) for offset, data in layout.segments)
         self.end = start + layout.total_bytes
