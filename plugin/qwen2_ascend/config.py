@@ -82,6 +82,10 @@ class Qwen2Config:
             faults.append(f"norm_epsilon={self.norm_epsilon} must be above zero.")
         if not (math.isfinite(self.rotary_base) and self.rotary_base > 1):
             faults.append(f"rotary_base={self.rotary_base} must be above one.")
+        if not 0 <= self.attention_dropout < 1:
+            faults.append(f"attention_dropout={self.attention_dropout} must be from 0 to below 1.")
+        if not (math.isfinite(self.init_method_std) and self.init_method_std >= 0):
+            faults.append(f"init_method_std={self.init_method_std} must not be below zero.")
         if self.dtype not in DTYPES.values():
             faults.append(f"dtype={self.dtype} is not one of bf16, fp16, fp32.")
         return faults
@@ -113,7 +117,7 @@ class Qwen2Config:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; give a Hugging Face model folder.") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as JSON: {error}") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path}: holds {type(raw).__name__}, not a JSON object.")
@@ -134,8 +138,8 @@ class Qwen2Config:
                 f'model_type={raw.get("model_type")!r} is not "qwen2"; '
                 "this project trains Qwen2 and Qwen2.5 dense models only."
             )
-        missing = [key for key in _HF_SIZES if not isinstance(raw.get(key), int)]
-        raise_if(f"{key}={raw.get(key)!r} must be a whole number." for key in missing)
+        raise_if(_wrong_types(raw))
+        raw = _with_defaults(raw)
         raise_if(_unimplemented(raw))
         sizes = {ours: raw[theirs] for theirs, ours in _HF_SIZES.items()}
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
@@ -148,13 +152,13 @@ class Qwen2Config:
         return cls(
             **sizes,
             kv_channels=head_dim or hidden // max(heads, 1),
-            max_position_embeddings=raw.get("max_position_embeddings", 32768),
-            rotary_base=float(_rope(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),
+            max_position_embeddings=raw["max_position_embeddings"],
+            rotary_base=float(_rope(raw).get("rope_theta", raw["rope_theta"])),
             yarn=_yarn(raw),
-            norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            init_method_std=raw.get("initializer_range", 0.02),
-            attention_dropout=raw.get("attention_dropout", 0.0),
+            norm_epsilon=raw["rms_norm_eps"],
+            tie_word_embeddings=raw["tie_word_embeddings"],
+            init_method_std=raw["initializer_range"],
+            attention_dropout=raw["attention_dropout"],
             dtype=DTYPES[_dtype_name(raw)],
         )
 
@@ -210,6 +214,27 @@ _HF_SIZES = {
     "num_key_value_heads": "num_query_groups",
     "vocab_size": "vocab_size",
 }
+
+# transformers' defaults, for keys that are absent or null
+_HF_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+}
+_YARN_NUMBERS = (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+)
 _SIZES = {*_HF_SIZES.values(), "kv_channels", "max_position_embeddings"}
 
 # layers, hidden, ffn, heads, groups, vocabulary; sizes up to 2048 wide tie their embeddings
@@ -224,9 +249,75 @@ _PUBLISHED = {
 }
 
 
+def _wrong_types(raw: Mapping[str, Any]) -> list[str]:
+    """Values of a config.json that are not of the kind their key asks for."""
+    faults = [
+        f"{key}={raw.get(key)!r} must be a whole number."
+        for key in _HF_SIZES
+        if type(raw.get(key)) is not int
+    ]
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key, default in _HF_DEFAULTS.items():
+        faults += _wrong_type(key, given.get(key, default), type(default))
+    for key in ("sliding_window", "head_dim"):
+        faults += _wrong_type(key, given.get(key, 0), int)
+    layer_types = given.get("layer_types", [])
+    faults += _wrong_type("layer_types", layer_types, list)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = given.get(name, {})
+        faults += _wrong_type(name, rope, dict)
+        if isinstance(rope, dict):
+            faults += _wrong_rope_types(name, rope)
+    layers = raw.get("num_hidden_layers")
+    if not faults and layer_types and len(layer_types) != layers:
+        faults.append(f"layer_types names {len(layer_types)} layers, num_hidden_layers={layers}.")
+    return faults
+
+
+def _wrong_rope_types(name: str, rope: Mapping[str, Any]) -> list[str]:
+    if any(isinstance(value, dict) for value in rope.values()):
+        return [f"{name} differ by layer type, which is not implemented: {dict(rope)}."]
+    faults = []
+    for key in (*_YARN_NUMBERS, "rope_theta", "partial_rotary_factor"):
+        if rope.get(key) is not None:
+            faults += _wrong_type(f"{name}.{key}", rope[key], float)
+    if rope.get("truncate") is not None:
+        faults += _wrong_type(f"{name}.truncate", rope["truncate"], bool)
+    return faults
+
+
+def _wrong_type(key: str, value: Any, kind: type) -> list[str]:
+    if kind is float:
+        # no bool, no NaN, and nothing that float() cannot hold
+        good = type(value) in (int, float) and -1e300 < value < 1e300
+    else:
+        good = type(value) is kind
+    return [] if good else [f"{key}={value!r} must be {_KINDS[kind]}."]
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "a JSON object",
+}
+
+
+def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` without nulls and with transformers' defaults.
+
+    A null sliding_window means none, an absent one means 4096 tokens.
+    """
+    given = {key: value for key, value in raw.items() if value is not None}
+    return {**_HF_DEFAULTS, **given, "sliding_window": raw.get("sliding_window", 4096)}
+
+
 def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """transformers 5 says `rope_parameters`, transformers 4 `rope_scaling` (null when unused)."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    return {key: value for key, value in rope.items() if value is not None}
 
 
 def _rope_type(raw: Mapping[str, Any]) -> str:
@@ -239,14 +330,14 @@ def _yarn(raw: Mapping[str, Any]) -> YarnScaling | None:
         return None
     rope = _rope(raw)
     factor = float(rope["factor"])
-    original = rope.get("original_max_position_embeddings")
-    given = rope.get("attention_factor")
     return YarnScaling(
         factor=factor,
-        original_max_position_embeddings=original or raw.get("max_position_embeddings", 32768),
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
-        attention_factor=float(given) if given is not None else 0.1 * math.log(factor) + 1.0,
+        original_max_position_embeddings=int(
+            rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
+        ),
+        beta_fast=float(rope.get("beta_fast", 32.0)),
+        beta_slow=float(rope.get("beta_slow", 1.0)),
+        attention_factor=float(rope.get("attention_factor", 0.1 * math.log(factor) + 1.0)),
         truncate=rope.get("truncate", True),
     )
 
@@ -271,12 +362,19 @@ def _unimplemented(raw: Mapping[str, Any]) -> list[str]:
             'only "yarn" is, as Qwen documents it for long contexts.'
         )
     elif rope_type == "yarn":
-        factor = rope.get("factor")
-        if not (isinstance(factor, (int, float)) and factor >= 1):
+        if not (factor := rope.get("factor")) or factor < 1:
             faults.append(f"yarn rope scaling: factor={factor!r} must be a number >= 1.")
+        faults += [
+            f"yarn rope scaling: {key}={rope[key]!r} must be above zero."
+            for key in _YARN_NUMBERS[1:]
+            if rope.get(key, 1) <= 0
+        ]
         if rope.get("mscale") or rope.get("mscale_all_dim"):
             faults.append("yarn rope scaling: mscale and mscale_all_dim are not implemented.")
-    if raw.get("hidden_act", "silu") != "silu":
+    partial = rope.get("partial_rotary_factor", raw["partial_rotary_factor"])
+    if partial != 1:
+        faults.append(f"partial_rotary_factor={partial} is not implemented; Qwen2 rotates all.")
+    if raw["hidden_act"] != "silu":
         faults.append(f'hidden_act={raw["hidden_act"]!r} is not "silu"; Qwen2 is SwiGLU only.')
     if _dtype_name(raw) not in DTYPES:
         faults.append(f"torch_dtype={_dtype_name(raw)!r} is not one of {', '.join(DTYPES)}.")
@@ -290,6 +388,6 @@ def _unimplemented(raw: Mapping[str, Any]) -> list[str]:
 def _sliding_layers(raw: Mapping[str, Any]) -> int:
     if raw.get("layer_types"):
         return sum(kind != "full_attention" for kind in raw["layer_types"])
-    if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
+    if not raw["use_sliding_window"] or raw["sliding_window"] is None:
         return 0
-    return max(0, raw["num_hidden_layers"] - raw.get("max_window_layers", 28))
+    return max(0, raw["num_hidden_layers"] - max(0, raw["max_window_layers"]))
