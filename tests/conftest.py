@@ -17,6 +17,10 @@ FOREIGN_WARNINGS = (
     "ignore:Apex is not installed",
     # megatron-core's own default for a field that nobody sets here
     "ignore:full scope is deprecated",
+    # megatron-core's own imports of what it has deprecated itself
+    "ignore::DeprecationWarning:megatron",
+    # torch's inductor, which megatron-core imports when the runtime has not kept it from that
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
 )
 
 

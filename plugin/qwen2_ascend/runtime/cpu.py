@@ -6,12 +6,13 @@ Each of these was removed alone to see what breaks; `why` says what did.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
 
-from qwen2_ascend.runtime.ledger import Patch, apply
+from qwen2_ascend.runtime.ledger import Patch, applied_during, apply
 
 _CPU = torch.device("cpu")
 _UNTIL = "megatron-core asks torch.accelerator, or its CPU device, instead of torch.cuda"
@@ -72,7 +73,18 @@ def redirect_torch() -> None:
 
 
 def redirect_megatron() -> None:
-    """Gives megatron-core's RNG tracker the CPU generator; imports megatron.core."""
+    """Imports megatron.core and gives its RNG tracker the CPU generator."""
+    with applied_during(
+        Patch(
+            target="torch:compile",
+            why="each jit_fuser of megatron-core imports the inductor, more than a second per "
+            "process, and compiles C++ for seconds when it is first called",
+            how="leaves functions as they are while megatron.core is imported",
+            until="megatron-core compiles when called, not when imported",
+        ),
+        lambda original: _uncompiled,
+    ):
+        importlib.import_module("megatron.core.models.gpt")
     module = "megatron.core.tensor_parallel.random"
     apply(
         Patch(
@@ -106,6 +118,11 @@ def cuda_type_name(original: Any) -> Any:
         return f"torch.cuda.{answer.rsplit('.', 1)[-1]}"
 
     return type_
+
+
+def _uncompiled(model: Any = None, **_: Any) -> Any:
+    """torch.compile as a plain decorator, with or without arguments."""
+    return (lambda function: function) if model is None else model
 
 
 def _on_cpu(original: Any) -> Any:

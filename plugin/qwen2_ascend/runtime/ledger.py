@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +27,38 @@ _APPLIED: dict[str, Patch] = {}
 
 
 def applied_patches() -> tuple[Patch, ...]:
-    """Every redirect in force in this process, in the order of application."""
+    """Every redirect made in this process, in the order of application."""
     return tuple(_APPLIED.values())
 
 
 def apply(patch: Patch, replacement: Callable[[Any], Any]) -> None:
     """Replaces the target with `replacement(original)`; a second time does nothing."""
-    if patch.target in _APPLIED:
-        return
-    module_name, _, path = patch.target.partition(":")
+    if patch.target not in _APPLIED:
+        owner, name, original = _find(patch.target)
+        setattr(owner, name, replacement(original))
+        _APPLIED[patch.target] = patch
+
+
+@contextmanager
+def applied_during(patch: Patch, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Replaces the target for the length of a `with` block only.
+
+    It is recorded all the same: what is imported in the block keeps what it saw.
+    """
+    owner, name, original = _find(patch.target)
+    setattr(owner, name, replacement(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+    _APPLIED[patch.target] = patch
+
+
+def _find(target: str) -> tuple[Any, str, Any]:
+    """(owner, attribute name, attribute) of `module:attribute.path`."""
+    module_name, _, path = target.partition(":")
     *parents, name = path.split(".")
     owner = importlib.import_module(module_name)
     for parent in parents:
         owner = getattr(owner, parent)
-    setattr(owner, name, replacement(getattr(owner, name)))
-    _APPLIED[patch.target] = patch
+    return owner, name, getattr(owner, name)

@@ -1,0 +1,89 @@
+"""Each plain operator against its formula written out, in fp64, and its gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.ops import get_ops
+
+OPS = get_ops("torch")
+
+
+def randn(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_attention_is_causal_softmax_over_grouped_heads(groups: int) -> None:
+    s, b, heads, width = 5, 3, 6, 4
+    q, k, v = randn(s, b, heads, width), randn(s, b, groups, width), randn(s, b, groups, width)
+    found = OPS.attention(q, k, v, softmax_scale=0.3)
+    for sequence in range(b):
+        for head in range(heads):
+            group = head // (heads // groups)
+            scores = 0.3 * q[:, sequence, head] @ k[:, sequence, group].T
+            scores = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf)
+            expected = scores.softmax(-1) @ v[:, sequence, group]
+            own = found[:, sequence, head * width : (head + 1) * width]
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-14)
+
+
+def test_attention_drops_weights() -> None:
+    q, k, v = randn(8, 2, 4, 4), randn(8, 2, 2, 4), torch.ones(8, 2, 2, 4, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = OPS.attention(q, k, v, softmax_scale=0.5, dropout_p=0.5)
+    assert (found - 1).abs().max() > 0.1
+
+
+def test_rms_norm() -> None:
+    x, weight = randn(3, 2, 8), randn(8)
+    expected = torch.stack([row / ((row**2).sum() / 8 + 1e-3).sqrt() for row in x.flatten(0, 1)])
+    found = OPS.rms_norm(x, weight, 1e-3)
+    torch.testing.assert_close(found.flatten(0, 1), expected * weight, rtol=0, atol=1e-14)
+
+
+def test_rms_norm_of_bf16_is_taken_in_fp32() -> None:
+    x = (randn(4, 2, 64) * 1e4).bfloat16()
+    found = OPS.rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-6)
+    expected = OPS.rms_norm(x.float(), torch.ones(64), 1e-6)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
+
+
+def test_rotary_turns_each_pair_by_its_angle() -> None:
+    x, angles = randn(5, 2, 3, 8), randn(5, 4)
+    both = torch.cat((angles, angles), dim=-1)
+    found = OPS.rotary(x, both.cos(), both.sin())
+    turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), dim=-1).contiguous())
+    turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    torch.testing.assert_close(found, torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-14)
+
+
+def test_swiglu_gates_with_the_first_half() -> None:
+    x = randn(2, 3, 8)
+    gate, up = x[..., :4], x[..., 4:]
+    expected = gate / (1 + torch.exp(-gate)) * up
+    torch.testing.assert_close(OPS.swiglu(x), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["attention", "rms_norm", "rotary", "swiglu"])
+def test_gradients(name: str) -> None:
+    inputs = {
+        "attention": (randn(3, 2, 4, 2), randn(3, 2, 2, 2), randn(3, 2, 2, 2)),
+        "rms_norm": (randn(3, 2, 4), randn(4)),
+        "rotary": (randn(3, 2, 2, 4), randn(3, 4).detach(), randn(3, 4).detach()),
+        "swiglu": (randn(3, 2, 4),),
+    }[name]
+    calls = {
+        "attention": lambda q, k, v: OPS.attention(q, k, v, softmax_scale=0.7),
+        "rms_norm": lambda x, weight: OPS.rms_norm(x, weight, 1e-6),
+    }
+    assert torch.autograd.gradcheck(calls.get(name, getattr(OPS, name)), inputs)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(UserError, match="backend='fast' is not known"):
+        get_ops("fast")

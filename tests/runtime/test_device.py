@@ -1,0 +1,103 @@
+"""Which device is chosen, and what an explicit one that cannot be used says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime import npu, select_device
+
+
+@pytest.fixture
+def torch_npu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """An installed torch_npu of torch's own release with two devices; tests change its facts."""
+    release = torch.__version__.split("+")[0]
+    facts = types.SimpleNamespace(version=release, devices=2)
+    module = types.ModuleType("torch_npu")
+    module.npu = types.SimpleNamespace(device_count=lambda: facts.devices)  # type: ignore
+    find_spec, version = importlib.util.find_spec, importlib.metadata.version
+    monkeypatch.setitem(sys.modules, "torch_npu", module)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "torch_npu" or find_spec(name)
+    )
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name: facts.version if name == "torch_npu" else version(name),
+    )
+    return facts
+
+
+def test_npu_is_chosen_where_one_is_usable(torch_npu: types.SimpleNamespace) -> None:
+    assert select_device() == "npu"
+    assert select_device("npu") == "npu"
+
+
+def test_without_any_accelerator_the_cpu_is_chosen() -> None:
+    if npu.missing() is None or torch.cuda.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert select_device() == "cpu"
+
+
+def test_npu_without_torch_npu_says_so() -> None:
+    if importlib.util.find_spec("torch_npu"):
+        pytest.skip("torch_npu is installed")
+    with pytest.raises(UserError, match=r"torch_npu is not installed.*equals torch 2\."):
+        select_device("npu")
+
+
+def test_npu_with_another_release_names_both(torch_npu: types.SimpleNamespace) -> None:
+    torch_npu.version = "1.11.0"
+    with pytest.raises(UserError, match=r"torch_npu is 1\.11\.0 and torch is 2\."):
+        select_device("npu")
+    assert select_device() != "npu"
+
+
+def test_a_post_release_is_the_same_release(torch_npu: types.SimpleNamespace) -> None:
+    torch_npu.version += ".post2"
+    assert select_device("npu") == "npu"
+
+
+def test_npu_without_a_device_says_so(torch_npu: types.SimpleNamespace) -> None:
+    torch_npu.devices = 0
+    with pytest.raises(UserError, match="sees no device"):
+        select_device("npu")
+    assert select_device() != "npu"
+
+
+def test_the_npu_path_transfers_and_records_its_additions(
+    torch_npu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which modules are imported and replaced; that megatron-core then runs is not shown here."""
+    from qwen2_ascend.runtime import ledger
+
+    transfer = types.ModuleType("torch_npu.contrib.transfer_to_npu")
+    monkeypatch.setitem(sys.modules, "torch_npu.contrib", types.ModuleType("torch_npu.contrib"))
+    monkeypatch.setitem(sys.modules, "torch_npu.contrib.transfer_to_npu", transfer)
+    monkeypatch.setattr(ledger, "_APPLIED", {})
+    monkeypatch.setattr(torch.Tensor, "type", torch.Tensor.type)
+    monkeypatch.delenv("TORCH_NPU_DEVICE_CAPABILITY", raising=False)
+    monkeypatch.setenv("TORCH_NPU_DEVICE_CAPABILITY", "")
+    monkeypatch.delenv("TORCH_NPU_DEVICE_CAPABILITY")
+    npu.redirect()
+    assert [patch.target for patch in ledger.applied_patches()] == ["torch:Tensor.type"]
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1).type(torch.int64).dtype == torch.int64
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(UserError, match=r"device='gpu' is not one of cpu, cuda, npu\."):
+        select_device("gpu")
+
+
+def test_cuda_without_a_device_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(UserError, match="sees no CUDA device"):
+        select_device("cuda")
