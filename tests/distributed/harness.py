@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 280
 """For a whole torchrun."""
-STALL_SECONDS = 60
+STALL_SECONDS = float(os.environ.get("CHECKS_STALL_SECONDS", "60"))
 """For a collective, and for the other ranks after one has finished a check."""
 
 
