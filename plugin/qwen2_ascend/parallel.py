@@ -55,8 +55,12 @@ class ParallelLayout:
     def check(self, config: Qwen2Config, padded_vocab_size: int | None = None) -> None:
         """Raises UserError naming everything about this layout that does not fit `config`."""
         vocabulary = config.vocab_size if padded_vocab_size is None else padded_vocab_size
-        raise_if(self._size_faults() or self._tensor_faults(config) + self._layer_faults(config))
-        raise_if(_vocabulary_faults(config.vocab_size, vocabulary, self.tp))
+        raise_if(
+            self._size_faults()
+            or self._tensor_faults(config)
+            + self._layer_faults(config)
+            + _vocabulary_faults(config.vocab_size, vocabulary, self.tp)
+        )
 
     def _size_faults(self) -> list[str]:
         sizes = {
@@ -197,7 +201,8 @@ def _vocabulary_faults(vocab_size: int, padded: int, tp: int) -> list[str]:
 
 
 def _divisors(n: int) -> tuple[int, ...]:
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    """All of them below 2^32; of an absurdly large n those that are quickly found."""
+    small = [d for d in range(1, min(math.isqrt(n), 2**16) + 1) if n % d == 0]
     return tuple(sorted({*small, *(n // d for d in small)}))
 
 
