@@ -82,8 +82,9 @@ for _layout, (_world_size, _) in LAYOUTS.items():
 def reference(folder: Path, tied: bool) -> tuple[list[float], list[float]]:
     """(losses, gradient norms) of transformers and torch.optim.AdamW alone."""
     import torch
-    from qwen2_ascend.training.mock_data import MockDataset
     from transformers import AutoModelForCausalLM
+
+    from qwen2_ascend.training.mock_data import MockDataset
 
     model = AutoModelForCausalLM.from_pretrained(folder).float().train()
     data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, tiny_config().vocab_size, seed=1234)
@@ -123,6 +124,332 @@ def reference_lr(step: int) -> float:
     return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * part)) / 2
 
 
+# --- resuming ------------------------------------------------------------------------------------
+
+RESUMED = [
+    # saved at, resumed at, format, flags of both, tied, how far the losses may differ
+    ("tp1-pp1", "tp1-pp1", "torch_dist", "", True, 0.0),
+    ("tp1-pp1", "tp1-pp1", "torch", "--bf16", False, 0.0),
+    ("tp2-sp", "tp2-sp", "torch_dist", "", False, 0.0),
+    ("dp2-distributed-optimizer", "dp2-distributed-optimizer", "torch_dist", "", True, 0.0),
+    ("dp2-distributed-optimizer", "dp2-distributed-optimizer", "torch", "--bf16", False, 0.0),
+    ("pp2-vpp2", "pp2-vpp2", "torch", "", True, 0.0),
+    ("tp2", "pp2", "torch_dist", "", False, 1e-6),
+    ("pp2-vpp2", "tp2-sp", "torch_dist", "", True, 1e-6),
+    ("tp2", "dp2-distributed-optimizer", "torch_dist", "", False, 1e-6),
+    ("dp2-distributed-optimizer", "pp2", "torch_dist", "", True, 1e-6),
+    ("dp2-distributed-optimizer", "tp2", "torch_dist", "--bf16", False, 2e-3),
+    ("tp2-pp2", "tp2-pp2", "torch_dist", "--bf16", True, 0.0),
+    ("tp2-pp2", "tp2-pp2", "torch", "", False, 0.0),
+    ("tp2-pp2", "dp2-pp2-vpp2-distributed-optimizer", "torch_dist", "", True, 1e-6),
+    ("dp2-pp2-vpp2-distributed-optimizer", "tp2-pp2", "torch_dist", "", False, 1e-6),
+]
+
+
+def resumed_losses(
+    before: str, after: str, form: str, flags: str, tied: bool, tolerance: float, run: Run
+) -> str:
+    """Two steps after a checkpoint of the second give the losses of a run that went through.
+
+    Two, because one shared count of updates spoils only the second.
+    """
+    flags = f"{FLAGS} {flags} --ckpt-format {form}"
+    through = steps(start(run, f"{flags} {LAYOUTS[before][1]}", tied), STEPS)
+    folder = run.folder / f"resume-{before}-{after}-{form}-{flags.count('bf16')}-{tied}"
+    saving = start(run, f"{flags} {LAYOUTS[before][1]} --save {folder}", tied)
+    steps(saving, 2)
+    save(saving)
+    state = state_of(saving)
+    resumed = start(run, f"{flags} {LAYOUTS[after][1]}", tied, load=folder)
+    assert resumed.progress.iteration == 2
+    assert resumed.progress.consumed_samples == 2 * GLOBAL_BATCH
+    if before == after:
+        again = state_of(resumed)
+        assert state.keys() == again.keys()
+        changed = [name for name in state if not (state[name] == again[name]).all()]
+        assert not changed, f"not as they were saved: {changed}"
+    found = steps(resumed, 2)
+    differences = [
+        abs(getattr(a, key) - getattr(b, key))
+        for a, b in zip(found, through[2:], strict=True)
+        for key in ("loss", "grad_norm", "lr")
+    ]
+    assert max(differences) <= tolerance, f"{found} instead of {through[2:]}"
+    return f"largest difference {max(differences):.1e}"
+
+
+for _case in RESUMED:
+    _before, _after, _format, _flags, _tied, _ = _case
+    _words = [_before, *(["to", _after] if _after != _before else []), _format, _flags.strip("-")]
+    CHECKS.add(
+        world_size=LAYOUTS[_before][0], name="-".join(["resume", *(w for w in _words if w)])
+    )(functools.partial(resumed_losses, *_case))
+
+
+@CHECKS.add(world_size=1)
+def merging_a_training_checkpoint_gives_its_weights(run: Run) -> str:
+    """Both formats go back to Hugging Face with nothing but the checkpoint folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qwen2_ascend.checkpoint.convert import Conversion, convert, prepare
+    from qwen2_ascend.training.checkpointing import unwrap
+
+    tokens = torch.arange(24).view(1, -1)
+    for form, dtype in (("torch_dist", "bf16"), ("torch", "fp32")):
+        folder = run.folder / f"merge-{form}"
+        flags = f"{FLAGS} --ckpt-format {form} --save {folder}" + (
+            " --bf16" if dtype == "bf16" else ""
+        )
+        training = start(run, flags, tied=True)
+        steps(training, 1)
+        save(training)
+        merged = run.folder / f"merged-{form}"
+        request = Conversion(load_dir=folder, save_dir=merged, save_model_type="hf", verify=True)
+        convert(prepare(request), lambda line: None)
+        model = AutoModelForCausalLM.from_pretrained(merged)
+        assert model.dtype == getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])
+        embedding = dict(unwrap(training.chunks[0]).named_parameters())[
+            "embedding.word_embeddings.weight"
+        ]
+        assert torch.equal(model.model.embed_tokens.weight, embedding)
+        ours = unwrap(training.chunks[0])(tokens, None, None)
+        limit = 1e-5 if dtype == "fp32" else 0.1
+        assert (ours - model(tokens).logits).abs().max() < limit
+    return ""
+
+
+@CHECKS.add(world_size=2)
+def optimizer_state_of_the_rank_files_fits_one_layout(run: Run) -> str:
+    """It says so, and takes the weights alone when asked to."""
+    from qwen2_ascend.errors import UserError
+
+    folder = run.folder / "one-layout"
+    saving = start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --ckpt-format torch --save {folder}")
+    steps(saving, 1)
+    save(saving)
+    try:
+        start(run, f"{FLAGS} {LAYOUTS['pp2'][1]}", load=folder)
+    except UserError as error:
+        assert "--no-load-optim" in str(error) and "tensor_model_parallel_size=2" in str(error)
+    else:
+        raise AssertionError("another layout's optimizer state was accepted")
+    weights_only = start(run, f"{FLAGS} {LAYOUTS['pp2'][1]} --no-load-optim", load=folder)
+    assert weights_only.progress.iteration == 1
+    fresh = start(run, f"{FLAGS} {LAYOUTS['pp2'][1]} --finetune", load=folder)
+    assert fresh.progress.iteration == 0
+    (loss,) = (result.loss for result in steps(fresh, 1))
+    (again,) = (
+        result.loss
+        for result in steps(start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --finetune", load=folder), 1)
+    )
+    assert abs(loss - again) <= TOLERANCE
+    return ""
+
+
+# --- numbers that are not finite -----------------------------------------------------------------
+
+BAD_SAMPLE = 11
+"""In the second step; in its second micro-batch of two."""
+
+
+def spoil(training: TrainingRun) -> None:
+    """Makes the forward pass of one sample give numbers that are not finite."""
+    marker = training.train_data[BAD_SAMPLE]["tokens"]
+
+    def hook(module, inputs, output):
+        is_bad = (inputs[0] == marker).all(dim=1)  # [b]
+        return output.masked_fill(is_bad[None, :, None], float("nan"))  # [s, b, h]
+
+    for chunk in training.chunks:
+        if chunk.module.pre_process:
+            chunk.module.embedding.word_embeddings.register_forward_hook(
+                lambda module, inputs, output: hook(
+                    module, inputs, output.transpose(0, 1)
+                ).transpose(0, 1)
+            )
+
+
+@CHECKS.add(world_size=2)
+def a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run: Run) -> str:
+    from qwen2_ascend.training.loop import NonFiniteError
+
+    for layout in ("pp2", "dp2-distributed-optimizer"):
+        training = start(run, f"{FLAGS} {LAYOUTS[layout][1]}")
+        spoil(training)
+        steps(training, 1)
+        settle(training)
+        before = state_of(training)
+        try:
+            steps(training, 1)
+        except NonFiniteError as error:
+            message = str(error)
+            assert "iteration 2: loss nan" in message, message
+            assert "samples 10-11 of the training data" in message, message
+        else:
+            raise AssertionError("a loss of nan went unnoticed")
+        settle(training)
+        after = state_of(training)
+        assert not [name for name in before if not (before[name] == after[name]).all()]
+    return message
+
+
+@CHECKS.add(world_size=2)
+def skipping_leaves_the_update_out(run: Run) -> str:
+    for layout in ("tp2", "dp2-distributed-optimizer"):
+        training = start(run, f"{FLAGS} {LAYOUTS[layout][1]} --on-nonfinite skip")
+        spoil(training)
+        (first,) = steps(training, 1)
+        settle(training)
+        before = state_of(training)
+        (bad,) = steps(training, 1)
+        settle(training)
+        after = state_of(training)
+        assert first.updated and not bad.updated and math.isnan(bad.loss)
+        assert not [name for name in before if not (before[name] == after[name]).all()]
+        (last,) = steps(training, 1)
+        assert last.updated and math.isfinite(last.loss) and math.isfinite(last.grad_norm)
+        assert last.lr == bad.lr, "the schedule does not count a skipped step"
+        assert training.progress.skipped_iterations == 1
+        assert training.progress.consumed_samples == 3 * GLOBAL_BATCH
+    return ""
+
+
+@CHECKS.add(world_size=1)
+def a_gradient_that_is_not_finite_stops_too(run: Run) -> str:
+    from qwen2_ascend.training.loop import NonFiniteError
+
+    training = start(run, FLAGS)
+    weight = training.chunks[0].module.decoder.layers[1].mlp.linear_fc2.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = state_of(training)
+    try:
+        steps(training, 1)
+    except NonFiniteError as error:
+        assert "with every micro-batch's loss finite (samples 0 to 7)" in str(error), str(error)
+    else:
+        raise AssertionError("a gradient norm of inf went unnoticed")
+    after = state_of(training)
+    assert not [name for name in before if not (before[name] == after[name]).all()]
+    return ""
+
+
+# --- precision, memory and the batch -------------------------------------------------------------
+
+
+@CHECKS.add(world_size=1)
+def recomputing_changes_nothing(run: Run) -> str:
+    plain = [result.loss for result in steps(start(run, FLAGS), 3)]
+    for flags in (
+        "--recompute-granularity selective",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
+    ):
+        losses = [result.loss for result in steps(start(run, f"{FLAGS} {flags}"), 3)]
+        assert losses == plain, f"{flags}: {losses} instead of {plain}"
+    return ""
+
+
+@CHECKS.add(world_size=1)
+def half_precision_stays_near_fp32(run: Run) -> str:
+    plain = steps(start(run, FLAGS), STEPS)
+    found = {}
+    for flags, tolerance in (
+        ("--bf16", 5e-3),
+        ("--bf16 --loss-scale 8", 5e-3),
+        ("--fp16 --initial-loss-scale 1024", 1e-3),
+    ):
+        results = steps(start(run, f"{FLAGS} {flags}"), STEPS)
+        assert all(result.updated for result in results)
+        loss = max(abs(a.loss - b.loss) for a, b in zip(results, plain, strict=True))
+        norm = max(abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(results, plain, strict=True))
+        found[flags] = (loss, norm)
+        assert loss < tolerance and norm < 10 * tolerance, found
+    return str(found)
+
+
+@CHECKS.add(world_size=2)
+def fp16_finds_its_loss_scale(run: Run) -> str:
+    """Steps that overflow are left out, whatever --on-nonfinite says, and halve the scale."""
+    from qwen2_ascend.training.optimizer import loss_scale
+
+    flags = f"{FLAGS} --fp16 --hysteresis 1 --initial-loss-scale 65536 {LAYOUTS['tp2'][1]}"
+    training = start(run, f"{flags} --train-iters 8")
+    results = steps(training, 8)
+    updated = [result.updated for result in results]
+    assert not updated[0] and results[0].overflow and updated[-1], updated
+    assert updated == sorted(updated), "once it fits it stays"
+    assert loss_scale(training.optimizer) == 2.0 ** (16 - updated.count(False))
+    assert training.progress.skipped_iterations == updated.count(False)
+    return f"scale {loss_scale(training.optimizer):g}"
+
+
+@CHECKS.add(world_size=2)
+def every_token_counts_the_same(run: Run) -> str:
+    """However unevenly the loss masks fall on micro-batches and data-parallel ranks."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    training = start(run, f"{FLAGS} {LAYOUTS['dp2-distributed-optimizer'][1]}")
+    training.train_data = Masked(training.train_data)
+    (result,) = steps(training, 1)
+    model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(run, False)).float()
+    samples = [training.train_data[index] for index in range(GLOBAL_BATCH)]
+    tokens, labels, mask = (
+        torch.stack([sample[key] for sample in samples])
+        for key in ("tokens", "labels", "loss_mask")
+    )
+    logits = model(tokens, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    loss = (losses * mask.flatten()).sum() / mask.sum()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+    assert result.num_tokens == mask.sum()
+    assert abs(result.loss - loss.item()) <= 1e-6, f"{result.loss} instead of {loss.item()}"
+    assert abs(result.grad_norm - norm) <= 2e-6, f"{result.grad_norm} instead of {norm}"
+    return ""
+
+
+class Masked:
+    """Sample i keeps the loss of its first i + 1 tokens."""
+
+    def __init__(self, data) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        sample = self.data[index]
+        sample["loss_mask"][index + 1 :] = 0
+        return sample
+
+
+@CHECKS.add(world_size=2)
+def the_validation_loss_is_that_of_transformers(run: Run) -> str:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qwen2_ascend.training.loop import evaluate
+
+    training = start(run, f"{FLAGS} --eval-iters 2 {LAYOUTS['pp2-vpp2'][1]}")
+    before = state_of(training)
+    found, again = evaluate(training), evaluate(training)
+    after = state_of(training)
+    assert found == again
+    assert not [name for name in before if not (before[name] == after[name]).all()]
+    model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(run, False)).float()
+    samples = [training.valid_data[index] for index in range(2 * GLOBAL_BATCH)]
+    tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    assert abs(found - expected) <= 1e-6, f"{found} instead of {expected}"
+    return ""
+
+
 # --- building ------------------------------------------------------------------------------------
 
 
@@ -158,11 +485,28 @@ def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) ->
     return training
 
 
+def save(training: TrainingRun) -> Path:
+    """Writes a checkpoint as `launch/pretrain_qwen2.py` does."""
+    from qwen2_ascend.training.checkpointing import save_checkpoint
+    from qwen2_ascend.training.pretrain import checkpoint_identity, find_start
+
+    identity = checkpoint_identity(training.settings, find_start(training.settings))
+    return save_checkpoint(training, identity, training.settings.checkpoint)
+
+
 def steps(training: TrainingRun, count: int) -> list[StepResult]:
     from qwen2_ascend.training.loop import train_batches, train_step
 
     batches = train_batches(training)
     return [train_step(training, batches) for _ in range(count)]
+
+
+def settle(training: TrainingRun) -> None:
+    """Waits for weights that are gathered only when the next forward needs them."""
+    from qwen2_ascend.training.checkpointing import gathered_parameters
+
+    with gathered_parameters(training.chunks):
+        pass
 
 
 def state_of(training: TrainingRun) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     common = _common_state(run, identity)
-    with _gathered_parameters(run.chunks):
+    with gathered_parameters(run.chunks):
         if settings.ckpt_format == "torch_dist":
             _save_torch_dist(run, common, partial, settings)
         else:
@@ -183,7 +183,7 @@ def _save_rank_file(
 
 
 @contextlib.contextmanager
-def _gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
+def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
     """Waits for updated weights that are still to be gathered for the next forward."""
     hooked = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in hooked:

@@ -41,6 +41,8 @@ class Slice(NamedTuple):
 def build_optimizer(chunks: Sequence[Any], settings: PretrainSettings) -> MegatronOptimizer:
     """megatron-core's mixed-precision AdamW; norms and biases get no weight decay.
 
+    Backward is made to begin with its loss scale.
+
     Args:
         chunks: model chunks in megatron-core's DistributedDataParallel.
         settings: what `settings.validate` has checked.
@@ -69,7 +71,9 @@ def build_optimizer(chunks: Sequence[Any], settings: PretrainSettings) -> Megatr
         overlap_param_gather=settings.parallel.overlap_param_gather,
     )
     config = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
-    return get_megatron_optimizer(config, list(chunks))
+    built = get_megatron_optimizer(config, list(chunks))
+    chunks[0].config.grad_scale_func = built.scale_loss
+    return built
 
 
 def params_dtype(settings: PretrainSettings) -> torch.dtype:

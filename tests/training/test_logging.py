@@ -1,0 +1,160 @@
+"""What a run reports: figures, files, and what happens without the optional packages."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from helpers import random_hugging_face_model, tiny_config
+from qwen2_ascend.training import logging
+from qwen2_ascend.training.logging import Reporter, Step, draw_loss, train_flops
+
+
+def step(iteration: int, **changes) -> Step:
+    plain = Step(
+        iteration=iteration,
+        consumed_samples=8 * iteration,
+        loss=4.0 / iteration,
+        grad_norm=1.5,
+        lr=1e-3,
+        num_tokens=100,
+        seconds=0.5,
+        updated=True,
+        loss_scale=1.0,
+        peak_memory_bytes=3 * 2**30,
+    )
+    return plain._replace(**changes)
+
+
+def reporter(lines: list[str], **changes) -> Reporter:
+    plain = dict(
+        train_iters=4,
+        first_iteration=0,
+        log_interval=2,
+        tokens_per_step=1000,
+        flops_per_step=4e12,
+        world_size=2,
+        say=lines.append,
+    )
+    return Reporter(**{**plain, **changes})
+
+
+def rows(folder: Path) -> list[dict]:
+    text = (folder / logging.METRICS_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_one_line_per_interval_with_every_figure() -> None:
+    lines: list[str] = []
+    report = reporter(lines)
+    report.step(step(1))
+    assert lines == []
+    report.step(step(2, num_tokens=300, seconds=1.5))
+    # (4.0 * 100 + 2.0 * 300) / 400 nats; 1000 tokens and 4e12 operations in a second, on 2 devices
+    assert lines == [
+        "iteration 2/4 | loss 2.5000 | grad norm 1.500 | lr 1.000e-03 | 1,000 tokens/s | "
+        "2 TFLOP/s/device | 1.000 s/step | peak 3.00 GiB"
+    ]
+
+
+def test_skipped_steps_and_the_loss_scale_are_shown() -> None:
+    lines: list[str] = []
+    report = reporter(lines)
+    report.step(step(1, loss=math.nan, grad_norm=math.nan, updated=False, loss_scale=1024.0))
+    report.step(step(2, loss_scale=512.0))
+    assert lines[0].endswith("loss scale 512 | 1 skipped")
+    assert "loss 2.0000" in lines[0], "a loss that is not finite does not spoil the mean"
+
+
+def test_metrics_go_into_json_lines_and_a_picture(tmp_path: Path) -> None:
+    lines: list[str] = []
+    report = reporter(lines, report_dir=tmp_path, log_interval=1)
+    for iteration in range(1, 4):
+        report.step(step(iteration))
+    report.step(step(4, loss=math.inf))
+    report.validation(4, 1.25)
+    report.close()
+    found = rows(tmp_path)
+    assert [row["iteration"] for row in found] == [1, 2, 3, 4, 4]
+    assert found[3]["loss"] is None and found[4]["validation_loss"] == 1.25
+    picture = (tmp_path / logging.PICTURE_FILE).read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    assert any("validation loss 1.2500 | perplexity 3.49" in line for line in lines)
+
+
+def test_a_resumed_run_continues_the_curve(tmp_path: Path) -> None:
+    first = reporter([], report_dir=tmp_path, log_interval=1)
+    for iteration in range(1, 4):
+        first.step(step(iteration))
+    with (tmp_path / logging.METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write('{"iteration": 4, "lo')  # killed while writing
+    second = reporter([], report_dir=tmp_path, log_interval=1, first_iteration=2)
+    second.step(step(3, loss=9.0))
+    assert [(row["iteration"], row["loss"]) for row in rows(tmp_path)] == [
+        (1, 4.0),
+        (2, 2.0),
+        (3, 9.0),
+    ]
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = reporter([], report_dir=tmp_path, tensorboard_dir=tmp_path, silent=True, say=None)
+    report.say("hello")
+    report.step(step(4))
+    report.close()
+    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = reporter([], tensorboard_dir=tmp_path)
+    report.step(step(1))
+    report.step(step(2))
+    report.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (loss,) = events.Scalars("train/loss")
+    assert (loss.step, loss.value) == (2, 3.0)
+
+
+def test_without_the_report_extra_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    lines: list[str] = []
+    report = reporter(lines, report_dir=tmp_path, tensorboard_dir=tmp_path / "events")
+    report.step(step(4))
+    report.close()
+    assert sum("not installed" in line for line in lines) == 2
+    assert not (tmp_path / logging.PICTURE_FILE).exists()
+    assert rows(tmp_path)[0]["iteration"] == 4
+
+
+def test_no_metrics_no_picture(tmp_path: Path) -> None:
+    draw_loss(tmp_path / "none.jsonl", tmp_path / "none.png", lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """torch counts attention as if it were not causal: twice the average, but for the diagonal."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, b, s = tiny_config(), 3, 32
+    model = random_hugging_face_model(config)
+    model.set_attn_implementation("eager")  # the counter does not see into the fused one
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(b, s, dtype=torch.int64), use_cache=False)
+    heads = config.num_attention_heads * config.kv_channels
+    not_causal = config.num_layers * b * 4 * heads * s * s
+    causal = not_causal * (s + 1) / (2 * s)
+    matrices = counter.get_total_flops() - not_causal
+    found = train_flops(config, num_sequences=b, seq_length=s, padded_vocab_size=config.vocab_size)
+    assert found == pytest.approx(3 * (matrices + causal), rel=1e-12)

@@ -1,0 +1,136 @@
+"""Every mistake in the flags is named before anything starts, all at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers import tiny_config
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.training.settings import PretrainSettings, parse, validate
+
+GOOD = "--mock-data --seq-length 32 --train-iters 10 --lr 1e-3"
+VPP = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+
+
+def settings(flags: str) -> PretrainSettings:
+    return parse(f"{GOOD} {flags}".split())
+
+
+def faults(flags: str, world_size: int = 1, config: Qwen2Config | None = None) -> tuple[str, ...]:
+    try:
+        validate(settings(flags), config or tiny_config(), world_size)
+    except UserError as error:
+        return error.faults
+    return ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size"),
+    [
+        ("", 1),
+        ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+        ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 8),
+        (f"{VPP} --global-batch-size 4", 2),
+        ("--pipeline-model-parallel-size 2 --num-layer-list 3,1", 2),
+        ("--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 4),
+        ("--recompute-granularity full --recompute-method block --recompute-num-layers 1", 1),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-warmup-iters 2", 1),
+        ("--save x --save-interval 5 --exit-interval 5", 1),
+        ("--num-layer-list 4", 1),
+    ],
+)
+def test_good_settings_are_accepted(flags: str, world_size: int) -> None:
+    assert faults(flags, world_size) == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--micro-batch-size 0", "--micro-batch-size 0 must be at least 1"),
+        ("--lr 0", "--lr 0.0 must be above zero"),
+        ("--lr nan", "--lr nan must be above zero"),
+        ("--weight-decay -1", "--weight-decay -1.0 must not be below zero"),
+        ("--adam-beta2 1.0", "--adam-beta2 1.0 must be from 0 to below 1"),
+        ("--min-lr 1", "--min-lr 1.0 is above --lr 0.001"),
+        ("--tensor-model-parallel-size 3", "tensor_model_parallel_size=3 does not divide"),
+        ("--pipeline-model-parallel-size 3", "pipeline_model_parallel_size=3 does not divide"),
+        ("--num-layer-list 4,x", "--num-layer-list 4,x is not a list of whole numbers"),
+        ("--tensor-model-parallel-size 2", "1 process(es) cannot be shared out"),
+        ("--global-batch-size 3 --micro-batch-size 2", "use a multiple of 2"),
+        ("--train-samples 80", "give one of --train-iters and --train-samples"),
+        ("--lr-warmup-iters 10", "--lr-warmup-iters 10 must be below the 10 steps"),
+        ("--lr-warmup-fraction 1.5", "must be from 0 to below 1"),
+        ("--lr-warmup-fraction 0.1 --lr-warmup-iters 2", "give one of them"),
+        ("--lr-decay-style WSD", "needs --lr-wsd-decay-iters"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 11", "is above the 10 steps"),
+        ("--bf16 --fp16", "--bf16 and --fp16"),
+        ("--seq-length 129", "above the model's max_position_embeddings=128"),
+        ("--overlap-param-gather", "--overlap-param-gather needs"),
+        ("--recompute-granularity full", "needs --recompute-method"),
+        ("--recompute-num-layers 2", "need --recompute-granularity full"),
+        ("--data-path a", "give one of --data-path"),
+        ("--save-interval 5", "--save-interval needs --save"),
+        ("--padded-vocab-size 100", "padded_vocab_size=100 is below vocab_size=256"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(flags: str, words: str) -> None:
+    found = faults(flags)
+    assert len(found) == 1 and words in found[0], found
+
+
+def test_sequence_parallel_needs_a_length_that_divides() -> None:
+    found = faults("--seq-length 31 --tensor-model-parallel-size 2 --sequence-parallel", 2)
+    assert len(found) == 1 and "multiple of tensor_model_parallel_size=2" in found[0]
+
+
+def test_interleaving_needs_whole_rounds_of_micro_batches() -> None:
+    assert "is a multiple of 2." in faults(f"{VPP} --global-batch-size 3", 2)[0]
+
+
+def test_all_faults_come_at_once() -> None:
+    found = faults("--bf16 --fp16 --lr 0 --tensor-model-parallel-size 3 --save-interval 0")
+    assert len(found) == 5, found
+
+
+def test_the_run_is_as_long_as_its_samples() -> None:
+    flags = "--mock-data --seq-length 8 --train-samples 50 --lr 1 --micro-batch-size 4"
+    chosen = parse(flags.split())
+    assert chosen.global_batch_size(world_size=2) == 8
+    assert chosen.train_iters(world_size=2) == 6
+
+
+def test_names_are_accepted_as_megatron_spells_them_either_way() -> None:
+    assert settings("--micro_batch_size 3").batch.micro_batch_size == 3
+    assert settings("--data-path 0.3 A 0.7 B").data.data_path == ("0.3", "A", "0.7", "B")
+    assert settings("--exit-signal-handler").runtime.exit_signal_handler
+    assert settings("--hf-cfg-dir 7B").model.config == "7B"
+
+
+def test_only_rank_zero_speaks_of_a_misspelt_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit_:
+            settings("--micro-batch-sise 3")
+        assert exit_.value.code == 2
+        captured = capsys.readouterr()
+        assert ("--micro-batch-size" in captured.err + captured.out) is speaks
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from qwen2_ascend.training.pretrain import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "--tensor-model-parallel-size" in done.stdout
