@@ -1,0 +1,175 @@
+"""Tests marked `simulated` run in processes of their own, where torch_npu sees simulated cards.
+
+    @pytest.mark.simulated                  # one card
+    @pytest.mark.simulated(cards=2)         # every rank runs the test, in step with the others
+    @pytest.mark.simulated(soc=SOC_910C)    # another chip
+    @pytest.mark.simulated(cards=2, alone=True)   # ranks of its own, because it breaks them
+
+They are plain tests otherwise: fixtures, parameters, -k and assertions work. At the first of them
+one process is started (inside.py) which imports torch_npu once and forks the ranks of every group;
+its reports are then given as the tests' own. torch_npu must not be imported here, so such a test's
+module imports it inside the functions.
+
+Where the simulated device cannot be had these tests are skipped with the reason, and fail when the
+environment says CI=true.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from npusim.build import Unavailable
+from npusim.env import SOC_910B, environment
+
+INSIDE = "NPUSIM_RANK"
+"""Set in the processes that see the simulated cards."""
+TIMEOUT_SECONDS = 900
+"""For all simulated tests of a run together."""
+
+REPORTS = pytest.StashKey[dict[str, list[dict]]]()
+UNAVAILABLE = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "simulated(cards, soc, alone): runs on simulated NPUs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("simulated"):
+            item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS + 60))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    if INSIDE in os.environ or item.get_closest_marker("simulated") is None:
+        return None
+    if REPORTS not in item.session.stash and UNAVAILABLE not in item.session.stash:
+        try:
+            item.session.stash[REPORTS] = _run_inside(item.session)
+        except Unavailable as error:
+            item.session.stash[UNAVAILABLE] = str(error)
+    if UNAVAILABLE in item.session.stash:
+        return None  # pytest_runtest_setup says why
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for data in item.session.stash[REPORTS][item.nodeid]:
+        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    reason = item.session.stash.get(UNAVAILABLE, None)
+    if reason is None or item.get_closest_marker("simulated") is None:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"the simulated device must be there in CI: {reason}", pytrace=False)
+    pytest.skip(f"no simulated device: {reason}")
+
+
+def _run_inside(session: pytest.Session) -> dict[str, list[dict]]:
+    """Runs all simulated tests of the session; their reports by node id."""
+    groups: dict[str, dict] = {}
+    for item in session.items:
+        if item.get_closest_marker("simulated"):
+            group = _group(item)
+            groups.setdefault(json.dumps(group), {**group, "tests": []})["tests"].append(
+                item.nodeid
+            )
+    folder = session.config._tmp_path_factory.mktemp("npusim")  # type: ignore[attr-defined]
+    (folder / "groups.json").write_text(json.dumps(list(groups.values())), encoding="utf-8")
+    command = [sys.executable, "-m", "npusim.inside", str(session.config.rootpath), str(folder)]
+    try:
+        result = subprocess.run(
+            command,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+        )
+        outcome = f"exit status {result.returncode}\n{result.stdout[-4000:]}"
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        outcome = f"killed after {TIMEOUT_SECONDS} s\n{output[-4000:].decode(errors='replace')}"
+    return {
+        test: _reports(folder, group["cards"], test, outcome)
+        for group in groups.values()
+        for test in group["tests"]
+    }
+
+
+def _group(item: pytest.Item) -> dict:
+    """Tests of one group share their ranks."""
+    options: dict = {"cards": 1, "soc": SOC_910B, "alone": False}
+    for marker in reversed(list(item.iter_markers("simulated"))):
+        options.update(marker.kwargs)
+    options["alone"] = item.nodeid if options["alone"] else ""
+    return options
+
+
+def _reports(folder: Path, cards: int, test: str, outcome: str) -> list[dict]:
+    """The first rank's reports; or those of the first rank that failed."""
+    chosen: list[dict] = []
+    for rank in reversed(range(cards)):
+        reports = _reports_of_rank(folder, rank, test)
+        finished = bool(reports) and reports[-1]["when"] == "teardown"
+        if not finished:
+            reports = [_not_finished(test, f"rank {rank} did not finish this test; {outcome}")]
+        if not chosen or not _failed(chosen) or _failed(reports):
+            chosen = reports
+    return chosen
+
+
+def _reports_of_rank(folder: Path, rank: int, test: str) -> list[dict]:
+    path = folder / f"reports.{rank}.jsonl"
+    if not path.exists():
+        return []
+    reports = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [report for report in reports if report["nodeid"] == test]
+
+
+def _failed(reports: list[dict]) -> bool:
+    return any(report["outcome"] == "failed" for report in reports)
+
+
+def _not_finished(test: str, why: str) -> dict:
+    report = pytest.TestReport(
+        test, (test, None, test), {}, outcome="failed", longrepr=why, when="call"
+    )
+    return {"$report_type": "TestReport", **report._to_json()}
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def simulator(request: pytest.FixtureRequest):
+    """The entered Simulator, in tests marked `simulated`."""
+    if INSIDE not in os.environ:
+        yield None
+        return
+    import torch
+
+    from npusim.simulator import Simulator
+
+    torch.manual_seed(0)
+    with Simulator() as entered:
+        yield entered
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """This rank among the simulated cards, with HCCL started; see cards.py."""
+    from npusim.cards import start
+
+    with start() as ranks:
+        yield ranks
