@@ -1,0 +1,174 @@
+"""launch/pretrain_qwen2.py as a user runs it, in one process: data, checkpoints, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from data.corpora import write_indexed
+from helpers import make_tiny_hugging_face_folder, tiny_config
+
+HERE = Path(__file__).parent
+LAUNCH = HERE.parents[1] / "launch" / "pretrain_qwen2.py"
+SIZES = "--seq-length 16 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3"
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class World(NamedTuple):
+    """The folder of all runs, and how each of them ended."""
+
+    folder: Path
+    runs: dict[str, Ended]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("pretrain")
+    make_tiny_hugging_face_folder(folder / "hf", tiny_config(tie_word_embeddings=True))
+    (folder / "hf" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    write_indexed(folder / "corpus", [40, 70, 55, 90] * 8, dtype=np.uint16)
+    commands = {name: flags.format(d=folder).split() for name, flags in _commands().items()}
+    (folder / "commands.json").write_text(json.dumps(list(commands.values())), encoding="utf-8")
+    subprocess.run(
+        [
+            sys.executable,
+            str(HERE / "run_commands.py"),
+            str(folder / "commands.json"),
+            str(folder / "results.json"),
+        ],
+        check=True,
+        timeout=280,
+        env=_environment(),
+    )
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return World(folder, dict(zip(commands, (Ended(**result) for result in results), strict=True)))
+
+
+def _commands() -> dict[str, str]:
+    data = f"--data-path {{d}}/corpus --split 80,20,0 --eval-interval 2 --eval-iters 1 {SIZES}"
+    parts = "--load {d}/parts --pretrained-checkpoint {d}/hf --save {d}/parts --exit-interval 2"
+    return {
+        "whole": f"--load {{d}}/hf --save {{d}}/whole {data}",
+        "first": f"{parts} {data}",
+        "second": f"{parts} {data}",
+        "complete": f"{parts} {data}",
+        "random": f"--config {{d}}/hf/config.json --mock-data --bf16 --save {{d}}/random {SIZES}",
+        "explodes": f"--load {{d}}/hf --mock-data {SIZES} --lr 1e30 --lr-decay-style constant",
+        "no data": f"--load {{d}}/hf --data-path {{d}}/nothing {SIZES}",
+        "no checkpoint": f"--load {{d}}/nowhere --mock-data {SIZES}",
+        "no model": f"--mock-data {SIZES}",
+        "no config": f"--load {{d}}/corpus.bin --mock-data {SIZES}",
+        "two faults": f"--load {{d}}/hf {SIZES} --bf16 --fp16 --save-interval 3 --mock-data",
+        "no npu": f"--load {{d}}/hf --mock-data --device npu {SIZES}",
+    }
+
+
+def _environment(**changes: str) -> dict[str, str]:
+    tests = HERE.parent
+    paths = [str(tests), str(tests.parent / "plugin"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(path for path in paths if path)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **changes}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    timing = ("tokens_per_second", "tflops_per_device", "step_seconds", "peak_memory_bytes")
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+def test_the_first_line_says_where_it_runs(world: World) -> None:
+    run = world.runs["whole"]
+    assert run.status == 0, run.err
+    first, second = run.out.splitlines()[:2]
+    for words in ("device cpu", "backend gloo", "1 process(es)", "megatron-core", "TP1 PP1 DP1"):
+        assert words in first
+    assert "hf" in second and "safetensors" in second
+
+
+def test_a_run_in_two_parts_is_a_run_in_one(world: World) -> None:
+    """The same command line starts, resumes and then has nothing left to do."""
+    first, second, complete = (world.runs[name] for name in ("first", "second", "complete"))
+    assert (first.status, second.status, complete.status) == (0, 0, 0), second.err + first.err
+    assert "stopped after iteration 2: --exit-interval 2" in first.out
+    assert f"resumed {world.folder}/parts/iter_0000002 at iteration 2" in second.out
+    assert "iteration 5" not in complete.out and "saved" not in complete.out
+    whole = metrics(world.folder / "whole")
+    assert metrics(world.folder / "parts") == whole
+    assert [row["iteration"] for row in whole if "loss" in row] == [1, 2, 3, 4]
+    assert [row["iteration"] for row in whole if "validation_loss" in row] == [2, 4]
+
+
+def test_a_checkpoint_folder_is_complete(world: World) -> None:
+    folder = world.folder / "parts"
+    assert (folder / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "4"
+    assert {path.name for path in folder.glob("iter_*")} == {"iter_0000002", "iter_0000004"}
+    assert (folder / "tokenizer.json").read_bytes() == b"{}"
+    assert json.loads((folder / "config.json").read_bytes())["model_type"] == "qwen2"
+    assert (folder / "loss.png").stat().st_size > 5000
+    assert not list(folder.glob(".*")), "nothing temporary is left"
+
+
+def test_random_weights_from_a_config(world: World) -> None:
+    run = world.runs["random"]
+    assert run.status == 0, run.err
+    assert "weights: random, seed 1234" in run.out
+    config = json.loads((world.folder / "random" / "config.json").read_bytes())
+    assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
+    assert (world.folder / "random" / "tokenizer.json").exists()
+
+
+def test_a_loss_that_explodes_ends_the_run_in_words(world: World) -> None:
+    run = world.runs["explodes"]
+    assert run.status == 1
+    assert "Traceback" not in run.err and run.err.startswith("error: iteration 2: loss")
+    assert "samples 4-7 of the training data" in run.err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no data", "nothing"),
+        ("no checkpoint", "nowhere: there is nothing in it"),
+        ("no model", "nothing says which model"),
+        ("no config", "corpus.bin: no such folder"),
+        ("two faults", "--bf16 and --fp16"),
+        ("no npu", "device=npu cannot be used"),
+    ],
+)
+def test_a_mistake_ends_with_two_and_no_traceback(world: World, name: str, words: str) -> None:
+    run = world.runs[name]
+    assert run.status == 2, run.err
+    assert "Traceback" not in run.err + run.out and run.err.startswith("error: ")
+    assert words in run.err
+
+
+def test_every_mistake_is_named_at_once(world: World) -> None:
+    assert len(world.runs["two faults"].err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_rank_speaks_for_all(rank: str, tmp_path: Path) -> None:
+    """A mistake in the flags is found before the ranks meet, so one process shows it."""
+    flags = "--config 7B --mock-data --tensor-model-parallel-size 3"
+    done = subprocess.run(
+        [sys.executable, str(LAUNCH), *flags.split(), *SIZES.split()],
+        env=_environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="3"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert ("tensor_model_parallel_size=3" in done.stderr) is (rank == "0")
+    assert "Traceback" not in done.stderr
