@@ -133,8 +133,12 @@ def _reports_of_rank(folder: Path, rank: int, test: str) -> list[dict]:
     path = folder / f"reports.{rank}.jsonl"
     if not path.exists():
         return []
-    reports = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [report for report in reports if report["nodeid"] == test]
+    reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    reports = [report for report in reports if report["nodeid"] == test]
+    for report in reports:
+        if isinstance(report["longrepr"], list):  # of a skip: pytest has it as a tuple
+            report["longrepr"] = tuple(report["longrepr"])
+    return reports
 
 
 def _failed(reports: list[dict]) -> bool:
