@@ -38,6 +38,10 @@ UNAVAILABLE = pytest.StashKey[str]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "simulated(cards, soc, alone): runs on simulated NPUs")
+    # torch 2.13 renames the collectives that megatron-core, and so these tests, call
+    config.addinivalue_line("filterwarnings", "ignore:.torch.distributed.* is deprecated")
+    # torch_npu says so of its own implementation
+    config.addinivalue_line("filterwarnings", "ignore:HCCL doesn't support gather")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -171,9 +175,10 @@ def simulator(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(scope="session")
-def ranks():
+def ranks(request: pytest.FixtureRequest):
     """This rank among the simulated cards, with HCCL started; see cards.py."""
     from npusim.cards import start
 
     with start() as ranks:
+        assert ranks.size == getattr(request, "param", ranks.size)
         yield ranks
