@@ -450,6 +450,58 @@ def test_bad_shards(case, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+TORCH_DIST = {
+    "fewer layers in the config": (
+        lambda f: edit_config(f, num_hidden_layers=1),
+        ["linear_qkv.weight: expected shape (1, 128, 64), found (2, 128, 64)"],
+    ),
+    "10^9 layers": (
+        lambda f: edit_config(f, num_hidden_layers=10**9),
+        ["expected shape (1000000000, "],
+    ),
+    "another width in the config": (
+        lambda f: edit_config(f, intermediate_size=128),
+        ["linear_fc1.weight: expected shape"],
+    ),
+    "a larger vocabulary in the config": (
+        lambda f: edit_config(f, vocab_size=97),
+        ["96 vocabulary rows, fewer than vocab_size=97"],
+    ),
+    "tied by the config, not by the tensors": (
+        lambda f: edit_config(f, tie_word_embeddings=True),
+        ["unexpected tensors: output_layer.weight"],
+    ),
+    "a missing file": (
+        lambda f: next((f / "iter_0000001").glob("*.distcp")).unlink(),
+        [".distcp"],
+    ),
+    "a short file": (
+        lambda f: os.truncate(next((f / "iter_0000001").glob("*.distcp")), 5000),
+        [".distcp"],
+    ),
+    "no metadata": (
+        lambda f: (f / "iter_0000001/.metadata").unlink(),
+        ["iter_0000001"],
+    ),
+    "damaged metadata": (
+        lambda f: (f / "iter_0000001/.metadata").write_bytes(b"\x80\x02}q"),
+        [".metadata"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TORCH_DIST)
+def test_a_bad_torch_dist_folder(case, tmp_path):
+    damage, words = TORCH_DIST[case]
+    hf = make_hugging_face_folder(tmp_path / "hf")
+    convert(hf, tmp_path / "mg", *tp(2), "--save-format", "torch_dist").require()
+    damage(tmp_path / "mg")
+    started = time.thread_time()
+    said = refused(tmp_path / "mg", to="hf")
+    assert not [word for word in words if word not in said], said
+    assert time.thread_time() - started < 1
+
+
 def test_a_missing_first_chunk_of_a_virtual_pipeline(tmp_path):
     hf = make_hugging_face_folder(tmp_path / "hf", toy_config(num_layers=4))
     flags = [*pp(2), "--num-layers-per-virtual-pipeline-stage", 1, "--save-format", "safetensors"]
@@ -519,7 +571,6 @@ def test_a_wrong_wish(case, tmp_path):
 
 def test_a_tp_that_would_cut_a_group_unevenly(tmp_path):
     """As TP14 of Qwen2.5-0.5B would: 7 ranks for the 9 heads of a group."""
-    config = toy_config(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=96)
     config = toy_config(
         num_attention_heads=6, num_query_groups=2, hidden_size=48, ffn_hidden_size=96, kv_channels=2
     )

@@ -428,7 +428,7 @@ def test_the_splitter_imports_no_torch(save_format, tmp_path):
     assert save_format == "help" or (tmp_path / "mg/latest_checkpointed_iteration.txt").exists()
 
 
-def test_unused_helpers_are_honest(tmp_path):
+def test_the_toys_are_honest(tmp_path):
     """The toy's own writer and reader agree, or every test here would prove nothing."""
     weights = random_weights(toy_config())
     save_safetensors(tmp_path / "x.safetensors", weights)

@@ -32,7 +32,7 @@ class Progress:
             self._done += num_bytes
             if self._bar is not None:
                 self._bar.update(num_bytes)
-            elif time.monotonic() - self._said >= self._every:
+            elif self._done < self._total and time.monotonic() - self._said >= self._every:
                 self._said = time.monotonic()
                 self._line()
 

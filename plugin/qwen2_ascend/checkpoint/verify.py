@@ -40,11 +40,11 @@ def verify(
     for path in written.files:
         _drop_cache(path)
     plan = make_plan(source.held, written.held, source.config.vocab_size)
-    buffers = BandBuffers()
+    expected, found = BandBuffers(), BandBuffers()
     with Reader() as reader, ThreadPoolExecutor(workers) as pool:
 
         def differs(write: Write) -> str | None:
-            equal = _equals_source(write, reader, buffers)
+            equal = _equals_source(write, reader, expected, found)
             progress(write.target.stored.num_bytes)
             return None if equal else f"{write.target.stored.path}: {write.target.name}"
 
@@ -72,15 +72,18 @@ def check_replicas(replicas: Iterable[tuple[Held, Held]]) -> None:
     raise_if(faults)
 
 
-def _equals_source(write: Write, reader: Reader, buffers: BandBuffers) -> bool:
+def _equals_source(
+    write: Write, reader: Reader, expected_bands: BandBuffers, found_bands: BandBuffers
+) -> bool:
     target = write.target
     dtype = NUMPY_DTYPES[target.stored.dtype]
     for box in bands(target.piece.box, BAND_BYTES // dtype.itemsize):
-        expected = buffers.take(box, dtype)
+        expected, found = expected_bands.take(box, dtype), found_bands.take(box, dtype)
         if write.is_padded:
             expected.view(np.uint8)[...] = 0
         reader.fill(expected, box, write.copies)
-        if not _same_bytes(expected, reader.view(target, box)):
+        reader.read_run(target, box, found)
+        if not _same_bytes(expected, found):
             return False
     return True
 

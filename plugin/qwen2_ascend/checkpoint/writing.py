@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import threading
@@ -158,7 +159,7 @@ class _Files:
         fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o644)
         try:
             with naming(path):
-                os.ftruncate(fd, self._files[path].total_bytes)
+                _reserve(fd, self._files[path].total_bytes)
                 for offset, data in self._files[path].segments:
                     _pwrite(fd, memoryview(data), offset)
         except BaseException:
@@ -245,6 +246,21 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[n:], offset + n
 
 
+def _reserve(fd: int, num_bytes: int) -> None:
+    """Sets a file's length and takes the space for it: writes cost less and a full disk shows now.
+
+    Where the file system cannot, space is taken as it is written. (os.posix_fallocate would write
+    zeros instead.)
+    """
+    os.ftruncate(fd, num_bytes)
+    if _fallocate is None or num_bytes == 0:
+        return
+    if _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(code, os.strerror(code))
+
+
 def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
     """Asks the kernel to begin writing a range out, so that the final fsync finds little to do."""
     if _sync_file_range is not None:
@@ -253,7 +269,9 @@ def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
         )
 
 
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_libc = ctypes.CDLL(None, use_errno=True)
+_sync_file_range = getattr(_libc, "sync_file_range", None)
+_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
 
 
 def _entries(lines: Iterable[bytes]) -> Iterable[tuple[tuple[str, str], str]]:
