@@ -186,6 +186,57 @@ for _case in RESUMED:
     )(functools.partial(resumed_losses, *_case))
 
 
+@CHECKS.add(world_size=2)
+def a_run_can_change_its_precision(run: Run) -> str:
+    """The fp32 main weights are what goes on, in either direction."""
+    import torch
+
+    layouts = [LAYOUTS[name][1] for name in ("tp2", "dp2-distributed-optimizer")]
+    folder = run.folder / "from-bf16"
+    saving = start(run, f"{FLAGS} --bf16 {layouts[0]} --save {folder}")
+    steps(saving, 2)
+    save(saving)
+    main = main_weights(saving)
+    resumed = start(run, f"{FLAGS} {layouts[0]}", load=folder)
+    assert all(torch.equal(main[name], value) for name, value in weights(resumed).items())
+    losses = [result.loss for result in steps(resumed, 2)]
+    again = [r.loss for r in steps(start(run, f"{FLAGS} {layouts[1]}", load=folder), 2)]
+    assert max(abs(a - b) for a, b in zip(losses, again, strict=True)) <= 1e-6
+
+    for form in ("torch_dist", "torch"):
+        folder = run.folder / f"from-fp32-{form}"
+        saving = start(run, f"{FLAGS} {layouts[0]} --ckpt-format {form} --save {folder}")
+        steps(saving, 1)
+        save(saving)
+        found = main_weights(start(run, f"{FLAGS} --bf16 {layouts[0]}", load=folder))
+        assert all(torch.equal(found[name], value) for name, value in weights(saving).items())
+    return ""
+
+
+@CHECKS.add(world_size=1)
+def a_save_that_fails_leaves_the_last_checkpoint(run: Run) -> str:
+    from qwen2_ascend.training import checkpointing
+
+    folder = run.folder / "failing"
+    training = start(run, f"{FLAGS} --ckpt-format torch --save {folder}")
+    steps(training, 1)
+    save(training)
+    steps(training, 1)
+    publish, checkpointing._publish = checkpointing._publish, None
+    try:
+        save(training)
+    except TypeError:
+        pass
+    finally:
+        checkpointing._publish = publish
+    assert (folder / ".iter_0000002.partial").exists()
+    assert start(run, FLAGS, load=folder).progress.iteration == 1
+    save(training)
+    assert start(run, FLAGS, load=folder).progress.iteration == 2
+    assert not list(folder.glob(".*")), "what was left unfinished is gone"
+    return ""
+
+
 @CHECKS.add(world_size=1)
 def merging_a_training_checkpoint_gives_its_weights(run: Run) -> str:
     """Both formats go back to Hugging Face with nothing but the checkpoint folder."""
@@ -507,6 +558,21 @@ def settle(training: TrainingRun) -> None:
 
     with gathered_parameters(training.chunks):
         pass
+
+
+def weights(training: TrainingRun) -> dict[str, Any]:
+    from qwen2_ascend.training.checkpointing import unwrap
+
+    return dict(unwrap(training.chunks[0]).named_parameters())
+
+
+def main_weights(training: TrainingRun) -> dict[str, Any]:
+    """The fp32 weights that the optimizer keeps beside 16-bit ones."""
+    from qwen2_ascend.training.checkpointing import unwrap
+    from qwen2_ascend.training.optimizer import MAIN, gather_state
+
+    chunks = [unwrap(chunk) for chunk in training.chunks]
+    return {name: values[MAIN] for _, name, values in gather_state(training.optimizer, chunks)}
 
 
 def state_of(training: TrainingRun) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def save_checkpoint(
     target, partial = settings.save / name, settings.save / f".{name}.partial"
     rank = run.runtime.rank
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in settings.save.glob(".iter_*.partial"):
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     common = _common_state(run, identity)
@@ -264,9 +265,10 @@ def _sharded_optimizer(run: TrainingRun, models: Mapping[str, Mapping[str, Any]]
     return state
 
 
-def _like(weight: Any, kind: str, value: torch.Tensor) -> Any:
-    """A sharded tensor, or a factory of some, with other contents."""
-    changes: dict[str, Any] = {"key": f"optimizer.state.{kind}.{weight.key}", "data": value}
+def _like(weight: Any, kind: str | None, value: torch.Tensor) -> Any:
+    """A sharded tensor, or a factory of some, with other contents; None is the weight itself."""
+    key = weight.key if kind is None else f"optimizer.state.{kind}.{weight.key}"
+    changes: dict[str, Any] = {"key": key, "data": value}
     if isinstance(weight, ShardedTensor):
         changes["dtype"] = value.dtype
     return replace(weight, **changes)
@@ -356,6 +358,12 @@ def resume(
     )
     wants_optimizer = not settings.no_load_optim and saved.has_optimizer
     wants_rng = not settings.no_load_rng and common["contents"]["rng"]
+    if wants_optimizer and saved.padded_vocab_size != identity.padded_vocab_size:
+        raise UserError(
+            f"{saved.folder}: its optimizer state has {saved.padded_vocab_size} vocabulary rows, "
+            f"not {identity.padded_vocab_size}; leave the padding flags out, or take the weights "
+            "alone with --no-load-optim."
+        )
     if not saved.has_optimizer and not settings.no_load_optim:
         notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
     if wants_rng and not same_layout:
@@ -397,10 +405,15 @@ def _read_torch_dist(
 ) -> tuple[dict[str, Any], Any]:
     state: dict[str, Any] = {}
     if wants_optimizer:
-        kinds = saved.common["contents"]["optimizer"]
+        found = saved.common["contents"]["optimizer"]
+        kinds = dict.fromkeys([*found, *_kinds(run.chunks)])
         state[OPTIMIZER] = {
             name: {
-                key: {kind: _like(weight, kind, _empty_like(weight)) for kind in kinds}
+                key: {
+                    # fp32 weights are their own main weights
+                    kind: _like(weight, kind if kind in found else None, _empty_like(weight))
+                    for kind in kinds
+                }
                 for key, weight in model.items()
             }
             for name, model in _sharded_models(run.chunks).items()
@@ -425,7 +438,14 @@ def _read_rank_file(
         return {}, None  # another layout, and neither optimizer nor generators are wanted
     state: Any = torch_pt.read(path)
     rng = _with_tensors(state[RNG]) if wants_rng else None
-    return _with_tensors(state.get(OPTIMIZER, {})), rng
+    optimizer = _with_tensors(state.get(OPTIMIZER, {}))
+    found = saved.common["contents"]["optimizer"]
+    if optimizers.MAIN in _kinds(run.chunks) and optimizers.MAIN not in found:
+        # fp32 weights are their own main weights
+        for name, model in optimizer.items():
+            for key, values in model.items():
+                values[optimizers.MAIN] = _with_tensors(state[name][key])
+    return optimizer, rng
 
 
 def _with_tensors(tree: Any) -> Any:

@@ -163,9 +163,14 @@ def load_state(
 
     Args:
         optimizer: built by `build_optimizer`, as yet without state.
-        states: for every parameter its moments and, where known, `fp32_param`.
+        states: for every parameter its moments and, where the weights are not to be taken for
+            it, `fp32_param`.
         num_updates: what `num_updates` said when they were gathered.
     """
+    for parameter, saved in states.items():
+        if MAIN in saved:
+            # all of it: what other ranks update is gathered only after the next update
+            parameter.copy_(saved[MAIN].reshape(parameter.shape))
     optimizer.reload_model_params()
     for parameter, piece in _slices(optimizer):
         saved = states[parameter]

@@ -33,7 +33,7 @@ FOREIGN_WARNINGS = (
     # torch 2.13 has new names for collectives that megatron-core calls by their old ones
     "`torch.distributed.[a-z_]*` is deprecated. Please use",
     # about CUDA streams
-    "When using sequence parallelism it is recommended to set",
+    "When using [a-z ]* it is recommended to set the environment variable CUDA_DEVICE_MAX",
     # megatron-core looks at .grad of its slices, which have none, before it sets it
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     "Transformer Engine and Apex are not installed",
@@ -94,6 +94,8 @@ def pretrain(settings: PretrainSettings) -> None:
         for note in resume(run, start.saved, identity, settings.checkpoint):
             say(note)
         say(f"resumed {start.saved.folder} at iteration {run.progress.iteration}")
+        if run.progress.iteration >= run.train_iters:
+            say(f"nothing is left to do: the run ends at iteration {run.train_iters}")
     _train(run, start.config, identity, say)
     runtime.close()
 
@@ -119,10 +121,10 @@ def find_start(settings: PretrainSettings) -> Start:
     """
     model = settings.model
     folder = model.load
-    if folder is not None and _is_empty(folder):
+    if folder is not None and _has_no_checkpoint(folder):
         if model.pretrained_checkpoint is None and folder != settings.checkpoint.save:
             raise UserError(
-                f"--load {folder}: there is nothing in it. (It may be empty when "
+                f"--load {folder}: there is no checkpoint in it. (That is right only when "
                 "--pretrained-checkpoint says where to start, or when --save is the same folder.)"
             )
         folder = None
@@ -152,10 +154,12 @@ def find_start(settings: PretrainSettings) -> Start:
     )
 
 
-def _is_empty(folder: Path) -> bool:
-    return not folder.exists() or (
-        folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
-    )
+def _has_no_checkpoint(folder: Path) -> bool:
+    """Not even a damaged one: the folder a run is going to save into, perhaps with its metrics."""
+    if not folder.is_dir():
+        return not folder.exists()
+    signs = ("latest_*", "iter_*", "mp_rank_*", "*.safetensors*", "*.bin", "config.json")
+    return not any(path for sign in signs for path in folder.glob(sign))
 
 
 def _config(name: str | None) -> Qwen2Config:
