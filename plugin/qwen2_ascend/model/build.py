@@ -23,7 +23,11 @@ from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import current, supported_keywords
-from qwen2_ascend.runtime.megatron_compat import virtual_pipeline_size, virtual_stage
+from qwen2_ascend.runtime.megatron_compat import (
+    megatron_release,
+    virtual_pipeline_size,
+    virtual_stage,
+)
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -59,6 +63,7 @@ def build_model(
         UserError: layout and model do not fit, or the installed megatron-core cannot do it.
     """
     layout.check(config, padded_vocab_size)
+    _check_release(config, layout)
     transformer = transformer_config(
         config, layout, dtype=dtype, perform_initialization=perform_initialization, **options
     )
@@ -169,6 +174,16 @@ def _p2p(virtual_size: int | None) -> dict[str, bool]:
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
+def _check_release(config: Qwen2Config, layout: ParallelLayout) -> None:
+    if layout.tp > config.num_query_groups and megatron_release() < (0, 16):
+        version = ".".join(map(str, megatron_release()))
+        raise UserError(
+            f"tensor_model_parallel_size={layout.tp} is above num_query_groups="
+            f"{config.num_query_groups}, which the installed megatron-core {version} cannot do; "
+            f"use {config.num_query_groups} at most, or install megatron-core 0.16."
+        )
+
+
 def _uneven_stages(num_layers: int, layout: ParallelLayout) -> dict[str, Any]:
     """What tells the installed megatron-core about `layout.num_layer_list`."""
     numbers = layout.num_layer_list
@@ -185,10 +200,9 @@ def _uneven_stages(num_layers: int, layout: ParallelLayout) -> dict[str, Any]:
             "only the first and the last stage a number of their own; make the stages between "
             "equal, or install megatron-core 0.13 or later."
         )
-    return {
-        "num_layers_in_first_pipeline_stage": numbers[0],
-        "num_layers_in_last_pipeline_stage": numbers[-1],
-    }
+    first = {"num_layers_in_first_pipeline_stage": numbers[0]}
+    # With two stages the last one gets the rest; told both, those releases divide by zero.
+    return first | ({"num_layers_in_last_pipeline_stage": numbers[-1]} if len(numbers) > 2 else {})
 
 
 def _check_layers(model: Any, layers: range) -> None:

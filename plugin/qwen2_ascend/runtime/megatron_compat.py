@@ -24,6 +24,14 @@ def supported_keywords(function: Callable[..., Any], **keywords: Any) -> dict[st
     return {name: value for name, value in keywords.items() if name in taken}
 
 
+def megatron_release() -> tuple[int, int]:
+    """The installed megatron-core's release: (0, 16)."""
+    import megatron.core
+
+    major, minor = megatron.core.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
     """Builds megatron-core's process groups for `layout`; what is left over is data parallel.
 
@@ -60,6 +68,9 @@ def destroy_model_parallel() -> None:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        # 0.12 forgets the groups but not their ranks, and fails on the next layout.
+        parallel_state._EMBEDDING_GLOBAL_RANKS = None
+        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
 
 
 def virtual_pipeline_size(layout: ParallelLayout, num_layers: int) -> int | None:
