@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,14 @@ def peak_anonymous_bytes(*argv: object) -> int:
     return peak
 
 
-def test_anonymous_memory_stays_flat(tmp_path):
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A folder that does not stay: pytest keeps those of the last three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def test_anonymous_memory_stays_flat(scratch):
     """Of a 460 MB model: rows, columns and casts, there and back, with verification."""
     config = Qwen2Config(
         num_layers=12,
@@ -77,15 +86,15 @@ def test_anonymous_memory_stays_flat(tmp_path):
         vocab_size=20_000,
     )
     assert 4e8 < 2 * config.num_parameters < 5e8
-    hf, shards = tmp_path / "hf", tmp_path / "mg"
+    hf, shards = scratch / "hf", scratch / "mg"
     make_large_folder(hf, config, with_data=True)
     shard = ["--load-dir", hf, "--save-model-type", "mg", "--target-tensor-parallel-size", 4]
     shard += ["--target-pipeline-parallel-size", 2, "--workers", 4]
     peaks = {
         "split": peak_anonymous_bytes(*shard, "--save-dir", shards),
-        "cast": peak_anonymous_bytes(*shard, "--save-dir", tmp_path / "fp32", "--dtype", "fp32"),
+        "cast": peak_anonymous_bytes(*shard, "--save-dir", scratch / "fp32", "--dtype", "fp32"),
     }
-    hf_flags = ["--save-dir", tmp_path / "back", "--save-model-type", "hf", "--verify"]
+    hf_flags = ["--save-dir", scratch / "back", "--save-model-type", "hf", "--verify"]
     peaks["merge"] = peak_anonymous_bytes("--load-dir", shards, *hf_flags, "--workers", 4)
     assert 0 < max(peaks.values()) < LIMIT_BYTES, peaks
     print({what: f"{peak / 1e6:.0f} MB" for what, peak in peaks.items()})
