@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from qwen2_ascend.checkpoint.convert import Conversion, Prepared, convert, plan_rows, prepare
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    from qwen2_ascend.checkpoint.convert import Conversion, Prepared
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and converts."""
     options = tyro.cli(ConvertOptions, args=argv)
     started = time.monotonic()
+    # imported once the flags are right: --help answers sooner
+    from qwen2_ascend.checkpoint.convert import convert, prepare
+
     prepared = prepare(_conversion(options))
     _say(f"from {prepared.source.describe()}")
     if options.dry_run:
@@ -104,6 +109,8 @@ def parse_size(text: str) -> int:
 def _conversion(options: ConvertOptions) -> Conversion:
     if options.workers < 0:
         raise UserError(f"--workers {options.workers} must be at least 0.")
+    from qwen2_ascend.checkpoint.convert import Conversion
+
     return Conversion(
         load_dir=options.load_dir,
         save_dir=options.save_dir,
@@ -142,6 +149,8 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 def _print_plan(prepared: Prepared) -> None:
     """One line per tensor under its file's; cut to the width of a terminal, whole in a pipe."""
+    from qwen2_ascend.checkpoint.convert import plan_rows
+
     rows = plan_rows(prepared)
     sizes = {str(file.path): file.total_bytes for file in prepared.target.files}
     widths = [max(len(row[i]) for row in rows) for i in range(1, 5)]
