@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,10 +14,11 @@ TIMEOUT = timedelta(seconds=60)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands, and a gloo group of the same ranks to compare with."""
+    """Where this process stands, and groups of all ranks: of hccl, and of gloo to compare with."""
 
     rank: int
     size: int
+    hccl: dist.ProcessGroup
     gloo: dist.ProcessGroup
 
     @property
@@ -31,12 +30,12 @@ class Ranks:
         return (self.rank - 1) % self.size
 
 
-@contextmanager
-def start() -> Iterator[Ranks]:
-    """Joins the default group (hccl) and a gloo group; leaves them at the end."""
+def join() -> Ranks:
+    """Starts the default group (hccl) and a gloo group."""
     rank, size = int(os.environ["NPUSIM_RANK"]), int(os.environ["NPUSIM_CARDS"])
     torch.npu.set_device(rank)
     store = dist.FileStore(os.environ["NPUSIM_RENDEZVOUS"], size)
     dist.init_process_group("hccl", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=TIMEOUT))
-    dist.destroy_process_group()
+    assert dist.group.WORLD is not None
+    gloo = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return Ranks(rank, size, dist.group.WORLD, gloo)

@@ -3,7 +3,7 @@
     @pytest.mark.simulated                  # one card
     @pytest.mark.simulated(cards=2)         # every rank runs the test, in step with the others
     @pytest.mark.simulated(soc=SOC_910C)    # another chip
-    @pytest.mark.simulated(cards=2, alone=True)   # ranks of its own, because it breaks them
+    @pytest.mark.simulated(cards=2, alone="me")   # not with the others, because it breaks ranks
 
 They are plain tests otherwise: fixtures, parameters, -k and assertions work. At the first of them
 one process is started (inside.py) which imports torch_npu once and forks the ranks of every group;
@@ -90,59 +90,52 @@ def _run_inside(session: pytest.Session) -> dict[str, list[dict]]:
     folder = session.config._tmp_path_factory.mktemp("npusim")  # type: ignore[attr-defined]
     (folder / "groups.json").write_text(json.dumps(list(groups.values())), encoding="utf-8")
     command = [sys.executable, "-m", "npusim.inside", str(session.config.rootpath), str(folder)]
-    try:
-        result = subprocess.run(
-            command,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_SECONDS,
-        )
-        outcome = f"exit status {result.returncode}\n{result.stdout[-4000:]}"
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        outcome = f"killed after {TIMEOUT_SECONDS} s\n{output[-4000:].decode(errors='replace')}"
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        try:
+            process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it takes its ranks with it
+            process.wait()
     return {
-        test: _reports(folder, group["cards"], test, outcome)
-        for group in groups.values()
+        test: _reports(folder / str(number), group["cards"], test)
+        for number, group in enumerate(groups.values())
         for test in group["tests"]
     }
 
 
 def _group(item: pytest.Item) -> dict:
-    """Tests of one group share their ranks."""
-    options: dict = {"cards": 1, "soc": SOC_910B, "alone": False}
+    """Tests with the same options share their ranks."""
+    options: dict = {"cards": 1, "soc": SOC_910B, "alone": ""}
     for marker in reversed(list(item.iter_markers("simulated"))):
         options.update(marker.kwargs)
-    options["alone"] = item.nodeid if options["alone"] else ""
     return options
 
 
-def _reports(folder: Path, cards: int, test: str, outcome: str) -> list[dict]:
+def _reports(folder: Path, cards: int, test: str) -> list[dict]:
     """The first rank's reports; or those of the first rank that failed."""
-    chosen: list[dict] = []
-    for rank in reversed(range(cards)):
-        reports = _reports_of_rank(folder, rank, test)
-        finished = bool(reports) and reports[-1]["when"] == "teardown"
-        if not finished:
-            reports = [_not_finished(test, f"rank {rank} did not finish this test; {outcome}")]
-        if not chosen or not _failed(chosen) or _failed(reports):
-            chosen = reports
-    return chosen
+    of_ranks = [_reports_of_rank(folder, rank, test) for rank in range(cards)]
+    return next((reports for reports in of_ranks if _failed(reports)), of_ranks[0])
 
 
 def _reports_of_rank(folder: Path, rank: int, test: str) -> list[dict]:
     path = folder / f"reports.{rank}.jsonl"
-    if not path.exists():
-        return []
-    reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    reports = [report for report in reports if report["nodeid"] == test]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    reports = [report for report in map(json.loads, lines) if report["nodeid"] == test]
+    if not reports or reports[-1]["when"] != "teardown":
+        return [_not_finished(test, f"rank {rank} did not finish this test.\n{_log(folder, rank)}")]
     for report in reports:
         if isinstance(report["longrepr"], list):  # of a skip: pytest has it as a tuple
             report["longrepr"] = tuple(report["longrepr"])
     return reports
+
+
+def _log(folder: Path, rank: int) -> str:
+    """The end of what a rank, or else the process that starts them all, printed."""
+    for path in (folder / f"log.{rank}.txt", folder.parent / "log.txt"):
+        if path.exists():
+            return path.read_text(encoding="utf-8", errors="replace")[-4000:]
+    return "It was never started."
 
 
 def _failed(reports: list[dict]) -> bool:
@@ -177,8 +170,11 @@ def simulator(request: pytest.FixtureRequest):
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest):
     """This rank among the simulated cards, with HCCL started; see cards.py."""
-    from npusim.cards import start
+    from torch.distributed import destroy_process_group
 
-    with start() as ranks:
-        assert ranks.size == getattr(request, "param", ranks.size)
-        yield ranks
+    from npusim.cards import join
+
+    ranks = join()
+    assert ranks.size == getattr(request, "param", ranks.size)
+    yield ranks
+    destroy_process_group()

@@ -1,8 +1,8 @@
 """`python -m npusim.inside ROOT FOLDER`: runs FOLDER/groups.json's tests on simulated cards.
 
 Importing torch_npu takes most of a test's time, so it is done once, and the ranks of one group
-after the other are forked from here. Each rank runs pytest and appends its reports to
-FOLDER/reports.RANK.jsonl.
+after the other are forked from here. Each rank of group N runs pytest, writes its reports to
+FOLDER/N/reports.RANK.jsonl and prints into FOLDER/N/log.RANK.txt.
 """
 
 from __future__ import annotations
@@ -42,35 +42,46 @@ class Recorder:
 
 
 def main(root: str, folder: Path) -> int:
-    """Runs every group; 0 if all ranks ended by themselves."""
+    """Runs every group; 0 if all ranks ended well."""
     os.chdir(root)
+    # A time-out outside ends us by SIGTERM: as an exception, so that the ranks end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     assert not torch_npu.npu.is_initialized(), "a rank cannot be forked any more"
     groups = json.loads((folder / "groups.json").read_text(encoding="utf-8"))
-    return max([_run_group(group, folder / str(n), folder) for n, group in enumerate(groups)])
+    return max([_run_group(group, folder / str(n)) for n, group in enumerate(groups)])
 
 
-def _run_group(group: dict, rendezvous: Path, folder: Path) -> int:
-    ranks = {}
-    for rank in range(group["cards"]):
-        process = os.fork()
-        if process == 0:
-            _run_rank(group, rank, rendezvous, folder)
-        ranks[process] = rank
-    return _wait(ranks, time.monotonic() + GROUP_SECONDS)
+def _run_group(group: dict, folder: Path) -> int:
+    folder.mkdir()
+    ranks: dict[int, int] = {}
+    try:
+        for rank in range(group["cards"]):
+            process = os.fork()
+            if process == 0:
+                _run_rank(group, rank, folder)
+            ranks[process] = rank
+        return _wait(ranks, time.monotonic() + GROUP_SECONDS)
+    finally:
+        for process in ranks:
+            os.kill(process, signal.SIGKILL)
 
 
-def _run_rank(group: dict, rank: int, rendezvous: Path, folder: Path) -> None:
+def _run_rank(group: dict, rank: int, folder: Path) -> None:
     """Never returns: the process ends here."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    log = os.open(folder / f"log.{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     os.environ.update(
         NPUSIM_RANK=str(rank),
         NPUSIM_CARDS=str(group["cards"]),
-        NPUSIM_RENDEZVOUS=str(rendezvous),
+        NPUSIM_RENDEZVOUS=str(folder / "rendezvous"),
         TORCH_NPU_SIM_SOC=group["soc"],
     )
     status = 1
     try:
-        options = ["-p", "no:cacheprovider", "-q", "--no-header", "--no-summary"]
-        options += ["--basetemp", f"{rendezvous}.{rank}"]
+        options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+        options += ["--basetemp", str(folder / f"tmp.{rank}")]
         recorder = Recorder(folder / f"reports.{rank}.jsonl")
         status = int(pytest.main([*options, *group["tests"]], plugins=[recorder]))
     except BaseException:
@@ -82,7 +93,7 @@ def _run_rank(group: dict, rank: int, rendezvous: Path, folder: Path) -> None:
 
 
 def _wait(ranks: dict[int, int], deadline: float) -> int:
-    """Reaps the ranks; those left over after the deadline or after a dead one are killed."""
+    """Reaps the ranks, until the deadline; leaves in `ranks` those that are left over."""
     worst = 0
     while ranks:
         process, status = os.waitpid(-1, os.WNOHANG)
@@ -91,10 +102,7 @@ def _wait(ranks: dict[int, int], deadline: float) -> int:
             worst = max(worst, os.waitstatus_to_exitcode(status) != 0)
             deadline = min(deadline, time.monotonic() + STRAGGLER_SECONDS)
         elif time.monotonic() > deadline:
-            print(f"ranks {sorted(ranks.values())} did not end in time", flush=True)
-            for straggler in ranks:
-                os.kill(straggler, signal.SIGKILL)
-            deadline = float("inf")
+            return 1
         else:
             time.sleep(0.02)
     return worst
