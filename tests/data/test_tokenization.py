@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +100,13 @@ def test_no_tokenizer_there_is_said_without_asking_the_network(tmp_path: Path) -
         load_tokenizer(str(tmp_path / "nothing"), None)
     with pytest.raises(UserError, match="not a tokenizer"):
         load_tokenizer(str(tmp_path), None)
+
+
+def test_workers_do_without_torch_and_transformers() -> None:
+    """Property: dozens of workers fit into memory, for each holds only a tokenizer."""
+    code = (
+        "import sys, qwen2_ascend.data.tokenization, tokenizers\n"
+        "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr

@@ -163,8 +163,9 @@ class Parts:
             builder.finalize(f"{self._stem}_{i}.idx")
             for suffix in (".bin", ".idx"):
                 _fsync(f"{self._stem}_{i}{suffix}")
-        lines = "".join(f"{row.where}\t{row.reason}\n" for row in self._bad_rows)
-        write_file(Path(f"{self._stem}_bad_rows.tsv"), lines.encode())
+        if self._bad_rows:
+            lines = "".join(f"{row.where}\t{row.reason}\n" for row in self._bad_rows)
+            write_file(Path(f"{self._stem}_bad_rows.tsv"), lines.encode())
         state = self._state
         state.num_parts += 1
         state.position = self._position
@@ -212,8 +213,9 @@ def join(folder: Path, state: State, names: Mapping[str, str], bad_rows_name: st
         _fsync(f"{joined}.bin")
         _fsync(f"{joined}.idx")
     if state.bad_rows:
-        lists = [Path(f"{part}_bad_rows.tsv").read_bytes() for part in parts]
-        write_file(folder / bad_rows_name, b"".join(lists))
+        lists = [Path(f"{part}_bad_rows.tsv") for part in parts]
+        whole = b"".join(path.read_bytes() for path in lists if path.exists())
+        write_file(folder / bad_rows_name, whole)
     state.is_joined = True
     state.save(folder)
 

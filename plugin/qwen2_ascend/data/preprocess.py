@@ -215,7 +215,10 @@ def _in_order(
     """Results in the order of `batches`, at most `ahead` of them under way."""
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
     for batch in batches:
-        waiting.append((batch, pool.submit(encode_in_worker, batch.rows)))
+        try:
+            waiting.append((batch, pool.submit(encode_in_worker, batch.rows)))
+        except OSError as error:  # it breaks just while it starts another worker
+            raise BrokenProcessPool from error
         if len(waiting) >= ahead:
             first, future = waiting.popleft()
             yield first, future.result()
