@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -126,20 +127,65 @@ def model_parallel_seed(seed: int) -> int:
     return seed
 
 
-def let_torch_dist_save_without_psutil() -> None:
-    """Keeps the saving of torch_dist checkpoints from waiting for ever for want of psutil."""
+def prepare_torch_dist() -> None:
+    """Mends megatron-core's saving of torch_dist checkpoints where this installation needs it."""
     from qwen2_ascend.runtime.ledger import Patch, apply
 
-    module = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    if getattr(importlib.import_module(module), "HAVE_PSUTIL", True):
-        return
-    apply(
-        Patch(
-            target=f"{module}:_process_memory",
-            why="megatron-core does not declare psutil, and its writer processes raise without it; "
-            "the figure goes into a debug line only, but saving waits for them for ever",
-            how="says 0 bytes, where psutil is not installed",
-            until="megatron-core declares psutil, or does without",
-        ),
-        lambda original: lambda: 0,
-    )
+    name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    module = importlib.import_module(name)
+    if not getattr(module, "HAVE_PSUTIL", True):
+        apply(
+            Patch(
+                target=f"{name}:_process_memory",
+                why="megatron-core does not declare psutil, and its writer processes raise without "
+                "it; the figure is for a debug line only, but saving waits for them for ever",
+                how="says 0 bytes, where psutil is not installed",
+                until="megatron-core declares psutil, or does without",
+            ),
+            lambda original: lambda: 0,
+        )
+    takes_format = "serialization_format" in inspect.signature(module._write_item).parameters
+    if takes_format and "serialization_format" not in inspect.getsource(module):
+        apply(
+            Patch(
+                target=f"{name}:_write_item",
+                why="megatron-core 0.12 calls a function of torch's that takes one argument more "
+                "since torch 2.8",
+                how="adds the argument, with the format that torch had before",
+                until="megatron-core 0.12 is no longer supported",
+            ),
+            _in_torch_format,
+        )
+
+
+def _in_torch_format(original: Callable[..., Any]) -> Callable[..., Any]:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    return functools.partial(original, serialization_format=SerializationFormat.TORCH_SAVE)
+
+
+def prepare_distributed_optimizer() -> None:
+    """Mends megatron-core 0.12's distributed optimizer where Transformer Engine is missing."""
+    from qwen2_ascend.runtime.ledger import Patch, apply
+
+    name = "megatron.core.optimizer.distrib_optimizer"
+    module = importlib.import_module(name)
+    if hasattr(module, "quantize_param_shard"):
+        apply(
+            Patch(
+                target=f"{name}:quantize_param_shard",
+                why="megatron-core 0.12 refuses to quantize no fp8 parameters at all without "
+                "Transformer Engine",
+                how="does nothing when there are no fp8 parameters",
+                until="megatron-core 0.12 is no longer supported",
+            ),
+            _unless_empty,
+        )
+
+
+def _unless_empty(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def quantize(model_params: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(model_params, *args, **kwargs) if model_params else None
+
+    return quantize

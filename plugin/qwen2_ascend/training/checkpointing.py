@@ -36,7 +36,7 @@ from qwen2_ascend.checkpoint.target import megatron_args
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
-from qwen2_ascend.runtime.megatron_compat import let_torch_dist_save_without_psutil
+from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training import schedule as schedules
 from qwen2_ascend.training.loop import Progress, TrainingRun
@@ -143,7 +143,7 @@ def _save_torch_dist(
         state[RNG] = _sharded_rng(rng_state(run.runtime))
     kinds = _kinds(run.chunks) if not settings.no_save_optim else ()
     state["contents"] = {"optimizer": list(kinds), "rng": not settings.no_save_rng}
-    let_torch_dist_save_without_psutil()
+    prepare_torch_dist()
     dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
     own = list(folder.glob(f"__{run.runtime.rank}_*.distcp"))
     if run.runtime.rank == 0:

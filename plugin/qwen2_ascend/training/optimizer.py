@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from qwen2_ascend.runtime import supported_keywords
+from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
 from qwen2_ascend.training.settings import PretrainSettings
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def build_optimizer(chunks: Sequence[Any], settings: PretrainSettings) -> Megatr
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
         overlap_param_gather=settings.parallel.overlap_param_gather,
     )
+    prepare_distributed_optimizer()
     config = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
     built = get_megatron_optimizer(config, list(chunks))
     chunks[0].config.grad_scale_func = built.scale_loss
