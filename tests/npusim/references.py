@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -178,8 +179,13 @@ def _check_ends(ends: Sequence[int] | None, tokens: int, name: str) -> None:
     _require(ends[-1] == tokens, f"{name} ends at {ends[-1]} and there are {tokens} tokens")
 
 
+@cache
+def _compressed_mask() -> Tensor:
+    return torch.ones(COMPRESSED, COMPRESSED).triu(1).bool()
+
+
 def _check_compressed(mask: Tensor) -> None:
-    wanted = torch.ones(COMPRESSED, COMPRESSED).triu(1).bool()
+    wanted = _compressed_mask()
     right = mask.shape[-2:] == wanted.shape and torch.equal(mask.bool().view_as(wanted), wanted)
     _require(right, "sparse modes 2, 3, 4 take the 2048 x 2048 mask, True above the diagonal")
 

@@ -209,8 +209,8 @@ def test_dropout_keeps_the_expectation():
 
     _, ours = inputs([(1, 4, 8, 8)] * 3, torch.float32)
     with torch.no_grad():
-        mean = sum(attention_with_dropout(*ours, 0.7) for _ in range(400)) / 400
-        assert relative_error(mean, attention_with_dropout(*ours, 1.0)) < 0.15
+        mean = sum(attention_with_dropout(*ours, 0.7) for _ in range(200)) / 200
+        assert relative_error(mean, attention_with_dropout(*ours, 1.0)) < 0.2
 
 
 def test_dropout_drops_the_same_weights_in_the_gradient():
