@@ -17,7 +17,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_garbage_collection() -> Iterator[None]:
-    """megatron-core collects garbage for every part it joins; not all of torch each time, please."""
+    """megatron-core collects garbage for every part it joins; spare it a look at all of torch."""
     gc.freeze()
     yield
     gc.unfreeze()
