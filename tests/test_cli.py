@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -174,12 +173,9 @@ def test_another_broken_pipe_is_a_failure(capsys) -> None:
     assert "BrokenPipeError" in capsys.readouterr().err
 
 
-def test_the_installed_command_answers_at_once() -> None:
-    """Twenty times what it takes, so that only an import of torch would be noticed."""
+def test_the_installed_command_answers() -> None:
     script = Path(sys.executable).with_name("qwen2-ascend")
     if not script.exists():
         pytest.skip("the package is not installed beside this Python")
-    start = time.process_time_ns()
     done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
-    assert time.process_time_ns() - start < 10**9
     assert (done.returncode, done.stdout) == (0, f"qwen2-ascend {__version__}\n")

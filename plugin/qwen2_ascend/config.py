@@ -181,6 +181,7 @@ class Qwen2Config:
             num_query_groups=groups,
             kv_channels=hidden // heads,
             vocab_size=vocabulary,
+            norm_epsilon=1e-5 if hidden >= 5120 else 1e-6,
             tie_word_embeddings=hidden <= 2048,
         )
 
@@ -237,7 +238,7 @@ _YARN_NUMBERS = (
 )
 _SIZES = {*_HF_SIZES.values(), "kv_channels", "max_position_embeddings"}
 
-# layers, hidden, ffn, heads, groups, vocabulary; sizes up to 2048 wide tie their embeddings
+# layers, hidden, ffn, heads, groups, vocabulary
 _PUBLISHED = {
     "0.5B": (24, 896, 4864, 14, 2, 151936),
     "1.5B": (28, 1536, 8960, 12, 2, 151936),
