@@ -11,9 +11,15 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARG
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv quickstart test test-real check format clean
+# torch_npu must be of torch's own release. It gets a folder of its own: without CANN, torch and
+# transformers fail where they find it among the packages.
+TORCH_NPU ?= torch_npu==2.13.0
 
-venv: $(VENV)/.dev
+.PHONY: venv npu-site quickstart test test-real check format clean
+
+venv: $(VENV)/.dev $(VENV)/npu-site
+
+npu-site: $(VENV)/npu-site
 
 $(VENV)/.base:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -29,10 +35,16 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.run
 
+$(VENV)/npu-site: $(VENV)/.base constraints.txt
+	rm -rf $@ $@.new
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps \
+	  --target $@.new '$(TORCH_NPU)'
+	mv $@.new $@
+
 quickstart: $(VENV)/.run
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/npu-site
 	$(BIN)/python -m pytest
 
 test-real: $(VENV)/.dev
