@@ -27,8 +27,8 @@ import pytest
 from npusim.build import Unavailable
 from npusim.env import SOC_910B, environment
 
-INSIDE = "NPUSIM_RANK"
-"""Set in the processes that see the simulated cards."""
+INSIDE = "NPUSIM_FOLDER"
+"""Set in the processes that see the simulated cards: a folder that the ranks share."""
 TIMEOUT_SECONDS = 900
 """For all simulated tests of a run together."""
 
@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.torch.distributed.* is deprecated")
     # torch_npu says so of its own implementation
     config.addinivalue_line("filterwarnings", "ignore:HCCL doesn't support gather")
+    # torch says so of a barrier of megatron-core's or the package's, which name no device
+    config.addinivalue_line("filterwarnings", "ignore:barrier.*using the device under current")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -54,11 +55,12 @@ def main(root: str, folder: Path) -> int:
 def _run_group(group: dict, folder: Path) -> int:
     folder.mkdir()
     ranks: dict[int, int] = {}
+    port = _free_port()
     try:
         for rank in range(group["cards"]):
             process = os.fork()
             if process == 0:
-                _run_rank(group, rank, folder)
+                _run_rank(group, rank, port, folder)
             ranks[process] = rank
         return _wait(ranks, time.monotonic() + GROUP_SECONDS)
     finally:
@@ -66,16 +68,26 @@ def _run_group(group: dict, folder: Path) -> int:
             os.kill(process, signal.SIGKILL)
 
 
-def _run_rank(group: dict, rank: int, folder: Path) -> None:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(group: dict, rank: int, port: int, folder: Path) -> None:
     """Never returns: the process ends here."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(folder / f"log.{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(
-        NPUSIM_RANK=str(rank),
-        NPUSIM_CARDS=str(group["cards"]),
-        NPUSIM_RENDEZVOUS=str(folder / "rendezvous"),
+    os.environ.update(  # as torchrun does
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(group["cards"]),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        NPUSIM_FOLDER=str(folder),
+        HCCL_SIM_LOG=str(folder / "hccl"),
         TORCH_NPU_SIM_SOC=group["soc"],
     )
     status = 1

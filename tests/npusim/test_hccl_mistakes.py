@@ -166,7 +166,7 @@ def test_a_rank_that_dies(capfd):
         dist.all_reduce(x)
         return x
 
-    if os.environ["NPUSIM_RANK"] == "1":
+    if os.environ["RANK"] == "1":
         process = os.fork()  # the one to die; this one tells pytest that the test went well
         if process == 0:
             one_all_reduce()
