@@ -22,8 +22,6 @@ SETTINGS = {
     # fresh memory is fresh and NaN: an output that nobody computed is seen
     "PYTORCH_NO_NPU_MEMORY_CACHING": "1",
     "TORCH_NPU_SIM_POISON": "1",
-    # torch 2.13's broadcast subscripts it
-    "TORCH_NPU_DEVICE_CAPABILITY": "8.0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
