@@ -252,7 +252,16 @@ def _to_npu(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _copy(x):
-    return _to_npu(host_view(x), x.device) if _is_npu(x) else x
+    """With the whole storage, so that overlapping elements still overlap."""
+    if not _is_npu(x):
+        return x
+    storage = _to_npu(host_view(_bytes(x)), x.device).untyped_storage()
+    place = (x.storage_offset(), x.shape, x.stride())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, *place)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
 
 def _without_generator(x):

@@ -95,6 +95,15 @@ def test_in_place_operators_run_once_when_their_host_code_runs_too(simulator):
     assert torch.full((3,), 8.0, device="npu").mul_(2).div_(4).tolist() == [4, 4, 4]
 
 
+def test_the_host_code_of_expanded_tensors_runs(simulator):
+    import torch
+
+    simulator.host_code = True
+    x = torch.arange(3.0).npu()[:, None].expand(3, 4)[1:]
+    assert (x * 2).tolist() == [[2] * 4, [4] * 4]
+    assert simulator.host_faults == {}
+
+
 def test_aten_operators_compute_on_the_same_memory():
     import torch
 
