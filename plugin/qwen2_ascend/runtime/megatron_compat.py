@@ -72,6 +72,23 @@ def destroy_model_parallel() -> None:
         # 0.12 forgets the groups but not their ranks, and fails on the next layout.
         parallel_state._EMBEDDING_GLOBAL_RANKS = None
         parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
+        _close_groups()
+
+
+def _close_groups() -> None:
+    """Ends every process group but the world's.
+
+    megatron-core only forgets them; with gloo each keeps its threads, fifty for a layout.
+    """
+    import gc
+
+    import torch
+
+    world = torch.distributed.group.WORLD
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not world:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()
 
 
 def virtual_pipeline_size(layout: ParallelLayout, num_layers: int) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -46,8 +46,6 @@ class Progress:
     """Sequences read by all ranks together."""
     skipped_iterations: int = 0
     """Steps that did not change the weights."""
-
-    state_dict = asdict
 
 
 class StepResult(NamedTuple):
@@ -117,7 +115,7 @@ def wrap_chunks(
     ddp_config = DistributedDataParallelConfig(
         **supported_keywords(DistributedDataParallelConfig, **keywords)
     )
-    # only the first chunk's communication can be waited for, the others' is hidden: no buckets
+    # buckets are for overlap, and later chunks' communication is hidden behind earlier ones
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
