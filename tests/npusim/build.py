@@ -22,6 +22,12 @@ from pathlib import Path
 SOURCES = Path(__file__).with_name("csrc")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
+LIBRARIES = (
+    # name, what its objects' names begin with, what it needs
+    ("libascendcl.so", ("acl_", "streams", "stubs"), ()),
+    ("libopapi.so", ("opapi_", "trampolines"), ("ascendcl",)),
+    ("libhccl.so", ("hccl_",), ("ascendcl",)),
+)
 EMPTY_LIBRARIES = {
     # Named by the wheel's libraries as needed, or opened by name for functions that are in others.
     "libge_runner.so": (),
@@ -130,18 +136,21 @@ def _fingerprint(wheel: Wheel) -> str:
 def _build_into(folder: Path, wheel: Wheel) -> None:
     (folder / "stubs.S").write_text(_stubs(_wanted_symbols(wheel)), encoding="ascii")
     (folder / "trampolines.S").write_text(_trampolines(_operators(wheel)), encoding="ascii")
-    sources = [*SOURCES.glob("*.cpp"), *folder.glob("*.S")]
+    sources = [*_sources(wheel), *folder.glob("*.S")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = dict(pool.map(lambda source: _compile(source, folder, wheel), sources))
-    _link(folder, "libascendcl.so", [objects[s] for s in ("acl_runtime", "streams", "stubs")])
-    opapi = [objects[s] for s in ("trampolines", *(s for s in objects if s.startswith("opapi_")))]
-    _link(folder, "libopapi.so", opapi, ("ascendcl",))
-    hccl = [objects[s] for s in objects if s.startswith("hccl_")]
-    _link(folder, "libhccl.so", hccl, ("ascendcl",))
+    for name, prefixes, needed in LIBRARIES:
+        _link(folder, name, [objects[s] for s in objects if s.startswith(prefixes)], needed)
     for name, needed in EMPTY_LIBRARIES.items():
         _link(folder, name, [], needed)
     for leftover in [*folder.glob("*.o"), *folder.glob("*.S")]:
         leftover.unlink()
+
+
+def _sources(wheel: Wheel) -> list[Path]:
+    header = wheel.folder / "include" / "third_party" / "acl" / "inc" / "acl" / "acl_rt.h"
+    newer = "aclrtDevResLimitType" in header.read_text(encoding="utf-8", errors="replace")
+    return [s for s in SOURCES.glob("*.cpp") if newer or s.stem != "acl_runtime_newer"]
 
 
 def _compile(source: Path, folder: Path, wheel: Wheel) -> tuple[str, Path]:

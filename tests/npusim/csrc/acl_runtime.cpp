@@ -8,7 +8,6 @@
 #include <cstring>
 
 #include "acl/acl.h"
-#include "acl/acl_dump.h"
 #include "acl/acl_mdl.h"
 #include "acl/acl_op_compiler.h"
 #include "acl/acl_rt.h"
@@ -160,13 +159,6 @@ EXPORT aclError aclrtMemsetAsync(void *memory, size_t, int32_t value, size_t siz
     return error;
 }
 
-EXPORT aclError aclrtPointerGetAttributes(const void *, aclrtPtrAttributes *attributes)
-{
-    std::memset(attributes, 0, sizeof *attributes);
-    attributes->location.type = ACL_MEM_LOCATION_TYPE_UNREGISTERED;
-    return ACL_SUCCESS;
-}
-
 // ---- what a device is asked about itself
 
 EXPORT aclError aclrtDeviceCanAccessPeer(int32_t *can, int32_t, int32_t) { return answer(can, 1); }
@@ -174,26 +166,6 @@ EXPORT aclError aclrtDeviceCanAccessPeer(int32_t *can, int32_t, int32_t) { retur
 EXPORT aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo, int64_t *value)
 {
     return answer(value, kNumCores);
-}
-
-EXPORT aclError aclrtGetDeviceInfo(uint32_t, aclrtDevAttr, int64_t *value)
-{
-    return answer(value, kNumCores);
-}
-
-EXPORT aclError aclrtGetResInCurrentThread(aclrtDevResLimitType, uint32_t *value)
-{
-    return answer<uint32_t>(value, kNumCores);
-}
-
-EXPORT aclError aclrtGetStreamResLimit(aclrtStream, aclrtDevResLimitType, uint32_t *value)
-{
-    return answer<uint32_t>(value, kNumCores);
-}
-
-EXPORT aclError aclrtGetDeviceResLimit(int32_t, aclrtDevResLimitType, uint32_t *value)
-{
-    return answer<uint32_t>(value, kNumCores);
 }
 
 EXPORT aclError aclrtGetSysParamOpt(aclSysParamOpt, int64_t *value)
@@ -243,7 +215,6 @@ ACCEPTS(aclrtResetDevice, int32_t)
 ACCEPTS(aclrtSetDeviceSatMode, aclrtFloatOverflowMode)
 ACCEPTS(aclrtSetOpExecuteTimeOut, uint32_t)
 ACCEPTS(aclrtSetOpWaitTimeout, uint32_t)
-ACCEPTS(aclrtSetStreamAttribute, aclrtStream, aclrtStreamAttr, aclrtStreamAttrValue *)
 ACCEPTS(aclrtSetStreamFailureMode, aclrtStream, uint64_t)
 ACCEPTS(aclrtSetStreamOverflowSwitch, aclrtStream, uint32_t)
 ACCEPTS(aclrtSetSysParamOpt, aclSysParamOpt, int64_t)

@@ -1,5 +1,6 @@
 // libhccl.so: the HCCL calls that torch_npu's ProcessGroupHCCL makes, between the processes of one
-// host. It says nothing about the real HCCL's algorithms, speed, limits or error codes.
+// host. It says nothing about the real HCCL's algorithms, speed, limits or error codes. hccl.h is
+// left out on purpose: releases differ in the `const` of its pointers.
 //
 // HCCL_SIM_TIMEOUT     seconds a rank waits for the others (60)
 // HCCL_SIM_RENDEZVOUS  when set, a send ends only when it has been received
@@ -17,7 +18,6 @@
 #include <utility>
 
 #include "hccl_collectives.h"
-#include "third_party/hccl/inc/hccl/hccl.h"
 
 using namespace npusim;
 

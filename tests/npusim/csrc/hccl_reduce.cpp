@@ -68,7 +68,6 @@ uint64_t size_of(HcclDataType dtype)
         case HCCL_DATA_TYPE_FP16: case HCCL_DATA_TYPE_BFP16: return 2;
         case HCCL_DATA_TYPE_INT32: case HCCL_DATA_TYPE_UINT32: case HCCL_DATA_TYPE_FP32: return 4;
         case HCCL_DATA_TYPE_INT64: case HCCL_DATA_TYPE_UINT64: case HCCL_DATA_TYPE_FP64: return 8;
-        case HCCL_DATA_TYPE_INT128: return 16;
         default: return 1;
     }
 }
