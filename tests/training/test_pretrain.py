@@ -111,6 +111,25 @@ def test_a_run_in_two_parts_is_a_run_in_one(world: World) -> None:
     assert [row["iteration"] for row in whole if "validation_loss" in row] == [2, 4]
 
 
+def test_nothing_is_said_that_is_not_the_users_concern(world: World) -> None:
+    for name in ("whole", "first", "second"):
+        assert world.runs[name].err == ""
+
+
+def test_a_start_is_found_before_megatron_is_imported(world: World) -> None:
+    """MindSpeed and the CPU's redirects have to come before it."""
+    code = (
+        "import sys\n"
+        "from qwen2_ascend.training.pretrain import find_start\n"
+        "from qwen2_ascend.training.settings import parse\n"
+        "start = find_start(parse(sys.argv[1:]))\n"
+        "assert start.saved and start.config.num_layers == 4\n"
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
+    )
+    flags = f"--load {world.folder}/parts --mock-data {SIZES}".split()
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, timeout=60)
+
+
 def test_a_checkpoint_folder_is_complete(world: World) -> None:
     folder = world.folder / "parts"
     assert (folder / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "4"

@@ -29,7 +29,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
+from qwen2_ascend.checkpoint.formats import megatron, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
 from qwen2_ascend.checkpoint.target import megatron_args
@@ -41,6 +41,7 @@ from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training import schedule as schedules
 from qwen2_ascend.training.loop import Progress, TrainingRun
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
+from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.settings import CheckpointSettings
 
 OPTIMIZER = "optimizer_state"
@@ -294,44 +295,6 @@ def _sharded_rng(state: Any) -> ShardedObject:
 # --- resuming ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class SavedRun:
-    """A training checkpoint, as far as it is the same on every rank."""
-
-    folder: Path
-    """Of the iteration."""
-    common: Mapping[str, Any]
-
-    @property
-    def progress(self) -> Progress:
-        return Progress(**self.common["progress"])
-
-    @property
-    def has_optimizer(self) -> bool:
-        return bool(self.common["contents"]["optimizer"])
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return self.common["args"].padded_vocab_size
-
-
-def find_saved_run(folder: Path) -> SavedRun | None:
-    """The training state in a Megatron folder, or None where it holds weights only.
-
-    Raises:
-        UserError: the folder is damaged.
-    """
-    iteration = megatron.iteration_folder(folder)
-    if megatron.is_torch_dist(iteration):
-        common = torch_dist.read(iteration).common
-    else:
-        files = sorted(iteration.glob(f"mp_rank_*/{megatron.PT_FILE}"))
-        common = torch_pt.read(files[0]) if files else None
-    if not isinstance(common, Mapping) or not {"progress", "contents"} <= common.keys():
-        return None
-    return SavedRun(folder=iteration, common=common)
-
-
 def resume(
     run: TrainingRun,
     saved: SavedRun,
@@ -347,7 +310,7 @@ def resume(
         UserError: the checkpoint's optimizer does not fit this layout.
     """
     common, notes = saved.common, []
-    run.progress = saved.progress
+    run.progress = Progress(**common["progress"])
     notes += [
         f"schedule: {change}"
         for change in schedules.changed(run.schedule, common["opt_param_scheduler"])

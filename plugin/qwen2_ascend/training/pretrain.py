@@ -24,14 +24,15 @@ from qwen2_ascend.training.settings import PretrainSettings, parse, validate
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.runtime import Runtime
-    from qwen2_ascend.training.checkpointing import CheckpointIdentity, SavedRun
+    from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
-
+    from qwen2_ascend.training.saved_run import SavedRun
 
 FOREIGN_WARNINGS = (
-    # torch 2.13 has new names for collectives that megatron-core calls by their old ones
-    "`torch.distributed.[a-z_]*` is deprecated. Please use",
+    # torch 2.13 has new names for what megatron-core calls by its old ones
+    "`(torch.distributed.[a-z_]*|load_state_dict)` is deprecated",
+    "Please use DTensor instead",
     # about CUDA streams
     "When using [a-z ]* it is recommended to set the environment variable CUDA_DEVICE_MAX",
     # megatron-core looks at .grad of its slices, which have none, before it sets it
@@ -143,7 +144,7 @@ def find_start(settings: PretrainSettings) -> Start:
     source = open_source(folder, None, model.config)
     saved = None
     if is_resumable and source.kind == "mg":
-        from qwen2_ascend.training.checkpointing import find_saved_run
+        from qwen2_ascend.training.saved_run import find_saved_run
 
         saved = find_saved_run(folder)
     if saved and model.padded_vocab_size is None and model.make_vocab_size_divisible_by is None:

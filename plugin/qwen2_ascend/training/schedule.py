@@ -54,11 +54,15 @@ def current_lr(schedule: OptimizerParamScheduler) -> float:
     return schedule.get_lr({})
 
 
+_UNSAID = ("num_steps", "end_wd", "wd_incr_steps", "wd_incr_style")
+"""Where the run is, and what weight decay that never changes has no use for."""
+
+
 def changed(schedule: OptimizerParamScheduler, saved: dict[str, Any]) -> list[str]:
     """What `schedule` does otherwise than the one whose state `saved` is, in words."""
     now = schedule.state_dict()
     return [
         f"{name} {saved[name]} -> {value}"
         for name, value in now.items()
-        if name != "num_steps" and name in saved and saved[name] != value
+        if name not in _UNSAID and name in saved and saved[name] != value
     ]
