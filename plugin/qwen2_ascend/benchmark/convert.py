@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -62,10 +62,10 @@ def run(options: ConvertBenchmark) -> None:
             )
         write_random_model(folder / "hf", config)
         rows = {}
-        to_shards = _conversion(folder / "hf", folder / "shards", options, "mg")
+        to_shards = _conversion(folder / "hf", options, "mg")
         rows["HF to shards"] = _measure(folder, folder / "hf", to_shards, options.rounds)
         run_measured(to_shards(folder / "shards"))
-        to_hf = _conversion(folder / "shards", folder / "merged", options, "hf")
+        to_hf = _conversion(folder / "shards", options, "hf")
         rows["shards to HF"] = _measure(folder, folder / "shards", to_hf, options.rounds)
     _print(options, config, rows)
     if options.json:
@@ -94,9 +94,7 @@ def write_random_model(folder: Path, config: Qwen2Config, seed: int = 0) -> None
         (folder / INDEX_FILE).write_bytes(index)
 
 
-def _conversion(
-    source: Path, target: Path, options: ConvertBenchmark, kind: str
-) -> Callable[[Path], list[str]]:
+def _conversion(source: Path, options: ConvertBenchmark, kind: str) -> Callable[[Path], list[str]]:
     command = [sys.executable, "-m", "qwen2_ascend.cli", "convert", "--save-model-type", kind]
     command += ["--load-dir", str(source)]
     if kind == "mg":
@@ -108,24 +106,31 @@ def _conversion(
 
 def _measure(
     folder: Path, source: Path, convert: Callable[[Path], list[str]], rounds: int
-) -> dict[str, list]:
+) -> dict[str, Any]:
     """Interleaved runs; the first pair only warms the page cache."""
     copied, converted = [], []
+    bytes_in = bytes_out = 0
     for i in range(rounds + 1):
-        copy = _fresh(folder / "copy", _copy_command(source, folder / "copy"))
-        result = _fresh(folder / "result", convert(folder / "result"))
+        copy, bytes_in = _fresh(folder / "copy", _copy_command(source, folder / "copy"))
+        result, bytes_out = _fresh(folder / "result", convert(folder / "result"))
         print(f"  round {i}: cp {copy.seconds:.2f} s, convert {result.seconds:.2f} s", flush=True)
         if i:
             copied.append(copy)
             converted.append(result)
-    return {"copy": copied, "convert": converted}
+    return {
+        "bytes_in": bytes_in,
+        "bytes_out": bytes_out,
+        "copy": copied,
+        "convert": converted,
+    }
 
 
-def _fresh(target: Path, command: list[str]) -> Measured:
-    """Runs with nothing to flush from before, and removes the result."""
+def _fresh(target: Path, command: list[str]) -> tuple[Measured, int]:
+    """Runs with nothing to flush from before, and removes the result; also says its size."""
     os.sync()
     try:
-        return run_measured(command)
+        measured = run_measured(command)
+        return measured, sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     finally:
         shutil.rmtree(target, ignore_errors=True)
 
@@ -142,11 +147,16 @@ def _print(options: ConvertBenchmark, config: Qwen2Config, rows: dict[str, dict]
         f"TP{options.target_tensor_parallel_size} PP{options.target_pipeline_parallel_size}, "
         f"{options.save_format}; {options.rounds} interleaved pairs, median (lowest-highest)\n"
     )
-    print("| direction | convert, s | cp + fsync, s | ratio of pairs | anonymous memory, MB |")
-    print("|---|---|---|---|---|")
-    for direction, runs in rows.items():
-        ours = [run.seconds for run in runs["convert"]]
-        theirs = [run.seconds for run in runs["copy"]]
-        ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
-        memory = max(run.peak_anonymous_bytes for run in runs["convert"]) / 1e6
-        print(f"| {direction} | {Spread.of(ours)} | {Spread.of(theirs)} | {ratio} | {memory:.0f} |")
+    head = ("direction", "GB in", "GB out", "convert, s", "cp + fsync, s", "ratio of pairs")
+    head += ("ratio per byte written", "anonymous memory, MB")
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
+    for direction, row in rows.items():
+        ours = [run.seconds for run in row["convert"]]
+        theirs = [run.seconds for run in row["copy"]]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        per_byte = [ratio * row["bytes_in"] / row["bytes_out"] for ratio in ratios]
+        cells = [direction, f"{row['bytes_in'] / 1e9:.2f}", f"{row['bytes_out'] / 1e9:.2f}"]
+        cells += [str(Spread.of(values)) for values in (ours, theirs, ratios, per_byte)]
+        cells += [f"{max(run.peak_anonymous_bytes for run in row['convert']) / 1e6:.0f}"]
+        print(f"| {' | '.join(cells)} |")

@@ -25,7 +25,7 @@ Checksums = dict[tuple[str, str], str]
 """xxh3-128 by (file, tensor name)."""
 
 JOURNAL_FILE = ".journal.jsonl"
-_WRITEBACK_BYTES = 32 << 20
+_WRITEBACK_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -192,12 +192,16 @@ class _Files:
             return self._fds[path]
 
     def finish(self, held: Held) -> None:
+        """Counts a tensor as written; the last one of a file flushes it."""
         path = held.stored.path
         with self._lock:
             self._left[path] -= 1
-            if self._left[path]:
-                return
-            fd = self._fds.pop(path, None)
+            is_last = not self._left[path]
+            fd = self._fds.pop(path, None) if is_last else self._fds.get(path)
+        if not is_last:
+            if fd is not None:
+                _start_writeback(fd, held.stored.offset, held.stored.num_bytes)
+            return
         self._flush(path, self._open(path) if fd is None else fd)
 
     @staticmethod
