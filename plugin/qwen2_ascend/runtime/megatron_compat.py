@@ -150,17 +150,6 @@ def prepare_torch_dist() -> None:
 
     name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
     module = importlib.import_module(name)
-    if not getattr(module, "HAVE_PSUTIL", True):
-        apply(
-            Patch(
-                target=f"{name}:_process_memory",
-                why="megatron-core does not declare psutil, and its writer processes raise without "
-                "it; the figure is for a debug line only, but saving waits for them for ever",
-                how="says 0 bytes, where psutil is not installed",
-                until="megatron-core declares psutil, or does without",
-            ),
-            lambda original: lambda: 0,
-        )
     takes_format = "serialization_format" in inspect.signature(module._write_item).parameters
     if takes_format and "serialization_format" not in inspect.getsource(module):
         apply(

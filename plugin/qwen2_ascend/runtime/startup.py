@@ -34,8 +34,7 @@ def start(
     global _current
     if mindspeed:
         raise UserError(
-            "mindspeed: MindSpeed is not supported by this release; leave --mindspeed out "
-            "(the NPU layers call torch_npu directly and do not need it)."
+            "--mindspeed: MindSpeed is not supported by this release; leave the flag out."
         )
     if _current is not None:
         if device not in (None, _current.name):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2_ascend.cli import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from qwen2_ascend.cli import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.training.settings import PretrainSettings, parse, validate
@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank 0, and handed to torchrun, which puts the first failure of any rank under its own
         lines.
     """
-    settings = parse(arguments)
-    return _ended(lambda: pretrain(settings))
+    return _ended(lambda: pretrain(parse(arguments)))
 
 
 def pretrain(settings: PretrainSettings) -> None:
@@ -414,6 +413,9 @@ def _ended(command: Callable[[], None]) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except Exception as error:
         _hand_to_torchrun(error)
         if type(error).__name__ == "NonFiniteError":
