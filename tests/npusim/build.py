@@ -88,8 +88,8 @@ def build(wheel: Wheel) -> Path:
     """The folder with the libraries, built now unless the same build is in the cache.
 
     Raises:
-        Unavailable: this is no x86-64 Linux, or a compiler is missing.
-        subprocess.CalledProcessError: the wheel's headers do not fit the sources.
+        Unavailable: this is no x86-64 Linux, a compiler is missing, or the wheel's headers do not
+            fit the sources.
     """
     _check_machine()
     target = _cache_folder() / f"{wheel.version}-{_fingerprint(wheel)}"
@@ -172,7 +172,7 @@ def _run(*command: object) -> str:
         [str(word) for word in command], check=False, capture_output=True, text=True, timeout=300
     )
     if result.returncode:
-        raise subprocess.CalledProcessError(result.returncode, command[0], stderr=result.stderr)
+        raise Unavailable(f"{command[0]} failed:\n{result.stderr[-2000:]}")
     return result.stdout
 
 

@@ -50,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("simulated"):
             item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS + 60))
+    # pytest takes down the fixtures of a test when it sets up the next; these are never set up here
+    items.sort(key=lambda item: item.get_closest_marker("simulated") is not None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -32,7 +32,7 @@ FILE *open_log()
     return std::fopen((std::string(path) + "." + std::to_string(getpid())).c_str(), "a");
 }
 
-// One line per call: name, communicator, ranks, rank, elements, dtype, and the peer if there is one.
+// One line per call: name, communicator, ranks, rank, elements, dtype, and the peer or -1.
 void log_call(const char *op, const Communicator &comm, uint64_t count, HcclDataType dtype,
               int peer = -1)
 {

@@ -24,8 +24,8 @@ struct Collective {
     uint64_t count = 0;
     HcclReduceOp reduction = HCCL_REDUCE_SUM;
     uint32_t root = 0;
-    Parts sends;
-    Parts receives;
+    Parts sends = {};
+    Parts receives = {};
 };
 
 // Each returns 0 or the error that the communicator then keeps.

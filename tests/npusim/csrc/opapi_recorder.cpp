@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cctype>
+#include <cmath>
 #include <mutex>
 #include <string>
 
@@ -82,7 +83,7 @@ std::string describe_doubles(const double *values)
     Object array{Kind::floats};
     for (int n = 0; n < kNumFloatRegisters; n++) {
         // What lies in an unused register need not be a number that JSON can hold.
-        array.floats.push_back(values[n] == values[n] && values[n] - values[n] == 0 ? values[n] : 0);
+        array.floats.push_back(std::isfinite(values[n]) ? values[n] : 0);
     }
     return describe(array);
 }
