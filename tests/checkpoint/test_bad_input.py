@@ -531,6 +531,10 @@ WISHES = {
         tp(3),
         ["tensor_model_parallel_size=3 does not divide num_attention_heads=8; use 1, 2"],
     ),
+    "TP 5, which padding does not help": (
+        tp(5),
+        ["does not divide num_attention_heads=8; use 1, 2", "does not divide the vocabulary of"],
+    ),
     "TP 0": (tp(0), ["tensor_model_parallel_size=0 must be at least 1"]),
     "PP 3": (pp(3), ["pipeline_model_parallel_size=3 does not divide num_layers=2"]),
     "PP 10^9": (pp(10**9), ["pipeline_model_parallel_size=1000000000 does not divide"]),

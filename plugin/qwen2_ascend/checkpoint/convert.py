@@ -91,6 +91,8 @@ def prepare(request: Conversion) -> Prepared:
             source.config, dtype, request.max_shard_bytes, source.side_files
         )
     else:
+        if request.padded_vocab_size is None and request.make_vocab_size_divisible_by is None:
+            request.layout.check(source.config)  # padding helps only where nothing else is wrong
         padded = padded_vocab_size(
             source.config,
             request.layout.tp,
