@@ -131,7 +131,7 @@ def loss_and_text(model_folder: Path, text: str) -> tuple[float, str]:
     prompt = tokenizer(PROMPT, return_tensors="pt")
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss.item()
-        output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
+        output = model.generate(**prompt, max_new_tokens=128, do_sample=False)
     new = output[0, prompt.input_ids.shape[1] :]
     return loss, tokenizer.decode(new, skip_special_tokens=True)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     _say(
         f"to {prepared.target.format} in {len(prepared.target.files)} files, "
-        f"{prepared.target.total_bytes / 1e9:.2f} GB"
+        f"{size_text(prepared.target.total_bytes)}"
     )
     convert(prepared, _say)
     _say(f"done in {time.monotonic() - started:.1f} s")

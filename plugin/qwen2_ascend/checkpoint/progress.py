@@ -7,6 +7,11 @@ import threading
 import time
 
 
+def size_text(num_bytes: int) -> str:
+    """For a log: 3.09 GB, 12.4 MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 class Progress:
     """Context manager to be called with the bytes of each piece of work that is done."""
 
@@ -40,7 +45,7 @@ class Progress:
         seconds = time.monotonic() - self._started
         percent = 100 * self._done / max(self._total, 1)
         print(
-            f"{self._what}: {percent:3.0f}% of {self._total / 1e9:.2f} GB, "
+            f"{self._what}: {percent:3.0f}% of {size_text(self._total)}, "
             f"{self._done / 1e9 / max(seconds, 1e-9):.2f} GB/s",
             file=sys.stderr,
             flush=True,

@@ -15,6 +15,7 @@ from pathlib import Path
 from qwen2_ascend.checkpoint.formats import hugging_face, megatron, torch_dist
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Held, volume
+from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.checkpoint.rules import (
     EMBEDDING,
     OUTPUT,
@@ -60,15 +61,15 @@ class Source:
 
     def describe(self) -> str:
         """One line for a log."""
-        size = sum(held.stored.num_bytes for held in self.held) / 1e9
+        size = size_text(sum(held.stored.num_bytes for held in self.held))
         cut = ""
         if self.layout is not None:
             cut = f", TP{self.layout.tp} PP{self.layout.pp}"
             if n := self.layout.num_layers_per_virtual_pipeline_stage:
                 cut += f", {n} layers per virtual stage"
         return (
-            f"{self.folder}: {'Hugging Face' if self.kind == 'hf' else 'Megatron'} {self.format}"
-            f"{cut}, {len(self.held)} tensors, {size:.2f} GB {'/'.join(self.dtypes)}"
+            f"{self.folder}: {'Hugging Face' if self.kind == 'hf' else 'Megatron shards'} "
+            f"({self.format}){cut}, {len(self.held)} tensors, {size} {'/'.join(self.dtypes)}"
         )
 
 
