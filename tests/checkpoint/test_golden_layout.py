@@ -267,7 +267,7 @@ def save_as_mindspeed_llm(folder: Path, config: Qwen2Config, shards: dict, fused
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_query_groups,
-        load_dir="/home/somebody/Qwen2.5",
+        load_dir="/models/Qwen2.5",
         params_dtype=torch.bfloat16,
         num_layer_list=None,
         rope_scaling={"factor": 4.0, "type": "yarn"},
