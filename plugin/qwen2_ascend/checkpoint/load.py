@@ -15,8 +15,9 @@ import numpy as np
 from qwen2_ascend.checkpoint.copying import Reader
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Held, make_plan, volume
-from qwen2_ascend.checkpoint.rules import EMBEDDING, OUTPUT, Shard, megatron_pieces
+from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.checkpoint.source import Source, open_source
+from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
 
@@ -47,7 +48,8 @@ def load_checkpoint_weights(
         pp_stage: this rank's pipeline stage.
 
     Raises:
-        UserError: the source does not fit its config, or the model is another one.
+        UserError: the source does not fit its config, holds a tensor twice and differently, or the
+            model is another one.
     """
     source = source if isinstance(source, Source) else open_source(source)
     layout.check(source.config, padded_vocab_size)
@@ -60,9 +62,11 @@ def load_checkpoint_weights(
             targets = [
                 Held(name, piece, StoredTensor(_IN_MEMORY, 0, piece.shape, "fp32"))
                 for name, piece in expected.items()
-                if name in parameters
             ]
-            for write in make_plan(source.held, targets, source.config.vocab_size).writes:
+            plan = make_plan(source.held, targets, source.config.vocab_size)
+            own = {piece.tensor for piece in expected.values()}
+            check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
+            for write in plan.writes:
                 parameter = parameters[write.target.name]
                 staged, array = _staging(parameter)
                 array[...] = 0
@@ -82,13 +86,11 @@ def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check(expected: Mapping, parameters: Mapping[str, torch.Tensor]) -> None:
-    """The model must be the config's; a stage that shares its embedding may lack the copy."""
-    missing = set(expected) - set(parameters) - {OUTPUT, EMBEDDING}
-    extra = set(parameters) - set(expected)
-    if missing or extra:
-        names = ", ".join(sorted(missing | extra)[:8])
+    """The model must have the config's parameters, neither more nor less."""
+    if different := sorted(expected.keys() ^ parameters.keys()):
+        names = ", ".join(different[:8])
         raise UserError(f"the model built is not the checkpoint's: {names} differ.")
-    for name in expected.keys() & parameters.keys():
+    for name in expected:
         if tuple(parameters[name].shape) != expected[name].shape:
             raise UserError(
                 f"{name}: the model's shape is {tuple(parameters[name].shape)}, "

@@ -195,13 +195,15 @@ class _Files:
         """Counts a tensor as written; the last one of a file flushes it."""
         path = held.stored.path
         with self._lock:
+            fd = self._fds.get(path)
+        if fd is not None:
+            # still open: only the file's last tensor closes it, and this one does not count yet
+            _start_writeback(fd, held.stored.offset, held.stored.num_bytes)
+        with self._lock:
             self._left[path] -= 1
-            is_last = not self._left[path]
-            fd = self._fds.pop(path, None) if is_last else self._fds.get(path)
-        if not is_last:
-            if fd is not None:
-                _start_writeback(fd, held.stored.offset, held.stored.num_bytes)
-            return
+            if self._left[path]:
+                return
+            fd = self._fds.pop(path, None)
         self._flush(path, self._open(path) if fd is None else fd)
 
     @staticmethod
