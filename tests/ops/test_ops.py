@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -38,6 +40,31 @@ def test_attention_drops_weights() -> None:
     assert (found - 1).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("ends", [(4, 5, 12, 16, 18, 24), (12, 24)])
+def test_packed_documents_do_not_see_each_other(ends: tuple[int, ...]) -> None:
+    q, k, v = randn(12, 2, 6, 4), randn(12, 2, 2, 4), randn(12, 2, 2, 4)
+    found = OPS.attention(q, k, v, softmax_scale=0.3, ends=ends)
+    for start, end in pairwise((0, *ends)):
+        row, first, last = start // 12, start % 12, (end - 1) % 12 + 1
+        alone = [x[first:last, row : row + 1] for x in (q, k, v)]
+        expected = OPS.attention(*alone, softmax_scale=0.3)
+        torch.testing.assert_close(found[first:last, row], expected[:, 0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_cached_attention_is_the_end_of_attention(new_tokens: int) -> None:
+    lengths = [7, 4, 9]
+    keys, values = randn(3, 2, 11, 4), randn(3, 2, 11, 4)
+    q = randn(new_tokens, 3, 6, 4)
+    found = OPS.cached_attention(q, keys, values, lengths=lengths, softmax_scale=0.3)
+    for row, length in enumerate(lengths):
+        whole_q = torch.zeros(length, 1, 6, 4, dtype=torch.float64)
+        whole_q[-new_tokens:, 0] = q[:, row]
+        whole = [x[row, :, :length].transpose(0, 1).unsqueeze(1) for x in (keys, values)]
+        expected = OPS.attention(whole_q, *whole, softmax_scale=0.3)[-new_tokens:, 0]
+        torch.testing.assert_close(found[:, row], expected, rtol=0, atol=1e-14)
+
+
 def test_rms_norm() -> None:
     x, weight = randn(3, 2, 8), randn(8)
     expected = torch.stack([row / ((row**2).sum() / 8 + 1e-3).sqrt() for row in x.flatten(0, 1)])
@@ -60,6 +87,14 @@ def test_rotary_turns_each_pair_by_its_angle() -> None:
     turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), dim=-1).contiguous())
     turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None, None]
     torch.testing.assert_close(found, torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-14)
+
+
+def test_rotary_takes_positions_of_each_sequence() -> None:
+    x, cos, sin = randn(5, 2, 3, 8), randn(5, 2, 8), randn(5, 2, 8)
+    found = OPS.rotary(x, cos, sin)
+    for row in range(2):
+        expected = OPS.rotary(x[:, row : row + 1], cos[:, row], sin[:, row])
+        torch.testing.assert_close(found[:, row : row + 1], expected, rtol=0, atol=0)
 
 
 def test_swiglu_gates_with_the_first_half() -> None:
@@ -87,3 +122,13 @@ def test_gradients(name: str) -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(UserError, match="backend='fast' is not known"):
         get_ops("fast")
+
+
+def test_an_unknown_plain_operator_is_refused() -> None:
+    with pytest.raises(UserError, match="plain=softmax is not an operator"):
+        get_ops("torch", plain=["softmax"])
+
+
+def test_the_npu_backend_without_torch_npu_is_refused() -> None:
+    with pytest.raises(UserError, match="needs torch_npu, which cannot be imported"):
+        get_ops("npu")

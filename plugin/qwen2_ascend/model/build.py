@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def build_model(
     padded_vocab_size: int | None = None,
     dtype: str = "fp32",
     backend: str = "torch",
+    plain: Collection[str] = (),
     perform_initialization: bool = True,
     **options: Any,
 ) -> list[GPTModel]:
@@ -55,7 +56,8 @@ def build_model(
         layout: the cut; `runtime.initialize_model_parallel` has built its groups.
         padded_vocab_size: rows of the embedding over all ranks; the vocabulary's own by default.
         dtype: fp32, bf16, fp16 or fp64, of parameters and activations.
-        backend: whose operators the layers call.
+        backend: whose operators the layers call, "torch" or "npu".
+        plain: names of operators to take from "torch" all the same.
         perform_initialization: draw the weights; False leaves them unset, to be loaded.
         **options: of `transformer_config`.
 
@@ -76,7 +78,7 @@ def build_model(
         with virtual_stage(index if len(chunks) > 1 else None) as vp_stage:
             model = GPTModel(
                 transformer,
-                get_qwen2_block_spec(len(layers), backend),
+                get_qwen2_block_spec(len(layers), backend, plain=plain),
                 vocab_size=padded_vocab_size or config.vocab_size,
                 max_sequence_length=config.max_position_embeddings,
                 pre_process=is_first,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,16 +28,18 @@ TORCH_DIST_NAMES = {
 Megatron-LM reads ours and we read its."""
 
 
-def get_qwen2_layer_spec(backend: str = "torch") -> ModuleSpec:
+def get_qwen2_layer_spec(backend: str = "torch", *, plain: Collection[str] = ()) -> ModuleSpec:
     """One decoder layer: RMSNorm, attention with QKV bias, RMSNorm, SwiGLU.
 
     Args:
-        backend: whose operators the modules call; "torch" runs on every device.
+        backend: whose operators the modules call: "npu" is torch_npu's fused ones, "torch" runs on
+            every device.
+        plain: names of operators (fields of `Ops`) to take from "torch" all the same.
 
     Raises:
-        UserError: a backend this release does not have.
+        UserError: a backend or an operator this release does not have.
     """
-    ops = {"ops": get_ops(backend)}
+    ops = {"ops": get_ops(backend, plain=plain)}
     norm = ModuleSpec(module=RMSNorm, params=ops)
     attention = ModuleSpec(
         module=Qwen2SelfAttention,
@@ -71,14 +74,16 @@ def get_qwen2_layer_spec(backend: str = "torch") -> ModuleSpec:
     )
 
 
-def get_qwen2_block_spec(num_layers: int, backend: str = "torch") -> ModuleSpec:
+def get_qwen2_block_spec(
+    num_layers: int, backend: str = "torch", *, plain: Collection[str] = ()
+) -> ModuleSpec:
     """The decoder of one model chunk: `num_layers` layers and, in the last chunk, the final norm.
 
     A layer spec alone would give the final norm megatron-core's default, which has no sequence
     parallelism.
     """
-    norm = ModuleSpec(module=RMSNorm, params={"ops": get_ops(backend)})
-    layers = [get_qwen2_layer_spec(backend)] * num_layers
+    norm = ModuleSpec(module=RMSNorm, params={"ops": get_ops(backend, plain=plain)})
+    layers = [get_qwen2_layer_spec(backend, plain=plain)] * num_layers
     return ModuleSpec(
         module=TransformerBlock,
         submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),

@@ -7,6 +7,7 @@ heads and `ng` query groups of this rank.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.ops import Ops
 from qwen2_ascend.runtime import current
 
@@ -60,11 +62,18 @@ class CausalAttention(torch.nn.Module):
         self.sequence_parallel = config.sequence_parallel
         self._attention = ops.attention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch | None = None) -> Tensor:
         """q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np * hn]`."""
         dropout_p = self.dropout_p if self.training else 0.0
         with self._random_state(dropout_p):
-            return self._attention(q, k, v, softmax_scale=self.softmax_scale, dropout_p=dropout_p)
+            return self._attention(
+                q,
+                k,
+                v,
+                softmax_scale=self.softmax_scale,
+                dropout_p=dropout_p,
+                ends=packed.ends if packed else None,
+            )
 
     def _random_state(self, dropout_p: float):
         """Each rank drops in its own heads; under sequence parallelism the block forked already."""
@@ -102,25 +111,29 @@ class Qwen2SelfAttention(SelfAttention):
         *args: Any,
         rotary_pos_emb: Tensor,
         inference_context: Any = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedBatch | None = None,
         attention_bias: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Any]:
-        """Attends causally over `hidden_states`, `[s, b, h]`.
+        """Attends causally over `hidden_states`, `[s, b, h]`, within each document if packed.
 
         Returns:
             `[s, b, h]` (its sequence part under sequence parallelism) and no bias.
         """
-        unused = (attention_mask, inference_context, packed_seq_params, attention_bias)
-        assert all(x is None for x in unused), "attention here is causal over whole sequences"
+        unused = (attention_mask, inference_context, attention_bias)
+        assert all(x is None for x in unused), "attention here is causal, without further masks"
         qkv, _ = self.linear_qkv(hidden_states)
+        cos_sin = rotary_pos_emb
+        if packed_seq_params is not None:
+            cos_sin = packed_seq_params.cos_sin(rotary_pos_emb)
+        attend = partial(self._attend, packed=packed_seq_params)
         if self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(self._attend, False, qkv, rotary_pos_emb)
+            context = tensor_parallel.checkpoint(attend, False, qkv, cos_sin)
         else:
-            context = self._attend(qkv, rotary_pos_emb)
+            context = attend(qkv, cos_sin)
         return self.linear_proj(context)
 
-    def _attend(self, qkv: Tensor, cos_sin: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, cos_sin: Tensor, packed: PackedBatch | None) -> Tensor:
         """qkv `[s, b, ng * (np/ng + 2) * hn]` to the context `[s, b, np * hn]`."""
         if self._ranks_per_group > 1:
             qkv = self._whole_group(qkv)
@@ -133,7 +146,7 @@ class Qwen2SelfAttention(SelfAttention):
         cos, sin = cos_sin.unbind()
         q = self._rotary(q, cos, sin).flatten(2, 3)
         k = self._rotary(k, cos, sin).flatten(2, 3)
-        return self.core_attention(q, k, v.flatten(2, 3))
+        return self.core_attention(q, k, v.flatten(2, 3), packed)
 
     def _whole_group(self, qkv: Tensor) -> Tensor:
         """This rank's group out of all ranks' rows, which are plain chunks of the groups."""

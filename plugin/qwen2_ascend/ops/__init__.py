@@ -6,7 +6,7 @@ of this rank, `hn` head width, `h` hidden, `f` ffn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2_ascend.errors import UserError
@@ -16,25 +16,51 @@ if TYPE_CHECKING:
 
 
 class Ops(NamedTuple):
-    """One backend's operators."""
+    """One implementation of each operator; `ops/` of the same name says what it computes."""
 
     attention: Callable[..., Tensor]
+    cached_attention: Callable[..., Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
 
 
-def get_ops(backend: str = "torch") -> Ops:
+def get_ops(backend: str = "torch", *, plain: Collection[str] = ()) -> Ops:
     """The operators of `backend`; "torch" is plain torch and runs on every device.
 
+    Args:
+        backend: "torch" or "npu".
+        plain: names of operators to take from plain torch all the same, to hunt a difference.
+
     Raises:
-        UserError: a backend this release does not have.
+        UserError: a backend or an operator that this release does not have.
     """
-    if backend != "torch":
-        raise UserError(f"backend={backend!r} is not known; this release has only 'torch'.")
-    from qwen2_ascend.ops.attention import attention
+    if unknown := sorted(set(plain) - set(Ops._fields)):
+        raise UserError(
+            f"plain={', '.join(unknown)} is not an operator; they are {', '.join(Ops._fields)}."
+        )
+    if backend == "torch":
+        return _torch_ops()
+    if backend == "npu":
+        return _npu_ops()._replace(**{name: getattr(_torch_ops(), name) for name in plain})
+    raise UserError(f"backend={backend!r} is not known; use 'torch' or 'npu'.")
+
+
+def _npu_ops() -> Ops:
+    try:
+        from qwen2_ascend.ops.npu import npu_ops
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"backend='npu' needs torch_npu, which cannot be imported ({error}); "
+            "`qwen2-ascend doctor` says what is missing, backend='torch' runs without it."
+        ) from error
+    return npu_ops()
+
+
+def _torch_ops() -> Ops:
+    from qwen2_ascend.ops.attention import attention, cached_attention
     from qwen2_ascend.ops.rms_norm import rms_norm
     from qwen2_ascend.ops.rotary import rotary
     from qwen2_ascend.ops.swiglu import swiglu
 
-    return Ops(attention, rms_norm, rotary, swiglu)
+    return Ops(attention, cached_attention, rms_norm, rotary, swiglu)

@@ -1,6 +1,9 @@
-"""Causal attention with grouped queries."""
+"""Causal attention with grouped queries: whole sequences, packed documents, and with a cache."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -13,8 +16,9 @@ def attention(
     *,
     softmax_scale: float,
     dropout_p: float = 0.0,
+    ends: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Causal attention over whole sequences.
+    """Causal attention over whole sequences, or within each document of packed ones.
 
     Args:
         q: queries, `[s, b, np, hn]`.
@@ -22,11 +26,65 @@ def attention(
         v: values, `[s, b, ng, hn]`.
         softmax_scale: what the scores are multiplied by.
         dropout_p: share of the attention weights to drop.
+        ends: where each document ends, counted over the rows of the batch one after the other:
+            rising, without the leading 0, the last is b * s. No document spans two rows.
 
     Returns:
         `[s, b, np * hn]`.
     """
     s, b, heads, width = q.shape
+    if ends is None:
+        return _attend(q, k, v, softmax_scale, dropout_p).reshape(s, b, heads * width)
+    rows = [x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (q, k, v)]
+    documents = []
+    for start, end in pairwise((0, *ends)):
+        q, k, v = (x[start:end] for x in rows)
+        documents.append(_attend(q, k, v, softmax_scale, dropout_p))
+    return torch.cat(documents).view(b, s, heads * width).transpose(0, 1).contiguous()
+
+
+def cached_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    lengths: Sequence[int],
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Causal attention of the newest tokens over a cache that already holds them; no gradient.
+
+    Args:
+        q: queries of the newest s tokens of each sequence, `[s, b, np, hn]`.
+        keys: the cache, `[b, ng, capacity, hn]`.
+        values: the cache, `[b, ng, capacity, hn]`.
+        lengths: keys of each sequence that count, the newest s included, as host numbers.
+        softmax_scale: what the scores are multiplied by.
+
+    Returns:
+        `[s, b, np * hn]`.
+    """
+    s, b, heads, width = q.shape
+    longest = max(lengths)
+    mask = None
+    if s > 1 or min(lengths) < longest:
+        last = torch.tensor(lengths, device=q.device).view(b, 1, 1, 1) - s
+        seen_to = last + torch.arange(s, device=q.device).view(s, 1)
+        mask = torch.arange(longest, device=q.device) <= seen_to
+    context = scaled_dot_product_attention(
+        q.permute(1, 2, 0, 3),
+        keys[:, :, :longest],
+        values[:, :, :longest],
+        attn_mask=mask,
+        scale=softmax_scale,
+        enable_gqa=heads != keys.shape[1],
+    )
+    return context.permute(2, 0, 1, 3).reshape(s, b, heads * width)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, dropout_p: float
+) -> torch.Tensor:
+    """`[s, b, np, hn]` of causal attention within each sequence."""
     # Sequences are independent, as heads are: counting them as heads of one batch keeps Megatron's
     # [s, b, ...] order through the kernel without a copy on either side.
     context = scaled_dot_product_attention(
@@ -36,9 +94,9 @@ def attention(
         is_causal=True,
         dropout_p=dropout_p,
         scale=softmax_scale,
-        enable_gqa=heads != k.shape[2],
+        enable_gqa=q.shape[2] != k.shape[2],
     )
-    return context.squeeze(0).transpose(0, 1).reshape(s, b, heads * width)
+    return context.squeeze(0).transpose(0, 1).reshape(q.shape)
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

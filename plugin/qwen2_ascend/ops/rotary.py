@@ -10,12 +10,13 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x: heads, `[s, b, n, hn]` or with more axes between the first and the last.
-        cos: `[s, hn]`, both halves of the last axis equal.
-        sin: `[s, hn]`.
+        cos: `[s, hn]`, both halves of the last axis equal; `[s, b, hn]` where sequences differ in
+            their positions.
+        sin: cos's shape.
 
     Returns:
         x's shape and dtype, contiguous.
     """
-    shape = (cos.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
+    shape = (*cos.shape[:-1], *[1] * (x.dim() - cos.dim()), cos.shape[-1])
     first, second = x.chunk(2, dim=-1)
     return x * cos.view(shape) + torch.cat((-second, first), dim=-1) * sin.view(shape)
