@@ -64,21 +64,21 @@ def cached_attention(
         `[s, b, np * hn]`.
     """
     s, b, heads, width = q.shape
-    longest = max(lengths)
+    groups, longest = keys.shape[1], max(lengths)
+    per_group = heads // groups
     mask = None
     if s > 1 or min(lengths) < longest:
         last = torch.tensor(lengths, device=q.device).view(b, 1, 1, 1) - s
-        seen_to = last + torch.arange(s, device=q.device).view(s, 1)
+        seen_to = last + torch.arange(s, device=q.device).repeat_interleave(per_group).view(-1, 1)
         mask = torch.arange(longest, device=q.device) <= seen_to
+    # The heads of a group count as further queries of one head: its keys are read once, where
+    # enable_gqa repeats them for each head (bf16 on the CPU: ten times slower).
+    folded = q.view(s, b, groups, per_group, width).permute(1, 2, 0, 3, 4).flatten(2, 3)
     context = scaled_dot_product_attention(
-        q.permute(1, 2, 0, 3),
-        keys[:, :, :longest],
-        values[:, :, :longest],
-        attn_mask=mask,
-        scale=softmax_scale,
-        enable_gqa=heads != keys.shape[1],
+        folded, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask, scale=softmax_scale
     )
-    return context.permute(2, 0, 1, 3).reshape(s, b, heads * width)
+    context = context.view(b, groups, s, per_group, width)
+    return context.permute(2, 0, 1, 3, 4).reshape(s, b, heads * width)
 
 
 def _attend(
