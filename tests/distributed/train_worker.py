@@ -519,8 +519,9 @@ def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) ->
     """A run as `launch/pretrain_qwen2.py` builds it, resumed if `load` is a training checkpoint."""
     from qwen2_ascend import runtime
     from qwen2_ascend.training.checkpointing import resume
-    from qwen2_ascend.training.pretrain import build_run, checkpoint_identity, find_start
+    from qwen2_ascend.training.pretrain import pretraining_data
     from qwen2_ascend.training.settings import parse, validate
+    from qwen2_ascend.training.setup import build_run, checkpoint_identity, find_start
 
     load = load or hugging_face_folder(run, tied)
     settings = parse([*flags.split(), "--load", str(load)])
@@ -530,7 +531,15 @@ def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) ->
     runtime.destroy_model_parallel()
     runtime.initialize_model_parallel(settings.layout(), begin.config.num_layers)
     run.runtime.seed_all(settings.runtime.seed)
-    training = build_run(settings, begin, run.runtime, lambda line: None)
+    train_data, valid_data = pretraining_data(settings, begin, run.runtime.world_size)
+    training = build_run(
+        settings,
+        begin,
+        run.runtime,
+        lambda line: None,
+        train_data=train_data,
+        valid_data=valid_data,
+    )
     if begin.saved is not None:
         resume(training, begin.saved, checkpoint_identity(settings, begin), settings.checkpoint)
     return training
@@ -539,7 +548,7 @@ def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) ->
 def save(training: TrainingRun) -> Path:
     """Writes a checkpoint as `launch/pretrain_qwen2.py` does."""
     from qwen2_ascend.training.checkpointing import save_checkpoint
-    from qwen2_ascend.training.pretrain import checkpoint_identity, find_start
+    from qwen2_ascend.training.setup import checkpoint_identity, find_start
 
     identity = checkpoint_identity(training.settings, find_start(training.settings))
     return save_checkpoint(training, identity, training.settings.checkpoint)

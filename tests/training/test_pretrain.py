@@ -120,7 +120,7 @@ def test_a_start_is_found_before_megatron_is_imported(world: World) -> None:
     """MindSpeed and the CPU's redirects have to come before it."""
     code = (
         "import sys\n"
-        "from qwen2_ascend.training.pretrain import find_start\n"
+        "from qwen2_ascend.training.setup import find_start\n"
         "from qwen2_ascend.training.settings import parse\n"
         "start = find_start(parse(sys.argv[1:]))\n"
         "assert start.saved and start.config.num_layers == 4\n"

@@ -27,7 +27,7 @@ from qwen2_ascend.data.sampler import PretrainingBatchSampler, build_data_iterat
 from qwen2_ascend.runtime import Runtime, supported_keywords
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.schedule import current_lr
-from qwen2_ascend.training.settings import ParallelSettings, PretrainSettings
+from qwen2_ascend.training.settings import ParallelSettings, TrainingSettings
 
 Batch = dict[str, torch.Tensor]
 
@@ -70,7 +70,7 @@ class StepResult(NamedTuple):
 class TrainingRun:
     """Everything a step needs."""
 
-    settings: PretrainSettings
+    settings: TrainingSettings
     runtime: Runtime
     chunks: list[Any]
     """This rank's model chunks, wrapped by `wrap_chunks`."""

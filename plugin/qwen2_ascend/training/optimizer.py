@@ -18,7 +18,7 @@ import torch
 
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
-from qwen2_ascend.training.settings import PretrainSettings
+from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -39,7 +39,7 @@ class Slice(NamedTuple):
     """The ranks that share the parameter, or None where each has all of it."""
 
 
-def build_optimizer(chunks: Sequence[Any], settings: PretrainSettings) -> MegatronOptimizer:
+def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> MegatronOptimizer:
     """megatron-core's mixed-precision AdamW; norms and biases get no weight decay.
 
     Backward is made to begin with its loss scale.
@@ -78,7 +78,7 @@ def build_optimizer(chunks: Sequence[Any], settings: PretrainSettings) -> Megatr
     return built
 
 
-def params_dtype(settings: PretrainSettings) -> torch.dtype:
+def params_dtype(settings: TrainingSettings) -> torch.dtype:
     """What the weights are computed in."""
     if settings.precision.bf16:
         return torch.bfloat16

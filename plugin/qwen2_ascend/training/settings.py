@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import tyro
 
@@ -187,6 +187,17 @@ class DataSettings:
     """Batches that the validation loss is measured on; 0 does not measure it."""
 
 
+class LoopDataSettings(Protocol):
+    """What the training loop asks of the settings of any kind of data."""
+
+    @property
+    def num_workers(self) -> int | None: ...
+    @property
+    def eval_interval(self) -> int: ...
+    @property
+    def eval_iters(self) -> int: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """What is written, and what of a checkpoint is read."""
@@ -236,13 +247,8 @@ class RuntimeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
-    """Pretrain Qwen2 / Qwen2.5, from random weights or from a checkpoint, one process per device.
-
-    torchrun --nproc-per-node 4 launch/pretrain_qwen2.py --load Qwen2.5-0.5B --data-path corpus
-    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --seq-length 1024
-    --global-batch-size 16 --train-iters 100 --lr 1e-5 --bf16 --save out
-    """
+class TrainingSettings:
+    """Every flag that pretraining and fine-tuning share."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
@@ -250,7 +256,7 @@ class PretrainSettings:
     optimizer: OptimizerSettings
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     recompute: RecomputeSettings = field(default_factory=RecomputeSettings)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: LoopDataSettings
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
@@ -312,6 +318,18 @@ class PretrainSettings:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(TrainingSettings):
+    """Pretrain Qwen2 / Qwen2.5, from random weights or from a checkpoint, one process per device.
+
+    torchrun --nproc-per-node 4 launch/pretrain_qwen2.py --load Qwen2.5-0.5B --data-path corpus
+    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --seq-length 1024
+    --global-batch-size 16 --train-iters 100 --lr 1e-5 --bf16 --save out
+    """
+
+    data: DataSettings = field(default_factory=DataSettings)
+
+
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
     return tyro.cli(
@@ -330,16 +348,23 @@ def validate(settings: PretrainSettings, config: Qwen2Config, world_size: int) -
     Raises:
         UserError: all faults at once.
     """
+    data, faults = settings.data, []
+    if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
+        faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
+    raise_if(dict.fromkeys(shared_faults(settings, config, world_size) + faults))
+
+
+def shared_faults(settings: TrainingSettings, config: Qwen2Config, world_size: int) -> list[str]:
+    """What is wrong with the settings that all kinds of training have."""
     faults = _value_faults(settings)
     faults += _layout_faults(settings, config)
     if not faults:
         faults += _world_faults(settings, world_size)
     faults += _schedule_faults(settings, world_size) if not faults else []
-    faults += _combination_faults(settings, config)
-    raise_if(dict.fromkeys(faults))
+    return faults + _combination_faults(settings, config)
 
 
-def _value_faults(settings: PretrainSettings) -> list[str]:
+def _value_faults(settings: TrainingSettings) -> list[str]:
     """Values that are wrong whatever the others are."""
     batch, optimizer, precision = settings.batch, settings.optimizer, settings.precision
     at_least_one = {
@@ -392,7 +417,7 @@ def _value_faults(settings: PretrainSettings) -> list[str]:
     return faults
 
 
-def _layout_faults(settings: PretrainSettings, config: Qwen2Config) -> list[str]:
+def _layout_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
     faults: list[str] = []
     try:
         settings.layout().check(config, settings.padded_vocab_size(config))
@@ -401,7 +426,7 @@ def _layout_faults(settings: PretrainSettings, config: Qwen2Config) -> list[str]
     return faults
 
 
-def _world_faults(settings: PretrainSettings, world_size: int) -> list[str]:
+def _world_faults(settings: TrainingSettings, world_size: int) -> list[str]:
     """What the number of processes has to do with the layout and the batch."""
     layout = settings.parallel
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
@@ -429,7 +454,7 @@ def _world_faults(settings: PretrainSettings, world_size: int) -> list[str]:
     return []
 
 
-def _schedule_faults(settings: PretrainSettings, world_size: int) -> list[str]:
+def _schedule_faults(settings: TrainingSettings, world_size: int) -> list[str]:
     batch, optimizer = settings.batch, settings.optimizer
     faults = []
     if (batch.train_iters is None) == (batch.train_samples is None):
@@ -460,7 +485,7 @@ def _schedule_faults(settings: PretrainSettings, world_size: int) -> list[str]:
     return faults
 
 
-def _combination_faults(settings: PretrainSettings, config: Qwen2Config) -> list[str]:
+def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
     """Flags that need or exclude each other."""
     batch, parallel, recompute = settings.batch, settings.parallel, settings.recompute
     tp = parallel.tensor_model_parallel_size
@@ -492,9 +517,6 @@ def _combination_faults(settings: PretrainSettings, config: Qwen2Config) -> list
         faults.append(
             "--recompute-method and --recompute-num-layers need --recompute-granularity full."
         )
-    data = settings.data
-    if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
-        faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
     if settings.checkpoint.save is None and (settings.checkpoint.save_interval is not None):
         faults.append("--save-interval needs --save.")
     return faults
