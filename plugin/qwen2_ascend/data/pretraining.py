@@ -93,13 +93,13 @@ def build_pretraining_datasets(
         UserError: data that is missing, damaged or too little, or settings that contradict.
     """
     blends = _blends(data_path, (train_data_path, valid_data_path, test_data_path), num_samples)
-    split_matrix = _split_matrix(split) if data_path else [(0.0, 1.0)] * len(SPLITS)
+    shares = split_matrix(split) if data_path else [(0.0, 1.0)] * len(SPLITS)
     tokenizer = EodTokenizer(
         eod_token,
         vocab_size,
         _check_data(
             blends,
-            split_matrix,
+            shares,
             split if data_path else None,
             vocab_size,
             eod_token if reset_position_ids or eod_mask_loss else None,
@@ -174,8 +174,12 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _split_matrix(split: str) -> list[tuple[float, float]]:
-    """(start, stop) of train, valid and test as shares of all documents, as Megatron cuts them."""
+def split_matrix(split: str) -> list[tuple[float, float]]:
+    """(start, stop) of train, valid and test as shares of all documents, as Megatron cuts them.
+
+    Raises:
+        UserError: not up to three shares, or none above zero.
+    """
     shares = [_number(word) for word in split.split(",")]
     if len(shares) > len(SPLITS) or any(n is None or not 0 <= n < math.inf for n in shares):
         raise UserError(f"split={split!r} must be up to three shares, such as 969,30,1.")

@@ -65,7 +65,8 @@ def build_data_iterator(
     """One rank's micro-batches of `dataset`, from `consumed_samples` on.
 
     Args:
-        dataset: gives dicts that hold at least BATCH_KEYS, each `[s]`.
+        dataset: gives dicts that hold at least BATCH_KEYS, each `[s]`; or has its own way to make
+            a batch of what it gives, as a method `collate`.
         consumed_samples: samples that all data-parallel ranks together have read before.
         micro_batch_size: samples in one rank's micro-batch.
         dp_rank: this rank's place in the data-parallel group.
@@ -73,8 +74,8 @@ def build_data_iterator(
         num_workers: processes that read ahead; 0 reads in this one.
 
     Returns:
-        An iterator over dicts of BATCH_KEYS, each `[b, s]`, that ends with the dataset. It does not
-        draw from torch's global random generator.
+        An iterator over dicts of BATCH_KEYS, each `[b, s]`, or what the dataset's `collate` makes,
+        that ends with the dataset. It does not draw from torch's global random generator.
 
     Raises:
         UserError: the dataset has not one micro-batch per rank left.
@@ -99,7 +100,7 @@ def build_data_iterator(
         dataset,  # pyright: ignore[reportArgumentType]
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=getattr(dataset, "collate", collate),
         generator=torch.Generator(),  # a loader draws its workers' seed, even without workers
     )
     return iter(loader)

@@ -1,0 +1,264 @@
+"""The datasets of a fine-tuning run: what a launcher calls, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from qwen2_ascend.data.chat.dataset import ChatDataset, EpochDataset, PairDataset
+from qwen2_ascend.data.chat.prepare import Preparation, prepared
+from qwen2_ascend.data.chat.settings import ChatSettings
+from qwen2_ascend.data.chat.stored import StoredChats
+from qwen2_ascend.errors import UserError, raise_if
+
+SIDES = {"sft": ("",), "dpo": ("chosen_", "rejected_")}
+SHOWN_BAD_ROWS = 20
+
+
+class ChatDatasets(NamedTuple):
+    """Training and validation data; `valid` is None where none is wanted or there is none."""
+
+    train: EpochDataset
+    valid: EpochDataset | None
+    notes: tuple[str, ...]
+    """What to say about the data, a line each; the same on every rank."""
+
+
+def build_chat_datasets(
+    *,
+    seq_length: int,
+    seed: int,
+    num_samples: tuple[int | None, int | None] = (None, 0),
+    task: Literal["sft", "dpo"] = "sft",
+    data_path: Sequence[str] = (),
+    train_data_path: Sequence[str] = (),
+    valid_data_path: Sequence[str] = (),
+    split: str = "100,0,0",
+    tokenizer: str | Path | None = None,
+    chat: ChatSettings | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    pack: bool = False,
+    variable_seq_lengths: bool = False,
+    pad_to_multiple_of: int = 1,
+    shuffle: bool = True,
+    vocab_size: int | None = None,
+    data_cache_path: str | Path | None = None,
+    workers: int | None = None,
+) -> ChatDatasets:
+    """Builds the training and validation datasets of chats. Every rank calls this.
+
+    Files of chats are prepared first, by rank 0, into `data_cache_path`; the others wait and read
+    the result. A file that was prepared before with the same settings is not prepared again.
+
+    The datasets go to `data.sampler.build_data_iterator`, which batches with their `collate`:
+    BATCH_KEYS `[b, s]` and `index` `[b]`; when `train.is_packed` also `ends`, a tuple of ints
+    (cumulative, row after row, the last is b * s). Of task "dpo" a batch of b pairs has 2 b rows,
+    the chosen ones first. Middle pipeline stages need `ends`, too.
+
+    Args:
+        seq_length: longest sample, in tokens; longer chats are cut at the end.
+        seed: of the packing and of every epoch's order.
+        num_samples: samples wanted of train and valid, epochs are repeated as needed; None is
+            one epoch, and `with_num_samples` changes it later.
+        task: "sft" for chats, "dpo" for preference pairs.
+        data_path: prefixes and files, divided by `split`.
+        train_data_path: the same, for training alone; instead of `data_path`.
+        valid_data_path: the same, for validation.
+        split: shares of train, valid and test in `data_path`, by rows in their order.
+        tokenizer: Hugging Face folder; only needed for files of chats.
+        chat: how files of chats are read.
+        on_bad_row: what to do with a row that is no chat or has no token to train on.
+        pack: put several chats into a sample; not for "dpo".
+        variable_seq_lengths: pad a micro-batch to its longest chat only; not with `pack`.
+        pad_to_multiple_of: with `variable_seq_lengths`, the batch's length is a multiple of it.
+        shuffle: give every epoch an order of its own.
+        vocab_size: rows of the model's embedding; a sample of the tokens is checked against it.
+        data_cache_path: where files are prepared, on storage that all nodes share; a folder
+            `.qwen2_ascend_cache` beside each file when None.
+        workers: processes that prepare; by default as many as there are cores.
+
+    Raises:
+        UserError: data that is missing, damaged or too little, or settings that contradict.
+    """
+    faults = _path_faults(data_path, train_data_path, valid_data_path)
+    faults += _packing_faults(task, pack, variable_seq_lengths)
+    raise_if(faults)
+    preparation = Preparation(
+        task, tokenizer, chat or ChatSettings(), on_bad_row, data_cache_path, workers
+    )
+    given = {"train": data_path or train_data_path, "valid": data_path or valid_data_path}
+    prefixes = prepared(list(dict.fromkeys(chain.from_iterable(given.values()))), preparation)
+    shares = _shares(split) if data_path else ((0.0, 1.0), (0.0, 1.0))
+    making = _Making(
+        seq_length, seed, on_bad_row, pack, variable_seq_lengths, pad_to_multiple_of, vocab_size
+    )
+    built: list[EpochDataset | None] = []
+    for (name, words), share, wanted in zip(given.items(), shares, num_samples, strict=True):
+        source = None
+        if words and wanted != 0:
+            source = making.source(name, [prefixes[word] for word in words], share, task)
+        if wanted and source is None:
+            raise UserError(
+                f"{wanted} {name} samples are wanted and there is no {name} data; give "
+                f"--{name}-data-path, or {name} a share of --split {split}."
+            )
+        dataset = None
+        if source is not None:
+            dataset = EpochDataset(source, num_samples=wanted, seed=seed, shuffle=shuffle)
+        built.append(dataset)
+    train, valid = built
+    if train is None:
+        raise UserError("there is no training data: give --data-path or --train-data-path.")
+    return ChatDatasets(train, valid, tuple(making.notes))
+
+
+def _path_faults(
+    data_path: Sequence[str], train_data_path: Sequence[str], valid_data_path: Sequence[str]
+) -> list[str]:
+    if bool(data_path) == bool(train_data_path or valid_data_path):
+        return [
+            "give --data-path (divided by --split), or --train-data-path and --valid-data-path; "
+            f"{'both were' if data_path else 'none was'} given."
+        ]
+    words = [*data_path, *train_data_path, *valid_data_path]
+    return [
+        f"--data-path {word}: chats are not blended by weights; give files and prefixes only, "
+        "each as often as it is to count."
+        for word in words
+        if _is_number(word)
+    ]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return not Path(word).exists()
+
+
+def _packing_faults(task: str, pack: bool, variable_seq_lengths: bool) -> list[str]:
+    faults = []
+    if pack and variable_seq_lengths:
+        faults.append("--pack fills samples up to --seq-length; leave --variable-seq-lengths out.")
+    if pack and task == "dpo":
+        faults.append("--pack is for chats; preference pairs take --variable-seq-lengths.")
+    return faults
+
+
+def _shares(split: str) -> tuple[tuple[float, float], ...]:
+    from qwen2_ascend.data.pretraining import split_matrix
+
+    return tuple(split_matrix(split)[:2])
+
+
+@dataclass(frozen=True)
+class _Making:
+    """How the rows of one split become a dataset."""
+
+    seq_length: int
+    seed: int
+    on_bad_row: str
+    pack: bool
+    variable_seq_lengths: bool
+    pad_to_multiple_of: int
+    vocab_size: int | None
+    notes: list[str] = field(default_factory=list)
+
+    def source(
+        self, name: str, prefixes: Sequence[str], share: tuple[float, float], task: str
+    ) -> ChatDataset | PairDataset | None:
+        """The dataset of this share of the rows; None when no row is left.
+
+        Raises:
+            UserError: the files are not as they should be, or hold rows that cannot be used.
+        """
+        sides = [StoredChats(prefixes, side) for side in SIDES[task]]
+        self._check(prefixes, sides)
+        first, last = (round(edge * len(sides[0])) for edge in share)
+        rows = self._usable(name, sides, np.arange(first, last))
+        if not len(rows):
+            return None
+        source = self._dataset(sides, rows)
+        self.notes.append(self._describe(name, sides, rows, source))
+        return source
+
+    def _check(self, prefixes: Sequence[str], sides: Sequence[StoredChats]) -> None:
+        words = " ".join(prefixes)
+        faults = []
+        if len({len(side) for side in sides}) > 1:
+            faults.append(f"{words}: not as many rejected as chosen chats; prepare them again.")
+        if sides[0].is_packed and self.variable_seq_lengths:
+            faults.append(f"{words}: was packed when prepared; leave --variable-seq-lengths out.")
+        longest = int(sides[0].lengths.max())
+        if sides[0].is_packed and longest > self.seq_length:
+            faults.append(
+                f"{words}: was packed to {longest} tokens when prepared, --seq-length is "
+                f"{self.seq_length}; give --seq-length {longest}, or prepare the chats again "
+                "without --pack and pack them at start."
+            )
+        largest = max(side.largest_token() for side in sides)
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            faults.append(
+                f"{words} holds token {largest}, the model's vocabulary ends at "
+                f"{self.vocab_size - 1}; the data was written with another tokenizer."
+            )
+        raise_if(faults)
+
+    def _usable(self, name: str, sides: Sequence[StoredChats], rows: np.ndarray) -> np.ndarray:
+        """`rows` without those of which no trained token is left after cutting."""
+        if sides[0].is_packed:
+            return rows
+        bad = {
+            row
+            for side in sides
+            for row in rows[side.lengths[rows] > self.seq_length].tolist()
+            if not side.num_trained(row, self.seq_length)
+        }
+        if bad and self.on_bad_row == "stop":
+            where = [sides[0].where(row) for row in sorted(bad)[:SHOWN_BAD_ROWS]]
+            raise UserError(
+                f"{len(bad)} {name} chat(s) have no token to train on in the first "
+                f"{self.seq_length}: {', '.join(where)}; take a larger --seq-length, or "
+                "--on-bad-row skip."
+            )
+        if bad:
+            self.notes.append(
+                f"{name}: left out {len(bad):,} chats that have no token to train on in the first "
+                f"{self.seq_length:,}"
+            )
+        return rows[~np.isin(rows, list(bad))]
+
+    def _dataset(self, sides: Sequence[StoredChats], rows: np.ndarray) -> Any:
+        # any valid id does: no loss is on it, and no token that has one sees it
+        keywords: dict[str, Any] = dict(
+            seq_length=self.seq_length,
+            pad_token=sides[0].pad_token or 0,
+            variable_seq_lengths=self.variable_seq_lengths,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        if len(sides) == 2:
+            return PairDataset(sides[0], sides[1], rows, **keywords)
+        return ChatDataset(sides[0], rows, pack=self.pack, seed=self.seed, **keywords)
+
+    def _describe(
+        self,
+        name: str,
+        sides: Sequence[StoredChats],
+        rows: np.ndarray,
+        source: ChatDataset | PairDataset,
+    ) -> str:
+        cut = sum(int((side.lengths[rows] > self.seq_length).sum()) for side in sides)
+        what = "packs" if sides[0].is_packed else "pairs" if len(sides) == 2 else "chats"
+        words = [f"{len(rows):,} {what}", f"{source.num_tokens:,} tokens"]
+        if cut:
+            words.append(f"{cut:,} cut at {self.seq_length:,}")
+        if source.is_packed and not sides[0].is_packed:
+            full = source.num_tokens / (len(source) * self.seq_length)
+            words.append(f"{len(source):,} samples of {self.seq_length:,}, {full:.1%} full")
+        return f"{name}: {', '.join(words)}"
