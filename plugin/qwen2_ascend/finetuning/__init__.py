@@ -1,0 +1,1 @@
+"""Fine-tuning: LoRA adapters, and what trains them."""
