@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ class Step(NamedTuple):
     updated: bool
     loss_scale: float
     peak_memory_bytes: int
+    metrics: Mapping[str, float] = {}
+    """What the objective reports besides its loss, by the names in the log."""
 
 
 def train_flops(
@@ -122,7 +124,7 @@ class Reporter:
         if not self._steps:
             return
         metrics = self._metrics()
-        self._say(format_line(metrics, self.train_iters))
+        self._say(format_line(metrics, self.train_iters, self._steps[-1].metrics))
         self._write(metrics)
         self._steps.clear()
 
@@ -168,6 +170,10 @@ class Reporter:
             "peak_memory_bytes": last.peak_memory_bytes,
             "loss_scale": last.loss_scale,
             "skipped": sum(not step.updated for step in steps),
+            **{
+                name: sum(step.metrics[name] for step in steps) / len(steps)
+                for name in last.metrics
+            },
         }
 
     def _write(self, metrics: dict[str, Any]) -> None:
@@ -191,11 +197,12 @@ class Reporter:
             print(line, flush=True)
 
 
-def format_line(metrics: dict[str, Any], train_iters: int) -> str:
-    """One interval in one line."""
+def format_line(metrics: dict[str, Any], train_iters: int, also: Iterable[str] = ()) -> str:
+    """One interval in one line; `also` names metrics of the objective."""
     words = [
         f"iteration {metrics['iteration']}/{train_iters}",
         f"loss {metrics['loss']:.4f}",
+        *(f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in also),
         f"grad norm {metrics['grad_norm']:.3f}",
         f"lr {metrics['lr']:.3e}",
         f"{metrics['tokens_per_second']:,.0f} tokens/s",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -24,12 +24,33 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from qwen2_ascend.data.sampler import PretrainingBatchSampler, build_data_iterator
+from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.runtime import Runtime, supported_keywords
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.schedule import current_lr
 from qwen2_ascend.training.settings import ParallelSettings, TrainingSettings
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""BATCH_KEYS, each a tensor `[b, s]`, and `ends`, a tuple of ints, when documents are packed."""
+
+
+class Objective(Protocol):
+    """What is minimized."""
+
+    def __call__(
+        self, losses: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From the loss of every token to that of the micro-batch.
+
+        Args:
+            losses: `[b, s]`.
+            batch: what the model was given.
+
+        Returns:
+            The sum to be minimized; the number it is divided by; and what is reported, `[n]`: the
+            mean, what it lacks of the sum, the number, and sums of `TrainingRun.metric_names`.
+        """
+        ...
 
 
 class NonFiniteError(RuntimeError):
@@ -64,6 +85,36 @@ class StepResult(NamedTuple):
     """Of the rank that has most."""
     stop_wanted: bool
     """Some rank was told to stop."""
+    metrics: dict[str, float]
+    """Means of what the objective reports besides its loss."""
+
+
+class MicroBatchLoss(NamedTuple):
+    """What the last stage knows of one micro-batch."""
+
+    total: float
+    num_tokens: int
+    metrics: tuple[float, ...]
+    """Sums."""
+
+
+def token_loss(
+    losses: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The Objective of language modelling: the mean over the tokens that have a loss.
+
+    An fp32 sum of many losses is coarser than one loss; with the rest it is as fine as they are.
+
+    Args:
+        losses: `[b, s]`.
+        batch: `loss_mask` `[b, s]` is 1 where the token has a loss.
+    """
+    losses, mask = losses.float(), batch["loss_mask"].float()
+    total, tokens = (losses * mask).sum(), mask.sum()
+    # new tensors: the schedule divides the returned loss in place
+    mean = total.detach() / tokens.clamp(min=1)
+    rest = ((losses.detach() - mean) * mask).sum()
+    return total, tokens.to(torch.int), torch.stack((mean, rest, tokens))
 
 
 @dataclass(kw_only=True)
@@ -80,6 +131,11 @@ class TrainingRun:
     """Map-style dataset of dicts with `data.sampler.BATCH_KEYS`."""
     valid_data: Any = None
     progress: Progress
+    objective: Objective = token_loss
+    metric_names: tuple[str, ...] = ()
+    """What the objective reports besides its loss."""
+    rows_per_sample: int = 1
+    """Rows of a batch that one sample makes: 2 for a preference pair."""
 
     @property
     def global_batch_size(self) -> int:
@@ -212,6 +268,7 @@ def train_step(
         overflow=overflow,
         peak_memory_bytes=agreed.peak_memory_bytes,
         stop_wanted=agreed.stop_wanted,
+        metrics=dict(zip(run.metric_names, agreed.metrics, strict=True)),
     )
 
 
@@ -254,8 +311,9 @@ def data_parallel_place() -> tuple[int, int]:
 
 
 def _batches(run: TrainingRun, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:
-    ends = (run.chunks[0].module.pre_process, run.chunks[-1].module.post_process)
-    if not any(ends):
+    at_an_end = run.chunks[0].module.pre_process or run.chunks[-1].module.post_process
+    # every stage's attention has to know where packed documents end
+    if not at_an_end and not getattr(dataset, "is_packed", False):
         while True:
             yield None
     num_workers = run.settings.data.num_workers
@@ -274,53 +332,42 @@ def _batches(run: TrainingRun, dataset: Any, consumed_samples: int) -> Iterator[
 
 def _forward_backward(
     run: TrainingRun, batches: list[Batch | None], *, forward_only: bool = False
-) -> list[tuple[float, int]]:
+) -> list[MicroBatchLoss]:
     """Sum of losses and number of tokens of each micro-batch; empty but on the last stage."""
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, run.runtime.device),
+        forward_step_func=partial(_forward_step, run),
         # every chunk sees all micro-batches; an iterator each
         data_iterator=[iter(batches) for _ in run.chunks],
         model=run.chunks,
         num_microbatches=run.num_microbatches,
         seq_length=run.settings.batch.seq_length,
-        micro_batch_size=run.settings.batch.micro_batch_size,
+        micro_batch_size=run.settings.batch.micro_batch_size * run.rows_per_sample,
         forward_only=forward_only,
     )
     if not outputs:
         return []
     # one transfer for all micro-batches
-    rows = torch.stack([torch.stack(output) for output in outputs]).tolist()
-    return [(mean * tokens + rest, round(tokens)) for mean, rest, tokens in rows]
+    return [
+        MicroBatchLoss(mean * tokens + rest, round(tokens), tuple(metrics))
+        for mean, rest, tokens, *metrics in torch.stack(outputs).tolist()
+    ]
 
 
 def _forward_step(
-    device: torch.device, batches: Iterator[Batch | None], model: torch.nn.Module
+    run: TrainingRun, batches: Iterator[Batch | None], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable]:
-    batch = next(batches)
-    if batch is None:
-        return model(None, None, None), _sum_losses
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(_sum_losses, mask=batch["loss_mask"])
-
-
-def _sum_losses(
-    losses: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """The sum over tokens, their number, and (mean, what it lacks of the sum, number) for the log.
-
-    An fp32 sum of many losses is coarser than one loss; with the rest it is as fine as they are.
-
-    Args:
-        losses: `[b, s]`.
-        mask: `[b, s]`, 1 where the token has a loss.
-    """
-    losses, mask = losses.float(), mask.float()
-    total, tokens = (losses * mask).sum(), mask.sum()
-    # new tensors: the schedule divides the returned loss in place
-    mean = total.detach() / tokens.clamp(min=1)
-    rest = ((losses.detach() - mean) * mask).sum()
-    return total, tokens.to(torch.int), (mean, rest, tokens)
+    read = next(batches)
+    if read is None:
+        return model(None, None, None), run.objective
+    batch: Batch = {
+        name: value.to(run.runtime.device, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in read.items()
+    }
+    packed: dict[str, Any] = {}
+    if "ends" in batch:
+        packed["packed_seq_params"] = PackedBatch(batch["ends"], batch["position_ids"])
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **packed)
+    return output, partial(run.objective, batch=batch)
 
 
 class _Agreed(NamedTuple):
@@ -330,37 +377,41 @@ class _Agreed(NamedTuple):
     num_tokens: int
     peak_memory_bytes: int
     stop_wanted: bool
+    metrics: list[float]
 
 
-def _agree(run: TrainingRun, losses: list[tuple[float, int]], stop_wanted: bool) -> _Agreed:
+def _agree(run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool) -> _Agreed:
     """Tells every rank the mean loss and whether to stop, in one small collective.
 
     Gathered and added on the host in double precision: HCCL does not reduce fp64.
     """
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         losses = []  # tensor-parallel ranks all have the same
-    total, num_tokens = sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses)
+    total, num_tokens = sum(x.total for x in losses), sum(x.num_tokens for x in losses)
+    metrics = [sum(x.metrics[i] for x in losses) for i in range(len(run.metric_names))]
     mean = torch.tensor(total / max(num_tokens, 1)).item()
     memory = run.runtime.peak_memory_bytes() / 2**20
     own = torch.tensor(
-        [mean, total - mean * num_tokens, num_tokens, memory, stop_wanted],
+        [mean, total - mean * num_tokens, num_tokens, memory, stop_wanted, *metrics],
         dtype=torch.float32,
         device=run.runtime.device,
     )
     rows = [torch.empty_like(own) for _ in range(run.runtime.world_size)]
     torch.distributed.all_gather(rows, own)
-    means, rests, tokens, memories, stops = zip(*torch.stack(rows).tolist(), strict=True)
+    columns = zip(*torch.stack(rows).tolist(), strict=True)
+    means, rests, tokens, memories, stops, *sums = columns
     total = sum(m * n + rest for m, rest, n in zip(means, rests, tokens, strict=True))
     return _Agreed(
         loss=total / max(sum(tokens), 1.0),
         num_tokens=round(sum(tokens)),
         peak_memory_bytes=int(max(memories) * 2**20),
         stop_wanted=any(stops),
+        metrics=[sum(of_ranks) / max(sum(tokens), 1.0) for of_ranks in sums],
     )
 
 
 def _describe_nonfinite(
-    run: TrainingRun, losses: list[tuple[float, int]], loss: float, grad_norm: float
+    run: TrainingRun, losses: list[MicroBatchLoss], loss: float, grad_norm: float
 ) -> str:
     """The step and the samples to look at; every rank calls it, as it asks them all."""
     dp_rank, dp_size = data_parallel_place()
@@ -374,8 +425,8 @@ def _describe_nonfinite(
     )
     own = [
         sample
-        for (total, _), samples in zip(losses, micro_batches, strict=False)
-        if not optimizers.is_finite(total)
+        for of_batch, samples in zip(losses, micro_batches, strict=False)
+        if not optimizers.is_finite(of_batch.total)
         for sample in samples
     ]
     everyones: list[Any] = [None] * run.runtime.world_size

@@ -120,16 +120,31 @@ def start_runtime(settings: TrainingSettings, config: Qwen2Config) -> tuple[Runt
     silence_foreign_warnings()
     runtime = runtimes.start(
         None if settings.runtime.device == "auto" else settings.runtime.device,
-        mindspeed=settings.runtime.mindspeed,
+        mindspeed=settings.runtime.wants_mindspeed(),
         timeout_seconds=60 * settings.parallel.distributed_timeout_minutes,
+        deterministic=settings.runtime.deterministic,
+        megatron_arguments=_megatron_arguments(settings),
     )
     say = voice(runtime.rank)
     say(_headline(settings, runtime, config))
-    if settings.runtime.deterministic:
-        runtime.set_deterministic()
+    for note in runtime.notes:
+        say(note)
     runtimes.initialize_model_parallel(settings.layout(), config.num_layers)
     runtime.seed_all(settings.runtime.seed)
     return runtime, say
+
+
+def _megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
+    """What MindSpeed is told of the run."""
+    parallel, precision = settings.parallel, settings.precision
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel
+        and parallel.tensor_model_parallel_size > 1,
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+    }
 
 
 def build_run(
@@ -324,4 +339,5 @@ def _step(run: TrainingRun, result: Any, seconds: float) -> Any:
         updated=result.updated,
         loss_scale=loss_scale(run.optimizer),
         peak_memory_bytes=result.peak_memory_bytes,
+        metrics=result.metrics,
     )
