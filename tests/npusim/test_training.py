@@ -91,7 +91,7 @@ def test_the_launcher_trains_at_tp2_pp2(tmp_path):
         timeout=390,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "device npu (Ascend910B2), backend hccl, 4 process(es)" in result.stdout
+    assert "device npu (simulated Ascend910B2), backend hccl, 4 process(es)" in result.stdout
     losses = [float(loss) for loss in re.findall(r"iteration \d/4 \| loss (\S+)", result.stdout)]
     expected, _ = reference(model, False)
     assert losses == pytest.approx(expected, abs=1e-4)  # as they are printed

@@ -35,13 +35,16 @@ PLAIN_PROCESS = """
     for _ in range(2):
         running.seed_all(5)
         draws.append(torch.rand(3).tolist())
-    running.set_deterministic()
-    assert torch.are_deterministic_algorithms_enabled()
     running.synchronize()
+    running.barrier()
     line = running.describe()
+    assert running.memory() is running.utilization_percent() is None
+    assert running.explain(RuntimeError("EI0006")) is None
+    assert not torch.are_deterministic_algorithms_enabled()
     running.close()
     assert not torch.distributed.is_initialized()
-    again = runtime.start("cpu")
+    again = runtime.start("cpu", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
     again.close()
     print(json.dumps([running.rank, running.world_size, running.backend, line, patches,
                       total.tolist(), peak, after, draws]))
@@ -80,11 +83,6 @@ def test_peak_memory_sees_a_peak_and_forgets_it(plain: list) -> None:
 def test_seeds_repeat_the_draws(plain: list) -> None:
     first, second = plain[8]
     assert first == second
-
-
-def test_mindspeed_is_refused_not_faked() -> None:
-    with pytest.raises(UserError, match="MindSpeed is not supported by this release"):
-        start("cpu", mindspeed=True)
 
 
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.runtime import npu
+from qwen2_ascend.runtime import diagnosis, npu
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
@@ -41,6 +41,18 @@ def select_device(requested: str | None = None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """An accelerator's memory since the start or `reset_peak_memory`, in bytes."""
+
+    peak_allocated: int
+    """Most that tensors held."""
+    peak_reserved: int
+    """Most that torch's allocator held; much more than allocated means fragmentation."""
+    total: int
+    """What the device has."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """One process of a run."""
 
@@ -53,7 +65,11 @@ class Runtime:
     world_size: int
     local_rank: int
     timeout_seconds: float
-    """How long a collective may wait for the other ranks."""
+    """How long torch's process groups wait for the other ranks."""
+    simulated: bool = False
+    """An npu that is not hardware: its speed and memory mean nothing."""
+    notes: tuple[str, ...] = ()
+    """For the log: what was set in the environment, MindSpeed, why there is no NPU."""
 
     def synchronize(self) -> None:
         """Waits until the device has done all that was given to it."""
@@ -71,6 +87,46 @@ class Runtime:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def memory(self) -> MemoryUse | None:
+        """The accelerator's memory; None on the CPU and on a simulated device."""
+        if self.name == "cpu" or self.simulated:
+            return None
+        module = torch.get_device_module(self.device)
+        return MemoryUse(
+            peak_allocated=module.max_memory_allocated(),
+            peak_reserved=module.max_memory_reserved(),
+            total=module.get_device_properties(self.device).total_memory,
+        )
+
+    def utilization_percent(self) -> int | None:
+        """How busy the accelerator is just now; None where nobody says it."""
+        if self.name == "cpu" or self.simulated:
+            return None
+        try:
+            return int(torch.get_device_module(self.device).utilization())
+        except (AttributeError, ImportError, RuntimeError):  # cuda's wants pynvml
+            return None
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.name == "cpu":
+            torch.distributed.barrier()
+        else:  # else torch guesses the device, and says so
+            torch.distributed.barrier(device_ids=[self.device.index])
+
+    def explain(self, error: BaseException) -> str | None:
+        """What an error of the device's software means and what to do; None when it is unknown."""
+        if self.name == "cpu":
+            return None
+        told = diagnosis.explain(str(error), os.environ)
+        if told is None or not told.startswith("out of memory") or (use := self.memory()) is None:
+            return told
+        gib = 2**30
+        return (
+            f"{told} Peak on this device: {use.peak_allocated / gib:.2f} GiB allocated, "
+            f"{use.peak_reserved / gib:.2f} GiB reserved, of {use.total / gib:.2f} GiB."
+        )
 
     def reset_peak_memory(self) -> None:
         """Starts `peak_memory_bytes` anew; on a CPU whose kernel refuses, the peak stays."""
@@ -97,23 +153,14 @@ class Runtime:
         numpy.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def set_deterministic(self) -> None:
-        """Makes torch choose deterministic kernels and refuse where it has none."""
-        if self.name == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        if self.name == "npu":
-            os.environ.update(
-                HCCL_DETERMINISTIC="true",
-                CLOSE_MATMUL_K_SHIFT="1",
-                ATB_MATMUL_SHUFFLE_K_ENABLE="0",
-            )
-        torch.use_deterministic_algorithms(True)
-
     def describe(self) -> str:
         """One line for a log: device, backend, processes and releases."""
         import megatron.core
 
-        device = self.name if self.name == "cpu" else f"{self.name} ({self._device_name()})"
+        device = self.name
+        if device != "cpu":
+            played = "simulated " if self.simulated else ""
+            device = f"{device} ({played}{self._device_name()})"
         return (
             f"device {device}, backend {self.backend}, {self.world_size} process(es), "
             f"torch {torch.__version__}, megatron-core {megatron.core.__version__}"

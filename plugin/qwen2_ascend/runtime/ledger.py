@@ -39,6 +39,11 @@ def apply(patch: Patch, replacement: Callable[[Any], Any]) -> None:
         _APPLIED[patch.target] = patch
 
 
+def record(patch: Patch) -> None:
+    """Notes what somebody else's code has replaced on our behalf."""
+    _APPLIED[patch.target] = patch
+
+
 @contextmanager
 def applied_during(patch: Patch, replacement: Callable[[Any], Any]) -> Iterator[None]:
     """Replaces the target for the length of a `with` block only.

@@ -1,4 +1,4 @@
-"""What megatron-core needs on an Ascend NPU: torch_npu's own transfer and two additions."""
+"""What megatron-core needs on an Ascend NPU, and what is wrong where none can be used."""
 
 from __future__ import annotations
 
@@ -6,36 +6,98 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime import diagnosis, mindspeed
 from qwen2_ascend.runtime.cpu import cuda_type_name
-from qwen2_ascend.runtime.ledger import Patch, apply
+from qwen2_ascend.runtime.ledger import Patch, apply, record
+
+SIMULATED = "TORCH_NPU_SIM_SOC"
+"""Set where torch_npu runs on a simulated device, to the chip that it plays."""
+
+_ROOT = Path("/")
+
+
+def is_installed() -> bool:
+    """Whether torch_npu is there, working or not."""
+    return importlib.util.find_spec("torch_npu") is not None
 
 
 def missing() -> str | None:
-    """Why no NPU can be used here, or None when one can."""
+    """Why no NPU can be used here, with the way out; None when one can."""
     import torch
 
-    if importlib.util.find_spec("torch_npu") is None:
+    ours = release(torch.__version__)
+    if not is_installed():
         return (
-            "torch_npu is not installed; install the release that equals torch "
-            f"{torch.__version__}."
+            f"torch_npu is not installed; install the release that equals torch: pip install "
+            f'"torch_npu=={ours}".'
         )
-    ours = _release(torch.__version__)
-    theirs = _release(importlib.metadata.version("torch_npu"))
+    theirs = release(importlib.metadata.version("torch_npu"))
     if ours != theirs:
-        return f"torch_npu is {theirs} and torch is {ours}; the two releases must be equal."
+        return (
+            f"torch_npu is {theirs} and torch is {ours}; the two releases must be equal: pip "
+            f'install "torch=={theirs}", or the torch_npu of {ours}.'
+        )
     try:
         torch_npu = importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
-        return f"torch_npu cannot be imported ({error}); is CANN's set_env.sh sourced?"
-    if torch_npu.npu.device_count() == 0:
-        return "torch_npu sees no device; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES."
+        return diagnosis.import_fault(str(error), os.environ, _ROOT)
+    try:
+        count = torch_npu.npu.device_count()
+    except RuntimeError as error:
+        told = diagnosis.explain(str(error), os.environ)
+        return f"torch_npu cannot count its devices: {told or error}"
+    return None if count else diagnosis.no_device_fault(os.environ, _ROOT)
+
+
+def warning(device: str) -> str | None:
+    """Why NPUs are not used though they might be meant to, for the log; None when all is as it is.
+
+    Args:
+        device: what was chosen instead.
+    """
+    if is_installed():
+        return f"warning: no NPU is used, this runs on the {device}: {missing()}"
+    if diagnosis.has_driver(_ROOT):
+        return f"warning: this machine has NPUs, and this runs on the {device}: {missing()}"
     return None
+
+
+def check_process_count(local_processes: int, devices: int) -> None:
+    """Every local process needs a card of its own; all of them find out before any waits.
+
+    Raises:
+        UserError: there are fewer cards.
+    """
+    if local_processes <= devices:
+        return
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    fault = diagnosis.visible_devices_fault(os.environ, None)
+    hint = f" (ASCEND_RT_VISIBLE_DEVICES={visible})" if visible is not None else ""
+    raise UserError(
+        f"{local_processes} processes on this machine and {devices} npu device(s){hint}; start "
+        f"with --nproc-per-node {devices}.{f' {fault}' if fault else ''}"
+    )
+
+
+def is_simulated() -> bool:
+    """Whether the device is not hardware: nothing that looks like a figure of it may be told.
+
+    A simulation says so, or there is no driver that could show this process a card.
+    """
+    return SIMULATED in os.environ or not diagnosis.has_driver(_ROOT)
 
 
 def redirect() -> None:
     """Turns torch.cuda calls into torch.npu calls; before megatron.core is imported."""
-    importlib.import_module("torch_npu.contrib.transfer_to_npu")
+    # It warns of what it does, at length, after it has put a filter of its own before all others.
+    with warnings.catch_warnings(record=True):
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")
     apply(
         Patch(
             target="torch:Tensor.type",
@@ -45,10 +107,30 @@ def redirect() -> None:
         ),
         cuda_type_name,
     )
-    # torch's object broadcast asks for a CUDA device capability, which torch_npu reads from here.
-    os.environ.setdefault("TORCH_NPU_DEVICE_CAPABILITY", "9.0")
+    for message in (
+        # megatron-core's barriers name no device; ours is the current one
+        "barrier.*using the device under current context",
+        # of the answer that the environment gives, which torch's broadcast asks for
+        "The return value of get_device_capability",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
-def _release(version: str) -> str:
+def activate_mindspeed(arguments: Mapping[str, Any]) -> str:
+    """Activates MindSpeed, records what it replaced, and says how much that is."""
+    patched = mindspeed.activate(arguments)
+    relied_on = mindspeed.relied_on(patched)
+    record(
+        Patch(
+            target="mindspeed:megatron_adaptor",
+            why="--mindspeed: Ascend's own rewrites of megatron-core",
+            how=f"replaces {len(patched)} attributes, among them: {', '.join(relied_on)}",
+            until="the run is started with --no-mindspeed",
+        )
+    )
+    return f"{len(patched)} attributes replaced"
+
+
+def release(version: str) -> str:
     """2.7.1.post2 and 2.7.1+cpu are release 2.7.1."""
     return ".".join(version.split("+")[0].split(".")[:3])

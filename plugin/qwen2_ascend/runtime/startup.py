@@ -1,14 +1,16 @@
-"""start(): redirects, device and torch.distributed, in the one order that works."""
+"""start(): environment, redirects, device and torch.distributed, in the one order that works."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.runtime import cpu, npu
+from qwen2_ascend.runtime import cpu, diagnosis, environment, mindspeed, npu
 from qwen2_ascend.runtime.device import BACKENDS, Runtime, select_device
 from qwen2_ascend.runtime.megatron_compat import silence_known_notes
 
@@ -16,7 +18,12 @@ _current: Runtime | None = None
 
 
 def start(
-    device: str | None = None, *, mindspeed: bool = False, timeout_seconds: float = 600
+    device: str | None = None,
+    *,
+    mindspeed: bool | None = None,
+    timeout_seconds: float = 600,
+    deterministic: bool = False,
+    megatron_arguments: Mapping[str, Any] | None = None,
 ) -> Runtime:
     """Chooses the device, applies its redirects and joins the process group.
 
@@ -24,38 +31,31 @@ def start(
 
     Args:
         device: cpu, cuda or npu; None takes the best there is.
-        mindspeed: activate MindSpeed before megatron-core is imported.
+        mindspeed: True activates MindSpeed or fails, False does not, None takes it where it fits.
         timeout_seconds: how long a collective may wait for the other ranks.
+        deterministic: the same bits every time, from operators and collectives.
+        megatron_arguments: what MindSpeed is to know of the run, by Megatron's argument names.
 
     Raises:
-        UserError: the device cannot be used, MindSpeed is asked for, or torchrun's environment is
-            incomplete.
+        UserError: the device, MindSpeed or the other ranks cannot be had, or torchrun's environment
+            is incomplete.
     """
     global _current
-    if mindspeed:
-        raise UserError(
-            "--mindspeed: MindSpeed is not supported by this release; leave the flag out."
-        )
     if _current is not None:
         if device not in (None, _current.name):
             raise UserError(f"device={device}: this process already runs on {_current.name}.")
         return _current
+    place = _place()
+    notes = _prepare_environment(device, timeout_seconds, deterministic)
     name = select_device(device)
-    rank, world_size, local_rank = _place()
+    if device is None and name != "npu" and (warning := npu.warning(name)):
+        notes = [warning]
+    elif name != "npu":
+        notes = []
     silence_known_notes()
-    _redirect(name)
-    runtime = Runtime(
-        name=name,
-        backend=BACKENDS[name],
-        device=_own_device(name, local_rank),
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        timeout_seconds=timeout_seconds,
-    )
-    _join(runtime)
-    _current = runtime
-    return runtime
+    notes += _redirect(name, mindspeed, megatron_arguments or {})
+    _current = _started(name, place, timeout_seconds, deterministic, notes)
+    return _current
 
 
 def current() -> Runtime:
@@ -71,12 +71,70 @@ def forget(runtime: Runtime) -> None:
         _current = None
 
 
-def _redirect(name: str) -> None:
+def explain(error: BaseException) -> str | None:
+    """What an error of the device's software means and what to do; None when it is unknown."""
+    return _current.explain(error) if _current is not None else None
+
+
+def _prepare_environment(
+    device: str | None, timeout_seconds: float, deterministic: bool
+) -> list[str]:
+    """Sets what torch_npu, CANN and HCCL read when they come up; one line about it."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device not in (None, "npu") or not npu.is_installed():
+        return []
+    variables = environment.wanted(timeout_seconds, deterministic=deterministic)
+    chosen = environment.apply(variables, os.environ)
+    return [environment.describe(variables, chosen, os.environ)]
+
+
+def _redirect(
+    name: str, with_mindspeed: bool | None, megatron_arguments: Mapping[str, Any]
+) -> list[str]:
+    """Redirects torch.cuda before megatron-core is imported; what to say about MindSpeed."""
     if name == "cpu":
         cpu.redirect_torch()
         cpu.redirect_megatron()
     elif name == "npu":
         npu.redirect()
+    stack = mindspeed.current_stack(torch.__version__)
+    choice = mindspeed.choose(with_mindspeed, name, mindspeed.find(), stack)
+    if choice.active:
+        return [f"MindSpeed: {choice.why}; {npu.activate_mindspeed(megatron_arguments)}"]
+    return [f"MindSpeed: {choice.why}"] if name == "npu" else []
+
+
+def _started(
+    name: str,
+    place: tuple[int, int, int],
+    timeout_seconds: float,
+    deterministic: bool,
+    notes: list[str],
+) -> Runtime:
+    rank, world_size, local_rank = place
+    group_seconds = timeout_seconds
+    if name == "npu":
+        group_seconds = environment.group_timeout_seconds(timeout_seconds, os.environ)
+    runtime = Runtime(
+        name=name,
+        backend=BACKENDS[name],
+        device=_own_device(name, local_rank),
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        timeout_seconds=group_seconds,
+        simulated=name == "npu" and npu.is_simulated(),
+        notes=tuple(notes),
+    )
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        _join(runtime)
+    except (RuntimeError, torch.distributed.DistError) as error:
+        if told := diagnosis.explain(str(error), os.environ):
+            raise UserError(f"the ranks cannot be joined: {told}\n{error}") from error
+        raise
+    return runtime
 
 
 def _place() -> tuple[int, int, int]:
@@ -98,10 +156,14 @@ def _own_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     module = torch.get_device_module(name)
-    if local_rank >= (count := module.device_count()):
+    count = module.device_count()
+    processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if name == "npu":
+        npu.check_process_count(processes, count)
+    elif processes > count:
         raise UserError(
-            f"local rank {local_rank} has no device: this machine has {count} {name} device(s); "
-            f"start with --nproc-per-node {count}."
+            f"{processes} processes on this machine and {count} {name} device(s); start with "
+            f"--nproc-per-node {count}."
         )
     module.set_device(local_rank)
     return torch.device(name, local_rank)
@@ -113,9 +175,22 @@ def _join(runtime: Runtime) -> None:
     timeout = timedelta(seconds=runtime.timeout_seconds)
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group(runtime.backend, timeout=timeout)
+        if runtime.name != "cpu":
+            _meet(runtime)
         return
     # A process alone talks to nobody: no port to pick, none to be taken.
     store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group(
         runtime.backend, store=store, rank=0, world_size=1, timeout=timeout
     )
+
+
+def _meet(runtime: Runtime) -> None:
+    """The first collective: only now the cards connect, and this is where that can be explained."""
+    count = torch.ones(1, device=runtime.device)
+    torch.distributed.all_reduce(count)
+    if count.item() != runtime.world_size:
+        raise RuntimeError(
+            f"{runtime.backend} cannot be trusted: the sum of 1 over {runtime.world_size} ranks is "
+            f"{count.item()}."
+        )

@@ -237,13 +237,26 @@ class RuntimeSettings:
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     """auto takes npu, else cuda, else cpu, and says which."""
     mindspeed: Flag = False
-    """Activate MindSpeed before megatron-core is imported."""
+    """Activate MindSpeed before megatron-core is imported, or fail. Without this and
+    --no-mindspeed it is taken on an npu where it is installed and fits, and the log says so."""
+    no_mindspeed: Flag = False
+    """Leave MindSpeed out even where it is installed and fits."""
     seed: int = 1234
     """Seed of weights, dropout and the order of the data."""
     deterministic: Flag = False
     """Choose deterministic operators and communication: slower, and the same bits every time."""
     exit_signal_handler: bool = True
     """On SIGTERM save, then stop at the end of the step."""
+
+    def wants_mindspeed(self) -> bool | None:
+        """True: it has to be; False: it must not be; None: where it fits.
+
+        Raises:
+            UserError: both.
+        """
+        if self.mindspeed and self.no_mindspeed:
+            raise UserError("--mindspeed and --no-mindspeed: give one of them.")
+        return True if self.mindspeed else False if self.no_mindspeed else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +361,9 @@ def validate(settings: PretrainSettings, config: Qwen2Config, world_size: int) -
     Raises:
         UserError: all faults at once.
     """
-    data, faults = settings.data, []
+    batch, data, faults = settings.batch, settings.data, []
+    if (batch.train_iters is None) == (batch.train_samples is None):
+        faults.append("give one of --train-iters and --train-samples.")
     if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
         faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
     raise_if(dict.fromkeys(shared_faults(settings, config, world_size) + faults))
@@ -455,10 +470,8 @@ def _world_faults(settings: TrainingSettings, world_size: int) -> list[str]:
 
 
 def _schedule_faults(settings: TrainingSettings, world_size: int) -> list[str]:
-    batch, optimizer = settings.batch, settings.optimizer
+    optimizer = settings.optimizer
     faults = []
-    if (batch.train_iters is None) == (batch.train_samples is None):
-        faults.append("give one of --train-iters and --train-samples.")
     if optimizer.min_lr > optimizer.lr:
         faults.append(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}.")
     if optimizer.lr_warmup_init > optimizer.lr:

@@ -1,0 +1,295 @@
+"""MindSpeed, when it is wanted: whether it fits, and how it is activated.
+
+Nothing here needs it: the layers call torch_npu's operators themselves. What it adds are Ascend's
+rewrites of megatron-core around them (the vocabulary's embedding and cross entropy, gradient
+buckets, the softmax of unfused attention). It replaces about a hundred attributes of torch and
+megatron-core, so it is activated before megatron-core is imported, or not at all.
+
+At import this module needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import runpy
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwen2_ascend.errors import UserError
+
+
+class Branch(NamedTuple):
+    """One branch of MindSpeed's repository, and what it goes with."""
+
+    name: str
+    version: str
+    """What `setup.py` says, and so pip: the same for several branches."""
+    megatron_core: str
+    """Release: "0.16" is any 0.16.x."""
+    torch: tuple[str, ...]
+    torch_npu: str
+    """Version of the release train, as its documents count."""
+    cann: str
+    python: str
+    needs_training: bool = False
+    """Whether `megatron.training` must be there, which pip's megatron-core does not have."""
+
+
+BRANCHES = (
+    Branch("core_r0.16.0", "0.16.0", "0.16", ("2.7.1",), "26.0.0", "9.0.0", "3.10"),
+    Branch("2.3.0_core_r0.12.1", "0.12.1", "0.12", ("2.6.0", "2.7.1"), "7.3.0", "8.5.0", "3.10"),
+    Branch("26.0.0_core_r0.12.1", "0.12.1", "0.12", ("2.7.1",), "26.0.0", "9.0.0", "3.10", True),
+    Branch("26.1.0_core_r0.12.1", "0.12.1", "0.12", ("2.7.1",), "26.1.0", "9.0.0", "3.10", True),
+)
+"""What MindSpeed's own README and installation pages say, and which release of megatron-core."""
+
+NEEDED_PACKAGES = ("einops", "scipy")
+"""Of MindSpeed's requirements those that its import fails without."""
+NEEDED_BY_NEWER = ("triton",)
+"""The same, from core_r0.16.0 on; for Ascend it is in the package triton-ascend."""
+
+
+class Installed(NamedTuple):
+    """The `mindspeed` that would be imported, found without importing it."""
+
+    folder: Path
+    version: str | None
+    """None where neither pip nor a setup.py beside it says one."""
+    is_placeholder: bool
+    """The package of that name on the Python package index: no MindSpeed at all."""
+    is_train_26: bool
+    """Of the branches 26.x and master, which share a version with 2.3.0."""
+
+
+class Stack(NamedTuple):
+    """Releases that MindSpeed has to go with."""
+
+    megatron_core: str
+    torch: str
+    has_training: bool
+    missing: tuple[str, ...]
+    """Packages that MindSpeed imports and that are not there."""
+
+
+class Choice(NamedTuple):
+    """Whether MindSpeed is going to be activated, and why."""
+
+    active: bool
+    why: str
+
+
+# --- what is there --------------------------------------------------------------------------------
+
+
+def find() -> Installed | None:
+    """The MindSpeed of this Python, or None."""
+    spec = importlib.util.find_spec("mindspeed")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not places:
+        return None
+    return inspect_folder(Path(places[0]), _metadata_version("mindspeed"))
+
+
+def inspect_folder(folder: Path, version: str | None) -> Installed:
+    """What the package in `folder` is; `version` is pip's, if pip knows it."""
+    setup = folder.parent / "setup.py"
+    if version is None and setup.is_file():
+        said = re.search(r"__version__ *= *['\"]([\w.]+)", setup.read_text(encoding="utf-8"))
+        version = said[1] if said else None
+    return Installed(
+        folder=folder,
+        version=version,
+        is_placeholder=not (folder / "megatron_adaptor.py").is_file(),
+        is_train_26=(folder / "features_manager" / "qos").is_dir(),
+    )
+
+
+def current_stack(torch_version: str) -> Stack:
+    """This Python's, without importing megatron-core."""
+    core = importlib.util.find_spec("megatron.core")
+    version = _metadata_version("megatron-core") or ""
+    if core and core.origin:  # a Megatron-LM tree on PYTHONPATH hides pip's
+        info = Path(core.origin).with_name("package_info.py")
+        version = str(runpy.run_path(str(info))["__version__"]) if info.is_file() else version
+    return Stack(
+        megatron_core=version,
+        torch=".".join(torch_version.split("+")[0].split(".")[:3]),
+        has_training=importlib.util.find_spec("megatron.training") is not None,
+        missing=tuple(
+            name
+            for name in (*NEEDED_PACKAGES, *NEEDED_BY_NEWER)
+            if importlib.util.find_spec(name) is None
+        ),
+    )
+
+
+def _metadata_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- does it fit ----------------------------------------------------------------------------------
+
+
+def fault(installed: Installed, stack: Stack) -> str | None:
+    """Why this MindSpeed cannot work with this stack, or None."""
+    core = stack.megatron_core
+    if installed.is_placeholder:
+        return (
+            f"{installed.folder} has no megatron_adaptor: the package `mindspeed` on the Python "
+            "package index is a placeholder; install MindSpeed from its source repository "
+            "(Ascend/MindSpeed)."
+        )
+    branches = [b for b in BRANCHES if core.startswith(f"{b.megatron_core}.")]
+    if not branches:
+        return f"no MindSpeed goes with megatron-core {core}.\n{table()}"
+    if installed.version and installed.version not in {b.version for b in branches}:
+        return f"MindSpeed {installed.version} does not go with megatron-core {core}.\n{table()}"
+    if installed.is_train_26 and not stack.has_training:
+        return (
+            "this MindSpeed is of the branches 26.x, which need megatron.training: put the "
+            "Megatron-LM tree core_v0.12.1 on PYTHONPATH, or install the branch "
+            "2.3.0_core_r0.12.1, which needs only megatron-core."
+        )
+    needed = NEEDED_PACKAGES + (NEEDED_BY_NEWER if core.startswith("0.16.") else ())
+    if missing := [name for name in stack.missing if name in needed]:
+        return (
+            f"MindSpeed imports {', '.join(missing)}, which is not installed; install MindSpeed's "
+            "requirements.txt (triton is in triton-ascend)."
+        )
+    return None
+
+
+def table() -> str:
+    """The pairs that go together, as lines."""
+    rows = [("MindSpeed branch", "megatron-core", "torch", "torch_npu", "CANN", "Python")]
+    for b in BRANCHES:
+        core = f"{b.megatron_core}.x" + (" + megatron.training" if b.needs_training else "")
+        rows.append((b.name, core, ", ".join(b.torch), b.torch_npu, b.cann, b.python))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(word.ljust(w) for word, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def choose(
+    requested: bool | None, device: str, installed: Installed | None, stack: Stack
+) -> Choice:
+    """Whether to activate MindSpeed.
+
+    Asked for, everything that can work is taken. By itself it is taken only with the torch that
+    its documents name: it replaces parts of torch and megatron-core by name.
+
+    Args:
+        requested: True for --mindspeed, False for --no-mindspeed, None for neither.
+        device: cpu, cuda or npu.
+        installed: what `find` found.
+        stack: what `current_stack` found.
+
+    Raises:
+        UserError: it is asked for and cannot work.
+    """
+    if requested is False:
+        return Choice(False, "refused by --no-mindspeed")
+    if device != "npu":
+        if requested:
+            raise UserError(f"--mindspeed: MindSpeed is for device npu; this run is on {device}.")
+        return Choice(False, f"is for device npu, not {device}")
+    if installed is None:
+        if requested:
+            raise UserError(
+                "--mindspeed: MindSpeed is not installed; install it from its source repository "
+                f"(Ascend/MindSpeed), of the branch that fits:\n{table()}"
+            )
+        return Choice(False, "is not installed; the layers call torch_npu themselves")
+    wrong = fault(installed, stack)
+    if wrong and requested:
+        raise UserError(f"--mindspeed: {wrong}")
+    if wrong:
+        return Choice(False, f"is installed and not used: {wrong.splitlines()[0]}")
+    known = {
+        torch
+        for b in BRANCHES
+        if stack.megatron_core.startswith(b.megatron_core)
+        for torch in b.torch
+    }
+    what = f"{installed.version or 'of unknown version'} in {installed.folder}"
+    if stack.torch not in known:
+        named = " or ".join(sorted(known))
+        if requested:
+            return Choice(True, f"{what}, asked for; it names torch {named}, this is {stack.torch}")
+        return Choice(
+            False,
+            f"is installed and not used: it names torch {named}, this is {stack.torch}; "
+            "--mindspeed takes it all the same",
+        )
+    return Choice(
+        True, f"{what}, {'asked for' if requested else 'found; --no-mindspeed refuses it'}"
+    )
+
+
+# --- activation -----------------------------------------------------------------------------------
+
+
+def activate(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Lets MindSpeed patch torch and megatron-core.
+
+    Args:
+        arguments: of Megatron's arguments those that MindSpeed is to know, by their names; the
+            rest are MindSpeed's defaults. It never sees our command line.
+
+    Returns:
+        Every attribute that it has replaced, as `module.attribute`.
+
+    Raises:
+        UserError: it cannot be imported. Parts of torch may have been replaced by then.
+    """
+    assert not any(name.startswith("megatron.core") for name in sys.modules), (
+        "comes before megatron"
+    )
+    os.environ.setdefault("MIND_SPEED_LOG_LEVEL", "ERROR")
+    try:
+        with _without_command_line(), warnings.catch_warnings(record=True):
+            args_utils: Any = importlib.import_module("mindspeed.args_utils")
+            namespace = args_utils.get_mindspeed_args(get_defaults=True)
+            vars(namespace).update(arguments)
+            args_utils._MINDSPEED_ARGS = namespace  # else it parses sys.argv
+            importlib.import_module("mindspeed.megatron_adaptor")
+    except (ImportError, AttributeError, OSError) as error:
+        raise UserError(
+            f"MindSpeed cannot be activated ({type(error).__name__}: {error}); install its "
+            "requirements.txt and the CANN of its branch, or refuse it with --no-mindspeed."
+        ) from error
+    manager = importlib.import_module("mindspeed.patch_utils").MindSpeedPatchesManager
+    return tuple(name for name, patch in manager.patches_info.items() if patch.is_applied)
+
+
+def relied_on(patched: Sequence[str]) -> tuple[str, ...]:
+    """Of what MindSpeed has replaced, what a run of this project goes through."""
+    return tuple(
+        name
+        for name in patched
+        if name.startswith(("torch.", "megatron.core.", "apex.optimizers"))
+        and not re.search(r"\.(moe|ssm|multimodal|extensions|experimental\w*)\.|MLA|llava", name)
+    )
+
+
+@contextmanager
+def _without_command_line() -> Iterator[None]:
+    saved = sys.argv
+    sys.argv = sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = saved
