@@ -17,6 +17,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from qwen2_ascend.model.kv_cache import LayerCache
 from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.ops import Ops
 from qwen2_ascend.runtime import current
@@ -61,6 +62,7 @@ class CausalAttention(torch.nn.Module):
         self.dropout_p = config.attention_dropout
         self.sequence_parallel = config.sequence_parallel
         self._attention = ops.attention
+        self._cached_attention = ops.cached_attention
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch | None = None) -> Tensor:
         """q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np * hn]`."""
@@ -74,6 +76,15 @@ class CausalAttention(torch.nn.Module):
                 dropout_p=dropout_p,
                 ends=packed.ends if packed else None,
             )
+
+    def cached(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
+        """`forward` without dropout, over what `cache` holds besides, which k and v go into."""
+        cache.write(k, v)
+        if cache.is_fresh:
+            return self._attention(q, k, v, softmax_scale=self.softmax_scale, ends=cache.ends)
+        return self._cached_attention(
+            q, cache.keys, cache.values, lengths=cache.lengths, softmax_scale=self.softmax_scale
+        )
 
     def _random_state(self, dropout_p: float):
         """Each rank drops in its own heads; under sequence parallelism the block forked already."""
@@ -133,8 +144,28 @@ class Qwen2SelfAttention(SelfAttention):
             context = attend(qkv, cos_sin)
         return self.linear_proj(context)
 
+    def cached(self, hidden_states: Tensor, cos_sin: Tensor, cache: LayerCache) -> Tensor:
+        """`forward` of the newest tokens, for generation; no gradient, no sequence parallelism.
+
+        Args:
+            hidden_states: `[s, b, h]`, laid out as `cache` says.
+            cos_sin: each token's rotation, `[2, s, hn]` or `[2, s, b, hn]`.
+            cache: this layer's keys and values, which the newest tokens' are added to.
+
+        Returns:
+            `[s, b, h]`
+        """
+        qkv, _ = self.linear_qkv(hidden_states)
+        q, k, v = self._rotated(qkv, cos_sin)
+        return self.linear_proj(self.core_attention.cached(q, k, v, cache))[0]
+
     def _attend(self, qkv: Tensor, cos_sin: Tensor, packed: PackedBatch | None) -> Tensor:
         """qkv `[s, b, ng * (np/ng + 2) * hn]` to the context `[s, b, np * hn]`."""
+        q, k, v = self._rotated(qkv, cos_sin)
+        return self.core_attention(q, k, v, packed)
+
+    def _rotated(self, qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv to q `[s, b, np, hn]`, k and v `[s, b, ng, hn]`; q and k rotated."""
         if self._ranks_per_group > 1:
             qkv = self._whole_group(qkv)
         s, b, _ = qkv.shape
@@ -146,7 +177,7 @@ class Qwen2SelfAttention(SelfAttention):
         cos, sin = cos_sin.unbind()
         q = self._rotary(q, cos, sin).flatten(2, 3)
         k = self._rotary(k, cos, sin).flatten(2, 3)
-        return self.core_attention(q, k, v.flatten(2, 3), packed)
+        return q, k, v.flatten(2, 3)
 
     def _whole_group(self, qkv: Tensor) -> Tensor:
         """This rank's group out of all ranks' rows, which are plain chunks of the groups."""
