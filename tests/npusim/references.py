@@ -82,6 +82,7 @@ class AttentionCall:
         key_width = _head_width(key, self.layout, self.num_key_value_heads)
         _require(width == key_width, f"head width is {width} in query and {key_width} in key")
         _require(width <= 768, f"head width {width} is more than 768")
+        _require(self.num_heads <= 256, f"{self.num_heads} query heads are more than 256")
         _require(
             self.num_heads % self.num_key_value_heads == 0,
             f"{self.num_heads} query heads are no multiple of {self.num_key_value_heads}",
@@ -97,6 +98,7 @@ class AttentionCall:
         groups = self.num_key_value_heads
         keys = by_sequence(self.key, self.layout, groups, self.key_ends)
         values = by_sequence(self.value, self.layout, groups, self.key_ends)
+        self._check_own_mask(max(x.shape[1] for x in queries), max(x.shape[1] for x in keys))
         for index, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
             if self.key_lengths is not None:
                 key, value = key[:, : self.key_lengths[index]], value[:, : self.key_lengths[index]]
@@ -132,6 +134,13 @@ class AttentionCall:
         if self.sparse_mode == 4:
             return (from_corner > self.next_tokens) | (from_corner < -self.pre_tokens)
         raise NotImplementedError(f"sparse_mode={self.sparse_mode}")
+
+    def _check_own_mask(self, longest_query: int, longest_key: int) -> None:
+        """Where no compressed mask is meant, the mask has a place for each query and key."""
+        if self.mask is None or self.sparse_mode not in (0, 1):
+            return
+        found, wanted = tuple(self.mask.shape[-2:]), (longest_query, longest_key)
+        _require(found == wanted, f"a mask {found} in sparse mode {self.sparse_mode}, not {wanted}")
 
     def _own_mask(self, index: int, num_queries: int, num_keys: int) -> Tensor:
         """Of a mask [S, S] or [B or 1, N or 1, S, S], this sequence's part."""
@@ -173,6 +182,7 @@ def _head_width(x: Tensor, layout: str, heads: int) -> int:
 def _check_ends(ends: Sequence[int] | None, tokens: int, name: str) -> None:
     _require(bool(ends), f"layout TND needs {name}")
     assert ends is not None
+    _require(len(ends) <= 2048, f"{name} has {len(ends)} sequences, more than 2048")
     _require(ends[0] != 0, f"{name} begins with 0: it takes the ends of the sequences only")
     rising = all(a <= b for a, b in itertools.pairwise(ends))
     _require(rising, f"{name} is not cumulative: {list(ends)}")
@@ -372,14 +382,20 @@ def _inference_call(
     packed = input_layout == "TND"
     if not packed and actual_seq_lengths is not None:
         raise NotImplementedError("actual_seq_lengths outside TND is not simulated")
+    contiguous = all(x.is_contiguous() for x in (query, key, value))
+    _require(contiguous, "query, key and value must be contiguous")
     one_token = not packed and query.shape[input_layout.index("S")] == 1
     if one_token:
         sparse_mode, pre_tokens, next_tokens = 1, 2**31 - 1, 2**31 - 1  # they have no effect
+        capacity = key.shape[input_layout.index("S")]
+        _require(capacity <= 262144, f"a cache of {capacity} tokens is more than 262144")
     elif sparse_mode != 0:
         _require(atten_mask is not None, f"sparse_mode={sparse_mode} needs an atten_mask")
     lengths = None
     if not packed and actual_seq_lengths_kv is not None:
         lengths = _per_sequence(actual_seq_lengths_kv, query.shape[input_layout.index("B")])
+        longest = key.shape[input_layout.index("S")]
+        _require(max(lengths) <= longest, f"lengths {lengths} in a cache of {longest} tokens")
     call = AttentionCall(
         query=query,
         key=key,
@@ -398,6 +414,11 @@ def _inference_call(
         key_lengths=lengths,
     )
     call.check()
+    width = _head_width(query, input_layout, num_heads)
+    _require(width <= 512, f"head width {width} is more than 512")
+    _require(width % 8 == 0, f"heads of {width} are no multiple of 16 bytes")
+    ratio = num_heads // call.num_key_value_heads
+    _require(ratio <= 64, f"{ratio} query heads to a key and value head are more than 64")
     return call
 
 
@@ -436,6 +457,8 @@ def _(_outputs, *, dy, input, gamma, rstd):
 def _check_gamma(x: Tensor, gamma: Tensor) -> None:
     _require(gamma.shape == x.shape[-1:], f"gamma {tuple(gamma.shape)} for x {tuple(x.shape)}")
     _require(x.dtype != torch.float64, "float64 is not supported")
+    dtypes = {x.dtype} if x.dtype == torch.float32 else {x.dtype, torch.float32}
+    _require(gamma.dtype in dtypes, f"gamma is {gamma.dtype} and x {x.dtype}")
 
 
 def _rotate(x: Tensor, mode: str) -> Tensor:
@@ -454,6 +477,10 @@ def _check_rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> None:
     _require(x.dim() == 4, f"rotary takes 4 dimensions, not {x.dim()}")
     _require(mode in ("half", "interleave"), f"rotary_mode={mode!r}")
     _require(x.dtype == cos.dtype == sin.dtype, "input, cos, sin differ in dtype")
+    _require(x.dtype != torch.float64, "float64 is not supported")
+    _require(x.shape[-1] % 2 == 0 and x.shape[-1] < 896, f"heads of {x.shape[-1]}")
+    # The layout is not an argument: whichever the broadcast axes say, two of the three are limited.
+    _require(sum(size >= 1000 for size in x.shape[:3]) <= 1, f"batch or heads of {tuple(x.shape)}")
     fits = all(size in (1, full) for size, full in zip(cos.shape, x.shape, strict=True))
     _require(
         fits and cos.shape == sin.shape and cos.shape[-1] == x.shape[-1],
@@ -482,6 +509,8 @@ def _(_outputs, *, grad, input, r1, r2, rotary_mode):
 @reference("npu_swiglu")
 def _(_outputs, *, input, dim):
     _require(input.shape[dim] % 2 == 0, f"dimension {dim} of {tuple(input.shape)} is odd")
+    _require(input.is_contiguous(), "input must be contiguous")
+    _require(input.dtype != torch.float64, "float64 is not supported")
     gate, up = input.float().chunk(2, dim)
     return silu(gate) * up
 

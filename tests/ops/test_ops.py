@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from ops.mistakes import MISTAKES, call
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.ops import get_ops
 
@@ -104,19 +105,42 @@ def test_swiglu_gates_with_the_first_half() -> None:
     torch.testing.assert_close(OPS.swiglu(x), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["attention", "rms_norm", "rotary", "swiglu"])
+GRADIENTS = {
+    "attention": (OPS.attention, [(3, 2, 4, 2), (3, 2, 2, 2), (3, 2, 2, 2)], {}),
+    "packed attention": (
+        OPS.attention,
+        [(5, 1, 4, 2), (5, 1, 2, 2), (5, 1, 2, 2)],
+        {"ends": (2, 5)},
+    ),
+    "packed rows": (
+        OPS.attention,
+        [(4, 2, 2, 2), (4, 2, 1, 2), (4, 2, 1, 2)],
+        {"ends": (1, 4, 6, 8)},
+    ),
+    "rms_norm": (OPS.rms_norm, [(3, 2, 4), (4,)], {"epsilon": 1e-6}),
+    "rotary": (OPS.rotary, [(3, 2, 2, 4), (3, 4), (3, 4)], {}),
+    "rotary of each sequence": (OPS.rotary, [(3, 2, 2, 2, 4), (3, 2, 4), (3, 2, 4)], {}),
+    "swiglu": (OPS.swiglu, [(3, 2, 4)], {}),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients(name: str) -> None:
-    inputs = {
-        "attention": (randn(3, 2, 4, 2), randn(3, 2, 2, 2), randn(3, 2, 2, 2)),
-        "rms_norm": (randn(3, 2, 4), randn(4)),
-        "rotary": (randn(3, 2, 2, 4), randn(3, 4).detach(), randn(3, 4).detach()),
-        "swiglu": (randn(3, 2, 4),),
-    }[name]
-    calls = {
-        "attention": lambda q, k, v: OPS.attention(q, k, v, softmax_scale=0.7),
-        "rms_norm": lambda x, weight: OPS.rms_norm(x, weight, 1e-6),
-    }
-    assert torch.autograd.gradcheck(calls.get(name, getattr(OPS, name)), inputs)
+    operator, shapes, options = GRADIENTS[name]
+    if operator is OPS.attention:
+        options = {"softmax_scale": 0.7, **options}
+    inputs = [randn(*shape) for shape in shapes]
+    if operator is OPS.rotary:  # the tables are constants, equal in both halves
+        tables = (x.detach() for x in inputs[1:])
+        inputs[1:] = [x[..., :2].repeat(*[1] * (x.dim() - 1), 2) for x in tables]
+    assert torch.autograd.gradcheck(lambda *leaves: operator(*leaves, **options), inputs)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_refused(name: str) -> None:
+    wrong, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        call(OPS, wrong, to=lambda x: x)
 
 
 def test_an_unknown_backend_is_refused() -> None:

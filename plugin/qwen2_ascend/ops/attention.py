@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from qwen2_ascend.ops.checks import check_attention, check_cached_attention
+
 
 def attention(
     q: torch.Tensor,
@@ -31,7 +33,12 @@ def attention(
 
     Returns:
         `[s, b, np * hn]`.
+
+    Raises:
+        ValueError: arguments that contradict each other.
+        UserError: attention dropout out of range.
     """
+    check_attention(q, k, v, dropout_p, ends)
     s, b, heads, width = q.shape
     if ends is None:
         return _attend(q, k, v, softmax_scale, dropout_p).reshape(s, b, heads * width)
@@ -62,7 +69,11 @@ def cached_attention(
 
     Returns:
         `[s, b, np * hn]`.
+
+    Raises:
+        ValueError: arguments that contradict each other.
     """
+    check_cached_attention(q, keys, values, lengths)
     s, b, heads, width = q.shape
     groups, longest = keys.shape[1], max(lengths)
     per_group = heads // groups

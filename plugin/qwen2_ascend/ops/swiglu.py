@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
+from qwen2_ascend.ops.checks import check_swiglu
+
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up.
@@ -14,6 +16,10 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `[..., f]`.
+
+    Raises:
+        ValueError: the width is odd.
     """
+    check_swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return silu(gate) * up
