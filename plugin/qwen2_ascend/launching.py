@@ -51,6 +51,8 @@ def launched(command: Callable[[], None]) -> int:
         else:
             rank = os.environ.get("RANK", "0")
             print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            if told := _explained(error):
+                print(f"error: rank {rank}: {told}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     return 0
 
@@ -59,6 +61,12 @@ def silence_foreign_warnings() -> None:
     """Keeps out of the log what no user can act on."""
     for message in FOREIGN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _explained(error: BaseException) -> str | None:
+    """What an error of the device's software means, where a device had been started."""
+    startup = sys.modules.get("qwen2_ascend.runtime.startup")
+    return startup.explain(error) if startup is not None else None
 
 
 def _hand_to_torchrun(error: BaseException) -> None:

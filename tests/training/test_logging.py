@@ -60,6 +60,15 @@ def test_one_line_per_interval_with_every_figure() -> None:
     ]
 
 
+def test_no_figure_of_a_device_is_told_that_is_not_there(tmp_path: Path) -> None:
+    """On a simulated one: neither in the line nor in the files."""
+    lines: list[str] = []
+    report = reporter(lines, log_interval=1, flops_per_step=None, report_dir=tmp_path)
+    report.step(step(1, peak_memory_bytes=None))
+    assert "TFLOP/s" not in lines[0] and "GiB" not in lines[0]
+    assert not {"tflops_per_device", "peak_memory_bytes"} & set(rows(tmp_path)[0])
+
+
 def test_skipped_steps_and_the_loss_scale_are_shown() -> None:
     lines: list[str] = []
     report = reporter(lines)

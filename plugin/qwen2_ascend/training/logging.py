@@ -33,7 +33,8 @@ class Step(NamedTuple):
     seconds: float
     updated: bool
     loss_scale: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+    """None where the figure would not be the device's."""
     metrics: Mapping[str, float] = {}
     """What the objective reports besides its loss, by the names in the log."""
 
@@ -64,7 +65,7 @@ class Reporter:
         first_iteration: steps made before this run.
         log_interval: steps between two lines.
         tokens_per_step: tokens in a global batch.
-        flops_per_step: `train_flops` of a global batch.
+        flops_per_step: `train_flops` of a global batch, or None for no TFLOP/s.
         world_size: devices, for TFLOP/s per device.
         report_dir: where metrics.jsonl and the picture go, or None.
         tensorboard_dir: where TensorBoard events go, or None.
@@ -79,7 +80,7 @@ class Reporter:
         first_iteration: int,
         log_interval: int,
         tokens_per_step: int,
-        flops_per_step: float,
+        flops_per_step: float | None,
         world_size: int,
         report_dir: Path | None = None,
         tensorboard_dir: Path | None = None,
@@ -165,9 +166,8 @@ class Reporter:
             "grad_norm": last.grad_norm,
             "lr": last.lr,
             "tokens_per_second": self.tokens_per_step / seconds,
-            "tflops_per_device": self.flops_per_step / seconds / self.world_size / 1e12,
             "step_seconds": seconds,
-            "peak_memory_bytes": last.peak_memory_bytes,
+            **self._figures_of_the_device(seconds),
             "loss_scale": last.loss_scale,
             "skipped": sum(not step.updated for step in steps),
             **{
@@ -175,6 +175,15 @@ class Reporter:
                 for name in last.metrics
             },
         }
+
+    def _figures_of_the_device(self, seconds: float) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        if self.flops_per_step is not None:
+            rate = self.flops_per_step / seconds / self.world_size
+            figures["tflops_per_device"] = rate / 1e12
+        if (memory := self._steps[-1].peak_memory_bytes) is not None:
+            figures["peak_memory_bytes"] = memory
+        return figures
 
     def _write(self, metrics: dict[str, Any]) -> None:
         if self.report_dir:
@@ -206,10 +215,12 @@ def format_line(metrics: dict[str, Any], train_iters: int, also: Iterable[str] =
         f"grad norm {metrics['grad_norm']:.3f}",
         f"lr {metrics['lr']:.3e}",
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
-        f"{metrics['tflops_per_device']:.3g} TFLOP/s/device",
-        f"{metrics['step_seconds']:.3f} s/step",
-        f"peak {metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
     ]
+    if "tflops_per_device" in metrics:
+        words.append(f"{metrics['tflops_per_device']:.3g} TFLOP/s/device")
+    words.append(f"{metrics['step_seconds']:.3f} s/step")
+    if "peak_memory_bytes" in metrics:
+        words.append(f"peak {metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
     if metrics["loss_scale"] != 1.0:
         words.append(f"loss scale {metrics['loss_scale']:g}")
     if metrics["skipped"]:
