@@ -306,17 +306,15 @@ def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> 
 
     settings = run.settings
     sequences, length = run.global_batch_size, settings.batch.seq_length
+    flops = train_flops(
+        config, num_sequences=sequences, seq_length=length, padded_vocab_size=padded_vocab_size
+    )
     return Reporter(
         train_iters=run.train_iters,
         first_iteration=run.progress.iteration,
         log_interval=settings.report.log_interval,
         tokens_per_step=sequences * length,
-        flops_per_step=train_flops(
-            config,
-            num_sequences=sequences,
-            seq_length=length,
-            padded_vocab_size=padded_vocab_size,
-        ),
+        flops_per_step=None if run.runtime.simulated else flops,
         world_size=run.runtime.world_size,
         report_dir=settings.report.report_dir or settings.checkpoint.save,
         tensorboard_dir=settings.report.tensorboard_dir,
@@ -338,6 +336,6 @@ def _step(run: TrainingRun, result: Any, seconds: float) -> Any:
         seconds=seconds,
         updated=result.updated,
         loss_scale=loss_scale(run.optimizer),
-        peak_memory_bytes=result.peak_memory_bytes,
+        peak_memory_bytes=None if run.runtime.simulated else result.peak_memory_bytes,
         metrics=result.metrics,
     )
