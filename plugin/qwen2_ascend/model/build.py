@@ -19,12 +19,14 @@ from torch.nn.functional import silu
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.model.cross_entropy import ChunkedLossModel
 from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import current, supported_keywords
 from qwen2_ascend.runtime.megatron_compat import (
-    megatron_release,
+    check_tensor_parallel,
+    uneven_stages,
     virtual_pipeline_size,
     virtual_stage,
 )
@@ -47,6 +49,7 @@ def build_model(
     backend: str = "torch",
     plain: Collection[str] = (),
     perform_initialization: bool = True,
+    cross_entropy_chunk_size: int | None = None,
     **options: Any,
 ) -> list[GPTModel]:
     """This rank's model chunks, one without an interleaved pipeline.
@@ -59,24 +62,27 @@ def build_model(
         backend: whose operators the layers call, "torch" or "npu".
         plain: names of operators to take from "torch" all the same.
         perform_initialization: draw the weights; False leaves them unset, to be loaded.
+        cross_entropy_chunk_size: compute losses with the logits of this many tokens at a time, to
+            save memory; None computes them all at once.
         **options: of `transformer_config`.
 
     Raises:
         UserError: layout and model do not fit, or the installed megatron-core cannot do it.
     """
     layout.check(config, padded_vocab_size)
-    _check_release(config, layout)
+    check_tensor_parallel(layout, config.num_query_groups)
     transformer = transformer_config(
         config, layout, dtype=dtype, perform_initialization=perform_initialization, **options
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     chunks = layout.stages(config.num_layers)[stage]
+    model_class = GPTModel if cross_entropy_chunk_size is None else ChunkedLossModel
     models = []
     for index, layers in enumerate(chunks):
         is_first = (stage, index) == (0, 0)
         is_last = (stage, index) == (layout.pp - 1, len(chunks) - 1)
         with virtual_stage(index if len(chunks) > 1 else None) as vp_stage:
-            model = GPTModel(
+            model = model_class(
                 transformer,
                 get_qwen2_block_spec(len(layers), backend, plain=plain),
                 vocab_size=padded_vocab_size or config.vocab_size,
@@ -87,6 +93,8 @@ def build_model(
                 position_embedding_type="rope",
                 **supported_keywords(GPTModel.__init__, vp_stage=vp_stage),
             )
+        if isinstance(model, ChunkedLossModel):
+            model.cross_entropy_chunk_size = cross_entropy_chunk_size
         model.rotary_pos_emb = Qwen2RotaryEmbedding(
             config, transformer.params_dtype, current().device
         )
@@ -163,7 +171,7 @@ def transformer_config(
         # A CPU has no stream to wait for.
         "batch_p2p_sync": not on_cpu,
         **_p2p(virtual_size),
-        **_uneven_stages(config.num_layers, layout),
+        **uneven_stages(layout),
         **options,
     }
     return TransformerConfig(**fields)
@@ -174,37 +182,6 @@ def _p2p(virtual_size: int | None) -> dict[str, bool]:
     if virtual_size is None:
         return {}
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-
-
-def _check_release(config: Qwen2Config, layout: ParallelLayout) -> None:
-    if layout.tp > config.num_query_groups and megatron_release() < (0, 16):
-        version = ".".join(map(str, megatron_release()))
-        raise UserError(
-            f"tensor_model_parallel_size={layout.tp} is above num_query_groups="
-            f"{config.num_query_groups}, which the installed megatron-core {version} cannot do; "
-            f"use {config.num_query_groups} at most, or install megatron-core 0.16."
-        )
-
-
-def _uneven_stages(num_layers: int, layout: ParallelLayout) -> dict[str, Any]:
-    """What tells the installed megatron-core about `layout.num_layer_list`."""
-    numbers = layout.num_layer_list
-    if numbers is None or layout.pp == 1 or len(set(numbers)) == 1:
-        return {}
-    if "pipeline_model_parallel_layout" in TransformerConfig.__dataclass_fields__:
-        rows = [["decoder"] * n for n in numbers]
-        rows[0].insert(0, "embedding")
-        rows[-1].append("loss")
-        return {"pipeline_model_parallel_layout": rows}
-    if len(set(numbers[1:-1])) > 1:
-        raise UserError(
-            f"num_layer_list={','.join(map(str, numbers))}: the installed megatron-core can give "
-            "only the first and the last stage a number of their own; make the stages between "
-            "equal, or install megatron-core 0.13 or later."
-        )
-    first = {"num_layers_in_first_pipeline_stage": numbers[0]}
-    # With two stages the last one gets the rest; told both, those releases divide by zero.
-    return first | ({"num_layers_in_last_pipeline_stage": numbers[-1]} if len(numbers) > 2 else {})
 
 
 def _check_layers(model: Any, layers: range) -> None:
