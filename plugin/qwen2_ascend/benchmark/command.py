@@ -6,13 +6,18 @@ from collections.abc import Sequence
 
 import tyro
 
-from qwen2_ascend.benchmark import convert
+from qwen2_ascend.benchmark import convert, cross_entropy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and measures."""
-    tyro.extras.subcommand_cli_from_dict({"convert": _convert}, args=argv)
+    commands = {"convert": _convert, "cross-entropy": _cross_entropy}
+    tyro.extras.subcommand_cli_from_dict(commands, args=argv)
 
 
 def _convert(options: tyro.conf.OmitArgPrefixes[convert.ConvertBenchmark]) -> None:
     convert.run(options)
+
+
+def _cross_entropy(options: tyro.conf.OmitArgPrefixes[cross_entropy.CrossEntropyBenchmark]) -> None:
+    cross_entropy.run(options)

@@ -19,6 +19,8 @@ class Measured(NamedTuple):
     seconds: float
     peak_anonymous_bytes: int
     """Of the process itself; memory mapped from files does not count."""
+    output: str
+    """What it printed."""
 
 
 def run_measured(command: Sequence[str], timeout_seconds: float = 3600) -> Measured:
@@ -35,7 +37,7 @@ def run_measured(command: Sequence[str], timeout_seconds: float = 3600) -> Measu
     seconds = time.perf_counter() - started
     if process.returncode:
         raise RuntimeError(f"{command[0]} failed with {process.returncode}: {output[-2000:]}")
-    return Measured(seconds, peak.num_bytes)
+    return Measured(seconds, peak.num_bytes, output)
 
 
 class Spread(NamedTuple):

@@ -1,0 +1,89 @@
+"""Memory and time of the output layer with its loss: plain, and in chunks of tokens."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from qwen2_ascend.benchmark.measure import run_measured
+from qwen2_ascend.checkpoint.progress import size_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyBenchmark:
+    """Forward and backward of output layer and loss, on the CPU, a process for each way.
+
+    What is counted is anonymous memory at its peak above what hidden states, weight and the
+    weight's gradient take, which either way has to have.
+    """
+
+    vocab_size: int = 152064
+    """Rows of the output layer."""
+    hidden_size: int = 896
+    """Of the model."""
+    seq_length: int = 4096
+    """Tokens."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of hidden states and weight; the softmax is fp32."""
+    chunk_sizes: tuple[int, ...] = (1024, 256)
+    """Tokens whose logits exist at once."""
+
+
+def run(options: CrossEntropyBenchmark) -> None:
+    """Measures and prints a table."""
+    print(f"{'way':>12} {'seconds':>8} {'peak above the weights':>24}")
+    for chunk_size in (0, *options.chunk_sizes):
+        arguments = json.dumps({**asdict(options), "chunk_size": chunk_size})
+        measured = run_measured([sys.executable, "-m", __name__, arguments])
+        seconds, floor = map(float, measured.output.split()[-2:])
+        way = f"chunks of {chunk_size}" if chunk_size else "plain"
+        peak = measured.peak_anonymous_bytes - int(floor)
+        print(f"{way:>12} {seconds:8.2f} {size_text(peak):>24}")
+
+
+def main(arguments: str) -> None:
+    """In the process that is measured: prints the seconds and the bytes it began with."""
+    options = json.loads(arguments)
+
+    from qwen2_ascend import runtime
+
+    runtime.start("cpu")
+    import torch
+
+    from qwen2_ascend.model.build import TORCH_DTYPES
+    from qwen2_ascend.parallel import ParallelLayout
+
+    runtime.initialize_model_parallel(ParallelLayout(), 1)
+    dtype = TORCH_DTYPES[options["dtype"]]
+    hidden = torch.randn(options["seq_length"], 1, options["hidden_size"]).to(dtype)
+    weight = torch.randn(options["vocab_size"], options["hidden_size"], dtype=dtype).mul_(0.02)
+    labels = torch.randint(options["vocab_size"], (1, options["seq_length"]))
+    floor = _anonymous_bytes() + weight.nbytes
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    started = time.perf_counter()
+    _losses(hidden, weight, labels, options["chunk_size"]).sum().backward()
+    print(time.perf_counter() - started, floor)
+
+
+def _losses(hidden, weight, labels, chunk_size: int):
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
+
+    if chunk_size:
+        return chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+    return vocab_parallel_cross_entropy(hidden @ weight.t(), labels.t().contiguous())
+
+
+def _anonymous_bytes() -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        (line,) = (line for line in file if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
