@@ -15,17 +15,38 @@ from npusim.env import environment
 from npusim.run import command
 
 TOLERANCE = 1e-6
+NPU_FLAGS = FLAGS.replace("--device cpu", "--device npu")
 LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
 REDUCTIONS = {"AllReduce", "Reduce", "ReduceScatter", "ReduceScatterV"}
 
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+PLAIN = (
+    "--attention-backend unfused --no-fused-rmsnorm --no-fused-rotary-pos-emb --no-fused-swiglu "
+    "--no-fused-adamw"
+)
+FUSED_OPERATORS = {
+    "aclnnFlashAttentionScore",
+    "aclnnFlashAttentionScoreGrad",
+    "aclnnRmsNorm",
+    "aclnnRmsNormGrad",
+    "aclnnRotaryPositionEmbeddingV2",
+    "aclnnRotaryPositionEmbeddingGrad",
+    "aclnnSwiGlu",
+    "aclnnSwiGluGrad",
+}
 RUNS = {
+    "tp1": LAYOUTS["tp1-pp1"],
     "tp2": LAYOUTS["tp2"],
     "pp2": LAYOUTS["pp2"],
     "pp2-vpp2": LAYOUTS["pp2-vpp2"],
-    "tp2-sp-recompute": (2, f"{LAYOUTS['tp2-sp'][1]} {FULL_RECOMPUTE}"),
+    "tp2-sp-full-recompute": (2, f"{LAYOUTS['tp2-sp'][1]} {FULL_RECOMPUTE}"),
+    "tp2-sp-selective-recompute": (
+        2,
+        f"{LAYOUTS['tp2-sp'][1]} --recompute-granularity selective",
+    ),
     "dp2-distributed-optimizer": LAYOUTS["dp2-distributed-optimizer"],
     "tp2-pp2": LAYOUTS["tp2-pp2"],
+    "tp2-plain": (2, f"{LAYOUTS['tp2'][1]} {PLAIN}"),
 }
 
 simulated_runs = pytest.mark.parametrize(
@@ -54,16 +75,20 @@ def run():
 def test_losses_are_those_of_transformers(flags, run, record_property):
     from distributed.train_worker import hugging_face_folder, start, steps
     from npusim.cards import hccl_calls
+    from npusim.simulator import recording
 
-    training = start(run, f"{FLAGS.replace('--device cpu', '--device npu')} {flags}")
+    training = start(run, f"{NPU_FLAGS} {flags}")
     before = len(hccl_calls())
-    results = steps(training, STEPS)
+    with recording() as record:
+        results = steps(training, STEPS)
     calls = hccl_calls()[before:]
+    fused = set(record.ops) & FUSED_OPERATORS
+    assert fused == (set() if PLAIN in flags else FUSED_OPERATORS)
     losses, norms = reference(hugging_face_folder(run, False), False)
     for found, loss, norm in zip(results, losses, norms, strict=True):
         assert abs(found.loss - loss) <= TOLERANCE
         assert abs(found.grad_norm - norm) <= 4 * TOLERANCE
-    assert calls, "nothing went through HCCL"
+    assert calls or "parallel" not in flags, "nothing went through HCCL"
     assert not [call for call in calls if call.op in REDUCTIONS and call.dtype == "fp64"]
     record_property("hccl", str(Counter((call.op, call.dtype) for call in calls)))
 
@@ -75,7 +100,7 @@ def test_the_launcher_trains_at_tp2_pp2(tmp_path):
     from npusim.build import Unavailable
 
     model = make_tiny_hugging_face_folder(tmp_path / "model")
-    flags = f"{FLAGS.replace('--device cpu', '--device npu')} {LAYOUTS['tp2-pp2'][1]}"
+    flags = f"{NPU_FLAGS} {LAYOUTS['tp2-pp2'][1]}"
     try:
         simulation = environment(num_devices=4)
     except Unavailable as error:

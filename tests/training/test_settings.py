@@ -41,6 +41,9 @@ def faults(flags: str, world_size: int = 1, config: Qwen2Config | None = None) -
         ("--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-warmup-iters 2", 1),
         ("--save x --save-interval 5 --exit-interval 5", 1),
         ("--num-layer-list 4", 1),
+        ("--device cpu --attention-backend unfused --no-fused-rmsnorm --no-fused-adamw", 1),
+        ("--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb", 1),
+        ("--device npu --attention-backend flash --use-flash-attn --use-fused-adamw", 1),
     ],
 )
 def test_good_settings_are_accepted(flags: str, world_size: int) -> None:
@@ -75,6 +78,14 @@ def test_good_settings_are_accepted(flags: str, world_size: int) -> None:
         ("--data-path a", "give one of --data-path"),
         ("--save-interval 5", "--save-interval needs --save"),
         ("--padded-vocab-size 100", "padded_vocab_size=100 is below vocab_size=256"),
+        ("--device cpu --use-flash-attn", "--use-flash-attn asks for a kernel of torch_npu's, and"),
+        ("--device cuda --attention-backend fused", "--attention-backend fused asks for a kernel"),
+        ("--device cpu --use-fused-rotary-pos-emb", "and the device is cpu; leave it out"),
+        ("--use-fused-adamw --no-fused-adamw", "--use-fused-adamw and --no-fused-adamw: give one"),
+        (
+            "--device cpu --use-flash-attn --attention-backend local",
+            "--use-flash-attn and --attention-backend local: give one of them.",
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_words(flags: str, words: str) -> None:
@@ -108,6 +119,26 @@ def test_names_are_accepted_as_megatron_spells_them_either_way() -> None:
     assert settings("--data-path 0.3 A 0.7 B").data.data_path == ("0.3", "A", "0.7", "B")
     assert settings("--exit-signal-handler").runtime.exit_signal_handler
     assert settings("--hf-cfg-dir 7B").model.config == "7B"
+
+
+def test_what_is_fused_depends_on_the_device_and_the_switches() -> None:
+    everything = ("attention", "rms_norm", "rotary", "swiglu", "adamw")
+    default = settings("").fusion
+    assert (default.fused("npu"), default.fused("cpu"), default.plain) == (everything, (), ())
+    assert default.describe("cpu") == "fused: nothing"
+    assert [default.backend(device) for device in ("cpu", "cuda", "npu")] == [
+        "torch",
+        "torch",
+        "npu",
+    ]
+    megatron = settings("--attention-backend local --no-rope-fusion --no-bias-swiglu-fusion").fusion
+    assert megatron.plain == ("attention", "rotary", "swiglu")
+    assert megatron.fused("npu") == ("rms_norm", "adamw")
+    rest = settings("--no-fused-rmsnorm --no-fused-adamw").fusion
+    assert rest.plain == ("rms_norm",)
+    assert rest.describe("npu") == (
+        "fused: attention, rotary, swiglu; switched off: rms_norm, adamw"
+    )
 
 
 def test_only_rank_zero_speaks_of_a_misspelt_flag(

@@ -30,7 +30,8 @@ def get_ops(backend: str = "torch", *, plain: Collection[str] = ()) -> Ops:
 
     Args:
         backend: "torch" or "npu".
-        plain: names of operators to take from plain torch all the same, to hunt a difference.
+        plain: names of operators that no fused kernel is to compute, to hunt a difference:
+            `unfused.py`'s attention, and of the others the plain ones.
 
     Raises:
         UserError: a backend or an operator that this release does not have.
@@ -39,11 +40,10 @@ def get_ops(backend: str = "torch", *, plain: Collection[str] = ()) -> Ops:
         raise UserError(
             f"plain={', '.join(unknown)} is not an operator; they are {', '.join(Ops._fields)}."
         )
-    if backend == "torch":
-        return _torch_ops()
-    if backend == "npu":
-        return _npu_ops()._replace(**{name: getattr(_torch_ops(), name) for name in plain})
-    raise UserError(f"backend={backend!r} is not known; use 'torch' or 'npu'.")
+    if backend not in ("torch", "npu"):
+        raise UserError(f"backend={backend!r} is not known; use 'torch' or 'npu'.")
+    ops = _torch_ops() if backend == "torch" else _npu_ops()
+    return ops._replace(**{name: getattr(_unfused_ops(), name) for name in plain})
 
 
 def _npu_ops() -> Ops:
@@ -55,6 +55,12 @@ def _npu_ops() -> Ops:
             "`qwen2-ascend doctor` says what is missing, backend='torch' runs without it."
         ) from error
     return npu_ops()
+
+
+def _unfused_ops() -> Ops:
+    from qwen2_ascend.ops.unfused import attention
+
+    return _torch_ops()._replace(attention=attention)
 
 
 def _torch_ops() -> Ops:

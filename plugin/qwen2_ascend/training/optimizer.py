@@ -75,7 +75,23 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
     config = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
     built = get_megatron_optimizer(config, list(chunks))
     chunks[0].config.grad_scale_func = built.scale_loss
+    device = next(chunks[0].parameters()).device.type
+    if "adamw" in settings.fusion.fused(device):
+        _fuse(built)
     return built
+
+
+def _fuse(optimizer: Any) -> None:
+    """Lets one kernel update a whole tensor: `aclnnApplyAdamWV2` on an NPU.
+
+    megatron-core builds torch's AdamW without saying how it is to run; the groups are where `step`
+    looks. torch_npu's own `NpuFusedAdamW` keeps copies of its own of what it updates, which the
+    slices of the distributed optimizer and the canonical state would know nothing of.
+    """
+    for part in _parts(optimizer):
+        if _counts_per_parameter(part.optimizer):
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
 
 
 def params_dtype(settings: TrainingSettings) -> torch.dtype:
@@ -183,7 +199,8 @@ def load_state(
             _copy_slice(piece.main, saved[MAIN], piece)
         if _counts_per_parameter(piece.optimizer):
             # a tensor of its own: Adam adds to it in place
-            state["step"] = torch.tensor(float(num_updates), dtype=torch.float32)
+            device = piece.main.device if _is_fused(piece.optimizer) else None
+            state["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=device)
         piece.optimizer.state[piece.main] = state
     for part in _parts(optimizer):
         if not _counts_per_parameter(part.optimizer):
@@ -222,6 +239,11 @@ def _parts(optimizer: Any) -> list[Any]:
 def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
     """torch's Adam counts updates per parameter, the fused ones per parameter group."""
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _is_fused(inner: torch.optim.Optimizer) -> bool:
+    """A fused kernel reads the number of updates on the device, the others on the host."""
+    return any(group.get("fused") for group in inner.param_groups)
 
 
 def _shared_group(optimizer: Any) -> Any:

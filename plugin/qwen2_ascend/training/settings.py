@@ -17,6 +17,7 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.training.fusion import FusionSettings
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -269,6 +270,7 @@ class TrainingSettings:
     optimizer: OptimizerSettings
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     recompute: RecomputeSettings = field(default_factory=RecomputeSettings)
+    fusion: FusionSettings = field(default_factory=FusionSettings)
     data: LoopDataSettings
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
@@ -376,6 +378,7 @@ def shared_faults(settings: TrainingSettings, config: Qwen2Config, world_size: i
     if not faults:
         faults += _world_faults(settings, world_size)
     faults += _schedule_faults(settings, world_size) if not faults else []
+    faults += settings.fusion.faults(settings.runtime.device)
     return faults + _combination_faults(settings, config)
 
 

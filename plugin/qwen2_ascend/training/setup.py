@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
 from qwen2_ascend.training.settings import TrainingSettings
 
@@ -126,7 +126,9 @@ def start_runtime(settings: TrainingSettings, config: Qwen2Config) -> tuple[Runt
         megatron_arguments=_megatron_arguments(settings),
     )
     say = voice(runtime.rank)
+    raise_if(settings.fusion.faults(runtime.name))
     say(_headline(settings, runtime, config))
+    say(settings.fusion.describe(runtime.name))
     for note in runtime.notes:
         say(note)
     runtimes.initialize_model_parallel(settings.layout(), config.num_layers)
@@ -178,6 +180,8 @@ def build_run(
         layout,
         padded_vocab_size=padded,
         dtype=dtype_name(settings),
+        backend=settings.fusion.backend(runtime.name),
+        plain=settings.fusion.plain,
         perform_initialization=start.source is None,
         sequence_parallel=parallel.sequence_parallel and layout.tp > 1,
         recompute_granularity=recompute.recompute_granularity,
