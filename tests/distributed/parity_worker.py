@@ -78,8 +78,11 @@ def _add(
 def parity(case: Case, run: Run) -> str:
     """Compares logits and every parameter's gradient, in fp32 and in fp64."""
     from qwen2_ascend import runtime
+    from qwen2_ascend.runtime.megatron_compat import megatron_release
 
     runtime.initialize_model_parallel(case.layout, case.config.num_layers)
+    if megatron_release() < (needed := _needed_release(case)):
+        return _refusal(case, needed)
     run.runtime.seed_all(1)
     found = []
     for dtype, tolerance in (("fp32", FP32_TOLERANCE), ("fp64", FP64_TOLERANCE)):
@@ -91,6 +94,26 @@ def parity(case: Case, run: Run) -> str:
         assert logits <= tolerance, found[-1]
         assert gradients <= 10 * tolerance, found[-1]
     return "; ".join(found)
+
+
+def _needed_release(case: Case) -> tuple[int, int]:
+    """The first megatron-core that can cut the model so."""
+    if case.layout.tp > case.config.num_query_groups:
+        return (0, 16)
+    return (0, 13) if len(set((case.layout.num_layer_list or ())[1:-1])) > 1 else (0, 12)
+
+
+def _refusal(case: Case, needed: tuple[int, int]) -> str:
+    """The message, which has to name the release that can."""
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.model.build import build_model
+
+    try:
+        build_model(case.config, case.layout, padded_vocab_size=case.padded_vocab_size)
+    except UserError as error:
+        assert f"install megatron-core {needed[0]}.{needed[1]}" in str(error), str(error)
+        return str(error)
+    raise AssertionError("not refused")
 
 
 def _differences(case: Case, dtype: str, run: Run) -> tuple[float, float, float]:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime.megatron_compat import megatron_release
 from qwen2_ascend.training.schedule import build_schedule, changed, current_lr
 from qwen2_ascend.training.settings import OptimizerSettings
 
@@ -79,6 +81,10 @@ def wsd(coefficient):
 def test_closed_forms(flags: dict, expected) -> None:
     if "lr_wsd_decay_style" in flags:
         flags = {**flags, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 5}
+    if flags.get("lr_wsd_decay_style") == "minus_sqrt" and megatron_release() < (0, 13):
+        with pytest.raises(UserError, match=r"minus_sqrt .* install megatron-core 0\.13"):
+            learning_rates(**flags)
+        return
     found = learning_rates(**flags)
     assert found == pytest.approx([expected(step) for step in range(ITERS)], rel=1e-12)
     assert max(found) <= LR

@@ -1,4 +1,9 @@
-"""megatron-core's process groups, and the differences between its releases 0.12 and 0.16."""
+"""megatron-core's process groups, and the differences between its releases 0.12 to 0.16.
+
+The differences are of three kinds. Arguments that came or went: `supported_keywords`. What an older
+release does wrong: a patch, with its entry in the ledger. What it cannot do: a UserError that names
+the release that can.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +38,64 @@ def megatron_release() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def check_tensor_parallel(layout: ParallelLayout, num_query_groups: int) -> None:
+    """Refuses to cut a query group where the installed release cannot.
+
+    Raises:
+        UserError: with the release that can.
+    """
+    if layout.tp > num_query_groups and (release := megatron_release()) < (0, 16):
+        raise UserError(
+            f"tensor_model_parallel_size={layout.tp} is above num_query_groups="
+            f"{num_query_groups}, which the installed megatron-core {_name(release)} cannot do; "
+            f"use {num_query_groups} at most, or install megatron-core 0.16."
+        )
+
+
+def uneven_stages(layout: ParallelLayout) -> dict[str, Any]:
+    """The fields of TransformerConfig that tell the installed release of `num_layer_list`.
+
+    Raises:
+        UserError: the installed release cannot do it.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    numbers = layout.num_layer_list
+    if numbers is None or layout.pp == 1 or len(set(numbers)) == 1:
+        return {}
+    if "pipeline_model_parallel_layout" in TransformerConfig.__dataclass_fields__:
+        rows = [["decoder"] * n for n in numbers]
+        rows[0].insert(0, "embedding")
+        rows[-1].append("loss")
+        return {"pipeline_model_parallel_layout": rows}
+    if len(set(numbers[1:-1])) > 1:
+        raise UserError(
+            f"num_layer_list={','.join(map(str, numbers))}: the installed megatron-core "
+            f"{_name(megatron_release())} can give only the first and the last stage a number of "
+            "their own; make the stages between equal, or install megatron-core 0.13 or later."
+        )
+    first = {"num_layers_in_first_pipeline_stage": numbers[0]}
+    # With two stages the last one gets the rest; told both, those releases divide by zero.
+    return first | ({"num_layers_in_last_pipeline_stage": numbers[-1]} if len(numbers) > 2 else {})
+
+
+def check_wsd_decay_style(style: str | None) -> None:
+    """Refuses a decay of the WSD schedule that the installed release does not have.
+
+    Raises:
+        UserError: with the release that has it.
+    """
+    if style == "minus_sqrt" and (release := megatron_release()) < (0, 13):
+        raise UserError(
+            f"lr_wsd_decay_style={style} is not in the installed megatron-core {_name(release)}; "
+            "use linear, cosine or exponential, or install megatron-core 0.13 or later."
+        )
+
+
+def _name(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
+
+
 def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
     """Builds megatron-core's process groups for `layout`; what is left over is data parallel.
 
@@ -61,6 +124,7 @@ def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(layout, num_layers),
         distributed_timeout_minutes=max(1, math.ceil(runtime.timeout_seconds / 60)),
     )
+    _prepare_buckets()
 
 
 def destroy_model_parallel() -> None:
@@ -168,6 +232,37 @@ def _in_torch_format(original: Callable[..., Any]) -> Callable[..., Any]:
     from torch.distributed.checkpoint.filesystem import SerializationFormat
 
     return functools.partial(original, serialization_format=SerializationFormat.TORCH_SAVE)
+
+
+def _prepare_buckets() -> None:
+    """Mends the distributed optimizer of tied embeddings over pipeline stages in 0.12."""
+    from qwen2_ascend.runtime.ledger import Patch, apply
+
+    if megatron_release() < (0, 13):
+        apply(
+            Patch(
+                target="megatron.core.distributed.param_and_grad_buffer:math",
+                why="a tied embedding has a bucket of its own; megatron-core 0.12 pads the one "
+                "before to 128 elements but begins the embedding at the next multiple of 64, so "
+                "that it may be in both, which the distributed optimizer refuses by an assertion",
+                how="lcm takes 64 for 128: buckets are padded as far as parameters are",
+                until="megatron-core 0.12 is no longer supported",
+            ),
+            _HalfPadding,
+        )
+
+
+class _HalfPadding:
+    """Python's math module, but for the 128 that bucket sizes are multiples of."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def lcm(self, *numbers: int) -> int:
+        return self._original.lcm(*(64 if number == 128 else number for number in numbers))
 
 
 def prepare_distributed_optimizer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qwen2_ascend.runtime.megatron_compat import check_wsd_decay_style
 from qwen2_ascend.training.settings import OptimizerSettings
 
 if TYPE_CHECKING:
@@ -20,9 +21,14 @@ def build_schedule(
         settings: what `settings.validate` has checked.
         train_iters: optimizer steps of the whole run.
         global_batch_size: sequences per step; `step(increment=global_batch_size)` after each.
+
+    Raises:
+        UserError: the installed megatron-core does not have `lr_wsd_decay_style`.
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+    if settings.lr_decay_style == "WSD":
+        check_wsd_decay_style(settings.lr_wsd_decay_style)
     decay_steps = max(1, settings.lr_decay_iters or train_iters) * global_batch_size
     if settings.lr_warmup_fraction is not None:
         warmup_steps = int(settings.lr_warmup_fraction * decay_steps)

@@ -31,8 +31,9 @@ def gpt_model(run: Run, *, tied: bool, spec: str = "ours", padded_vocab_size: in
 
     from qwen2_ascend import runtime
     from qwen2_ascend.model.build import build_model, transformer_config
+    from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
 
-    prepare_megatron()
+    prepare_torch_dist()
     config = tiny_config(tie_word_embeddings=tied)
     runtime.initialize_model_parallel(LAYOUT, config.num_layers)
     run.runtime.seed_all(1)
@@ -54,16 +55,6 @@ def gpt_model(run: Run, *, tied: bool, spec: str = "ours", padded_vocab_size: in
             generator = common if "layernorm" in name else own
             weight.copy_(torch.randn(weight.shape, generator=generator))
     return model
-
-
-def prepare_megatron() -> None:
-    """What saving needs beyond the runtime's redirects on a machine without a GPU or psutil."""
-    import torch
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    torch.cuda.synchronize = lambda *args: None
-    if not filesystem_async.HAVE_PSUTIL:
-        filesystem_async._process_memory = lambda: 0
 
 
 def own_shards(model) -> list[Any]:
