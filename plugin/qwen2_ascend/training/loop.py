@@ -292,6 +292,26 @@ def evaluate(run: TrainingRun) -> float:
     return total / max(num_tokens, 1)
 
 
+@torch.no_grad()
+def forward_only(run: TrainingRun, dataset: Any) -> Iterator[MicroBatchLoss]:
+    """What `run.objective` reports of each micro-batch of `dataset`, in eval mode.
+
+    Every rank must exhaust it; only those of the last stage get anything.
+
+    Args:
+        run: its model, layout and objective.
+        dataset: as long as a number of global batches.
+    """
+    for chunk in run.chunks:
+        chunk.eval()
+    batches = _batches(run, dataset, consumed_samples=0)
+    for _ in range(len(dataset) // run.global_batch_size):
+        taken = list(islice(batches, run.num_microbatches))
+        yield from _forward_backward(run, taken, forward_only=True)
+    for chunk in run.chunks:
+        chunk.train()
+
+
 def train_batches(run: TrainingRun) -> Iterator[Batch | None]:
     """This rank's micro-batches from `run.progress` on; None for stages that read no data."""
     return _batches(run, run.train_data, run.progress.consumed_samples)

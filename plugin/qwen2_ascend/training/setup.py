@@ -142,8 +142,7 @@ def _megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel
-        and parallel.tensor_model_parallel_size > 1,
+        "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         "bf16": precision.bf16,
         "fp16": precision.fp16,
     }
@@ -157,6 +156,7 @@ def build_run(
     *,
     train_data: Any,
     valid_data: Any = None,
+    **model_options: Any,
 ) -> TrainingRun:
     """Model with its weights, optimizer, schedule and data, at iteration 0.
 
@@ -188,6 +188,7 @@ def build_run(
         recompute_method=recompute.recompute_method,
         recompute_num_layers=recompute.recompute_num_layers,
         deterministic_mode=settings.runtime.deterministic,
+        **model_options,
     )
     if start.source is not None:
         load_checkpoint_weights(
@@ -309,7 +310,8 @@ def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> 
     from qwen2_ascend.training.logging import Reporter, train_flops
 
     settings = run.settings
-    sequences, length = run.global_batch_size, settings.batch.seq_length
+    sequences = run.global_batch_size * run.rows_per_sample
+    length = settings.batch.seq_length
     flops = train_flops(
         config, num_sequences=sequences, seq_length=length, padded_vocab_size=padded_vocab_size
     )

@@ -1,0 +1,9 @@
+"""Fine-tunes Qwen2 / Qwen2.5: `torchrun --nproc-per-node N launch/finetune_qwen2.py --help`."""
+
+import sys
+
+# saving a checkpoint starts processes that import this file again: nothing else happens at import
+if __name__ == "__main__":
+    from qwen2_ascend.finetuning.finetune import main
+
+    sys.exit(main())

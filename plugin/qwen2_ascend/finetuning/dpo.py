@@ -1,0 +1,259 @@
+"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+The reference model is the model as it is when the run begins. What it says of the data is computed
+once, before the first step, and kept beside the checkpoints, so no second model is ever in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch.nn.functional import logsigmoid, relu
+
+from qwen2_ascend.checkpoint.staging import write_file
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
+from qwen2_ascend.training.loop import Batch, TrainingRun, forward_only
+from qwen2_ascend.training.setup import Say, Start
+
+REFERENCE_FILE = "dpo_reference.safetensors"
+METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
+
+
+class DpoObjective:
+    """The Objective of preference pairs: the mean over the pairs.
+
+    Args:
+        reference: log-probabilities of the chosen and the rejected answers under the reference
+            model, sums over their tokens, `[pairs, 2]`, by a batch's `index`.
+        tuning: beta, the kind of loss, and what is added to it.
+    """
+
+    def __init__(self, reference: torch.Tensor, tuning: TuningSettings) -> None:
+        self._reference = reference
+        self._tuning = tuning
+
+    def __call__(
+        self, losses: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """losses `[2 b, s]`, the chosen rows first; see `training.loop.Objective`."""
+        tuning = self._tuning
+        log_probs, lengths = answer_log_probs(losses, batch["loss_mask"])
+        gain = log_probs - self._reference[batch["index"]].t()
+        shown = tuning.dpo_beta * gain.detach()
+        if tuning.dpo_loss_type == "ipo":
+            gain = gain / lengths
+        of_pairs = pair_loss(gain[0] - gain[1], tuning)
+        if tuning.pref_ftx:
+            of_pairs = of_pairs - tuning.pref_ftx * log_probs[0] / lengths[0]
+        total, pairs = of_pairs.sum(), torch.ones_like(of_pairs.detach()).sum()
+        mean = total.detach() / pairs
+        rest = (of_pairs.detach() - mean).sum()
+        margin = shown[0] - shown[1]
+        sums = (shown[0].sum(), shown[1].sum(), (margin > 0).float().sum(), margin.sum())
+        return total, pairs.to(torch.int), torch.stack((mean, rest, pairs, *sums))
+
+
+def answer_log_probs(
+    losses: torch.Tensor, loss_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probability of each answer, its number of tokens), each `[2, b]`: chosen, rejected.
+
+    Args:
+        losses: of every token, `[2 b, s]`, the chosen rows first.
+        loss_mask: `[2 b, s]`, 1 on the answers' tokens.
+    """
+    mask = loss_mask.float()
+    log_probs = -(losses.float() * mask).sum(-1)
+    return log_probs.view(2, -1), mask.sum(-1).clamp(min=1).view(2, -1)
+
+
+def pair_loss(margin: torch.Tensor, tuning: TuningSettings) -> torch.Tensor:
+    """Loss of each pair, `[b]`.
+
+    Args:
+        margin: how much more the model has gained on the chosen answer than on the rejected one
+            since the start; per token with ipo (Azar et al. 2023, arXiv:2310.12036).
+        tuning: beta, the kind of loss and its label smoothing.
+    """
+    beta, smoothing = tuning.dpo_beta, tuning.dpo_label_smoothing
+    if tuning.dpo_loss_type == "hinge":
+        return relu(1 - beta * margin)
+    if tuning.dpo_loss_type == "ipo":
+        return (margin - 1 / (2 * beta)).square()
+    return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
+
+
+def prepare_dpo(run: TrainingRun, start: Start[FinetuneSettings], say: Say) -> None:
+    """Gives `run` the objective, with what the model says before the first step as reference.
+
+    Raises:
+        UserError: a run is resumed whose reference is lost, or was made of other pairs.
+    """
+    run.rows_per_sample, run.metric_names = 2, METRIC_NAMES
+    sources = [data.source for data in (run.train_data, run.valid_data) if data is not None]
+    if run.valid_data is not None:
+        run.valid_data = _Numbered(run.valid_data, first=len(sources[0]))
+    reference = _reference(run, start, sources, say)
+    run.objective = DpoObjective(reference.to(run.runtime.device), start.settings.tuning)
+
+
+class _Numbered:
+    """A dataset of pairs whose numbers begin at `first`."""
+
+    def __init__(self, data: Any, first: int) -> None:
+        self.data, self.first = data, first
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+    def collate(self, samples: list[Any]) -> Batch:
+        batch = self.data.collate(samples)
+        batch["index"] = batch["index"] + self.first
+        return batch
+
+
+def _reference(
+    run: TrainingRun, start: Start[FinetuneSettings], sources: list[Any], say: Say
+) -> torch.Tensor:
+    """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on the host."""
+    settings = start.settings
+    identity = _identity(start, sources)
+    folders = [settings.model.load, settings.checkpoint.save]
+    for folder in dict.fromkeys(folder for folder in folders if folder is not None):
+        if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
+            continue
+        if kept.pairs == identity["pairs"] and (start.saved or kept.weights == identity["weights"]):
+            say(f"reference log-probabilities: {folder / REFERENCE_FILE}")
+            return kept.log_probs
+    if start.saved is not None:
+        raise UserError(
+            f"{start.saved.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
+            f"{' or '.join(str(folder) for folder in folders if folder)}: what the model said at "
+            "the start is lost. Put the file and the data back, or begin a new run with --finetune."
+        )
+    parts = []
+    for source in sources:
+        say(f"reference log-probabilities of {len(source):,} pairs: computing")
+        parts.append(reference_log_probs(run, source))
+    log_probs = torch.cat(parts)
+    if run.runtime.rank == 0 and settings.checkpoint.save is not None:
+        settings.checkpoint.save.mkdir(parents=True, exist_ok=True)
+        _Kept(log_probs=log_probs, **identity).write(settings.checkpoint.save / REFERENCE_FILE)
+    return log_probs
+
+
+def reference_log_probs(run: TrainingRun, source: Any) -> torch.Tensor:
+    """Log-probabilities of the answers of every pair under the model as it is.
+
+    Args:
+        run: its model and layout.
+        source: a PairDataset; every pair of it is scored.
+
+    Returns:
+        `[pairs, 2]`, chosen and rejected, on the host; the same on every rank.
+    """
+    found = torch.zeros(len(source), 3)  # the last column: whether it was scored here
+    for micro_batch in forward_only(
+        replace(run, objective=_report_log_probs), _in_order(run, source)
+    ):
+        pairs = len(micro_batch.metrics) // 3
+        numbers, *sides = torch.tensor(micro_batch.metrics).view(3, pairs)
+        found[numbers.long()] = torch.stack((*sides, torch.ones(pairs)), dim=1)
+    return _from_last_stages(run, found)
+
+
+def _in_order(run: TrainingRun, source: Any) -> Any:
+    """Every pair once, and a few twice to fill the last global batch."""
+    from qwen2_ascend.data.chat.dataset import EpochDataset
+
+    size = run.global_batch_size
+    return EpochDataset(source, num_samples=-(-len(source) // size) * size, seed=0, shuffle=False)
+
+
+def _report_log_probs(
+    losses: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An Objective that reports, behind its three numbers, the pairs' numbers and both sides."""
+    log_probs, _ = answer_log_probs(losses, batch["loss_mask"])
+    numbers = batch["index"].float()
+    one = torch.ones_like(numbers.sum())
+    report = torch.cat((torch.stack((one, one, one)), numbers, log_probs.flatten()))
+    return losses.sum(), one.to(torch.int), report
+
+
+def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
+    """Puts together what the data-parallel ranks of the last stage have found.
+
+    A pair that filled a batch up may have been scored by two of them: the mean is taken.
+    """
+    from megatron.core import parallel_state
+
+    has_result = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    has_result = has_result and parallel_state.get_tensor_model_parallel_rank() == 0
+    sums = (found if has_result else torch.zeros_like(found)).to(run.runtime.device)
+    torch.distributed.all_reduce(sums)
+    sums = sums.cpu()
+    return sums[:, :2] / sums[:, 2:]
+
+
+def _identity(start: Start[FinetuneSettings], sources: list[Any]) -> dict[str, str]:
+    """Of the pairs and of the weights that the reference is made with."""
+    pairs = xxhash.xxh3_64()
+    for row in _rows(sources):
+        pairs.update(row)
+    files = [] if start.source is None else start.source.files
+    weights = [(str(path.resolve()), *_stamp(path)) for path in files]
+    seed = None if files else start.settings.runtime.seed
+    return {"pairs": pairs.hexdigest(), "weights": json.dumps([weights, seed])}
+
+
+def _rows(sources: list[Any]) -> Iterator[bytes]:
+    for source in sources:
+        for index in range(len(source)):
+            for side in source[index].values():
+                yield side["tokens"].numpy().tobytes()
+                yield side["loss_mask"].numpy().tobytes()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+class _Kept(NamedTuple):
+    """The contents of REFERENCE_FILE."""
+
+    log_probs: torch.Tensor
+    pairs: str
+    weights: str
+
+    @classmethod
+    def read(cls, path: Path) -> _Kept | None:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                return cls(file.get_tensor("log_probs"), metadata["pairs"], metadata["weights"])
+        except (SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); delete it to compute it again."
+            ) from None
+
+    def write(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        metadata = {"pairs": self.pairs, "weights": self.weights}
+        write_file(path, save({"log_probs": self.log_probs.contiguous()}, metadata))

@@ -1,0 +1,204 @@
+"""FinetuneSettings: every flag of `launch/finetune_qwen2.py`, and the rules between them.
+
+Pretraining's flags are all here, but its data's. Names are MindSpeed-LLM's where it has the flag.
+Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """What is learnt from the data, and how long."""
+
+    stage: Literal["sft", "dpo"] = "sft"
+    """sft: what the assistant says in chats. dpo: to prefer the chosen of two answers (Rafailov et
+    al. 2023, arXiv:2305.18290)."""
+    num_train_epochs: float | None = None
+    """Passes over the data, instead of --train-iters or --train-samples."""
+    tokenizer_name_or_path: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Tokenizer for files of chats; by default the one beside the weights."""
+    dpo_beta: float = 0.1
+    """How strongly dpo holds the model to where it started."""
+    dpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The loss of a pair's margin."""
+    dpo_label_smoothing: float = 0.0
+    """With sigmoid: the share of pairs whose preference is taken for wrong (cDPO)."""
+    pref_ftx: float = 0.0
+    """Weight of the chosen answer's own sft loss, added to dpo's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) instead of all weights."""
+
+    lora_r: Annotated[int | None, tyro.conf.arg(aliases=["--lora-rank"])] = None
+    """Rank of the adapters; tunes them alone. Without it all weights are tuned."""
+    lora_alpha: float = 32.0
+    """The adapters' output is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs to drop."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Megatron's names (linear_qkv, linear_proj, linear_fc1, linear_fc2), Hugging Face's (q_proj,
+    gate_proj ...), or all-linear."""
+    use_rslora: Flag = False
+    """Multiply by alpha / sqrt(rank) instead."""
+    lora_load: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Start from this PEFT adapter; it says rank, alpha and targets."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether adapters are tuned, not the weights."""
+        return self.lora_r is not None or self.lora_load is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What is written at the end besides the last checkpoint."""
+
+    save_hf: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write the tuned model there as a Hugging Face folder, adapters merged into it."""
+    save_adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write the adapters there as a PEFT folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(TrainingSettings):
+    """Fine-tune Qwen2 / Qwen2.5 on chats: all weights or LoRA, SFT or DPO, one process per device.
+
+    torchrun --nproc-per-node 4 launch/finetune_qwen2.py --load Qwen2.5-0.5B --data-path chats.jsonl
+    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --seq-length 1024 --pack
+    --global-batch-size 16 --num-train-epochs 3 --lr 1e-5 --bf16 --save out --save-hf tuned
+    """
+
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    data: ChatDataSettings = field(default_factory=ChatDataSettings)
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+
+    def with_epochs(self, samples_per_epoch: int, world_size: int) -> FinetuneSettings:
+        """The same with --num-train-epochs told in steps; part of a last step is a step."""
+        epochs = self.tuning.num_train_epochs
+        if epochs is None:
+            return self
+        batch_size = self.global_batch_size(world_size)
+        steps = max(1, -(-round(epochs * samples_per_epoch) // batch_size))
+        return replace(self, batch=replace(self.batch, train_iters=steps))
+
+    def lora_config(self) -> LoraConfig | None:
+        """The adapters that --lora-r and its companions ask for; None without them.
+
+        Raises:
+            UserError: values that no adapter can have.
+        """
+        lora = self.lora
+        if lora.lora_r is None:
+            return None
+        return LoraConfig(
+            rank=lora.lora_r,
+            alpha=lora.lora_alpha,
+            dropout=lora.lora_dropout,
+            targets=lora.lora_target_modules,
+            use_rslora=lora.use_rslora,
+        )
+
+
+def parse(arguments: Sequence[str] | None = None) -> FinetuneSettings:
+    """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
+    return tyro.cli(
+        FinetuneSettings,
+        prog="finetune_qwen2.py",
+        description=FinetuneSettings.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+
+
+def validate(settings: FinetuneSettings, config: Qwen2Config, world_size: int) -> None:
+    """Checks everything that can be checked before any process group exists.
+
+    Raises:
+        UserError: all faults at once.
+    """
+    faults = shared_faults(settings, config, world_size)
+    faults += _length_faults(settings) + _tuning_faults(settings) + _adapter_faults(settings)
+    faults += _data_faults(settings)
+    raise_if(dict.fromkeys(faults))
+
+
+def _length_faults(settings: FinetuneSettings) -> list[str]:
+    batch, epochs = settings.batch, settings.tuning.num_train_epochs
+    given = (batch.train_iters, batch.train_samples, epochs)
+    if sum(value is not None for value in given) != 1:
+        return ["give one of --train-iters, --train-samples and --num-train-epochs."]
+    if epochs is not None and not epochs > 0:
+        return [f"--num-train-epochs {epochs} must be above zero."]
+    return []
+
+
+def _tuning_faults(settings: FinetuneSettings) -> list[str]:
+    tuning, faults = settings.tuning, []
+    if not tuning.dpo_beta > 0:
+        faults.append(f"--dpo-beta {tuning.dpo_beta} must be above zero.")
+    if not 0 <= tuning.dpo_label_smoothing < 0.5:
+        faults.append(
+            f"--dpo-label-smoothing {tuning.dpo_label_smoothing} must be from 0 to below 0.5."
+        )
+    if tuning.dpo_label_smoothing and tuning.dpo_loss_type != "sigmoid":
+        faults.append("--dpo-label-smoothing needs --dpo-loss-type sigmoid.")
+    if not tuning.pref_ftx >= 0:
+        faults.append(f"--pref-ftx {tuning.pref_ftx} must not be below zero.")
+    return faults
+
+
+def _adapter_faults(settings: FinetuneSettings) -> list[str]:
+    lora, export, faults = settings.lora, settings.export, []
+    try:
+        settings.lora_config()
+    except UserError as error:
+        faults += error.faults
+    if lora.lora_r is not None and lora.lora_load is not None:
+        faults.append("--lora-r and --lora-load: give one of them; an adapter has its rank.")
+    if export.save_adapter and not lora.is_on:
+        faults.append("--save-adapter needs --lora-r or --lora-load: there is no adapter.")
+    for flag, folder in (("--save-hf", export.save_hf), ("--save-adapter", export.save_adapter)):
+        if folder is not None and folder.exists() and any(folder.iterdir()):
+            faults.append(f"{flag} {folder} is there already; name a new folder, or remove it.")
+    if export.save_hf and settings.checkpoint.save is None:
+        faults.append("--save-hf needs --save: the folder is made from the last checkpoint.")
+    return faults
+
+
+def _data_faults(settings: FinetuneSettings) -> list[str]:
+    data, tp = settings.data, settings.parallel.tensor_model_parallel_size
+    faults = []
+    if data.eval_iters and not data.valid_data_path and settings.data.split == "100,0,0":
+        faults.append("--eval-iters needs --valid-data-path, or a share in --split, as in 98,2,0.")
+    if data.pad_to_multiple_of < 1:
+        faults.append(f"--pad-to-multiple-of {data.pad_to_multiple_of} must be at least 1.")
+    elif (
+        settings.parallel.sequence_parallel
+        and data.variable_seq_lengths
+        and data.pad_to_multiple_of % tp
+    ):
+        faults.append(
+            f"--sequence-parallel with --variable-seq-lengths needs --pad-to-multiple-of "
+            f"{data.pad_to_multiple_of} to be a multiple of tensor_model_parallel_size={tp}."
+        )
+    return faults

@@ -1,0 +1,333 @@
+"""Fine-tuning at every layout: losses over several steps against transformers and torch's AdamW.
+
+The reference sees each chat alone, without packing or padding, and knows preference pairs only by
+the formula of the paper.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed.harness import Checks, Run, main
+from helpers import make_tiny_hugging_face_folder, tiny_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen2_ascend.training.loop import TrainingRun
+
+TOLERANCE = 5e-7
+STEPS, LENGTH, GLOBAL_BATCH, LR, CLIP = 4, 32, 8, 3e-3, 0.3
+CHATS, PAIRS = 26, 10
+
+CHECKS = Checks()
+
+FLAGS = (
+    f"--seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} --train-iters {STEPS} --lr {LR} "
+    f"--lr-decay-style constant --weight-decay 0.1 --clip-grad {CLIP} --device cpu"
+)
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SFT = {
+    "one-by-one": (1, "--micro-batch-size 1"),
+    "all-at-once": (1, "--micro-batch-size 8"),
+    "variable": (1, "--micro-batch-size 2 --variable-seq-lengths"),
+    "packed": (1, "--micro-batch-size 1 --pack"),
+    "packed-rows": (1, "--micro-batch-size 4 --pack"),
+    "packed-recompute": (1, f"--micro-batch-size 2 --pack {RECOMPUTE}"),
+    "tp2-sp-packed": (2, f"{TP2} --sequence-parallel --micro-batch-size 2 --pack"),
+    "tp2-sp-variable": (
+        2,
+        f"{TP2} --sequence-parallel --micro-batch-size 2 --variable-seq-lengths "
+        "--pad-to-multiple-of 2",
+    ),
+    "pp2-packed": (2, f"{PP2} --micro-batch-size 2 --pack"),
+    "pp2-variable": (2, f"{PP2} --micro-batch-size 2 --variable-seq-lengths"),
+    "pp2-vpp2-packed": (2, f"{VPP2} --micro-batch-size 1 --pack"),
+    "dp2-packed": (2, "--use-distributed-optimizer --micro-batch-size 1 --pack"),
+    "tp2-pp2-packed": (4, f"{TP2} {PP2} --micro-batch-size 2 --pack"),
+    "pp4-packed": (4, "--pipeline-model-parallel-size 4 --micro-batch-size 2 --pack"),
+}
+DPO = {
+    "sigmoid": (1, "--micro-batch-size 2 --dpo-label-smoothing 0.1 --pref-ftx 0.5"),
+    "ipo": (1, "--micro-batch-size 4 --dpo-loss-type ipo"),
+    "hinge": (1, "--micro-batch-size 4 --dpo-loss-type hinge --variable-seq-lengths"),
+    "tp2-sp": (2, f"{TP2} --sequence-parallel --micro-batch-size 2"),
+    "pp2": (2, f"{PP2} --micro-batch-size 2"),
+    "dp2": (2, "--use-distributed-optimizer --micro-batch-size 2"),
+    "tp2-pp2": (4, f"{TP2} {PP2} --micro-batch-size 2"),
+}
+
+
+# --- chats ---------------------------------------------------------------------------------------
+
+
+def sft_losses_are_those_of_transformers(flags: str, run: Run) -> str:
+    training = start(run, f"{FLAGS} {flags} --data-path {chats(run)}")
+    batches = taken(training)
+    losses, norms = trained(training)
+    expected, expected_norms = reference(hugging_face_folder(run), batches, sft_loss)
+    return compared(losses, expected, norms, expected_norms)
+
+
+def sft_loss(model: Any, batch: list[dict[str, Any]]) -> torch.Tensor:
+    """The mean over the trained tokens of all chats, each of them run alone."""
+    import torch
+
+    losses = [token_losses(model, *chat) for sample in batch for chat in alone(sample)]
+    return torch.cat(losses).double().mean().float()
+
+
+def alone(sample: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """(tokens, labels, mask) of each chat of a sample; padding is left out."""
+    ends = sample.get("ends", (len(sample["tokens"]),))
+    parts = [
+        tuple(sample[key][start:end] for key in ("tokens", "labels", "loss_mask"))
+        for start, end in pairwise((0, *ends))
+    ]
+    return [part for part in parts if part[2].any()]
+
+
+def token_losses(model: Any, tokens: Any, labels: Any, mask: Any) -> torch.Tensor:
+    import torch
+
+    logits = model(tokens[None], use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")[mask.bool()]
+
+
+for _name, (_world_size, _flags) in SFT.items():
+    CHECKS.add(world_size=_world_size, name=f"sft-{_name}")(
+        functools.partial(sft_losses_are_those_of_transformers, _flags)
+    )
+
+
+@CHECKS.add(world_size=1)
+def accumulation_does_not_change_the_loss(run: Run) -> str:
+    """8 micro-batches of 1 and 1 of 8 weigh every token alike, though chats differ in length."""
+    found = []
+    for size in (1, 8):
+        training = start(run, f"{FLAGS} --micro-batch-size {size} --data-path {chats(run)}")
+        counts = [int(sample["loss_mask"].sum()) for sample in taken(training)[0]]
+        assert len(set(counts)) > 2, counts
+        found.append(trained(training)[0])
+    difference = max(abs(a - b) for a, b in zip(*found, strict=True))
+    assert difference <= TOLERANCE, found
+    return f"{difference:.1e}"
+
+
+# --- preference pairs ----------------------------------------------------------------------------
+
+
+def dpo_losses_are_those_of_the_formula(flags: str, run: Run) -> str:
+    training = start(run, f"{FLAGS} --stage dpo {flags} --data-path {pairs(run)}")
+    batches = taken(training)
+    losses, norms = trained(training)
+    tuning = training.settings.tuning
+    expected, expected_norms = reference(
+        hugging_face_folder(run), batches, functools.partial(dpo_loss, {}, tuning)
+    )
+    return compared(losses, expected, norms, expected_norms)
+
+
+def dpo_loss(
+    first_seen: dict[int, Any], tuning: Any, model: Any, batch: list[dict[str, Any]]
+) -> torch.Tensor:
+    """The paper's loss; the reference is what a first, unchanged model said."""
+    import torch
+
+    beta, losses = tuning.dpo_beta, []
+    if not first_seen:
+        first_seen.update(model=[p.detach().clone() for p in model.parameters()])
+    for pair in batch:
+        now = [answer(model, pair[side]) for side in ("chosen", "rejected")]
+        with torch.no_grad(), swapped(model, first_seen["model"]):
+            then = [answer(model, pair[side]) for side in ("chosen", "rejected")]
+        gains = [a.sum() - b.sum() for a, b in zip(now, then, strict=True)]
+        if tuning.dpo_loss_type == "ipo":
+            gains = [gain / len(a) for gain, a in zip(gains, now, strict=True)]
+        margin = gains[0] - gains[1]
+        if tuning.dpo_loss_type == "ipo":
+            loss = (margin - 1 / (2 * beta)) ** 2
+        elif tuning.dpo_loss_type == "hinge":
+            loss = torch.clamp(1 - beta * margin, min=0)
+        else:
+            right, e = torch.sigmoid(beta * margin), tuning.dpo_label_smoothing
+            loss = -(1 - e) * torch.log(right) - e * torch.log(1 - right)
+        losses.append(loss - tuning.pref_ftx * now[0].mean())
+    return torch.stack(losses).mean()
+
+
+def answer(model: Any, side: dict[str, Any]) -> torch.Tensor:
+    (chat,) = alone(side)
+    return -token_losses(model, *chat)
+
+
+class swapped:
+    """A model with other weights, for the length of a block."""
+
+    def __init__(self, model: Any, weights: list[Any]) -> None:
+        self.parameters, self.weights = list(model.parameters()), weights
+
+    def __enter__(self) -> None:
+        self.own = [p.detach().clone() for p in self.parameters]
+        self._set(self.weights)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self.own)
+
+    def _set(self, weights: list[Any]) -> None:
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.data = weight.clone()
+
+
+for _name, (_world_size, _flags) in DPO.items():
+    CHECKS.add(world_size=_world_size, name=f"dpo-{_name}")(
+        functools.partial(dpo_losses_are_those_of_the_formula, _flags)
+    )
+
+
+@CHECKS.add(world_size=2)
+def a_resumed_dpo_run_keeps_its_reference(run: Run) -> str:
+    """Two steps, then two more from the checkpoint, are the four of an undisturbed run."""
+    from distributed.train_worker import save
+
+    flags = f"{FLAGS} {TP2} --stage dpo --micro-batch-size 2 --data-path {pairs(run)}"
+    expected, _ = trained(start(run, flags))
+    folder = run.folder / "dpo"
+    first = start(run, f"{flags} --save {folder}")
+    before, _ = trained(first, steps=2)
+    save(first)
+    after, _ = trained(start(run, f"{flags} --save {folder}", load=folder), steps=2)
+    difference = max(abs(a - b) for a, b in zip(expected, [*before, *after], strict=True))
+    assert difference == 0, (expected, before, after)
+    return "bit-equal"
+
+
+# --- shared --------------------------------------------------------------------------------------
+
+
+def compared(
+    losses: list[float], expected: list[float], norms: list[float], expected_norms: list[float]
+) -> str:
+    differences = [abs(a - b) / max(1, b) for a, b in zip(losses, expected, strict=True)]
+    assert max(differences) <= TOLERANCE, f"losses {losses}, transformers {expected}"
+    worst = max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True))
+    assert worst <= 5e-6, f"gradient norms {norms}, transformers {expected_norms}"
+    return json.dumps({"losses": losses, "from transformers": max(differences), "norms": worst})
+
+
+def start(run: Run, flags: str, load: Path | None = None) -> TrainingRun:
+    """A run as `launch/finetune_qwen2.py` builds it."""
+    from qwen2_ascend import runtime
+    from qwen2_ascend.finetuning.finetune import prepare
+    from qwen2_ascend.finetuning.settings import parse, validate
+    from qwen2_ascend.training.setup import find_start
+
+    settings = parse([*flags.split(), "--load", str(load or hugging_face_folder(run))])
+    begin = find_start(settings)
+    validate(begin.settings, begin.config, run.runtime.world_size)
+    runtime.destroy_model_parallel()
+    runtime.initialize_model_parallel(begin.settings.layout(), begin.config.num_layers)
+    run.runtime.seed_all(begin.settings.runtime.seed)
+    return prepare(begin, run.runtime, lambda line: None).run
+
+
+def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:
+    """The samples of each step."""
+    data = training.train_data
+    return [
+        [data[step * GLOBAL_BATCH + place] for place in range(GLOBAL_BATCH)]
+        for step in range(STEPS)
+    ]
+
+
+def trained(training: TrainingRun, steps: int = STEPS) -> tuple[list[float], list[float]]:
+    from qwen2_ascend.training.loop import train_batches, train_step
+
+    batches = train_batches(training)
+    results = [train_step(training, batches) for _ in range(steps)]
+    return [result.loss for result in results], [result.grad_norm for result in results]
+
+
+def reference(
+    folder: Path, batches: list[list[dict[str, Any]]], loss_of: Any
+) -> tuple[list[float], list[float]]:
+    """(losses, gradient norms) of transformers and torch.optim.AdamW alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).float().train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8)
+    losses, norms = [], []
+    for batch in batches:
+        loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        optimizer.step()
+    return losses, norms
+
+
+def hugging_face_folder(run: Run) -> Path:
+    import torch
+
+    folder = run.folder / "model"
+    if run.runtime.rank == 0 and not folder.exists():
+        make_tiny_hugging_face_folder(folder, tiny_config())
+    torch.distributed.barrier()
+    return folder
+
+
+def chats(run: Run) -> Path:
+    """Chats of 4 to 20 tokens, written once."""
+    return _written(run, "chats", CHATS, ("",))
+
+
+def pairs(run: Run) -> Path:
+    """Preference pairs, written once."""
+    return _written(run, "pairs", PAIRS, ("chosen_", "rejected_"))
+
+
+def _written(run: Run, name: str, count: int, sides: tuple[str, ...]) -> Path:
+    import torch
+
+    prefix = run.folder / name
+    if run.runtime.rank == 0 and not list(run.folder.glob(f"{name}_*")):
+        for number, side in enumerate(sides):
+            _write(prefix, side, count, seed=number)
+    torch.distributed.barrier()
+    return prefix
+
+
+def _write(prefix: Path, side: str, count: int, seed: int) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = torch.Generator().manual_seed(seed)
+    paths = {key: f"{prefix}_packed_{side}{key}_document" for key in ("input_ids", "labels")}
+    builders = {key: IndexedDatasetBuilder(f"{path}.bin") for key, path in paths.items()}
+    for _ in range(count):
+        length = int(torch.randint(4, 21, (), generator=generator))
+        ids = torch.randint(0, tiny_config().vocab_size, (length,), generator=generator)
+        asked = int(torch.randint(1, length - 1, (), generator=generator))
+        labels = torch.where(torch.arange(length) < asked, -100, ids)
+        for key, row in (("input_ids", ids), ("labels", labels)):
+            builders[key].add_document(row, [length])
+    for key, builder in builders.items():
+        builder.finalize(f"{paths[key]}.idx")
+
+
+if __name__ == "__main__":
+    main(CHECKS)

@@ -1,0 +1,81 @@
+"""The flags of fine-tuning: what is refused, all at once, and what epochs come to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import tiny_config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.settings import parse, validate
+
+NEEDED = "--config 0.5B --seq-length 32 --lr 1e-5 --data-path chats"
+
+
+def faults_of(flags: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(parse([*NEEDED.split(), *flags.split()]), tiny_config(), world_size)
+    return "\n".join(caught.value.faults)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give one of --train-iters, --train-samples and --num-train-epochs"),
+        ("--train-iters 3 --num-train-epochs 1", "give one of --train-iters"),
+        ("--num-train-epochs 0", "--num-train-epochs 0.0 must be above zero"),
+        ("--train-iters 3 --dpo-beta 0", "--dpo-beta 0.0 must be above zero"),
+        ("--train-iters 3 --dpo-label-smoothing 0.5", "from 0 to below 0.5"),
+        ("--train-iters 3 --lora-r 0", "LoRA rank=0"),
+        ("--train-iters 3 --lora-r 4 --lora-target-modules q", "LoRA target 'q' is not known"),
+        ("--train-iters 3 --save-adapter out", "--save-adapter needs --lora-r or --lora-load"),
+        ("--train-iters 3 --save-hf out", "--save-hf needs --save"),
+        ("--train-iters 3 --eval-iters 2", "--eval-iters needs --valid-data-path"),
+        ("--train-iters 3 --pad-to-multiple-of 0", "--pad-to-multiple-of 0 must be at least 1"),
+    ],
+)
+def test_contradictions_are_refused(flags: str, message: str) -> None:
+    assert message in faults_of(flags)
+
+
+def test_sequence_parallel_needs_batches_that_tensor_parallel_ranks_divide() -> None:
+    flags = "--train-iters 3 --tensor-model-parallel-size 2 --sequence-parallel"
+    assert "multiple of tensor_model_parallel_size=2" in faults_of(
+        f"{flags} --variable-seq-lengths --pad-to-multiple-of 3", world_size=2
+    )
+
+
+def test_all_faults_are_named_at_once() -> None:
+    found = faults_of("--dpo-beta 0 --lora-r 0 --micro-batch-size 0")
+    assert found.count("\n") == 3, found
+
+
+def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    flags = f"--train-iters 3 --save {tmp_path}/run --save-hf {tmp_path}"
+    assert "is there already" in faults_of(flags)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "steps"), [(1, 16, 2), (1, 17, 3), (2.5, 16, 5), (0.01, 16, 1)]
+)
+def test_epochs_are_told_in_steps(epochs: float, samples: int, steps: int) -> None:
+    flags = f"{NEEDED} --num-train-epochs {epochs} --global-batch-size 8"
+    settings = parse(flags.split()).with_epochs(samples, world_size=1)
+    assert settings.train_iters(1) == steps
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from qwen2_ascend.finetuning.finetune import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--num-train-epochs" in done.stdout
