@@ -1,22 +1,22 @@
 """LoRA on a model of any layout.
 
-    apply_lora(chunks, lora, seed=...)      after the weights are loaded, before DDP: freezes the
-                                            weights, adds adapters (B = 0); build_optimizer then
-                                            sees adapter weights only
-    lora_state(chunks)                      one dict per chunk: {parameter name: parameter}
-    adapters_disabled(chunks)               context manager: the base model (the reference of DPO)
-    merge_adapters(chunks)                  W += scaling * B A in fp32, adapters removed, weights
-                                            trainable again; for saving or generating
-    merged_weights(chunks)                  the same as an iterator of (chunk, name, tensor), the
-                                            model stays as it is
+    apply_lora(chunks, lora, config, layout, seed=...)
+                              once the weights are loaded and before DDP: freezes them and adds
+                              adapters that change nothing yet (B = 0); build_optimizer then sees
+                              the adapters alone
+    lora_state(chunks)        a dict of each chunk's adapter parameters by name
+    adapters_disabled(chunks) context manager: the base model (the reference of DPO)
+    merged_weights(chunks)    an iterator of (chunk, name, W + scaling * B A)
+    merge_adapters(chunks)    puts those in and takes the adapters out
 
-    save_adapter(chunks, lora, config, layout, folder)     finetuning/adapter.py: a PEFT folder;
-    load_adapter(chunks, folder, config, layout)           every rank calls them. load_adapter
-                                            fills what apply_lora made; read_adapter_config(folder)
-                                            says which LoraConfig that has to be
-    save_adapter_tensors / load_adapter_tensors            the same for Adam's moments
+In `finetuning/adapter.py`, called by every rank:
 
-Merging files without a model: `qwen2-ascend convert --load-dir BASE --adapter FOLDER ...`.
+    save_adapter(chunks, lora, config, layout, folder)     a PEFT folder
+    load_adapter(chunks, lora, config, layout, folder)     into what apply_lora made;
+                              `read_lora_config(folder)` says what `lora` has to be
+    save_adapter_tensors, load_adapter_tensors             Adam's moments, in the same form
+
+Files are merged without a model by `qwen2-ascend convert --load-dir BASE --adapter FOLDER ...`.
 
 The representation. PEFT gives q_proj, k_proj and v_proj a pair A `[r, h]`, B `[rows, r]` each;
 Megatron holds them as one linear_qkv whose rows are mixed by query group. Here a Megatron module
@@ -28,6 +28,273 @@ than query groups too. Rows of projections that are not targets are zero and sta
 
 from __future__ import annotations
 
-from qwen2_ascend.lora_config import LoraConfig
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
-__all__ = ["LoraConfig"]
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from qwen2_ascend.checkpoint.adapter_rules import LORA_B, adapter_rules
+from qwen2_ascend.checkpoint.plan import overlap, volume
+from qwen2_ascend.checkpoint.rules import BY_COLUMNS, Box, Rule
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.runtime.megatron_compat import megatron_release
+
+__all__ = [
+    "LoraConfig",
+    "adapters_disabled",
+    "apply_lora",
+    "lora_state",
+    "merge_adapters",
+    "merged_weights",
+    "unwrap",
+]
+
+
+def apply_lora(
+    chunks: Sequence[Any],
+    lora: LoraConfig,
+    config: Qwen2Config,
+    layout: ParallelLayout,
+    *,
+    seed: int = 1234,
+) -> None:
+    """Freezes this rank's model chunks and adds adapters, of which B is zero.
+
+    A is PEFT's default, uniform within 1 / sqrt(columns), from a generator that is seeded by the
+    tensor's name: the same values at any layout.
+
+    Args:
+        chunks: what `build_model` gave, with their weights, not yet in DistributedDataParallel.
+        lora: the adapter.
+        config: the model's shape.
+        layout: how it is cut.
+        seed: of the values of A.
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    rules = adapter_rules(config, lora)
+    for chunk, layers in zip(chunks, layout.stages(config.num_layers)[stage], strict=True):
+        chunk.requires_grad_(False)
+        for local, layer in enumerate(layers):
+            for rule_a, rule_b in zip(rules[::2], rules[1::2], strict=True):
+                name = rule_b.megatron.format(local).removesuffix(f".{LORA_B}")
+                module = chunk.get_submodule(name)
+                adapter = Adapter(module, rule_a, rule_b, lora, layout.tp)
+                adapter.initialize(rule_a, layer, seed)
+                module.add_module("adapter", adapter)
+                module.register_forward_hook(_add_adapter)
+        _let_gradients_through(chunk)
+        if megatron_release() < (0, 16):
+            _hold_frozen_embedding(chunk, layout)
+
+
+class Adapter(torch.nn.Module):
+    """The adapter of one linear module, cut over the tensor-parallel ranks as the module is.
+
+    Of a column-parallel module every rank has all of A and its rows of B; of a row-parallel one its
+    columns of A and all of B. What is exchanged between ranks is the product with A, `rank` numbers
+    a token and target.
+
+    Attributes:
+        lora_A: `[targets * rank, in]`
+        lora_B: `[out, rank]`
+        is_enabled: whether the module's output is changed.
+    """
+
+    def __init__(self, module: Any, rule_a: Rule, rule_b: Rule, lora: LoraConfig, tp: int) -> None:
+        super().__init__()
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        weight = module.weight
+        self.is_row_parallel = rule_a.shard_axis == BY_COLUMNS
+        self.sequence_parallel = bool(module.config.sequence_parallel and tp > 1)
+        self.scaling, self.dropout_p = lora.scaling, lora.dropout
+        self.is_enabled = True
+        self._box_a, box_b = rule_a.shard(tp, tp_rank), rule_b.shard(tp, tp_rank)
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.lora_A = torch.nn.Parameter(torch.zeros(rule_a.shape(self._box_a), **like))
+        self.lora_B = torch.nn.Parameter(torch.zeros(rule_b.shape(box_b), **like))
+        assert len(self.lora_B) == len(weight), (self.lora_B.shape, weight.shape)
+        self.register_buffer("_owners", _owners(rule_b, box_b, **like), persistent=False)
+        cut, whole = self.lora_B, self.lora_A
+        if self.is_row_parallel:
+            cut, whole = whole, cut
+        set_tensor_model_parallel_attributes(cut, True, int(self.is_row_parallel), 1)
+        # Of these every rank sees its part of the sequence only: megatron-core adds them up.
+        whole.sequence_parallel = self.sequence_parallel  # pyright: ignore
+
+    @torch.no_grad()
+    def initialize(self, rule_a: Rule, layer: int, seed: int) -> None:
+        """Draws each target's whole A and takes this rank's columns; B stays zero."""
+        _, rows, (start, stop) = self._box_a
+        for own, (name, box) in zip(self.lora_A.split(rows[1]), rule_a.parts, strict=True):
+            columns = box[2][1]
+            digest = hashlib.sha256(f"{seed} {name.format(layer)}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            drawn = torch.empty(rows[1], columns)
+            drawn.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+            own.copy_(drawn[:, start:stop])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's input to what is added to its output, with the module's shapes."""
+        low = linear(self._dropped(x), self.lora_A) * self.scaling
+        if self.is_row_parallel:
+            if self.sequence_parallel:
+                low = reduce_scatter_to_sequence_parallel_region(low)
+            else:
+                low = reduce_from_tensor_model_parallel_region(low)
+        elif self.sequence_parallel:
+            low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)
+        else:
+            low = copy_to_tensor_model_parallel_region(low)
+        return linear(low, self._wide_b(self.lora_B))
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """What merging adds to the weight, in fp32 and of its shape."""
+        return self._wide_b(self.lora_B).float() @ self.lora_A.float() * self.scaling
+
+    def _wide_b(self, b: Tensor) -> Tensor:
+        """`[out, targets * rank]`: each row of B under its own target's A, zero under the others.
+
+        So that one product serves all targets, in whichever order the module has their rows.
+        """
+        owners: Any = self._owners
+        if owners is None:
+            return b
+        return (b.unsqueeze(1) * owners.unsqueeze(2)).flatten(1)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if self.dropout_p == 0.0 or not self.training:
+            return x
+        # Where ranks hold parts of x each drops in its own; under sequence parallelism the block
+        # forked already. Else all ranks drop alike.
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+        forks = self.is_row_parallel and not self.sequence_parallel
+        with tracker.fork() if forks else nullcontext():
+            return dropout(x, self.dropout_p)
+
+
+def lora_state(chunks: Sequence[Any]) -> list[dict[str, torch.nn.Parameter]]:
+    """The adapters' parameters of each chunk, by their names in the unwrapped model."""
+    return [_adapter_parameters(unwrap(chunk)) for chunk in chunks]
+
+
+@contextmanager
+def adapters_disabled(chunks: Sequence[Any]) -> Iterator[None]:
+    """Within it the chunks compute what the base model does."""
+    adapters = [adapter for chunk in chunks for _, _, adapter in _adapters(unwrap(chunk))]
+    for adapter in adapters:
+        adapter.is_enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_enabled = True
+
+
+@torch.no_grad()
+def merged_weights(chunks: Sequence[Any]) -> Iterator[tuple[int, str, Tensor]]:
+    """Yields (chunk, parameter name, merged weight) of every module with an adapter.
+
+    The sum is made in fp32 and rounded once to the weight's dtype. No ranks are asked.
+    """
+    for index, chunk in enumerate(chunks):
+        for name, module, adapter in _adapters(unwrap(chunk)):
+            weight = module.weight
+            merged = (weight.float() + adapter.delta()).to(weight.dtype)
+            yield index, f"{name}.weight", merged
+
+
+@torch.no_grad()
+def merge_adapters(chunks: Sequence[Any]) -> None:
+    """Adds the adapters to the weights and takes them out; the chunks must not be in DDP."""
+    for chunk in chunks:
+        for _, module, adapter in list(_adapters(chunk)):
+            weight = module.weight
+            weight.copy_((weight.float() + adapter.delta()).to(weight.dtype))
+            del module.adapter
+            for key, hook in list(module._forward_hooks.items()):
+                if hook is _add_adapter:
+                    del module._forward_hooks[key]
+
+
+def unwrap(chunk: Any) -> Any:
+    """The GPTModel in a DistributedDataParallel."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _adapters(chunk: Any) -> Iterator[tuple[str, Any, Adapter]]:
+    """(name, module, adapter) of every module that has one."""
+    for name, module in chunk.named_modules():
+        if isinstance(adapter := getattr(module, "adapter", None), Adapter):
+            yield name, module, adapter
+
+
+def _adapter_parameters(chunk: Any) -> dict[str, torch.nn.Parameter]:
+    return {
+        f"{name}.adapter.{key}": parameter
+        for name, _, adapter in _adapters(chunk)
+        for key, parameter in adapter.named_parameters()
+    }
+
+
+def _add_adapter(module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
+    """Forward hook of a linear module: (output, bias) with the adapter's output added."""
+    if not module.adapter.is_enabled:
+        return output
+    out, bias = output
+    return out + module.adapter(args[0]), bias
+
+
+def _owners(rule_b: Rule, box: Box, **like: Any) -> Tensor | None:
+    """Which target each row of B belongs to, one-hot `[out, targets]`; None if all to one."""
+    columns = box[2]
+    owners = torch.zeros(*(stop - start for start, stop in box[:2]), len(rule_b.parts))
+    for target, (_, part) in enumerate(rule_b.parts):
+        common = overlap((*part[:2], columns), box)
+        if volume(common):
+            (b0, b1), (r0, r1), _ = common
+            block, row = box[0][0], box[1][0]
+            owners[b0 - block : b1 - block, r0 - row : r1 - row, target] = 1
+    owners = owners.flatten(0, 1)
+    return owners.to(**like) if len(rule_b.parts) > 1 or not owners.all() else None
+
+
+def _let_gradients_through(chunk: Any) -> None:
+    """Makes the frozen embedding's output ask for a gradient.
+
+    Recomputed layers give none to their adapters unless one of their inputs does.
+    """
+
+    def ask(module: Any, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+
+    if chunk.pre_process:
+        chunk.embedding.register_forward_hook(ask)
+
+
+def _hold_frozen_embedding(chunk: Any, layout: ParallelLayout) -> None:
+    """Gives megatron-core 0.12 a gradient to add up over the stages of a tied embedding.
+
+    It asks for one without looking whether the embedding is frozen.
+    """
+    if layout.pp > 1 and chunk.share_embeddings_and_output_weights:
+        weight = chunk.shared_embedding_or_output_weight()
+        if weight is not None:
+            weight.main_grad = torch.zeros(1, dtype=torch.float32, device=weight.device)
