@@ -1,8 +1,9 @@
 """`qwen2-ascend doctor`: what is installed, which devices there are, and what is wrong with them.
 
-It is made for broken installations. So nothing but the standard library is imported here: packages
-are looked up by their metadata, and what has to be imported is imported in a process of its own,
-whose crash is a finding. Every finding that is a problem says the way out.
+It is made for broken installations. So nothing is imported here but the standard library and this
+package's own tables: packages are looked up by their metadata, and what has to be imported is
+imported in a process of its own, whose crash is a finding. Every finding that is a problem says the
+way out.
 """
 
 from __future__ import annotations
@@ -26,14 +27,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-OPTIONAL_PACKAGES = ("torch_npu", "mindspeed", "pyarrow", "matplotlib", "tensorboard", "datasets")
+from qwen2_ascend.runtime import diagnosis, environment, mindspeed
 
-MINDSPEED_FOR_MEGATRON_CORE = {
-    "0.12": "branches 2.3.0_core_r0.12.1, 26.0.0, 26.1.0 and master (from 26.0.0 on also the "
-    "Megatron-LM tree with megatron.training on PYTHONPATH)",
-    "0.16": "branch core_r0.16.0",
-}
-"""Which MindSpeed goes with which megatron-core."""
+OPTIONAL_PACKAGES = ("torch_npu", "mindspeed", "pyarrow", "matplotlib", "tensorboard", "datasets")
 
 SMALL_SHM_BYTES = 512 * 2**20
 SMALL_OPEN_FILES = 4096
@@ -186,8 +182,9 @@ if core:
 mindspeed = importlib.util.find_spec("mindspeed")
 places = list(mindspeed.submodule_search_locations or []) if mindspeed else []
 print(json.dumps(dict(core=core, version=version, training=where("megatron.training"),
-    adaptor=any(os.path.exists(os.path.join(p, "megatron_adaptor.py")) for p in places),
-    mindspeed=places[0] if places else None)))
+    mindspeed=places[0] if places else None,
+    missing=[name for name in ("einops", "scipy", "triton")
+             if importlib.util.find_spec(name) is None])))
 """
 
 _IMPORT_MEGATRON = "import json, megatron.core; print(json.dumps(megatron.core.__version__))"
@@ -282,17 +279,11 @@ def _torch_npu(machine: Machine) -> Iterator[Finding]:
         return
     probe = machine.probe(_TORCH_NPU)
     if probe.error:
-        way_out = "install CANN and run: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
-        if scripts := _set_env_scripts(machine):
-            way_out = f"run: source {scripts[0]}"
-        yield problem("import torch_npu", probe.error, way_out)
+        why = diagnosis.import_fault(probe.error, machine.environ, machine.root)
+        yield problem("import torch_npu", probe.error, why)
     elif not probe.answer["count"]:
-        yield problem(
-            "import torch_npu",
-            "works, and sees no device",
-            "check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES, and that the container was given "
-            "the /dev/davinci* devices.",
-        )
+        why = diagnosis.no_device_fault(machine.environ, machine.root)
+        yield problem("import torch_npu", "works, and sees no device", why)
     else:
         names = sorted(set(probe.answer["names"]))
         yield ok("import torch_npu", f"sees {probe.answer['count']} x {', '.join(names)}")
@@ -318,15 +309,11 @@ def _npu_devices(machine: Machine) -> Iterator[Finding]:
             "/dev/devmm_svm --device /dev/hisi_hdc",
         )
     visible = machine.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    if visible is not None:
-        if re.fullmatch(r"\s*\d+(\s*[,-]\s*\d+)*\s*", visible):
-            yield note("NPU devices", f"ASCEND_RT_VISIBLE_DEVICES={visible} hides the others")
-        elif devices:
-            yield problem(
-                "NPU devices",
-                f"ASCEND_RT_VISIBLE_DEVICES={visible!r} names no device",
-                "unset it, or list numbers: 0,1,2,3",
-            )
+    if fault := diagnosis.visible_devices_fault(machine.environ, len(devices) or None):
+        name, _, rest = fault.partition(": ")
+        yield problem("NPU devices", f"{name} is wrong", rest)
+    elif visible is not None:
+        yield note("NPU devices", f"ASCEND_RT_VISIBLE_DEVICES={visible} hides the others")
 
 
 def _npu_smi(machine: Machine) -> Iterator[Finding]:
@@ -362,7 +349,7 @@ def _npu_smi(machine: Machine) -> Iterator[Finding]:
 def _cann(machine: Machine) -> Iterator[Finding]:
     home = machine.environ.get("ASCEND_HOME_PATH") or machine.environ.get("ASCEND_TOOLKIT_HOME")
     needed = bool(machine.davinci_devices) or machine.version("torch_npu") is not None
-    scripts = _set_env_scripts(machine)
+    scripts = diagnosis.set_env_scripts(machine.environ, machine.root)
     if home is None:
         if needed or scripts:
             way_out = f"run: source {scripts[0]}" if scripts else "install CANN."
@@ -381,17 +368,6 @@ def _install_info(machine: Machine, home: str) -> str:
         machine.read(f"{home}/{folder}ascend_toolkit_install.info")
         for folder in ("", "aarch64-linux/", "x86_64-linux/")
     )
-
-
-def _set_env_scripts(machine: Machine) -> list[str]:
-    home = machine.environ.get("HOME", "/root")
-    places = [f"{base}/Ascend/{kind}" for base in ("/usr/local", home) for kind in _CANN_FOLDERS]
-    return [
-        f"{place}/set_env.sh" for place in places if machine.file(f"{place}/set_env.sh").exists()
-    ]
-
-
-_CANN_FOLDERS = ("cann", "ascend-toolkit", "nnae")
 
 
 def _megatron(machine: Machine) -> Iterator[Finding]:
@@ -460,46 +436,37 @@ def _helpers_cpp(machine: Machine) -> Iterator[Finding]:
 def _mindspeed(machine: Machine) -> Iterator[Finding]:
     found = machine.megatron.answer or {}
     version = machine.version("mindspeed")
-    if version is None and not found.get("mindspeed"):
+    if not found.get("mindspeed"):
         return
-    if not found.get("adaptor"):
-        yield problem(
-            "mindspeed",
-            f"{version or ''} in {found.get('mindspeed')} has no megatron_adaptor: the package of "
-            "that name on the Python package index is a placeholder".lstrip(),
-            "install MindSpeed from its source repository (Ascend/MindSpeed).",
-        )
-        return
-    core = found.get("version") or machine.version("megatron-core") or "none"
-    fitting = MINDSPEED_FOR_MEGATRON_CORE.get(".".join(core.split(".")[:2]))
-    if fitting is None:
-        known = ", ".join(f"{release}.x" for release in MINDSPEED_FOR_MEGATRON_CORE)
-        yield problem(
-            "mindspeed",
-            f"no MindSpeed is known to work with megatron-core {core}",
-            f"use megatron-core {known}, or uninstall MindSpeed; the layers here do not need it.",
-        )
-    elif version and _wrong_pair(version, core):
-        yield problem(
-            "mindspeed",
-            f"{version} does not go with megatron-core {core}",
-            f"for {core} install {fitting}.",
-        )
-    elif version and version.startswith("26.") and not found.get("training"):
-        yield problem(
-            "mindspeed",
-            f"{version} needs megatron.training, which pip's megatron-core does not have",
-            "put the Megatron-LM tree core_v0.12.1 on PYTHONPATH.",
-        )
+    installed = mindspeed.inspect_folder(Path(found["mindspeed"]), version)
+    stack = mindspeed.Stack(
+        megatron_core=found.get("version") or machine.version("megatron-core") or "none",
+        torch=_release(machine.version("torch") or "none"),
+        has_training=bool(found.get("training")),
+        missing=tuple(found.get("missing", ())),
+    )
+    if fault := mindspeed.fault(installed, stack):
+        what, *pairs = fault.splitlines()
+        way_out = "\n".join(["the pairs that go together:", *pairs] if pairs else [])
+        needless = "or uninstall MindSpeed; the layers here do not need it."
+        yield problem("mindspeed", what, f"{way_out}\n{needless}".lstrip())
     else:
-        yield note("mindspeed", f"{version or 'version unknown'}; for {core} it must be {fitting}")
+        yield note("mindspeed", mindspeed.choose(None, "npu", installed, stack).why)
 
 
-def _wrong_pair(mindspeed: str, core: str) -> bool:
-    """True where MindSpeed's version says which megatron-core it is for, and it is another."""
-    named = re.search(r"0\.(\d+)\.\d+", mindspeed)
-    wanted = f"0.{named[1]}." if named else "0.12." if mindspeed.startswith("26.") else None
-    return wanted is not None and not core.startswith(wanted)
+def _environment(machine: Machine) -> Iterator[Finding]:
+    """What a run on an NPU sets, or leaves because it is set."""
+    if machine.version("torch_npu") is None and not machine.davinci_devices:
+        return
+    for variable in environment.wanted(600):
+        found = machine.environ.get(variable.name)
+        ruled_out = [name for name in variable.unless if name in machine.environ]
+        if found is not None:
+            yield ok(variable.name, f"{found} (a run would set {variable.value}): {variable.why}")
+        elif ruled_out:
+            yield ok(variable.name, f"is left unset, because {ruled_out[0]} is set")
+        else:
+            yield ok(variable.name, f"a run sets {variable.value}: {variable.why}")
 
 
 def _memory(machine: Machine) -> Iterator[Finding]:
@@ -574,6 +541,7 @@ CHECKS: tuple[tuple[str, Callable[[Machine], Iterator[Finding]]], ...] = (
     ("npu-smi", _npu_smi),
     ("CANN", _cann),
     ("torch_npu", _torch_npu),
+    ("environment", _environment),
     ("memory", _memory),
     ("limits", _limits),
     ("network", _network),
@@ -642,7 +610,9 @@ def report(findings: Sequence[Finding]) -> str:
         mark = {"ok": "ok", "note": "note", "problem": "PROBLEM"}[finding.level]
         lines.append(f"{mark:<7}  {finding.name:<{width}}  {finding.text}")
         if finding.way_out:
-            lines.append(f"{'':<7}  {'':<{width}}  -> {finding.way_out}")
+            indent = f"{'':<7}  {'':<{width}}  "
+            way_out = finding.way_out.replace("\n", f"\n{indent}   ")
+            lines.append(f"{indent}-> {way_out}")
     count = sum(finding.level == "problem" for finding in findings)
     lines += ["", "no problem found" if not count else f"{count} problem(s) found"]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def torch_npu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """An installed torch_npu of torch's own release with two devices; tests change its facts."""
     release = torch.__version__.split("+")[0]
     facts = types.SimpleNamespace(version=release, devices=2)
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
     module = types.ModuleType("torch_npu")
     module.npu = types.SimpleNamespace(device_count=lambda: facts.devices)  # type: ignore
     find_spec, version = importlib.util.find_spec, importlib.metadata.version
@@ -69,6 +71,64 @@ def test_npu_without_a_device_says_so(torch_npu: types.SimpleNamespace) -> None:
     with pytest.raises(UserError, match="sees no device"):
         select_device("npu")
     assert select_device() != "npu"
+
+
+def test_an_npu_that_is_not_used_is_told_in_the_log(
+    torch_npu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A broken torch_npu must not lead to days on the CPU without a word."""
+    monkeypatch.setattr(npu, "_ROOT", tmp_path)
+    torch_npu.version = "1.11.0"
+    line = npu.warning("cpu")
+    assert line and line.startswith(
+        "warning: no NPU is used, this runs on the cpu: torch_npu is 1."
+    )
+    assert "\n" not in line and "pip install" in line
+    torch_npu.version = torch.__version__
+    torch_npu.devices = 0
+    assert "there is no /dev/davinci*" in (npu.warning("cpu") or "")
+
+
+def test_a_machine_with_npus_and_without_torch_npu_is_told_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(npu, "_ROOT", tmp_path)
+    monkeypatch.setattr(npu, "is_installed", lambda: False)
+    assert npu.warning("cpu") is None
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "davinci0").touch()
+    assert "this machine has NPUs, and this runs on the cpu" in (npu.warning("cpu") or "")
+
+
+@pytest.mark.parametrize(
+    ("sim", "node", "simulated"),
+    [
+        (None, None, True),
+        (None, "davinci0", False),
+        (None, "davinci_manager", False),
+        ("Ascend910B2", "davinci0", True),
+    ],
+)
+def test_a_device_without_a_driver_is_simulated(
+    sim: str | None, node: str | None, simulated: bool, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(npu, "_ROOT", tmp_path)
+    monkeypatch.delenv(npu.SIMULATED, raising=False)
+    if sim:
+        monkeypatch.setenv(npu.SIMULATED, sim)
+    if node:
+        (tmp_path / "dev").mkdir()
+        (tmp_path / "dev" / node).touch()
+    assert npu.is_simulated() is simulated
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    npu.check_process_count(8, 8)
+    with pytest.raises(UserError, match=r"8 processes .* 4 npu device.*--nproc-per-node 4"):
+        npu.check_process_count(8, 4)
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0, 1")
+    with pytest.raises(UserError, match=r"VISIBLE_DEVICES=0, 1\); .* first character"):
+        npu.check_process_count(2, 1)
 
 
 def test_the_npu_path_transfers_and_records_its_additions(
