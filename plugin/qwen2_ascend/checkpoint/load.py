@@ -14,7 +14,7 @@ import numpy as np
 
 from qwen2_ascend.checkpoint.copying import Reader
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.checkpoint.plan import Held, make_plan, volume
+from qwen2_ascend.checkpoint.plan import Held, Write, make_plan, volume
 from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.checkpoint.source import Source, open_source
 from qwen2_ascend.checkpoint.verify import check_replicas
@@ -51,14 +51,36 @@ def load_checkpoint_weights(
         UserError: the source does not fit its config, holds a tensor twice and differently, or the
             model is another one.
     """
-    source = source if isinstance(source, Source) else open_source(source)
+    load_tensors(
+        [_parameters(chunk) for chunk in chunks],
+        source if isinstance(source, Source) else open_source(source),
+        layout,
+        padded_vocab_size=padded_vocab_size,
+        tp_rank=tp_rank,
+        pp_stage=pp_stage,
+    )
+
+
+def load_tensors(
+    chunks: Sequence[Mapping[str, torch.Tensor]],
+    source: Source,
+    layout: ParallelLayout,
+    *,
+    padded_vocab_size: int,
+    tp_rank: int,
+    pp_stage: int,
+) -> None:
+    """As `load_checkpoint_weights`, into tensors that have a parameter's name and shape each.
+
+    Raises:
+        UserError: the source holds a tensor twice and differently, or the model is another one.
+    """
     layout.check(source.config, padded_vocab_size)
     pieces = megatron_pieces(source.config, layout, padded_vocab_size)
     with Reader() as reader:
-        for chunk, module in enumerate(chunks):
+        for chunk, tensors in enumerate(chunks):
             expected = pieces[Shard(tp_rank, pp_stage, chunk)]
-            parameters = _parameters(module)
-            _check(expected, parameters)
+            _check(expected, tensors)
             targets = [
                 Held(name, piece, StoredTensor(_IN_MEMORY, 0, piece.shape, "fp32"))
                 for name, piece in expected.items()
@@ -67,15 +89,18 @@ def load_checkpoint_weights(
             own = {piece.tensor for piece in expected.values()}
             check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
             for write in plan.writes:
-                parameter = parameters[write.target.name]
-                staged, array = _staging(parameter)
-                array[...] = 0
-                box = write.target.piece.box
-                shape = tuple(stop - start for start, stop in box)
-                assert array.size == volume(box)
-                reader.fill(array.reshape(shape), box, write.copies)
-                if staged is not parameter:
-                    parameter.copy_(staged)
+                _fill(tensors[write.target.name], write, reader)
+
+
+def _fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:
+    staged, array = _staging(tensor)
+    array[...] = 0
+    box = write.target.piece.box
+    shape = tuple(stop - start for start, stop in box)
+    assert array.size == volume(box)
+    reader.fill(array.reshape(shape), box, write.copies)
+    if staged is not tensor:
+        tensor.copy_(staged)
 
 
 def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:

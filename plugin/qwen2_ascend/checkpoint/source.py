@@ -126,6 +126,33 @@ def open_source(
     return _open_ranks(iteration, config, side_files)
 
 
+def open_torch_dist_states(
+    folder: Path, config: Qwen2Config, prefixes: Iterable[str]
+) -> dict[str, Source]:
+    """What a torch_dist folder holds beside every weight, such as Adam's moments.
+
+    Args:
+        folder: of one iteration.
+        config: the model's; rows from its vocab_size on are padding and are not loaded.
+        prefixes: what the keys of each kind have before the weight's own; "" is the weights.
+
+    Returns:
+        By prefix, a source that `load.load_tensors` reads as if its tensors were weights.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    prefixes = tuple(prefixes)
+    chunks = torch_dist.read(folder, wanted=lambda key: key.startswith(prefixes)).chunks
+    sources = {}
+    for prefix in prefixes:
+        own = {k.removeprefix(prefix): v for k, v in chunks.items() if k.startswith(prefix)}
+        own = {key: parts for key, parts in own.items() if _is_model_key(key)}
+        where = f"{folder}: {prefix}*"
+        sources[prefix] = _torch_dist_source(folder, config, (), own, where)
+    return sources
+
+
 def target_dtype(source: Source, wanted: str | None) -> str:
     """The dtype to write: `wanted` (--dtype), or the one that all the source's tensors have.
 
@@ -220,11 +247,11 @@ def _format_name(held: list[Held]) -> str:
     return "safetensors" if held[0].stored.path.suffix == ".safetensors" else "megatron"
 
 
-def _check_layer_count(folder: Path, config: Qwen2Config, num_tensors: int) -> None:
+def _check_layer_count(where: Path | str, config: Qwen2Config, num_tensors: int) -> None:
     """Before anything is enumerated per layer: a config may claim any number of them."""
     if config.num_layers > num_tensors:
         raise UserError(
-            f"{folder}: config.json says {config.num_layers} layers, "
+            f"{where}: config.json says {config.num_layers} layers, "
             f"but there are only {num_tensors} tensors."
         )
 
@@ -322,12 +349,23 @@ def _padded_vocab_size(
 
 def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
     chunks = torch_dist.read(folder, wanted=_is_model_key).chunks
+    return _torch_dist_source(folder, config, side_files, chunks, str(folder))
+
+
+def _torch_dist_source(
+    folder: Path,
+    config: Qwen2Config,
+    side_files: tuple[Path, ...],
+    chunks: Mapping[str, list[torch_dist.Chunk]],
+    where: str,
+) -> Source:
+    """The source of `chunks`, whose keys are weights'; `where` begins every fault."""
     if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
-        raise UserError(f"{folder}: no {EMBEDDING} in it; not a Qwen2 model.")
+        raise UserError(f"{where}: no {EMBEDDING} in it; not a Qwen2 model.")
     padded = chunks[EMBEDDING][0].global_shape[0]
     if padded < config.vocab_size:
         raise UserError(
-            f"{folder}: {padded} vocabulary rows, fewer than vocab_size={config.vocab_size}."
+            f"{where}: {padded} vocabulary rows, fewer than vocab_size={config.vocab_size}."
         )
     rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
     held: list[Held] = []
@@ -343,10 +381,10 @@ def _open_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, 
         elif megatron.plain_name(key):
             unexpected.append(key)
     faults = _names("unexpected tensors", unexpected) + _some(faults)
-    raise_if(f"{folder}: {fault}" for fault in faults)
-    _check_layer_count(folder, config, len(held))
+    raise_if(f"{where}: {fault}" for fault in faults)
+    _check_layer_count(where, config, len(held))
     faults += _coverage_faults(rules.values(), held, config)
-    raise_if(f"{folder}: {fault}" for fault in faults)
+    raise_if(f"{where}: {fault}" for fault in faults)
     return Source(
         kind="mg",
         folder=folder,

@@ -29,14 +29,16 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from qwen2_ascend.checkpoint.formats import megatron, torch_pt
+from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.checkpoint.load import load_tensors
+from qwen2_ascend.checkpoint.source import open_torch_dist_states
 from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
 from qwen2_ascend.checkpoint.target import megatron_args
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
-from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
+from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist, virtual_stage
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training import schedule as schedules
 from qwen2_ascend.training.loop import Progress, TrainingRun
@@ -248,10 +250,15 @@ def _kinds(chunks: Sequence[Any]) -> tuple[str, ...]:
 def _sharded_models(chunks: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """The weights as megatron-core's sharded tensors, by chunk and local name."""
     models = {}
-    for name, chunk in zip(_model_names(chunks), chunks, strict=True):
-        sharded = unwrap(chunk).sharded_state_dict(prefix="")
+    for index, (name, chunk) in enumerate(zip(_model_names(chunks), chunks, strict=True)):
+        with virtual_stage(index if len(chunks) > 1 else None):
+            sharded = unwrap(chunk).sharded_state_dict(prefix="")
         models[name] = {key: value for key, value in sharded.items() if megatron.plain_name(key)}
     return models
+
+
+def _state_key(kind: str, weight: str) -> str:
+    return f"optimizer.state.{kind}.{weight}"
 
 
 def _sharded_optimizer(run: TrainingRun, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -266,10 +273,9 @@ def _sharded_optimizer(run: TrainingRun, models: Mapping[str, Mapping[str, Any]]
     return state
 
 
-def _like(weight: Any, kind: str | None, value: torch.Tensor) -> Any:
-    """A sharded tensor, or a factory of some, with other contents; None is the weight itself."""
-    key = weight.key if kind is None else f"optimizer.state.{kind}.{weight.key}"
-    changes: dict[str, Any] = {"key": key, "data": value}
+def _like(weight: Any, kind: str, value: torch.Tensor) -> Any:
+    """A sharded tensor, or a factory of some, with other contents."""
+    changes: dict[str, Any] = {"key": _state_key(kind, weight.key), "data": value}
     if isinstance(weight, ShardedTensor):
         changes["dtype"] = value.dtype
     return replace(weight, **changes)
@@ -332,7 +338,9 @@ def resume(
     if wants_rng and not same_layout:
         notes.append("another layout: the random number generators are seeded anew")
     if megatron.is_torch_dist(saved.folder):
-        state, rng = _read_torch_dist(run, saved, wants_optimizer, wants_rng and same_layout)
+        state, rng = _read_torch_dist(
+            run, saved, identity, wants_optimizer, wants_rng and same_layout
+        )
     else:
         if wants_optimizer and not same_layout:
             raise UserError(_other_layout(saved, common["args"]))
@@ -364,33 +372,57 @@ def _other_layout(saved: SavedRun, args: Namespace) -> str:
 
 
 def _read_torch_dist(
-    run: TrainingRun, saved: SavedRun, wants_optimizer: bool, wants_rng: bool
+    run: TrainingRun,
+    saved: SavedRun,
+    identity: CheckpointIdentity,
+    wants_optimizer: bool,
+    wants_rng: bool,
 ) -> tuple[dict[str, Any], Any]:
-    state: dict[str, Any] = {}
-    if wants_optimizer:
-        found = saved.common["contents"]["optimizer"]
-        kinds = dict.fromkeys([*found, *_kinds(run.chunks)])
-        state[OPTIMIZER] = {
-            name: {
-                key: {
-                    # fp32 weights are their own main weights
-                    kind: _like(weight, kind if kind in found else None, _empty_like(weight))
-                    for kind in kinds
-                }
-                for key, weight in model.items()
-            }
-            for name, model in _sharded_models(run.chunks).items()
-        }
+    """The optimizer's state and the generators', read without megatron-core.
+
+    Its `load` unpickles what it finds: with `weights_only=False` before 0.14, and the folder's
+    `.metadata` in every release.
+    """
+    rng = None
     if wants_rng:
-        state[RNG] = _sharded_rng(None)
-    if not state:
-        return {}, None
-    loaded: Any = dist_checkpointing.load(state, str(saved.folder))
-    return loaded.get(OPTIMIZER, {}), loaded.get(RNG)
+        key = _sharded_rng(None).unique_key
+        rng = _with_tensors(torch_dist.read_object(saved.folder, key)[0])
+    return (_read_moments(run, saved, identity) if wants_optimizer else {}), rng
 
 
-def _empty_like(weight: Any) -> torch.Tensor:
-    return torch.empty(weight.data.shape, dtype=torch.float32)
+def _read_moments(
+    run: TrainingRun, saved: SavedRun, identity: CheckpointIdentity
+) -> dict[str, Any]:
+    """The optimizer's tensors, cut for this rank, by chunk, parameter and kind."""
+    found = saved.common["contents"]["optimizer"]
+    kinds = dict.fromkeys([*found, *_kinds(run.chunks)])
+    # fp32 weights are their own main weights
+    prefixes = {kind: _state_key(kind, "") if kind in found else "" for kind in kinds}
+    # padding has moments too: here its rows count as the vocabulary's
+    config = replace(identity.config, vocab_size=identity.padded_vocab_size)
+    sources = open_torch_dist_states(saved.folder, config, prefixes.values())
+    modules = _modules(run.chunks)
+    state: dict[str, Any] = {name: {} for name in _model_names(run.chunks)}
+    for kind, prefix in prefixes.items():
+        tensors = [
+            {
+                name: torch.empty(parameter.shape, dtype=torch.float32)
+                for name, parameter in module.named_parameters()
+            }
+            for module in modules
+        ]
+        load_tensors(
+            tensors,
+            sources[prefix],
+            identity.layout,
+            padded_vocab_size=identity.padded_vocab_size,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        for values, model in zip(tensors, state.values(), strict=True):
+            for name, value in values.items():
+                model.setdefault(name, {})[kind] = value
+    return state
 
 
 def _read_rank_file(

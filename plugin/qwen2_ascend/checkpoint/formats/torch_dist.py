@@ -99,7 +99,7 @@ class TorchDistCheckpoint:
     chunks: dict[str, list[Chunk]]
     """Every tensor by key, its chunks ordered by offsets."""
     objects: tuple[str, ...]
-    """Keys of entries that are not tensors (RNG states, extra states); not decoded."""
+    """Keys of entries that are not tensors (RNG states, extra states); see `read_object`."""
 
 
 class ChunkPlace(NamedTuple):
@@ -158,6 +158,22 @@ def read(
     for parts in chunks.values():
         parts.sort(key=lambda chunk: chunk.offsets)
     return TorchDistCheckpoint(common=common, chunks=chunks, objects=objects)
+
+
+def read_object(folder: str | Path, key: str) -> Any:
+    """What `torch_pt.read` makes of an entry that is not a tensor.
+
+    Raises:
+        UserError: it is missing or damaged, or its pickle asks for anything unknown.
+    """
+    folder = Path(folder)
+    info = _read_metadata(folder / ".metadata")[2].get(_Index(key, None))
+    if info is None:
+        raise UserError(f"{folder}: has no {key}; the folder is damaged.")
+    raise_if(_file_faults(folder, [info]))
+    path = folder / info.file
+    with path.open("rb") as file:
+        return torch_pt.read_part(file, path, info.offset, info.num_bytes)
 
 
 def extra_states(num_layers: int) -> list[str]:
