@@ -128,16 +128,27 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
     """What the loss is multiplied by before backward."""
-    return float(optimizer.get_loss_scale())
+    scalers = [getattr(part, "grad_scaler", None) for part in _parts(optimizer)]
+    return next((_on_host(scaler.scale) for scaler in scalers if scaler is not None), 1.0)
 
 
 def can_lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
     """Whether an overflow is what a dynamic loss scale expects, and has an answer to."""
     scalers: list[Any] = [getattr(part, "grad_scaler", None) for part in _parts(optimizer)]
     return any(
-        hasattr(scaler, "min_scale") and float(scaler.scale) > float(scaler.min_scale)
+        hasattr(scaler, "min_scale") and _on_host(scaler.scale) > _on_host(scaler.min_scale)
         for scaler in scalers
     )
+
+
+def _on_host(scale: torch.Tensor) -> float:
+    """The value of a tensor that megatron-core replaces rather than changes.
+
+    Fetched from the device once: it would wait there for the whole update, in every step.
+    """
+    if not hasattr(scale, "value_on_host"):
+        scale.value_on_host = float(scale)  # pyright: ignore[reportAttributeAccessIssue]
+    return scale.value_on_host  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def num_updates(optimizer: MegatronOptimizer) -> int:
@@ -226,7 +237,7 @@ def load_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, float]) 
     for part in _parts(optimizer):
         scaler = getattr(part, "grad_scaler", None)
         if state and scaler is not None and hasattr(scaler, "_growth_tracker"):
-            scaler._scale.fill_(state["scale"])
+            scaler._scale = torch.full_like(scaler._scale, state["scale"])
             scaler._growth_tracker = int(state["growth_tracker"])
             scaler._hysteresis_tracker = int(state["hysteresis_tracker"])
 

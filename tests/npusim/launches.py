@@ -1,0 +1,268 @@
+"""What torch_npu launches for a layer and for a training step.
+
+    PYTHONPATH=tests python -m npusim.launches           # the tables of docs/benchmarks.md
+    PYTHONPATH=tests python -m npusim.launches --write   # writes goldens/ anew: read the difference
+
+A launch is one call of an aclnn operator by torch_npu's host code. What CANN starts inside such a
+call, for example to make an input contiguous, is not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npusim.env import SOC_910B, SOC_910C, environment
+
+if TYPE_CHECKING:
+    from npusim.simulator import Launch, Recording, Simulator
+    from qwen2_ascend.runtime import Runtime
+
+GOLDENS = Path(__file__).parent / "goldens"
+CHIPS = (SOC_910B, SOC_910C)
+LAYER_OPERATORS = ("attention", "rms_norm", "rotary", "swiglu")
+OFF = (
+    "--attention-backend unfused --no-fused-rmsnorm --no-fused-rotary-pos-emb --no-fused-swiglu "
+    "--no-fused-adamw"
+)
+LAYERS: dict[str, dict[str, Any]] = {
+    "fused": {"backend": "npu"},
+    "fused, packed": {"backend": "npu", "packed": True},
+    "torch's own": {"backend": "torch"},
+    "switched off": {"backend": "npu", "plain": LAYER_OPERATORS},
+}
+"""Ways to compute a layer. torch's own is plain PyTorch code, in which torch_npu makes one kernel
+of scaled_dot_product_attention."""
+STEPS = {"fused": "", "fused, --no-fused-adamw": "--no-fused-adamw", "switched off": OFF}
+"""Flags of training runs."""
+
+
+@contextmanager
+def host_code(simulator: Simulator) -> Iterator[None]:
+    """Has the host code of aten operators run too, so that their launches are recorded."""
+    before, simulator.host_code = simulator.host_code, True
+    try:
+        yield
+    finally:
+        simulator.host_code = before
+    assert not simulator.host_faults, simulator.host_faults
+
+
+def layer_launches(
+    runtime: Runtime,
+    simulator: Simulator,
+    *,
+    backend: str,
+    plain: tuple[str, ...] = (),
+    packed: bool = False,
+) -> dict[str, list[str]]:
+    """The operators of one bf16 layer, forward and backward, in order.
+
+    The second pass through it: masks and tables are there already.
+    """
+    import torch
+
+    from helpers import tiny_config
+    from npusim.simulator import recording
+    from qwen2_ascend import runtime as runtimes
+    from qwen2_ascend.model.build import build_model
+    from qwen2_ascend.model.packed import PackedBatch
+    from qwen2_ascend.parallel import ParallelLayout
+
+    config, layout = tiny_config(num_layers=1), ParallelLayout()
+    runtimes.destroy_model_parallel()
+    runtimes.initialize_model_parallel(layout, config.num_layers)
+    runtime.seed_all(1)
+    (model,) = build_model(config, layout, dtype="bf16", backend=backend, plain=plain)
+    model = model.to(runtime.device)
+    length, batch = 16, 2
+    table = model.rotary_pos_emb(length)
+    documents = None
+    if packed:
+        positions = torch.cat([torch.arange(n) for n in (5, 11, 16)]).view(batch, length)
+        documents = PackedBatch((5, 16, 32), positions.to(runtime.device))
+    shape = (length, batch, config.hidden_size)
+    hidden, upstream = (torch.randn(shape).bfloat16().to(runtime.device) for _ in range(2))
+    record: dict[str, Recording] = {}
+    with host_code(simulator):
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            leaf = hidden.clone().requires_grad_()
+            with recording() as record["forward"]:
+                output, _ = model.decoder.layers[0](
+                    leaf, None, rotary_pos_emb=table, packed_seq_params=documents
+                )
+            with recording() as record["backward"]:
+                output.backward(upstream)
+    return {part: found.ops for part, found in record.items()}
+
+
+def step_launches(
+    runtime: Runtime, simulator: Simulator, folder: Path, num_layers: int, flags: str
+) -> dict[str, int]:
+    """Launches of one training step of one micro-batch in bf16, and those of its update alone.
+
+    Args:
+        runtime: started on the simulated device.
+        simulator: the one that is entered.
+        folder: for the model, tied as the 0.5B is, and with its heads; all widths are small.
+        num_layers: of the model.
+        flags: further ones of the launcher.
+
+    Returns:
+        "step" and "update": launches; "update bytes": how much the latter read and write;
+        "weights": of the model.
+    """
+    from distributed.harness import Run
+    from distributed.train_worker import start, steps
+    from helpers import make_tiny_hugging_face_folder, tiny_config
+    from npusim.simulator import recording
+
+    config = tiny_config(
+        num_layers=num_layers,
+        hidden_size=112,
+        num_attention_heads=14,
+        num_query_groups=2,
+        tie_word_embeddings=True,
+    )
+    model = folder / f"layers-{num_layers}"
+    if not model.exists():
+        make_tiny_hugging_face_folder(model, config)
+    training = start(
+        Run(runtime, folder),
+        f"--mock-data --seq-length 16 --train-iters 3 --lr 1e-3 --bf16 --device npu {flags}",
+        load=model,
+    )
+    steps(training, 1)
+    with host_code(simulator):
+        with recording() as step:
+            steps(training, 1)
+        update = _recorded_update(training)
+    return {
+        "step": len(step.launches),
+        "update": len(update.launches),
+        "update bytes": sum(map(launch_bytes, update.launches)),
+        "weights": config.num_parameters,
+    }
+
+
+def _recorded_update(training: Any) -> Recording:
+    """A further step, of which only the optimizer's update is recorded."""
+    from distributed.train_worker import steps
+    from npusim.simulator import recording
+
+    found: list[Recording] = []
+    update = training.optimizer.step_with_ready_grads
+
+    def recorded() -> Any:
+        with recording() as record:
+            result = update()
+        found.append(record)
+        return result
+
+    training.optimizer.step_with_ready_grads = recorded
+    steps(training, 1)
+    return found[0]
+
+
+_TENSOR = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+
+
+def launch_bytes(launch: Launch) -> int:
+    """The size of all tensors a launch was given: what it reads or writes, each once."""
+    total = 0
+    for argument in launch.arguments:
+        for _, bits, shape in _TENSOR.findall(str(argument)):
+            size = int(bits) // 8
+            for n in filter(None, shape.split(",")):
+                size *= int(n)
+            total += size
+    return total
+
+
+# --- golden files and the tables ------------------------------------------------------------------
+
+
+def golden(chip: str) -> dict[str, Any]:
+    """What `chip`'s golden file holds: of every way to compute a layer its launches."""
+    return json.loads((GOLDENS / f"{chip}.json").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Measures on every chip, each in a process of its own, and prints or writes."""
+    parser = argparse.ArgumentParser(prog="npusim.launches", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the golden files")
+    parser.add_argument("--layers", type=int, default=24, help="of the model of the step's table")
+    parser.add_argument("--inside", metavar="PART", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        _inside(options.inside, options.layers)
+    elif options.write:
+        GOLDENS.mkdir(exist_ok=True)
+        for chip in CHIPS:
+            text = json.dumps(_measured("layers", chip, options.layers), indent=1)
+            (GOLDENS / f"{chip}.json").write_text(text + "\n", encoding="utf-8")
+    else:
+        for chip in CHIPS:
+            print(f"\n{chip}: launches of a layer\n")
+            print(_layer_table(_measured("layers", chip, options.layers)))
+        print(f"\nlaunches of a training step, {options.layers} layers\n")
+        print(_step_table(_measured("steps", CHIPS[0], options.layers)))
+
+
+def _measured(part: str, chip: str, layers: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "npusim.launches", "--inside", part, "--layers", str(layers)]
+    done = subprocess.run(
+        command, env=environment(soc=chip), stdout=subprocess.PIPE, check=True, timeout=1200
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _inside(part: str, layers: int) -> None:
+    """Prints one line of JSON, in the simulation."""
+    from npusim.simulator import Simulator
+    from qwen2_ascend import runtime as runtimes
+
+    with Simulator() as simulator, tempfile.TemporaryDirectory() as folder:
+        runtime = runtimes.start("npu")
+        found: dict[str, Any] = {}
+        if part == "layers":
+            for name, options in LAYERS.items():
+                found[name] = layer_launches(runtime, simulator, **options)
+        else:
+            for name, flags in STEPS.items():
+                found[name] = step_launches(runtime, simulator, Path(folder), layers, flags)
+        print(json.dumps(found), flush=True)
+    os._exit(0)
+
+
+def _layer_table(found: dict[str, Any]) -> str:
+    rows = ["| layer | forward | backward | together |", "|---|---|---|---|"]
+    for name, launches in found.items():
+        forward, backward = len(launches["forward"]), len(launches["backward"])
+        rows.append(f"| {name} | {forward} | {backward} | {forward + backward} |")
+    return "\n".join(rows)
+
+
+def _step_table(found: dict[str, Any]) -> str:
+    rows = [
+        "| run | launches | of the update | bytes of the update per weight |",
+        "|---|---|---|---|",
+    ]
+    for name, numbers in found.items():
+        per_weight = numbers["update bytes"] / numbers["weights"]
+        rows.append(f"| {name} | {numbers['step']} | {numbers['update']} | {per_weight:.0f} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
