@@ -13,7 +13,7 @@ import torch
 from format_helpers import fill, random_bytes, stored_bytes, write_layout
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch_dist_worker import CHECKS
 
 from distributed.harness import Check, Launches
@@ -72,6 +72,22 @@ def test_what_we_lay_out_is_read(folder):
             assert ChunkSpec(chunk.global_shape, chunk.offsets, spec) in CHUNKS[key]
             assert chunk.tensor.offset % 64 == 0
             assert stored_bytes(chunk.tensor) == random_bytes(spec, seeds[key, chunk.offsets])
+
+
+def test_the_metadata_of_megatron_core_0_15_is_read(folder, monkeypatch):
+    """It is torch's class with a field more, under megatron-core's name."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    class MCoreMetadata(Metadata):
+        __module__, __qualname__ = strategies.__name__, "MCoreMetadata"
+
+    monkeypatch.setattr(strategies, "MCoreMetadata", MCoreMetadata, raising=False)
+    before = torch_dist.read(folder)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata = MCoreMetadata(**vars(metadata))
+    metadata.mcore_data = {"step": {"nd_reformulated_orig_global_shape": (3, 4)}}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert torch_dist.read(folder) == before
 
 
 def test_only_wanted_keys_are_looked_up(folder):

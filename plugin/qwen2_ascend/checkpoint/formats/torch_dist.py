@@ -71,6 +71,8 @@ CONFIG = {
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _INDEX = f"{_METADATA}.MetadataIndex"
+_MEGATRON_METADATA = "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"
+"""torch's Metadata with one field more; what some releases of megatron-core write."""
 
 
 class Chunk(NamedTuple):
@@ -320,7 +322,10 @@ def _read_metadata(
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
     metadata = read_pickle(data, str(path), _KNOWN)
     try:
-        state = _state(metadata, "Metadata")
+        if isinstance(metadata, Inert) and metadata.type_name == _MEGATRON_METADATA:
+            state = metadata.state
+        else:
+            state = _state(metadata, "Metadata")
         entries = dict(state["state_dict_metadata"])
         tensors, faults = {}, []
         for key, entry in entries.items():
