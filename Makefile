@@ -1,5 +1,6 @@
 # make quickstart   the main job on a small model: split, train, merge, compare
 # make test         everything that can be tested on this machine
+# make test-compat  what depends on megatron-core, with the oldest release that is supported
 # make check        format, lint, types
 # PIP_ARGS is passed to pip, for example to name an index that has CPU builds of torch.
 
@@ -15,7 +16,18 @@ export TOKENIZERS_PARALLELISM := false
 # transformers fail where they find it among the packages.
 TORCH_NPU ?= torch_npu==2.13.0
 
-.PHONY: venv npu-site quickstart test test-real check format clean
+# The oldest megatron-core that is supported, in an environment that takes all else from $(VENV).
+# Without what 0.12 requires besides torch (Flask, wandb, nltk and more, 430 MB): it never imports it.
+COMPAT := .venv-compat
+SITE := import sysconfig; site = sysconfig.get_path("purelib")
+# What does not touch megatron-core; whatever is not listed here runs with both releases.
+WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real \
+  tests/checkpoint/test_*.py tests/checkpoint/formats/test_[!t]*.py \
+  tests/checkpoint/formats/test_torch_pt.py \
+  tests/data/test_preprocess.py tests/data/test_inputs.py tests/data/test_tokenization.py \
+  tests/test_*.py
+
+.PHONY: venv npu-site compat-venv quickstart test test-compat test-real check format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
 
@@ -41,11 +53,26 @@ $(VENV)/npu-site: $(VENV)/.base constraints.txt
 	  --target $@.new '$(TORCH_NPU)'
 	mv $@.new $@
 
+compat-venv: $(COMPAT)/.dev
+
+$(COMPAT)/.dev: $(VENV)/.dev constraints-compat.txt
+	rm -rf $(COMPAT)
+	$(BIN)/python -m venv --without-pip $(COMPAT)
+	$(BIN)/python -c '$(SITE); print(f"import site; site.addsitedir({site!r})")' \
+	  > "$$($(COMPAT)/bin/python -c '$(SITE); print(site)')/venv.pth"
+	$(BIN)/python -m pip --python $(COMPAT)/bin/python install -q --disable-pip-version-check \
+	  $(PIP_ARGS) --no-deps -r constraints-compat.txt
+	@touch $@
+
 quickstart: $(VENV)/.run
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev $(VENV)/npu-site
 	$(BIN)/python -m pytest
+
+test-compat: $(COMPAT)/.dev
+	$(COMPAT)/bin/python -m pytest -o cache_dir=$(COMPAT)/.pytest_cache \
+	  $(foreach path,$(WITHOUT_MEGATRON),'--ignore-glob=$(path)')
 
 test-real: $(VENV)/.dev
 	$(BIN)/python -m pytest -m real
@@ -60,4 +87,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) quickstart .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) quickstart .pytest_cache .ruff_cache .hypothesis
