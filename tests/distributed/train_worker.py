@@ -39,6 +39,11 @@ LAYOUTS = {
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "tp2-pp2-vpp2-distributed-optimizer": (
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1 --use-distributed-optimizer",
+    ),
     "dp2-pp2-vpp2-distributed-optimizer": (
         4,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
@@ -521,7 +526,12 @@ def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) ->
     from qwen2_ascend.training.checkpointing import resume
     from qwen2_ascend.training.pretrain import pretraining_data
     from qwen2_ascend.training.settings import parse, validate
-    from qwen2_ascend.training.setup import build_run, checkpoint_identity, find_start
+    from qwen2_ascend.training.setup import (
+        build_chunks,
+        build_run,
+        checkpoint_identity,
+        find_start,
+    )
 
     load = load or hugging_face_folder(run, tied)
     settings = parse([*flags.split(), "--load", str(load)])
@@ -532,13 +542,9 @@ def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) ->
     runtime.initialize_model_parallel(settings.layout(), begin.config.num_layers)
     run.runtime.seed_all(settings.runtime.seed)
     train_data, valid_data = pretraining_data(settings, begin, run.runtime.world_size)
+    chunks = build_chunks(settings, begin, run.runtime, lambda line: None)
     training = build_run(
-        settings,
-        begin,
-        run.runtime,
-        lambda line: None,
-        train_data=train_data,
-        valid_data=valid_data,
+        settings, run.runtime, chunks, train_data=train_data, valid_data=valid_data
     )
     if begin.saved is not None:
         resume(training, begin.saved, checkpoint_identity(settings, begin), settings.checkpoint)

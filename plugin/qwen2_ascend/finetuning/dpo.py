@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import xxhash
@@ -18,9 +18,12 @@ from torch.nn.functional import logsigmoid, relu
 
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
+from qwen2_ascend.finetuning.settings import TuningSettings
 from qwen2_ascend.training.loop import Batch, TrainingRun, forward_only
-from qwen2_ascend.training.setup import Say, Start
+from qwen2_ascend.training.setup import Say
+
+if TYPE_CHECKING:
+    from qwen2_ascend.finetuning.finetune import Begin
 
 REFERENCE_FILE = "dpo_reference.safetensors"
 METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
@@ -90,7 +93,7 @@ def pair_loss(margin: torch.Tensor, tuning: TuningSettings) -> torch.Tensor:
     return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
 
 
-def prepare_dpo(run: TrainingRun, start: Start[FinetuneSettings], say: Say) -> None:
+def prepare_dpo(run: TrainingRun, begin: Begin, say: Say) -> None:
     """Gives `run` the objective, with what the model says before the first step as reference.
 
     Raises:
@@ -100,8 +103,8 @@ def prepare_dpo(run: TrainingRun, start: Start[FinetuneSettings], say: Say) -> N
     sources = [data.source for data in (run.train_data, run.valid_data) if data is not None]
     if run.valid_data is not None:
         run.valid_data = _Numbered(run.valid_data, first=len(sources[0]))
-    reference = _reference(run, start, sources, say)
-    run.objective = DpoObjective(reference.to(run.runtime.device), start.settings.tuning)
+    reference = _reference(run, begin, sources, say)
+    run.objective = DpoObjective(reference.to(run.runtime.device), begin.start.settings.tuning)
 
 
 class _Numbered:
@@ -122,24 +125,24 @@ class _Numbered:
         return batch
 
 
-def _reference(
-    run: TrainingRun, start: Start[FinetuneSettings], sources: list[Any], say: Say
-) -> torch.Tensor:
+def _reference(run: TrainingRun, begin: Begin, sources: list[Any], say: Say) -> torch.Tensor:
     """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on the host."""
-    settings = start.settings
-    identity = _identity(start, sources)
-    folders = [settings.model.load, settings.checkpoint.save]
-    for folder in dict.fromkeys(folder for folder in folders if folder is not None):
+    start, settings = begin.start, begin.start.settings
+    identity = _identity(begin, sources)
+    resumed = start.saved or begin.saved
+    folders = [resumed.folder.parent] if resumed else []
+    folders += [settings.checkpoint.save] if settings.checkpoint.save else []
+    for folder in dict.fromkeys(folders):
         if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
             continue
-        if kept.pairs == identity["pairs"] and (start.saved or kept.weights == identity["weights"]):
+        if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
             say(f"reference log-probabilities: {folder / REFERENCE_FILE}")
             return kept.log_probs
-    if start.saved is not None:
+    if resumed is not None:
         raise UserError(
-            f"{start.saved.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
-            f"{' or '.join(str(folder) for folder in folders if folder)}: what the model said at "
-            "the start is lost. Put the file and the data back, or begin a new run with --finetune."
+            f"{resumed.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
+            f"{' or '.join(map(str, folders))}: what the model said at the start is lost. Put the "
+            "file and the data back, or begin a new run with --finetune or --lora-load."
         )
     parts = []
     for source in sources:
@@ -206,12 +209,15 @@ def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
     return sums[:, :2] / sums[:, 2:]
 
 
-def _identity(start: Start[FinetuneSettings], sources: list[Any]) -> dict[str, str]:
+def _identity(begin: Begin, sources: list[Any]) -> dict[str, str]:
     """Of the pairs and of the weights that the reference is made with."""
+    start = begin.start
     pairs = xxhash.xxh3_64()
     for row in _rows(sources):
         pairs.update(row)
-    files = [] if start.source is None else start.source.files
+    files = [] if start.source is None else list(start.source.files)
+    if begin.start.settings.lora.lora_load is not None:
+        files += sorted(begin.start.settings.lora.lora_load.glob("adapter_*"))
     weights = [(str(path.resolve()), *_stamp(path)) for path in files]
     seed = None if files else start.settings.runtime.seed
     return {"pairs": pairs.hexdigest(), "weights": json.dumps([weights, seed])}

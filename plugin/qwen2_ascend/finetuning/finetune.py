@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
 from qwen2_ascend.finetuning.settings import FinetuneSettings, parse, validate
 from qwen2_ascend.launching import launched
+from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training.setup import (
     Say,
     Start,
+    build_chunks,
     build_run,
     checkpoint_identity,
     find_start,
@@ -23,6 +29,8 @@ from qwen2_ascend.training.setup import (
 
 if TYPE_CHECKING:
     from qwen2_ascend.data.chat.build import ChatDatasets
+    from qwen2_ascend.runtime import Runtime
+    from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.loop import TrainingRun
 
 
@@ -45,14 +53,69 @@ def finetune(settings: FinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    start = find_start(settings)
+    begin = find_begin(settings)
+    start = begin.start
     validate(start.settings, start.config, int(os.environ.get("WORLD_SIZE", "1")))
     runtime, say = start_runtime(start.settings, start.config)
-    prepared = prepare(start, runtime, say)
-    train_and_report(prepared.run, start.config, prepared.identity, say)
+    prepared = prepare(begin, runtime, say)
+    train_and_report(prepared.run, prepared.identity, say, prepared.save)
+    export_adapter(prepared, begin)
     runtime.close()
     if runtime.rank == 0:
-        export(start.settings, say)
+        export_hugging_face(begin, say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Where a run begins, and with which adapters."""
+
+    start: Start[FinetuneSettings]
+    lora: LoraConfig | None
+    """None tunes all weights."""
+    saved: SavedLora | None
+    """The LoRA run that is resumed."""
+
+    @property
+    def base(self) -> Path | None:
+        """Where the weights come from."""
+        return self.start.source.folder if self.start.source else None
+
+
+def find_begin(settings: FinetuneSettings) -> Begin:
+    """Opens what --load and --lora-load name; reads headers only.
+
+    Raises:
+        UserError: nothing usable is there, or it contradicts the flags.
+    """
+    saved = find_saved_lora(settings.model.load)
+    if saved is None:
+        start = find_start(settings)
+        if settings.lora.is_on and start.saved is not None:
+            raise UserError(
+                f"--load {settings.model.load}: holds a run that tunes all weights; --finetune "
+                "takes its weights alone, to put adapters on them."
+            )
+        lora = settings.lora_config()
+        if settings.lora.lora_load is not None:
+            given = read_lora_config(settings.lora.lora_load)
+            lora = replace(given, dropout=settings.lora.lora_dropout)
+        return Begin(start=start, lora=lora, saved=None)
+    if settings.lora.is_on and settings.lora_config() != replace(
+        saved.lora, dropout=settings.lora.lora_dropout
+    ):
+        raise UserError(
+            f"--load {settings.model.load}: is a run with LoRA of rank {saved.lora.rank}, alpha "
+            f"{saved.lora.alpha:g} on {', '.join(saved.lora.targets)}; say the same, or nothing."
+        )
+    base = settings.model.pretrained_checkpoint or saved.base
+    if base is None or not base.exists():
+        raise UserError(
+            f"{saved.folder}: its base model was {base or 'random'}, which is not there; name it "
+            "with --pretrained-checkpoint."
+        )
+    model = replace(settings.model, load=base, finetune=True)
+    lora = replace(saved.lora, dropout=settings.lora.lora_dropout)
+    return Begin(start=find_start(replace(settings, model=model)), lora=lora, saved=saved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,35 +123,69 @@ class Prepared:
     """A run that can begin, and what its checkpoints say."""
 
     run: TrainingRun
-    identity: Any
+    identity: CheckpointIdentity
+    save: Callable[[], Path] | None
+    """Writes a checkpoint; None is the one of all weights."""
 
 
-def prepare(start: Start[FinetuneSettings], runtime: Any, say: Say) -> Prepared:
+def prepare(begin: Begin, runtime: Runtime, say: Say) -> Prepared:
     """Data, model, objective and, when one is resumed, the state of the run.
 
     Raises:
         UserError: data or checkpoint are not as they have to be.
     """
+    start = begin.start
     data = chat_data(start, say)
     settings = start.settings.with_epochs(data.train.samples_per_epoch, runtime.world_size)
     num_samples = settings.train_iters(runtime.world_size)
     num_samples *= settings.global_batch_size(runtime.world_size)
+    chunks = build_chunks(settings, start, runtime, say, **_model_options(settings))
+    if begin.lora is not None:
+        add_adapters(chunks, begin, say)
     run = build_run(
         settings,
-        start,
         runtime,
-        say,
+        chunks,
         train_data=data.train.with_num_samples(num_samples),
         valid_data=data.valid,
-        **_model_options(settings),
     )
     identity = checkpoint_identity(settings, start)
     if settings.tuning.stage == "dpo":
         from qwen2_ascend.finetuning.dpo import prepare_dpo
 
-        prepare_dpo(run, start, say)
-    resume_if_saved(run, start, identity, say)
-    return Prepared(run=run, identity=identity)
+        prepare_dpo(run, begin, say)
+    if begin.lora is None:
+        resume_if_saved(run, start, identity, say)
+        return Prepared(run=run, identity=identity, save=None)
+    from qwen2_ascend.finetuning.lora_checkpoint import resume_lora, save_lora_checkpoint
+
+    if begin.saved is not None:
+        for note in resume_lora(run, begin.saved, identity, begin.lora):
+            say(note)
+        say(f"resumed {begin.saved.folder} at iteration {run.progress.iteration}")
+    save = partial(save_lora_checkpoint, run, identity, begin.lora, begin.base)
+    return Prepared(run=run, identity=identity, save=save)
+
+
+def add_adapters(chunks: Sequence[Any], begin: Begin, say: Say) -> None:
+    """Freezes the weights and adds the adapters, new ones or those that are given.
+
+    Raises:
+        UserError: the given adapter is not of this model.
+    """
+    from qwen2_ascend.finetuning.adapter import load_adapter
+    from qwen2_ascend.finetuning.lora import apply_lora
+
+    settings, config, lora = begin.start.settings, begin.start.config, begin.lora
+    assert lora is not None
+    apply_lora(chunks, lora, config, settings.layout(), seed=settings.runtime.seed)
+    given = begin.saved.folder if begin.saved else settings.lora.lora_load
+    if given is not None:
+        load_adapter(chunks, lora, config, settings.layout(), given)
+    say(
+        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}"
+        f"{f', from {given}' if given else ''}"
+    )
 
 
 def chat_data(start: Start[FinetuneSettings], say: Say) -> ChatDatasets:
@@ -145,17 +242,38 @@ def _model_options(settings: FinetuneSettings) -> dict[str, Any]:
     return {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
 
 
-def export(settings: FinetuneSettings, say: Say) -> None:
+def export_adapter(prepared: Prepared, begin: Begin) -> None:
+    """Writes the PEFT folder that --save-adapter asks for; every rank calls it."""
+    folder = begin.start.settings.export.save_adapter
+    if folder is None or begin.lora is None:
+        return
+    from qwen2_ascend.finetuning.adapter import save_adapter
+
+    identity = prepared.identity
+    base = str(begin.base) if begin.base else None
+    save_adapter(
+        prepared.run.chunks, begin.lora, identity.config, identity.layout, folder, base_model=base
+    )
+
+
+def export_hugging_face(begin: Begin, say: Say) -> None:
     """Writes the Hugging Face folder that --save-hf asks for, from the last checkpoint.
 
     Raises:
         UserError: the folder is in the way.
     """
+    settings = begin.start.settings
     folder, checkpoint = settings.export.save_hf, settings.checkpoint.save
     if folder is None or checkpoint is None:
         return
-    from qwen2_ascend.checkpoint.convert import Conversion, convert
-    from qwen2_ascend.checkpoint.convert import prepare as prepare_conversion
+    from qwen2_ascend.checkpoint import convert
 
-    request = Conversion(load_dir=checkpoint, save_dir=folder, save_model_type="hf", verify=True)
-    convert(prepare_conversion(request), say)
+    adapter = None
+    if begin.lora is not None:
+        saved = find_saved_lora(checkpoint)
+        assert saved is not None and begin.base is not None
+        checkpoint, adapter = begin.base, saved.folder
+    request = convert.Conversion(
+        load_dir=checkpoint, save_dir=folder, save_model_type="hf", adapter=adapter, verify=True
+    )
+    convert.convert(convert.prepare(request), say)

@@ -98,7 +98,7 @@ def save_checkpoint(
             _save_rank_file(run, common, partial, settings, identity.layout)
     torch.distributed.barrier()
     if rank == 0:
-        _publish(partial, target)
+        publish(partial, target)
         for path, data in identity.side_files.items():
             write_file(settings.save / path, data)
         write_file(settings.save / megatron.TRACKER_FILE, str(run.progress.iteration).encode())
@@ -197,7 +197,8 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
         chunk.enable_forward_pre_hook()
 
 
-def _publish(partial: Path, target: Path) -> None:
+def publish(partial: Path, target: Path) -> None:
+    """Renames a finished folder into its place; what was there before goes."""
     fsync_folder(partial)
     old = target.with_name(f".{target.name}.replaced")
     if target.exists():
@@ -386,7 +387,7 @@ def _read_torch_dist(
     rng = None
     if wants_rng:
         key = _sharded_rng(None).unique_key
-        rng = _with_tensors(torch_dist.read_object(saved.folder, key)[0])
+        rng = with_tensors(torch_dist.read_object(saved.folder, key)[0])
     return (_read_moments(run, saved, identity) if wants_optimizer else {}), rng
 
 
@@ -432,25 +433,25 @@ def _read_rank_file(
     if not path.is_file():
         return {}, None  # another layout, and neither optimizer nor generators are wanted
     state: Any = torch_pt.read(path)
-    rng = _with_tensors(state[RNG]) if wants_rng else None
-    optimizer = _with_tensors(state.get(OPTIMIZER, {}))
+    rng = with_tensors(state[RNG]) if wants_rng else None
+    optimizer = with_tensors(state.get(OPTIMIZER, {}))
     found = saved.common["contents"]["optimizer"]
     if optimizers.MAIN in _kinds(run.chunks) and optimizers.MAIN not in found:
         # fp32 weights are their own main weights
         for name, model in optimizer.items():
             for key, values in model.items():
-                values[optimizers.MAIN] = _with_tensors(state[name][key])
+                values[optimizers.MAIN] = with_tensors(state[name][key])
     return optimizer, rng
 
 
-def _with_tensors(tree: Any) -> Any:
+def with_tensors(tree: Any) -> Any:
     """The same containers with the stored tensors read."""
     if isinstance(tree, StoredTensor):
         return _read_tensor(tree)
     if isinstance(tree, Mapping):
-        return {key: _with_tensors(value) for key, value in tree.items()}
+        return {key: with_tensors(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_with_tensors(value) for value in tree]
+        return [with_tensors(value) for value in tree]
     return tree
 
 

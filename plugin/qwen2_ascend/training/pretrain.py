@@ -17,6 +17,7 @@ from qwen2_ascend.launching import launched
 from qwen2_ascend.training.settings import PretrainSettings, parse, validate
 from qwen2_ascend.training.setup import (
     Start,
+    build_chunks,
     build_run,
     checkpoint_identity,
     find_start,
@@ -51,10 +52,11 @@ def pretrain(settings: PretrainSettings) -> None:
     validate(settings, start.config, int(os.environ.get("WORLD_SIZE", "1")))
     runtime, say = start_runtime(settings, start.config)
     train_data, valid_data = pretraining_data(settings, start, runtime.world_size)
-    run = build_run(settings, start, runtime, say, train_data=train_data, valid_data=valid_data)
+    chunks = build_chunks(settings, start, runtime, say)
+    run = build_run(settings, runtime, chunks, train_data=train_data, valid_data=valid_data)
     identity = checkpoint_identity(settings, start)
     resume_if_saved(run, start, identity, say)
-    train_and_report(run, start.config, identity, say)
+    train_and_report(run, identity, say)
     runtime.close()
 
 

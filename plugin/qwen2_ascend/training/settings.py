@@ -156,6 +156,9 @@ class RecomputeSettings:
     the first --recompute-num-layers of each stage and keeps the others whole."""
     recompute_num_layers: int | None = None
     """See --recompute-method."""
+    cross_entropy_chunk_size: int | None = None
+    """Tokens whose logits exist at once; they are computed again in backward, and never all at
+    once, which saves memory at a large vocabulary. By default the logits of all tokens are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +397,7 @@ def _value_faults(settings: TrainingSettings) -> list[str]:
         "--log-interval": settings.report.log_interval,
         "--eval-interval": settings.data.eval_interval,
         "--recompute-num-layers": settings.recompute.recompute_num_layers,
+        "--cross-entropy-chunk-size": settings.recompute.cross_entropy_chunk_size,
         "--lr-decay-iters": optimizer.lr_decay_iters,
         "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
         "--loss-scale-window": precision.loss_scale_window,

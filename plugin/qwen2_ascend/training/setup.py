@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -148,19 +149,15 @@ def _megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def build_run(
-    settings: TrainingSettings,
-    start: Start,
-    runtime: Runtime,
-    say: Say,
-    *,
-    train_data: Any,
-    valid_data: Any = None,
-    **model_options: Any,
-) -> TrainingRun:
-    """Model with its weights, optimizer, schedule and data, at iteration 0.
+def build_chunks(
+    settings: TrainingSettings, start: Start, runtime: Runtime, say: Say, **model_options: Any
+) -> list[Any]:
+    """This rank's model chunks with their weights, on the device.
 
     `runtime.initialize_model_parallel` has built the process groups of `settings.layout()`.
+
+    Args:
+        **model_options: of `build_model`, besides what the settings say.
 
     Raises:
         UserError: the weights do not fit the model.
@@ -169,9 +166,6 @@ def build_run(
 
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.model.build import build_model
-    from qwen2_ascend.training.loop import Progress, TrainingRun, wrap_chunks
-    from qwen2_ascend.training.optimizer import build_optimizer
-    from qwen2_ascend.training.schedule import build_schedule
 
     parallel, recompute = settings.parallel, settings.recompute
     layout, padded = settings.layout(), settings.padded_vocab_size(start.config)
@@ -187,6 +181,7 @@ def build_run(
         recompute_granularity=recompute.recompute_granularity,
         recompute_method=recompute.recompute_method,
         recompute_num_layers=recompute.recompute_num_layers,
+        cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
         deterministic_mode=settings.runtime.deterministic,
         **model_options,
     )
@@ -202,10 +197,24 @@ def build_run(
         say(f"weights: {start.source.describe()}")
     else:
         say(f"weights: random, seed {settings.runtime.seed}")
-    wrapped = wrap_chunks([chunk.to(runtime.device) for chunk in chunks], parallel)
+    return [chunk.to(runtime.device) for chunk in chunks]
+
+
+def build_run(
+    settings: TrainingSettings,
+    runtime: Runtime,
+    chunks: Sequence[Any],
+    *,
+    train_data: Any,
+    valid_data: Any = None,
+) -> TrainingRun:
+    """Data parallelism, optimizer and schedule around `chunks`, at iteration 0."""
+    from qwen2_ascend.training.loop import Progress, TrainingRun, wrap_chunks
+    from qwen2_ascend.training.optimizer import build_optimizer
+    from qwen2_ascend.training.schedule import build_schedule
+
+    wrapped = wrap_chunks(chunks, settings.parallel)
     optimizer = build_optimizer(wrapped, settings)
-    global_batch_size = settings.global_batch_size(runtime.world_size)
-    train_iters = settings.train_iters(runtime.world_size)
     return TrainingRun(
         settings=settings,
         runtime=runtime,
@@ -214,8 +223,8 @@ def build_run(
         schedule=build_schedule(
             optimizer,
             settings.optimizer,
-            train_iters=train_iters,
-            global_batch_size=global_batch_size,
+            train_iters=settings.train_iters(runtime.world_size),
+            global_batch_size=settings.global_batch_size(runtime.world_size),
         ),
         train_data=train_data,
         valid_data=valid_data,
@@ -278,18 +287,30 @@ def dtype_name(settings: TrainingSettings) -> str:
 
 
 def train_and_report(
-    run: TrainingRun, config: Qwen2Config, identity: CheckpointIdentity, say: Say
+    run: TrainingRun,
+    identity: CheckpointIdentity,
+    say: Say,
+    save: Callable[[], Path] | None = None,
 ) -> None:
+    """Trains to the end or until told to stop, with a log and checkpoints where they are asked for.
+
+    Args:
+        run: begins at its progress.
+        identity: of its model.
+        say: prints a line.
+        save: writes a checkpoint, on every rank; by default one of all weights.
+    """
     from qwen2_ascend.training.checkpointing import save_checkpoint
     from qwen2_ascend.training.loop import train
     from qwen2_ascend.training.signals import StopSignal
 
     settings = run.settings
-    reporter = _reporter(run, config, identity.padded_vocab_size)
+    save = save or partial(save_checkpoint, run, identity, settings.checkpoint)
+    reporter = _reporter(run, identity.config, identity.padded_vocab_size)
 
-    def save() -> None:
+    def save_and_say() -> None:
         reporter.flush()
-        reporter.say(f"saved {save_checkpoint(run, identity, settings.checkpoint)}")
+        reporter.say(f"saved {save()}")
 
     with StopSignal(settings.runtime.exit_signal_handler) as signal:
         try:
@@ -297,7 +318,7 @@ def train_and_report(
                 run,
                 on_step=lambda result, seconds: reporter.step(_step(run, result, seconds)),
                 on_validation=lambda loss: reporter.validation(run.progress.iteration, loss),
-                save=save if settings.checkpoint.save else None,
+                save=save_and_say if settings.checkpoint.save else None,
                 stop_wanted=lambda: signal.received,
             )
         finally:
