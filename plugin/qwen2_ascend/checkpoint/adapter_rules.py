@@ -84,7 +84,7 @@ def _rule_a(weight: Rule, rank: int) -> Rule:
     return Rule(
         megatron=weight.megatron.removesuffix("weight") + LORA_A,
         parts=tuple(
-            (_peft_name(name, "A"), ((i, i + 1), (0, rank), (0, columns)))
+            (peft_name(name, "A"), ((i, i + 1), (0, rank), (0, columns)))
             for i, (name, _) in enumerate(weight.parts)
         ),
         view=(len(weight.parts), rank, columns),
@@ -95,11 +95,12 @@ def _rule_a(weight: Rule, rank: int) -> Rule:
 def _rule_b(weight: Rule, rank: int) -> Rule:
     return Rule(
         megatron=weight.megatron.removesuffix("weight") + LORA_B,
-        parts=tuple((_peft_name(name, "B"), (*box[:2], (0, rank))) for name, box in weight.parts),
+        parts=tuple((peft_name(name, "B"), (*box[:2], (0, rank))) for name, box in weight.parts),
         view=(*weight.view[:2], rank),
         shard_axis=None if weight.shard_axis == BY_COLUMNS else weight.shard_axis,
     )
 
 
-def _peft_name(name: str, matrix: str) -> str:
+def peft_name(name: str, matrix: str) -> str:
+    """PEFT's name of the matrix "A" or "B" that belongs to a Hugging Face weight."""
     return f"{PEFT_PREFIX}{name.removesuffix('weight')}lora_{matrix}.weight"

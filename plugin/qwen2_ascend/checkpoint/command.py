@@ -49,6 +49,8 @@ class ConvertOptions:
     """Layers per chunk of an interleaved pipeline (VPP)."""
     num_layer_list: str | None = None
     """Layers of each stage when they are not equal, as 6,8,8,6."""
+    adapter: Path | None = None
+    """PEFT adapter folder (LoRA) to merge into the weights on the way."""
     hf_cfg_dir: Path | None = None
     """Folder with config.json and tokenizer, when they are not beside the weights."""
     save_format: Literal["megatron", "safetensors", "torch_dist"] = "megatron"
@@ -84,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     prepared = prepare(_conversion(options))
     _say(f"from {prepared.source.describe()}")
+    if (adapter := prepared.adapter) is not None:
+        targets = ", ".join(adapter.lora.targets)
+        _say(f"merging {adapter.folder}: LoRA of rank {adapter.lora.rank} on {targets}")
     if options.dry_run:
         _print_plan(prepared)
         return
@@ -123,6 +128,7 @@ def _conversion(options: ConvertOptions) -> Conversion:
             num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
             num_layer_list=_numbers(options.num_layer_list),
         ),
+        adapter=options.adapter,
         hf_cfg_dir=options.hf_cfg_dir,
         save_format=options.save_format,
         padded_vocab_size=options.padded_vocab_size,

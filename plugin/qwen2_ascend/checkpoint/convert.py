@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
+from qwen2_ascend.checkpoint.adapter_rules import target_rules
+from qwen2_ascend.checkpoint.copying import Reader
+from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter, open_adapter
 from qwen2_ascend.checkpoint.manifest import (
     MANIFEST_FILE,
     check_against_manifest,
     encode_manifest,
     source_identity,
 )
-from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan
+from qwen2_ascend.checkpoint.merging import MergingReader
+from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan, overlap, volume
 from qwen2_ascend.checkpoint.progress import Progress
+from qwen2_ascend.checkpoint.rules import Box
 from qwen2_ascend.checkpoint.source import Source, open_source, target_dtype
 from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_tree, partial_folder, write_file
 from qwen2_ascend.checkpoint.target import (
@@ -47,6 +54,7 @@ class Conversion:
     load_model_type: str | None = None
     save_model_type: str
     layout: ParallelLayout = field(default_factory=ParallelLayout)
+    adapter: Path | None = None
     hf_cfg_dir: Path | None = None
     save_format: str = "megatron"
     padded_vocab_size: int | None = None
@@ -67,6 +75,8 @@ class Prepared:
 
     request: Conversion
     source: Source
+    adapter: PeftAdapter | None
+    """What is merged into the weights."""
     target: Target
     plan: Plan
     padded_vocab_size: int | None
@@ -83,7 +93,8 @@ def prepare(request: Conversion) -> Prepared:
     """
     raise_if(_request_faults(request))
     source = open_source(request.load_dir, request.load_model_type, request.hf_cfg_dir)
-    stamps = _stamps(source)
+    adapter = open_adapter(request.adapter, source.config) if request.adapter else None
+    stamps = _stamps(source, adapter)
     dtype = target_dtype(source, request.dtype)
     padded = None
     if request.save_model_type == "hf":
@@ -109,6 +120,7 @@ def prepare(request: Conversion) -> Prepared:
     return Prepared(
         request=request,
         source=source,
+        adapter=adapter,
         target=target,
         plan=plan,
         padded_vocab_size=padded,
@@ -155,12 +167,13 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
 
 def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
     """The plan as a table: file, tensor, shape, dtype, how it is copied, from what."""
-    rows = []
+    rows, merged = [], _merged_boxes(prepared)
     for write in prepared.plan.writes:
-        stored = write.target.stored
+        piece, stored = write.target.piece, write.target.stored
         how = ["columns" if write.is_strided else "rows"]
         how += ["cast"] if write.casts else []
         how += ["zeros"] if write.is_padded else []
+        how += ["merge"] if any(volume(overlap(b, piece.box)) for b in merged[piece.tensor]) else []
         sources = ", ".join(
             f"{copy.source.stored.path.relative_to(prepared.source.folder)}:{copy.source.name}"
             for copy in write.copies
@@ -178,6 +191,17 @@ def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
     return rows
 
 
+def _merged_boxes(prepared: Prepared) -> Mapping[str, list[Box]]:
+    """What of each tensor an adapter changes."""
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    if prepared.adapter is not None:
+        config = prepared.source.config
+        for rule in target_rules(config, prepared.adapter.lora):
+            for layer in range(config.num_layers):
+                boxes[rule.megatron.format(layer)] = [box for _, box in rule.parts]
+    return boxes
+
+
 def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object]) -> None:
     request, source, target = prepared.request, prepared.source, prepared.target
     journal = Journal(staged.folder, _identity(prepared), resume=staged.is_resumed)
@@ -192,15 +216,23 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
                 journal,
                 workers=_workers(request),
                 progress=progress,
+                open_reader=_open_reader(prepared),
             )
     finally:
         journal.close()
-    if _stamps(source) != prepared.stamps:
+    if _stamps(source, prepared.adapter) != prepared.stamps:
         raise OSError(f"{source.folder}: changed while it was read; convert it when it is at rest.")
     for path, data in target.small_files.items():
         write_file(staged.folder / path, data)
     layout = request.layout if target.kind == "mg" else None
-    manifest = encode_manifest(source, target, layout, prepared.padded_vocab_size, checksums)
+    manifest = encode_manifest(
+        source,
+        target,
+        layout,
+        prepared.padded_vocab_size,
+        checksums,
+        prepared.adapter.folder.resolve().name if prepared.adapter else None,
+    )
     write_file(staged.folder / MANIFEST_FILE, manifest)
     if target.tracker is not None:
         fsync_tree(staged.folder)
@@ -210,8 +242,21 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
 def _verify(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object]) -> None:
     written = open_source(staged.folder, prepared.target.kind)
     with Progress("verify", prepared.plan.num_bytes) as progress:
-        verify(prepared.source, written, workers=_workers(prepared.request), progress=progress)
-    say("verified: every byte was read back and equals the source")
+        verify(
+            prepared.source,
+            written,
+            workers=_workers(prepared.request),
+            progress=progress,
+            open_reader=_open_reader(prepared),
+        )
+    merged = "" if prepared.adapter is None else " merged with the adapter"
+    say(f"verified: every byte was read back and equals the source{merged}")
+
+
+def _open_reader(prepared: Prepared) -> Callable[[], Reader]:
+    if prepared.adapter is None:
+        return Reader
+    return partial(MergingReader, prepared.adapter, prepared.source.config)
 
 
 def _identity(prepared: Prepared) -> Mapping[str, object]:
@@ -220,6 +265,7 @@ def _identity(prepared: Prepared) -> Mapping[str, object]:
     return {
         "source": source_identity(prepared.source),
         "stamps": prepared.stamps,
+        "adapter": asdict(prepared.adapter.lora) if prepared.adapter else None,
         "target": [prepared.target.kind, prepared.target.format],
         "layout": asdict(prepared.request.layout),
         "padded_vocab_size": prepared.padded_vocab_size,
@@ -229,8 +275,10 @@ def _identity(prepared: Prepared) -> Mapping[str, object]:
     }
 
 
-def _stamps(source: Source) -> dict[str, tuple[int, int]]:
-    stats = {path: path.stat() for path in source.files}
+def _stamps(source: Source, adapter: PeftAdapter | None) -> dict[str, tuple[int, int]]:
+    held = adapter.held if adapter else ()
+    files = (*source.files, *dict.fromkeys(one.stored.path for one in held))
+    stats = {path: path.stat() for path in files}
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
@@ -262,7 +310,12 @@ def _request_faults(request: Conversion) -> Iterator[str]:
             f"--save-dir {request.save_dir} and --load-dir {request.load_dir} lie in each other; "
             "choose a folder outside the source, which is never touched."
         )
-    for flag, folder in (("--load-dir", request.load_dir), ("--hf-cfg-dir", request.hf_cfg_dir)):
+    read = {
+        "--load-dir": request.load_dir,
+        "--adapter": request.adapter,
+        "--hf-cfg-dir": request.hf_cfg_dir,
+    }
+    for flag, folder in read.items():
         for written in (save, partial_folder(save)):
             if folder is not None and written in (real := _real(folder), *real.parents):
                 yield f"{flag} {folder} lies where the result is written; choose another --save-dir"

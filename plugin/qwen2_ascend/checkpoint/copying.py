@@ -96,7 +96,7 @@ class Reader:
             if common == box and dtype == out.dtype and _is_run(copy.source, common):
                 self.read_run(copy.source, common, out)
             else:
-                _assign(out[_within(common, box)], self.view(copy.source, common))
+                assign(out[_within(common, box)], self.view(copy.source, common))
 
 
 class BandBuffers(threading.local):
@@ -172,7 +172,7 @@ def _ended(held: Held) -> OSError:
     )
 
 
-def _assign(out: np.ndarray, values: np.ndarray) -> None:
+def assign(out: np.ndarray, values: np.ndarray) -> None:
     """Copies or casts; an overflow to infinity is the cast's answer, as torch gives it."""
     if out.dtype == values.dtype:
         # moved as plain integers: ml_dtypes' element-wise loops are slower, and NaNs stay as is

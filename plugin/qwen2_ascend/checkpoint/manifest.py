@@ -27,8 +27,12 @@ def encode_manifest(
     layout: ParallelLayout | None,
     padded_vocab_size: int | None,
     checksums: Checksums,
+    adapter: str | None = None,
 ) -> bytes:
-    """The manifest's contents. Names are relative to the folder; no path of this machine."""
+    """The manifest's contents; `adapter` is the name of one that was merged.
+
+    Names are relative to the folder; no path of this machine.
+    """
     files: dict[str, dict[str, Any]] = {}
     for held in target.held:
         path, stored = str(held.stored.path), held.stored
@@ -47,6 +51,7 @@ def encode_manifest(
         "padded_vocab_size": padded_vocab_size,
         "config": asdict(source.config),
         "source": source_identity(source),
+        "adapter": adapter,
         "sizes": {str(file.path): file.total_bytes for file in target.files},
         "tensors": files,
     }

@@ -21,7 +21,12 @@ class VerificationError(RuntimeError):
 
 
 def verify(
-    source: Source, written: Source, *, workers: int, progress: Callable[[int], object]
+    source: Source,
+    written: Source,
+    *,
+    workers: int,
+    progress: Callable[[int], object],
+    open_reader: Callable[[], Reader] = Reader,
 ) -> None:
     """Compares `written`, opened afresh from its files, with `source`.
 
@@ -33,6 +38,7 @@ def verify(
         written: the result.
         workers: threads.
         progress: called with the bytes of each tensor that was compared.
+        open_reader: makes what the source is read with.
 
     Raises:
         VerificationError: names the tensors that differ.
@@ -41,7 +47,7 @@ def verify(
         _drop_cache(path)
     plan = make_plan(source.held, written.held, source.config.vocab_size)
     expected, found = BandBuffers(), BandBuffers()
-    with Reader() as reader, ThreadPoolExecutor(workers) as pool:
+    with open_reader() as reader, ThreadPoolExecutor(workers) as pool:
 
         def differs(write: Write) -> str | None:
             equal = _equals_source(write, reader, expected, found)

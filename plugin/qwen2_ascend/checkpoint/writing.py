@@ -88,6 +88,7 @@ def write_target(
     *,
     workers: int,
     progress: Callable[[int], object],
+    open_reader: Callable[[], Reader] = Reader,
 ) -> Checksums:
     """Writes every file of `target` below `folder` and flushes it to disk.
 
@@ -99,6 +100,7 @@ def write_target(
             believed.
         workers: threads.
         progress: called with the bytes of each tensor that is done.
+        open_reader: makes what the sources are read with.
 
     Returns:
         The checksum of every tensor.
@@ -121,7 +123,7 @@ def write_target(
         files.finish(held)
         progress(held.stored.num_bytes)
 
-    with Reader() as reader, contextlib.closing(files), ThreadPoolExecutor(workers) as pool:
+    with open_reader() as reader, contextlib.closing(files), ThreadPoolExecutor(workers) as pool:
         try:
             _run_all(pool, one, sorted(plan.writes, key=_place))
         except BaseException:

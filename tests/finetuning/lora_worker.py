@@ -1,0 +1,482 @@
+"""LoRA at every layout: losses against an independent loop, values, merging, adapter folders."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed.harness import Checks, Run, main
+from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen2_ascend.training.loop import TrainingRun
+
+TOLERANCE = 5e-7
+STEPS, LENGTH, GLOBAL_BATCH = 4, 24, 8
+LR, WEIGHT_DECAY, CLIP = 2e-2, 0.1, 0.02
+
+CHECKS = Checks()
+
+LAYOUTS = {
+    "tp1": (1, ""),
+    "tp1-recomputed": (
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-vpp2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "dp2-distributed-optimizer": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    # twice as many ranks as query groups: a rank's rows of linear_qkv are half a group
+    "tp4-sp": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+}
+ADAPTERS = {
+    "all": LoraConfig(rank=4, alpha=8, targets=("all-linear",)),
+    "some": LoraConfig(
+        rank=3, alpha=7, targets=("q_proj", "v_proj", "up_proj", "linear_fc2"), use_rslora=True
+    ),
+}
+GROUPS = {"all": 4, "some": 2}
+"""Query groups of each case's model; the second is untied too."""
+FLAGS = (
+    f"--mock-data --seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} --micro-batch-size 2 "
+    f"--train-iters {STEPS} --lr {LR} --lr-decay-style constant --weight-decay {WEIGHT_DECAY} "
+    f"--clip-grad {CLIP} --device cpu"
+)
+
+
+def model_config(case: str):
+    return tiny_config(num_query_groups=GROUPS[case], tie_word_embeddings=case == "all")
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def losses_are_those_of_an_independent_loop(layout: str, case: str, run: Run) -> str:
+    """Four steps, so that gradients and updates are compared too; a low rank needs both."""
+    training = start(run, case, LAYOUTS[layout][1])
+    results = train(training)
+    losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
+    expected_losses, expected_norms, moved = reference(base_folder(run, case), case)
+    worst = max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True))
+    assert worst <= TOLERANCE, f"losses {losses}, expected {expected_losses}"
+    off = max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True))
+    assert off <= 1e-5, f"gradient norms {norms}, expected {expected_norms}"
+    assert min(norms) > CLIP, "clipping was not tried"
+    assert moved > 1e-3, "the adapters do not matter"
+    return json.dumps({"losses": losses, "off": worst, "norms": off})
+
+
+for _layout, (_world_size, _) in LAYOUTS.items():
+    for _case in ADAPTERS:
+        CHECKS.add(world_size=_world_size, name=f"{_layout}-{_case}")(
+            functools.partial(losses_are_those_of_an_independent_loop, _layout, _case)
+        )
+
+
+@functools.cache
+def reference(folder: Path, case: str) -> tuple[list[float], list[float], float]:
+    """Losses and gradient norms of a transformers model with adapters written out here.
+
+    And by how much the adapters have moved the loss of the last batch.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qwen2_ascend.training.mock_data import MockDataset
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder).float().requires_grad_(False)
+    adapted = adapt(model, ADAPTERS[case])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert len(parameters) == 2 * len(adapted)
+    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, model.config.vocab_size, seed=1234)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, eps=1e-8)
+
+    def losses_of(step: int) -> torch.Tensor:
+        samples = [data[step * GLOBAL_BATCH + i] for i in range(GLOBAL_BATCH)]
+        tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
+        logits = model(tokens, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none"
+        )
+
+    base = losses_of(STEPS - 1).mean().item()  # every B is zero still
+    losses, norms = [], []
+    for step in range(STEPS):
+        per_token = losses_of(step)
+        optimizer.zero_grad()
+        per_token.mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
+        optimizer.step()
+        losses.append(per_token.detach().double().mean().item())
+    return losses, norms, abs(losses[-1] - base)
+
+
+def adapt(model: Any, lora: LoraConfig) -> list[torch.nn.Module]:
+    """Puts an adapter on each target, with the values that ours begin with."""
+    import torch
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, name: str, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+            first = initial_a(f"base_model.model.{name}.lora_A.weight", lora, base.in_features)
+            self.a = torch.nn.Parameter(first)
+            self.b = torch.nn.Parameter(torch.zeros(base.out_features, lora.rank))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + (x @ self.a.T) @ self.b.T * lora.scaling
+
+    adapted = []
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last in lora.targets:
+            adapted.append(Adapted(name, module))
+            setattr(model.get_submodule(parent), last, adapted[-1])
+    return adapted
+
+
+def initial_a(name: str, lora: LoraConfig, columns: int) -> torch.Tensor:
+    """The documented start: uniform within 1 / sqrt(columns), seeded by the tensor's name."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256(f"1234 {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = columns**-0.5
+    return torch.empty(lora.rank, columns).uniform_(-bound, bound, generator=generator)
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+@CHECKS.add(world_size=2)
+def dropout_leaves_what_ranks_share_the_same(run: Run) -> str:
+    """Masks of whole inputs are the same on all ranks, of cut ones they are not; and they drop."""
+    import torch
+    from megatron.core import parallel_state
+
+    from qwen2_ascend.finetuning.lora import lora_state
+
+    for layout in ("tp2", "tp2-sp"):
+        training = start(run, "all", LAYOUTS[layout][1], dropout=0.5)
+        plain = start(run, "all", LAYOUTS[layout][1])
+        found, without = train(training), train(plain)
+        assert found[0].loss == without[0].loss, "B is zero: nothing to drop yet"
+        assert all(abs(a.loss - b.loss) > 1e-5 for a, b in zip(found[2:], without[2:], strict=True))
+        group = parallel_state.get_tensor_model_parallel_group()
+        compared = 0
+        for name, parameter in lora_state(training.chunks)[0].items():
+            if (
+                not parameter.tensor_model_parallel
+                if hasattr(parameter, "tensor_model_parallel")
+                else True
+            ):
+                both = [torch.empty_like(parameter) for _ in range(2)]
+                torch.distributed.all_gather(both, parameter.detach(), group=group)
+                assert torch.equal(*both), f"{layout}: {name} went apart"
+                compared += 1
+        assert compared == 4 * 4, compared
+    return ""
+
+
+@CHECKS.add(world_size=2)
+def cut_inputs_drop_differently_on_each_rank(run: Run) -> None:
+    import torch
+    from megatron.core import parallel_state
+
+    for layout, module, alike in (
+        ("tp2", "self_attention.linear_qkv", True),
+        ("tp2", "mlp.linear_fc2", False),
+    ):
+        training = start(run, "all", LAYOUTS[layout][1], dropout=0.5)
+        chunk = training.chunks[0].module
+        adapter = chunk.get_submodule(f"decoder.layers.0.{module}").adapter.train()
+        dropped = adapter._dropped(torch.ones(4, 2, 48)) == 0
+        assert 0.3 < dropped.float().mean() < 0.7
+        both = [torch.empty(dropped.shape) for _ in range(2)]
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_gather(both, dropped.float(), group=group)
+        assert torch.equal(*both) == alike, (layout, module)
+        adapter.eval()
+        assert (adapter._dropped(torch.ones(4, 2, 48)) == 1).all()
+
+
+# --- freezing, disabling, merging ----------------------------------------------------------------
+
+
+@CHECKS.add(world_size=2)
+def only_adapters_are_trained(run: Run) -> str:
+    import torch
+
+    from qwen2_ascend.finetuning.lora import adapters_disabled, lora_state
+    from qwen2_ascend.training.optimizer import gather_state
+
+    for layout in ("tp2-sp", "pp2"):
+        training = start(run, "some", LAYOUTS[layout][1])
+        chunks = [chunk.module for chunk in training.chunks]
+        before = {key: value.clone() for key, value in chunks[0].named_parameters()}
+        adapters = lora_state(training.chunks)[0]
+        base = evaluate(training)
+        train(training)
+        trained = evaluate(training)
+        assert abs(base - trained) > 1e-3
+        with adapters_disabled(training.chunks):
+            assert evaluate(training) == base
+        assert evaluate(training) == trained
+        for key, value in chunks[0].named_parameters():
+            changed = not torch.equal(value, before[key])
+            assert changed == (key in adapters) == value.requires_grad, key
+        kept = {name for _, name, _ in gather_state(training.optimizer, chunks)}
+        assert kept == adapters.keys()
+    return ""
+
+
+def merged_weights_give_the_same_losses(layout: str, case: str, run: Run) -> str:
+    """Merged in memory, the model without adapters is the model with them."""
+    import torch
+
+    from qwen2_ascend.finetuning.lora import lora_state, merge_adapters, merged_weights
+
+    training = start(run, case, LAYOUTS[layout][1])
+    train(training)
+    with_adapters = evaluate(training)
+    chunks = [chunk.module for chunk in training.chunks]
+    promised = {(index, name): value for index, name, value in merged_weights(training.chunks)}
+    settle(training)
+    merge_adapters(chunks)
+    assert not any(lora_state(chunks))
+    for (index, name), value in promised.items():
+        assert torch.equal(dict(chunks[index].named_parameters())[name], value)
+    merged = evaluate(training)
+    assert abs(merged - with_adapters) <= TOLERANCE, (merged, with_adapters)
+    return f"differs by {abs(merged - with_adapters):.1e}"
+
+
+for _layout, _case in (("tp1", "some"), ("tp2", "all"), ("tp4-sp", "some")):
+    CHECKS.add(world_size=LAYOUTS[_layout][0], name=f"merged-{_layout}-{_case}")(
+        functools.partial(merged_weights_give_the_same_losses, _layout, _case)
+    )
+
+
+@CHECKS.add(world_size=2)
+def half_precision_trains(run: Run) -> str:
+    losses = {
+        flags: [r.loss for r in train(start(run, "all", f"{LAYOUTS['tp2-sp'][1]} {flags}"))]
+        for flags in ("", "--bf16")
+    }
+    worst = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+    assert worst < 2e-2, losses
+    return f"differs by {worst:.1e}"
+
+
+@CHECKS.add(world_size=2)
+def the_chunked_cross_entropy_changes_nothing(run: Run) -> str:
+    found = [
+        [r.loss for r in train(start(run, "all", LAYOUTS["tp2-sp"][1], chunk_size=size))]
+        for size in (None, 5)
+    ]
+    worst = max(abs(a - b) for a, b in zip(*found, strict=True))
+    assert worst <= TOLERANCE, found
+    return f"differs by {worst:.1e}"
+
+
+# --- adapter folders -----------------------------------------------------------------------------
+
+
+def adapters_go_to_peft_and_back(before: str, after: str, case: str, run: Run) -> str:
+    """Bit for bit through another layout; and what is saved there is the same file."""
+    import torch
+
+    from qwen2_ascend.finetuning.adapter import (
+        load_adapter,
+        load_adapter_tensors,
+        read_lora_config,
+        save_adapter,
+        save_adapter_tensors,
+    )
+    from qwen2_ascend.finetuning.lora import lora_state
+
+    lora, config = ADAPTERS[case], model_config(case)
+    training = start(run, case, LAYOUTS[before][1])
+    train(training)
+    settle(training)
+    trained = evaluate(training)
+    cut = training.settings.layout()
+    first, second = (run.folder / f"{before}-{after}-{case}-{i}" for i in (1, 2))
+    save_adapter(training.chunks, lora, config, cut, first)
+    save_adapter(training.chunks, lora, config, cut, first)  # again, in its place
+    assert read_lora_config(first) == lora
+    assert sorted(path.name for path in first.parent.glob(f"*{first.name}*")) == [first.name]
+
+    other = start(run, case, LAYOUTS[after][1])
+    cut = other.settings.layout()
+    load_adapter(other.chunks, lora, config, cut, first)
+    assert abs(evaluate(other) - trained) <= TOLERANCE
+    save_adapter(other.chunks, lora, config, cut, second)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+    moments = [{k: torch.rand_like(v) for k, v in own.items()} for own in lora_state(other.chunks)]
+    path = run.folder / f"{before}-{after}-{case}-moments.safetensors"
+    save_adapter_tensors(moments, lora, config, cut, path)
+    again = [{k: torch.empty_like(v) for k, v in own.items()} for own in moments]
+    load_adapter_tensors(again, lora, config, cut, path)
+    if case == "all":  # else rows that belong to no target are not saved
+        # what every rank has comes from the first one
+        same = [torch.equal(a[k], b[k]) for a, b in zip(moments, again, strict=True) for k in a]
+        assert sum(same) >= len(same) / 2 and (run.runtime.rank or all(same))
+    return ""
+
+
+for _before, _after in itertools.chain(
+    itertools.permutations(("tp2-sp", "pp2-vpp2", "dp2-distributed-optimizer"), 2),
+    (("tp2-pp2", "tp4-sp"), ("tp4-sp", "tp2-pp2")),
+):
+    for _case in ADAPTERS:
+        CHECKS.add(world_size=LAYOUTS[_before][0], name=f"folder-{_before}-{_after}-{_case}")(
+            functools.partial(adapters_go_to_peft_and_back, _before, _after, _case)
+        )
+
+
+@CHECKS.add(world_size=1)
+def an_adapter_of_another_kind_is_refused(run: Run) -> str:
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.finetuning.adapter import load_adapter, save_adapter
+
+    lora, config = ADAPTERS["all"], model_config("all")
+    training = start(run, "all", "")
+    cut = training.settings.layout()
+    folder = run.folder / "another-kind"
+    save_adapter(training.chunks, lora, config, cut, folder)
+    other = LoraConfig(rank=8, alpha=8, targets=("q_proj",))
+    try:
+        load_adapter(training.chunks, other, config, cut, folder)
+    except UserError as error:
+        assert len(error.faults) == 2 and "has rank 4, the one asked for 8" in str(error)
+    else:
+        raise AssertionError("another adapter was taken")
+    return ""
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def base_folder(run: Run, case: str) -> Path:
+    """Weights with random biases and norms; written by the first rank that asks."""
+    import torch
+
+    folder = run.folder / f"base-{case}"
+    if run.runtime.rank == 0 and not folder.exists():
+        make_tiny_hugging_face_folder(folder, model_config(case))
+    torch.distributed.barrier()
+    return folder
+
+
+def start(
+    run: Run, case: str, flags: str, dropout: float = 0.0, chunk_size: int | None = None
+) -> TrainingRun:
+    """A run at iteration 0 that trains the case's adapters."""
+    import dataclasses
+
+    from megatron.core import parallel_state
+
+    from qwen2_ascend import runtime
+    from qwen2_ascend.checkpoint.load import load_checkpoint_weights
+    from qwen2_ascend.finetuning.lora import apply_lora
+    from qwen2_ascend.model.build import build_model
+    from qwen2_ascend.training.loop import Progress, TrainingRun, wrap_chunks
+    from qwen2_ascend.training.mock_data import MockDataset
+    from qwen2_ascend.training.optimizer import build_optimizer
+    from qwen2_ascend.training.schedule import build_schedule
+    from qwen2_ascend.training.settings import parse
+
+    folder, config = base_folder(run, case), model_config(case)
+    settings = parse([*f"{FLAGS} {flags}".split(), "--load", str(folder)])
+    layout: ParallelLayout = settings.layout()
+    runtime.destroy_model_parallel()
+    runtime.initialize_model_parallel(layout, config.num_layers)
+    run.runtime.seed_all(1234)
+    chunks = build_model(
+        config,
+        layout,
+        dtype="bf16" if settings.precision.bf16 else "fp32",
+        perform_initialization=False,
+        sequence_parallel=settings.parallel.sequence_parallel,
+        cross_entropy_chunk_size=chunk_size,
+        recompute_granularity=settings.recompute.recompute_granularity,
+        recompute_method=settings.recompute.recompute_method,
+        recompute_num_layers=settings.recompute.recompute_num_layers,
+    )
+    load_checkpoint_weights(
+        chunks,
+        folder,
+        layout,
+        padded_vocab_size=config.vocab_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    apply_lora(chunks, dataclasses.replace(ADAPTERS[case], dropout=dropout), config, layout)
+    wrapped = wrap_chunks(chunks, settings.parallel)
+    optimizer = build_optimizer(wrapped, settings)
+    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, config.vocab_size, seed=1234)
+    return TrainingRun(
+        settings=settings,
+        runtime=run.runtime,
+        chunks=wrapped,
+        optimizer=optimizer,
+        schedule=build_schedule(
+            optimizer, settings.optimizer, train_iters=STEPS, global_batch_size=GLOBAL_BATCH
+        ),
+        train_data=data,
+        valid_data=data,
+        progress=Progress(),
+    )
+
+
+def train(training: TrainingRun) -> list[Any]:
+    from qwen2_ascend.training.loop import train_batches, train_step
+
+    batches = train_batches(training)
+    return [train_step(training, batches) for _ in range(STEPS)]
+
+
+def evaluate(training: TrainingRun) -> float:
+    """Loss per token of a few samples."""
+    import dataclasses
+
+    from qwen2_ascend.training.loop import evaluate
+
+    settings = training.settings
+    data = dataclasses.replace(settings.data, eval_iters=1)
+    training.settings = dataclasses.replace(settings, data=data)
+    return evaluate(training)
+
+
+def settle(training: TrainingRun) -> None:
+    """Waits for weights that are gathered only when the next forward needs them."""
+    from qwen2_ascend.training.checkpointing import gathered_parameters
+
+    with gathered_parameters(training.chunks):
+        pass
+
+
+if __name__ == "__main__":
+    main(CHECKS)
