@@ -27,7 +27,7 @@ WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real \
   tests/data/test_preprocess.py tests/data/test_inputs.py tests/data/test_tokenization.py \
   tests/test_*.py
 
-.PHONY: venv npu-site compat-venv quickstart test test-compat test-real check format clean
+.PHONY: venv npu-site compat-venv quickstart test test-compat test-real test-npu check format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
 
@@ -76,6 +76,12 @@ test-compat: $(COMPAT)/.dev
 
 test-real: $(VENV)/.dev
 	$(BIN)/python -m pytest -m real
+
+# On a machine with Ascend NPUs, by the Python that torch_npu is installed for; see docs/npu.md.
+NPU_PYTHON ?= python3
+
+test-npu:
+	$(NPU_PYTHON) -m pytest tests/npu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+import torch
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.runtime import start
+from qwen2_ascend.runtime import environment, start
 
 PLAIN_PROCESS = """
     import json, torch
@@ -53,10 +55,9 @@ PLAIN_PROCESS = """
 
 @pytest.fixture(scope="module")
 def plain() -> list:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(PLAIN_PROCESS)],
-        env=environment,
+        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
         capture_output=True,
         text=True,
         timeout=200,
@@ -91,3 +92,63 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE=2 is set but RANK, LOCAL_RANK is not"):
         start("cpu")
+
+
+TORCH_NPU = """
+import json, os, sys
+names = sys.argv[1:]
+print(json.dumps({name: os.environ.get(name) for name in names}))
+raise ImportError("libascendcl.so: cannot open shared object file: No such file or directory")
+"""
+STARTED = """
+from qwen2_ascend import runtime
+from qwen2_ascend.errors import UserError
+try:
+    running = runtime.start({device!r}, deterministic=True, timeout_seconds=300)
+    print(*running.notes, sep="\\n")
+    running.close()
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def broken_torch_npu(tmp_path: Path):
+    """Runs `start` where torch_npu tells what it finds in the environment, and then fails."""
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu" / "__init__.py").write_text(TORCH_NPU)
+    info = tmp_path / "torch_npu-0.0.0.dist-info"
+    info.mkdir()
+    release = torch.__version__.split("+")[0]
+    text = f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {release}\n"
+    (info / "METADATA").write_text(text)
+
+    def started(device: str | None, *names: str) -> list[str]:
+        left_out = ("RANK", "WORLD_SIZE", "ASCEND_HOME_PATH", *names)
+        kept = {k: v for k, v in os.environ.items() if k not in left_out}
+        done = subprocess.run(
+            [sys.executable, "-c", STARTED.format(device=device), *names],
+            env={**kept, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return started
+
+
+def test_the_environment_is_complete_before_torch_npu_is_imported(broken_torch_npu) -> None:
+    """HCCL and CANN read these when they come up; later is too late."""
+    variables = environment.wanted(300, deterministic=True)
+    found, told = broken_torch_npu("npu", *(variable.name for variable in variables))
+    assert json.loads(found) == {variable.name: variable.value for variable in variables}
+    assert told.startswith("device=npu cannot be used: libascendcl.so is not found: CANN is not")
+
+
+def test_the_cpu_is_not_taken_silently(broken_torch_npu) -> None:
+    lines = broken_torch_npu(None)
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "no NPU is used, this runs on the cpu: libascendcl.so is not found" in warnings[0]
