@@ -50,7 +50,9 @@ class KVCache:
             return
         old = self._store
         shape = (*old.shape[:4], capacity, old.shape[5])
-        self._store = torch.empty(shape, dtype=old.dtype, device=old.device)
+        # Zeros, not whatever is there: attention gives places beyond a sequence's end the weight 0,
+        # and 0 times NaN is NaN.
+        self._store = torch.zeros(shape, dtype=old.dtype, device=old.device)
         self._store[:, :, :, :, : old.shape[4]] = old
 
     def move(self, source: int, target: int, length: int) -> None:

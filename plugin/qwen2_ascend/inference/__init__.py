@@ -1,0 +1,1 @@
+"""Generation: the model with a KV cache, sampling, prompts in and text out, chat."""

@@ -1,0 +1,226 @@
+"""Prompts from the command line or a JSONL file; results to the terminal or a JSONL file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.inference.settings import PromptSettings
+
+MOST_NAMED = 8
+"""Faults of a file that are named one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One thing to continue."""
+
+    where: str
+    """For a message: the flag, or file and line."""
+    row: Mapping[str, Any]
+    """{"prompt": text} or {"messages": [...]}, with whatever else its line has."""
+
+    @property
+    def is_chat(self) -> bool:
+        return "messages" in self.row
+
+
+def read_prompts(settings: PromptSettings) -> list[Prompt]:
+    """All prompts, in their order.
+
+    Raises:
+        UserError: the file cannot be read, or lines of it are not prompts; many at once.
+    """
+    if settings.prompt_file is None:
+        rows = [(f"--prompt {i}", {"prompt": text}) for i, text in enumerate(settings.prompt, 1)]
+    else:
+        rows = _read_file(settings.prompt_file)
+    return [Prompt(where=where, row=_with_template(row, settings)) for where, row in rows]
+
+
+def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path}: is not UTF-8 ({error}).") from None
+    rows, faults = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"{path}:{number}", _row(line)))
+        except ValueError as error:
+            faults.append(f"{path}:{number}: {error}")
+    if len(faults) > MOST_NAMED:
+        faults[MOST_NAMED:] = [f"... and {len(faults) - MOST_NAMED} more lines."]
+    raise_if(faults)
+    if not rows:
+        raise UserError(f"--prompt-file {path}: has no prompts.")
+    return rows
+
+
+def _row(line: str) -> dict[str, Any]:
+    """A line's prompt.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}.") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"is a JSON {type(row).__name__}, not an object.")
+    if ("prompt" in row) == ("messages" in row):
+        keys = ", ".join(map(repr, row)) or "none"
+        raise ValueError(f'needs one of the keys "prompt" and "messages"; it has {keys}.')
+    if "prompt" in row and not (isinstance(row["prompt"], str) and row["prompt"]):
+        raise ValueError(f'"prompt" is {row["prompt"]!r}, not a text.')
+    messages = row.get("messages", [{"role": "user"}])
+    if not (isinstance(messages, list) and messages):
+        raise ValueError('"messages" is not a list of messages.')
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+        raise ValueError('"messages" has one that is not {"role": ..., "content": ...}.')
+    return row
+
+
+def _with_template(row: dict[str, Any], settings: PromptSettings) -> dict[str, Any]:
+    """`row` as the flags want it: a prompt as a message, a system message in front."""
+    if settings.apply_chat_template and "prompt" in row:
+        rest = {key: value for key, value in row.items() if key != "prompt"}
+        row = {"messages": [{"role": "user", "content": row["prompt"]}], **rest}
+    if settings.system_prompt is not None and "messages" in row:
+        messages = row["messages"]
+        if messages[0]["role"] != "system":
+            system = {"role": "system", "content": settings.system_prompt}
+            row = {**row, "messages": [system, *messages]}
+    return row
+
+
+class OutputFile:
+    """Results as JSONL, in the order of the prompts, written as FILE.part until complete.
+
+    Args:
+        path: the file.
+        prompts: all of them.
+        overwrite: replace what is there.
+        resume: go on with FILE.part.
+
+    Raises:
+        UserError: it is there already, or FILE.part is not the beginning of this run.
+    """
+
+    def __init__(
+        self, path: Path, prompts: Sequence[Prompt], *, overwrite: bool, resume: bool
+    ) -> None:
+        self._path, self._prompts = path, prompts
+        self._part = path.with_name(path.name + ".part")
+        self._waiting: dict[int, str] = {}
+        self._file: TextIO | None = None
+        if not path.parent.is_dir():
+            raise UserError(f"--output-file {path}: there is no folder {path.parent}.")
+        if path.exists() and not overwrite:
+            raise UserError(f"--output-file {path}: exists already; say --overwrite to replace it.")
+        if self._part.exists() and not (overwrite or resume):
+            raise UserError(
+                f"--output-file {path}: a stopped run has left {self._part.name}; say --resume to "
+                "go on with it, or --overwrite to begin anew."
+            )
+        self._kept_bytes = 0
+        self.num_done = self._find_done() if resume and self._part.exists() else 0
+        """Results that a stopped run has left."""
+        self._next = self.num_done
+
+    def open(self) -> None:
+        """Begins to write; on one rank only."""
+        try:
+            self._file = self._part.open("a" if self.num_done else "w", encoding="utf-8")
+            self._file.truncate(self._kept_bytes)
+        except OSError as error:
+            raise UserError(f"--output-file {self._part}: {error.strerror}.") from None
+
+    def add(self, index: int, result: Mapping[str, Any]) -> None:
+        """Writes the result of a prompt once those of all before it are written."""
+        row = {**self._prompts[index].row, **result}
+        self._waiting[index] = json.dumps(row, ensure_ascii=False) + "\n"
+        assert self._file is not None, "open() comes first"
+        while (line := self._waiting.pop(self._next, None)) is not None:
+            self._file.write(line)
+            self._file.flush()
+            self._next += 1
+
+    def close(self) -> None:
+        """Gives the complete file its name."""
+        assert self._file is not None and self._next == len(self._prompts), self._next
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._part.replace(self._path)
+
+    def _find_done(self) -> int:
+        """Whole lines of FILE.part; a torn last one does not count."""
+        *lines, _ = self._part.read_bytes().split(b"\n")
+        if len(lines) > len(self._prompts):
+            raise UserError(self._another_run(len(self._prompts)))
+        for number, line in enumerate(lines):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                found = None
+            wanted = self._prompts[number].row
+            if not isinstance(found, dict) or "response" not in found:
+                raise UserError(self._another_run(number))
+            if any(found.get(key) != value for key, value in wanted.items()):
+                raise UserError(self._another_run(number))
+        self._kept_bytes = sum(len(line) + 1 for line in lines)
+        return len(lines)
+
+    def _another_run(self, number: int) -> str:
+        return (
+            f"--resume: line {number + 1} of {self._part} is not the result of this run's prompt; "
+            "say --overwrite to begin anew."
+        )
+
+
+class Terminal:
+    """Texts to the standard output, one after the other; the first unfinished one as it comes."""
+
+    def __init__(self, num_prompts: int, out: TextIO | None = None) -> None:
+        self._num_prompts = num_prompts
+        self._out = out or sys.stdout
+        self._turn = 0
+        self._waiting: dict[int, list[str]] = {}
+        self._done: set[int] = set()
+        self._head()
+
+    def text(self, index: int, piece: str) -> None:
+        """The next piece of a prompt's text."""
+        if index == self._turn:
+            self._write(piece)
+        else:
+            self._waiting.setdefault(index, []).append(piece)
+
+    def end(self, index: int) -> None:
+        """A prompt's text is complete."""
+        self._done.add(index)
+        while self._turn in self._done:
+            self._write("\n")
+            self._turn += 1
+            self._head()
+            self._write("".join(self._waiting.pop(self._turn, [])))
+
+    def _head(self) -> None:
+        if 1 < self._num_prompts > self._turn:
+            self._write(f"--- {self._turn + 1} of {self._num_prompts} ---\n")
+
+    def _write(self, piece: str) -> None:
+        # half of a surrogate pair, which a model can spell, has no UTF-8
+        self._out.write(piece.encode("utf-8", "replace").decode("utf-8"))
+        self._out.flush()

@@ -1,0 +1,245 @@
+"""GenerateSettings: every flag of `launch/generate_qwen2.py`, and the rules between them.
+
+The names are those of transformers' generate and Megatron's layout. The attribute docstrings are
+the text of `--help`. Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Repeated = tyro.conf.UseAppendAction
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModelSettings:
+    """Which model, and how it is cut over the processes."""
+
+    load: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """A Hugging Face folder, converted shards, or a training checkpoint."""
+    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR")] = None
+    """Hugging Face folder with config.json and tokenizer, where --load has none."""
+    tokenizer_name_or_path: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of the tokenizer; by default where config.json is."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are dealt to."""
+    num_layer_list: Annotated[str | None, tyro.conf.arg(metavar="N,N,...")] = None
+    """Layers of each pipeline stage when they are not equal, as in 6,8,8,6."""
+    bf16: Flag = False
+    """Compute in bf16; with none of the three, in the dtype that config.json says."""
+    fp16: Flag = False
+    """Compute in fp16."""
+    fp32: Flag = False
+    """Compute in fp32."""
+    device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
+    """auto takes npu, else cuda, else cpu, and says which."""
+    backend: Literal["auto", "npu", "torch"] = "auto"
+    """Operators of the layers: torch_npu's fused ones, which auto takes on an NPU, or torch's."""
+    mindspeed: Flag = False
+    """Activate MindSpeed before megatron-core is imported."""
+    distributed_timeout_minutes: float = 30.0
+    """Minutes after which a collective that waits for a silent rank fails; a chat that waits longer
+    for its user ends too."""
+
+    def dtype(self, config: Qwen2Config) -> str:
+        """What to compute in."""
+        wanted = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
+        return wanted[0] if wanted else config.dtype
+
+    def layout(self) -> ParallelLayout:
+        """How the model is cut.
+
+        Raises:
+            UserError: --num-layer-list is not a list of numbers.
+        """
+        numbers = self.num_layer_list
+        try:
+            layers = tuple(int(n) for n in numbers.split(",")) if numbers else None
+        except ValueError:
+            raise UserError(
+                f"--num-layer-list {numbers} is not a list of whole numbers such as 6,8,8,6."
+            ) from None
+        return ParallelLayout(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            num_layer_list=layers,
+        )
+
+    def faults(self, config: Qwen2Config, world_size: int) -> list[str]:
+        """What is wrong with these, one sentence each."""
+        faults = []
+        if [self.bf16, self.fp16, self.fp32].count(True) > 1:
+            faults.append("--bf16, --fp16 and --fp32: give one of them.")
+        if not self.distributed_timeout_minutes > 0:
+            minutes = self.distributed_timeout_minutes
+            faults.append(f"--distributed-timeout-minutes {minutes} must be above zero.")
+        try:
+            layout = self.layout()
+            layout.check(config, padded_vocab_size(config, layout.tp, divisible_by=1))
+        except UserError as error:
+            return faults + list(error.faults)
+        needed = layout.tp * layout.pp
+        if world_size != needed:
+            faults.append(
+                f"{world_size} process(es) for tensor_model_parallel_size={layout.tp} times "
+                f"pipeline_model_parallel_size={layout.pp}; start {needed}: "
+                f"torchrun --nproc-per-node {needed}."
+            )
+        return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """What is continued, and where the text goes."""
+
+    prompt: Annotated[Repeated[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
+    """A text to continue; may be given several times."""
+    prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="JSONL")] = None
+    """A file with {"prompt": ...} or {"messages": [...]} on each line."""
+    output_file: Annotated[Path | None, tyro.conf.arg(metavar="JSONL")] = None
+    """Write each line of --prompt-file there with its "response", in the same order; written as
+    FILE.part until it is complete."""
+    overwrite: Flag = False
+    """Replace --output-file, and forget a .part of it."""
+    resume: Flag = False
+    """Go on with the .part that a stopped run has left."""
+    chat: Flag = False
+    """Talk: each line of the standard input is a message; /reset begins anew, /exit ends."""
+    apply_chat_template: Flag = False
+    """Give each prompt to the model as a user's message."""
+    system_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """The system's message; needs --chat, --apply-chat-template or "messages"."""
+    batch_size: int = 8
+    """Sequences that are worked on at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are chosen. What is not given is taken from generation_config.json."""
+
+    max_new_tokens: int | None = None
+    """Tokens to add at most; 512, or up to the end of the context, where nobody says."""
+    greedy: Annotated[Flag, tyro.conf.arg(aliases=["--no-do-sample"])] = False
+    """Take the likeliest token."""
+    do_sample: Flag = False
+    """Draw tokens; --temperature, --top-k and --top-p imply it."""
+    temperature: float | None = None
+    """Logits are divided by it."""
+    top_k: int | None = None
+    """Draw from so many likeliest tokens; 0 from all."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens whose probabilities sum to this."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens less likely that the text has already."""
+    stop: Annotated[Repeated[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
+    """A string that ends the text, and is left out of it; may be given several times."""
+    seed: int = 1234
+    """Seed of the draws; a prompt's text does not depend on the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """Generate text with Qwen2 / Qwen2.5, one process per device.
+
+    torchrun --nproc-per-node 2 launch/generate_qwen2.py --load Qwen2.5-7B-Instruct
+    --tensor-model-parallel-size 2 --chat
+
+    One process needs no torchrun: python launch/generate_qwen2.py --load DIR --prompt "def f(x):"
+    """
+
+    model: ServedModelSettings
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+
+def parse(arguments: Sequence[str] | None = None) -> GenerateSettings:
+    """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
+    return parse_as(GenerateSettings, "generate_qwen2.py", arguments)
+
+
+def parse_as(kind: type, program: str, arguments: Sequence[str] | None) -> Any:
+    """The command line as settings of a class; printing on rank 0 only."""
+    return tyro.cli(
+        kind,
+        prog=program,
+        description=kind.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+
+
+def validate(settings: GenerateSettings, config: Qwen2Config, world_size: int) -> None:
+    """Checks all that can be checked without a tokenizer and before any process group exists.
+
+    Raises:
+        UserError: all faults at once.
+    """
+    faults = settings.model.faults(config, world_size)
+    faults += sampling_faults(settings.sampling)
+    faults += _prompt_faults(settings.prompts)
+    raise_if(dict.fromkeys(faults))
+
+
+def sampling_faults(sampling: SamplingSettings) -> list[str]:
+    """Values that no sampling can have, and flags that exclude each other."""
+    faults = []
+    if (count := sampling.max_new_tokens) is not None and count < 1:
+        faults.append(f"--max-new-tokens {count} must be at least 1.")
+    if (heat := sampling.temperature) is not None and not 0 < heat < math.inf:
+        faults.append(
+            f"--temperature {heat} must be above zero and finite; for the likeliest token say "
+            "--greedy."
+        )
+    if (penalty := sampling.repetition_penalty) is not None and not 0 < penalty < math.inf:
+        faults.append(f"--repetition-penalty {penalty} must be above zero and finite; 1 is none.")
+    if sampling.top_k is not None and sampling.top_k < 0:
+        faults.append(f"--top-k {sampling.top_k} must not be below zero; 0 draws from all.")
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        faults.append(f"--top-p {sampling.top_p} must be above 0 and at most 1.")
+    if not 0 <= sampling.seed < 2**63:
+        faults.append(f"--seed {sampling.seed} must be from 0 to below 2^63.")
+    if "" in sampling.stop:
+        faults.append("--stop '' would end every text at once; leave it out.")
+    drawing = ("do_sample", "temperature", "top_k", "top_p")
+    given = [name for name in drawing if getattr(sampling, name) not in (None, False)]
+    if sampling.greedy and given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        faults.append(f"--greedy draws nothing, so {flags} would have no effect; leave one out.")
+    return faults
+
+
+def _prompt_faults(prompts: PromptSettings) -> list[str]:
+    faults = []
+    sources = (bool(prompts.prompt), prompts.prompt_file is not None, prompts.chat)
+    if sources.count(True) != 1:
+        faults.append("give one of --prompt, --prompt-file and --chat.")
+    if prompts.batch_size < 1:
+        faults.append(f"--batch-size {prompts.batch_size} must be at least 1.")
+    if "" in prompts.prompt:
+        faults.append("--prompt '' has nothing to continue.")
+    output = prompts.output_file
+    if output is None and (prompts.overwrite or prompts.resume):
+        faults.append("--overwrite and --resume need --output-file.")
+    if prompts.overwrite and prompts.resume:
+        faults.append("--overwrite and --resume: give one of them.")
+    if output is not None and prompts.chat:
+        faults.append("--output-file is for prompts, not for --chat.")
+    templated = prompts.chat or prompts.apply_chat_template or prompts.prompt_file is not None
+    if prompts.system_prompt is not None and not templated:
+        faults.append("--system-prompt needs --chat, --apply-chat-template or a --prompt-file.")
+    return faults
