@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import raise_if
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -19,10 +20,16 @@ class PreprocessSettings:
     """Turns text, JSONL or Parquet into Megatron's .bin/.idx with a Hugging Face tokenizer.
 
     Writes PREFIX_KEY_document.bin and .idx for each key; --data-path takes PREFIX_KEY_document.
+    Of chats (--task sft) and preference pairs (--task dpo) it writes
+    PREFIX_packed_input_ids_document and the others of MindSpeed-LLM's; --data-path takes PREFIX.
     """
 
+    task: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    """What the data is for: pretrain reads texts, sft chats, dpo preference pairs."""
+
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|GLOB|DIR ...")]
-    """Files, globs or folders: .jsonl/.json, .parquet, anything else is text; .gz of these."""
+    """Files, globs or folders: .jsonl/.json, .parquet, anything else is text; .gz of these. Chats
+    may also be a JSON array."""
     output_prefix: Annotated[Path, tyro.conf.arg(metavar="PREFIX")]
     """Where the result goes, without suffix."""
     tokenizer_name_or_path: Annotated[
@@ -44,7 +51,7 @@ class PreprocessSettings:
     """Of a text file, what is one document."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do with a row that gives no document: not JSON, no such key, not a string, empty, not
-    UTF-8, too long."""
+    UTF-8, too long; or no chat, or none with a token to train on."""
     max_document_bytes: Annotated[int, tyro.conf.arg(metavar="BYTES")] = 16 * 2**20
     """Longest row or text document; a worker needs about 140 times as much memory for it."""
     workers: int | None = None
@@ -57,6 +64,14 @@ class PreprocessSettings:
     """Finish a run that was interrupted; starts one when there is none."""
     overwrite: Flag = False
     """Replace an existing result, or an unfinished run."""
+    chat: Annotated[ChatSettings, tyro.conf.arg(name="")] = field(default_factory=ChatSettings)
+    seq_length: int | None = None
+    """Chats: cut longer ones at the end; without it they are cut when they are trained on."""
+    pack: Annotated[Flag, tyro.conf.arg(aliases=["--neat-pack"])] = False
+    """Chats: write packs of --seq-length, as MindSpeed-LLM's --pack --neat-pack; without it they
+    can be packed when they are trained on."""
+    seed: int = 1234
+    """Chats: seed of --pack."""
 
     def __post_init__(self) -> None:
         raise_if(self._faults())
@@ -83,6 +98,38 @@ class PreprocessSettings:
             faults.append(f"--eod-token {self.eod_token} has no effect without --append-eod.")
         if self.resume and self.overwrite:
             faults.append("--resume and --overwrite exclude each other.")
+        return faults + (self._text_faults() if self.task == "pretrain" else self._chat_faults())
+
+    def _text_faults(self) -> list[str]:
+        """Flags about chats, where none are read."""
+        given = {
+            "--seq-length": self.seq_length is not None,
+            "--pack": self.pack,
+            **{
+                f"--{name.replace('_', '-')}": value != getattr(ChatSettings(), name)
+                for name, value in vars(self.chat).items()
+            },
+        }
+        return [f"{name} has no effect without --task sft or dpo." for name in given if given[name]]
+
+    def _chat_faults(self) -> list[str]:
+        faults = []
+        if self.append_eod:
+            faults.append("--append-eod is for texts; the chat template ends every turn itself.")
+        if self.json_keys != ("text",):
+            faults.append(
+                "--json-keys is for texts; --map-keys says what the columns of chats are called."
+            )
+        if self.input_format == "text":
+            faults.append("--input-format text: chats are JSON, JSONL or Parquet.")
+        if self.seq_length is not None and self.seq_length < 2:
+            faults.append(f"--seq-length {self.seq_length} must be at least 2.")
+        if self.pack and self.seq_length is None:
+            faults.append("--pack needs --seq-length.")
+        if self.pack and self.task == "dpo":
+            faults.append("--pack is for --task sft; preference pairs are not packed.")
+        if self.seed < 0:
+            faults.append(f"--seed {self.seed} must not be below zero.")
         return faults
 
 

@@ -148,13 +148,13 @@ def check_inputs(files: Sequence[InputFile], reading: Reading) -> None:
         if file.format == "parquet":
             faults += _parquet_faults(file, reading.keys)
         elif file.format == "jsonl":
-            with _damaged_gzip(file):
+            with damaged_gzip(file):
                 faults += _jsonl_faults(file)
     raise_if(faults)
 
 
 def _jsonl_faults(file: InputFile) -> list[str]:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         start = stream.read(4096).removeprefix(BOM).lstrip()
     if start.startswith(b"["):
         return [f"{file.path}: is a JSON array; one JSON object on each line is needed (JSONL)."]
@@ -175,7 +175,7 @@ def _parquet_faults(file: InputFile, keys: Sequence[str]) -> list[str]:
     import pyarrow as pa
 
     try:
-        schema = _parquet(file.path).schema_arrow
+        schema = parquet_file(file.path).schema_arrow
     except pa.ArrowInvalid as error:
         return [f"{file.path}: is not a Parquet file: {' '.join(str(error).split())}"]
     faults = []
@@ -191,7 +191,7 @@ def _parquet_faults(file: InputFile, keys: Sequence[str]) -> list[str]:
     return faults
 
 
-def _parquet(path: str) -> Any:
+def parquet_file(path: str) -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
@@ -214,21 +214,21 @@ def read_rows(
         file = files[index]
         first = start if index == start.file else Position(index)
         rows = _parquet_rows if file.format == "parquet" else _stream_rows
-        with _damaged_gzip(file):
+        with damaged_gzip(file):
             for row, position, read_bytes in rows(file, reading, first):
                 yield row, position, before + read_bytes
         before += file.size
 
 
 @contextlib.contextmanager
-def _damaged_gzip(file: InputFile) -> Iterator[None]:
+def damaged_gzip(file: InputFile) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file.path}: damaged or incomplete gzip: {error}") from None
 
 
-def _opened(file: InputFile) -> IO[bytes]:
+def opened(file: InputFile) -> IO[bytes]:
     return gzip.open(file.path, "rb") if file.is_gzip else open(file.path, "rb")  # pyright: ignore
 
 
@@ -238,7 +238,7 @@ def _stream_rows(
     cut = _cut_lines
     if file.format == "text" and reading.split_text_on != "line":
         cut = _cut_file if reading.split_text_on == "file" else _cut_paragraphs
-    with _opened(file) as stream:
+    with opened(file) as stream:
         # of a gzip it is the compressed file's place that says how far this is
         disk = stream.fileobj.raw if isinstance(stream, gzip.GzipFile) else stream  # pyright: ignore
         if start.offset:
@@ -304,7 +304,7 @@ def _parquet_rows(
 ) -> Iterator[tuple[Row, Position, int]]:
     import pyarrow as pa
 
-    table = _parquet(file.path)
+    table = parquet_file(file.path)
     number, total = 0, max(1, table.metadata.num_rows)
     for group in range(table.num_row_groups):
         rows_in_group = table.metadata.row_group(group).num_rows

@@ -111,7 +111,7 @@ class Output:
                 fsync_folder(target.parent)
             if (folder / f"{target.name}.idx").exists():
                 os.replace(folder / f"{target.name}.idx", f"{target}.idx")
-            about = {"settings": state.settings, **asdict(state.counts[key])}
+            about = {"settings": state.settings, **asdict(state.counts[key]), **state.tallies}
             write_file(Path(f"{target}.json"), json.dumps(about, indent=1).encode())
         if (folder / self.bad_rows.name).exists():
             os.replace(folder / self.bad_rows.name, self.bad_rows)

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,6 +58,8 @@ class State:
     position: Position = field(default_factory=Position)
     counts: dict[str, Counts] = field(default_factory=dict)
     bad_rows: int = 0
+    tallies: dict[str, int] = field(default_factory=dict)
+    """Whatever else the encoder counts."""
     is_joined: bool = False
     """True when the whole result lies in the folder and only waits to be renamed."""
 
@@ -120,6 +123,7 @@ class Parts:
         }
         self._counts = {key: Counts(**asdict(counts)) for key, counts in state.counts.items()}
         self._bad_rows: list[BadRow] = []
+        self._tallies = Counter(state.tallies)
         self._position = state.position
         self._text_bytes = 0
 
@@ -142,6 +146,7 @@ class Parts:
                 builder.add_document(document, [length])
             self._counts[key].add(lengths)
         self._bad_rows += encoded.bad_rows
+        self._tallies.update(encoded.tallies or {})
         self._position = batch.end
         self._text_bytes += batch.num_bytes
         if self._text_bytes >= self._part_bytes:
@@ -171,6 +176,7 @@ class Parts:
         state.position = self._position
         state.counts = self._counts
         state.bad_rows += len(self._bad_rows)
+        state.tallies = dict(self._tallies)
         state.save(self._folder)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from qwen2_ascend.data.tokenization import (
     BadRow,
     Encoded,
     Encoder,
+    EncodeRows,
     TokenizerSpec,
     encode_in_worker,
     load_tokenizer,
@@ -58,6 +60,10 @@ def preprocess(settings: PreprocessSettings) -> None:
         UserError: input, tokenizer or output cannot be used, or a bad row was met.
         OSError: the output cannot be written; finished parts are kept.
     """
+    if settings.task != "pretrain":
+        from qwen2_ascend.data.chat.preprocess import preprocess_chats
+
+        return preprocess_chats(settings)
     started = time.monotonic()
     reading = Reading(settings.json_keys, settings.split_text_on, settings.max_document_bytes)
     files = find_inputs(settings.input, settings.input_format)
@@ -137,35 +143,69 @@ def _tokenize(
     state: State,
 ) -> None:
     """Writes parts until the input is used up, keeping `state` and its file up to date."""
-    options = dict(
+    make_encoder = partial(
+        Encoder,
+        tokenizer,
         keys=settings.json_keys,
         dtype=state.settings["dtype"],
         append_eod=settings.append_eod,
         max_row_bytes=settings.max_document_bytes,
     )
+    write_parts(
+        settings,
+        files,
+        read_rows(files, reading, state.position),
+        make_encoder,
+        folder,
+        state,
+        workers=settings.workers or num_cores(),
+    )
+
+
+def write_parts(
+    settings: PreprocessSettings,
+    files: Sequence[InputFile],
+    rows: Iterable[tuple[Row, Position, int]],
+    make_encoder: Callable[[], EncodeRows],
+    folder: Path,
+    state: State,
+    *,
+    workers: int,
+) -> None:
+    """Writes what encoders make of `rows` as parts, keeping `state` and its file up to date.
+
+    Args:
+        settings: where parts end, what becomes of bad rows, how often progress is reported.
+        files: what is read, for the progress.
+        rows: with the position behind each and the bytes read until there.
+        make_encoder: called once in each worker; it is sent there, so it must pickle.
+        folder: where the parts go.
+        state: what is done already.
+        workers: processes; with 1 this one does it all.
+    """
     bad_rows = BadRows(settings.on_bad_row)
     progress = Progress(sum(file.size for file in files), settings.log_interval)
     part_bytes = int(settings.save_interval_mb * 2**20)
-    rows = read_rows(files, reading, state.position)
     batches = _batches(rows, min(part_bytes, BATCH_BYTES))
     with (
         Parts(folder, state, part_bytes) as parts,
         progress,
-        _encode(settings.workers or _num_cores(), tokenizer, options) as encode,
+        _encode(workers, make_encoder) as encode,
     ):
         for batch, encoded in encode(batches):
             bad_rows.add(encoded.bad_rows)
             parts.add(batch, encoded)
             progress.update(
                 documents=len(batch.rows) - len(encoded.bad_rows),
-                tokens=sum(tokens.size for tokens in encoded.tokens.values()),
+                tokens=encoded.num_tokens,
                 read_bytes=batch.read_bytes,
             )
         parts.finish()
     bad_rows.say_how_many_more()
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -186,17 +226,17 @@ Encode = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Encoded]]]
 
 
 @contextlib.contextmanager
-def _encode(workers: int, spec: TokenizerSpec, options: dict[str, Any]) -> Iterator[Encode]:
+def _encode(workers: int, make_encoder: Callable[[], EncodeRows]) -> Iterator[Encode]:
     """A function that tokenizes batches, in order, in `workers` processes (1: in this one)."""
     if workers == 1:
-        encoder = Encoder(spec, **options)
+        encoder = make_encoder()
         yield lambda batches: ((batch, encoder(batch.rows)) for batch in batches)
         return
     pool = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),
         initializer=start_worker,
-        initargs=(spec, options),
+        initargs=(make_encoder,),
     )
     try:
         yield lambda batches: _in_order(pool, batches, workers * BATCHES_PER_WORKER)

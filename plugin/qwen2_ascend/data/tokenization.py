@@ -52,6 +52,15 @@ class Encoded(NamedTuple):
     lengths: dict[str, np.ndarray]
     """Tokens of each document, by key."""
     bad_rows: list[BadRow]
+    tallies: dict[str, int] | None = None
+    """Whatever else is counted."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all keys, unless they are counted already."""
+        return (self.tallies or {}).get(
+            "tokens", sum(tokens.size for tokens in self.tokens.values())
+        )
 
 
 def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
@@ -218,15 +227,17 @@ def _encode_function(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int
     return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
 
-_encoder: Encoder | None = None
+EncodeRows = Callable[[Sequence[Row]], Encoded]
+
+_encoder: EncodeRows | None = None
 
 
-def start_worker(spec: TokenizerSpec, options: dict[str, Any]) -> None:
+def start_worker(make_encoder: Callable[[], EncodeRows]) -> None:
     """Prepares a worker process: its encoder, and that it ends when its parent does."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees Ctrl-C and ends its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _encoder = Encoder(spec, **options)
+    _encoder = make_encoder()
 
 
 def encode_in_worker(rows: Sequence[Row]) -> Encoded:

@@ -13,10 +13,9 @@ import numpy as np
 from qwen2_ascend.data.chat.dataset import ChatDataset, EpochDataset, PairDataset
 from qwen2_ascend.data.chat.prepare import Preparation, prepared
 from qwen2_ascend.data.chat.settings import ChatSettings
-from qwen2_ascend.data.chat.stored import StoredChats
+from qwen2_ascend.data.chat.stored import SIDES, StoredChats
 from qwen2_ascend.errors import UserError, raise_if
 
-SIDES = {"sft": ("",), "dpo": ("chosen_", "rejected_")}
 SHOWN_BAD_ROWS = 20
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import xxhash
 
 from qwen2_ascend.data.chat.settings import ChatSettings
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, raise_if
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".jl", ".parquet")
+CACHE_FOLDER = ".qwen2_ascend_cache"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json")
 
 
 class Preparation(NamedTuple):
@@ -29,15 +35,99 @@ def is_chat_file(word: str) -> bool:
 
 
 def prepared(words: Sequence[str], preparation: Preparation) -> dict[str, str]:
-    """Of each word of --data-path its prefix; files of chats are prepared.
+    """Of each word of --data-path its prefix; files of chats are prepared, by rank 0.
+
+    Every rank calls this, and every rank raises what rank 0 raises.
 
     Raises:
-        UserError: a file cannot be prepared.
+        UserError: a file cannot be prepared, or its result is not seen on this rank.
     """
-    for word in words:
-        if is_chat_file(word):
+    files = [word for word in words if is_chat_file(word)]
+    prefixes = {word: word for word in words}
+    if not files:
+        return prefixes
+    raise_if(f"--data-path {word}: no such file." for word in files if not os.path.isfile(word))
+    if preparation.tokenizer is None:
+        raise UserError(f"--data-path {files[0]}: to prepare it, say which tokenizer to take.")
+    prefixes |= {word: str(_cached_prefix(word, preparation)) for word in files}
+    _on_rank_0(lambda: [_prepare(word, prefixes[word], preparation) for word in files])
+    for word in files:
+        if not list(Path(prefixes[word]).parent.glob(f"{Path(prefixes[word]).name}_packed_*.idx")):
             raise UserError(
-                f"--data-path {word}: prepare it with qwen2-ascend preprocess --task "
-                f"{preparation.task} and give its prefix."
+                f"{prefixes[word]}, which rank 0 prepared of {word}, is not seen here; "
+                "--data-cache-path must be on storage that all nodes share."
             )
-    return {word: word for word in words}
+    return prefixes
+
+
+def _cached_prefix(word: str, preparation: Preparation) -> Path:
+    """Where the result is kept; other settings or a changed file mean another place."""
+    folder = preparation.data_cache_path or Path(word).parent / CACHE_FOLDER
+    tokenizer = Path(str(preparation.tokenizer))
+    read = [Path(word), *(tokenizer / name for name in TOKENIZER_FILES)]
+    if preparation.chat.chat_template:
+        read.append(preparation.chat.chat_template)
+    deciding = [
+        preparation.task,
+        preparation.on_bad_row,
+        astuple(preparation.chat),
+        [(str(path.resolve()), *_stamp(path)) for path in read if path.exists()],
+    ]
+    stem = Path(word).name.split(".")[0]
+    return Path(folder) / f"{stem}-{xxhash.xxh3_64(repr(deciding).encode()).hexdigest()}"
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _prepare(word: str, prefix: str, preparation: Preparation) -> None:
+    from qwen2_ascend.data.chat.preprocess import preprocess_chats
+    from qwen2_ascend.data.command import PreprocessSettings
+
+    task: Any = preparation.task
+    on_bad_row: Any = preparation.on_bad_row
+    preprocess_chats(
+        PreprocessSettings(
+            task=task,
+            input=(word,),
+            output_prefix=Path(prefix),
+            tokenizer_name_or_path=str(preparation.tokenizer),
+            chat=preparation.chat,
+            on_bad_row=on_bad_row,
+            workers=preparation.workers,
+            resume=True,
+        )
+    )
+
+
+def _on_rank_0(work: Any) -> None:
+    """Does `work` on rank 0 while the others wait.
+
+    Raises:
+        UserError: what rank 0 raised, on every rank.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        work()
+        return
+    failure: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as error:  # told to the others first, who would wait forever
+            failure[0] = error
+    # as text: not every exception survives being sent
+    told = [failure[0] and (isinstance(failure[0], UserError), _faults(failure[0]))]
+    dist.broadcast_object_list(told, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+    if told[0]:
+        is_users, faults = told[0]
+        raise UserError(faults) if is_users else RuntimeError(f"rank 0 failed: {faults[0]}")
+
+
+def _faults(error: Exception) -> tuple[str, ...]:
+    return error.faults if isinstance(error, UserError) else (f"{type(error).__name__}: {error}",)

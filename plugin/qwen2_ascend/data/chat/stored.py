@@ -20,6 +20,8 @@ from qwen2_ascend.errors import UserError, raise_if
 
 IGNORED = -100
 """The label of a token that is not trained on."""
+SIDES = {"sft": ("",), "dpo": ("chosen_", "rejected_")}
+"""What comes before input_ids and labels in the files' names."""
 
 
 def dataset_path(prefix: str | Path, key: str) -> Path:

@@ -1,0 +1,169 @@
+"""What a worker of `preprocess --task sft|dpo` does: rows in, token ids and labels out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen2_ascend.data.chat.formats import RowFormat
+from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, Tokens
+from qwen2_ascend.data.chat.rows import where
+from qwen2_ascend.data.chat.stored import IGNORED, SIDES
+from qwen2_ascend.data.inputs import Row
+from qwen2_ascend.data.tokenization import BadRow, Encoded
+from qwen2_ascend.errors import UserError
+
+
+def output_keys(task: str) -> tuple[str, ...]:
+    """What is written for each row, as in the files' names; of pairs MindSpeed-LLM has no masks."""
+    kinds = ("input_ids", "labels") + (("attention_mask",) if task == "sft" else ())
+    return tuple(f"packed_{side}{kind}" for side in SIDES[task] for kind in kinds)
+
+
+class ChatEncoder:
+    """Turns rows into token ids and labels; one lives in each worker."""
+
+    def __init__(
+        self,
+        tokenizer_path: str,
+        *,
+        formats: Mapping[str, RowFormat],
+        task: str,
+        chat_template: str | None,
+        train_on_prompt: bool,
+        mask_history: bool,
+        seq_length: int | None,
+        max_row_bytes: int,
+    ) -> None:
+        # several processes tokenize; threads below each would only be in each other's way
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._render = ChatRenderer(
+            load_chat_tokenizer(tokenizer_path),
+            chat_template=chat_template,
+            train_on_prompt=train_on_prompt,
+            mask_history=mask_history,
+        )
+        self._formats, self._task = formats, task
+        self._seq_length, self._max_row_bytes = seq_length, max_row_bytes
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        tallies: Counter[str] = Counter()
+        bad: dict[int, str] = {}
+        chats = {}
+        for i, row in enumerate(rows):
+            try:
+                chats[i] = self._formats[row.path].chats(self._parsed(row))
+            except ValueError as error:
+                bad[i] = str(error)
+        rendered = iter(self._render([chat for pair in chats.values() for chat in pair]))
+        kept: list[list[Tokens]] = []
+        for i, pair in chats.items():
+            results = [next(rendered) for _ in pair]
+            try:
+                kept.append([self._checked(result, rows[i]) for result in results])
+            except ValueError as error:
+                if isinstance(error, UserError):
+                    raise
+                bad[i] = str(error)
+                continue
+            tallies["truncated"] += sum(
+                isinstance(full, Tokens) and len(full.ids) > len(cut.ids)
+                for full, cut in zip(results, kept[-1], strict=True)
+            )
+        tallies["tokens"] = sum(len(t.ids) for pair in kept for t in pair)
+        # a chat's first token is never predicted
+        tallies["trained_tokens"] = sum(int(t.trained[1:].sum()) for pair in kept for t in pair)
+        tokens = self._arrays(kept)
+        sides = [[len(pair[side].ids) for pair in kept] for side in range(len(SIDES[self._task]))]
+        per_side = len(tokens) // len(sides)
+        return Encoded(
+            tokens=tokens,
+            lengths={
+                key: np.array(sides[n // per_side], dtype=np.int64) for n, key in enumerate(tokens)
+            },
+            bad_rows=[BadRow(where(rows[i]), bad[i]) for i in sorted(bad)],
+            tallies=dict(tallies),
+        )
+
+    def _parsed(self, row: Row) -> Any:
+        if row.raw is None:
+            raise ValueError(
+                f"longer than --max-document-bytes {self._max_row_bytes}; leave it out, or raise "
+                "that"
+            )
+        return parse_row(row.raw)
+
+    def _checked(self, result: Tokens | ValueError, row: Row) -> Tokens:
+        """The tokens, cut to --seq-length.
+
+        Raises:
+            ValueError: none is left that is trained on.
+            UserError: the template cannot be used.
+        """
+        if isinstance(result, TemplateError):
+            raise UserError(f"{where(row)}: {result}")
+        if isinstance(result, ValueError):
+            raise result
+        cut = Tokens(result.ids[: self._seq_length], result.trained[: self._seq_length])
+        if not cut.trained[1:].any():
+            raise ValueError(
+                f"has no token to train on in its first {self._seq_length} of {len(result.ids)}"
+                if result.trained[1:].any()
+                else "has no token to train on"
+            )
+        return cut
+
+    def _arrays(self, kept: list[list[Tokens]]) -> dict[str, np.ndarray]:
+        """All rows' numbers one after the other, by key."""
+        arrays = {}
+        for n, side in enumerate(SIDES[self._task]):
+            # there may be no row
+            ids = np.concatenate([np.empty(0, np.int32), *(pair[n].ids for pair in kept)])
+            trained = np.concatenate([np.empty(0, bool), *(pair[n].trained for pair in kept)])
+            arrays[f"packed_{side}input_ids"] = ids
+            arrays[f"packed_{side}labels"] = np.where(trained, ids, np.int32(IGNORED))
+            if self._task == "sft":
+                arrays["packed_attention_mask"] = np.ones_like(ids)
+        return arrays
+
+
+def parse_row(raw: bytes) -> Any:
+    """The JSON value of a row.
+
+    Raises:
+        ValueError: it is none; the message is the reason.
+    """
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+
+
+def load_chat_tokenizer(path: str) -> Any:
+    """The transformers tokenizer at `path`.
+
+    Raises:
+        UserError: no tokenizer there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        what = f"not a tokenizer: {text}" if os.path.exists(path) else "no such folder"
+        raise UserError(
+            f"--tokenizer-name-or-path {path}: {what}; give the model's Hugging Face folder, with "
+            "its tokenizer.json."
+        ) from error

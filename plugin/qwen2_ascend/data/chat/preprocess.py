@@ -1,0 +1,198 @@
+"""`preprocess --task sft|dpo`: files of chats to MindSpeed-LLM's instruction data (`stored.py`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from qwen2_ascend.data.chat.encoding import (
+    ChatEncoder,
+    load_chat_tokenizer,
+    output_keys,
+    parse_row,
+)
+from qwen2_ascend.data.chat.formats import RowFormat, detect_format, parse_map_keys, row_format
+from qwen2_ascend.data.chat.packing import best_fit_decreasing
+from qwen2_ascend.data.chat.rendering import load_template, read_template
+from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows, where
+from qwen2_ascend.data.chat.stored import IGNORED
+from qwen2_ascend.data.chat.summary import Summary
+from qwen2_ascend.data.command import PreprocessSettings
+from qwen2_ascend.data.inputs import InputFile, Position, Reading
+from qwen2_ascend.data.output import Output
+from qwen2_ascend.data.parts import Counts, State, join
+from qwen2_ascend.data.preprocess import num_cores, write_parts
+from qwen2_ascend.errors import raise_if
+
+BYTES_PER_WORKER = 4 * 2**20
+"""A worker takes seconds to start, so small files are not worth many."""
+ROWS_TO_DETECT = 100
+
+
+def preprocess_chats(settings: PreprocessSettings) -> None:
+    """Does what `settings` say and prints a summary.
+
+    Raises:
+        UserError: input, tokenizer or output cannot be used, or a bad row was met.
+        OSError: the output cannot be written; finished parts are kept.
+    """
+    started = time.monotonic()
+    files, reading = find_chat_files(
+        settings.input, settings.input_format, settings.max_document_bytes
+    )
+    formats = find_formats(files, reading, settings)
+    for path, found in formats.items():
+        print(f"{path}: {found.describe()}", flush=True)
+    template = read_template(settings.chat.chat_template)
+    tokenizer = load_chat_tokenizer(settings.tokenizer_name_or_path)
+    keys = output_keys(settings.task)
+    state = State(
+        settings=_deciding_settings(settings, files, formats, tokenizer, template),
+        counts={key: Counts() for key in keys},
+    )
+    output = Output(settings.output_prefix, keys)
+    if output.is_complete(state.settings, resume=settings.resume):
+        print(f"{output.prefix}: complete already; nothing to do.")
+        return
+    with output.work_folder(state, resume=settings.resume, overwrite=settings.overwrite) as (
+        folder,
+        state,
+    ):
+        # packs are made of whole files, so these lie beside the result until then
+        stem = "chats_" if settings.pack else ""
+        names = {key: f"{stem}{output.dataset(key).name}" for key in keys}
+        if not state.is_joined:
+            make_encoder = partial(
+                ChatEncoder,
+                settings.tokenizer_name_or_path,
+                formats=formats,
+                task=settings.task,
+                chat_template=template,
+                train_on_prompt=settings.chat.train_on_prompt,
+                mask_history=settings.chat.mask_history,
+                seq_length=settings.seq_length,
+                max_row_bytes=settings.max_document_bytes,
+            )
+            rows = read_chat_rows(files, reading, state.position)
+            workers = settings.workers or _useful_workers(files)
+            write_parts(settings, files, rows, make_encoder, folder, state, workers=workers)
+            join(folder, state, names, output.bad_rows.name)
+        summary = Summary.of(state, [folder / names[key] for key in keys if "input_ids" in key])
+        if settings.pack:
+            targets = {key: folder / output.dataset(key).name for key in keys}
+            sources = {key: folder / name for key, name in names.items()}
+            summary = replace(
+                summary, packs=_pack(sources, targets, settings, state.settings["pad_token"])
+            )
+        output.publish(folder, state)
+    summary.print(output, settings, time.monotonic() - started)
+
+
+def find_formats(
+    files: Sequence[InputFile], reading: Reading, settings: PreprocessSettings
+) -> dict[str, RowFormat]:
+    """The format of each file: what --handler-name says, or what its first good row is in.
+
+    Raises:
+        UserError: none of a file's first rows is in a known format.
+    """
+    map_keys = parse_map_keys(settings.chat.map_keys)
+    if settings.chat.format != "auto":
+        found = row_format(settings.chat.format, settings.task, map_keys)
+        return {file.path: found for file in files}
+    formats, faults = {}, []
+    for file in files:
+        reason = f"{file.path}: holds no row"
+        for row, _, _ in islice(read_chat_rows([file], reading, Position()), ROWS_TO_DETECT):
+            try:
+                value = parse_row(row.raw or b"")
+                formats[file.path] = detect_format(value, settings.task, map_keys)
+                break
+            except ValueError as error:
+                reason = reason if "holds no" not in reason else f"{where(row)}: {error}"
+        else:
+            faults.append(f"{reason}.")
+    raise_if(faults)
+    return formats
+
+
+def _useful_workers(files: Sequence[InputFile]) -> int:
+    return min(num_cores(), 1 + sum(file.size for file in files) // BYTES_PER_WORKER)
+
+
+def _deciding_settings(
+    settings: PreprocessSettings,
+    files: Sequence[InputFile],
+    formats: dict[str, RowFormat],
+    tokenizer: Any,
+    template: str | None,
+) -> dict[str, Any]:
+    # also finds out whether there is a template before any work begins
+    template = load_template(tokenizer, template)
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.name_or_path
+    pad_token = tokenizer.pad_token_id
+    deciding = {
+        "task": settings.task,
+        "input": [[os.path.abspath(f.path), f.format, f.size, f.mtime_ns] for f in files],
+        "formats": [asdict(found) for found in formats.values()],
+        "max_document_bytes": settings.max_document_bytes,
+        "tokenizer": xxhash.xxh3_64(backend.encode()).hexdigest(),
+        "chat_template": xxhash.xxh3_64(template.encode()).hexdigest(),
+        "vocab_size": len(tokenizer),
+        "pad_token": pad_token if pad_token is not None else tokenizer.eos_token_id or 0,
+        "train_on_prompt": settings.chat.train_on_prompt,
+        "mask_history": settings.chat.mask_history,
+        "seq_length": settings.seq_length,
+        "pack": settings.pack,
+        "seed": settings.seed if settings.pack else None,
+        # labels are negative where there is no loss, so never uint16
+        "dtype": "int32",
+    }
+    return json.loads(json.dumps(deciding))
+
+
+def _pack(
+    sources: dict[str, Path],
+    targets: dict[str, Path],
+    settings: PreprocessSettings,
+    pad_token: int,
+) -> int:
+    """Writes rows of --seq-length that hold several chats, and padding; how many.
+
+    The attention mask numbers the chats of a row from 1 and is 0 on padding.
+    """
+    from qwen2_ascend.data.indexed import IndexedDatasetBuilder, open_indexed
+
+    seq_length = settings.seq_length
+    assert seq_length is not None
+    fill = {"input_ids": pad_token, "labels": IGNORED, "attention_mask": 0}
+    packing = None
+    for key, source in sources.items():
+        chats = open_indexed(source)
+        if packing is None:
+            packing = best_fit_decreasing(chats.sequence_lengths, seq_length, settings.seed)
+        kind = key.removeprefix("packed_")
+        builder = IndexedDatasetBuilder(f"{targets[key]}.bin", dtype=np.int32)
+        with contextlib.closing(builder.data_file):
+            for index in range(len(packing)):
+                row: Any = np.full(seq_length, fill[kind], dtype=np.int32)
+                at = 0
+                for number, chat in enumerate(packing.pack(index).tolist(), 1):
+                    piece = chats[chat]
+                    row[at : at + len(piece)] = number if kind == "attention_mask" else piece
+                    at += len(piece)
+                builder.add_document(row, [seq_length])
+            builder.finalize(f"{targets[key]}.idx")
+    assert packing is not None
+    return len(packing)

@@ -1,0 +1,259 @@
+"""A chat as token ids, by the tokenizer's own chat template, and on which of them the loss is.
+
+The loss is on what the model would say itself: from behind the generation prompt
+(of Qwen, `<|im_start|>assistant` and a newline) up to and including the token that ends the turn
+(`<|im_end|>`). The newline that Qwen's template writes behind that token is not trained on:
+generation has stopped there. Where each turn begins and ends is asked of the template itself, by
+rendering the chat up to that turn. That is right if such a rendering is how the whole chat's
+begins, which is checked; a template with `{% generation %}` markers is asked for those instead.
+
+Text is tokenized piece by piece, cut where the loss begins and ends, because that is how the
+model meets it: the generation prompt is complete before the first token of the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwen2_ascend.data.chat.formats import Chat
+from qwen2_ascend.errors import UserError
+
+GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class TemplateError(UserError):
+    """The chat template cannot say where the assistant's turns are; every row would meet it."""
+
+
+class Tokens(NamedTuple):
+    """A tokenized chat."""
+
+    ids: np.ndarray
+    """int32, `[n]`."""
+    trained: np.ndarray
+    """bool, `[n]`."""
+
+
+class Piece(NamedTuple):
+    """A part of a rendered chat."""
+
+    text: str
+    trained: bool
+
+
+class ChatRenderer:
+    """Renders and tokenizes chats with one tokenizer."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+    ) -> None:
+        """Takes the tokenizer's own template unless another is given.
+
+        Args:
+            tokenizer: of transformers, with a fast backend or without.
+            chat_template: a Jinja template instead of the tokenizer's.
+            train_on_prompt: the loss is on every token.
+            mask_history: the loss is on the last of the trained turns only.
+
+        Raises:
+            UserError: there is no template.
+        """
+        self._tokenizer = tokenizer
+        self._template = load_template(tokenizer, chat_template)
+        self._train_on_prompt, self._mask_history = train_on_prompt, mask_history
+        if tokenizer.is_fast:
+            self._backend = tokenizer.backend_tokenizer
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._has_markers = bool(GENERATION_MARKER.search(self._template))
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special and token.content.strip()}
+        special |= set(tokenizer.all_special_tokens)
+        # what the template writes between turns; in a text it would end the turn there
+        self._control = sorted(token for token in special if token in self._template)
+        # up to the last special token, when nothing but white space follows
+        tokens = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        self._turn_end = re.compile(rf"(?s)(.*(?:{tokens}))\s*\Z") if tokens else None
+
+    def __call__(self, chats: Sequence[Chat]) -> list[Tokens | ValueError]:
+        """The chats' tokens, in order.
+
+        Where a chat cannot be rendered a ValueError stands for it, and a TemplateError where the
+        template does not render a chat's beginning as it renders the chat.
+        """
+        results: list[Any] = []
+        for chat in chats:
+            try:
+                self._check_texts(chat)
+                results.append(self._marked(chat) if self._takes_markers(chat) else self.cut(chat))
+            except ValueError as error:
+                results.append(error)
+        texts = [piece.text for r in results if isinstance(r, list) for piece in r]
+        ids = iter(self._encode(texts))
+        return [
+            _joined([(next(ids), piece.trained) for piece in result])
+            if isinstance(result, list)
+            else result
+            for result in results
+        ]
+
+    def render(self, chat: Chat, end: int | None = None, *, ask: bool = False) -> str:
+        """The template's text of a chat's first `end` messages.
+
+        Args:
+            chat: what is rendered.
+            end: how many messages; all when None.
+            ask: with the generation prompt behind them.
+
+        Raises:
+            ValueError: the template refuses the chat.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                chat.messages[:end],
+                tools=chat.tools,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
+        except Exception as error:  # jinja2's, or whatever the template's own code meets
+            raise ValueError(f"the chat template refuses it: {_one_line(error)}") from None
+
+    def cut(self, chat: Chat) -> list[Piece]:
+        """The rendered chat, cut where the loss begins and ends.
+
+        Raises:
+            ValueError: the template refuses the chat.
+            TemplateError: its beginning is rendered differently from the whole.
+        """
+        whole = self.render(chat)
+        if self._train_on_prompt:
+            return [Piece(whole, True)]
+        pieces, at = [], 0
+        for turn in chat.trained[-1:] if self._mask_history else chat.trained:
+            begin = self._length_of(self.render(chat, turn, ask=True), whole, turn)
+            end = self._length_of(self.render(chat, turn + 1), whole, turn + 1)
+            said = whole[begin:end]
+            if self._turn_end and (match := self._turn_end.match(said)):
+                said = match[1]
+            pieces += [Piece(whole[at:begin], False), Piece(said, True)]
+            at = begin + len(said)
+        pieces.append(Piece(whole[at:], False))
+        return [piece for piece in pieces if piece.text]
+
+    def _length_of(self, beginning: str, whole: str, count: int) -> int:
+        if whole.startswith(beginning):
+            return len(beginning)
+        at = next((i for i, (a, b) in enumerate(zip(beginning, whole, strict=False)) if a != b), 0)
+        raise TemplateError(
+            f"the chat template renders the first {count} message(s) of a chat differently from "
+            f"the whole chat: {beginning[max(0, at - 20) : at + 20]!r} is "
+            f"{whole[max(0, at - 20) : at + 20]!r} there. So it cannot be told where the "
+            "assistant's turns begin and end. Give --chat-template one that does not rewrite "
+            "earlier turns, or has {% generation %} markers; or --mask-history, which only asks "
+            "for the last turn; or --train-on-prompt, which asks for none."
+        )
+
+    def _takes_markers(self, chat: Chat) -> bool:
+        """Whether the markers' turns are the ones that are trained on."""
+        if not self._has_markers or self._train_on_prompt or self._mask_history:
+            return False
+        said = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        return list(chat.trained) == said
+
+    def _marked(self, chat: Chat) -> Tokens:
+        """The tokens that transformers finds between the template's markers."""
+        try:
+            found = self._tokenizer.apply_chat_template(
+                chat.messages,
+                tools=chat.tools,
+                chat_template=self._template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        except Exception as error:
+            raise ValueError(f"the chat template refuses it: {_one_line(error)}") from None
+        return Tokens(
+            np.array(found["input_ids"], dtype=np.int32),
+            np.array(found["assistant_masks"], dtype=bool),
+        )
+
+    def _check_texts(self, chat: Chat) -> None:
+        """Refuses texts that would end their turn, or are no text.
+
+        Raises:
+            ValueError: which.
+        """
+        for number, message in enumerate(chat.messages, 1):
+            text = message["content"]
+            for token in self._control:
+                if token in text:
+                    raise ValueError(
+                        f"turn {number} holds {token}, which the template writes between turns"
+                    )
+        try:
+            for message in chat.messages:
+                message["content"].encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is no character") from None
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if not self._tokenizer.is_fast:
+            return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # without the offsets and masks that transformers asks for: twice as fast
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+def load_template(tokenizer: Any, chat_template: str | None) -> str:
+    """The Jinja template that chats are rendered with.
+
+    Raises:
+        UserError: there is none.
+    """
+    if chat_template is not None:
+        return chat_template
+    try:
+        return tokenizer.get_chat_template()
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template ({_one_line(error)}); "
+            "give --chat-template FILE, or the tokenizer of an instruct model."
+        ) from None
+
+
+def read_template(path: Path | None) -> str | None:
+    """The text of --chat-template.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {path}: cannot be read: {_one_line(error)}.") from None
+
+
+def _joined(pieces: list[tuple[list[int], bool]]) -> Tokens:
+    ids = np.array([i for piece, _ in pieces for i in piece], dtype=np.int32)
+    trained = np.repeat([trained for _, trained in pieces], [len(piece) for piece, _ in pieces])
+    return Tokens(ids, trained)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

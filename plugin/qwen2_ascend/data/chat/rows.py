@@ -1,0 +1,136 @@
+"""The rows of files of chats, each as the bytes of one JSON object, from any position on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwen2_ascend.data.inputs import (
+    BOM,
+    InputFile,
+    Position,
+    Reading,
+    Row,
+    check_inputs,
+    damaged_gzip,
+    find_inputs,
+    opened,
+    parquet_file,
+    read_rows,
+)
+from qwen2_ascend.errors import UserError, raise_if
+
+
+def find_chat_files(
+    words: Sequence[str], input_format: str, max_row_bytes: int
+) -> tuple[list[InputFile], Reading]:
+    """The files that `words` name, as jsonl, json (one array) or parquet.
+
+    Raises:
+        UserError: nothing there, or files of another kind.
+    """
+    files = find_inputs(words, input_format)
+    reading = Reading((), "line", max_row_bytes)
+    files = [
+        file._replace(format="json") if file.format == "jsonl" and _is_array(file) else file
+        for file in files
+    ]
+    raise_if(
+        f"{file.path}: is no .json, .jsonl or .parquet file; say --input-format if it is one."
+        for file in files
+        if file.format == "text"
+    )
+    check_inputs([file for file in files if file.format == "jsonl"], reading)
+    return files, reading
+
+
+def where(row: Row) -> str:
+    """A row as a user finds it: by line, or by number where rows are not lines."""
+    return row.where if row.format == "jsonl" else f"{row.path} row {row.number}"
+
+
+def read_chat_rows(
+    files: Sequence[InputFile], reading: Reading, start: Position
+) -> Iterator[tuple[Row, Position, int]]:
+    """Every row from `start` on, with the position behind it and the bytes on disk read so far.
+
+    A JSON array is read whole.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    before = sum(file.size for file in files[: start.file])
+    for index in range(start.file, len(files)):
+        file = files[index]
+        first = start if index == start.file else Position(index)
+        if file.format == "jsonl":
+            # by itself, so the bytes before it are not counted; its positions name file 0
+            here = first._replace(file=0)
+            for row, position, read_bytes in read_rows([file], reading, here):
+                yield row, position._replace(file=index), before + read_bytes
+        else:
+            rows = _array_rows(file) if file.format == "json" else _parquet_rows(file, reading)
+            yield from _numbered(file, rows, reading, first, before)
+        before += file.size
+
+
+def _numbered(
+    file: InputFile,
+    rows: tuple[int, Iterator[bytes]],
+    reading: Reading,
+    start: Position,
+    before: int,
+) -> Iterator[tuple[Row, Position, int]]:
+    total, raws = rows
+    for number, raw in enumerate(raws, 1):
+        if number <= start.offset:
+            continue
+        whole = raw if len(raw) <= reading.max_row_bytes else None
+        row = Row(file.path, number, file.format, whole)
+        position = Position(start.file, number, number)
+        yield row, position, before + file.size * number // max(1, total)
+
+
+def _is_array(file: InputFile) -> bool:
+    with damaged_gzip(file), opened(file) as stream:
+        return stream.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+
+
+def _array_rows(file: InputFile) -> tuple[int, Iterator[bytes]]:
+    try:
+        with damaged_gzip(file), opened(file) as stream:
+            values = json.loads(stream.read().removeprefix(BOM))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.path}: is not UTF-8 at byte {error.start + 1}.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file.path}:{error.lineno}: is not JSON: {error.msg} at column {error.colno}."
+        ) from None
+    return len(values), (_dumped(value) for value in values)
+
+
+def _parquet_rows(file: InputFile, reading: Reading) -> tuple[int, Iterator[bytes]]:
+    import pyarrow as pa
+
+    try:
+        table = parquet_file(file.path)
+    except pa.ArrowInvalid as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{file.path}: is not a Parquet file: {text}") from None
+    rows = (row for batch in table.iter_batches(256) for row in batch.to_pylist())
+    return table.metadata.num_rows, (_dumped(_without_nulls(row)) for row in rows)
+
+
+def _dumped(value: Any) -> bytes:
+    # escaped, so that half of a surrogate pair is the row's fault and not the file's
+    return json.dumps(value, default=str).encode()
+
+
+def _without_nulls(value: Any) -> Any:
+    """A Parquet row without the keys that only other rows have: its structs hold all rows' keys."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,339 @@
+"""Every known kind of row gives the same chat, and what is none is said so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qwen2_ascend.data.chat.formats import detect_format, parse_map_keys, row_format
+from qwen2_ascend.errors import UserError
+
+
+def read(row: dict, task: str = "sft", map_keys: dict | None = None, kind: str | None = None):
+    keys = parse_map_keys(json.dumps(map_keys) if map_keys else None)
+    found = row_format(kind, task, keys) if kind else detect_format(row, task, keys)
+    return found, found.chats(row)
+
+
+def spoken(chat) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in chat.messages]
+
+
+TWO_TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2\ni2"), ("assistant", "a2")]
+SYSTEM = [("system", "s"), *TWO_TURNS]
+
+
+@pytest.mark.parametrize(
+    ("row", "map_keys", "kind", "expected"),
+    [
+        (
+            {"instruction": "q2", "input": "i2", "output": "a2", "history": [["q1", "a1"]]},
+            None,
+            "alpaca",
+            TWO_TURNS,
+        ),
+        (
+            {"instruction": "q2\ni2", "output": "a2", "history": [["q1", "a1"]], "system": "s"},
+            None,
+            "alpaca",
+            SYSTEM,
+        ),
+        (
+            {"q": "q2", "more": "i2", "a": "a2", "before": [["q1", "a1"]], "sys": "s"},
+            {"prompt": "q", "query": "more", "response": "a", "history": "before", "system": "sys"},
+            "alpaca",
+            SYSTEM,
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": {"user": "human", "assistant": "gpt"}[r], "value": t}
+                    for r, t in TWO_TURNS
+                ],
+                "system": "s",
+            },
+            None,
+            "sharegpt",
+            SYSTEM,
+        ),
+        (
+            {"conversations": [{"from": r, "value": t} for r, t in SYSTEM]},
+            None,
+            "sharegpt",
+            SYSTEM,
+        ),
+        ({"messages": [{"role": r, "content": t} for r, t in SYSTEM]}, None, "openai", SYSTEM),
+        (
+            {"conversations": [{"role": r, "content": t} for r, t in TWO_TURNS], "system": "s"},
+            None,
+            "openai",
+            SYSTEM,
+        ),
+        (
+            {"messages": [{"role": r, "content": [{"text": t}]} for r, t in SYSTEM]},
+            None,
+            "openai",
+            SYSTEM,
+        ),
+        (
+            {
+                "chat": [
+                    {"who": {"user": "U", "assistant": "A"}.get(r, r), "what": t} for r, t in SYSTEM
+                ]
+            },
+            {
+                "messages": "chat",
+                "tags": {
+                    "role_tag": "who",
+                    "content_tag": "what",
+                    "user_tag": "U",
+                    "assistant_tag": "A",
+                },
+            },
+            "sharegpt",
+            SYSTEM,
+        ),
+    ],
+)
+def test_formats_are_found_and_give_the_same_chat(row, map_keys, kind, expected) -> None:
+    found, (chat,) = read(row, map_keys=map_keys)
+    assert found.kind == kind
+    assert spoken(chat) == expected
+    assert [chat.messages[i]["content"] for i in chat.trained] == ["a1", "a2"]
+    assert chat.tools is None
+
+
+def test_llama_factorys_columns_and_mindspeeds_handlers_mean_the_same() -> None:
+    row = {"q": "hi", "a": "there"}
+    nested = {"columns": {"prompt": "q", "response": "a"}}
+    assert read(row, map_keys=nested)[1] == read(row, map_keys=nested["columns"])[1]
+
+
+CALL = {"name": "f", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "r"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "tools": json.dumps([{"name": "f", "parameters": {}}]),
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {
+                            "id": None,
+                            "type": "function",
+                            "function": {**CALL, "arguments": json.dumps(CALL["arguments"])},
+                        }
+                    ],
+                },
+                {"role": "tool", "content": "r"},
+                {"role": "assistant", "content": "a", "tool_calls": None},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "function_call": CALL},
+                {"role": "function", "content": "r"},
+                {"role": "assistant", "content": "a"},
+            ],
+            "tools": {"name": "f", "parameters": {}},
+        },
+    ],
+    ids=["sharegpt", "openai", "openai-legacy"],
+)
+def test_tool_calls_have_arguments_as_objects(row) -> None:
+    """Templates write arguments as JSON; a string would be quoted once more."""
+    (chat,) = read(row)[1]
+    assert spoken(chat) == [("user", "q"), ("assistant", ""), ("tool", "r"), ("assistant", "a")]
+    assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}]
+    assert chat.trained == (1, 3)
+    assert chat.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+def test_openais_weight_leaves_a_turn_out() -> None:
+    turns = [("user", "q"), ("assistant", "bad"), ("user", "again"), ("assistant", "good")]
+    row = {"messages": [{"role": r, "content": t} for r, t in turns]}
+    row["messages"][1]["weight"] = 0
+    (chat,) = read(row)[1]
+    assert chat.trained == (3,)
+    assert all("weight" not in message for message in chat.messages)
+
+
+# --- preference pairs -----------------------------------------------------------------------------
+
+PROMPT = [("user", "q1"), ("assistant", "a1"), ("user", "q2")]
+OPENAI_PROMPT = [{"role": r, "content": t} for r, t in PROMPT]
+SHAREGPT_PROMPT = [{"from": r, "value": t} for r, t in PROMPT]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (
+            {"prompt": OPENAI_PROMPT, "chosen": said, "rejected": unsaid},
+            "preference",
+        )
+        for said, unsaid in (
+            ("yes", "no"),
+            ({"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}),
+            ([{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]),
+        )
+    ]
+    + [
+        (
+            {
+                side: [*OPENAI_PROMPT, {"role": "assistant", "content": text}]
+                for side, text in (("chosen", "yes"), ("rejected", "no"))
+            },
+            "preference",
+        ),
+        (
+            {
+                "prompt": "q2",
+                "chosen": [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}],
+                "rejected": [*OPENAI_PROMPT, {"role": "assistant", "content": "no"}],
+            },
+            "preference",
+        ),
+        (
+            {
+                "conversations": SHAREGPT_PROMPT,
+                "chosen": {"from": "gpt", "value": "yes"},
+                "rejected": {"from": "gpt", "value": "no"},
+            },
+            "sharegpt",
+        ),
+        (
+            {
+                "instruction": "q2",
+                "history": [["q1", "a1"]],
+                "chosen": "yes",
+                "rejected": "no",
+            },
+            "alpaca",
+        ),
+        (
+            {"instruction": "q2", "history": [["q1", "a1"]], "output": ["yes", "no"]},
+            "alpaca",
+        ),
+    ],
+)
+def test_pairs_are_trained_on_behind_what_they_share(row, kind) -> None:
+    found, (chosen, rejected) = read(row, task="dpo")
+    assert found.kind == kind
+    assert spoken(chosen) == [*PROMPT, ("assistant", "yes")]
+    assert spoken(rejected) == [*PROMPT, ("assistant", "no")]
+    assert chosen.trained == rejected.trained == (3,)
+
+
+def test_a_pairs_system_prompt_is_in_front_of_both() -> None:
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no", "system": "s"}
+    for chat in read(row, task="dpo")[1]:
+        assert spoken(chat)[:2] == [("system", "s"), ("user", "q")]
+        assert chat.trained == (2,)
+
+
+# --- what is no chat ------------------------------------------------------------------------------
+
+
+def turns(*texts: tuple[str, object]) -> dict:
+    return {"messages": [{"role": r, "content": t} for r, t in texts]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1], "is a list, not an object"),
+        ({"messages": []}, "'messages' is empty"),
+        ({"messages": 3}, "'messages' is not a list of turns"),
+        ({"text": "t"}, "has no 'messages'; it has 'text'"),
+        (turns(("user", "q")), "the assistant says nothing to train on"),
+        (turns(("user", "q"), ("assistant", "")), r"turn 2 \(assistant\) is empty"),
+        (turns(("user", ""), ("assistant", "a")), r"turn 1 \(user\) is empty"),
+        (turns(("user", 3), ("assistant", "a")), "turn 1 is int, not a string"),
+        (turns(("user", [{"image": "x"}]), ("assistant", "a")), "turn 1 holds something other"),
+        (turns(("alien", "q"), ("assistant", "a")), "turn 1 of 'messages' is from 'alien'"),
+        ({"messages": ["q", "a"]}, "turn 1 of 'messages' has no 'role'"),
+        (
+            {**turns(("user", "q"), ("assistant", "a")), "tools": "{"},
+            "'tools' is not JSON",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": "function_call", "content": "f"},
+                ]
+            },
+            "the function call in turn 2 is not JSON",
+        ),
+        (
+            {**turns(("system", "s"), ("user", "q"), ("assistant", "a")), "system": "t"},
+            "has two system prompts",
+        ),
+    ],
+)
+def test_reasons_of_bad_rows(row, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read(row, kind="openai")
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "reason"),
+    [
+        ({"text": "t"}, "sft", "chats have 'messages', 'conversations' or 'instruction'"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "sft", "are for --task dpo"),
+        ({"instruction": "q", "output": "a"}, "dpo", "--task dpo takes preference pairs"),
+    ],
+)
+def test_what_is_in_no_format(row, task, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read(row, task=task)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "'rejected' is missing or empty"),
+        (
+            {
+                "chosen": turns(("user", "q"), ("assistant", "a"))["messages"],
+                "rejected": turns(("user", "p"), ("assistant", "a"))["messages"],
+            },
+            "do not part at an answer of the assistant",
+        ),
+    ],
+)
+def test_reasons_of_bad_pairs(row, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read(row, task="dpo", kind="preference")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no JSON object"),
+        ('{"promt": "q"}', "promt means nothing; columns are"),
+        ('{"tags": {"rolle": "q"}}', "rolle means nothing"),
+    ],
+)
+def test_faults_of_map_keys(text, message) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_map_keys(text)

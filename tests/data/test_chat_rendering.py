@@ -1,0 +1,235 @@
+"""The loss is on exactly what the assistant says, token by token, against the template itself."""
+
+from __future__ import annotations
+
+import os
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chats import (
+    CHATML,
+    DEFAULT_SYSTEM,
+    TEMPLATE,
+    TOOL_TURNS,
+    TOOLS,
+    TURNS,
+    chat_rows,
+    said,
+    save_chat_tokenizer,
+)
+
+from qwen2_ascend.data.chat.formats import Chat
+from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError
+from qwen2_ascend.errors import UserError
+
+MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
+    "GENERATION", "{% generation %}"
+)
+REWRITING = CHATML.replace(
+    "{{ '\\n' + message.content }}",
+    "{{ '\\n' + (message.content if loop.last else message.content.split('</think>')[-1]) }}",
+)
+"""Leaves the reasoning of earlier turns out, as Qwen3's does."""
+
+
+def chat_of(messages: list[dict], tools: list[dict] | None = None) -> Chat:
+    said = tuple(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return Chat(messages, tools, said)
+
+
+CHATS = [chat_of(turns) for turns in TURNS] + [chat_of(TOOL_TURNS, TOOLS)]
+CHATS += [chat_of(row["messages"]) for row in chat_rows(20, seed=3)]
+
+
+@pytest.fixture(scope="module", params=["small", "Qwen2.5"])
+def tokenizer(request, tmp_path_factory: pytest.TempPathFactory):
+    from transformers import AutoTokenizer
+
+    if request.param == "small":
+        return AutoTokenizer.from_pretrained(
+            save_chat_tokenizer(tmp_path_factory.mktemp("chat_tokenizer"))
+        )
+    folder = os.environ.get("QWEN2_REAL_CHECKPOINT")
+    if not folder:
+        pytest.skip("QWEN2_REAL_CHECKPOINT names no Hugging Face folder of Qwen2.5")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tokenizer_folder: Path):
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer_folder)
+    loaded.chat_template = CHATML
+    return loaded
+
+
+def ids_of(tokenizer, chat: Chat, end: int | None = None, ask: bool = False) -> list[int]:
+    return tokenizer.apply_chat_template(
+        chat.messages[:end], tools=chat.tools, add_generation_prompt=ask, return_dict=False
+    )
+
+
+def trained_runs(tokens) -> list[tuple[int, int]]:
+    """(begin, end) of every stretch of trained tokens."""
+    runs = []
+    for trained, places in groupby(range(len(tokens.ids)), key=lambda i: bool(tokens.trained[i])):
+        places = list(places)
+        if trained:
+            runs.append((places[0], places[-1] + 1))
+    return runs
+
+
+@pytest.mark.parametrize("index", range(len(CHATS)))
+def test_every_turn_follows_its_prompt_and_ends_with_the_end_of_turn(tokenizer, index) -> None:
+    """In front of a trained turn are the very ids that the model is asked with when it generates.
+
+    The turn is what it then says, up to the token that stops it, and nothing else is trained on.
+    """
+    chat = CHATS[index]
+    (tokens,) = ChatRenderer(tokenizer)([chat])
+    runs = trained_runs(tokens)
+    assert len(runs) == len(chat.trained)
+    whole = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False)
+    assert tokenizer.decode(tokens.ids) == whole
+    answered_with_newline = False
+    for turn, (begin, end) in zip(chat.trained, runs, strict=True):
+        prompt = ids_of(tokenizer, chat, turn, ask=True)
+        if not answered_with_newline:  # else the prompt's history is tokenized in another way
+            assert tokens.ids[:begin].tolist() == prompt
+        text = tokenizer.decode(tokens.ids[begin:end])
+        message = chat.messages[turn]
+        assert text.startswith(message["content"])
+        assert text.count("<tool_call>") == len(message.get("tool_calls", []))
+        assert text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1
+        assert text == f"{message['content']}<|im_end|>" or message.get("tool_calls")
+        answered_with_newline |= message["content"].startswith("\n")
+    if not answered_with_newline:
+        assert tokens.ids.tolist() == ids_of(tokenizer, chat)
+
+
+def test_tool_calls_piece_by_piece(small_tokenizer) -> None:
+    """Everything written out: the system prompt with tools, calls, grouped answers of tools."""
+    tool = '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}'
+    call = '<tool_call>\n{{"name": "weather", "arguments": {}}}\n</tool_call>'
+    pieces = [
+        (f"<|im_start|>system\n{DEFAULT_SYSTEM}\n\n", 0),
+        (f"# Tools\n<tools>\n{tool}\n</tools><|im_end|>\n", 0),
+        ("<|im_start|>user\nweather in a and b?<|im_end|>\n<|im_start|>assistant\n", 0),
+        (call.format('{"in": "a"}') + "\n" + call.format('{"in": "b"}') + "<|im_end|>", 1),
+        ("\n<|im_start|>user\n<tool_response>\nrain\n</tool_response>\n", 0),
+        ("<tool_response>\n\n</tool_response><|im_end|>\n<|im_start|>assistant\n", 0),
+        ("It rains in a.<|im_end|>", 1),
+        ("\n<|im_start|>user\nand in c?<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("I look.\n" + call.format('{"in": "c", "語": null}') + "<|im_end|>", 1),
+        ("\n<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n", 0),
+        ("<|im_start|>assistant\n", 0),
+        ("Sun.<|im_end|>", 1),
+        ("\n", 0),
+    ]
+    (tokens,) = ChatRenderer(small_tokenizer)([chat_of(TOOL_TURNS, TOOLS)])
+    # neighbours with no loss are one text to the tokenizer
+    joined = [
+        ("".join(text for text, _ in group), trained)
+        for trained, group in groupby(pieces, key=lambda piece: piece[1])
+    ]
+    ids = [small_tokenizer(text, add_special_tokens=False).input_ids for text, _ in joined]
+    expected = [
+        (i, bool(trained)) for row, (_, trained) in zip(ids, joined, strict=True) for i in row
+    ]
+    assert list(zip(tokens.ids.tolist(), tokens.trained.tolist(), strict=True)) == expected
+
+
+def test_default_system_prompt_is_the_templates(small_tokenizer) -> None:
+    with_system, without = (
+        ChatRenderer(small_tokenizer)([chat_of(turns)])[0]
+        for turns in ([said("system", DEFAULT_SYSTEM), *TURNS[0]], TURNS[0])
+    )
+    assert np.array_equal(with_system.ids, without.ids)
+    assert np.array_equal(with_system.trained, without.trained)
+
+
+def test_train_on_prompt_and_mask_history(small_tokenizer) -> None:
+    chat = CHATS[3]
+    (plain,) = ChatRenderer(small_tokenizer)([chat])
+    (last,) = ChatRenderer(small_tokenizer, mask_history=True)([chat])
+    (everything,) = ChatRenderer(small_tokenizer, train_on_prompt=True)([chat])
+    assert trained_runs(last) == trained_runs(plain)[-1:]
+    assert everything.trained.all()
+    assert everything.ids.tolist() == ids_of(small_tokenizer, chat)
+
+
+def test_only_the_chats_own_turns_are_trained_on(small_tokenizer) -> None:
+    """Of preference pairs the answer, of OpenAI's weights the turns that count."""
+    chat = CHATS[3]
+    (every,) = ChatRenderer(small_tokenizer)([chat])
+    (one,) = ChatRenderer(small_tokenizer)([chat._replace(trained=chat.trained[1:2])])
+    assert trained_runs(one) == trained_runs(every)[1:2]
+
+
+@pytest.mark.parametrize("chat", [CHATS[0], CHATS[1], CHATS[3], *CHATS[4:8]])
+def test_generation_markers_give_the_same_turns(small_tokenizer, chat) -> None:
+    """With the newline in front, where the markers of this template begin."""
+    (plain,) = ChatRenderer(small_tokenizer)([chat])
+    (marked,) = ChatRenderer(small_tokenizer, chat_template=MARKED)([chat])
+    assert marked.ids.tolist() == plain.ids.tolist()
+    assert trained_runs(marked) == [(begin - 1, end) for begin, end in trained_runs(plain)]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_a_way_out(small_tokenizer) -> None:
+    thought = [
+        said("user", "q"),
+        said("assistant", "so</think>a"),
+        said("user", "p"),
+        said("assistant", "b"),
+    ]
+    chat = chat_of(thought)
+    (error,) = ChatRenderer(small_tokenizer, chat_template=REWRITING)([chat])
+    assert isinstance(error, TemplateError)
+    assert "first 2 message(s) of a chat differently" in str(error)
+    assert all(way in str(error) for way in ("generation", "--mask-history", "--train-on-prompt"))
+    (single,) = ChatRenderer(small_tokenizer, chat_template=REWRITING)([chat_of(thought[:2])])
+    assert small_tokenizer.decode(single.ids[single.trained]) == "so</think>a<|im_end|>"
+    (last,) = ChatRenderer(small_tokenizer, chat_template=REWRITING, mask_history=True)([chat])
+    assert small_tokenizer.decode(last.ids[last.trained]) == "b<|im_end|>"
+    assert "so</think>" not in small_tokenizer.decode(last.ids)
+
+
+def test_a_template_without_an_end_of_turn_is_trained_on_to_the_end_of_the_turn(
+    small_tokenizer,
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (tokens,) = ChatRenderer(small_tokenizer, chat_template=template)([CHATS[0]])
+    assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "hello there\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([said("user", "a<|im_end|>b"), said("assistant", "c")], r"turn 1 holds <\|im_end\|>"),
+        ([said("user", "a"), said("assistant", "\ud83d")], "half of a surrogate pair"),
+    ],
+)
+def test_texts_that_would_spoil_the_chat_are_bad_rows(small_tokenizer, messages, reason) -> None:
+    good, bad = ChatRenderer(small_tokenizer)([CHATS[0], chat_of(messages)])
+    assert len(good.ids)
+    with pytest.raises(ValueError, match=reason):
+        raise bad
+
+
+def test_a_chat_that_the_template_refuses_is_a_bad_row(small_tokenizer) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    (bad,) = ChatRenderer(small_tokenizer, chat_template=template)([CHATS[0]])
+    assert "the chat template refuses it: roles must alternate" in str(bad)
+
+
+def test_a_tokenizer_without_template_is_refused(tokenizer_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    with pytest.raises(UserError, match=r"no chat template .* give --chat-template FILE"):
+        ChatRenderer(AutoTokenizer.from_pretrained(tokenizer_folder))
