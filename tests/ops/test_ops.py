@@ -81,6 +81,37 @@ def test_rms_norm_of_bf16_is_taken_in_fp32() -> None:
     torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_keeps_x_and_one_number_a_token_for_backward(dtype: torch.dtype) -> None:
+    x, weight = randn(4, 2, 64).to(dtype), randn(64).to(dtype)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        OPS.rms_norm(x, weight, 1e-6)
+    kept = [t for t in kept if t.data_ptr() not in (x.data_ptr(), weight.data_ptr())]
+    assert [t.numel() for t in kept] == [8]
+
+
+def test_gradients_of_rms_norm_of_bf16_are_as_near_as_autograd_takes_them() -> None:
+    """To those in fp64; autograd's are those of the formula written out."""
+
+    def written_out(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        return (wide * scale).to(x.dtype) * weight
+
+    def gradients(function, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.bfloat16().to(dtype).detach().requires_grad_() for x in (x, weight)]
+        function(*leaves, 1e-6).backward(upstream.bfloat16().to(dtype))
+        return [leaf.grad.double() for leaf in leaves]
+
+    x, weight, upstream = randn(40, 2, 64), randn(64), randn(40, 2, 64).detach().flip(0)
+    exact = gradients(OPS.rms_norm, torch.float64)
+    own = gradients(OPS.rms_norm, torch.bfloat16)
+    theirs = gradients(written_out, torch.bfloat16)
+    for found, other, right in zip(own, theirs, exact, strict=True):
+        assert (found - right).abs().max() <= 1.5 * (other - right).abs().max()
+
+
 def test_rotary_turns_each_pair_by_its_angle() -> None:
     x, angles = randn(5, 2, 3, 8), randn(5, 4)
     both = torch.cat((angles, angles), dim=-1)
@@ -139,8 +170,9 @@ def test_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_refused(name: str) -> None:
     wrong, message = MISTAKES[name]
-    with pytest.raises(ValueError, match=message):
-        call(OPS, wrong, to=lambda x: x)
+    for ops in (OPS, get_ops("torch", plain=OPS._fields)):
+        with pytest.raises(ValueError, match=message):
+            call(ops, wrong, to=lambda x: x)
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -94,13 +94,13 @@ def _check_limits(q: torch.Tensor, ends: Sequence[int] | None) -> None:
     fits = heads <= _MAX_HEADS and width <= _MAX_WIDTH and tokens <= _MAX_TOKENS
     if fits and aligned and documents <= _MAX_DOCUMENTS:
         return
-    way_out = "switch fused attention off"
+    way_out = "--attention-backend unfused does"
     faults = {
         f"{heads} query heads on one rank, at most {_MAX_HEADS}: raise the tensor parallel size": (
             heads > _MAX_HEADS
         ),
-        f"heads of {width}, at most {_MAX_WIDTH}: {way_out}": width > _MAX_WIDTH,
-        f"heads of {width} in fp32, only multiples of 4: use bf16, or {way_out}": not aligned,
+        f"heads of {width}, at most {_MAX_WIDTH}: {way_out} more": width > _MAX_WIDTH,
+        f"heads of {width} in fp32, only multiples of 4: use bf16; {way_out} all": not aligned,
         f"{tokens} tokens at once, at most {_MAX_TOKENS}: shorten the sequences": (
             tokens > _MAX_TOKENS
         ),

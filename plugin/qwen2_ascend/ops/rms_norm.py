@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.ops.checks import check_rms_norm
 
@@ -22,6 +25,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         ValueError: the weight's size or dtype is not x's.
     """
     check_rms_norm(x, weight)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return normal.to(x.dtype) * weight
+    return _RMSNorm.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x, which others keep too, and a number per token; autograd keeps x's copies in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (wide * inverse_rms).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normal = x.to(inverse_rms.dtype) * inverse_rms
+        d_weight = (grad * normal.to(x.dtype)).flatten(0, -2).sum(0)
+        # of the normalized x; its part along the normalized x itself changes nothing
+        d_normal = (grad * weight).to(inverse_rms.dtype)
+        along = torch.linalg.vecdot(d_normal, normal).unsqueeze(-1) / x.shape[-1]
+        d_x = d_normal.addcmul_(normal, along, value=-1).mul_(inverse_rms)
+        return d_x.to(x.dtype), d_weight, None

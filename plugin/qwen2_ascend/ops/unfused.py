@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import dropout
 
+from qwen2_ascend.ops.checks import check_attention
+
 
 def attention(
     q: torch.Tensor,
@@ -36,7 +38,12 @@ def attention(
 
     Returns:
         `[s, b, np * hn]`.
+
+    Raises:
+        ValueError: arguments that contradict each other.
+        UserError: attention dropout out of range.
     """
+    check_attention(q, k, v, dropout_p, ends)
     grouped = q.unflatten(2, (k.shape[2], -1))  # [s, b, ng, np / ng, hn]
     scores = torch.einsum("sbgrd,tbgd->bgrst", grouped, k)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * softmax_scale
