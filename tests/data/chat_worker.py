@@ -130,8 +130,8 @@ def packed_and_single_chats_have_the_same_losses_and_gradients(run: Run) -> str:
     together = _largest_difference(losses["alone"], mixed)
     assert together > 0.01, "without the ends chats should see one another"
     return (
-        f"losses off by {max(differences.values()):.1e}, gradients by {max(off.values()):.1e} of the "
-        f"largest; {together:.1e} if the chats see one another"
+        f"losses off by {max(differences.values()):.1e}, gradients by {max(off.values()):.1e} of "
+        f"the largest; losses by {together:.1e} if the chats see one another"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -154,6 +155,17 @@ def test_a_batchs_ends_run_over_its_rows(prefix: str) -> None:
     assert all(isinstance(end, int) for end in batch["ends"])
     for end in expected[:-1]:
         assert batch["position_ids"].flatten()[end] == 0
+
+
+def test_processes_that_read_ahead_give_the_same(prefix: str) -> None:
+    from qwen2_ascend.data.sampler import build_data_iterator
+
+    data = build(prefix, pack=True, num_samples=(12, 0)).train
+    plain, ahead = (list(build_data_iterator(data, 0, 3, 0, 1, workers)) for workers in (0, 1))
+    assert len(plain) == len(ahead) == 4
+    for one, other in zip(plain, ahead, strict=True):
+        assert one.pop("ends") == other.pop("ends")
+        assert all(value.equal(other[key]) for key, value in one.items())
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -309,6 +321,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_stored(tmp_path / "a", [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 6])])
     with pytest.raises(UserError, match="row 1 has the label 6 at token 5"):
         build(str(tmp_path / "a"))
+    for key, seed in (("input_ids", 1), ("labels", 2)):
+        about = {"settings": {"pad_token": 0, "seed": seed}}
+        (tmp_path / f"c_packed_{key}_document.json").write_text(json.dumps(about))
+    write_stored(tmp_path / "c", CHATS)
+    with pytest.raises(UserError, match="one is as an earlier run left it"):
+        build(str(tmp_path / "c"))
     write_stored(tmp_path / "b", [([1, 2, 3], [-100, 2])])
     with pytest.raises(UserError, match="input_ids and labels are not of the same lengths"):
         build(str(tmp_path / "b"))

@@ -333,6 +333,6 @@ def test_mindspeeds_command_line_is_understood(tokenizer, tmp_path: Path) -> Non
     words = f"""--task sft --input {write_rows(tmp_path / "a.json", rows)}
         --tokenizer-name-or-path {tokenizer} --output-prefix {tmp_path / "a"} --workers 1
         --handler-name AlpacaStyleInstructionHandler --tokenizer-type PretrainedFromHF
-        --log-interval 1000 --seq-length 64 --pack --neat-pack"""
+        --log-interval 1000 --prompt-type qwen --seq-length 64 --pack --neat-pack"""
     main(words.split())
     assert {len(row) for row in stored(tmp_path / "a", "input_ids")} == {64}

@@ -43,7 +43,7 @@ CHATS = [chat_of(turns) for turns in TURNS] + [chat_of(TOOL_TURNS, TOOLS)]
 CHATS += [chat_of(row["messages"]) for row in chat_rows(20, seed=3)]
 
 
-@pytest.fixture(scope="module", params=["small", "Qwen2.5"])
+@pytest.fixture(scope="module", params=["small", pytest.param("Qwen2.5", marks=pytest.mark.real)])
 def tokenizer(request, tmp_path_factory: pytest.TempPathFactory):
     from transformers import AutoTokenizer
 

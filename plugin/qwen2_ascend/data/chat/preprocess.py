@@ -54,6 +54,8 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
     formats = find_formats(files, reading, settings)
     for path, found in formats.items():
         print(f"{path}: {found.describe()}", flush=True)
+    if settings.chat.prompt_type:
+        print("note: --prompt-type: the tokenizer's own chat template is used.", flush=True)
     template = read_template(settings.chat.chat_template)
     tokenizer = load_chat_tokenizer(settings.tokenizer_name_or_path)
     keys = output_keys(settings.task)

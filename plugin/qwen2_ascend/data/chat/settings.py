@@ -44,6 +44,9 @@ class ChatSettings:
     """Names of columns and tags that differ from the usual ones, as in MindSpeed-LLM:
     '{"prompt": "question", "response": "answer"}' or
     '{"messages": "chat", "tags": {"role_tag": "who", "content_tag": "what"}}'."""
+    prompt_type: Literal["qwen"] | None = None
+    """MindSpeed-LLM's flag, so that its command lines work; the template is the tokenizer's own,
+    which has Qwen2.5's default system prompt."""
     chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A Jinja chat template to use instead of the tokenizer's own."""
     train_on_prompt: Flag = False

@@ -112,8 +112,13 @@ class _Part:
         if not side and Path(f"{masks}.idx").exists():
             self._masks = open_indexed(masks)
         self.lengths = np.array(self._ids.sequence_lengths)
+        about = self._about(f"{side}input_ids")
+        if about != self._about(f"{side}labels"):
+            raise UserError(
+                f"{prefix}: input_ids and labels are not of one run: one is as an earlier run left "
+                "it. Prepare the data again, with --overwrite."
+            )
         raise_if(self._faults())
-        about = self._about(side)
         pad_token = about.get("pad_token")
         self.pad_token = pad_token if isinstance(pad_token, int) else None
         self.is_packed = bool(about.get("pack")) or self._has_packs()
@@ -142,8 +147,9 @@ class _Part:
     def _sampled(self, count: int = 64) -> range:
         return range(0, len(self.lengths), -(-len(self.lengths) // count))
 
-    def _about(self, side: str) -> dict[str, Any]:
-        path = Path(f"{dataset_path(self.prefix, f'{side}input_ids')}.json")
+    def _about(self, key: str) -> dict[str, Any]:
+        """What decided about one dataset, as the preparation noted it."""
+        path = Path(f"{dataset_path(self.prefix, key)}.json")
         try:
             return dict(json.loads(path.read_bytes())["settings"])
         except (OSError, ValueError, KeyError, TypeError):
