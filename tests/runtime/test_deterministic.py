@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from helpers import make_tiny_hugging_face_folder
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
@@ -24,7 +26,7 @@ def trained(command: list[str], folder: Path, environ: Mapping[str, str]) -> tup
         env=environ,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=420,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -43,6 +45,7 @@ def weights(folder: Path) -> bytes:
     return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
 
 
+@pytest.mark.timeout(860)
 def test_two_runs_on_the_cpu_end_with_the_same_bits(tmp_path: Path) -> None:
     make_tiny_hugging_face_folder(tmp_path / "hf")
     environ = {**os.environ, "OMP_NUM_THREADS": "2"}

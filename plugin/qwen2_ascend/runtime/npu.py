@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -128,7 +129,24 @@ def activate_mindspeed(arguments: Mapping[str, Any]) -> str:
             until="the run is started with --no-mindspeed",
         )
     )
+    _mend_device_capability()
     return f"{len(patched)} attributes replaced"
+
+
+def _mend_device_capability() -> None:
+    """Lets MindSpeed's answer be asked as torch does."""
+    import torch
+
+    if not inspect.signature(torch.cuda.get_device_capability).parameters:
+        apply(
+            Patch(
+                target="torch:cuda.get_device_capability",
+                why="MindSpeed 2.3.0's takes no device; torch's broadcast passes one since 2.13",
+                how="takes a device and does not look at it",
+                until="MindSpeed 2.3.0_core_r0.12.1 is no longer supported",
+            ),
+            lambda original: lambda device=None: original(),
+        )
 
 
 def release(version: str) -> str:
