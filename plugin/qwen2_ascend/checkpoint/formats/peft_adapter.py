@@ -45,6 +45,10 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "eva_config": ({},),
     "alora_invocation_tokens": ([],),
     "arrow_config": ({},),
+    "lora_ga_config": ({},),
+    "velora_config": ({},),
+    "monteclora_config": ({},),
+    "kasa_config": ({},),
     # the others change the base weights when the adapter begins
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
