@@ -139,6 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden += grad_logits @ rows
             if grad_weight is not None:
                 torch.mm(grad_logits.t(), hidden, out=grad_weight[start : start + block_rows])
+            del grad_logits  # before the next block is computed
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
