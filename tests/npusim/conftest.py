@@ -29,7 +29,7 @@ from npusim.env import SOC_910B, environment
 
 INSIDE = "NPUSIM_FOLDER"
 """Set in the processes that see the simulated cards: a folder that the ranks share."""
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 2400
 """For all simulated tests of a run together."""
 
 REPORTS = pytest.StashKey[dict[str, list[dict]]]()

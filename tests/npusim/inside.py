@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch_npu
 
-GROUP_SECONDS = 600
+GROUP_SECONDS = 1500
 """For all tests of a group."""
 STRAGGLER_SECONDS = 60
 """For the other ranks once one has ended."""

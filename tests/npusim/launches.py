@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 """Ways to compute a layer. torch's own is plain PyTorch code, in which torch_npu makes one kernel
 of scaled_dot_product_attention."""
-STEPS = {"fused": "", "fused, --no-fused-adamw": "--no-fused-adamw", "switched off": OFF}
+STEPS = {"fused": "", "fused, `--no-fused-adamw`": "--no-fused-adamw", "switched off": OFF}
 """Flags of training runs."""
+STEP_LAYERS = (2, 4)
+"""Two sizes, which tell the others: every layer adds as much."""
 
 
 @contextmanager
@@ -139,7 +142,8 @@ def step_launches(
         make_tiny_hugging_face_folder(model, config)
     training = start(
         Run(runtime, folder),
-        f"--mock-data --seq-length 16 --train-iters 3 --lr 1e-3 --bf16 --device npu {flags}",
+        f"--mock-data --seq-length 16 --train-iters 3 --lr 1e-3 --bf16 --device npu "
+        f"--num-workers 0 {flags}",
         load=model,
     )
     steps(training, 1)
@@ -201,33 +205,32 @@ def main() -> None:
     """Measures on every chip, each in a process of its own, and prints or writes."""
     parser = argparse.ArgumentParser(prog="npusim.launches", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the golden files")
-    parser.add_argument("--layers", type=int, default=24, help="of the model of the step's table")
     parser.add_argument("--inside", metavar="PART", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        _inside(options.inside, options.layers)
+        _inside(options.inside)
     elif options.write:
         GOLDENS.mkdir(exist_ok=True)
         for chip in CHIPS:
-            text = json.dumps(_measured("layers", chip, options.layers), indent=1)
+            text = json.dumps(_measured("layers", chip), indent=1)
             (GOLDENS / f"{chip}.json").write_text(text + "\n", encoding="utf-8")
     else:
         for chip in CHIPS:
             print(f"\n{chip}: launches of a layer\n")
-            print(_layer_table(_measured("layers", chip, options.layers)))
-        print(f"\nlaunches of a training step, {options.layers} layers\n")
-        print(_step_table(_measured("steps", CHIPS[0], options.layers)))
+            print(layer_table(_measured("layers", chip)))
+        print("\nlaunches of a training step\n")
+        print(_step_table(_measured("steps", CHIPS[0])))
 
 
-def _measured(part: str, chip: str, layers: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "npusim.launches", "--inside", part, "--layers", str(layers)]
+def _measured(part: str, chip: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "npusim.launches", "--inside", part]
     done = subprocess.run(
         command, env=environment(soc=chip), stdout=subprocess.PIPE, check=True, timeout=1200
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _inside(part: str, layers: int) -> None:
+def _inside(part: str) -> None:
     """Prints one line of JSON, in the simulation."""
     from npusim.simulator import Simulator
     from qwen2_ascend import runtime as runtimes
@@ -239,13 +242,15 @@ def _inside(part: str, layers: int) -> None:
             for name, options in LAYERS.items():
                 found[name] = layer_launches(runtime, simulator, **options)
         else:
-            for name, flags in STEPS.items():
-                found[name] = step_launches(runtime, simulator, Path(folder), layers, flags)
+            for layers, (name, flags) in product(STEP_LAYERS, STEPS.items()):
+                counts = step_launches(runtime, simulator, Path(folder), layers, flags)
+                found[f"{name} | {layers}"] = counts
         print(json.dumps(found), flush=True)
     os._exit(0)
 
 
-def _layer_table(found: dict[str, Any]) -> str:
+def layer_table(found: dict[str, Any]) -> str:
+    """Markdown: the number of launches of every way to compute a layer."""
     rows = ["| layer | forward | backward | together |", "|---|---|---|---|"]
     for name, launches in found.items():
         forward, backward = len(launches["forward"]), len(launches["backward"])
@@ -254,10 +259,8 @@ def _layer_table(found: dict[str, Any]) -> str:
 
 
 def _step_table(found: dict[str, Any]) -> str:
-    rows = [
-        "| run | launches | of the update | bytes of the update per weight |",
-        "|---|---|---|---|",
-    ]
+    rows = ["| run | layers | launches | of them in the update | bytes in the update, per weight |"]
+    rows.append("|---|---|---|---|---|")
     for name, numbers in found.items():
         per_weight = numbers["update bytes"] / numbers["weights"]
         rows.append(f"| {name} | {numbers['step']} | {numbers['update']} | {per_weight:.0f} |")

@@ -1,0 +1,107 @@
+"""The operators of a layer are those of the golden files; what fusing saves is as documented."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from npusim.env import SOC_910B, SOC_910C
+from npusim.launches import LAYERS, golden, layer_launches, layer_table, step_launches
+
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+FUSED = {
+    "attention": "aclnnFlashAttentionScore",
+    "rms_norm": "aclnnRmsNorm",
+    "rotary": "aclnnRotaryPositionEmbeddingV2",
+    "swiglu": "aclnnSwiGlu",
+}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    from qwen2_ascend import runtime as runtimes
+
+    running = runtimes.start("npu")
+    yield running
+    running.close()
+
+
+def on(*chips: str):
+    marks = [pytest.param(c, marks=pytest.mark.simulated(soc=c, alone="launches")) for c in chips]
+    return pytest.mark.parametrize("chip", marks)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("layer", LAYERS)
+@on(SOC_910B, SOC_910C)
+def test_a_layer_launches_what_it_did(chip, layer, runtime, simulator):
+    """Otherwise look at the difference, then `python -m npusim.launches --write`."""
+    assert layer_launches(runtime, simulator, **LAYERS[layer]) == golden(chip)[layer]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", FUSED)
+@on(SOC_910B)
+def test_a_switch_takes_one_operator_and_its_gradient_away(chip, name, runtime, simulator):
+    """And leaves the others fused."""
+    found = layer_launches(runtime, simulator, backend="npu", plain=(name,))
+    launched = set(found["forward"])
+    assert {key for key, op in FUSED.items() if op not in launched} == {name}
+    gradients = [op for op in found["backward"] if op.startswith(FUSED[name].removesuffix("V2"))]
+    assert not gradients
+
+
+@pytest.mark.filterwarnings("default")
+@on(SOC_910B)
+def test_both_specs_have_the_same_weights(chip, runtime, simulator):
+    from helpers import tiny_config
+    from qwen2_ascend import runtime as runtimes
+    from qwen2_ascend.model.build import build_model
+    from qwen2_ascend.parallel import ParallelLayout
+
+    layout, shapes = ParallelLayout(), []
+    for backend in ("torch", "npu"):
+        runtimes.destroy_model_parallel()
+        runtimes.initialize_model_parallel(layout, 4)
+        (model,) = build_model(tiny_config(), layout, dtype="bf16", backend=backend)
+        shapes.append(
+            {name: tuple(x.shape) for name, x in model.state_dict().items() if x is not None}
+        )
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 4 * 7 + 3
+
+
+@pytest.mark.filterwarnings("default")
+@on(SOC_910B)
+def test_a_step_grows_by_the_same_number_of_launches_with_every_layer(
+    chip, runtime, simulator, tmp_path
+):
+    """So that a count of few layers tells that of many; operators on all tensors come in blocks."""
+    found = []
+    for layers in (1, 2, 3):
+        counts = step_launches(runtime, simulator, tmp_path, layers, "")
+        found.append(counts["step"] - counts["update"])
+    assert found[2] - found[1] == found[1] - found[0]
+    layer = golden(chip)["fused"]
+    own = len(layer["forward"]) + len(layer["backward"])
+    # and the gradient of each of its 7 tensors is added to a sum, measured and, in two, clipped
+    assert found[1] - found[0] == own + 4 * 7
+
+
+def test_no_chip_launches_another_layer():
+    assert golden(SOC_910B) == golden(SOC_910C)
+
+
+def test_fusing_saves_launches_of_every_kind_of_layer():
+    counts = {
+        name: Counter(x["forward"] + x["backward"]).total() for name, x in golden(SOC_910B).items()
+    }
+    assert counts["fused"] < counts["torch's own"] / 2 < counts["switched off"] / 2
+
+
+def test_the_tables_are_those_of_the_document():
+    text = BENCHMARKS.read_text(encoding="utf-8")
+    assert layer_table(golden(SOC_910B)) in text
+    assert re.search(r"python -m npusim\.launches", text)
