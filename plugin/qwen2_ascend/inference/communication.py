@@ -76,6 +76,30 @@ def joined_columns(part: Tensor, num_columns: int) -> Tensor:
     return torch.cat(_gathered(padded.contiguous()), dim=-1)[..., :num_columns]
 
 
+def largest_over_ranks(values: Tensor) -> Tensor:
+    """Each number's largest over the tensor parallel ranks."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_tensor())
+    return values
+
+
+def summed_over_ranks(values: Tensor) -> Tensor:
+    """Each number's sum over the tensor parallel ranks."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        distributed.all_reduce(values, group=_tensor())
+    return values
+
+
+def shared_by_last_stage(
+    values: Tensor | None, shape: Sequence[int], device: torch.device
+) -> Tensor:
+    """fp32 numbers that the ranks of the last stage have, on every rank."""
+    shared = torch.empty(*shape, device=device) if values is None else values.contiguous()
+    source = parallel_state.get_pipeline_model_parallel_last_rank()
+    distributed.broadcast(shared, source, group=_pipeline())
+    return shared
+
+
 def from_rank_zero(value: Any, device: torch.device) -> Any:
     """`value` of rank 0, any object that can be pickled, on every rank."""
     if distributed.get_world_size() == 1:

@@ -95,9 +95,8 @@ class Engine:
         self.config = config
         self.is_first: bool = model.pre_process
         self.is_last: bool = model.post_process
-        # Every rank has the norm of its last layer at hand; the embedding only the first.
         self._dtype = next(model.parameters()).dtype
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         tp = parallel_state.get_tensor_model_parallel_world_size()
         self.cache = KVCache(
             num_layers=len(self.model.decoder.layers),
@@ -105,7 +104,7 @@ class Engine:
             num_groups=max(config.num_query_groups // tp, 1),
             width=config.kv_channels,
             dtype=self._dtype,
-            device=self._device,
+            device=self.device,
         )
 
     def reserve(self, num_tokens: int) -> None:
@@ -128,7 +127,7 @@ class Engine:
         found = None
         if logits is not None:
             found = self._largest(logits) if choose is None else self._chosen(logits, choose)
-        return communication.from_last_stage(found, len(new.rows), self._device)
+        return communication.from_last_stage(found, len(new.rows), self.device)
 
     @torch.inference_mode()
     def last_logits(self, tokens: Sequence[int], new: NewTokens) -> Tensor | None:
@@ -150,15 +149,14 @@ class Engine:
         tied = self.model.share_embeddings_and_output_weights
         weight = self.model.shared_embedding_or_output_weight() if tied else None
         logits, _ = self.model.output_layer(hidden, weight=weight)
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        return logits[..., : max(0, self.config.vocab_size - first)].float()
+        return logits[..., : max(0, self.config.vocab_size - self.first_column)].float()
 
     def _last_logits(self, tokens: Sequence[int], new: NewTokens) -> Tensor | None:
         """This rank's columns `[n, v]` after each sequence's newest token; None before the end."""
         hidden = self._layers(tokens, new)
         if not self.is_last:
             return None
-        if (positions := new.last_positions(self._device)) is not None:
+        if (positions := new.last_positions(self.device)) is not None:
             hidden = hidden[positions]
         normed = self.model.decoder.final_layernorm(hidden)
         return self.logits(normed).view(len(new.rows), -1)
@@ -167,11 +165,11 @@ class Engine:
         """`[s, b, h]` out of this stage's layers, which the next stage has been sent."""
         s, b = new.shape
         if self.is_first:
-            ids = torch.tensor(tokens, device=self._device).view(s, b)
+            ids = torch.tensor(tokens, device=self.device).view(s, b)
             hidden = self.model.embedding.word_embeddings(ids)
         else:
             shape = (s, b, self.config.hidden_size)
-            hidden = communication.from_previous_stage(shape, self._dtype, self._device)
+            hidden = communication.from_previous_stage(shape, self._dtype, self.device)
         cos_sin = new.cos_sin(self.model.rotary_pos_emb(self.cache.capacity))
         layers = self.model.decoder.layers
         for layer, cache in zip(layers, self.cache.layers(new), strict=True):
@@ -185,7 +183,7 @@ class Engine:
     def _largest(self, logits: Tensor) -> list[int]:
         """argmax over the whole vocabulary of which each rank has its columns."""
         values, indices = logits.max(dim=-1)
-        return communication.best_over_ranks(values, indices, self._first_column()).tolist()
+        return communication.best_over_ranks(values, indices, self.first_column).tolist()
 
     def _chosen(self, logits: Tensor, choose: Choose) -> list[int] | None:
         """What `choose` picks on the first tensor parallel rank; None on the others."""
@@ -196,7 +194,9 @@ class Engine:
         """`[n, vocabulary]` from each rank's columns."""
         return communication.joined_columns(logits, self.config.vocab_size)
 
-    def _first_column(self) -> int:
+    @property
+    def first_column(self) -> int:
+        """Of this rank's logits in the whole vocabulary."""
         tp = parallel_state.get_tensor_model_parallel_world_size()
         padded = -(-self.config.vocab_size // tp)
         return padded * parallel_state.get_tensor_model_parallel_rank()

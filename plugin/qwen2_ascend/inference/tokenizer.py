@@ -55,19 +55,37 @@ class Tokenizer:
         Raises:
             UserError: the tokenizer has no chat template, or that refuses the messages.
         """
+        text = self.render_chat(messages, tools=tools)
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """A chat as the template writes it; raises as `encode_chat`."""
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{self.folder}: its tokenizer has no chat template; give plain prompts, or a "
                 "folder that has one with --tokenizer-name-or-path."
             )
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=True
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
         except Exception as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the chat template refuses the messages: {reason}") from error
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def template(self) -> str:
+        """The chat template itself, or nothing."""
+        return self._tokenizer.chat_template or ""
 
     def decode(self, tokens: list[int]) -> str:
         """Without special tokens, and otherwise as the tokens are."""

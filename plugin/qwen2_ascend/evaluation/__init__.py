@@ -1,0 +1,1 @@
+"""Evaluation: perplexity of a text, and the tasks of lm-eval, at any layout."""

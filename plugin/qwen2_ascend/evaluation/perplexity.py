@@ -1,0 +1,50 @@
+"""Perplexity of a text: exp of the mean negative log-probability of its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwen2_ascend.evaluation.scoring import Scorer, windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What a text was found to be worth."""
+
+    perplexity: float
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    """Comparable between tokenizers."""
+    num_tokens: int
+    """That were scored: all but the first."""
+
+
+def perplexity(
+    scorer: Scorer, tokens: Sequence[int], *, num_bytes: int, window: int, stride: int
+) -> Perplexity:
+    """Slides a window over `tokens`; see `windows` for which token is scored in which.
+
+    Args:
+        scorer: of this rank; every rank gets the same result.
+        tokens: at least two.
+        num_bytes: of the text, in UTF-8.
+        window: tokens that are read at once.
+        stride: tokens by which the window moves on.
+    """
+    sequences, firsts = [], []
+    for begin, end, first in windows(len(tokens), window, stride):
+        sequences.append(tokens[begin:end])
+        firsts.append(first - begin)
+    scored = [one.log_probability for row in scorer.score(sequences, firsts) for one in row]
+    assert len(scored) == len(tokens) - 1
+    total = -math.fsum(scored)
+    loss = total / len(scored)
+    return Perplexity(
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        loss=loss,
+        bits_per_byte=total / math.log(2) / num_bytes,
+        num_tokens=len(scored),
+    )
