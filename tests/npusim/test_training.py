@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from distributed.train_worker import FLAGS, LAYOUTS, STEPS, reference
+from distributed.train_worker import FLAGS, GLOBAL_BATCH, LAYOUTS, LENGTH, STEPS, reference
 from npusim.env import environment
 from npusim.run import command
 
@@ -93,30 +94,143 @@ def test_losses_are_those_of_transformers(flags, run, record_property):
     record_property("hccl", str(Counter((call.op, call.dtype) for call in calls)))
 
 
-@pytest.mark.timeout(400)
-def test_the_launcher_trains_at_tp2_pp2(tmp_path):
-    """`torchrun launch/pretrain_qwen2.py --device npu`, as a user types it."""
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2 --pack",
+        f"--pipeline-model-parallel-size 2 --micro-batch-size 1 --pack {FULL_RECOMPUTE}",
+    ],
+    ids=["tp2-sp", "pp2-recompute"],
+)
+@pytest.mark.simulated(cards=2, alone="training")
+def test_packed_documents_have_the_losses_of_each_alone(flags, run, monkeypatch):
+    from finetuning import finetune_worker
+    from npusim.simulator import recording
+
+    on_npu = finetune_worker.FLAGS.replace("--device cpu", "--device npu")
+    monkeypatch.setattr(finetune_worker, "FLAGS", on_npu)
+    monkeypatch.setattr(finetune_worker, "TOLERANCE", TOLERANCE)
+    with recording() as record:
+        finetune_worker.sft_losses_are_those_of_transformers(flags, run)
+    assert "aclnnFlashAttentionVarLenScore" in record.ops
+    assert "aclnnFlashAttentionScore" not in record.ops
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 1024"])
+@pytest.mark.simulated(cards=2, alone="training")
+def test_half_precision_is_as_near_to_fp32_as_plain_operators_are(precision, run):
+    """Or, where those happen to be nearer, as near as the rounding of each token's loss allows."""
+    import torch
+
+    from distributed.train_worker import hugging_face_folder, start, steps
+    from npusim.cards import hccl_calls
+
+    exact, _ = reference(hugging_face_folder(run, False), False)
+    errors = {}
+    for switches in ("", PLAIN):
+        flags = f"{NPU_FLAGS} {LAYOUTS['tp2-sp'][1]} {precision} {switches}"
+        losses = [result.loss for result in steps(start(run, flags), STEPS)]
+        errors[switches] = max(abs(a - b) for a, b in zip(losses, exact, strict=True))
+    unit = torch.finfo(torch.bfloat16 if "bf16" in precision else torch.float16).eps / 2
+    noise = unit * max(exact) / (GLOBAL_BATCH * LENGTH) ** 0.5  # of a mean over so many tokens
+    assert errors[""] <= max(1.5 * errors[PLAIN], noise), (errors, noise)
+    assert errors[PLAIN] < 5e-3
+    assert not [call for call in hccl_calls() if call.op in REDUCTIONS and call.dtype == "fp64"]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.simulated(cards=2, alone="training")
+def test_recomputed_attention_drops_what_it_dropped_at_first(run):
+    """With and without sequence parallelism, which decides who forks the random state."""
+    for sequence_parallel in (False, True):
+        plain = _dropped_gradients(run, sequence_parallel)
+        assert any((plain[key] != value).any() for key, value in _undropped(run).items())
+        for recompute in (
+            {"recompute_granularity": "selective"},
+            {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            },
+        ):
+            found = _dropped_gradients(run, sequence_parallel, **recompute)
+            assert all((found[key] == value).all() for key, value in plain.items()), recompute
+
+
+def _undropped(run):
+    return _dropped_gradients(run, False, attention_dropout=0.0)
+
+
+def _dropped_gradients(run, sequence_parallel, attention_dropout=0.3, **options):
+    """Every gradient of one pass of a small model at TP2, from the same seed."""
+    import torch
+
+    from helpers import tiny_config
+    from qwen2_ascend import runtime as runtimes
+    from qwen2_ascend.model.build import build_model
+    from qwen2_ascend.parallel import ParallelLayout
+
+    config, layout = tiny_config(num_layers=2), ParallelLayout(tensor_model_parallel_size=2)
+    runtimes.destroy_model_parallel()
+    runtimes.initialize_model_parallel(layout, config.num_layers)
+    run.runtime.seed_all(5)
+    options |= {"sequence_parallel": sequence_parallel, "attention_dropout": attention_dropout}
+    (chunk,) = build_model(config, layout, backend="npu", **options)
+    chunk = chunk.to(run.runtime.device).train()
+    tokens = torch.arange(48).view(2, 24).to(run.runtime.device)
+    chunk(tokens, None, None, labels=tokens).sum().backward()
+    return {name: x.grad.cpu() for name, x in chunk.named_parameters()}
+
+
+@pytest.mark.timeout(600)
+def test_the_launcher_trains_saves_and_resumes(tmp_path):
+    """`torchrun launch/pretrain_qwen2.py --device npu`, as a user types it.
+
+    Two steps on four cards; the other two from the checkpoint on two cards, and on a CPU with the
+    plain operators.
+    """
     from helpers import make_tiny_hugging_face_folder
-    from npusim.build import Unavailable
 
     model = make_tiny_hugging_face_folder(tmp_path / "model")
-    flags = f"{NPU_FLAGS} {LAYOUTS['tp2-pp2'][1]}"
+    expected, _ = reference(model, False)
+    saved = tmp_path / "saved"
+    log = _launched(
+        f"{NPU_FLAGS} {LAYOUTS['tp2-pp2'][1]} --load {model} --save {saved} --exit-interval 2", 4
+    )
+    assert "device npu (simulated Ascend910B2), backend hccl, 4 process(es)" in log
+    assert "fused: attention, rms_norm, rotary, swiglu, adamw\n" in log
+    assert _losses(log) == pytest.approx(expected[:2], abs=1e-4)  # as they are printed
+    log = _launched(f"{NPU_FLAGS} {LAYOUTS['tp2'][1]} --load {saved}", 2)
+    assert _losses(log) == pytest.approx(expected[2:], abs=1e-4)
+    done = _run([sys.executable, str(LAUNCH), *FLAGS.split(), "--load", str(saved)], {**os.environ})
+    assert "fused: nothing\n" in done
+    assert _losses(done) == pytest.approx(expected[2:], abs=1e-4)
+
+
+def _launched(flags: str, cards: int) -> str:
+    """What the launcher prints on simulated cards."""
+    from npusim.build import Unavailable
+
     try:
-        simulation = environment(num_devices=4)
+        simulation = environment(num_devices=cards)
     except Unavailable as error:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(f"no simulated device: {error}")
-    script = [str(LAUNCH), *flags.split(), "--load", str(model)]
-    result = subprocess.run(
-        command(script, torchrun="--standalone --nproc-per-node 4"),
-        env=simulation,
-        capture_output=True,
-        text=True,
-        timeout=390,
+    torchrun = f"--standalone --nproc-per-node {cards}"
+    return _run(command([str(LAUNCH), *flags.split()], torchrun=torchrun), simulation)
+
+
+def _run(words: list[str], variables: dict[str, str]) -> str:
+    variables["PYTHONPATH"] = os.pathsep.join(
+        [str(LAUNCH.parents[1] / "plugin"), variables.get("PYTHONPATH", "")]
     )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "device npu (simulated Ascend910B2), backend hccl, 4 process(es)" in result.stdout
-    losses = [float(loss) for loss in re.findall(r"iteration \d/4 \| loss (\S+)", result.stdout)]
-    expected, _ = reference(model, False)
-    assert losses == pytest.approx(expected, abs=1e-4)  # as they are printed
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _losses(log: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"iteration \d/4 \| loss (\S+)", log)]
