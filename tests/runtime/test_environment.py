@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,13 @@ def test_every_variable_says_why_and_where_it_is_documented() -> None:
     variables = (environment.BEFORE_TORCH, *wanted(600, deterministic=True))
     assert len({variable.name for variable in variables}) == len(variables)
     assert all(len(variable.why) > 20 and variable.source for variable in variables)
+
+
+def test_the_bring_up_page_has_every_variable() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "npu.md").read_text(encoding="utf-8")
+    for variable in (environment.BEFORE_TORCH, *wanted(600, deterministic=True)):
+        row = f"| `{variable.name}` | `{variable.value}` | {variable.why} | {variable.source} |"
+        assert row in page
 
 
 def test_only_what_is_unset_is_set() -> None:

@@ -35,6 +35,15 @@ def test_it_can_be_refused() -> None:
     assert choose(False, "npu", GOOD, STACK) == (False, "refused by --no-mindspeed")
 
 
+def test_the_bring_up_page_has_every_branch() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "npu.md").read_text(encoding="utf-8")
+    for branch in mindspeed.BRANCHES:
+        rows = [line for line in page.splitlines() if line.startswith("| ")]
+        (row,) = [line for line in rows if branch.name in line.split(" | ")[0]]
+        facts = (branch.megatron_core, *branch.torch, branch.torch_npu, branch.cann, branch.python)
+        assert all(fact in row for fact in facts), row
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_it_is_for_npus(device: str) -> None:
     assert not choose(None, device, GOOD, STACK).active
