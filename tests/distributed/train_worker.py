@@ -131,6 +131,24 @@ def reference_lr(step: int) -> float:
 
 # --- resuming ------------------------------------------------------------------------------------
 
+
+@CHECKS.add(world_size=2)
+def padding_is_resumed_too(run: Run) -> str:
+    """The vocabulary's padding takes part in training, so its rows and moments come back."""
+    for form in ("torch_dist", "torch"):
+        folder = run.folder / f"padding-{form}"
+        flags = f"{FLAGS} {LAYOUTS['tp2'][1]} --padded-vocab-size 320 --ckpt-format {form}"
+        training = start(run, f"{flags} --save {folder}")
+        steps(training, 2)
+        save(training)
+        before, after = state_of(training), state_of(start(run, flags, load=folder))
+        padding = before["0.output_layer.weight.exp_avg"][-64:]
+        assert run.runtime.rank == 0 or padding.abs().max() > 0, "padding was not trained"
+        changed = [name for name in before if not (before[name] == after[name]).all()]
+        assert not changed, f"{form}: {changed}"
+    return ""
+
+
 RESUMED = [
     # saved at, resumed at, format, flags of both, tied, how far the losses may differ
     ("tp1-pp1", "tp1-pp1", "torch_dist", "", True, 0.0),

@@ -188,7 +188,7 @@ def build_chunks(
     if start.source is not None:
         load_checkpoint_weights(
             chunks,
-            start.source,
+            _with_padding(start, padded),
             layout,
             padded_vocab_size=padded,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -198,6 +198,18 @@ def build_chunks(
     else:
         say(f"weights: random, seed {settings.runtime.seed}")
     return [chunk.to(runtime.device) for chunk in chunks]
+
+
+def _with_padding(start: Start, padded_vocab_size: int) -> Source:
+    """The weights; of a run that goes on, the padding's rows too, which were trained as the others.
+
+    Elsewhere padding is zero: other tools leave anything in those rows.
+    """
+    source = start.source
+    assert source is not None
+    if start.saved is None or start.saved.padded_vocab_size != padded_vocab_size:
+        return source
+    return replace(source, config=replace(source.config, vocab_size=padded_vocab_size))
 
 
 def build_run(
