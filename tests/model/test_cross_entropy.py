@@ -1,4 +1,4 @@
-"""The chunked cross entropy is the plain one, and holds less."""
+"""The chunked cross entropy gives what the plain one gives."""
 
 from __future__ import annotations
 

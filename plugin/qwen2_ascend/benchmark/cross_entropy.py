@@ -34,14 +34,19 @@ class CrossEntropyBenchmark:
 
 def run(options: CrossEntropyBenchmark) -> None:
     """Measures and prints a table."""
-    print(f"{'way':>12} {'seconds':>8} {'peak above the weights':>24}")
+    print(f"{'way':>14} {'seconds':>8} {'peak above the weights':>24}")
     for chunk_size in (0, *options.chunk_sizes):
-        arguments = json.dumps({**asdict(options), "chunk_size": chunk_size})
-        measured = run_measured([sys.executable, "-m", __name__, arguments])
-        seconds, floor = map(float, measured.output.split()[-2:])
+        seconds, num_bytes = measure(options, chunk_size)
         way = f"chunks of {chunk_size}" if chunk_size else "plain"
-        peak = measured.peak_anonymous_bytes - int(floor)
-        print(f"{way:>12} {seconds:8.2f} {size_text(peak):>24}")
+        print(f"{way:>14} {seconds:8.2f} {size_text(num_bytes):>24}", flush=True)
+
+
+def measure(options: CrossEntropyBenchmark, chunk_size: int) -> tuple[float, int]:
+    """Seconds and peak bytes of one way; a chunk_size of 0 is the plain one."""
+    arguments = json.dumps({**asdict(options), "chunk_size": chunk_size})
+    measured = run_measured([sys.executable, "-m", __name__, arguments])
+    seconds, floor = map(float, measured.output.split()[-2:])
+    return seconds, measured.peak_anonymous_bytes - int(floor)
 
 
 def main(arguments: str) -> None:
