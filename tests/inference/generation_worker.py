@@ -96,6 +96,10 @@ def asked(run: Run, name: str, question: Callable[[], Any]) -> Any:
 
 def greedy(tp: int, pp: int, config: Any, run: Run) -> str:
     """Token for token, with sequences that end early and rows that are used again."""
+    from qwen2_ascend.runtime.megatron_compat import megatron_release
+
+    if tp > config.num_query_groups and megatron_release() < (0, 16):
+        return "megatron-core 0.12 cannot do this layout, and refuses it"
 
     def question() -> list[list[int]]:
         model = theirs(run, config)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import tyro
 
-from qwen2_ascend.benchmark import convert, cross_entropy
+from qwen2_ascend.benchmark import convert, cross_entropy, generate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and measures."""
-    commands = {"convert": _convert, "cross-entropy": _cross_entropy}
+    commands = {"convert": _convert, "cross-entropy": _cross_entropy, "generate": _generate}
     tyro.extras.subcommand_cli_from_dict(commands, args=argv)
 
 
@@ -21,3 +21,7 @@ def _convert(options: tyro.conf.OmitArgPrefixes[convert.ConvertBenchmark]) -> No
 
 def _cross_entropy(options: tyro.conf.OmitArgPrefixes[cross_entropy.CrossEntropyBenchmark]) -> None:
     cross_entropy.run(options)
+
+
+def _generate(options: tyro.conf.OmitArgPrefixes[generate.GenerateBenchmark]) -> None:
+    generate.run(options)

@@ -1,0 +1,166 @@
+"""Generation on the CPU against transformers' generate, interleaved in one run.
+
+Each side lives in a process of its own, with its weights loaded once, and is idle while the other
+works: neither meets the other's patches, caches or threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.errors import UserError, raise_if
+
+SIDES = ("ours", "transformers")
+TEXTS = (
+    "def fibonacci(n):\n",
+    "# Sorts a list in place with quicksort.\n",
+    "Write a haiku about the sea:",
+    "class Node:\n    def __init__(self, value):\n",
+    "The capital of France is",
+    "import torch\n\ndef train(model, data):\n",
+    "1 + 1 =",
+    "Once upon a time, in a land far away, there lived a",
+)
+"""Repeated to fill a batch; of different lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateBenchmark:
+    """Greedy generation against transformers' generate: the same weights, prompts and dtype.
+
+    Each round runs both sides, one after the other and in turn first, on the CPU; ratios are of
+    the pairs, and above 1 where this project is faster.
+    """
+
+    load: Path
+    """Hugging Face folder."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """fp32, bf16 or both."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Prompts at once."""
+    new_tokens: int = 64
+    """To generate for each prompt."""
+    rounds: int = 5
+    """Measured pairs, after one that is not counted."""
+    threads: int = 1
+    """Of each side."""
+    json: Path | None = None
+    """Also write the figures there."""
+
+
+def run(options: GenerateBenchmark) -> None:
+    """Measures and prints a table.
+
+    Raises:
+        UserError: options that cannot be measured.
+    """
+    faults = [
+        f"--dtypes {dtype} is not fp32 or bf16."
+        for dtype in options.dtypes
+        if dtype not in ("fp32", "bf16")
+    ]
+    counts = {
+        "--batch-sizes": min(options.batch_sizes, default=0),
+        "--new-tokens": options.new_tokens,
+        "--rounds": options.rounds,
+        "--threads": options.threads,
+    }
+    faults += [f"{name} {n} must be at least 1." for name, n in counts.items() if n < 1]
+    if not (options.load / "config.json").is_file():
+        faults.append(f"--load {options.load}: is no Hugging Face folder.")
+    raise_if(faults)
+    rows = []
+    for dtype in options.dtypes:
+        rows += _measure(options, dtype)
+    _print(options, rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _measure(options: GenerateBenchmark, dtype: str) -> list[dict[str, Any]]:
+    sides = {name: _Side(name, options, dtype) for name in SIDES}
+    try:
+        return [_rounds(options, dtype, batch, sides) for batch in options.batch_sizes]
+    finally:
+        for side in sides.values():
+            side.close()
+
+
+def _rounds(
+    options: GenerateBenchmark, dtype: str, batch: int, sides: dict[str, _Side]
+) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    loads, differing = [], set()
+    for i in range(options.rounds + 1):
+        loads.append(os.getloadavg()[0])
+        answers = {name: sides[name].ask(batch) for name in SIDES[:: 1 if i % 2 else -1]}
+        said = ", ".join(f"{name} {answers[name]['seconds']:.2f} s" for name in SIDES)
+        print(f"  {dtype} batch {batch} round {i}: {said}", flush=True)
+        differing.add(answers["ours"]["tokens"] != answers["transformers"]["tokens"])
+        for name in SIDES if i else ():
+            seconds[name].append(answers[name]["seconds"])
+    return {
+        "dtype": dtype,
+        "batch": batch,
+        "seconds": seconds,
+        "same_tokens": differing == {False},
+        "load": loads[1:],
+    }
+
+
+class _Side:
+    """A process that has one side's model loaded."""
+
+    def __init__(self, name: str, options: GenerateBenchmark, dtype: str) -> None:
+        command = [sys.executable, "-m", "qwen2_ascend.benchmark.generate_side", name]
+        command += [str(options.load), dtype, str(options.new_tokens)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._read()  # loaded: the other side's loading is not disturbed, nor its first round
+
+    def ask(self, batch: int) -> dict[str, Any]:
+        """Seconds and tokens of one batch."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{batch}\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(f"a side ended with {self._process.wait(60)}; its last lines say why.")
+        return json.loads(line)
+
+
+def _print(options: GenerateBenchmark, rows: list[dict[str, Any]]) -> None:
+    print(
+        f"\n{options.load.name}, {options.new_tokens} new tokens for each prompt, greedy, CPU, "
+        f"{options.threads} thread(s); {options.rounds} interleaved pairs, "
+        "median (lowest-highest)\n"
+    )
+    head = ("dtype", "batch", "ours, tokens/s", "transformers, tokens/s", "speed ratio of pairs")
+    head += ("same tokens", "load of the machine")
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
+    for row in rows:
+        tokens = row["batch"] * options.new_tokens
+        ours, theirs = (row["seconds"][name] for name in SIDES)
+        cells = [row["dtype"], str(row["batch"])]
+        cells += [str(Spread.of([tokens / s for s in seconds])) for seconds in (ours, theirs)]
+        cells.append(str(Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])))
+        cells += ["yes" if row["same_tokens"] else "no", str(Spread.of(row["load"]))]
+        print(f"| {' | '.join(cells)} |")

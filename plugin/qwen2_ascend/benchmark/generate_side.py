@@ -1,0 +1,90 @@
+"""One side of the generation benchmark: loads a model, times a batch for each line it reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from qwen2_ascend.benchmark.generate import TEXTS
+
+
+def main(side: str, folder: str, dtype: str, new_tokens: str) -> None:
+    """Serves the standard input until it ends."""
+    build = {"ours": _ours, "transformers": _transformers}[side]
+    run = build(Path(folder), dtype, int(new_tokens))
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        texts = list(islice(cycle(TEXTS), int(line)))
+        start = time.perf_counter()
+        tokens = run(texts)
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+
+
+def _ours(folder: Path, dtype: str, new_tokens: int) -> Callable[[list[str]], list[list[int]]]:
+    from qwen2_ascend import runtime
+    from qwen2_ascend.checkpoint.source import open_source
+    from qwen2_ascend.parallel import ParallelLayout
+
+    runtime.start("cpu")
+    source, layout = open_source(folder), ParallelLayout()
+    runtime.initialize_model_parallel(layout, source.config.num_layers)
+
+    from qwen2_ascend.inference.engine import load_engine
+    from qwen2_ascend.inference.generator import Generator, Request
+
+    engines: dict[int, Any] = {}
+    tokenizer = _tokenizer(folder)
+    first = load_engine(source, layout, dtype=dtype)
+
+    def run(texts: list[str]) -> list[list[int]]:
+        if len(texts) not in engines:
+            engines[len(texts)] = type(first)(first.model, source.config, num_rows=len(texts))
+        ids = [tokenizer(text).input_ids for text in texts]
+        generator = Generator(engines[len(texts)], decode=tokenizer.decode, eos_tokens=[])
+        requests = [
+            Request(index=i, tokens=tokens, max_new_tokens=new_tokens)
+            for i, tokens in enumerate(ids)
+        ]
+        done = sorted(generator.run(requests), key=lambda completion: completion.index)
+        return [completion.tokens for completion in done]
+
+    return run
+
+
+def _transformers(
+    folder: Path, dtype: str, new_tokens: int
+) -> Callable[[list[str]], list[list[int]]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    tokenizer = _tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype]).eval()
+    model.generation_config.eos_token_id = None
+
+    def run(texts: list[str]) -> list[list[int]]:
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            output = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False)
+        tokens = output[:, batch.input_ids.shape[1] :].tolist()
+        for row in tokens:  # the text, which the other side makes too
+            tokenizer.decode(row)
+        return tokens
+
+    return run
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
