@@ -11,7 +11,7 @@ ROOT=../..
 
 torchrun --nproc-per-node "$PROCESSES" $ROOT/launch/finetune_qwen2.py \
     --load "$MODEL" --data-path chats.jsonl --data-cache-path "$OUT/data" --seq-length 128 --pack \
-    --global-batch-size 4 --num-train-epochs 4 --lr 4e-5 --lr-warmup-iters 2 --lr-decay-style cosine \
+    --global-batch-size 4 --num-train-epochs 3 --lr 4e-5 --lr-warmup-iters 2 --lr-decay-style cosine \
     --save "$OUT/run" --no-save-optim --save-hf "$OUT/tuned" "$@"
 
 for model in "$MODEL" "$OUT/tuned"; do

@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "preprocess": Command(
         "qwen2_ascend.data.command",
-        "turn text, JSONL or Parquet into Megatron's .bin/.idx",
+        "turn text or chats into Megatron's .bin/.idx",
     ),
     "doctor": Command(
         "qwen2_ascend.doctor",

@@ -71,7 +71,7 @@ def _transformers(
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     tokenizer = _tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype]).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype]).eval()
     model.generation_config.eos_token_id = None
 
     def run(texts: list[str]) -> list[list[int]]:

@@ -132,8 +132,8 @@ def _tasks(
     settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, eos: Sequence[int]
 ) -> tuple[Rows, dict[str, Any]]:
     """Rows for the table, and lm-eval's own results."""
-    import lm_eval  # pyright: ignore[reportMissingImports]  # an extra
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from qwen2_ascend.evaluation.lm_eval_adapter import Qwen2LM
 
@@ -145,7 +145,7 @@ def _tasks(
             f"--tasks {' '.join(unknown)}: lm-eval has no such task; its own are listed by "
             "`lm-eval ls tasks`, yours are found with --include-path."
         )
-    results: Any = lm_eval.simple_evaluate(
+    results: Any = simple_evaluate(
         model=Qwen2LM(engine, tokenizer, eos),
         tasks=list(wanted.tasks),
         task_manager=manager,

@@ -75,7 +75,9 @@ class Qwen2LM(TemplateLM):
             chat_history, add_generation_prompt=add_generation_prompt
         )
 
-    def tok_encode(self, string: str, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
