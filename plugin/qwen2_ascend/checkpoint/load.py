@@ -89,10 +89,11 @@ def load_tensors(
             own = {piece.tensor for piece in expected.values()}
             check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
             for write in plan.writes:
-                _fill(tensors[write.target.name], write, reader)
+                fill(tensors[write.target.name], write, reader)
 
 
-def _fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:
+def fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:
+    """Reads what the plan says of one tensor; what no source has becomes zero."""
     staged, array = _staging(tensor)
     array[...] = 0
     box = write.target.piece.box

@@ -150,6 +150,22 @@ class TrainingRun:
         per_step = self.settings.batch.micro_batch_size * data_parallel_place()[1]
         return self.global_batch_size // per_step
 
+    def batches(self) -> Iterator[Batch | None]:
+        """`train_batches`."""
+        return train_batches(self)
+
+    def step(self, batches: Iterator[Batch | None], *, stop_wanted: bool = False) -> StepResult:
+        """`train_step`."""
+        return train_step(self, batches, stop_wanted=stop_wanted)
+
+    def evaluate(self) -> float:
+        """`evaluate`."""
+        return evaluate(self)
+
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before backward."""
+        return optimizers.loss_scale(self.optimizer)
+
 
 def wrap_chunks(
     chunks: Sequence[torch.nn.Module], settings: ParallelSettings
@@ -207,14 +223,14 @@ def train(
         NonFiniteError: the loss or the gradient norm is not finite, and `on_nonfinite` is "stop".
     """
     settings, progress = run.settings, run.progress
-    batches = train_batches(run) if progress.iteration < run.train_iters else iter(())
+    batches = run.batches() if progress.iteration < run.train_iters else iter(())
     saved_at, reason = progress.iteration, None
     while progress.iteration < run.train_iters and reason is None:
         begun = time.perf_counter()
-        result = train_step(run, batches, stop_wanted=stop_wanted())
+        result = run.step(batches, stop_wanted=stop_wanted())
         on_step(result, time.perf_counter() - begun)
         if is_due(progress.iteration, settings.data.eval_interval) and run.valid_data is not None:
-            on_validation(evaluate(run))
+            on_validation(run.evaluate())
         if result.stop_wanted:
             reason = "was told to stop (SIGTERM)"
         elif is_due(progress.iteration, settings.batch.exit_interval):
@@ -245,14 +261,14 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _forward_backward(run, list(islice(batches, run.num_microbatches)))
-    agreed = _agree(run, losses, stop_wanted)
+    agreed = agree(run, losses, stop_wanted)
     may_overflow = optimizers.can_lower_loss_scale(optimizer)
     overflow = optimizer.prepare_grads()
     grad_norm = float("nan") if overflow else float(optimizer.get_grad_norm())
     overflow = overflow and may_overflow and optimizers.is_finite(agreed.loss)
     updated = optimizers.is_finite(agreed.loss, grad_norm)
     if not updated and not overflow and settings.precision.on_nonfinite == "stop":
-        raise NonFiniteError(_describe_nonfinite(run, losses, agreed.loss, grad_norm))
+        raise NonFiniteError(describe_nonfinite(run, losses, agreed.loss, grad_norm))
     if updated:
         updated = optimizers.clip_and_step(optimizer, grad_norm)
         run.schedule.step(increment=run.global_batch_size)
@@ -284,7 +300,7 @@ def evaluate(run: TrainingRun) -> float:
     total, num_tokens = 0.0, 0
     for _ in range(run.settings.data.eval_iters):
         taken = list(islice(batches, run.num_microbatches))
-        agreed = _agree(run, _forward_backward(run, taken, forward_only=True), False)
+        agreed = agree(run, _forward_backward(run, taken, forward_only=True), False)
         total += agreed.loss * agreed.num_tokens
         num_tokens += agreed.num_tokens
     for chunk in run.chunks:
@@ -336,11 +352,16 @@ def _batches(run: TrainingRun, dataset: Any, consumed_samples: int) -> Iterator[
     if not at_an_end and not getattr(dataset, "is_packed", False):
         while True:
             yield None
+    yield from read_batches(run, dataset, consumed_samples)
+
+
+def read_batches(run: TrainingRun, dataset: Any, consumed_samples: int) -> Iterator[Batch]:
+    """This rank's micro-batches of `dataset`, from `consumed_samples` on."""
     num_workers = run.settings.data.num_workers
     if num_workers is None:
         num_workers = 0 if run.runtime.name == "cpu" else 2
     dp_rank, dp_size = data_parallel_place()
-    yield from build_data_iterator(
+    return build_data_iterator(
         dataset,
         consumed_samples,
         run.settings.batch.micro_batch_size,
@@ -379,10 +400,7 @@ def _forward_step(
     read = next(batches)
     if read is None:
         return model(None, None, None), run.objective
-    batch: Batch = {
-        name: value.to(run.runtime.device, non_blocking=True) if torch.is_tensor(value) else value
-        for name, value in read.items()
-    }
+    batch = on_device(read, run.runtime)
     packed: dict[str, Any] = {}
     if "ends" in batch:
         packed["packed_seq_params"] = PackedBatch(batch["ends"], batch["position_ids"])
@@ -390,7 +408,15 @@ def _forward_step(
     return output, partial(run.objective, batch=batch)
 
 
-class _Agreed(NamedTuple):
+def on_device(batch: Batch, runtime: Runtime) -> Batch:
+    """The same with its tensors on the device."""
+    return {
+        name: value.to(runtime.device, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
+
+
+class Agreed(NamedTuple):
     """What all ranks know of a step after telling each other."""
 
     loss: float
@@ -400,7 +426,7 @@ class _Agreed(NamedTuple):
     metrics: list[float]
 
 
-def _agree(run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool) -> _Agreed:
+def agree(run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool) -> Agreed:
     """Tells every rank the mean loss and whether to stop, in one small collective.
 
     Gathered and added on the host in double precision: HCCL does not reduce fp64.
@@ -421,7 +447,7 @@ def _agree(run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool) ->
     columns = zip(*torch.stack(rows).tolist(), strict=True)
     means, rests, tokens, memories, stops, *sums = columns
     total = sum(m * n + rest for m, rest, n in zip(means, rests, tokens, strict=True))
-    return _Agreed(
+    return Agreed(
         loss=total / max(sum(tokens), 1.0),
         num_tokens=round(sum(tokens)),
         peak_memory_bytes=int(max(memories) * 2**20),
@@ -430,7 +456,7 @@ def _agree(run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool) ->
     )
 
 
-def _describe_nonfinite(
+def describe_nonfinite(
     run: TrainingRun, losses: list[MicroBatchLoss], loss: float, grad_norm: float
 ) -> str:
     """The step and the samples to look at; every rank calls it, as it asks them all."""

@@ -363,7 +363,6 @@ def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> 
 
 def _step(run: TrainingRun, result: Any, seconds: float) -> Any:
     from qwen2_ascend.training.logging import Step
-    from qwen2_ascend.training.optimizer import loss_scale
 
     return Step(
         iteration=run.progress.iteration,
@@ -374,7 +373,7 @@ def _step(run: TrainingRun, result: Any, seconds: float) -> Any:
         num_tokens=result.num_tokens,
         seconds=seconds,
         updated=result.updated,
-        loss_scale=loss_scale(run.optimizer),
+        loss_scale=run.loss_scale(),
         peak_memory_bytes=None if run.runtime.simulated else result.peak_memory_bytes,
         metrics=result.metrics,
     )
