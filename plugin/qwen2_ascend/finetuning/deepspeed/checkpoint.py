@@ -1,0 +1,172 @@
+"""Checkpoints of a ZeRO run: a Hugging Face folder with DeepSpeed's own checkpoint in it.
+
+    SAVE/iter_0000100/config.json, tokenizer, *.safetensors     the model; a Hugging Face folder
+    SAVE/iter_0000100/zero/*.pt, latest, zero_to_fp32.py        DeepSpeed's checkpoint, tag "zero"
+    SAVE/iter_0000100/rng_00000.pt                              random number generators, per rank
+    SAVE/iter_0000100/zero.json                                 progress and schedule
+    SAVE/latest_checkpointed_iteration.txt                      written last, by rename
+
+So everything that reads a Hugging Face folder reads an iteration, and no pickle is opened for it.
+DeepSpeed's files, which are pickles, are read when the run goes on only, and only with tensors,
+plain values and the classes of `_known_classes` in them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen2_ascend.checkpoint.formats import megatron, torch_pt
+from qwen2_ascend.checkpoint.staging import fsync_folder, fsync_tree, write_file
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
+from qwen2_ascend.finetuning.deepspeed.saved import RUN_FILE, SavedZero
+from qwen2_ascend.finetuning.deepspeed.weights import save_hugging_face
+from qwen2_ascend.training import schedule as schedules
+from qwen2_ascend.training.checkpointing import CheckpointIdentity, publish, with_tensors
+from qwen2_ascend.training.loop import Progress
+from qwen2_ascend.training.rng_state import rng_state, set_rng_state
+
+TAG = "zero"
+
+
+def save_zero_checkpoint(run: ZeroRun, identity: CheckpointIdentity) -> Path:
+    """Writes the run's state; every rank calls it. Returns the folder of the iteration.
+
+    Raises:
+        OSError: it cannot be written; the folder holds the last checkpoint.
+    """
+    settings, is_first = run.settings.checkpoint, run.runtime.rank == 0
+    assert settings.save is not None
+    name = f"iter_{run.progress.iteration:07d}"
+    target, partial = settings.save / name, settings.save / f".{name}.partial"
+    if is_first:
+        for unfinished in settings.save.glob(".iter_*.partial"):
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+    run.runtime.barrier()
+    save_hugging_face(
+        run.model,
+        identity.config,
+        partial,
+        run.whole,
+        dtype=identity.dtype,
+        side_files=identity.side_files,
+        writes=is_first,
+    )
+    if not settings.no_save_optim:
+        run.engine.save_checkpoint(str(partial), tag=TAG)
+    if not settings.no_save_rng:
+        torch.save(rng_state(run.runtime), partial / _rng_file(run))
+    run.runtime.barrier()
+    if is_first:
+        write_file(partial / RUN_FILE, json.dumps(_plain_state(run), indent=2).encode())
+        fsync_tree(partial)
+        publish(partial, target)
+        write_file(settings.save / megatron.TRACKER_FILE, str(run.progress.iteration).encode())
+        fsync_folder(settings.save)
+    run.runtime.barrier()
+    return target
+
+
+def resume_zero(run: ZeroRun, saved: SavedZero) -> list[str]:
+    """Puts the run where `saved` was; the weights have been loaded already.
+
+    Returns:
+        What is not as it was, in words for the log.
+
+    Raises:
+        UserError: DeepSpeed's checkpoint does not fit the ranks or the stage, or is damaged.
+    """
+    settings, state = run.settings.checkpoint, saved.state
+    notes = []
+    if not settings.no_load_optim and not state["optimizer"]:
+        notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
+    elif not settings.no_load_optim:
+        _check_cut(run, saved)
+        _load_engine(run, saved.folder)
+    run.progress = Progress(**state["progress"])
+    was = state["opt_param_scheduler"]
+    notes += [f"schedule: {change}" for change in schedules.changed(run.schedule, was)]
+    run.schedule.load_state_dict(dict(was))
+    if not settings.no_load_rng and state["rng"]:
+        if state["world_size"] == run.runtime.world_size:
+            rng = with_tensors(torch_pt.read(saved.folder / _rng_file(run)))
+            set_rng_state(run.runtime, rng)
+        else:
+            notes.append("another number of ranks: the random number generators are seeded anew")
+    run.runtime.barrier()
+    return notes
+
+
+def _plain_state(run: ZeroRun) -> dict[str, Any]:
+    checkpoint = run.settings.checkpoint
+    return {
+        "zero_stage": run.stage,
+        "world_size": run.runtime.world_size,
+        "progress": asdict(run.progress),
+        "opt_param_scheduler": run.schedule.state_dict(),
+        "optimizer": not checkpoint.no_save_optim,
+        "rng": not checkpoint.no_save_rng,
+    }
+
+
+def _check_cut(run: ZeroRun, saved: SavedZero) -> None:
+    was = (saved.state["zero_stage"], saved.state["world_size"])
+    if was != (run.stage, run.runtime.world_size):
+        raise UserError(
+            f"{saved.folder}: its optimizer state is that of ZeRO stage {was[0]} on {was[1]} "
+            f"rank(s), this is stage {run.stage} on {run.runtime.world_size}; resume as it was, or "
+            "go on from the weights with Adam's moments at zero: --no-load-optim."
+        )
+
+
+def _load_engine(run: ZeroRun, folder: Path) -> None:
+    engine = run.engine
+    engine.checkpoint_engine = _safe(engine.checkpoint_engine)
+    try:
+        path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{folder / TAG}: holds what no checkpoint of DeepSpeed's does, and was not read "
+            f"({str(error).splitlines()[0][:80]}); --no-load-optim goes on from the weights."
+        ) from error
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{folder / TAG}: cannot be resumed ({error}); --no-load-optim goes on from the "
+            "weights beside it, with Adam's moments at zero."
+        ) from error
+    if path is None:
+        raise UserError(f"{folder / TAG}: there is no DeepSpeed checkpoint; --no-load-optim.")
+
+
+def _safe(inner: Any) -> Any:
+    """DeepSpeed's checkpoint engine, which unpickles anything, reading only what is known."""
+
+    class SafeCheckpointEngine(type(inner)):
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals(_known_classes()):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    safe = SafeCheckpointEngine.__new__(SafeCheckpointEngine)
+    safe.__dict__.update(inner.__dict__)
+    return safe
+
+
+def _known_classes() -> list[Any]:
+    """What DeepSpeed's files hold besides tensors: classes that only keep values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, set]
+
+
+def _rng_file(run: ZeroRun) -> str:
+    return f"rng_{run.runtime.rank:05d}.pt"

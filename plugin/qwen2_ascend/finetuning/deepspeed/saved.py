@@ -1,0 +1,48 @@
+"""What a checkpoint of a ZeRO run says, read before torch and DeepSpeed are imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2_ascend.checkpoint.formats import megatron
+from qwen2_ascend.errors import UserError
+
+RUN_FILE = "zero.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedZero:
+    """A checkpoint of a ZeRO run."""
+
+    folder: Path
+    """Of the iteration; a Hugging Face folder."""
+    state: Mapping[str, Any]
+    """RUN_FILE."""
+
+
+def find_saved_zero(folder: Path | None) -> SavedZero | None:
+    """The last checkpoint of a ZeRO run in `folder`, or None where there is no such thing.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if folder is None:
+        return None
+    iteration = folder
+    if (tracker := folder / megatron.TRACKER_FILE).is_file():
+        said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        iteration = folder / f"iter_{said.rjust(7, '0')}"
+    path = iteration / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        return SavedZero(folder=iteration, state=json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); --finetune --load {iteration} starts from its "
+            "weights."
+        ) from None

@@ -1,0 +1,199 @@
+"""Every flag of `launch/finetune_qwen2_deepspeed.py`: those of fine-tuning, and ZeRO's.
+
+The groups are `finetuning.settings`'s. What has no meaning here is `Absent`: it keeps its default
+and is no flag, so that whoever gives it is told, and all code that reads settings goes on working.
+Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.finetuning import settings as finetuning
+from qwen2_ascend.finetuning.deepspeed.config import deepspeed_config
+from qwen2_ascend.finetuning.settings import (
+    ExportSettings,
+    FinetuneSettings,
+    LoraSettings,
+    TuningSettings,
+)
+from qwen2_ascend.training.fusion import FusionSettings
+from qwen2_ascend.training.settings import (
+    CheckpointSettings,
+    Flag,
+    ModelSettings,
+    ParallelSettings,
+    RecomputeSettings,
+    RuntimeSettings,
+)
+
+T = TypeVar("T")
+Absent = tyro.conf.Fixed[tyro.conf.Suppress[T]]
+"""A setting that is no flag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054)."""
+
+    zero_stage: Literal[1, 2, 3] | None = None
+    """What is divided over the ranks: 1 the optimizer's state, 2 gradients too, 3 weights too. By
+    default --deepspeed-config's, else 2."""
+    offload_optimizer: Flag = False
+    """Keep the optimizer's state in the host's memory, and update there."""
+    offload_param: Flag = False
+    """Keep the weights in the host's memory; needs stage 3."""
+    cpu_adam: Literal["auto", "deepspeed", "torch"] = "auto"
+    """Who updates with --offload-optimizer: DeepSpeed's operator, which it compiles at its first
+    use (a C++ compiler is needed), or torch's slower AdamW. auto: DeepSpeed's, but torch's where
+    the device is the cpu anyway."""
+    deepspeed_config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """DeepSpeed's JSON, for what has no flag here. "auto" stands for what the flags say (where
+    none does, for DeepSpeed's default); contradictions are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroModelSettings(ModelSettings):
+    """Which model, and where its weights come from."""
+
+    padded_vocab_size: Absent[int | None] = None
+    make_vocab_size_divisible_by: Absent[int | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroParallelSettings(ParallelSettings):
+    """Every rank computes whole sequences: all ranks are data parallel."""
+
+    tensor_model_parallel_size: Absent[int] = 1
+    pipeline_model_parallel_size: Absent[int] = 1
+    num_layers_per_virtual_pipeline_stage: Absent[int | None] = None
+    num_layer_list: Absent[str | None] = None
+    sequence_parallel: Absent[bool] = False
+    use_distributed_optimizer: Absent[bool] = False
+    overlap_grad_reduce: Absent[bool] = False
+    overlap_param_gather: Absent[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroRecomputeSettings(RecomputeSettings):
+    """Activations that are computed again in backward rather than kept."""
+
+    recompute_granularity: Literal["full"] | None = None
+    """full: keep the inputs of layers only."""
+    recompute_method: Literal["uniform"] | None = None
+    """With full: uniform, for every layer."""
+    recompute_num_layers: Literal[1] | None = None
+    """With full: 1."""
+    cross_entropy_chunk_size: Absent[int | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroFusionSettings(FusionSettings):
+    """Fused kernels: attention, on an npu. The other layers are transformers' own."""
+
+    use_fused_rmsnorm: Absent[bool] = False
+    use_fused_rotary_pos_emb: Absent[bool] = False
+    use_fused_swiglu: Absent[bool] = False
+    use_fused_adamw: Absent[bool] = False
+    no_fused_rmsnorm: Absent[bool] = True
+    no_fused_rotary_pos_emb: Absent[bool] = True
+    no_fused_swiglu: Absent[bool] = True
+    no_fused_adamw: Absent[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroCheckpointSettings(CheckpointSettings):
+    """What is written, and what of a checkpoint is read."""
+
+    ckpt_format: Absent[Literal["torch_dist", "torch"]] = "torch_dist"
+    no_save_optim: Flag = False
+    """Write the Hugging Face folder alone: smaller, but the run cannot be resumed exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroRuntimeSettings(RuntimeSettings):
+    """The machine."""
+
+    mindspeed: Absent[bool] = False
+    no_mindspeed: Absent[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroTuningSettings(TuningSettings):
+    """How long is learnt from the data."""
+
+    stage: Absent[Literal["sft", "dpo"]] = "sft"
+    dpo_beta: Absent[float] = 0.1
+    dpo_loss_type: Absent[Literal["sigmoid", "hinge", "ipo"]] = "sigmoid"
+    dpo_label_smoothing: Absent[float] = 0.0
+    pref_ftx: Absent[float] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroExportSettings(ExportSettings):
+    """What is written at the end besides the last checkpoint."""
+
+    save_hf: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write the tuned model there as a Hugging Face folder."""
+    save_adapter: Absent[Path | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroFinetuneSettings(FinetuneSettings):
+    """Fine-tune Qwen2 / Qwen2.5 on chats by DeepSpeed ZeRO, all weights, one process per device.
+
+    torchrun --nproc-per-node 4 launch/finetune_qwen2_deepspeed.py --load Qwen2.5-0.5B --zero-stage
+    3 --data-path chats.jsonl --seq-length 1024 --pack --global-batch-size 16 --num-train-epochs 3
+    --lr 1e-5 --bf16 --save out --save-hf tuned
+
+    launch/finetune_qwen2.py has the rest: tensor and pipeline parallelism, LoRA, and DPO.
+    """
+
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
+    model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
+    parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
+    recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
+    fusion: ZeroFusionSettings = field(default_factory=ZeroFusionSettings)
+    checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)
+    runtime: ZeroRuntimeSettings = field(default_factory=ZeroRuntimeSettings)
+    tuning: ZeroTuningSettings = field(default_factory=ZeroTuningSettings)
+    lora: Absent[LoraSettings] = field(default_factory=LoraSettings)
+    export: ZeroExportSettings = field(default_factory=ZeroExportSettings)
+
+
+def parse(arguments: Sequence[str] | None = None) -> ZeroFinetuneSettings:
+    """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
+    return tyro.cli(
+        ZeroFinetuneSettings,
+        prog="finetune_qwen2_deepspeed.py",
+        description=ZeroFinetuneSettings.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+
+
+def validate(settings: ZeroFinetuneSettings, config: Qwen2Config, world_size: int) -> None:
+    """Checks everything that can be checked before any process group exists.
+
+    Raises:
+        UserError: all faults at once.
+    """
+    faults: list[str] = []
+    for check in (
+        lambda: finetuning.validate(settings, config, world_size),
+        lambda: deepspeed_config(settings, world_size, settings.runtime.device),
+    ):
+        try:
+            check()
+        except UserError as error:
+            faults += error.faults
+    raise_if(dict.fromkeys(faults))

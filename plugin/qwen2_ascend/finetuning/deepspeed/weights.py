@@ -1,0 +1,154 @@
+"""Weights into transformers' model and out of it, one tensor at a time.
+
+The plan is the splitter's: in comes any checkpoint that it reads, out goes the Hugging Face folder
+that it writes. With ZeRO-3 a rank has parts of the weights only; a tensor is whole, on all ranks,
+just while it is read or written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen2_ascend.checkpoint.copying import Reader
+from qwen2_ascend.checkpoint.formats.stored import StoredTensor
+from qwen2_ascend.checkpoint.load import fill
+from qwen2_ascend.checkpoint.plan import Held, make_plan
+from qwen2_ascend.checkpoint.rules import hugging_face_pieces
+from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.checkpoint.staging import write_file
+from qwen2_ascend.checkpoint.target import Target, hugging_face_target
+from qwen2_ascend.checkpoint.verify import check_replicas
+from qwen2_ascend.config import Qwen2Config
+
+MAX_SHARD_BYTES = 5 * 10**9
+INITIALIZER_RANGE = 0.02
+
+Whole = Callable[..., AbstractContextManager]
+"""`whole([parameter])` makes it whole for the length of a block; with `modifier_rank=0` what that
+rank made of it is kept. DeepSpeed's `GatheredParameters`, or nothing where it is whole anyway."""
+
+
+def load_weights(model: torch.nn.Module, source: Source, whole: Whole, *, reads: bool) -> None:
+    """Fills the model; every rank calls it.
+
+    Args:
+        model: transformers' Qwen2ForCausalLM.
+        source: any checkpoint of the same config.
+        whole: see `Whole`.
+        reads: whether this rank's values count.
+
+    Raises:
+        UserError: the source holds a tensor twice and differently.
+    """
+    parameters = _checked_parameters(model, source.config)
+    targets = [
+        Held(name, piece, StoredTensor(Path("memory"), 0, piece.shape, "fp32"))
+        for name, piece in hugging_face_pieces(source.config).items()
+    ]
+    plan = make_plan(source.held, targets, source.config.vocab_size)
+    check_replicas(plan.replicas)
+    with Reader() as reader:
+        for write in plan.writes:
+            parameter = parameters[write.target.name]
+            with whole([parameter], modifier_rank=0):
+                if reads:
+                    fill(parameter.detach(), write, reader)
+
+
+def initialize_weights(model: torch.nn.Module, whole: Whole, *, seed: int) -> None:
+    """Random weights, the same on every rank: normal matrices, zero biases, unit norms."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        with whole([parameter], modifier_rank=0), torch.no_grad():
+            if parameter.dim() > 1:
+                drawn = torch.empty(parameter.shape).normal_(generator=generator)
+                parameter.copy_(drawn * INITIALIZER_RANGE)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def save_hugging_face(
+    model: torch.nn.Module,
+    config: Qwen2Config,
+    folder: Path,
+    whole: Whole,
+    *,
+    dtype: str,
+    side_files: Mapping[Path, bytes],
+    writes: bool,
+) -> None:
+    """Writes the model into `folder` as a Hugging Face model; every rank calls it.
+
+    Args:
+        model: transformers' Qwen2ForCausalLM.
+        config: its config.
+        folder: is there.
+        whole: see `Whole`.
+        dtype: bf16, fp16 or fp32.
+        side_files: config.json and the tokenizer's files.
+        writes: whether this rank writes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    parameters = _checked_parameters(model, config)
+    target = hugging_face_target(config, dtype, MAX_SHARD_BYTES, ())
+    files = _begin_files(target, folder) if writes else {}
+    try:
+        for held in target.held:
+            parameter = parameters[held.name]
+            with whole([parameter]):
+                if writes:
+                    data = _bytes_of(parameter, dtype)
+                    assert len(data) == held.stored.num_bytes
+                    _write_all(files[held.stored.path], data, held.stored.offset)
+        for file in files.values():
+            os.fsync(file)
+    finally:
+        for file in files.values():
+            os.close(file)
+    if writes:
+        for path, small in {**side_files, **target.small_files}.items():
+            write_file(folder / path, small)
+
+
+def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
+    """The whole parameter's, also where ZeRO-3 has left a part of it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _checked_parameters(model: Any, config: Qwen2Config) -> dict[str, torch.nn.Parameter]:
+    """The parameters by name, which are exactly those of the mapping table."""
+    parameters = dict(model.named_parameters())
+    expected = {name: piece.shape for name, piece in hugging_face_pieces(config).items()}
+    assert {name: tuple(shape_of(p)) for name, p in parameters.items()} == expected
+    return parameters
+
+
+def _begin_files(target: Target, folder: Path) -> dict[Path, int]:
+    """The files at their full length, with all that is not tensors."""
+    files = {}
+    for file in target.files:
+        files[file.path] = os.open(folder / file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.truncate(files[file.path], file.total_bytes)
+        for start, data in file.segments:
+            _write_all(files[file.path], memoryview(data), start)
+    return files
+
+
+def _bytes_of(parameter: torch.Tensor, dtype: str) -> memoryview:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    tensor = parameter.detach().to("cpu", dtypes[dtype]).contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data[: 1 << 30], offset)
+        data, offset = data[written:], offset + written

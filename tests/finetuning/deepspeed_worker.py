@@ -1,0 +1,338 @@
+"""DeepSpeed ZeRO at one and two ranks: losses against transformers alone, resuming, weights out.
+
+The reference is that of finetune_worker.py: every chat alone, without packing or padding, and
+torch's AdamW.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed.harness import Checks, Run, main
+from finetuning.finetune_worker import (
+    FLAGS,
+    chats,
+    hugging_face_folder,
+    reference,
+    sft_loss,
+    taken,
+    trained,
+)
+
+if TYPE_CHECKING:
+    from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
+    from qwen2_ascend.training.checkpointing import CheckpointIdentity
+
+LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 1e-5
+CHECKS = Checks()
+
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+OFFLOAD = "--offload-optimizer --cpu-adam torch"
+CASES = {
+    "stage1-one-by-one": (1, "--zero-stage 1 --micro-batch-size 1"),
+    "stage2-packed-rows": (1, "--zero-stage 2 --micro-batch-size 4 --pack"),
+    "stage3-variable": (1, "--zero-stage 3 --micro-batch-size 2 --variable-seq-lengths"),
+    "stage2-recompute": (1, f"--zero-stage 2 --micro-batch-size 2 --pack {RECOMPUTE}"),
+    "stage1-packed": (2, "--zero-stage 1 --micro-batch-size 1 --pack"),
+    "stage2-packed-rows-unfused": (
+        2,
+        "--zero-stage 2 --micro-batch-size 4 --pack --attention-backend unfused",
+    ),
+    "stage2-one-by-one-offload": (2, f"--zero-stage 2 --micro-batch-size 1 {OFFLOAD}"),
+    "stage3-packed": (2, "--zero-stage 3 --micro-batch-size 1 --pack"),
+    "stage3-variable-recompute": (
+        2,
+        f"--zero-stage 3 --micro-batch-size 2 --variable-seq-lengths {RECOMPUTE}",
+    ),
+    "stage3-packed-offload": (
+        2,
+        f"--zero-stage 3 --micro-batch-size 2 --pack --offload-param {OFFLOAD}",
+    ),
+}
+
+
+def losses_are_those_of_transformers(flags: str, run: Run) -> str:
+    """Over four updates, though ranks and micro-batches have different numbers of tokens."""
+    training = start(run, f"{FLAGS} {flags} --data-path {chats(run)}")[0]
+    batches = taken(training)
+    losses, norms = steps_of(training)
+    expected, expected_norms = reference(hugging_face_folder(run), batches, sft_loss)
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    assert worst <= LOSS_TOLERANCE, f"losses {losses}, transformers {expected}"
+    norm = max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True))
+    assert norm <= NORM_TOLERANCE, f"gradient norms {norms}, transformers {expected_norms}"
+    return f"losses within {worst:.1e} of transformers', gradient norms {norm:.1e}"
+
+
+for _name, (_world_size, _flags) in CASES.items():
+    CHECKS.add(world_size=_world_size, name=_name)(
+        functools.partial(losses_are_those_of_transformers, _flags)
+    )
+
+
+@CHECKS.add(world_size=2)
+def losses_are_those_of_the_megatron_path(run: Run) -> str:
+    from finetuning.finetune_worker import start as start_megatron
+
+    flags = f"{FLAGS} --micro-batch-size 2 --pack --data-path {chats(run)}"
+    expected, _ = trained(start_megatron(run, f"{flags} --tensor-model-parallel-size 2").run)
+    losses, _ = steps_of(start(run, f"{flags} --zero-stage 2")[0])
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    assert worst <= LOSS_TOLERANCE, (losses, expected)
+    return f"{worst:.1e}"
+
+
+@CHECKS.add(world_size=2)
+def the_validation_loss_is_that_of_its_samples(run: Run) -> str:
+    """Measured on what the first step trains on, before it, it is that step's loss."""
+    data = f"--train-data-path {chats(run)} --valid-data-path {chats(run)} --eval-iters 1"
+    training = start(run, f"{FLAGS} --zero-stage 3 --micro-batch-size 2 {data}")[0]
+    measured = training.evaluate()
+    difference = abs(steps_of(training, 1)[0][0] - measured)
+    assert difference <= 1e-6
+    return f"{difference:.1e}"
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def a_resumed_run_goes_on(flags: str, run: Run) -> str:
+    """Two steps, then two from their checkpoint, are the four of an undisturbed run, bit by bit."""
+    flags = f"{FLAGS} --micro-batch-size 2 --pack --data-path {chats(run)} {flags}"
+    expected, _ = steps_of(start(run, flags)[0])
+    folder = run.folder / f"resumed{flags.split('--zero-stage')[1].replace(' ', '-')}"
+    losses, saved = steps_and_save(run, f"{flags} --save {folder}")
+    again, _ = start(run, f"{flags} --save {folder}", load=folder)
+    assert again.progress.iteration == 2 and again.progress.consumed_samples == 16
+    losses += steps_of(again, 2)[0]
+    assert losses == expected, (losses, expected)
+    assert max(expected) - min(expected) > 1e-4
+    return f"{saved.name}, losses {losses}"
+
+
+for _name, (_world_size, _flags) in {
+    "stage2": (1, "--zero-stage 2"),
+    "stage1": (2, "--zero-stage 1"),
+    "stage2-bf16": (2, "--zero-stage 2 --bf16"),
+    "stage3-bf16": (2, "--zero-stage 3 --bf16"),
+}.items():
+    CHECKS.add(world_size=_world_size, name=f"resume-{_name}")(
+        functools.partial(a_resumed_run_goes_on, _flags)
+    )
+
+
+@CHECKS.add(world_size=2)
+def a_checkpoint_is_a_hugging_face_folder(run: Run) -> str:
+    """transformers gives its next batch the loss of the run's next step, at ZeRO-3."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    flags = f"{FLAGS} --zero-stage 3 --micro-batch-size 2 --pack --data-path {chats(run)}"
+    training, identity = start(run, f"{flags} --save {run.folder / 'folder'}")
+    steps_of(training, 2)
+    saved = save(training, identity)
+    next_loss = steps_of(training, 1)[0][0]
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.dtype == torch.float32
+    with torch.no_grad():
+        loss = sft_loss(model, taken(training)[2]).item()
+    assert abs(loss - next_loss) <= LOSS_TOLERANCE, (loss, next_loss)
+    return f"{abs(loss - next_loss):.1e}"
+
+
+@CHECKS.add(world_size=1)
+def a_checkpoint_goes_to_shards_and_back(run: Run) -> str:
+    from qwen2_ascend.checkpoint import convert
+    from qwen2_ascend.parallel import ParallelLayout
+
+    flags = f"{FLAGS} --zero-stage 3 --micro-batch-size 4 --bf16 --data-path {chats(run)}"
+    _, saved = steps_and_save(run, f"{flags} --save {run.folder / 'converted'}")
+    shards, back = run.folder / "shards", run.folder / "back"
+    layout = ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    for source, target, kind, to in (
+        (saved, shards, "mg", layout),
+        (shards, back, "hf", ParallelLayout()),
+    ):
+        request = convert.Conversion(
+            load_dir=source, save_dir=target, save_model_type=kind, layout=to, verify=True
+        )
+        convert.convert(convert.prepare(request), lambda line: None)
+    assert (back / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    return "bf16, TP2 PP2, bit-equal"
+
+
+@CHECKS.add(world_size=2)
+def weights_of_shards_and_of_the_folder_are_the_same(run: Run) -> str:
+    """--load takes converted shards as it takes a Hugging Face folder."""
+    import torch
+
+    from qwen2_ascend.checkpoint import convert
+    from qwen2_ascend.parallel import ParallelLayout
+
+    source, shards = hugging_face_folder(run), run.folder / "tp2"
+    if run.runtime.rank == 0:
+        layout = ParallelLayout(tensor_model_parallel_size=2)
+        request = convert.Conversion(
+            load_dir=source, save_dir=shards, save_model_type="mg", layout=layout
+        )
+        convert.convert(convert.prepare(request), lambda line: None)
+    torch.distributed.barrier()
+    flags = f"{FLAGS} --zero-stage 3 --micro-batch-size 2 --data-path {chats(run)}"
+    found = [steps_of(start(run, flags, load=folder)[0], 2)[0] for folder in (source, shards)]
+    assert found[0] == found[1], found
+    return str(found[0])
+
+
+@CHECKS.add(world_size=1)
+def code_in_a_checkpoint_is_not_run(run: Run) -> str:
+    """DeepSpeed's files are pickles: one that calls something is refused, and nothing is called."""
+    from qwen2_ascend.errors import UserError
+
+    folder, mark = run.folder / "hostile", run.folder / "was-run"
+    flags = f"{FLAGS} --zero-stage 2 --micro-batch-size 8 --data-path {chats(run)} --save {folder}"
+    _, saved = steps_and_save(run, flags)
+    assert start(run, flags, load=folder)[0].progress.iteration == 2
+    for path in (saved / "zero").glob("*.pt"):
+        path.write_bytes(pickle.dumps(Hostile(str(mark)), protocol=2))
+        try:
+            start(run, flags, load=folder)
+        except UserError as error:
+            assert "was not read" in str(error)
+            assert not mark.exists(), path
+        else:
+            raise AssertionError(f"{path} was accepted")
+    resumed, _ = start(run, f"{flags} --no-load-optim", load=folder)
+    assert resumed.progress.iteration == 2 and not mark.exists()
+    return ""
+
+
+class Hostile:
+    """Creates a file when it is unpickled by anything that calls what a pickle names."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (open, (self.mark, "w"))
+
+
+@CHECKS.add(world_size=1)
+def another_stage_is_refused_and_its_weights_taken(run: Run) -> str:
+    from qwen2_ascend.errors import UserError
+
+    flags = f"{FLAGS} --micro-batch-size 8 --data-path {chats(run)} --save {run.folder / 'cut'}"
+    steps_and_save(run, f"{flags} --zero-stage 1")
+    try:
+        start(run, f"{flags} --zero-stage 3", load=run.folder / "cut")
+    except UserError as error:
+        assert "ZeRO stage 1 on 1 rank(s), this is stage 3" in str(error)
+    else:
+        raise AssertionError("it was accepted")
+    again, _ = start(run, f"{flags} --zero-stage 3 --no-load-optim", load=run.folder / "cut")
+    return str(steps_of(again, 1)[0])
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+@CHECKS.add(world_size=2)
+def what_is_not_finite_does_not_reach_the_weights(run: Run) -> str:
+    """One rank's gradient is not finite: no rank updates; the run stops or goes on, as said."""
+    from qwen2_ascend.training.loop import NonFiniteError
+
+    for stage, policy in ((1, "stop"), (2, "skip"), (3, "stop"), (3, "skip")):
+        flags = f"{FLAGS} --zero-stage {stage} --micro-batch-size 4 --data-path {chats(run)}"
+        training, _ = start(run, f"{flags} --on-nonfinite {policy}")
+        norm = training.model.model.norm.weight
+        hook = norm.register_hook(
+            lambda grad: grad * (float("inf") if run.runtime.rank == 1 else 1.0)
+        )
+        before = weights_of(training)
+        try:
+            result = training.step(training.batches())
+            assert policy == "skip" and not result.updated, (stage, policy, result)
+        except NonFiniteError as error:
+            assert policy == "stop" and "have not been changed" in str(error)
+        hook.remove()
+        assert weights_of(training) == before, (stage, policy)
+        if policy == "skip":
+            assert training.step(training.batches()).updated, stage
+    return ""
+
+
+@CHECKS.add(world_size=2)
+def angles_are_computed_in_fp32(run: Run) -> str:
+    """bf16 frequencies turn distant tokens to other angles; zero.Init would make them bf16."""
+    import torch
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    for stage in (2, 3):
+        flags = f"--zero-stage {stage} --bf16 --micro-batch-size 2 --data-path {chats(run)}"
+        model = start(run, f"{FLAGS} {flags}")[0].model
+        assert next(model.parameters()).dtype == torch.bfloat16
+        expected = Qwen2RotaryEmbedding(model.config).inv_freq
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert torch.equal(model.model.rotary_emb.inv_freq, expected)
+    return ""
+
+
+# --- shared --------------------------------------------------------------------------------------
+
+
+def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, CheckpointIdentity]:
+    """A run as `launch/finetune_qwen2_deepspeed.py` builds it."""
+    from qwen2_ascend import runtime
+    from qwen2_ascend.finetuning.deepspeed.finetune import find_begin, prepare
+    from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
+
+    settings = parse([*flags.split(), "--load", str(load or hugging_face_folder(run))])
+    begin = find_begin(settings)
+    config, settings = begin.start.config, begin.start.settings
+    validate(settings, config, run.runtime.world_size)
+    runtime.destroy_model_parallel()
+    forget_groups()
+    runtime.initialize_model_parallel(settings.layout(), config.num_layers)
+    run.runtime.seed_all(settings.runtime.seed)
+    return prepare(begin, run.runtime, lambda line: None)
+
+
+def forget_groups() -> None:
+    """DeepSpeed keeps groups of one engine for the next; between checks all groups are closed."""
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups._WORLD_GROUP = groups._DATA_PARALLEL_GROUP = None
+
+
+def steps_of(training: ZeroRun, steps: int = 4) -> tuple[list[float], list[float]]:
+    """(losses, gradient norms) of so many steps from where the run is."""
+    batches = training.batches()
+    results = [training.step(batches) for _ in range(steps)]
+    return [result.loss for result in results], [result.grad_norm for result in results]
+
+
+def save(training: ZeroRun, identity: CheckpointIdentity) -> Path:
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import save_zero_checkpoint
+
+    return save_zero_checkpoint(training, identity)
+
+
+def steps_and_save(run: Run, flags: str) -> tuple[list[float], Path]:
+    """The losses of two steps, and their checkpoint."""
+    training, identity = start(run, flags)
+    losses, _ = steps_of(training, 2)
+    return losses, save(training, identity)
+
+
+def weights_of(training: ZeroRun) -> list[bytes]:
+    weights = []
+    for parameter in training.model.parameters():
+        with training.whole([parameter]):
+            weights.append(parameter.detach().float().numpy().tobytes())
+    return weights
+
+
+if __name__ == "__main__":
+    main(CHECKS)

@@ -1,0 +1,205 @@
+"""DeepSpeed ZeRO: its losses, its checkpoints, its flags, and --deepspeed-config."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed.harness import Check, Launches
+from finetuning.deepspeed_worker import CHECKS
+from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.deepspeed.config import deepspeed_config
+from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
+
+WORKER = Path(__file__).with_name("deepspeed_worker.py")
+LAUNCHER = Path(__file__).parents[2] / "launch" / "finetune_qwen2_deepspeed.py"
+NEEDED = "--config 0.5B --seq-length 32 --lr 1e-5 --data-path chats --train-iters 3"
+
+# not importorskip: DeepSpeed's import looks for devices
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="the extra `deepspeed` is not installed"
+)
+
+
+@needs_deepspeed
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
+def test_deepspeed(check: Check, launches: Launches) -> None:
+    launches.result(WORKER, check).require()
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def settings_of(flags: str):
+    return parse([*NEEDED.split(), *flags.split()])
+
+
+def faults_of(flags: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(settings_of(flags), tiny_config(), world_size)
+    return "\n".join(caught.value.faults)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tensor-model-parallel-size 2",
+        "--pipeline-model-parallel-size 2",
+        "--use-distributed-optimizer",
+        "--lora-r 4",
+        "--stage dpo",
+        "--ckpt-format torch",
+        "--use-fused-rmsnorm",
+        "--cross-entropy-chunk-size 8",
+        "--recompute-granularity selective",
+        "--zero-stage 0",
+    ],
+)
+def test_what_has_no_meaning_here_is_no_flag(flags: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        settings_of(flags)
+    assert caught.value.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--offload-param", "--offload-param needs --zero-stage 3, not 2"),
+        ("--zero-stage 3 --cpu-adam torch", "--cpu-adam torch needs --offload-optimizer"),
+        ("--bf16 --fp16", "--bf16 and --fp16: give one of them"),
+        ("--deepspeed-config nowhere.json", "--deepspeed-config nowhere.json: cannot be read"),
+        ("--micro-batch-size 2 --global-batch-size 3", "--global-batch-size 3 is not a multiple"),
+        ("--save-hf out", "--save-hf needs --save"),
+    ],
+)
+def test_contradictions_are_refused(flags: str, message: str) -> None:
+    assert message in faults_of(flags)
+
+
+def test_the_flags_alone_make_a_configuration() -> None:
+    settings = settings_of("--micro-batch-size 2 --global-batch-size 16 --bf16 --clip-grad 0.5")
+    config = deepspeed_config(settings, world_size=4, device="npu")
+    assert config["train_batch_size"] == 16
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
+    assert config["zero_optimization"] == {"stage": 2}
+
+
+def test_deepspeed_updates_in_host_memory_where_that_is_not_the_device() -> None:
+    settings = settings_of("--offload-optimizer")
+    assert "zero_force_ds_cpu_optimizer" not in deepspeed_config(settings, 1, "npu")
+    assert deepspeed_config(settings, 1, "cpu")["zero_force_ds_cpu_optimizer"] is False
+
+
+def written(folder: Path, **config: object) -> str:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(config))
+    return f"--deepspeed-config {path}"
+
+
+def test_a_configuration_file_adds_what_no_flag_says(tmp_path: Path) -> None:
+    """As of transformers' Trainer: "auto" stands for what the flags say."""
+    flags = written(
+        tmp_path,
+        train_batch_size="auto",
+        gradient_accumulation_steps=2,
+        bf16={"enabled": "auto"},
+        optimizer={"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        zero_optimization={
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": 1000,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        },
+        wall_clock_breakdown=True,
+    )
+    config = deepspeed_config(settings_of(f"{flags} --global-batch-size 4 --bf16"), 2, "npu")
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": 1000,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    }
+    assert config["wall_clock_breakdown"] and config["bf16"]["enabled"]
+    assert "optimizer" not in config and config["train_batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "message"),
+    [
+        ("", {"train_batch_size": 3}, "train_batch_size 3 contradicts --micro-batch-size"),
+        ("--zero-stage 2", {"zero_optimization": {"stage": 3}}, "contradicts --zero-stage"),
+        ("", {"zero_optimization": {"stage": 0}}, "stage 0 is none of 1, 2, 3"),
+        ("", {"zero_optimization": 3}, "zero_optimization 3 is not a JSON object"),
+        ("", {"gradient_clipping": 5}, "gradient_clipping 5 contradicts --clip-grad"),
+        ("--bf16", {"bf16": {"enabled": False}}, "bf16.enabled false contradicts --bf16"),
+        ("", {"fp16": {"enabled": True}}, "fp16.enabled true contradicts --bf16 and --fp16"),
+        (
+            "--offload-optimizer",
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            'device "nvme" contradicts --offload-optimizer',
+        ),
+        ("", {"scheduler": {"type": "WarmupLR"}}, "is set by --lr-decay-style"),
+        ("", {"optimizer": {"type": "Lamb"}}, 'optimizer.type "Lamb": the optimizer is AdamW'),
+        ("", {"optimizer": {"params": {"lr": 3.0}}}, "optimizer.params.lr 3.0: the optimizer is"),
+    ],
+)
+def test_a_file_that_contradicts_the_flags_is_refused(
+    flags: str, config: dict, message: str, tmp_path: Path
+) -> None:
+    assert message in faults_of(f"{flags} {written(tmp_path, **config)}")
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom qwen2_ascend.finetuning.deepspeed.settings import parse\n"
+        "try:\n    parse(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'megatron', 'transformers', 'deepspeed'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--zero-stage" in done.stdout
+
+
+# --- the launcher --------------------------------------------------------------------------------
+
+
+@needs_deepspeed
+@pytest.mark.distributed
+def test_a_run_from_the_command_line_to_a_hugging_face_folder(tmp_path: Path) -> None:
+    """Two steps, and with the same command line two more: chats in, a model out."""
+    from finetuning.finetune_worker import _write
+
+    model = make_tiny_hugging_face_folder(tmp_path / "model")
+    _write(tmp_path / "chats", "", 8, seed=0)
+    flags = f"--pretrained-checkpoint {model} --load {tmp_path}/out --save {tmp_path}/out "
+    flags += f"--data-path {tmp_path}/chats --seq-length 32 --train-iters 4 --lr 1e-3 "
+    flags += "--zero-stage 3 --device cpu --global-batch-size 2 --bf16"
+    first = launched(f"{flags} --exit-interval 2")
+    assert "stopped after iteration 2" in first and "ZeRO stage 3" in first
+    second = launched(f"{flags} --save-hf {tmp_path}/tuned")
+    assert "resumed" in second and "iteration 4/4" in second
+    metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3, 4]
+    saved = tmp_path / "out" / "iter_0000004" / "model.safetensors"
+    assert (tmp_path / "tuned" / "model.safetensors").read_bytes() == saved.read_bytes()
+    assert saved.read_bytes() != (model / "model.safetensors").read_bytes()
+
+
+def launched(flags: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(LAUNCHER), *flags.split()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
