@@ -52,6 +52,24 @@ def test_packed_documents_do_not_see_each_other(ends: tuple[int, ...]) -> None:
         torch.testing.assert_close(found[first:last, row], expected[:, 0], rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize(("b", "ends"), [(1, (4, 12)), (2, (12, 24)), (1, None), (2, None)])
+def test_attention_gives_plain_strides(b: int, ends: tuple[int, ...] | None) -> None:
+    """matmul copies its weight for every token of an input whose axis of 1 has an odd stride."""
+    q, k, v = randn(12, b, 6, 4), randn(12, b, 2, 4), randn(12, b, 2, 4)
+    found = OPS.attention(q, k, v, softmax_scale=0.3, ends=ends)
+    assert found.stride() == (b * 24, 24, 1)
+
+
+@pytest.mark.parametrize(("s", "b"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_cached_attention_gives_plain_strides(s: int, b: int) -> None:
+    keys, values = randn(b, 2, 11, 4), randn(b, 2, 11, 4)
+    lengths = [9, 7, 4][:b]
+    found = OPS.cached_attention(
+        randn(s, b, 6, 4), keys, values, lengths=lengths, softmax_scale=0.3
+    )
+    assert found.stride() == (b * 24, 24, 1)
+
+
 @pytest.mark.parametrize("new_tokens", [1, 3])
 def test_cached_attention_is_the_end_of_attention(new_tokens: int) -> None:
     lengths = [7, 4, 9]
