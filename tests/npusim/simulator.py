@@ -123,11 +123,12 @@ def host_view(tensor: torch.Tensor) -> torch.Tensor:
     storage = tensor.untyped_storage()
     size = storage.nbytes()
     if size == 0:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     memory = (ctypes.c_uint8 * size).from_address(storage.data_ptr())
     host = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     place = (tensor.storage_offset(), tensor.shape, tensor.stride())
-    return torch.empty(0, dtype=tensor.dtype).set_(host, *place)
+    # the device is said because DeepSpeed's zero.Init gives whoever does not say it another one
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(host, *place)
 
 
 def _is_npu(x: object) -> bool:

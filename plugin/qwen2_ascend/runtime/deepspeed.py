@@ -16,8 +16,13 @@ def import_deepspeed(runtime: Runtime) -> Any:
     """The module `deepspeed`, which computes on the runtime's device and joins its process group.
 
     Raises:
-        UserError: it is not installed, or cannot be imported.
+        UserError: it is not installed, or cannot be imported, or CANN's variables are not set.
     """
+    if runtime.name == "npu" and "ASCEND_HOME_PATH" not in os.environ:
+        raise UserError(
+            "DeepSpeed looks for CANN in ASCEND_HOME_PATH, which is not set; source CANN's "
+            "set_env.sh."
+        )
     # DeepSpeed would choose by what is installed; the runtime has chosen already
     os.environ["DS_ACCELERATOR"] = runtime.name
     # zero.Init asks for it, also where a process runs alone
@@ -34,7 +39,13 @@ def import_deepspeed(runtime: Runtime) -> Any:
             "without it."
         ) from None
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    if runtime.name == "cpu":
+    _redirect(runtime.name)
+    return deepspeed
+
+
+def _redirect(device: str) -> None:
+    """What DeepSpeed takes for granted on this device and does not have."""
+    if device == "cpu":
         apply(
             Patch(
                 target="deepspeed.ops:__compatible_ops__",
@@ -45,4 +56,14 @@ def import_deepspeed(runtime: Runtime) -> Any:
             ),
             lambda original: {**original, "deepspeed_shm_comm": False},
         )
-    return deepspeed
+    elif device == "npu":
+        apply(
+            Patch(
+                target="deepspeed.accelerator.npu_accelerator:NPU_Accelerator.is_fp64_supported",
+                why="ZeRO-3 adds gradient norms up over the ranks in fp64 where a device has it, "
+                "which HCCL's all_reduce refuses on 910B and 910C",
+                how="says no, so that they are added up in fp32",
+                until="DeepSpeed asks what the backend can reduce",
+            ),
+            lambda original: lambda self: False,
+        )
