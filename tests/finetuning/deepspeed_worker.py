@@ -280,6 +280,18 @@ def angles_are_computed_in_fp32(run: Run) -> str:
     return ""
 
 
+@CHECKS.add(world_size=1)
+def fp16_is_refused_where_deepspeed_has_none(run: Run) -> str:
+    from qwen2_ascend.errors import UserError
+
+    try:
+        start(run, f"{FLAGS} --fp16 --micro-batch-size 8 --data-path {chats(run)}")
+    except UserError as error:
+        assert "--fp16" in str(error)
+        return str(error)
+    raise AssertionError("it was accepted")
+
+
 # --- shared --------------------------------------------------------------------------------------
 
 
