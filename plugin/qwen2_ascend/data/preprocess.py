@@ -45,6 +45,7 @@ from qwen2_ascend.data.tokenization import (
     encode_in_worker,
     load_tokenizer,
     start_worker,
+    without_ctrl_c,
 )
 from qwen2_ascend.errors import UserError
 
@@ -256,7 +257,8 @@ def _in_order(
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
     for batch in batches:
         try:
-            waiting.append((batch, pool.submit(encode_in_worker, batch.rows)))
+            with without_ctrl_c():  # this may start a worker, and it inherits
+                waiting.append((batch, pool.submit(encode_in_worker, batch.rows)))
         except OSError as error:  # it breaks just while it starts another worker
             raise BrokenProcessPool from error
         if len(waiting) >= ahead:

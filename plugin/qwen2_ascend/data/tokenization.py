@@ -7,11 +7,12 @@ is the exception.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from multiprocessing import connection, parent_process
 from typing import Any, NamedTuple
@@ -236,8 +237,22 @@ def start_worker(make_encoder: Callable[[], EncodeRows]) -> None:
     """Prepares a worker process: its encoder, and that it ends when its parent does."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees Ctrl-C and ends its workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = make_encoder()
+
+
+@contextlib.contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block; a process started in it waits for `start_worker`.
+
+    For seconds a new process imports what it needs, and would end in the middle of that.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def encode_in_worker(rows: Sequence[Row]) -> Encoded:
