@@ -21,6 +21,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.inference import communication
 from qwen2_ascend.model.build import build_model
 from qwen2_ascend.model.kv_cache import KVCache, NewTokens
+from qwen2_ascend.model.modules import column_linear
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 from qwen2_ascend.runtime import current
 
@@ -146,10 +147,11 @@ class Engine:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the logits, `[s, b, v]` in fp32, without those of padding."""
-        tied = self.model.share_embeddings_and_output_weights
-        weight = self.model.shared_embedding_or_output_weight() if tied else None
-        logits, _ = self.model.output_layer(hidden, weight=weight)
-        return logits[..., : max(0, self.config.vocab_size - self.first_column)].float()
+        weight = self.model.output_layer.weight
+        if self.model.share_embeddings_and_output_weights:
+            weight = self.model.shared_embedding_or_output_weight()
+        num_columns = max(0, self.config.vocab_size - self.first_column)
+        return column_linear(hidden, weight)[..., :num_columns].float()
 
     def _last_logits(self, tokens: Sequence[int], new: NewTokens) -> Tensor | None:
         """This rank's columns `[n, v]` after each sequence's newest token; None before the end."""
@@ -175,7 +177,7 @@ class Engine:
         for layer, cache in zip(layers, self.cache.layers(new), strict=True):
             attend = layer.self_attention.cached
             hidden = hidden + attend(layer.input_layernorm(hidden), cos_sin, cache)
-            hidden = hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+            hidden = hidden + layer.mlp.inferred(layer.pre_mlp_layernorm(hidden))
         if not self.is_last:
             communication.to_next_stage(hidden)
         return hidden

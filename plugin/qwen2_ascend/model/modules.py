@@ -16,11 +16,15 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import linear
 
 from qwen2_ascend.model.kv_cache import LayerCache
 from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.ops import Ops
 from qwen2_ascend.runtime import current
+
+ROWS_AT_ONCE = 1280
+"""Of a weight, in `column_linear`."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -155,9 +159,9 @@ class Qwen2SelfAttention(SelfAttention):
         Returns:
             `[s, b, h]`
         """
-        qkv, _ = self.linear_qkv(hidden_states)
+        qkv = column_linear(hidden_states, self.linear_qkv.weight, self.linear_qkv.bias)
         q, k, v = self._rotated(qkv, cos_sin)
-        return self.linear_proj(self.core_attention.cached(q, k, v, cache))[0]
+        return row_linear(self.core_attention.cached(q, k, v, cache), self.linear_proj.weight)
 
     def _attend(self, qkv: Tensor, cos_sin: Tensor, packed: PackedBatch | None) -> Tensor:
         """qkv `[s, b, ng * (np/ng + 2) * hn]` to the context `[s, b, np * hn]`."""
@@ -188,6 +192,9 @@ class Qwen2SelfAttention(SelfAttention):
 class Qwen2MLP(MLP):
     """megatron-core's MLP with SwiGLU as one operator."""
 
+    linear_fc1: Any
+    linear_fc2: Any
+
     def __init__(self, *args: Any, ops: Ops, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._swiglu = ops.swiglu
@@ -196,3 +203,37 @@ class Qwen2MLP(MLP):
         """`[s, b, h]` to `[s, b, h]`, and no bias."""
         gate_up, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(self._swiglu(gate_up))
+
+    def inferred(self, hidden_states: Tensor) -> Tensor:
+        """`forward` for generation; no gradient, no sequence parallelism."""
+        gate_up = column_linear(hidden_states, self.linear_fc1.weight)
+        return row_linear(self._swiglu(gate_up), self.linear_fc2.weight)
+
+
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for generation: this rank's columns of a column-parallel module's output.
+
+    megatron-core's own forward goes through autograd functions and checks, which at one token take
+    a good part of the time of a small product. And MKL's fp32 product of a few tokens with a weight
+    of many rows is a third faster in blocks of rows, bit for bit the same; measured on one thread,
+    more share the rows out already.
+    """
+    flat = x.flatten(0, -2)
+    in_blocks = weight.dtype == torch.float32 and weight.device.type == "cpu" and len(flat) > 1
+    if not in_blocks or len(weight) < 2 * ROWS_AT_ONCE or torch.get_num_threads() > 1:
+        return linear(x, weight, bias)
+    result = x.new_empty(len(flat), len(weight))
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        torch.mm(flat, weight[block].t(), out=result[:, block])
+    if bias is not None:
+        result += bias
+    return result.view(*x.shape[:-1], len(weight))
+
+
+def row_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for generation, summed over the tensor parallel ranks, each of which has columns."""
+    part = linear(x, weight)
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return part
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(part)

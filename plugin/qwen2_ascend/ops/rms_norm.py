@@ -25,7 +25,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         ValueError: the weight's size or dtype is not x's.
     """
     check_rms_norm(x, weight)
+    if not torch.is_grad_enabled():
+        return _normalized(x, weight, epsilon)[0]
     return _RMSNorm.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
+
+
+def _normalized(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and each token's 1 / rms, `[..., 1]`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (wide * inverse_rms).to(x.dtype).mul_(weight), inverse_rms
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -33,10 +44,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        normed, inverse_rms = _normalized(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (wide * inverse_rms).to(x.dtype).mul_(weight)
+        return normed
 
     @staticmethod
     @once_differentiable
