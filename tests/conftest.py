@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,10 @@ FOREIGN_WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what runs in the background so, and every process here would inherit it:
+        # tests of Ctrl-C could not press it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for warning in FOREIGN_WARNINGS:
         config.addinivalue_line("filterwarnings", warning)
 

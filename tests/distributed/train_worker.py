@@ -245,13 +245,13 @@ def a_save_that_fails_leaves_the_last_checkpoint(run: Run) -> str:
     steps(training, 1)
     save(training)
     steps(training, 1)
-    publish, checkpointing._publish = checkpointing._publish, None
+    publish, checkpointing.publish = checkpointing.publish, None
     try:
         save(training)
     except TypeError:
         pass
     finally:
-        checkpointing._publish = publish
+        checkpointing.publish = publish
     assert (folder / ".iter_0000002.partial").exists()
     assert start(run, FLAGS, load=folder).progress.iteration == 1
     save(training)
