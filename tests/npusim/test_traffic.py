@@ -19,7 +19,7 @@ layouts = pytest.mark.parametrize(
         pytest.param(
             name,
             id=name.replace(" ", "-"),
-            marks=pytest.mark.simulated(cards=cut.cards, alone="training"),
+            marks=pytest.mark.simulated(cards=cut.cards, alone="traffic"),
         )
         for name, cut in CUTS.items()
     ],
