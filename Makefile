@@ -25,7 +25,8 @@ WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real \
   tests/checkpoint/test_*.py tests/checkpoint/formats/test_[!t]*.py \
   tests/checkpoint/formats/test_torch_pt.py \
   tests/data/test_preprocess.py tests/data/test_inputs.py tests/data/test_tokenization.py \
-  tests/data/test_chat_formats.py tests/data/test_chat_rendering.py tests/test_*.py
+  tests/data/test_chat_formats.py tests/data/test_chat_rendering.py tests/test_*.py \
+  tests/finetuning/test_deepspeed.py
 
 .PHONY: venv npu-site compat-venv quickstart test test-compat test-real test-npu check format clean
 
