@@ -1,1 +1,1 @@
-"""Where two implementations part: dumps compared, and a run compared with transformers layer by layer."""
+"""Where two implementations part: dumps compared; a run against transformers, layer by layer."""
