@@ -1,0 +1,215 @@
+"""The commands of the examples and of the documents are ones that the launchers take.
+
+The scripts run with a torchrun and a python that only write down what they were called with; the
+launchers' own `parse` and `validate` judge that, at the world size and the model of the script.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = REPOSITORY / "examples"
+LAYOUT = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+SCRIPTS = {
+    "sft_0.5b": ("MODEL OUT", "0.5B"),
+    "lora_7b": ("MODEL CHATS OUT", "7B"),
+    "full_7b": ("MODEL CHATS OUT", "7B"),
+    "full_72b": ("MODEL CHATS OUT", "72B"),
+}
+DOCUMENTS = [
+    path.relative_to(REPOSITORY)
+    for path in (
+        *REPOSITORY.glob("README*.md"),
+        *(REPOSITORY / "docs").glob("*.md"),
+        *EXAMPLES.rglob("README.md"),
+    )
+]
+RECORDER = """#!/bin/sh
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >> "$RECORD"
+"""
+
+
+class Command(NamedTuple):
+    """One call of a launcher."""
+
+    program: Path
+    arguments: list[str]
+    world_size: int
+
+
+def recorded(folder: Path, script: Path, arguments: str, **environment: str) -> list[Command]:
+    """What the script calls; it fails as the script does."""
+    for name in ("torchrun", "python"):
+        (folder / "bin" / name).parent.mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(RECORDER)
+        (folder / "bin" / name).chmod(0o755)
+    record = folder / "record"
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        [script, *arguments.split()],
+        env={**os.environ, "PATH": path, "RECORD": str(record), **environment},
+        cwd=folder,
+        timeout=30,
+        check=True,
+    )
+    calls = record.read_text(encoding="utf-8").split("\n\0")[:-1]
+    return [command(call.split("\0")[:-1], folder) for call in calls]
+
+
+def command(words: list[str], folder: Path) -> Command:
+    """A call of torchrun or python as a launcher, its flags and the number of processes."""
+    if words[0] == "python":
+        return Command(folder / words[1], words[2:], 1)
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words[1:])
+    num_nodes = int(given.nnodes.partition(":")[0])
+    assert num_nodes == 1 or given.rdzv_endpoint, "several nodes need a place to meet"
+    program, arguments = folder / given.training_script, given.training_script_args
+    return Command(program, arguments, num_nodes * int(given.nproc_per_node))
+
+
+def check(call: Command, config: Qwen2Config) -> None:
+    """Raises what the launcher would say of this command line.
+
+    Raises:
+        SystemExit: a flag that it does not have, or a value of the wrong kind.
+        UserError: values that do not go together, or not with the model or the world size.
+    """
+    assert call.program.resolve().parent == REPOSITORY / "launch", call.program
+    text = call.program.read_text(encoding="utf-8")
+    found = re.search(r"from ([\w.]+)\.\w+ import main", text)
+    assert found, call.program
+    launcher = importlib.import_module(f"{found[1]}.settings")
+    launcher.validate(launcher.parse(call.arguments), config, call.world_size)
+
+
+# --- examples ------------------------------------------------------------------------------------
+
+
+def test_every_example_is_checked() -> None:
+    assert {script.parent.name for script in EXAMPLES.glob("*/run.sh")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_is_accepted(name: str, tmp_path: Path) -> None:
+    arguments, size = SCRIPTS[name]
+    calls = recorded(
+        tmp_path, EXAMPLES / name / "run.sh", arguments, NODE_RANK="3", MASTER="node-0"
+    )
+    assert calls
+    for call in calls:
+        check(call, Qwen2Config.named(size))
+    assert calls[0].world_size == {"sft_0.5b": 1, "full_72b": 128}.get(name, 8)
+
+
+def test_the_laptop_example_takes_another_layout(tmp_path: Path) -> None:
+    script = EXAMPLES / "sft_0.5b" / "run.sh"
+    tuning, *asking = recorded(tmp_path, script, f"MODEL OUT {LAYOUT}", PROCESSES="4")
+    assert tuning.world_size == 4
+    assert " ".join(tuning.arguments).endswith(LAYOUT)
+    check(tuning, Qwen2Config.named("0.5B"))
+    models = [call.arguments[call.arguments.index("--load") + 1] for call in asking]
+    assert models == ["MODEL", "OUT/tuned"]
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "error"),
+    [
+        ("full_7b", "--sequence-parallel", "--sequence-parallelism", SystemExit),
+        ("full_7b", "parallel-size 4", "parallel-size 3", UserError),
+        ("full_72b", "--nnodes 16", "--nnodes 15", UserError),
+        ("full_72b", "virtual-pipeline-stage 5", "virtual-pipeline-stage 6", UserError),
+        ("lora_7b", "--lora-r 16", "", UserError),
+    ],
+)
+def test_a_wrong_flag_in_an_example_is_found(
+    name: str, right: str, wrong: str, error: type[BaseException], tmp_path: Path
+) -> None:
+    text = (EXAMPLES / name / "run.sh").read_text(encoding="utf-8")
+    assert right in text
+    there = '$(dirname "${BASH_SOURCE[0]}")/../..'
+    script = tmp_path / "run.sh"
+    script.write_text(text.replace(right, wrong).replace(there, str(REPOSITORY)), encoding="utf-8")
+    script.chmod(0o755)
+    arguments, size = SCRIPTS[name]
+    (call,) = recorded(tmp_path, script, arguments, NODE_RANK="3", MASTER="node-0")
+    with pytest.raises(error):
+        check(call, Qwen2Config.named(size))
+
+
+def test_the_table_of_memory_is_computed(tmp_path: Path) -> None:
+    """Parameters of the fullest rank, and their bytes, as examples/README.md has them."""
+    whole = Qwen2Config.named("7B")
+    assert parameters_of_a_rank(whole, 1, 1) == whole.num_parameters
+    rows = (EXAMPLES / "README.md").read_text(encoding="utf-8").splitlines()
+    for name in ("full_7b", "full_72b"):
+        (row,) = [row for row in rows if row.startswith(f"| {name}:")]
+        script = EXAMPLES / name / "run.sh"
+        (call,) = recorded(tmp_path, script, "MODEL CHATS OUT", NODE_RANK="0", MASTER="node-0")
+        (tmp_path / "record").unlink()
+        flags = call.arguments
+        tp, pp = (
+            int(flags[flags.index(flag) + 1]) if flag in flags else 1
+            for flag in LAYOUT.split()[::2]
+        )
+        dp = call.world_size // (tp * pp)
+        parameters = parameters_of_a_rank(Qwen2Config.named(SCRIPTS[name][1]), tp, pp)
+        held, optimizer = 6 * parameters / 1e9, 12 * parameters / dp / 1e9
+        assert f"| {parameters / 1e9:.2f}e9 | {dp} |" in row
+        assert f"{held:.1f} GB + {optimizer:.1f} GB = {held + optimizer:.1f} GB |" in row
+
+
+def parameters_of_a_rank(config: Qwen2Config, tp: int, pp: int) -> int:
+    """Of the first stage, which holds the embedding; if it is the only one, all else too."""
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    qkv = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
+    layer = qkv * (hidden + 1) + config.num_attention_heads * config.kv_channels * hidden
+    layer += 3 * hidden * ffn
+    norms = 2 * hidden
+    rest = config.vocab_size * hidden * (2 if pp == 1 else 1) // tp
+    return config.num_layers // pp * (layer // tp + norms) + rest + (hidden if pp == 1 else 0)
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def documented(document: Path) -> list[Command]:
+    """Calls of launchers in the document's blocks of commands, those with "..." left out."""
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    calls = [
+        shlex.split(line.replace("$RANK", "1").replace("$HOST", "node-0"), comments=True)
+        for line in lines
+        if re.match(r"(torchrun|python) .*launch/\w+\.py", line) and "..." not in line
+    ]
+    return [command(words, REPOSITORY) for words in calls]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_documented_commands_are_accepted(
+    document: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").touch()  # a text to evaluate
+    for call in documented(document):
+        sizes = re.findall(r"\b(\d+(?:\.\d)?B)\b", " ".join(call.arguments))
+        check(call, Qwen2Config.named(sizes[0] if sizes else "7B"))
+
+
+def test_documented_commands_are_found() -> None:
+    assert len(documented(Path("README.md"))) >= 5
+    assert len(documented(Path("README.zh-CN.md"))) == len(documented(Path("README.md")))
