@@ -7,9 +7,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
 
 from qwen2_ascend.cli import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from qwen2_ascend.errors import UserError
+
+T = TypeVar("T")
 
 FOREIGN_WARNINGS = (
     # torch 2.13 has new names for what megatron-core calls by its old ones
@@ -23,6 +28,24 @@ FOREIGN_WARNINGS = (
     "Apex is not installed",
 )
 """Beginnings of warnings about code that is not this project's, which no user can act on."""
+
+
+def parse_flags(kind: type[T], program: str, arguments: Sequence[str] | None) -> T:
+    """A command line as settings; on a fault it prints and exits with 2, printing on rank 0 only.
+
+    Args:
+        kind: a dataclass of groups of flags; its docstring is the description.
+        program: the launcher's file name.
+        arguments: the flags; sys.argv's without it.
+    """
+    return tyro.cli(
+        kind,
+        prog=program,
+        description=kind.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
 
 
 def launched(command: Callable[[], None]) -> int:

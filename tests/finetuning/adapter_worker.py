@@ -23,6 +23,7 @@ from finetuning.lora_worker import (
     settle,
     start,
     train,
+    unless_refused,
 )
 
 CHECKS = Checks()
@@ -158,7 +159,7 @@ for _layout, _case in (
 ):
     for _check in (peft_loads_what_is_saved, what_peft_saves_is_loaded):
         CHECKS.add(world_size=LAYOUTS[_layout][0], name=f"{_check.__name__}-{_layout}-{_case}")(
-            functools.partial(_check, _layout, _case)
+            unless_refused(_check, _layout, _case)
         )
 
 

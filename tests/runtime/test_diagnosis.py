@@ -98,9 +98,9 @@ def test_cann_that_was_not_sourced(machine) -> None:
 
 
 def test_cann_in_the_home_of_the_user(machine) -> None:
-    root = machine("/home/me/Ascend/cann/set_env.sh")
-    told = import_fault(NO_CANN, {"HOME": "/home/me"}, root)
-    assert "source /home/me/Ascend/cann/set_env.sh" in told
+    root = machine("/users/me/Ascend/cann/set_env.sh")
+    told = import_fault(NO_CANN, {"HOME": "/users/me"}, root)
+    assert "source /users/me/Ascend/cann/set_env.sh" in told
 
 
 def test_cann_that_was_removed_after_it_was_sourced(machine) -> None:

@@ -128,6 +128,30 @@ def prepare(request: Conversion) -> Prepared:
     )
 
 
+def to_hugging_face(
+    load_dir: Path,
+    save_dir: Path,
+    say: Callable[[str], object],
+    *,
+    adapter: Path | None = None,
+) -> None:
+    """Makes a Hugging Face folder of a checkpoint of any kind, verified.
+
+    Args:
+        load_dir: the checkpoint.
+        save_dir: a new folder.
+        say: prints a line.
+        adapter: a PEFT folder to merge on the way.
+
+    Raises:
+        UserError: whatever does not fit.
+    """
+    request = Conversion(
+        load_dir=load_dir, save_dir=save_dir, save_model_type="hf", adapter=adapter, verify=True
+    )
+    convert(prepare(request), say)
+
+
 def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
     """Carries a prepared conversion out.
 

@@ -14,7 +14,8 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
-from qwen2_ascend.inference.settings import Flag, ServedModelSettings, parse_as
+from qwen2_ascend.inference.settings import Flag, ServedModelSettings
+from qwen2_ascend.launching import parse_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class EvaluateSettings:
 
 def parse(arguments: Sequence[str] | None = None) -> EvaluateSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return parse_as(EvaluateSettings, "evaluate_qwen2.py", arguments)
+    return parse_flags(EvaluateSettings, "evaluate_qwen2.py", arguments)
 
 
 def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -> None:

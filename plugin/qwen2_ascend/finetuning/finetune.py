@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
-from qwen2_ascend.finetuning.settings import FinetuneSettings, parse, validate
+from qwen2_ascend.finetuning.settings import F, FinetuneSettings, parse, validate
 from qwen2_ascend.launching import launched
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training.setup import (
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.loop import TrainingRun
+
+F_co = TypeVar("F_co", bound=FinetuneSettings, covariant=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,10 +68,10 @@ def finetune(settings: FinetuneSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begin:
+class Begin(Generic[F_co]):
     """Where a run begins, and with which adapters."""
 
-    start: Start[FinetuneSettings]
+    start: Start[F_co]
     lora: LoraConfig | None
     """None tunes all weights."""
     saved: SavedLora | None
@@ -80,8 +82,13 @@ class Begin:
         """Where the weights come from."""
         return self.start.source.folder if self.start.source else None
 
+    @property
+    def adapter(self) -> Path | None:
+        """The PEFT folder that the adapters' values come from; without it they are new."""
+        return self.saved.folder if self.saved else self.start.settings.lora.lora_load
 
-def find_begin(settings: FinetuneSettings) -> Begin:
+
+def find_begin(settings: F) -> Begin[F]:
     """Opens what --load and --lora-load name; reads headers only.
 
     Raises:
@@ -179,13 +186,10 @@ def add_adapters(chunks: Sequence[Any], begin: Begin, say: Say) -> None:
     settings, config, lora = begin.start.settings, begin.start.config, begin.lora
     assert lora is not None
     apply_lora(chunks, lora, config, settings.layout(), seed=settings.runtime.seed)
-    given = begin.saved.folder if begin.saved else settings.lora.lora_load
+    given = begin.adapter
     if given is not None:
         load_adapter(chunks, lora, config, settings.layout(), given)
-    say(
-        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}"
-        f"{f', from {given}' if given else ''}"
-    )
+    say(lora.describe(given))
 
 
 def chat_data(start: Start[FinetuneSettings], say: Say) -> ChatDatasets:
@@ -266,14 +270,11 @@ def export_hugging_face(begin: Begin, say: Say) -> None:
     folder, checkpoint = settings.export.save_hf, settings.checkpoint.save
     if folder is None or checkpoint is None:
         return
-    from qwen2_ascend.checkpoint import convert
+    from qwen2_ascend.checkpoint.convert import to_hugging_face
 
     adapter = None
     if begin.lora is not None:
         saved = find_saved_lora(checkpoint)
         assert saved is not None and begin.base is not None
         checkpoint, adapter = begin.base, saved.folder
-    request = convert.Conversion(
-        load_dir=checkpoint, save_dir=folder, save_model_type="hf", adapter=adapter, verify=True
-    )
-    convert.convert(convert.prepare(request), say)
+    to_hugging_face(checkpoint, folder, say, adapter=adapter)

@@ -57,6 +57,7 @@ __all__ = [
     "LoraConfig",
     "adapters_disabled",
     "apply_lora",
+    "initial_a",
     "lora_state",
     "merge_adapters",
     "merged_weights",
@@ -140,12 +141,7 @@ class Adapter(torch.nn.Module):
         """Draws each target's whole A and takes this rank's columns; B stays zero."""
         _, rows, (start, stop) = self._box_a
         for own, (name, box) in zip(self.lora_A.split(rows[1]), rule_a.parts, strict=True):
-            columns = box[2][1]
-            digest = hashlib.sha256(f"{seed} {name.format(layer)}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            drawn = torch.empty(rows[1], columns)
-            drawn.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
-            own.copy_(drawn[:, start:stop])
+            own.copy_(initial_a(name.format(layer), rows[1], box[2][1], seed)[:, start:stop])
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's input to what is added to its output, with the module's shapes."""
@@ -185,6 +181,21 @@ class Adapter(torch.nn.Module):
         forks = self.is_row_parallel and not self.sequence_parallel
         with tracker.fork() if forks else nullcontext():
             return dropout(x, self.dropout_p)
+
+
+def initial_a(name: str, rank: int, columns: int, seed: int) -> Tensor:
+    """One whole A, `[rank, columns]` in fp32, as `apply_lora` says.
+
+    Args:
+        name: the tensor's in PEFT.
+        rank: of the adapter.
+        columns: inputs of the projection.
+        seed: of all adapters.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    drawn = torch.empty(rank, columns)
+    return drawn.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
 
 
 def lora_state(chunks: Sequence[Any]) -> list[dict[str, torch.nn.Parameter]]:

@@ -49,10 +49,7 @@ def find_saved_lora(folder: Path | None) -> SavedLora | None:
     """
     if folder is None:
         return None
-    iteration = folder
-    if (tracker := folder / megatron.TRACKER_FILE).is_file():
-        said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        iteration = folder / f"iter_{said.rjust(7, '0')}"
+    iteration = megatron.tracked_folder(folder)
     if not (iteration / RUN_FILE).exists() or not (iteration / CONFIG_FILE).exists():
         return None
     path = iteration / RUN_FILE

@@ -6,19 +6,21 @@ Nothing here imports torch, so `--help` answers at once.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
+
+F = TypeVar("F", bound="FinetuneSettings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class FinetuneSettings(TrainingSettings):
     chat: ChatSettings = field(default_factory=ChatSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
 
-    def with_epochs(self, samples_per_epoch: int, world_size: int) -> FinetuneSettings:
+    def with_epochs(self: F, samples_per_epoch: int, world_size: int) -> F:
         """The same with --num-train-epochs told in steps; part of a last step is a step."""
         epochs = self.tuning.num_train_epochs
         if epochs is None:
@@ -120,14 +122,7 @@ class FinetuneSettings(TrainingSettings):
 
 def parse(arguments: Sequence[str] | None = None) -> FinetuneSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return tyro.cli(
-        FinetuneSettings,
-        prog="finetune_qwen2.py",
-        description=FinetuneSettings.__doc__,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    return parse_flags(FinetuneSettings, "finetune_qwen2.py", arguments)
 
 
 def validate(settings: FinetuneSettings, config: Qwen2Config, world_size: int) -> None:
@@ -168,7 +163,7 @@ def _tuning_faults(settings: FinetuneSettings) -> list[str]:
 
 
 def _adapter_faults(settings: FinetuneSettings) -> list[str]:
-    lora, export, faults = settings.lora, settings.export, []
+    model, lora, export, faults = settings.model, settings.lora, settings.export, []
     try:
         settings.lora_config()
     except UserError as error:
@@ -182,6 +177,8 @@ def _adapter_faults(settings: FinetuneSettings) -> list[str]:
             faults.append(f"{flag} {folder} is there already; name a new folder, or remove it.")
     if export.save_hf and settings.checkpoint.save is None:
         faults.append("--save-hf needs --save: the folder is made from the last checkpoint.")
+    if export.save_hf and lora.is_on and not (model.load or model.pretrained_checkpoint):
+        faults.append("--save-hf with LoRA needs --load: there is no folder to merge it into.")
     return faults
 
 

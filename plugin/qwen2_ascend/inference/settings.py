@@ -7,16 +7,16 @@ the text of `--help`. Nothing here imports torch, so `--help` answers at once.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -168,19 +168,7 @@ class GenerateSettings:
 
 def parse(arguments: Sequence[str] | None = None) -> GenerateSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return parse_as(GenerateSettings, "generate_qwen2.py", arguments)
-
-
-def parse_as(kind: type, program: str, arguments: Sequence[str] | None) -> Any:
-    """The command line as settings of a class; printing on rank 0 only."""
-    return tyro.cli(
-        kind,
-        prog=program,
-        description=kind.__doc__,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    return parse_flags(GenerateSettings, "generate_qwen2.py", arguments)
 
 
 def validate(settings: GenerateSettings, config: Qwen2Config, world_size: int) -> None:

@@ -162,6 +162,25 @@ class TrainingRun:
         """`evaluate`."""
         return evaluate(self)
 
+    def finish_step(
+        self, agreed: Agreed, *, grad_norm: float, lr: float, updated: bool, overflow: bool
+    ) -> StepResult:
+        """Counts a step that has been made, or left out; what it did."""
+        self.progress.iteration += 1
+        self.progress.consumed_samples += self.global_batch_size
+        self.progress.skipped_iterations += not updated
+        return StepResult(
+            loss=agreed.loss,
+            grad_norm=grad_norm,
+            num_tokens=agreed.num_tokens,
+            lr=lr,
+            updated=updated,
+            overflow=overflow,
+            peak_memory_bytes=agreed.peak_memory_bytes,
+            stop_wanted=agreed.stop_wanted,
+            metrics=dict(zip(self.metric_names, agreed.metrics, strict=True)),
+        )
+
     def loss_scale(self) -> float:
         """What the loss is multiplied by before backward."""
         return optimizers.loss_scale(self.optimizer)
@@ -272,20 +291,7 @@ def train_step(
     if updated:
         updated = optimizers.clip_and_step(optimizer, grad_norm)
         run.schedule.step(increment=run.global_batch_size)
-    run.progress.iteration += 1
-    run.progress.consumed_samples += run.global_batch_size
-    run.progress.skipped_iterations += not updated
-    return StepResult(
-        loss=agreed.loss,
-        grad_norm=grad_norm,
-        num_tokens=agreed.num_tokens,
-        lr=lr,
-        updated=updated,
-        overflow=overflow,
-        peak_memory_bytes=agreed.peak_memory_bytes,
-        stop_wanted=agreed.stop_wanted,
-        metrics=dict(zip(run.metric_names, agreed.metrics, strict=True)),
-    )
+    return run.finish_step(agreed, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow)
 
 
 @torch.no_grad()
@@ -385,12 +391,16 @@ def _forward_backward(
         micro_batch_size=run.settings.batch.micro_batch_size * run.rows_per_sample,
         forward_only=forward_only,
     )
-    if not outputs:
+    return on_host(outputs)
+
+
+def on_host(reports: Sequence[torch.Tensor]) -> list[MicroBatchLoss]:
+    """What the objective reported of each micro-batch, by one transfer for all."""
+    if not reports:
         return []
-    # one transfer for all micro-batches
     return [
         MicroBatchLoss(mean * tokens + rest, round(tokens), tuple(metrics))
-        for mean, rest, tokens, *metrics in torch.stack(outputs).tolist()
+        for mean, rest, tokens, *metrics in torch.stack(list(reports)).tolist()
     ]
 
 

@@ -6,7 +6,6 @@ the model's shape: the config says it. Nothing here imports torch, so `--help` a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 from qwen2_ascend.training.fusion import FusionSettings
 
@@ -350,14 +350,7 @@ class PretrainSettings(TrainingSettings):
 
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return tyro.cli(
-        PretrainSettings,
-        prog="pretrain_qwen2.py",
-        description=PretrainSettings.__doc__,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    return parse_flags(PretrainSettings, "pretrain_qwen2.py", arguments)
 
 
 def validate(settings: PretrainSettings, config: Qwen2Config, world_size: int) -> None:

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 S = TypeVar("S", bound=TrainingSettings)
+S_co = TypeVar("S_co", bound=TrainingSettings, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start(Generic[S]):
+class Start(Generic[S_co]):
     """Where a run begins."""
 
-    settings: S
+    settings: S_co
     """With what the checkpoint settles filled in."""
     config: Qwen2Config
     source: Source | None

@@ -77,6 +77,15 @@ def iteration_folder(folder: Path) -> Path:
     return folder / name
 
 
+def tracked_folder(folder: Path) -> Path:
+    """The folder that the tracker file names, whatever it holds; `folder` itself without one."""
+    tracker = folder / TRACKER_FILE
+    if not tracker.is_file():
+        return folder
+    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    return folder / f"iter_{said.rjust(7, '0')}"
+
+
 def read_ranks(folder: Path) -> RankFiles:
     """Reads where every rank's tensors lie in one iteration's mp_rank tree.
 

@@ -63,7 +63,7 @@ def save_zero_checkpoint(run: ZeroRun, identity: CheckpointIdentity) -> Path:
     if not settings.no_save_optim:
         run.engine.save_checkpoint(str(partial), tag=TAG)
     if not settings.no_save_rng:
-        torch.save(rng_state(run.runtime), partial / _rng_file(run))
+        torch.save(rng_state(run.runtime), partial / rng_file(run))
     run.runtime.barrier()
     if is_first:
         write_file(partial / RUN_FILE, json.dumps(_plain_state(run), indent=2).encode())
@@ -97,7 +97,7 @@ def resume_zero(run: ZeroRun, saved: SavedZero) -> list[str]:
     run.schedule.load_state_dict(dict(was))
     if not settings.no_load_rng and state["rng"]:
         if state["world_size"] == run.runtime.world_size:
-            rng = with_tensors(torch_pt.read(saved.folder / _rng_file(run)))
+            rng = with_tensors(torch_pt.read(saved.folder / rng_file(run)))
             set_rng_state(run.runtime, rng)
         else:
             notes.append("another number of ranks: the random number generators are seeded anew")
@@ -168,5 +168,6 @@ def _known_classes() -> list[Any]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, set]
 
 
-def _rng_file(run: ZeroRun) -> str:
+def rng_file(run: ZeroRun) -> str:
+    """Where this rank keeps its random number generators."""
     return f"rng_{run.runtime.rank:05d}.pt"

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from qwen2_ascend.finetuning.deepspeed.config import (
     offloads_optimizer,
     zero_stage,
 )
+from qwen2_ascend.finetuning.deepspeed.lora import add_adapters, load_adapter
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings
 from qwen2_ascend.finetuning.deepspeed.weights import (
     Whole,
@@ -30,6 +32,7 @@ from qwen2_ascend.finetuning.deepspeed.weights import (
     load_weights,
     shape_of,
 )
+from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.runtime.deepspeed import import_deepspeed
 from qwen2_ascend.training.loop import (
@@ -43,6 +46,7 @@ from qwen2_ascend.training.loop import (
     agree,
     describe_nonfinite,
     on_device,
+    on_host,
     read_batches,
 )
 from qwen2_ascend.training.optimizer import is_finite, params_dtype
@@ -83,7 +87,7 @@ class ZeroRun(TrainingRun):
             total, _, report = self.objective(self._token_losses(batch), batch)
             engine.backward(total * weight, scale_wrt_gas=False)
             reports.append(report)
-        losses = _on_host(reports)
+        losses = on_host(reports)
         agreed = agree(self, losses, stop_wanted)
         may_stop = self.settings.precision.on_nonfinite == "stop"
         if not is_finite(agreed.loss) and may_stop and not self._can_lower_loss_scale():
@@ -99,7 +103,7 @@ class ZeroRun(TrainingRun):
         for _ in range(self.settings.data.eval_iters):
             taken = self._taken(batches)
             reports = [self.objective(self._token_losses(batch), batch)[2] for batch in taken]
-            agreed = agree(self, _on_host(reports), False)
+            agreed = agree(self, on_host(reports), False)
             total += agreed.loss * agreed.num_tokens
             num_tokens += agreed.num_tokens
         self.engine.train()
@@ -152,19 +156,8 @@ class ZeroRun(TrainingRun):
             raise NonFiniteError(describe_nonfinite(self, losses, agreed.loss, grad_norm))
         if updated:
             self.schedule.step(increment=self.global_batch_size)
-        self.progress.iteration += 1
-        self.progress.consumed_samples += self.global_batch_size
-        self.progress.skipped_iterations += not updated
-        return StepResult(
-            loss=agreed.loss,
-            grad_norm=grad_norm,
-            num_tokens=agreed.num_tokens,
-            lr=lr,
-            updated=updated,
-            overflow=overflow,
-            peak_memory_bytes=agreed.peak_memory_bytes,
-            stop_wanted=agreed.stop_wanted,
-            metrics={},
+        return self.finish_step(
+            agreed, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow
         )
 
 
@@ -176,8 +169,14 @@ def build_zero_run(
     *,
     train_data: Any,
     valid_data: Any = None,
+    lora: LoraConfig | None = None,
+    adapter: Path | None = None,
 ) -> ZeroRun:
     """Model, weights, optimizer, engine and schedule, at iteration 0.
+
+    Args:
+        lora: adapters to tune; None tunes all weights.
+        adapter: a PEFT folder with their values, else they change nothing at first.
 
     Raises:
         UserError: DeepSpeed is not there, its configuration contradicts the flags, or the weights
@@ -197,6 +196,12 @@ def build_zero_run(
     else:
         initialize_weights(model, whole, seed=settings.runtime.seed)
         say(f"weights: random, seed {settings.runtime.seed}")
+    if lora is not None:
+        like = {"dtype": params_dtype(settings), "device": runtime.device}
+        add_adapters(model, lora, seed=settings.runtime.seed, **like)
+        if adapter is not None:
+            load_adapter(model, start.config, lora, adapter)
+        say(lora.describe(adapter))
     adam = _build_adam(model, settings, config)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=config)
     engine.train()
@@ -266,11 +271,12 @@ def _build_adam(
 ) -> torch.optim.Optimizer:
     """AdamW with Megatron's groups: norms and biases have no weight decay."""
     ours = settings.optimizer
-    parameters = list(model.parameters())
-    groups = [
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if len(shape_of(p)) > 1], "wd_mult": 1.0},
         {"params": [p for p in parameters if len(shape_of(p)) == 1], "wd_mult": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     keywords: dict[str, Any] = {
         "lr": ours.lr,
         "betas": (ours.adam_beta1, ours.adam_beta2),
@@ -290,14 +296,6 @@ def _offloads(config: dict[str, Any]) -> str:
         name: zero.get(f"offload_{name}", {}).get("device") for name in ("optimizer", "param")
     }
     return "".join(f", {name} on {device}" for name, device in devices.items() if device)
-
-
-def _on_host(reports: list[torch.Tensor]) -> list[MicroBatchLoss]:
-    """What `objective` reported of each micro-batch, by one transfer."""
-    return [
-        MicroBatchLoss(mean * tokens + rest, round(tokens), ())
-        for mean, rest, tokens in torch.stack(reports).tolist()
-    ]
 
 
 def _as_it_is(*_: Any, **__: Any) -> contextlib.AbstractContextManager:

@@ -6,25 +6,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning import finetune as megatron_path
 from qwen2_ascend.finetuning.deepspeed.saved import SavedZero, find_saved_zero
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings, parse, validate
-from qwen2_ascend.finetuning.finetune import chat_data
+from qwen2_ascend.finetuning.finetune import Begin, chat_data
 from qwen2_ascend.launching import launched
 from qwen2_ascend.training.setup import (
     Say,
-    Start,
     checkpoint_identity,
-    find_start,
     start_runtime,
     train_and_report,
 )
 
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
-    from qwen2_ascend.finetuning.settings import FinetuneSettings
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
 
@@ -52,45 +51,50 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
     start = begin.start
     validate(start.settings, start.config, int(os.environ.get("WORLD_SIZE", "1")))
     runtime, say = start_runtime(start.settings, start.config)
-    from qwen2_ascend.finetuning.deepspeed.checkpoint import save_zero_checkpoint
-
     run, identity = prepare(begin, runtime, say)
-    train_and_report(run, identity, say, partial(save_zero_checkpoint, run, identity))
+    train_and_report(run, identity, say, partial(save_checkpoint, run, identity, begin))
+    export_adapter(run, begin)
     runtime.close()
     if runtime.rank == 0:
-        export_hugging_face(start.settings, say)
+        export_hugging_face(begin, say)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begin:
-    """Where a run begins."""
+class ZeroBegin(Begin[ZeroFinetuneSettings]):
+    """Where a run begins; `saved` is the LoRA run that is resumed."""
 
-    start: Start[ZeroFinetuneSettings]
-    saved: SavedZero | None
-    """The run that is resumed."""
+    saved_zero: SavedZero | None
+    """The run of all weights that is resumed."""
 
 
-def find_begin(settings: ZeroFinetuneSettings) -> Begin:
+def find_begin(settings: ZeroFinetuneSettings) -> ZeroBegin:
     """Opens what --load names; reads headers only.
 
     Raises:
         UserError: nothing usable is there, or it contradicts the flags.
     """
-    saved = find_saved_zero(settings.model.load)
+    load = settings.model.load
+    saved = find_saved_zero(load)
     if saved is not None:
+        if settings.lora.is_on and not settings.model.finetune:
+            raise UserError(
+                f"--load {load}: holds a run that tunes all weights; --finetune takes its weights "
+                "alone, to put adapters on them."
+            )
         model = replace(settings.model, load=saved.folder, finetune=True)
-        start = find_start(replace(settings, model=model))
-        return Begin(start=start, saved=None if settings.model.finetune else saved)
-    start = find_start(settings)
-    if start.saved is not None:
+        begin = megatron_path.find_begin(replace(settings, model=model))
+        saved = None if settings.model.finetune else saved
+    else:
+        begin = megatron_path.find_begin(settings)
+    if begin.start.saved is not None:
         raise UserError(
-            f"--load {settings.model.load}: holds a run of megatron-core's, which "
-            "launch/finetune_qwen2.py resumes; --finetune takes its weights alone."
+            f"--load {load}: holds a run of megatron-core's, which launch/finetune_qwen2.py "
+            "resumes; --finetune takes its weights alone."
         )
-    return Begin(start=start, saved=None)
+    return ZeroBegin(start=begin.start, lora=begin.lora, saved=begin.saved, saved_zero=saved)
 
 
-def prepare(begin: Begin, runtime: Runtime, say: Say) -> tuple[ZeroRun, CheckpointIdentity]:
+def prepare(begin: ZeroBegin, runtime: Runtime, say: Say) -> tuple[ZeroRun, CheckpointIdentity]:
     """Data, model, engine and, when one is resumed, the state of the run.
 
     Raises:
@@ -99,9 +103,8 @@ def prepare(begin: Begin, runtime: Runtime, say: Say) -> tuple[ZeroRun, Checkpoi
     from qwen2_ascend.finetuning.deepspeed.engine import build_zero_run
 
     start = begin.start
-    data = chat_data(cast("Start[FinetuneSettings]", start), say)
-    epoch = data.train.samples_per_epoch
-    settings = cast(ZeroFinetuneSettings, start.settings.with_epochs(epoch, runtime.world_size))
+    data = chat_data(start, say)
+    settings = start.settings.with_epochs(data.train.samples_per_epoch, runtime.world_size)
     num_samples = settings.train_iters(runtime.world_size)
     num_samples *= settings.global_batch_size(runtime.world_size)
     run = build_zero_run(
@@ -111,30 +114,70 @@ def prepare(begin: Begin, runtime: Runtime, say: Say) -> tuple[ZeroRun, Checkpoi
         say,
         train_data=data.train.with_num_samples(num_samples),
         valid_data=data.valid,
+        lora=begin.lora,
+        adapter=begin.adapter,
     )
-    if begin.saved is not None:
-        from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
-
-        for note in resume_zero(run, begin.saved):
-            say(note)
-        say(f"resumed {begin.saved.folder} at iteration {run.progress.iteration}")
-        if run.progress.iteration >= run.train_iters:
-            say(f"nothing is left to do: the run ends at iteration {run.train_iters}")
-    return run, checkpoint_identity(settings, start)
+    identity = checkpoint_identity(settings, start)
+    resume_if_saved(run, begin, identity, say)
+    return run, identity
 
 
-def export_hugging_face(settings: ZeroFinetuneSettings, say: Say) -> None:
+def resume_if_saved(run: ZeroRun, begin: ZeroBegin, identity: CheckpointIdentity, say: Say) -> None:
+    """Goes on from the checkpoint that --load holds, if there is one.
+
+    Raises:
+        UserError: it is not of this model, or does not fit the ranks.
+    """
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import resume_lora
+
+    if begin.saved is not None and begin.lora is not None:
+        folder = begin.saved.folder
+        notes = resume_lora(run, begin.saved, identity, begin.lora)
+    elif begin.saved_zero is not None:
+        folder = begin.saved_zero.folder
+        notes = resume_zero(run, begin.saved_zero)
+    else:
+        return
+    for note in notes:
+        say(note)
+    say(f"resumed {folder} at iteration {run.progress.iteration}")
+    if run.progress.iteration >= run.train_iters:
+        say(f"nothing is left to do: the run ends at iteration {run.train_iters}")
+
+
+def save_checkpoint(run: ZeroRun, identity: CheckpointIdentity, begin: ZeroBegin) -> Path:
+    """Writes the run's state; every rank calls it. Returns the folder of the iteration."""
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import save_zero_checkpoint
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_lora_checkpoint
+
+    if begin.lora is None:
+        return save_zero_checkpoint(run, identity)
+    return save_lora_checkpoint(run, identity, begin.lora, begin.base)
+
+
+def export_adapter(run: ZeroRun, begin: ZeroBegin) -> None:
+    """Writes the PEFT folder that --save-adapter asks for; every rank calls it."""
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
+
+    folder = begin.start.settings.export.save_adapter
+    if folder is not None and begin.lora is not None:
+        save_adapter(run, begin.lora, begin.base, folder)
+
+
+def export_hugging_face(begin: ZeroBegin, say: Say) -> None:
     """Writes the Hugging Face folder that --save-hf asks for, from the last checkpoint.
 
     Raises:
         UserError: the folder is in the way.
     """
+    if begin.lora is not None:
+        megatron_path.export_hugging_face(begin, say)
+        return
+    settings = begin.start.settings
     folder, saved = settings.export.save_hf, find_saved_zero(settings.checkpoint.save)
     if folder is None or saved is None:
         return
-    from qwen2_ascend.checkpoint import convert
+    from qwen2_ascend.checkpoint.convert import to_hugging_face
 
-    request = convert.Conversion(
-        load_dir=saved.folder, save_dir=folder, save_model_type="hf", verify=True
-    )
-    convert.convert(convert.prepare(request), say)
+    to_hugging_face(saved.folder, folder, say)

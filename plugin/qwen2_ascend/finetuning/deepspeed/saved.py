@@ -32,10 +32,7 @@ def find_saved_zero(folder: Path | None) -> SavedZero | None:
     """
     if folder is None:
         return None
-    iteration = folder
-    if (tracker := folder / megatron.TRACKER_FILE).is_file():
-        said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        iteration = folder / f"iter_{said.rjust(7, '0')}"
+    iteration = megatron.tracked_folder(folder)
     path = iteration / RUN_FILE
     if not path.exists():
         return None

@@ -7,7 +7,6 @@ Nothing here imports torch, so `--help` answers at once.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,10 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.finetuning import settings as finetuning
 from qwen2_ascend.finetuning.deepspeed.config import deepspeed_config
 from qwen2_ascend.finetuning.settings import (
-    ExportSettings,
     FinetuneSettings,
-    LoraSettings,
     TuningSettings,
 )
+from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
@@ -138,23 +136,14 @@ class ZeroTuningSettings(TuningSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroExportSettings(ExportSettings):
-    """What is written at the end besides the last checkpoint."""
-
-    save_hf: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write the tuned model there as a Hugging Face folder."""
-    save_adapter: Absent[Path | None] = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class ZeroFinetuneSettings(FinetuneSettings):
-    """Fine-tune Qwen2 / Qwen2.5 on chats by DeepSpeed ZeRO, all weights, one process per device.
+    """Fine-tune Qwen2 / Qwen2.5 on chats by DeepSpeed ZeRO: all weights or LoRA.
 
     torchrun --nproc-per-node 4 launch/finetune_qwen2_deepspeed.py --load Qwen2.5-0.5B --zero-stage
     3 --data-path chats.jsonl --seq-length 1024 --pack --global-batch-size 16 --num-train-epochs 3
     --lr 1e-5 --bf16 --save out --save-hf tuned
 
-    launch/finetune_qwen2.py has the rest: tensor and pipeline parallelism, LoRA, and DPO.
+    launch/finetune_qwen2.py has the rest: tensor and pipeline parallelism, and DPO.
     """
 
     zero: ZeroSettings = field(default_factory=ZeroSettings)
@@ -165,20 +154,11 @@ class ZeroFinetuneSettings(FinetuneSettings):
     checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)
     runtime: ZeroRuntimeSettings = field(default_factory=ZeroRuntimeSettings)
     tuning: ZeroTuningSettings = field(default_factory=ZeroTuningSettings)
-    lora: Absent[LoraSettings] = field(default_factory=LoraSettings)
-    export: ZeroExportSettings = field(default_factory=ZeroExportSettings)
 
 
 def parse(arguments: Sequence[str] | None = None) -> ZeroFinetuneSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return tyro.cli(
-        ZeroFinetuneSettings,
-        prog="finetune_qwen2_deepspeed.py",
-        description=ZeroFinetuneSettings.__doc__,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    return parse_flags(ZeroFinetuneSettings, "finetune_qwen2_deepspeed.py", arguments)
 
 
 def validate(settings: ZeroFinetuneSettings, config: Qwen2Config, world_size: int) -> None:
