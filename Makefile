@@ -69,10 +69,10 @@ quickstart: $(VENV)/.run
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev $(VENV)/npu-site
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 30
 
 test-compat: $(COMPAT)/.dev
-	$(COMPAT)/bin/python -m pytest -o cache_dir=$(COMPAT)/.pytest_cache \
+	$(COMPAT)/bin/python -m pytest --durations 30 -o cache_dir=$(COMPAT)/.pytest_cache \
 	  $(foreach path,$(WITHOUT_MEGATRON),'--ignore-glob=$(path)')
 
 test-real: $(VENV)/.dev
