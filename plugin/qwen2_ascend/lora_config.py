@@ -92,6 +92,11 @@ class LoraConfig:
         """The targets that are part of one Megatron module, such as `linear_qkv`."""
         return tuple(name for name in self.targets if PROJECTIONS[name] == module)
 
+    def describe(self, given: object = None) -> str:
+        """One line for a log; `given` is where the values come from."""
+        what = f"LoRA: rank {self.rank}, alpha {self.alpha:g} on {', '.join(self.targets)}"
+        return f"{what}, from {given}" if given else what
+
     def to_peft(self, base_model: str | None = None) -> dict[str, Any]:
         """The contents of an adapter_config.json.
 

@@ -1,0 +1,202 @@
+"""Checkpoints of a LoRA run by ZeRO: those of the Megatron path, as `finetuning.saved_lora` says.
+
+Nothing in them depends on the stage or on the number of ranks, and so either path resumes the
+other's. Only the random number generators, one file a rank here, belong to as many ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from qwen2_ascend.checkpoint.formats import megatron, torch_pt
+from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, encode_config
+from qwen2_ascend.checkpoint.staging import fsync_folder, partial_folder, write_file
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.deepspeed.checkpoint import rng_file
+from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
+from qwen2_ascend.finetuning.deepspeed.lora import adapter_parameters, read_adapter_tensors
+from qwen2_ascend.finetuning.deepspeed.optimizer_state import (
+    gather_state,
+    load_state,
+    num_updates,
+)
+from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
+from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.training import schedule as schedules
+from qwen2_ascend.training.checkpointing import CheckpointIdentity, publish, with_tensors
+from qwen2_ascend.training.loop import Progress
+from qwen2_ascend.training.optimizer import MOMENTS
+from qwen2_ascend.training.rng_state import rng_state, set_rng_state
+
+
+def save_lora_checkpoint(
+    run: ZeroRun, identity: CheckpointIdentity, lora: LoraConfig, base: Path | None
+) -> Path:
+    """Writes the run's state; every rank calls it. Returns the folder of the iteration.
+
+    Args:
+        run: its model has adapters.
+        identity: of the base model.
+        lora: what the adapters are.
+        base: where the base model was loaded from.
+
+    Raises:
+        OSError: it cannot be written; the folder holds the last checkpoint.
+    """
+    settings, is_first = run.settings.checkpoint, run.runtime.rank == 0
+    assert settings.save is not None
+    name = f"iter_{run.progress.iteration:07d}"
+    target, partial = settings.save / name, settings.save / f".{name}.partial"
+    if is_first:
+        for unfinished in settings.save.glob(".iter_*.partial"):
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+    run.runtime.barrier()
+    _write_adapter(run, lora, base, partial)
+    kinds = [] if settings.no_save_optim else _write_optimizer(run, partial)
+    if not settings.no_save_rng:
+        torch.save(rng_state(run.runtime), partial / rng_file(run))
+    run.runtime.barrier()
+    if is_first:
+        state = _plain_state(run, identity, base, kinds)
+        write_file(partial / RUN_FILE, json.dumps(state, indent=2).encode())
+        publish(partial, target)
+        write_file(settings.save / megatron.TRACKER_FILE, str(run.progress.iteration).encode())
+        fsync_folder(settings.save)
+    run.runtime.barrier()
+    return target
+
+
+def save_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path) -> None:
+    """Writes the adapters as a PEFT folder, which appears whole; every rank calls it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = partial_folder(folder)
+    if run.runtime.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    run.runtime.barrier()
+    _write_adapter(run, lora, base, partial)
+    if run.runtime.rank == 0:
+        publish(partial, folder)
+    run.runtime.barrier()
+
+
+def resume_lora(
+    run: ZeroRun, saved: SavedLora, identity: CheckpointIdentity, lora: LoraConfig
+) -> list[str]:
+    """Puts the run where `saved` was; the adapters have been loaded already.
+
+    Returns:
+        What is not as it was, in words for the log.
+
+    Raises:
+        UserError: the checkpoint is not of this model.
+    """
+    settings, state = run.settings.checkpoint, saved.state
+    run.progress = Progress(**state["progress"])
+    was = state["opt_param_scheduler"]
+    notes = [f"schedule: {change}" for change in schedules.changed(run.schedule, was)]
+    run.schedule.load_state_dict(dict(was))
+    if not settings.no_load_optim:
+        if state["optimizer"]:
+            _read_optimizer(run, saved, identity, lora)
+        else:
+            notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
+    if not settings.no_load_rng and state["rng"]:
+        if state["layout"] == _layout(run):
+            set_rng_state(run.runtime, with_tensors(torch_pt.read(saved.folder / rng_file(run))))
+        else:
+            notes.append("other ranks: the random number generators are seeded anew")
+    run.runtime.barrier()
+    return notes
+
+
+def _plain_state(
+    run: ZeroRun, identity: CheckpointIdentity, base: Path | None, kinds: list[str]
+) -> dict[str, Any]:
+    return {
+        "base": str(base.resolve()) if base else None,
+        "dtype": identity.dtype,
+        "layout": _layout(run),
+        "progress": asdict(run.progress),
+        "opt_param_scheduler": run.schedule.state_dict(),
+        "optimizer": kinds,
+        "optimizer_updates": num_updates(run),
+        "loss_scaler": scaler_state(run.optimizer.loss_scaler),
+        "rng": not run.settings.checkpoint.no_save_rng,
+    }
+
+
+def _layout(run: ZeroRun) -> dict[str, int]:
+    """What the generators' files belong to: never equal to a layout of the Megatron path."""
+    return {"zero_world_size": run.runtime.world_size}
+
+
+def _write_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path) -> None:
+    tensors = {}
+    for name, parameter in adapter_parameters(run.model).items():
+        with run.whole([parameter]):
+            tensors[name] = parameter.detach().cpu().clone()
+    if run.runtime.rank == 0:
+        write_file(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
+        write_file(folder / CONFIG_FILE, encode_config(lora, str(base) if base else None))
+
+
+def _write_optimizer(run: ZeroRun, folder: Path) -> list[str]:
+    """A file for each kind of the optimizer's tensors; the kinds."""
+    by_kind: dict[str, dict[str, Tensor]] = {}
+    for kind, name, values in gather_state(run, adapter_parameters(run.model)):
+        by_kind.setdefault(kind, {})[name] = values.contiguous()
+    if run.runtime.rank == 0:
+        for kind, tensors in by_kind.items():
+            write_file(folder / f"{kind}.safetensors", save(tensors, {"format": "pt"}))
+    return list(by_kind)
+
+
+def _read_optimizer(
+    run: ZeroRun, saved: SavedLora, identity: CheckpointIdentity, lora: LoraConfig
+) -> None:
+    kinds = saved.state["optimizer"]
+    if missing := [kind for kind in MOMENTS if kind not in kinds]:
+        raise UserError(
+            f"{saved.folder}: {', '.join(missing)} of the optimizer are missing; --no-load-optim "
+            "goes on without."
+        )
+    states = {
+        kind: read_adapter_tensors(saved.folder / f"{kind}.safetensors", identity.config, lora)
+        for kind in kinds
+    }
+    updates = int(saved.state["optimizer_updates"])
+    load_state(run, adapter_parameters(run.model), states, updates)
+    load_scaler_state(run.optimizer.loss_scaler, saved.state["loss_scaler"])
+
+
+def scaler_state(scaler: Any) -> dict[str, float]:
+    """DeepSpeed's dynamic loss scale in megatron-core's terms; empty where it is not dynamic."""
+    if not scaler.dynamic:
+        return {}
+    since = scaler.cur_iter - scaler.last_overflow_iter - 1
+    return {
+        "scale": float(scaler.cur_scale),
+        "growth_tracker": since % scaler.scale_window,
+        "hysteresis_tracker": scaler.cur_hysteresis,
+    }
+
+
+def load_scaler_state(scaler: Any, state: dict[str, float]) -> None:
+    """Puts `scaler_state` back, if this run scales its loss dynamically too."""
+    if state and scaler.dynamic:
+        scaler.cur_scale = state["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = int(state["growth_tracker"]), -1
+        scaler.cur_hysteresis = int(state["hysteresis_tracker"])
