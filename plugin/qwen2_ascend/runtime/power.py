@@ -1,0 +1,188 @@
+"""Where the energy of a run can be measured: what every source is, and which one a device has.
+
+A source counts joules (RAPL, NVML) or says watts (npu-smi, nvidia-smi). Nothing is estimated: a
+device without a source has none, and the reason says what was looked for. Sources that several
+processes share are counted by one of them, so that the sum over all ranks is that of the job.
+
+The standard library alone is imported here; `power_rapl`, `power_npu_smi` and `power_nvidia` are
+the sources.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from qwen2_ascend.runtime.device import Runtime
+
+COMMAND_SECONDS = 10.0
+"""What npu-smi and nvidia-smi may take before they count as failed."""
+
+
+class NoPowerSource(Exception):
+    """Nothing here measures the device's energy; the message says what was looked for."""
+
+
+class PowerReadingError(RuntimeError):
+    """A source that was there gave no figure this time."""
+
+
+class PowerSource(Protocol):
+    """One thing that measures the device of this process."""
+
+    @property
+    def name(self) -> str:
+        """What is measured and by what, for the log."""
+        ...
+
+    @property
+    def counts_energy(self) -> bool:
+        """Whether `read` gives joules since some moment; else it gives watts."""
+        ...
+
+    @property
+    def period_seconds(self) -> float:
+        """How often it is worth while to read it."""
+        ...
+
+    def read(self) -> float:
+        """Joules or watts, now.
+
+        Raises:
+            PowerReadingError: no figure this time.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CountedElsewhere:
+    """The source of a process whose device another process of the host already counts."""
+
+    name: str
+    counts_energy: bool = True
+    period_seconds: float = 60.0
+
+    def read(self) -> float:
+        """No joules: adding it changes nothing."""
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which device of the host a process uses."""
+
+    device: str
+    """cpu, cuda or npu."""
+    local_rank: int = 0
+    """Of the process on its host; also the index of its device."""
+    simulated: bool = False
+    """The device is not hardware."""
+    uuid: Callable[[], str] = field(default=lambda: _cuda_uuid(0))
+    """Asks CUDA what the device is called, as in GPU-8f2c...; numbers depend on the environment."""
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> Place:
+        """The place of a started process."""
+        return cls(
+            device=runtime.name,
+            local_rank=runtime.local_rank,
+            simulated=runtime.simulated,
+            uuid=lambda: _cuda_uuid(runtime.local_rank),
+        )
+
+
+def find_power_source(
+    place: Place, *, root: Path = Path("/"), environ: Mapping[str, str] = os.environ
+) -> PowerSource:
+    """The best source that measures a device: one that counts energy before one that says power.
+
+    Args:
+        place: the device.
+        root: where /sys is.
+        environ: for PATH and for which devices are visible.
+
+    Raises:
+        NoPowerSource: there is none; with what was looked for and why each did not do.
+    """
+    # here, because they import what is above
+    from qwen2_ascend.runtime import power_npu_smi, power_nvidia, power_rapl
+
+    if place.simulated:
+        raise NoPowerSource("the device is simulated: it draws no power.")
+    attempts: dict[str, Sequence[Callable[[], PowerSource]]] = {
+        "cpu": [lambda: power_rapl.open_rapl(place.local_rank, root)],
+        "npu": [lambda: power_npu_smi.open_npu_smi(place.local_rank, environ)],
+        "cuda": [
+            lambda: power_nvidia.open_nvml(place.uuid()),
+            lambda: power_nvidia.open_nvidia_smi(place.uuid(), environ),
+        ],
+    }
+    reasons = []
+    for attempt in attempts[place.device]:
+        try:
+            return attempt()
+        except NoPowerSource as reason:
+            reasons.append(str(reason))
+    raise NoPowerSource(" ".join(reasons))
+
+
+def find_command(name: str, environ: Mapping[str, str]) -> str:
+    """The path of a program.
+
+    Raises:
+        NoPowerSource: it is not installed.
+    """
+    path = shutil.which(name, path=environ.get("PATH", os.defpath))
+    if path is None:
+        raise NoPowerSource(f"{name}: is not on PATH.")
+    return path
+
+
+def ask(command: Sequence[str]) -> str:
+    """What a program prints.
+
+    Raises:
+        PowerReadingError: it failed or took longer than `COMMAND_SECONDS`; with what it said.
+    """
+    said = " ".join([Path(command[0]).name, *command[1:]])
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=COMMAND_SECONDS,
+            env={**os.environ, "LC_ALL": "C"},
+            start_new_session=True,  # Ctrl-C is for the run, not for its thermometer
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise PowerReadingError(f"`{said}` took longer than {COMMAND_SECONDS:g} s") from None
+    except OSError as error:
+        raise PowerReadingError(f"`{said}` cannot be run: {error}") from None
+    text = done.stdout.decode("utf-8", errors="replace")
+    if done.returncode:
+        lines = " ".join(text.split())[:200] or "without a word"
+        raise PowerReadingError(f"`{said}` ended with {done.returncode}: {lines}")
+    return text
+
+
+def number(text: str) -> float | None:
+    """A figure of a tool's table; None for NA, -, [N/A] and the like."""
+    try:
+        value = float(text.strip().removesuffix("W").strip())
+    except ValueError:
+        return None
+    return value if 0 <= value < float("inf") else None
+
+
+def _cuda_uuid(index: int) -> str:
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"

@@ -1,0 +1,223 @@
+"""Energy in the log of a training run: joules per token of the whole job, step by step.
+
+Each rank measures its own device; what several share is counted once. Only the time of steps
+counts: validation and checkpoints are left out, as they are from tokens/s. A step has a figure when
+every rank has read its source after it; until then it waits for the next line of the log.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime.power import Place
+from qwen2_ascend.telemetry.energy import Energy, EnergyMeter
+
+if TYPE_CHECKING:
+    from qwen2_ascend.runtime import Runtime
+
+Say = Callable[[str], None]
+
+
+class _Step(NamedTuple):
+    begin: float
+    end: float
+    tokens: int
+    """Of the whole job."""
+
+
+class _Sum(NamedTuple):
+    """Of all ranks."""
+
+    joules: float = 0.0
+    idle_joules: float = 0.0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def plus(self, other: _Sum) -> _Sum:
+        return _Sum(
+            joules=self.joules + other.joules,
+            idle_joules=self.idle_joules + other.idle_joules,
+            seconds=self.seconds + other.seconds,
+            tokens=self.tokens + other.tokens,
+        )
+
+    def figures(self) -> Energy:
+        return Energy(
+            joules_per_token=self.joules / self.tokens,
+            joules_per_token_above_idle=(self.joules - self.idle_joules) / self.tokens,
+            watts=self.joules / self.seconds,
+            idle_watts=self.idle_joules / self.seconds,
+        )
+
+
+class EnergyLog:
+    """The energy of a run's steps. Every rank has one, and calls the same methods in step.
+
+    Args:
+        runtime: of this rank.
+        meter: of this rank's device; `begin` starts it.
+        say: prints a line, on rank 0.
+    """
+
+    def __init__(self, runtime: Runtime, meter: EnergyMeter, say: Say) -> None:
+        self._runtime = runtime
+        self._meter = meter
+        self._say = say
+        self._waiting: deque[_Step] = deque()
+        self._total = _Sum()
+        self._is_over = False
+
+    @classmethod
+    def open(
+        cls, runtime: Runtime, wanted: bool | None, say: Say, meter: EnergyMeter | None = None
+    ) -> EnergyLog | None:
+        """The log where every rank has a source; all ranks call it, and get the same answer.
+
+        Args:
+            wanted: True fails where there is none, False does not look, None says so.
+            meter: of this rank's device; looked for by default.
+
+        Raises:
+            UserError: it has to be, and some rank has no source.
+        """
+        if wanted is False:
+            return None
+        meter = meter or EnergyMeter.find(Place.of(runtime))
+        reasons = told_by_ranks(runtime, meter.reason if meter.is_lost else None)
+        if reasons:
+            if wanted:
+                raise UserError(f"--log-energy: nothing measures energy here. {reasons}")
+            say(f"energy: not measured. {reasons}")
+            return None
+        return cls(runtime, meter, say)
+
+    def begin(self) -> None:
+        """Measures the idle devices, all at once, and starts; before the first step."""
+        seconds = max(row[0] for row in _gather(self._runtime, [self._meter.idle_seconds]))
+        self._runtime.synchronize()
+        self._runtime.barrier()
+        idle = self._meter.measure_idle(seconds)
+        self._meter.start()
+        self._least(-1 if idle is None or self._meter.is_lost else 0)
+        if self._is_over:
+            return
+        names = told_by_ranks(self._runtime, self._meter.name)
+        watts = sum(row[0] for row in _gather(self._runtime, [idle or 0.0]))
+        self._say(f"energy: {names}; idle {watts:.1f} W, measured for {seconds:.1f} s")
+
+    def step(
+        self, begin: float, end: float, tokens: int, *, is_due: bool, is_last: bool = False
+    ) -> Energy | None:
+        """Takes a step.
+
+        Args:
+            begin: when it began, by time.monotonic.
+            end: when it ended.
+            tokens: that all ranks together read in it.
+            is_due: the log wants figures.
+            is_last: wait for a reading, so that no step is left.
+
+        Returns:
+            Figures of the steps since the last figures, if `is_due` and there are any.
+        """
+        if self._is_over:
+            return None
+        self._waiting.append(_Step(begin, end, tokens))
+        if not is_due:
+            return None
+        if self._meter.counts_energy or is_last:
+            self._meter.read_now()
+        found = self._take()
+        return found.figures() if found and found.tokens else None
+
+    def finish(self) -> None:
+        """Says what the run used; every rank calls it when training has ended as it should."""
+        self._meter.stop()
+        if self._is_over:
+            return
+        if self._waiting:
+            self._take()
+        total, self._is_over = self._total, True
+        if not total.tokens:
+            return
+        figures = total.figures()
+        self._say(
+            f"energy: {total.joules:,.0f} J for {total.tokens:,} tokens, {format_energy(figures)}, "
+            f"idle {figures.idle_watts:.1f} W"
+        )
+
+    def close(self) -> None:
+        """Ends the reading."""
+        self._meter.stop()
+
+    def _take(self) -> _Sum | None:
+        """The sum over all ranks of the steps that every rank has measured."""
+        ready = sum(self._meter.between(step.begin, step.end) is not None for step in self._waiting)
+        count = self._least(-1 if self._meter.is_lost else ready)
+        if not count:
+            return None
+        steps = [self._waiting.popleft() for _ in range(count)]
+        seconds = sum(step.end - step.begin for step in steps)
+        joules = sum(self._meter.between(step.begin, step.end) or 0.0 for step in steps)
+        idle = (self._meter.idle_watts or 0.0) * seconds
+        rows = _gather(self._runtime, [joules, idle, seconds])
+        found = _Sum(
+            joules=sum(row[0] for row in rows),
+            idle_joules=sum(row[1] for row in rows),
+            seconds=max(row[2] for row in rows),
+            tokens=sum(step.tokens for step in steps),
+        )
+        self._total = self._total.plus(found)
+        self._meter.forget_before(steps[-1].end)
+        return found
+
+    def _least(self, ready: int) -> int:
+        """The least over all ranks; 0, and no more figures, where one has lost its source."""
+        least = round(min(row[0] for row in _gather(self._runtime, [float(ready)])))
+        if least >= 0:
+            return least
+        reasons = told_by_ranks(self._runtime, self._meter.reason if ready < 0 else None)
+        self._is_over = True
+        self._meter.stop()
+        self._waiting.clear()
+        self._say(f"energy: no more figures. {reasons}")
+        return 0
+
+
+def format_energy(energy: Energy) -> str:
+    """In a line of the log."""
+    return (
+        f"{energy.joules_per_token:.4g} J/token "
+        f"({energy.joules_per_token_above_idle:.4g} above idle) | {energy.watts:.1f} W"
+    )
+
+
+def told_by_ranks(runtime: Runtime, text: str | None) -> str:
+    """What ranks have to say, the same thing once; empty when none has. Every rank calls it."""
+    import torch
+
+    everyones: list[str | None] = [None] * runtime.world_size
+    torch.distributed.all_gather_object(everyones, text)
+    said: dict[str, list[int]] = {}
+    for rank, words in enumerate(everyones):
+        if words is not None:
+            said.setdefault(words, []).append(rank)
+    if runtime.world_size == 1:
+        return " ".join(said)
+    return " ".join(
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {words}"
+        for words, ranks in said.items()
+    )
+
+
+def _gather(runtime: Runtime, values: Sequence[float]) -> list[list[float]]:
+    """A row of every rank."""
+    import torch
+
+    own = torch.tensor(values, dtype=torch.float32, device=runtime.device)  # HCCL has no fp64
+    rows = [torch.empty_like(own) for _ in range(runtime.world_size)]
+    torch.distributed.all_gather(rows, own)
+    return torch.stack(rows).tolist()
