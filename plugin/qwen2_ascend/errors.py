@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -21,3 +24,15 @@ def raise_if(faults: Iterable[str]) -> None:
     """Raises UserError with all of `faults`, or returns when there is none."""
     if faults := tuple(faults):
         raise UserError(faults)
+
+
+class Faults(list[str]):
+    """Faults that independent checks find, for `raise_if`: one that fails hides no other."""
+
+    def of(self, check: Callable[[], T]) -> T | None:
+        """What the check gives, or None where it raises UserError, which is added."""
+        try:
+            return check()
+        except UserError as error:
+            self += [fault for fault in error.faults if fault not in self]
+            return None

@@ -11,10 +11,12 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.data.index_files import check_indexed
+from qwen2_ascend.errors import Faults, UserError, raise_if
 
 SPLITS = ("train", "valid", "test")
 
@@ -125,6 +127,31 @@ def build_pretraining_datasets(
     return datasets
 
 
+def check_pretraining_data(
+    *,
+    data_path: Sequence[str] = (),
+    train_data_path: Sequence[str] = (),
+    valid_data_path: Sequence[str] = (),
+    split: str = "969,30,1",
+) -> None:
+    """What can be said of the data before there is a process group; heads of files are read.
+
+    Raises:
+        UserError: files that are missing, unreadable, empty or damaged, wrong weights, a split
+            that is none; every fault at once.
+    """
+    faults = Faults()
+    if data_path:
+        faults.of(lambda: _split_shares(split))
+    prefixes: dict[str, None] = {}
+    for words in (data_path, train_data_path, valid_data_path):
+        if words and (blend := faults.of(partial(parse_blend, words))) is not None:
+            prefixes |= dict.fromkeys(blend.prefixes)
+    for prefix in prefixes:
+        faults.of(partial(check_indexed, prefix))
+    raise_if(faults)
+
+
 def parse_blend(words: Sequence[str]) -> Blend:
     """Reads `A`, `A B C` or `0.3 A 0.7 B`.
 
@@ -180,11 +207,7 @@ def split_matrix(split: str) -> list[tuple[float, float]]:
     Raises:
         UserError: not up to three shares, or none above zero.
     """
-    shares = [_number(word) for word in split.split(",")]
-    if len(shares) > len(SPLITS) or any(n is None or not 0 <= n < math.inf for n in shares):
-        raise UserError(f"split={split!r} must be up to three shares, such as 969,30,1.")
-    if not any(shares):
-        raise UserError(f"split={split!r} gives nothing to anyone; one share must be above zero.")
+    _split_shares(split)
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
         parse_and_normalize_split,
@@ -192,6 +215,14 @@ def split_matrix(split: str) -> list[tuple[float, float]]:
 
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     return [share or (0.0, 0.0) for share in matrix]
+
+
+def _split_shares(split: str) -> None:
+    shares = [_number(word) for word in split.split(",")]
+    if len(shares) > len(SPLITS) or any(n is None or not 0 <= n < math.inf for n in shares):
+        raise UserError(f"split={split!r} must be up to three shares, such as 969,30,1.")
+    if not any(shares):
+        raise UserError(f"split={split!r} gives nothing to anyone; one share must be above zero.")
 
 
 def _check_data(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
 from qwen2_ascend.finetuning.settings import F, FinetuneSettings, parse, validate
 from qwen2_ascend.launching import launched
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.loop import TrainingRun
 
 F_co = TypeVar("F_co", bound=FinetuneSettings, covariant=True)
+B = TypeVar("B", bound="Begin")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +57,8 @@ def finetune(settings: FinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    begin = find_begin(settings)
-    start = begin.start
-    validate(start.settings, start.config, int(os.environ.get("WORLD_SIZE", "1")))
-    runtime, say = start_runtime(start.settings, start.config)
+    begin = checked_begin(settings, find_begin, validate)
+    runtime, say = start_runtime(begin.start.settings, begin.start.config)
     prepared = prepare(begin, runtime, say)
     train_and_report(prepared.run, prepared.identity, say, prepared.save)
     export_adapter(prepared, begin)
@@ -86,6 +86,40 @@ class Begin(Generic[F_co]):
     def adapter(self) -> Path | None:
         """The PEFT folder that the adapters' values come from; without it they are new."""
         return self.saved.folder if self.saved else self.start.settings.lora.lora_load
+
+
+def checked_begin(
+    settings: F, find: Callable[[F], B], check: Callable[[F, Qwen2Config, int], None]
+) -> B:
+    """Where a run begins, once all is checked that can be without a process group.
+
+    Args:
+        settings: all flags.
+        find: opens what they name.
+        check: the rules between them, of a model and a number of ranks.
+
+    Raises:
+        UserError: settings, data or checkpoint are not as they have to be; every fault at once.
+    """
+    from qwen2_ascend.data.chat.check import check_chat_data
+
+    faults = Faults()
+    begin = faults.of(lambda: find(settings))
+    if begin is not None:
+        start = begin.start
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        faults.of(lambda: check(start.settings, start.config, world_size))
+    faults.of(
+        lambda: check_chat_data(
+            settings.data,
+            settings.chat,
+            settings.tuning.stage,
+            reads_rows=os.environ.get("RANK", "0") == "0",
+        )
+    )
+    raise_if(faults)
+    assert begin is not None
+    return begin
 
 
 def find_begin(settings: F) -> Begin[F]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.launching import launched
 from qwen2_ascend.training.settings import PretrainSettings, parse, validate
 from qwen2_ascend.training.setup import (
@@ -47,9 +47,8 @@ def pretrain(settings: PretrainSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    start = find_start(settings)
+    start = checked_start(settings)
     settings = start.settings
-    validate(settings, start.config, int(os.environ.get("WORLD_SIZE", "1")))
     runtime, say = start_runtime(settings, start.config)
     train_data, valid_data = pretraining_data(settings, start, runtime.world_size)
     chunks = build_chunks(settings, start, runtime, say)
@@ -58,6 +57,32 @@ def pretrain(settings: PretrainSettings) -> None:
     resume_if_saved(run, start, identity, say)
     train_and_report(run, identity, say)
     runtime.close()
+
+
+def checked_start(settings: PretrainSettings) -> Start[PretrainSettings]:
+    """Where the run begins, once all is checked that can be without a process group.
+
+    Raises:
+        UserError: settings, data or checkpoint are not as they have to be; every fault at once.
+    """
+    from qwen2_ascend.data.pretraining import check_pretraining_data
+
+    data, faults = settings.data, Faults()
+    start = faults.of(lambda: find_start(settings))
+    if start is not None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        faults.of(lambda: validate(start.settings, start.config, world_size))
+    faults.of(
+        lambda: check_pretraining_data(
+            data_path=data.data_path,
+            train_data_path=data.train_data_path,
+            valid_data_path=data.valid_data_path,
+            split=data.split,
+        )
+    )
+    raise_if(faults)
+    assert start is not None
+    return start
 
 
 def pretraining_data(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from qwen2_ascend.data.chat.check import packing_faults, path_faults
 from qwen2_ascend.data.chat.dataset import ChatDataset, EpochDataset, PairDataset
 from qwen2_ascend.data.chat.prepare import Preparation, prepared
 from qwen2_ascend.data.chat.settings import ChatSettings
@@ -84,8 +85,8 @@ def build_chat_datasets(
     Raises:
         UserError: data that is missing, damaged or too little, or settings that contradict.
     """
-    faults = _path_faults(data_path, train_data_path, valid_data_path)
-    faults += _packing_faults(task, pack, variable_seq_lengths)
+    faults = path_faults(data_path, train_data_path, valid_data_path)
+    faults += packing_faults(task, pack, variable_seq_lengths)
     raise_if(faults)
     preparation = Preparation(
         task, tokenizer, chat or ChatSettings(), on_bad_row, data_cache_path, workers
@@ -114,40 +115,6 @@ def build_chat_datasets(
     if train is None:
         raise UserError("there is no training data: give --data-path or --train-data-path.")
     return ChatDatasets(train, valid, tuple(making.notes))
-
-
-def _path_faults(
-    data_path: Sequence[str], train_data_path: Sequence[str], valid_data_path: Sequence[str]
-) -> list[str]:
-    if bool(data_path) == bool(train_data_path or valid_data_path):
-        return [
-            "give --data-path (divided by --split), or --train-data-path and --valid-data-path; "
-            f"{'both were' if data_path else 'none was'} given."
-        ]
-    words = [*data_path, *train_data_path, *valid_data_path]
-    return [
-        f"--data-path {word}: chats are not blended by weights; give files and prefixes only, "
-        "each as often as it is to count."
-        for word in words
-        if _is_number(word)
-    ]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return not Path(word).exists()
-
-
-def _packing_faults(task: str, pack: bool, variable_seq_lengths: bool) -> list[str]:
-    faults = []
-    if pack and variable_seq_lengths:
-        faults.append("--pack fills samples up to --seq-length; leave --variable-seq-lengths out.")
-    if pack and task == "dpo":
-        faults.append("--pack is for chats; preference pairs take --variable-seq-lengths.")
-    return faults
 
 
 def _shares(split: str) -> tuple[tuple[float, float], ...]:

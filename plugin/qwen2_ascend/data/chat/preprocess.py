@@ -9,31 +9,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from qwen2_ascend.data.chat.check import find_formats
 from qwen2_ascend.data.chat.encoding import (
     ChatEncoder,
     load_chat_tokenizer,
     output_keys,
-    parse_row,
 )
-from qwen2_ascend.data.chat.formats import RowFormat, detect_format, parse_map_keys, row_format
+from qwen2_ascend.data.chat.formats import RowFormat
 from qwen2_ascend.data.chat.packing import best_fit_decreasing
 from qwen2_ascend.data.chat.rendering import load_template, read_template
-from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows, where
+from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows
 from qwen2_ascend.data.chat.stored import IGNORED
 from qwen2_ascend.data.chat.summary import Summary
 from qwen2_ascend.data.command import PreprocessSettings
-from qwen2_ascend.data.inputs import InputFile, Position, Reading
+from qwen2_ascend.data.inputs import InputFile
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Counts, State, join
 from qwen2_ascend.data.preprocess import num_cores, write_parts
-from qwen2_ascend.errors import raise_if
 
 BYTES_PER_WORKER = 4 * 2**20
 """A worker takes seconds to start, so small files are not worth many."""
@@ -51,7 +49,7 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
     files, reading = find_chat_files(
         settings.input, settings.input_format, settings.max_document_bytes
     )
-    formats = find_formats(files, reading, settings)
+    formats = find_formats(files, reading, settings.task, settings.chat)
     for path, found in formats.items():
         print(f"{path}: {found.describe()}", flush=True)
     if settings.chat.prompt_type:
@@ -99,34 +97,6 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
             )
         output.publish(folder, state)
     summary.print(output, settings, time.monotonic() - started)
-
-
-def find_formats(
-    files: Sequence[InputFile], reading: Reading, settings: PreprocessSettings
-) -> dict[str, RowFormat]:
-    """The format of each file: what --handler-name says, or what its first good row is in.
-
-    Raises:
-        UserError: none of a file's first rows is in a known format.
-    """
-    map_keys = parse_map_keys(settings.chat.map_keys)
-    if settings.chat.format != "auto":
-        found = row_format(settings.chat.format, settings.task, map_keys)
-        return {file.path: found for file in files}
-    formats, faults = {}, []
-    for file in files:
-        reason = f"{file.path}: holds no row"
-        for row, _, _ in islice(read_chat_rows([file], reading, Position()), ROWS_TO_DETECT):
-            try:
-                value = parse_row(row.raw or b"")
-                formats[file.path] = detect_format(value, settings.task, map_keys)
-                break
-            except ValueError as error:
-                reason = reason if "holds no" not in reason else f"{where(row)}: {error}"
-        else:
-            faults.append(f"{reason}.")
-    raise_if(faults)
-    return formats
 
 
 def _useful_workers(files: Sequence[InputFile]) -> int:

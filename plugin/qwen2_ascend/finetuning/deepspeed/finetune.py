@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as megatron_path
 from qwen2_ascend.finetuning.deepspeed.saved import SavedZero, find_saved_zero
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings, parse, validate
-from qwen2_ascend.finetuning.finetune import Begin, chat_data
+from qwen2_ascend.finetuning.finetune import Begin, chat_data, checked_begin
 from qwen2_ascend.launching import launched
 from qwen2_ascend.training.setup import (
     Say,
@@ -47,10 +46,8 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    begin = find_begin(settings)
-    start = begin.start
-    validate(start.settings, start.config, int(os.environ.get("WORLD_SIZE", "1")))
-    runtime, say = start_runtime(start.settings, start.config)
+    begin = checked_begin(settings, find_begin, validate)
+    runtime, say = start_runtime(begin.start.settings, begin.start.config)
     run, identity = prepare(begin, runtime, say)
     train_and_report(run, identity, say, partial(save_checkpoint, run, identity, begin))
     export_adapter(run, begin)

@@ -31,7 +31,9 @@ def gather_state(
             shape = getattr(parameter, "ds_shape", parameter.shape)
             yield kind, name, torch.zeros(shape) if whole is None else whole.cpu()
         if parameter.dtype != torch.float32:
-            yield MAIN, name, safe_get_full_fp32_param(parameter).cpu()
+            main = safe_get_full_fp32_param(parameter)
+            assert main is not None
+            yield MAIN, name, main.cpu()
 
 
 @torch.no_grad()
