@@ -1,0 +1,8 @@
+"""Finds where a run and transformers part: `python launch/align_qwen2.py --help`."""
+
+import sys
+
+if __name__ == "__main__":
+    from qwen2_ascend.alignment.align import main
+
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""From the command line to the verdict: what `launch/align_qwen2.py` runs.
+
+The model runs first, at its layout and on its device, and is recorded; then the other ranks are
+done, and rank 0 holds the record to transformers on the CPU. Imports of torch wait until the
+settings are known to be right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from qwen2_ascend.alignment.settings import AlignSettings, parse, validate
+from qwen2_ascend.cli import EXIT_FAILURE
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.launching import launched, silence_foreign_warnings, voice
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwen2_ascend.alignment.judge import Between, Curve, Judgement
+    from qwen2_ascend.alignment.record import Record
+    from qwen2_ascend.alignment.subject import Plant
+    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.runtime import Runtime
+
+Say = Callable[[str], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `launch/align_qwen2.py`.
+
+    Args:
+        arguments: the flags; sys.argv's without it.
+
+    Returns:
+        0 where both sides agree, 1 where they part; else as `launched` has it.
+    """
+    verdicts = []
+    status = launched(lambda: verdicts.append(align(parse(arguments))))
+    return status or (EXIT_FAILURE if False in verdicts else 0)
+
+
+def align(settings: AlignSettings) -> bool:
+    """Whether the model agrees with transformers; on other ranks than 0 always True.
+
+    Raises:
+        UserError: settings, checkpoint or dumps are not as they have to be.
+    """
+    from qwen2_ascend.checkpoint.source import open_source
+
+    source = open_source(settings.model.load, None, settings.model.config)
+    validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
+
+    silence_foreign_warnings()
+    other = _other_record(settings, source.config)
+    say = voice(int(os.environ.get("RANK", "0")))
+    if settings.output.from_dump is not None:
+        from qwen2_ascend.alignment.record import load_record
+
+        record, curve, tokens = load_record(settings.output.from_dump), None, None
+        raise_if(_mismatches(record, source.config, str(settings.output.from_dump)))
+        if other is not None:
+            raise_if(_token_mismatches(record, other))
+    else:
+        runtime = start(settings, source, say)
+        tokens = make_tokens(settings, source, other)
+        record, curve = run_subject(settings, source, runtime, tokens)
+        runtime.close()
+        if record is None:
+            return True
+        _dump(record, settings, say)
+        if settings.output.dump_only:
+            return True
+        _use_every_core(runtime.world_size)
+    from qwen2_ascend.alignment.report import describe_verdict, print_report, write_files
+
+    judgement = judge(settings, source, record, say, curve=curve, tokens=tokens)
+    between = compare(settings, source, judgement, other, say) if other is not None else None
+    print_report(judgement, between, say)
+    write_files(judgement, between, settings.output.files(), say)
+    say(describe_verdict(judgement, between))
+    return judgement.aligned and (between is None or between.other.aligned)
+
+
+def start(settings: AlignSettings, source: Source, say: Say) -> Runtime:
+    """The device and the process groups of the layout.
+
+    Raises:
+        UserError: the device or the number of processes does not do.
+    """
+    from qwen2_ascend import runtime as runtimes
+    from qwen2_ascend.training.setup import megatron_arguments
+
+    training = settings.training()
+    runtime = runtimes.start(
+        None if settings.machine.device == "auto" else settings.machine.device,
+        mindspeed=training.runtime.wants_mindspeed(),
+        timeout_seconds=60 * settings.parallel.distributed_timeout_minutes,
+        deterministic=settings.machine.deterministic,
+        megatron_arguments=megatron_arguments(training),
+    )
+    raise_if(settings.fusion.faults(runtime.name))
+    if settings.precision == "fp64" and runtime.name == "npu":
+        raise UserError("--precision fp64: an NPU's operators have no fp64; use --device cpu.")
+    for note in runtime.notes:
+        say(note)
+    runtimes.initialize_model_parallel(training.layout(), source.config.num_layers)
+    runtime.seed_all(settings.tokens.seed)
+    return runtime
+
+
+def make_tokens(settings: AlignSettings, source: Source, other: Record | None) -> Tensor:
+    """`[steps, n, b, s + 1]`: the recorded step's, and those of --train-iters after it.
+
+    Raises:
+        UserError: the text has no tokens, or tokens that the model does not have.
+    """
+    import torch
+
+    vocabulary = source.config.vocab_size
+    shape = (max(settings.checks.train_iters, 1), *settings.token_shape)
+    text = _text_tokens(settings, source)
+    if text is not None:
+        if len(text) == 0 or int(text.max()) >= vocabulary:
+            raise UserError(
+                f"the text has {len(text)} token(s), the largest of them "
+                f"{int(text.max()) if len(text) else '-'}, for a vocabulary of {vocabulary}; "
+                "give the model's own tokenizer with --tokenizer-name-or-path, and a text."
+            )
+        size = torch.Size(shape).numel()
+        tokens = text.repeat(-(-size // len(text)))[:size].view(shape)
+    else:
+        generator = torch.Generator().manual_seed(settings.tokens.seed)
+        tokens = torch.randint(vocabulary, shape, generator=generator)
+    if other is not None:
+        if other.tokens.shape != tokens.shape[1:]:
+            n, b, s = other.tokens.shape
+            raise UserError(
+                f"{settings.output.compare_with}: holds {n} micro-batch(es) of {b} sequence(s) of "
+                f"{s - 1} tokens; say --seq-length {s - 1} --micro-batch-size {b} "
+                f"--global-batch-size {n * b}."
+            )
+        tokens[0] = other.tokens
+    return tokens
+
+
+def _text_tokens(settings: AlignSettings, source: Source) -> Tensor | None:
+    import torch
+
+    tokens = settings.tokens
+    text = tokens.prompt
+    if tokens.prompt_file is not None:
+        text = tokens.prompt_file.read_text(encoding="utf-8")
+    if text is None:
+        return None
+
+    from qwen2_ascend.inference.tokenizer import Tokenizer
+
+    folder = next(path.parent for path in source.side_files if path.name == "config.json")
+    return torch.tensor(Tokenizer(tokens.tokenizer_name_or_path or folder).encode(text))
+
+
+def run_subject(
+    settings: AlignSettings,
+    source: Source,
+    runtime: Runtime,
+    tokens: Tensor,
+    plant: Plant | None = None,
+) -> tuple[Record | None, Curve | None]:
+    """The record (on rank 0) and, where asked for, the losses of training steps.
+
+    Args:
+        settings: what `validate` has checked.
+        source: the weights.
+        runtime: the started one, with the groups of the layout.
+        tokens: `[steps, n, b, s + 1]`.
+        plant: changes the loaded chunks, as tests do.
+    """
+    from qwen2_ascend.alignment import subject
+
+    record = subject.record(settings, source, runtime, tokens[0], plant)
+    curve = None
+    if settings.checks.train_iters:
+        curve = subject.train(settings, source, runtime, tokens.flatten(0, 2), plant)
+    return record, curve
+
+
+def judge(
+    settings: AlignSettings,
+    source: Source,
+    record: Record,
+    say: Say,
+    *,
+    curve: Curve | None = None,
+    tokens: Tensor | None = None,
+) -> Judgement:
+    """Holds a record to transformers, on this process alone.
+
+    Args:
+        settings: for the factor, the reference's weights and the optimizer.
+        source: the weights.
+        record: of this run or another.
+        say: prints a line.
+        curve: this run's training steps, where there were any.
+        tokens: of these steps, `[steps, n, b, s + 1]`.
+    """
+    from qwen2_ascend.alignment import judge as judging
+    from qwen2_ascend.alignment.record import DTYPES
+    from qwen2_ascend.alignment.reference import compute, load_model, widened
+
+    factor, precision = settings.checks.noise_factor, record.precision
+    wide, (narrow, scale) = judging.wide_dtype(precision), judging.noise_dtype(precision)
+    say(f"subject: {record.origin}")
+    say(f"reference: transformers {_transformers_release()} in {wide}; noise: it in {narrow}")
+    model = load_model(source, settings.model.reference_model, DTYPES[narrow])
+    with_gradients = bool(record.gradients)
+    noisy = compute(model, record.tokens, with_gradients=with_gradients)
+    findings = judging.judge_sublayers(record, model, factor)
+    model = widened(model, DTYPES[wide])
+    exact = compute(model, record.tokens, with_gradients=with_gradients)
+    gradients = judging.judge_gradients(record, exact.gradients, noisy.gradients, factor)
+    steps = []
+    if curve is not None:
+        assert tokens is not None
+        steps = judging.judge_steps(
+            curve, *_reference_curves(settings, source, model, tokens), precision, factor
+        )
+    return judging.Judgement(
+        record=record,
+        wide=wide,
+        noise_factor=factor,
+        findings=tuple(judging.with_totals(findings, record, exact, noisy)),
+        gradients=tuple(gradients),
+        steps=tuple(steps),
+        loss=exact.loss,
+        loss_noise=abs(noisy.loss - exact.loss) * scale,
+        logits=judging.logits_summary(record, exact),
+    )
+
+
+def _reference_curves(
+    settings: AlignSettings, source: Source, model: object, tokens: Tensor
+) -> tuple[Curve, Curve]:
+    """Of `model`, which is wide, and of transformers in this run's dtype."""
+    from qwen2_ascend.alignment.curve import reference_curve
+    from qwen2_ascend.alignment.record import DTYPES
+    from qwen2_ascend.alignment.reference import load_model
+
+    exact = reference_curve(model, model, tokens, settings.checks)
+    del model
+    dtype = DTYPES[settings.precision]
+    narrow = load_model(source, settings.model.reference_model, dtype)
+    # what Megatron's main weights begin with is the rounded weights
+    main = narrow
+    if settings.precision != "fp32":
+        main = load_model(source, settings.model.reference_model, dtype).float()
+    return exact, reference_curve(narrow, main, tokens, settings.checks)
+
+
+def compare(
+    settings: AlignSettings, source: Source, ours: Judgement, other: Record, say: Say
+) -> Between:
+    """An earlier record judged as well, and the differences between the two."""
+    from qwen2_ascend.alignment.judge import compare_records
+
+    say(f"compared with {settings.output.compare_with}")
+    return compare_records(ours.record, judge(settings, source, other, say))
+
+
+def _other_record(settings: AlignSettings, config: Qwen2Config) -> Record | None:
+    folder = settings.output.compare_with
+    if folder is None:
+        return None
+    from qwen2_ascend.alignment.record import load_record
+
+    record = load_record(folder)
+    raise_if(_mismatches(record, config, str(folder)))
+    return record
+
+
+def _mismatches(record: Record, config: Qwen2Config, where: str) -> list[str]:
+    theirs, ours = record.config.to_hugging_face(), config.to_hugging_face()
+    names = [k for k in ours if k != "torch_dtype" and ours[k] != theirs.get(k)]
+    return [f"{where}: {k}={theirs.get(k)}, and the model of --load has {ours[k]}." for k in names]
+
+
+def _token_mismatches(record: Record, other: Record) -> list[str]:
+    import torch
+
+    if torch.equal(record.tokens, other.tokens):
+        return []
+    return ["--from-dump and --compare-with hold runs on different tokens; make one of them anew."]
+
+
+def _dump(record: Record, settings: AlignSettings, say: Say) -> None:
+    from qwen2_ascend.alignment.record import save_record
+
+    if settings.output.dump is not None:
+        save_record(record, settings.output.dump)
+        say(f"dump: {settings.output.dump}")
+
+
+def _use_every_core(world_size: int) -> None:
+    """torchrun gives each of several processes one thread; the others are done by now."""
+    import torch
+
+    if world_size > 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def _transformers_release() -> str:
+    import transformers
+
+    return transformers.__version__

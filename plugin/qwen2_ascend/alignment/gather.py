@@ -1,0 +1,190 @@
+"""From every rank's pieces to whole tensors in transformers' names and shapes, on rank 0.
+
+Activations are joined over the tensor-parallel ranks and cut apart as the mapping table cuts the
+weights that made them; gradients go back through the table itself (`checkpoint/rules.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwen2_ascend.alignment.capture import COLUMNS, GATE_UP, GROUPS, QKV, Taken
+from qwen2_ascend.alignment.sublayers import LOGITS
+from qwen2_ascend.checkpoint.rules import (
+    Piece,
+    Shard,
+    hugging_face_pieces,
+    megatron_pieces,
+    qwen2_rules,
+)
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    from qwen2_ascend.runtime import Runtime
+
+
+def gather_activations(
+    taken: Mapping[str, Taken],
+    config: Qwen2Config,
+    runtime: Runtime,
+    *,
+    sequence_parallel: bool,
+) -> dict[str, torch.Tensor]:
+    """Whole activations `[n * b, s, features]` on rank 0's host; nothing on the others.
+
+    Every rank calls it.
+
+    Args:
+        taken: this rank's pieces, from `capture.joined`.
+        config: the model.
+        runtime: the started one.
+        sequence_parallel: whether the sequence is shared.
+    """
+    from megatron.core import parallel_state
+
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0
+    own: dict[str, torch.Tensor] = {}
+    for name, (tensor, sharing) in taken.items():
+        if sharing in (COLUMNS, QKV, GROUPS, GATE_UP) or sequence_parallel:
+            pieces = _from_tensor_parallel_ranks(tensor)
+        else:
+            pieces = [tensor]
+        if is_first:
+            own.update(_whole(name, pieces, sharing, config))
+    return collect(own, runtime)
+
+
+def _from_tensor_parallel_ranks(tensor: torch.Tensor) -> list[torch.Tensor]:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    pieces = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(pieces, tensor.contiguous(), group=group)
+    return pieces
+
+
+def _whole(
+    name: str, pieces: list[torch.Tensor], sharing: str, config: Qwen2Config
+) -> dict[str, torch.Tensor]:
+    """One or several of the model's tensors, `[b, s, features]`, from all ranks' `[s, b, ...]`."""
+    place = name.rpartition(".")[0]
+    if sharing == QKV:
+        parts = _query_key_value(torch.cat(pieces, dim=-1), config)
+    elif sharing == GATE_UP:
+        halves = zip(*(piece.chunk(2, dim=-1) for piece in pieces), strict=True)
+        parts = dict(zip(("gate", "up"), (torch.cat(x, dim=-1) for x in halves), strict=True))
+    elif sharing == GROUPS:
+        # more ranks than groups: neighbours hold the same one
+        step = max(len(pieces) // config.num_query_groups, 1)
+        parts = {name: torch.cat(pieces[::step], dim=-1)}
+    elif sharing == COLUMNS:
+        parts = {name: torch.cat(pieces, dim=-1)}
+    else:
+        parts = {name: torch.cat(pieces, dim=0)}
+    if name == LOGITS:
+        parts = {name: parts[name][..., : config.vocab_size]}  # without the padding
+    if sharing in (QKV, GATE_UP):
+        parts = {f"{place}.{part}": tensor for part, tensor in parts.items()}
+    return {key: tensor.transpose(0, 1).contiguous() for key, tensor in parts.items()}
+
+
+def _query_key_value(qkv: torch.Tensor, config: Qwen2Config) -> dict[str, torch.Tensor]:
+    """As the table's rule of linear_qkv: a block is a query group, and holds q, k and v."""
+    rule = next(rule for rule in qwen2_rules(config) if rule.megatron.endswith("linear_qkv.bias"))
+    blocks = qkv.unflatten(-1, rule.view[:2])
+    return {
+        kind: blocks[..., slice(*box[1])].flatten(-2)
+        for kind, (_, box) in zip(("query", "key", "value"), rule.parts, strict=True)
+    }
+
+
+def gather_gradients(
+    chunks: Sequence[Any],
+    config: Qwen2Config,
+    layout: ParallelLayout,
+    padded_vocab_size: int,
+    runtime: Runtime,
+) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient under its Hugging Face name on rank 0's host; nothing elsewhere.
+
+    Every rank calls it.
+
+    Args:
+        chunks: this rank's chunks in megatron-core's DistributedDataParallel, after a backward
+            whose gradients are final.
+        config: the model.
+        layout: its cut.
+        padded_vocab_size: rows of the embedding over all ranks.
+        runtime: the started one.
+    """
+    from megatron.core import parallel_state
+
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    own = {
+        f"{tp_rank} {stage} {index} {name}": parameter.main_grad
+        for index, chunk in enumerate(chunks)
+        for name, parameter in chunk.module.named_parameters()
+    }
+    pieces = megatron_pieces(config, layout, padded_vocab_size)
+    views: dict[str, torch.Tensor] = {}
+    rules = {rule.megatron: rule for rule in qwen2_rules(config, padded_vocab_size)}
+
+    def keep(key: str, tensor: torch.Tensor) -> None:
+        *place, name = key.split(" ")
+        piece = pieces[Shard(*map(int, place))][name]
+        if piece.tensor not in views:
+            views[piece.tensor] = torch.zeros(rules[_rule_name(piece)].view, dtype=tensor.dtype)
+        part = views[piece.tensor][tuple(slice(*edge) for edge in piece.box)]
+        part.copy_(tensor.view(part.shape))
+
+    collect(own, runtime, keep)
+    if runtime.rank != 0:
+        return {}
+    return {
+        name: views[piece.tensor][tuple(slice(*edge) for edge in piece.box)].reshape(piece.shape)
+        for name, piece in hugging_face_pieces(config).items()
+    }
+
+
+def _rule_name(piece: Piece) -> str:
+    return ".".join("{}" if word.isdigit() else word for word in piece.tensor.split("."))
+
+
+def collect(
+    own: Mapping[str, torch.Tensor],
+    runtime: Runtime,
+    keep: Callable[[str, torch.Tensor], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Brings every rank's tensors to rank 0's host, one at a time; every rank calls it.
+
+    Args:
+        own: this rank's; names are unique over the ranks.
+        runtime: the started one.
+        keep: called on rank 0 with each; without it they are returned.
+
+    Returns:
+        All of them on rank 0, nothing on the others or with `keep`.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    keep = keep or kept.__setitem__
+    headers: list[Any] = [None] * runtime.world_size
+    shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()]
+    torch.distributed.all_gather_object(headers, shapes)
+    for rank, tensors in enumerate(headers):
+        for name, shape, dtype in tensors:
+            if rank == runtime.rank:
+                tensor = own[name].detach().contiguous()
+                if rank == 0:
+                    keep(name, tensor.cpu())
+                else:
+                    torch.distributed.send(tensor, 0)
+            elif runtime.rank == 0:
+                received = torch.empty(shape, dtype=dtype, device=runtime.device)
+                torch.distributed.recv(received, rank)
+                keep(name, received.cpu())
+    return kept

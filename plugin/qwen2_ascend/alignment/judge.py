@@ -1,0 +1,416 @@
+"""Which sublayer parts first: each one's own error, apart from what it inherited, against noise.
+
+A difference at the end of a model says nothing about where it arose, and a threshold for it is a
+guess. So every sublayer is judged by itself: transformers' same sublayer is given *our* recorded
+input, in a wider dtype. What our output differs from that is the sublayer's own error; nothing of
+it came from before. And the noise is measured beside it: transformers' sublayer in our dtype, on
+the same input, against the same wide result. A sublayer has parted when its own error is more than
+`noise_factor` times that noise, at its worst token or over all of them.
+
+Where every sublayer agrees, the whole model does; where one does not, it is named, and so is
+whether what is seen after it is its doing only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen2_ascend.alignment import statistics
+from qwen2_ascend.alignment.record import DTYPES, Record
+from qwen2_ascend.alignment.reference import Computed, copy_of, layer_sublayers, tables
+from qwen2_ascend.alignment.sublayers import (
+    EMBEDDING,
+    FINAL_NORM,
+    LOGITS,
+    Sublayer,
+    describe,
+    split_name,
+    sublayers,
+)
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+
+PROVEN = 1e-10
+"""In fp64 nothing may differ by more, relative to its own size, at the end of the whole model."""
+
+
+class Error(NamedTuple):
+    """How far a tensor is from another, relative to it, token by token."""
+
+    mean: float
+    """Over the tokens, of the length of the difference over the length of the reference."""
+    worst: float
+    """Of the token where it is largest; infinite where something is not a finite number."""
+
+    def scaled(self, factor: float) -> Error:
+        return Error(self.mean * factor, self.worst * factor)
+
+    def above(self, noise: Error, floor: float) -> float:
+        """How many times the noise this is; `floor` is the least that counts as noise."""
+        return max(
+            self.mean / max(noise.mean, floor),
+            self.worst / max(noise.worst, floor),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One sublayer."""
+
+    name: str
+    own: Error
+    """Of the output, from our own input."""
+    noise: Error
+    """The same of transformers in our dtype."""
+    total: Error | None = None
+    """Of the output of the whole model up to here, inherited errors included."""
+    total_noise: Error | None = None
+    ratio: float
+    """Own error over noise."""
+    parted: bool
+
+    @property
+    def place(self) -> str:
+        return describe(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientFinding:
+    """One parameter's gradient, everything before it included."""
+
+    name: str
+    error: float
+    """Length of the difference over the length of the reference."""
+    noise: float
+    ratio: float
+    parted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFinding:
+    """One training step."""
+
+    step: int
+    loss: float
+    reference: float
+    """In the wider dtype."""
+    noise: float
+    """Largest |transformers in our dtype - reference| of the steps so far."""
+    grad_norm: float
+    reference_grad_norm: float
+    parted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What is found of one record."""
+
+    record: Record
+    wide: str
+    """The dtype of what it was held to."""
+    noise_factor: float
+    findings: tuple[Finding, ...]
+    gradients: tuple[GradientFinding, ...] = ()
+    steps: tuple[StepFinding, ...] = ()
+    loss: float
+    """The reference's."""
+    loss_noise: float
+    logits: Mapping[str, float] = field(default_factory=dict)
+    """Of the whole models: KL divergence, agreement of the likeliest token, largest difference."""
+
+    @property
+    def first(self) -> Finding | None:
+        """The first sublayer that parts, in the order of computation."""
+        return next((finding for finding in self.findings if finding.parted), None)
+
+    @property
+    def parted(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.parted)
+
+    @property
+    def first_gradient(self) -> GradientFinding | None:
+        """The first gradient that parts on the way back: parameters are in the model's order."""
+        return next((x for x in reversed(self.gradients) if x.parted), None)
+
+    @property
+    def first_step(self) -> StepFinding | None:
+        return next((step for step in self.steps if step.parted), None)
+
+    @property
+    def unproven(self) -> float | None:
+        """fp64: the largest total error, where it is above PROVEN."""
+        if self.record.precision != "fp64":
+            return None
+        worst = max(finding.total.worst for finding in self.findings if finding.total)
+        return worst if not worst <= PROVEN else None
+
+    @property
+    def aligned(self) -> bool:
+        found = (self.first, self.first_gradient, self.first_step, self.unproven)
+        return all(x is None for x in found)
+
+
+def wide_dtype(precision: str) -> str:
+    """What a run of `precision` is held to."""
+    return "fp64" if precision in ("fp64", "fp32") else "fp32"
+
+
+def noise_dtype(precision: str) -> tuple[str, float]:
+    """What noise is measured in, and what it is multiplied by.
+
+    Nothing here is wider than fp64: its noise is fp32's, by the ratio of their roundings.
+    """
+    if precision != "fp64":
+        return precision, 1.0
+    eps = [torch.finfo(DTYPES[name]).eps for name in ("fp64", "fp32")]
+    return "fp32", eps[0] / eps[1]
+
+
+def token_error(ours: Tensor, reference: Tensor) -> Error:
+    """Relative difference by tokens of `[b, s, features]`, computed in fp64."""
+    means, worst, count = 0.0, 0.0, 0
+    for a, b in zip(ours, reference, strict=True):
+        a, b = a.double(), b.double()
+        distance, length = (a - b).norm(dim=-1), b.norm(dim=-1)
+        relative = torch.where(distance == 0, 0.0, distance / length)
+        relative = torch.where(torch.isfinite(relative), relative, torch.inf)
+        means += relative.sum().item()
+        worst = max(worst, relative.max().item())
+        count += relative.numel()
+    return Error(means / count, worst)
+
+
+def judge_sublayers(record: Record, model: Any, noise_factor: float) -> list[Finding]:
+    """Every sublayer by itself, in the order of computation.
+
+    Args:
+        record: what is judged.
+        model: transformers' model in `noise_dtype` of the record's precision; it stays as it is.
+        noise_factor: see the module.
+    """
+    found = []
+    with torch.no_grad():
+        for layer, group in _by_layer(sublayers(record.config.num_layers)):
+            wide, narrow = _functions(record, model, layer)
+            for sublayer in group:
+                found.append(_judge(record, sublayer, wide, narrow, noise_factor))
+    return found
+
+
+def _by_layer(
+    everything: Sequence[Sublayer],
+) -> Iterator[tuple[int | None, list[Sublayer]]]:
+    """What is outside the layers comes one by one."""
+    group: list[Sublayer] = []
+    current: int | None = None
+    for sublayer in everything:
+        layer, _ = split_name(sublayer.name)
+        if group and (layer != current or layer is None):
+            yield current, group
+            group = []
+        group.append(sublayer)
+        current = layer
+    yield current, group
+
+
+class _Functions(NamedTuple):
+    """A part of the reference in one dtype."""
+
+    dtype: torch.dtype
+    compute: Mapping[str, Sequence[Callable[..., Tensor]]]
+    """By the sublayer's name in its layer: one function, or several that are as good."""
+
+
+def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Functions, _Functions]:
+    """The reference of one layer, or of what is outside the layers: wide, and in our dtype."""
+    precision = record.precision
+    wide = DTYPES[wide_dtype(precision)]
+    narrow = DTYPES[noise_dtype(precision)[0]]
+    if layer is None:
+        return _Functions(wide, _outer(model, record, wide)), _Functions(
+            narrow, _outer(model, record, None)
+        )
+    rotary = model.model.rotary_emb
+    hidden = torch.zeros(1, record.tokens.shape[-1] - 1, 1)
+    decoder = model.model.layers[layer]
+    wide_tables = tables(copy_of(rotary, wide), hidden.to(wide))
+    own_tables = tables(rotary, hidden.to(narrow))
+    exact = layer_sublayers(copy_of(decoder, wide), wide_tables)
+    own = {name: [compute] for name, compute in layer_sublayers(decoder, own_tables).items()}
+    # transformers' two attentions round differently, and both are right
+    own["core_attention"] += [layer_sublayers(decoder, own_tables, "eager")["core_attention"]]
+    return _Functions(wide, {k: [v] for k, v in exact.items()}), _Functions(narrow, own)
+
+
+def _outer(
+    model: Any, record: Record, wide: torch.dtype | None
+) -> Mapping[str, Sequence[Callable[..., Tensor]]]:
+    inputs = record.tokens[..., :-1].flatten(0, 1)
+
+    def part(module: Any) -> Callable[..., Tensor]:
+        # copied when it is called: the vocabulary's matrices are large
+        return lambda x: (module if wide is None else copy_of(module, wide))(x)
+
+    return {
+        EMBEDDING: [lambda: part(model.model.embed_tokens)(inputs)],
+        FINAL_NORM: [part(model.model.norm)],
+        LOGITS: [part(model.lm_head)],
+    }
+
+
+def _judge(
+    record: Record, sublayer: Sublayer, wide: _Functions, narrow: _Functions, factor: float
+) -> Finding:
+    inputs = [record.activations[name] for name in sublayer.parents]
+    _, short = split_name(sublayer.name)
+    exact = wide.compute[short][0](*(x.to(wide.dtype) for x in inputs))
+    own = token_error(record.activations[sublayer.name], exact)
+    noises = [
+        token_error(compute(*(x.to(narrow.dtype) for x in inputs)), exact)
+        for compute in narrow.compute[short]
+    ]
+    noise = Error(max(x.mean for x in noises), max(x.worst for x in noises))
+    noise = noise.scaled(noise_dtype(record.precision)[1])
+    ratio = own.above(noise, _floor(record.precision))
+    return Finding(
+        name=sublayer.name, own=own, noise=noise, ratio=ratio, parted=not ratio <= factor
+    )
+
+
+def _floor(precision: str) -> float:
+    """The relative error that one rounding of each element makes, about."""
+    return torch.finfo(DTYPES[precision]).eps / 4
+
+
+def with_totals(
+    findings: Sequence[Finding], record: Record, exact: Computed, narrow: Computed
+) -> list[Finding]:
+    """The findings with the errors of the whole models up to each sublayer."""
+    scale = noise_dtype(record.precision)[1]
+    found = []
+    for finding in findings:
+        reference = exact.activations[finding.name]
+        total = token_error(record.activations[finding.name], reference)
+        noise = token_error(narrow.activations[finding.name], reference).scaled(scale)
+        found.append(replace(finding, total=total, total_noise=noise))
+    return found
+
+
+def judge_gradients(
+    record: Record, exact: Mapping[str, Tensor], narrow: Mapping[str, Tensor], factor: float
+) -> list[GradientFinding]:
+    """Every parameter's gradient, in the order of the model."""
+    scale = noise_dtype(record.precision)[1]
+    found = []
+    for name, gradient in record.gradients.items():
+        error = _relative(gradient, exact[name])
+        noise = _relative(narrow[name], exact[name]) * scale
+        ratio = error / max(noise, _floor(record.precision))
+        found.append(
+            GradientFinding(
+                name=name, error=error, noise=noise, ratio=ratio, parted=not ratio <= factor
+            )
+        )
+    return found
+
+
+def _relative(ours: Tensor, reference: Tensor) -> float:
+    a, b = ours.double(), reference.double()
+    distance = (a - b).norm().item()
+    if distance == 0:
+        return 0.0
+    relative = distance / max(b.norm().item(), 1e-300)
+    return relative if math.isfinite(relative) else math.inf
+
+
+Curve = Sequence[tuple[float, float]]
+
+
+def judge_steps(
+    ours: Curve, exact: Curve, narrow: Curve, precision: str, factor: float
+) -> list[StepFinding]:
+    """Losses and gradient norms, step by step; noise does not shrink again once it is there."""
+    found, noise = [], 0.0
+    eps = torch.finfo(DTYPES[noise_dtype(precision)[0]]).eps
+    for step, (mine, wide, other) in enumerate(zip(ours, exact, narrow, strict=True)):
+        noise = max(noise, abs(other[0] - wide[0]), _loss_floor(wide[0], precision, eps))
+        found.append(
+            StepFinding(
+                step=step + 1,
+                loss=mine[0],
+                reference=wide[0],
+                noise=noise,
+                grad_norm=mine[1],
+                reference_grad_norm=wide[1],
+                parted=not abs(mine[0] - wide[0]) <= factor * noise,
+            )
+        )
+    return found
+
+
+def _loss_floor(loss: float, precision: str, eps: float) -> float:
+    """The least that counts as noise: two roundings of an fp32 loss; of logits in fewer digits,
+    a tenth of one."""
+    if precision in ("fp32", "fp64"):
+        return 2 * eps * abs(loss)
+    return 0.1 * eps * abs(loss)
+
+
+def logits_summary(record: Record, exact: Computed) -> dict[str, float]:
+    """What the whole models' logits say of the next token."""
+    ours, theirs = (to_numpy(x) for x in (record.activations[LOGITS], exact.activations[LOGITS]))
+    found, agreement = (
+        statistics.difference(ours, theirs),
+        statistics.logits_agreement(ours, theirs),
+    )
+    return {
+        "max_abs": found.max_abs,
+        "relative_to_largest": found.relative_to_largest,
+        "relative_l2": found.relative_l2,
+        "cosine_min": found.cosine_min,
+        "kl_mean": agreement.kl_mean,
+        "kl_max": agreement.kl_max,
+        "top1": agreement.top1,
+        "top5": agreement.top5,
+    }
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The same memory; numpy knows bf16 by ml_dtypes."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(NUMPY_DTYPES["bf16"])
+    return tensor.numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between:
+    """Two records, sublayer by sublayer and gradient by gradient."""
+
+    other: Judgement
+    activations: Mapping[str, Error]
+    """Of ours, relative to the other's."""
+    gradients: Mapping[str, float]
+
+
+def compare_records(ours: Record, other: Judgement) -> Between:
+    """What two runs of the same weights and tokens differ by, whatever made it."""
+    theirs = other.record
+    return Between(
+        other=other,
+        activations={
+            name: token_error(tensor, theirs.activations[name])
+            for name, tensor in ours.activations.items()
+        },
+        gradients={
+            name: _relative(gradient, theirs.gradients[name])
+            for name, gradient in ours.gradients.items()
+            if name in theirs.gradients
+        },
+    )

@@ -1,0 +1,261 @@
+"""The heat map of layers and sublayers, and the loss curve, as PNG; needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from qwen2_ascend.alignment.judge import Finding, Judgement
+from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, full_name
+
+OUTER = (EMBEDDING, FINAL_NORM, LOGITS)
+DARK = "#222222"
+FAULT = "#c1121f"
+
+
+def heat_map_png(judgement: Judgement) -> bytes:
+    """Two maps side by side: each sublayer's own error over the noise, and the whole model's error.
+
+    Rows are layers, columns sublayers; what is outside the layers stands below.
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    num_layers = judgement.record.config.num_layers
+    height = max(5.2, 3.4 + 0.24 * num_layers)
+    figure = Figure(figsize=(15, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.12)  # type: ignore[union-attr]
+    rows = figure.subplots(
+        2, 2, height_ratios=(max(num_layers, 3), 0.9 + 0.02 * num_layers), squeeze=False
+    )
+    by_name = {finding.name: finding for finding in judgement.findings}
+    ratios = _Map(by_name, _log_ratio, *_ratio_colours(judgement), "own error / noise")
+    totals = _Map(by_name, _log_total, "viridis", _total_range(judgement), "error, relative")
+    for column, (values, title) in enumerate(
+        (
+            (ratios, "Own error of each sublayer, in units of the noise"),
+            (totals, "Error of the whole model up to there"),
+        )
+    ):
+        image = _layers(rows[0][column], values, num_layers, title)
+        _outside(rows[1][column], values)
+        bar = figure.colorbar(image, ax=rows[:, column], fraction=0.03, pad=0.01)
+        _label(bar, values, judgement.noise_factor if column == 0 else None)
+    first = judgement.first
+    for axes in rows[:, 0]:
+        _mark(axes, judgement, first)
+    figure.suptitle(
+        _title(judgement),
+        fontsize=14,
+        fontweight="bold",
+        color=DARK if judgement.aligned else FAULT,
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png")
+    return buffer.getvalue()
+
+
+class _Map:
+    """What a colour is made of."""
+
+    def __init__(
+        self, by_name: dict[str, Finding], value: Any, colours: Any, limits: Any, label: str
+    ) -> None:
+        self._by_name, self._value = by_name, value
+        self.colours, self.norm, self.label = colours, limits, label
+
+    def of(self, name: str) -> float:
+        return self._value(self._by_name[name])
+
+
+def _log_ratio(finding: Finding) -> float:
+    return math.log10(min(max(finding.ratio, 1e-2), 1e12))
+
+
+def _log_total(finding: Finding) -> float:
+    error = finding.total.mean if finding.total is not None else 0.0
+    return math.log10(min(max(error, 1e-18), 1e3))
+
+
+def _ratio_colours(judgement: Judgement) -> tuple[str, Any]:
+    """Blue below the limit, white at it, red above; a fault is red however large others are."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    limit = math.log10(judgement.noise_factor)
+    top = max(max(map(_log_ratio, judgement.findings)), limit + 0.5)
+    return "RdBu_r", TwoSlopeNorm(vcenter=limit, vmin=-1.0, vmax=min(top, limit + 4))
+
+
+def _total_range(judgement: Judgement) -> Any:
+    from matplotlib.colors import Normalize
+
+    found = [_log_total(finding) for finding in judgement.findings]
+    found = [value for value in found if value > -18] or [-18.0]
+    low, high = math.floor(min(found)), math.ceil(max(found))
+    return Normalize(low, max(high, low + 1))
+
+
+def _layers(axes: Any, values: _Map, num_layers: int, title: str) -> Any:
+    grid = [[values.of(full_name(n, x.name)) for x in LAYER] for n in range(num_layers)]
+    image = axes.imshow(grid, aspect="auto", cmap=values.colours, norm=values.norm)
+    axes.set_title(title, fontsize=11, color=DARK)
+    axes.set_xticks(range(len(LAYER)), [x.label for x in LAYER], rotation=40, ha="right")
+    step = max(1, num_layers // 32)
+    axes.set_yticks(range(0, num_layers, step))
+    axes.set_ylabel("layer")
+    _tidy(axes, len(LAYER), num_layers)
+    return image
+
+
+def _outside(axes: Any, values: _Map) -> None:
+    axes.imshow(
+        [[values.of(name) for name in OUTER]], aspect="auto", cmap=values.colours, norm=values.norm
+    )
+    axes.set_xticks(range(len(OUTER)), ["embedding", "final norm", "logits"])
+    axes.set_yticks([])
+    _tidy(axes, len(OUTER), 1)
+
+
+def _tidy(axes: Any, columns: int, rows: int) -> None:
+    """White lines between the cells."""
+    axes.tick_params(length=0, labelsize=9, colors=DARK)
+    axes.set_xticks([x - 0.5 for x in range(1, columns)], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, rows)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="minor", length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _label(bar: Any, values: _Map, limit: float | None) -> None:
+    low, high = math.ceil(values.norm.vmin), math.floor(values.norm.vmax)
+    step = max(1, (high - low) // 8)
+    ticks = list(range(low, high + 1, step))
+    names = [f"$10^{{{tick}}}$" if tick not in (0, 1) else str(10**tick) for tick in ticks]
+    if limit is not None:
+        at = math.log10(limit)
+        kept = [i for i, tick in enumerate(ticks) if abs(tick - at) > 0.25]
+        ticks, names = [ticks[i] for i in kept] + [at], [names[i] for i in kept]
+        names.append(f"{limit:g} (limit)")
+    bar.set_ticks(ticks, labels=names)
+    bar.set_label(values.label, fontsize=9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9)
+
+
+def _mark(axes: Any, judgement: Judgement, first: Finding | None) -> None:
+    """A cross in every cell that parts, a frame around the first."""
+    from matplotlib.patches import Rectangle
+
+    names = _positions(judgement)
+    is_outside = len(axes.get_yticks()) == 0
+    for finding in judgement.parted:
+        outside, row, column = names[finding.name]
+        if outside != is_outside:
+            continue
+        axes.text(
+            column,
+            row,
+            "x",
+            ha="center",
+            va="center",
+            color="white",
+            fontsize=11,
+            fontweight="bold",
+        )
+        if finding is first:
+            axes.add_patch(
+                Rectangle(
+                    (column - 0.5, row - 0.5),
+                    1,
+                    1,
+                    fill=False,
+                    edgecolor="black",
+                    linewidth=2.5,
+                    zorder=5,
+                    clip_on=False,
+                )
+            )
+            axes.annotate(
+                "first",
+                (column, row - 0.5),
+                (0, 10),
+                textcoords="offset points",
+                ha="center",
+                fontsize=10,
+                fontweight="bold",
+                color=DARK,
+                bbox={"boxstyle": "round,pad=0.2", "fc": "white", "ec": DARK},
+            )
+
+
+def _positions(judgement: Judgement) -> dict[str, tuple[bool, int, int]]:
+    """(outside the layers, row, column) of every sublayer."""
+    found = {name: (True, 0, column) for column, name in enumerate(OUTER)}
+    for layer in range(judgement.record.config.num_layers):
+        for column, sublayer in enumerate(LAYER):
+            found[full_name(layer, sublayer.name)] = (False, layer, column)
+    return found
+
+
+def _title(judgement: Judgement) -> str:
+    layout = judgement.record.origin.split(";")[0]
+    first = judgement.first
+    if first is not None:
+        return f"Parted first at {first.place}   ({layout})"
+    return f"{'Aligned' if judgement.aligned else 'Parted'}   ({layout})"
+
+
+def curve_png(judgement: Judgement) -> bytes:
+    """Both losses above, their difference against noise below."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    steps = judgement.steps
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    numbers = [step.step for step in steps]
+    above.plot(
+        numbers,
+        [x.reference for x in steps],
+        color="tab:gray",
+        linewidth=4,
+        alpha=0.5,
+        label="transformers + AdamW",
+    )
+    above.plot(numbers, [x.loss for x in steps], color="tab:blue", linewidth=1.3, label="this run")
+    above.set_ylabel("loss (nats per token)")
+    above.legend(frameon=False)
+    below.plot(
+        numbers,
+        _visible([abs(x.loss - x.reference) for x in steps]),
+        color="tab:blue",
+        label="difference",
+        marker="o",
+        markersize=3,
+    )
+    below.plot(
+        numbers,
+        _visible([judgement.noise_factor * x.noise for x in steps]),
+        color=FAULT,
+        linestyle="--",
+        label=f"{judgement.noise_factor:g} x noise",
+    )
+    below.set_yscale("log")
+    below.set_ylabel("difference")
+    below.set_xlabel("step")
+    below.legend(frameon=False)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    return buffer.getvalue()
+
+
+def _visible(values: Sequence[float]) -> list[float]:
+    """No zero on a logarithmic axis."""
+    return [max(value, 1e-12) for value in values]

@@ -1,0 +1,271 @@
+"""transformers' Qwen2, whole and sublayer by sublayer, in any dtype: what the model is held to.
+
+transformers computes RMSNorm and the rotary tables in fp32 whatever its dtype is. `widened` lifts
+that, so that fp64 means fp64. Everything runs on the CPU. Activations are `[b, s, features]`.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, full_name
+from qwen2_ascend.checkpoint.source import Source
+
+Compute = Callable[..., Tensor]
+"""A sublayer: from its parents' outputs to its own."""
+
+LAYER_MODULES = {
+    # what is recorded: (module, index of a positional argument or None for the output)
+    "input_layernorm": ("input_layernorm", None),
+    "query": ("self_attn.q_proj", None),
+    "key": ("self_attn.k_proj", None),
+    "value": ("self_attn.v_proj", None),
+    "core_attention": ("self_attn.o_proj", 0),
+    "linear_proj": ("self_attn.o_proj", None),
+    "attention_residual": ("post_attention_layernorm", 0),
+    "pre_mlp_layernorm": ("post_attention_layernorm", None),
+    "gate": ("mlp.gate_proj", None),
+    "up": ("mlp.up_proj", None),
+    "swiglu": ("mlp.down_proj", 0),
+    "linear_fc2": ("mlp.down_proj", None),
+    "input": ("input_layernorm", 0),
+    "output": ("", None),
+}
+"""Where a layer's sublayers are seen in transformers' own forward; the rotated query and key are
+computed from the query and key there, by transformers' functions."""
+
+
+class Computed(NamedTuple):
+    """What one dtype's transformers makes of the tokens."""
+
+    activations: dict[str, Tensor]
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
+    """transformers' Qwen2ForCausalLM with weights of `dtype`, on the CPU, for training.
+
+    Args:
+        source: the checkpoint. A Hugging Face folder is loaded by transformers itself, shards by
+            this project's table.
+        folder: a Hugging Face folder to take instead.
+        dtype: of the weights; wider ones in the file are rounded to it.
+    """
+    from transformers import AutoConfig, Qwen2ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if folder is None and source.kind == "hf":
+        folder = source.folder
+    if folder is not None:
+        config = AutoConfig.from_pretrained(folder)
+        model = Qwen2ForCausalLM.from_pretrained(
+            folder, config=config, attn_implementation="sdpa", **_loading_dtype(torch.float32)
+        )
+        return model.to(dtype).train()
+
+    from qwen2_ascend.finetuning.deepspeed.weights import load_weights
+
+    path = next(path for path in source.side_files if path.name == "config.json")
+    config = AutoConfig.from_pretrained(path.parent)
+    config._attn_implementation = "sdpa"
+    model = Qwen2ForCausalLM(config).float()
+    load_weights(model, source, lambda *_, **__: nullcontext(), reads=True)
+    return model.to(dtype).train()
+
+
+def _loading_dtype(dtype: torch.dtype) -> dict[str, Any]:
+    """transformers' keyword; without it, fp32 files may be rounded to what config.json says."""
+    import transformers
+
+    release = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+    return {"dtype" if release >= (4, 56) else "torch_dtype": dtype}
+
+
+def widened(module: Any, dtype: torch.dtype) -> Any:
+    """The same in a wider dtype throughout, in place: fp64 goes through no fp32."""
+    module = module.to(dtype)
+    for part in module.modules():
+        name = type(part).__name__
+        if name == "Qwen2RMSNorm":
+            part.forward = types.MethodType(_rms_norm, part)
+        elif name == "Qwen2RotaryEmbedding":
+            part.forward = types.MethodType(_rotary_tables(dtype), part)
+    return module
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    variance = x.square().mean(-1, keepdim=True)
+    return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon))
+
+
+def _rotary_tables(dtype: torch.dtype) -> Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """RoPE's formula in `dtype`; of YaRN transformers' own frequencies, which are fp32."""
+
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        frequencies = self.inv_freq.to(dtype)
+        if self.rope_type == "default":
+            count = len(frequencies)
+            exponents = torch.arange(count, dtype=dtype) / count
+            frequencies = 1.0 / (_rope_base(self.config) ** exponents)
+        angles = position_ids[..., None].to(dtype) * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+    return forward
+
+
+def _rope_base(config: Any) -> float:
+    """transformers 5 keeps it in `rope_parameters`."""
+    rope = getattr(config, "rope_parameters", None)
+    return rope["rope_theta"] if rope else config.rope_theta
+
+
+def compute(model: Any, tokens: Tensor, *, with_gradients: bool) -> Computed:
+    """Runs the model as it is and records every sublayer.
+
+    Args:
+        model: from `load_model`, perhaps widened.
+        tokens: `[n, b, s + 1]`.
+        with_gradients: also of the mean loss over all tokens.
+    """
+    total = 0.0
+    with _recording(model) as seen, torch.set_grad_enabled(with_gradients):
+        for batch in tokens:
+            inputs, labels = batch[:, :-1], batch[:, 1:]
+            logits = model(inputs, use_cache=False).logits
+            seen[LOGITS].append(logits.detach())
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = cross_entropy(wide.flatten(0, 1), labels.flatten()) / len(tokens)
+            total += loss.item()
+            if with_gradients:
+                loss.backward()
+    activations = {name: torch.cat(parts) for name, parts in seen.items()}
+    _add_rotated(model, activations)
+    gradients = {}
+    if with_gradients:
+        for name, parameter in model.named_parameters():
+            gradients[name], parameter.grad = parameter.grad, None
+    return Computed(activations, total, gradients)
+
+
+@contextmanager
+def _recording(model: Any) -> Iterator[dict[str, list[Tensor]]]:
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    handles = [
+        _attach(model.model.embed_tokens, None, seen[EMBEDDING]),
+        _attach(model.model.norm, None, seen[FINAL_NORM]),
+    ]
+    for number, layer in enumerate(model.model.layers):
+        for name, (path, argument) in LAYER_MODULES.items():
+            module = layer.get_submodule(path)
+            handles.append(_attach(module, argument, seen[full_name(number, name)]))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attach(module: Any, argument: int | None, into: list[Tensor]) -> Any:
+    def on_output(_module: Any, _arguments: Any, output: Any) -> None:
+        into.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+    def on_input(_module: Any, arguments: Any) -> None:
+        into.append(arguments[argument].detach().clone())
+
+    if argument is None:
+        return module.register_forward_hook(on_output)
+    return module.register_forward_pre_hook(on_input)
+
+
+def _add_rotated(model: Any, activations: dict[str, Tensor]) -> None:
+    for number, layer in enumerate(model.model.layers):
+        computes = layer_sublayers(layer, tables(model.model.rotary_emb, activations[EMBEDDING]))
+        for name in ("query", "key"):
+            x = activations[full_name(number, name)]
+            with torch.no_grad():
+                rotated = computes[f"{name}_rotary"](x)
+            activations[full_name(number, f"{name}_rotary")] = rotated
+
+
+def tables(rotary_embedding: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, `[1, s, hn]`, in the dtype of x `[b, s, h]`."""
+    with torch.no_grad():
+        return rotary_embedding(x, torch.arange(x.shape[1]).unsqueeze(0))
+
+
+def layer_sublayers(
+    layer: Any, cos_sin: tuple[Tensor, Tensor], attention: str = "sdpa"
+) -> Mapping[str, Compute]:
+    """Every sublayer of one decoder layer as a function, made of transformers' own modules.
+
+    Args:
+        layer: a Qwen2DecoderLayer.
+        cos_sin: of `tables`.
+        attention: "sdpa" or "eager": which of transformers' attentions.
+    """
+    attn, mlp = layer.self_attn, layer.mlp
+    found = {
+        "input": lambda x: x,
+        "input_layernorm": layer.input_layernorm,
+        "query": attn.q_proj,
+        "key": attn.k_proj,
+        "value": attn.v_proj,
+        "query_rotary": lambda x: _rotated(x, cos_sin),
+        "key_rotary": lambda x: _rotated(x, cos_sin),
+        "core_attention": lambda q, k, v: _attended(attn, q, k, v, attention),
+        "linear_proj": attn.o_proj,
+        "attention_residual": torch.add,
+        "pre_mlp_layernorm": layer.post_attention_layernorm,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "swiglu": lambda gate, up: mlp.act_fn(gate) * up,
+        "linear_fc2": mlp.down_proj,
+        "output": torch.add,
+    }
+    assert list(found) == [sublayer.name for sublayer in LAYER]
+    return found
+
+
+def _rotated(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    heads = _heads(x, cos_sin[0].shape[-1])
+    return apply_rotary_pos_emb(heads, heads, *cos_sin)[0].transpose(1, 2).flatten(2)
+
+
+def _attended(attn: Any, q: Tensor, k: Tensor, v: Tensor, implementation: str) -> Tensor:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
+
+    heads = [_heads(x, attn.head_dim) for x in (q, k, v)]
+    mask, attend = None, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if implementation == "eager":
+        s = q.shape[1]
+        lowest = torch.finfo(q.dtype).min
+        mask = torch.full((s, s), lowest, dtype=q.dtype).triu(1)[None, None]
+        attend = eager_attention_forward
+    context, _ = attend(attn, *heads, mask, dropout=0.0, scaling=attn.scaling)
+    return context.flatten(2)
+
+
+def _heads(x: Tensor, width: int) -> Tensor:
+    """`[b, s, n * hn]` to `[b, n, s, hn]`."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def copy_of(module: Any, dtype: torch.dtype) -> Any:
+    """A widened copy of one module, which leaves the model as it is."""
+    return widened(copy.deepcopy(module), dtype)

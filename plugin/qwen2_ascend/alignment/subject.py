@@ -1,0 +1,226 @@
+"""The run that is judged: this project's model at its layout, on its device, recorded on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qwen2_ascend.alignment.capture import capturing, joined
+from qwen2_ascend.alignment.gather import gather_activations, gather_gradients
+from qwen2_ascend.alignment.record import Record
+from qwen2_ascend.alignment.settings import AlignSettings
+from qwen2_ascend.checkpoint.load import load_checkpoint_weights
+from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.model.build import build_model
+from qwen2_ascend.runtime import Runtime
+
+Say = Callable[[str], None]
+Plant = Callable[[list[Any]], None]
+"""Changes the loaded chunks; tests plant faults so."""
+
+
+def build(
+    settings: AlignSettings, source: Source, runtime: Runtime, plant: Plant | None = None
+) -> list[Any]:
+    """This rank's chunks with their weights, on the device.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    training, config = settings.training(), source.config
+    padded = settings.padded_vocab_size(config)
+    layout = training.layout()
+    chunks = build_model(
+        config,
+        layout,
+        padded_vocab_size=padded,
+        dtype=settings.precision,
+        backend=settings.fusion.backend(runtime.name),
+        plain=settings.fusion.plain,
+        perform_initialization=False,
+        sequence_parallel=_is_sequence_parallel(settings),
+        deterministic_mode=settings.machine.deterministic,
+    )
+    load_checkpoint_weights(
+        chunks,
+        source,
+        layout,
+        padded_vocab_size=padded,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    if plant is not None:
+        plant(chunks)
+    return [chunk.to(runtime.device) for chunk in chunks]
+
+
+def record(
+    settings: AlignSettings,
+    source: Source,
+    runtime: Runtime,
+    tokens: Tensor,
+    plant: Plant | None = None,
+) -> Record | None:
+    """One forward and, unless left out, backward: recorded on rank 0, None elsewhere.
+
+    Args:
+        settings: what `settings.validate` has checked.
+        source: the weights.
+        runtime: the started one, with the groups of the layout.
+        tokens: `[n, b, s + 1]`.
+        plant: see `Plant`.
+    """
+    config = source.config
+    chunks = build(settings, source, runtime, plant)
+    with_gradients = not settings.checks.no_gradients
+    # megatron-core adds up in fp32 what has fewer digits
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=settings.precision != "fp64")
+    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    wrapped[0].config.finalize_model_grads_func = finalize_model_grads if with_gradients else None
+    with capturing(wrapped) as seen:
+        losses = _forward_backward(settings, wrapped, tokens.to(runtime.device), with_gradients)
+    activations = gather_activations(
+        joined(seen), config, runtime, sequence_parallel=_is_sequence_parallel(settings)
+    )
+    gradients = {}
+    if with_gradients:
+        layout, padded = settings.training().layout(), settings.padded_vocab_size(config)
+        gradients = gather_gradients(wrapped, config, layout, padded, runtime)
+    loss = _agreed_loss(losses, runtime)
+    if runtime.rank != 0:
+        return None
+    return Record(
+        config=config,
+        precision=settings.precision,
+        origin=describe(settings, runtime, source),
+        tokens=tokens,
+        activations=activations,
+        loss=loss,
+        gradients=gradients,
+    )
+
+
+def describe(settings: AlignSettings, runtime: Runtime, source: Source) -> str:
+    """One line for logs and records."""
+    parallel = settings.parallel
+    words = [f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size}"]
+    if (per_chunk := parallel.num_layers_per_virtual_pipeline_stage) is not None:
+        words.append(f"{per_chunk} layer(s) per virtual stage")
+    if _is_sequence_parallel(settings):
+        words.append("sequence parallel")
+    words.append(settings.fusion.describe(runtime.name))
+    return f"{settings.precision}, {', '.join(words)}; {runtime.describe()}; {source.folder}"
+
+
+def train(
+    settings: AlignSettings,
+    source: Source,
+    runtime: Runtime,
+    tokens: Tensor,
+    plant: Plant | None = None,
+) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step, the same on every rank: training's own step.
+
+    Args:
+        tokens: `[steps * n * b, s + 1]`.
+    """
+    from qwen2_ascend.training.setup import build_run
+
+    chunks = build(settings, source, runtime, plant)
+    run = build_run(settings.training(), runtime, chunks, train_data=TokenDataset(tokens))
+    batches: Iterator[Any] = run.batches()
+    steps = [run.step(batches) for _ in range(settings.checks.train_iters)]
+    return [(step.loss, step.grad_norm) for step in steps]
+
+
+class TokenDataset:
+    """Given sequences in the shape of pretraining data; each once, in their order.
+
+    Args:
+        tokens: `[samples, s + 1]`.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        text = self._tokens[index]
+        length = len(text) - 1
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(length),
+            "position_ids": torch.arange(length),
+        }
+
+
+def _forward_backward(
+    settings: AlignSettings, chunks: Sequence[Any], tokens: Tensor, with_gradients: bool
+) -> list[float]:
+    """Through megatron-core's schedule; the last stage's mean loss of each micro-batch."""
+    losses: list[float] = []
+
+    def step(iterator: Iterator[int], model: Any) -> tuple[Tensor, Callable]:
+        index = next(iterator)
+        inputs, labels = tokens[index, :, :-1], tokens[index, :, 1:]
+        if settings.precision == "fp64":  # megatron-core's own loss goes through fp32
+            output = model(inputs, None, None)
+        else:
+            output = model(inputs, None, None, labels=labels)
+
+        def objective(found: Tensor) -> tuple[Tensor, dict]:
+            if settings.precision == "fp64":
+                found = _token_losses(found, labels)
+            loss = found.mean()
+            losses.append(loss.item())
+            return loss, {}
+
+        return output, objective
+
+    _, b, s = tokens.shape
+    with torch.set_grad_enabled(with_gradients):
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(range(len(tokens))) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(tokens),
+            seq_length=s - 1,
+            micro_batch_size=b,
+            forward_only=not with_gradients,
+        )
+    return losses
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """`[b * s]` of this rank's columns of the logits, in their own dtype."""
+    whole = gather_from_tensor_model_parallel_region(logits)
+    return cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none")
+
+
+def _agreed_loss(losses: list[float], runtime: Runtime) -> float:
+    everyones: list[Any] = [None] * runtime.world_size
+    torch.distributed.all_gather_object(everyones, losses)
+    found = next(losses for losses in everyones if losses)
+    return sum(found) / len(found)
+
+
+def _is_sequence_parallel(settings: AlignSettings) -> bool:
+    parallel = settings.parallel
+    return parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
