@@ -17,6 +17,7 @@ from qwen2_ascend.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.runtime import Runtime
+    from qwen2_ascend.telemetry.energy import Energy
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
@@ -118,6 +119,7 @@ def start_runtime(settings: TrainingSettings, config: Qwen2Config) -> tuple[Runt
         UserError: the device or the number of processes does not do.
     """
     from qwen2_ascend import runtime as runtimes
+    from qwen2_ascend.telemetry.training_energy import require_power_source
 
     silence_foreign_warnings()
     runtime = runtimes.start(
@@ -125,10 +127,12 @@ def start_runtime(settings: TrainingSettings, config: Qwen2Config) -> tuple[Runt
         mindspeed=settings.runtime.wants_mindspeed(),
         timeout_seconds=60 * settings.parallel.distributed_timeout_minutes,
         deterministic=settings.runtime.deterministic,
-        megatron_arguments=_megatron_arguments(settings),
+        megatron_arguments=megatron_arguments(settings),
     )
     say = voice(runtime.rank)
     raise_if(settings.fusion.faults(runtime.name))
+    if settings.report.wants_energy():
+        require_power_source(runtime)
     say(_headline(settings, runtime, config))
     say(settings.fusion.describe(runtime.name))
     for note in runtime.notes:
@@ -138,7 +142,7 @@ def start_runtime(settings: TrainingSettings, config: Qwen2Config) -> tuple[Runt
     return runtime, say
 
 
-def _megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
+def megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
     """What MindSpeed is told of the run."""
     parallel, precision = settings.parallel, settings.precision
     return {
@@ -313,6 +317,7 @@ def train_and_report(
         say: prints a line.
         save: writes a checkpoint, on every rank; by default one of all weights.
     """
+    from qwen2_ascend.telemetry.instruments import Instruments
     from qwen2_ascend.training.checkpointing import save_checkpoint
     from qwen2_ascend.training.loop import train
     from qwen2_ascend.training.signals import StopSignal
@@ -320,6 +325,7 @@ def train_and_report(
     settings = run.settings
     save = save or partial(save_checkpoint, run, identity, settings.checkpoint)
     reporter = _reporter(run, identity.config, identity.padded_vocab_size)
+    instruments = Instruments(run, reporter.tokens_per_step, say)
 
     def save_and_say() -> None:
         reporter.flush()
@@ -329,12 +335,16 @@ def train_and_report(
         try:
             reason = train(
                 run,
-                on_step=lambda result, seconds: reporter.step(_step(run, result, seconds)),
+                on_step=lambda result, seconds: reporter.step(
+                    _step(run, result, seconds, instruments.step(seconds))
+                ),
                 on_validation=lambda loss: reporter.validation(run.progress.iteration, loss),
                 save=save_and_say if settings.checkpoint.save else None,
                 stop_wanted=lambda: signal.received,
             )
+            instruments.finish()
         finally:
+            instruments.close()
             reporter.close()
     if reason:
         say(f"stopped after iteration {run.progress.iteration}: {reason}")
@@ -362,7 +372,7 @@ def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> 
     )
 
 
-def _step(run: TrainingRun, result: Any, seconds: float) -> Any:
+def _step(run: TrainingRun, result: Any, seconds: float, energy: Energy | None) -> Any:
     from qwen2_ascend.training.logging import Step
 
     return Step(
@@ -377,4 +387,5 @@ def _step(run: TrainingRun, result: Any, seconds: float) -> Any:
         loss_scale=run.loss_scale(),
         peak_memory_bytes=None if run.runtime.simulated else result.peak_memory_bytes,
         metrics=result.metrics,
+        energy=energy,
     )
