@@ -61,7 +61,7 @@ def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str])
         ("convrt", "no command 'convrt'; did you mean convert?"),
         ("docter", "no command 'docter'; did you mean doctor?"),
         ("--verson", "no option '--verson'; did you mean --version?"),
-        ("xyzzy", "no command 'xyzzy'; commands are convert, preprocess, doctor, benchmark."),
+        ("xyzzy", f"no command 'xyzzy'; commands are {', '.join(cli.COMMANDS)}."),
     ],
 )
 def test_unknown_commands_are_answered_with_a_suggestion(word, message, capsys) -> None:

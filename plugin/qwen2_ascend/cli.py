@@ -43,9 +43,17 @@ COMMANDS = {
         "qwen2_ascend.data.command",
         "turn text or chats into Megatron's .bin/.idx",
     ),
+    "compare": Command(
+        "qwen2_ascend.alignment.compare_command",
+        "compare dumped arrays of two runs: figures, a verdict, a picture",
+    ),
     "doctor": Command(
         "qwen2_ascend.doctor",
         "show what is installed, which devices there are, and what is wrong with them",
+    ),
+    "plan": Command(
+        "qwen2_ascend.planning.command",
+        "say which layouts of a training run fit into memory, and which may be fastest",
     ),
     "benchmark": Command(
         "qwen2_ascend.benchmark.command",

@@ -85,7 +85,10 @@ class Difference:
     cosine_min: float
     cosine_mean: float
     num_beyond: int
-    """Elements with |ours - theirs| > atol + rtol * |theirs|."""
+    """Elements with |ours - theirs| > atol + rtol * |theirs|, as `difference` was asked."""
+    tolerance_used: float
+    """Largest |ours - theirs| / (atol + rtol * |theirs|): 1 is the most that is within; infinite
+    where something differs and nothing may."""
     worst: tuple[int, ...]
     """Where max_abs is (empty for an array without elements or axes)."""
     worst_ours: float
@@ -166,7 +169,7 @@ def difference(
     *,
     dtype: np.dtype | None = None,
     rtol: float = 0.0,
-    atol: float = 0.0,
+    atol: float | None = 0.0,
 ) -> Difference:
     """Compares two arrays of one shape.
 
@@ -175,13 +178,14 @@ def difference(
         theirs: the reference.
         dtype: at which ULPs are counted; the coarser of the two without it.
         rtol: with `atol`, what `num_beyond` counts: numpy.allclose's rule.
-        atol: absolute.
+        atol: absolute; None for rtol times the largest |theirs| of the element's row.
     """
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape, f"shapes {ours.shape} and {theirs.shape} differ"
     dtype = coarser(ours.dtype, theirs.dtype) if dtype is None else np.dtype(dtype)
     a, b = _rows(ours), _rows(theirs)
-    sums = _DifferenceSums(a.shape[0], rtol, atol)
+    scale = rtol * _row_largest(b) if atol is None else np.full(a.shape[0], atol, np.float64)
+    sums = _DifferenceSums(rtol, scale)
     for block in _blocks(a.shape):
         sums.add(block, a[block], b[block], dtype)
     return sums.result(ours, theirs, dtype)
@@ -277,8 +281,8 @@ class _Moments:
 class _DifferenceSums:
     """What `difference` gathers from block to block."""
 
-    def __init__(self, num_rows: int, rtol: float, atol: float) -> None:
-        self.rtol, self.atol = rtol, atol
+    def __init__(self, rtol: float, row_atol: np.ndarray) -> None:
+        self.rtol, self.row_atol = rtol, row_atol
         self.moments = _Moments()
         self.num_nonfinite = [0, 0]
         """Unequal and equal."""
@@ -286,10 +290,13 @@ class _DifferenceSums:
         self.largest = self.max_relative = 0.0
         self.within = [0, 0]
         self.num_equal = self.num_beyond = 0
+        self.used = 0.0
         self.ulp_max, self.ulp_sum = 0, 0.0
         self.worst = (-1.0, 0, 0)
         """|difference|, row, column."""
-        self.dot, self.ours_squares, self.theirs_squares, self.row_max_abs = np.zeros((4, num_rows))
+        self.dot, self.ours_squares, self.theirs_squares, self.row_max_abs = np.zeros(
+            (4, row_atol.size)
+        )
 
     def add(
         self, place: tuple[slice, slice], a: np.ndarray, b: np.ndarray, dtype: np.dtype
@@ -340,7 +347,12 @@ class _DifferenceSums:
 
         hidden = 0 if finite is None else _count(~finite)  # they count as equal zeros below
         infinite = _count(distance[is_zero]) + hidden if is_zero.any() else 0
-        self.num_beyond += _count(distance > self.atol + self.rtol * reference)
+        bound = self.rtol * reference + self.row_atol[place[0], None]
+        with np.errstate(divide="ignore"):
+            used = distance / bound
+        self.num_beyond += _count(used > 1)
+        # fmax: nothing of nothing is NaN, and within
+        self.used = max(self.used, float(np.fmax.reduce(used, axis=None, initial=0.0)))
         self.num_equal += distance.size - _count(distance) - hidden
         for i, share in enumerate((1e-3, 5e-3)):
             self.within[i] += _count(relative <= share) - infinite
@@ -383,12 +395,23 @@ class _DifferenceSums:
             cosine_min=float(cosines.min()) if cosines.size else 1.0,
             cosine_mean=float(cosines.mean()) if cosines.size else 1.0,
             num_beyond=self.num_beyond,
+            tolerance_used=self.used,
             worst=where,
             worst_ours=worst[0],
             worst_theirs=worst[1],
             cosines=cosines,
             row_max_abs=self.row_max_abs,
         )
+
+
+def _row_largest(rows: np.ndarray) -> np.ndarray:
+    """Largest finite magnitude of each row, fp64."""
+    largest = np.zeros(rows.shape[0])
+    for block in _blocks(rows.shape):
+        sizes = np.abs(rows[block].astype(np.float64))
+        sizes[~np.isfinite(sizes)] = 0.0
+        largest[block[0]] = np.maximum(largest[block[0]], sizes.max(axis=1))
+    return largest
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -406,6 +429,27 @@ def _cosines(dot: np.ndarray, a_squares: np.ndarray, b_squares: np.ndarray) -> n
     cosines = np.divide(dot, lengths, out=np.zeros_like(dot), where=lengths != 0)
     cosines[(a_squares == 0) & (b_squares == 0)] = 1.0
     return np.clip(cosines, -1.0, 1.0)
+
+
+def difference_histogram(
+    ours: np.ndarray, theirs: np.ndarray, num_bins: int = 101
+) -> tuple[np.ndarray, np.ndarray]:
+    """How ours - theirs is distributed, over the elements that are finite on both sides.
+
+    Returns:
+        Counts `[num_bins]` and edges `[num_bins + 1]`, symmetric about zero so that one bin is
+        around it (if `num_bins` is odd).
+    """
+    a, b = _rows(ours), _rows(theirs)
+    found = difference(ours, theirs)
+    reach = found.max_abs or 1.0
+    edges = np.linspace(-reach, reach, num_bins + 1)
+    counts = np.zeros(num_bins, np.int64)
+    for block in _blocks(a.shape):
+        with np.errstate(invalid="ignore"):
+            values = a[block].astype(np.float64) - b[block].astype(np.float64)
+        counts += np.histogram(values[np.isfinite(values)], edges)[0]
+    return counts, edges
 
 
 # -- ULPs

@@ -1,0 +1,174 @@
+"""`qwen2-ascend compare` and tools/compare_outputs.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from qwen2_ascend.errors import raise_if
+
+if TYPE_CHECKING:
+    from qwen2_ascend.alignment.compare import Report, Rules
+    from qwen2_ascend.alignment.dumps import Dump
+
+EXIT_DIFFERENT = 1
+PROGRESS_BYTES = 1 << 29
+"""Dumps from this size on show how far the comparison is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare dumped arrays of two runs: figures, a verdict, JSON and a picture.
+
+    A dump is a .npy, .npz, .pt or .safetensors file, or a folder of them. Arrays are matched by
+    name. Exit status: 0 when all agree, 1 when something does not, 2 when nothing was compared
+    because of a mistake in what was asked.
+    """
+
+    ours: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OURS")]
+    """The dump that is judged."""
+    theirs: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="THEIRS")]
+    """The reference."""
+    rtol: float | None = None
+    """An element may differ by atol + rtol * |theirs|. Without it by dtype: fp64 1e-10, fp32 1e-5,
+    fp16 0.03, bf16 0.2, which is a few times the noise of a whole model; integers must be equal."""
+    atol: float | None = None
+    """Without it rtol times the largest of the element's row. Rows that differ by at most a given
+    --atol are not asked for their cosine: it is the level below which everything is noise."""
+    min_cosine: float | None = None
+    """Least cosine similarity of a row; without it by dtype: fp64 1 - 1e-12, fp32 1 - 1e-10, fp16
+    0.9995, bf16 0.98."""
+    max_kl: float | None = None
+    """Largest mean KL divergence of logits, in nats; without it by dtype: fp64 1e-12, fp32 1e-10,
+    fp16 1e-4, bf16 5e-3."""
+    min_top1: float | None = None
+    """Least share of logits' rows that agree on the likeliest token; not judged without it."""
+    names: tuple[str, ...] = ()
+    """Compare only names that fit one of these patterns, as 'decoder.layers.*'."""
+    logits: tuple[str, ...] = ("*logits*",)
+    """Names that are logits, whatever their case."""
+    any_dtype: bool = False
+    """Let dtypes differ; the coarser one's tolerances hold, as they do without this flag."""
+    common_only: bool = False
+    """Leave out names that only one side has."""
+    equal_nonfinite: bool = False
+    """Accept the same infinity, or NaN, at the same places of both sides (masked logits)."""
+    details: bool = False
+    """Print all figures of every array."""
+    json: Path | None = None
+    """Write the report for machines; - for standard output, where the text then is not."""
+    png: Path | None = None
+    """Draw the differences; needs matplotlib."""
+    png_name: str | None = None
+    """The array to draw in detail; without it the worst one."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv`, compares, reports; exits with 1 when something does not agree."""
+    options = tyro.cli(CompareOptions, args=argv)
+    raise_if(_faults(options))
+    # imported once the flags are right: --help answers sooner
+    from qwen2_ascend.alignment.dumps import open_dumps
+
+    ours, theirs = open_dumps(options.ours, options.theirs)
+    rules = _rules(options)
+    report = _compare(ours, theirs, rules)
+    if options.json is not None:
+        _write_json(report, options.json)
+    _print(report, options)
+    if options.png is not None:
+        from qwen2_ascend.alignment.compare_picture import draw
+
+        draw(report, ours, theirs, rules, options.png, options.png_name)
+    sys.stdout.flush()
+    if not report.passed:
+        raise SystemExit(EXIT_DIFFERENT)
+
+
+def _faults(options: CompareOptions) -> Iterator[str]:
+    for flag, value, high in [
+        ("--rtol", options.rtol, float("inf")),
+        ("--atol", options.atol, float("inf")),
+        ("--max-kl", options.max_kl, float("inf")),
+        ("--min-top1", options.min_top1, 1.0),
+    ]:
+        if value is not None and not 0 <= value <= high:
+            bound = "at least 0" if high > 1 else "between 0 and 1"
+            yield f"{flag} {value} must be {bound}."
+    if options.min_cosine is not None and not -1 <= options.min_cosine <= 1:
+        yield f"--min-cosine {options.min_cosine} must be between -1 and 1."
+    if options.png_name is not None and options.png is None:
+        yield "--png-name chooses what --png draws; say where to: --png FILE."
+    if options.png is not None and find_spec("matplotlib") is None:
+        yield "--png needs matplotlib; pip install 'qwen2-ascend[report]'."
+    yield from _unwritable("--json", None if _is_stdout(options.json) else options.json)
+    yield from _unwritable("--png", options.png)
+
+
+def _unwritable(flag: str, path: Path | None) -> Iterator[str]:
+    """Found out before hours of comparing."""
+    if path is None:
+        return
+    if path.is_dir():
+        yield f"{flag} {path}: is a folder; name a file."
+    elif not path.absolute().parent.is_dir():
+        yield f"{flag} {path}: there is no folder {path.absolute().parent}; make it first."
+    elif not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        yield f"{flag} {path}: cannot be written; check its permissions."
+
+
+def _rules(options: CompareOptions) -> Rules:
+    from qwen2_ascend.alignment.compare import Rules
+
+    return Rules(
+        rtol=options.rtol,
+        atol=options.atol,
+        min_cosine=options.min_cosine,
+        max_kl=options.max_kl,
+        min_top1=options.min_top1,
+        names=options.names,
+        logits=options.logits,
+        any_dtype=options.any_dtype,
+        common_only=options.common_only,
+        equal_nonfinite=options.equal_nonfinite,
+    )
+
+
+def _compare(ours: Dump, theirs: Dump, rules: Rules) -> Report:
+    from qwen2_ascend.alignment.compare import compare, match
+    from qwen2_ascend.checkpoint.progress import Progress
+
+    total = sum(pair.num_bytes for pair in match(ours, theirs, rules))
+    if total < PROGRESS_BYTES:
+        return compare(ours, theirs, rules)
+    with Progress("comparing", total) as progress:
+        return compare(ours, theirs, rules, progress)
+
+
+def _write_json(report: Report, path: Path) -> None:
+    text = json.dumps(report.to_json(), indent=2, allow_nan=False)
+    if _is_stdout(path):
+        print(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _print(report: Report, options: CompareOptions) -> None:
+    from qwen2_ascend.alignment.compare_text import report_lines
+
+    out = sys.stderr if _is_stdout(options.json) else sys.stdout
+    width = shutil.get_terminal_size().columns if out.isatty() else None
+    print("\n".join(report_lines(report, details=options.details, width=width)), file=out)
+
+
+def _is_stdout(path: Path | None) -> bool:
+    return path is not None and str(path) == "-"

@@ -1,0 +1,230 @@
+"""A comparison as a picture: all arrays at a glance, and the worst one in detail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen2_ascend.alignment.compare import Comparison, Pair, Report, Rules, match
+from qwen2_ascend.alignment.compare_text import cosine_text, number
+from qwen2_ascend.alignment.dumps import Dump
+from qwen2_ascend.alignment.statistics import difference_histogram
+from qwen2_ascend.errors import UserError, raise_if
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AGREES, DIFFERS, REFERENCE = "#2b6f9e", "#c8452e", "#888888"
+MAX_DOTS = 20_000
+"""Of the scatter: drawn by chance from all elements."""
+MAX_LABELS = 60
+"""Names below the bars; more would not be read."""
+FLOOR = 1e-17
+"""Stands for zero on logarithmic axes."""
+
+
+def matplotlib_faults() -> list[str]:
+    """What keeps `draw` from working."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        return [f"--png needs matplotlib ({error}); pip install 'qwen2-ascend[report]'."]
+    return []
+
+
+def draw(
+    report: Report, ours: Dump, theirs: Dump, rules: Rules, path: Path, name: str | None = None
+) -> None:
+    """Writes the picture of `report`.
+
+    Args:
+        report: of `compare(ours, theirs, rules)`.
+        ours: opened still, for the elements of one array.
+        theirs: the same.
+        rules: the same.
+        path: the PNG.
+        name: the array to show in detail; the worst without it.
+
+    Raises:
+        UserError: no matplotlib; `name` is not among the compared arrays.
+    """
+    raise_if(matplotlib_faults())
+    from matplotlib.figure import Figure
+
+    compared = [c for c in report.comparisons if c.difference is not None]
+    shown = _chosen(compared, name)
+    many = len(report.comparisons) > 1
+    figure = Figure(figsize=(15, 9 if many else 5.2), layout="constrained")
+    grid = figure.add_gridspec(2 if many else 1, 3)
+    if many:
+        _draw_overview(figure.add_subplot(grid[0, :]), report, shown)
+    if shown is None:
+        figure.text(0.5, 0.25, "nothing could be compared", ha="center", color=DIFFERS)
+    else:
+        pair = next(pair for pair in match(ours, theirs, rules) if pair.name == shown.name)
+        _draw_details([figure.add_subplot(grid[-1, i]) for i in range(3)], shown, pair)
+    _title(figure, report)
+    try:
+        figure.savefig(path, dpi=130, format="png")
+    except OSError as error:
+        raise UserError(f"--png {path}: cannot be written: {error.strerror or error}.") from None
+
+
+def _chosen(compared: list[Comparison], name: str | None) -> Comparison | None:
+    if name is not None:
+        found = next((c for c in compared if c.name == name), None)
+        if found is None:
+            examples = ", ".join(repr(c.name) for c in compared[:5])
+            raise UserError(
+                f"--png-name {name!r} is not an array that was compared; there are for example "
+                f"{examples}."
+            )
+        return found
+    return max(compared, key=_badness, default=None)
+
+
+def _badness(comparison: Comparison) -> tuple[bool, float]:
+    assert comparison.difference is not None
+    return not comparison.passed, comparison.difference.tolerance_used
+
+
+def _title(figure: Figure, report: Report) -> None:
+    failed = len(report.failed)
+    verdict = f"{failed} of {len(report.comparisons)} arrays fail" if failed else "all agree"
+    figure.suptitle(
+        f"ours {report.ours}   against   theirs {report.theirs}:   {verdict}",
+        color=DIFFERS if failed else AGREES,
+        fontsize=11,
+    )
+
+
+# -- all arrays
+
+
+def _draw_overview(axes: Axes, report: Report, shown: Comparison | None) -> None:
+    """One bar per array: how much of its tolerance the worst element takes."""
+    comparisons = report.comparisons
+    heights = [c.difference.tolerance_used if c.difference else np.nan for c in comparisons]
+    finite = [h for h in heights if np.isfinite(h) and h > 0]
+    low, high = min([*finite, 0.1]) / 3, max([*finite, 1.0]) * 3
+    colors = [AGREES if c.passed else DIFFERS for c in comparisons]
+    bars = [high if h == np.inf else max(h, low) for h in heights]
+    places = np.arange(len(bars))
+    axes.bar(places, [b - low for b in bars], bottom=low, color=colors, width=0.8)
+    for place, height in zip(places, heights, strict=True):
+        if np.isnan(height):
+            axes.annotate(
+                "not compared", (float(place), low), rotation=90, color=DIFFERS, fontsize=7
+            )
+    axes.axhline(1.0, color=REFERENCE, linestyle="--", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.set_xlim(-0.6, len(bars) - 0.4)
+    step = -(-len(bars) // MAX_LABELS)
+    labels = [_tail(c.name, 34) for c in comparisons][::step]
+    axes.set_xticks(places[::step], labels, rotation=60, ha="right", rotation_mode="anchor")
+    axes.tick_params(axis="x", labelsize=7)
+    for label, comparison in zip(axes.get_xticklabels(), comparisons[::step], strict=True):
+        if shown is not None and comparison.name == shown.name:
+            label.set_fontweight("bold")
+    axes.set_ylabel("worst element / its tolerance")
+    axes.set_title("all arrays: above the line an element is beyond its tolerance; red fails")
+
+
+def _tail(name: str, length: int) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+# -- one array
+
+
+def _draw_details(axes: list[Axes], comparison: Comparison, pair: Pair) -> None:
+    arrays = pair.load()
+    assert arrays is not None
+    _draw_histogram(axes[0], comparison, *arrays)
+    _draw_cosines(axes[1], comparison)
+    _draw_scatter(axes[2], comparison, *arrays)
+
+
+def _draw_histogram(
+    axes: Axes, comparison: Comparison, ours: np.ndarray, theirs: np.ndarray
+) -> None:
+    found = comparison.difference
+    assert found is not None
+    counts, edges = difference_histogram(ours, theirs)
+    axes.stairs(counts, edges, fill=True, color=_color(comparison))
+    if counts.any():
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.7)
+    axes.axvline(0, color=REFERENCE, linewidth=0.8)
+    axes.set_xlabel("ours - theirs")
+    axes.set_ylabel("elements")
+    axes.set_title(f"{_tail(comparison.name, 44)}: difference")
+    _note(
+        axes,
+        f"MaxAbsErr {number(found.max_abs)}\nmean {number(found.mean)}\nstd {number(found.std)}\n"
+        f"equal {found.share_equal:.1%}",
+    )
+
+
+def _draw_cosines(axes: Axes, comparison: Comparison) -> None:
+    found, limits = comparison.difference, comparison.tolerances
+    assert found is not None and limits is not None
+    away = np.maximum(1 - found.cosines, FLOOR)
+    style: dict[str, Any] = {"color": _color(comparison), "markersize": 3}
+    axes.plot(np.arange(away.size), away, "." if away.size > 1 else "o", **style)
+    axes.set_yscale("log")
+    if limits.min_cosine > -1 and limits.min_cosine < 1:
+        axes.axhline(1 - limits.min_cosine, color=REFERENCE, linestyle="--", linewidth=1)
+        axes.annotate(
+            "tolerance", (0.99, 1 - limits.min_cosine), xycoords=("axes fraction", "data"),
+            ha="right", va="bottom", fontsize=8, color=REFERENCE,
+        )  # fmt: skip
+    axes.set_xlabel("row (position)")
+    axes.set_ylabel("1 - cosine")
+    axes.set_title("cosine by position")
+    _note(axes, f"min {cosine_text(found.cosine_min)}\nmean {cosine_text(found.cosine_mean)}")
+
+
+def _draw_scatter(axes: Axes, comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> None:
+    found = comparison.difference
+    assert found is not None
+    x, y = _sample(theirs), _sample(ours)
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    axes.scatter(x, y, s=4, alpha=0.35, linewidths=0, color=_color(comparison), rasterized=True)
+    if x.size:
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
+        axes.plot([low, high], [low, high], color=REFERENCE, linewidth=0.8, zorder=0)
+    if found.max_abs:
+        axes.plot([found.worst_theirs], [found.worst_ours], "x", color="black")
+        axes.annotate(
+            f" worst {list(found.worst)}", (found.worst_theirs, found.worst_ours), fontsize=8
+        )
+    axes.set_xlabel("theirs")
+    axes.set_ylabel("ours")
+    drawn = f"{x.size:,} of {ours.size:,} elements" if x.size < ours.size else "all elements"
+    axes.set_title(f"element by element ({drawn})")
+
+
+def _sample(array: np.ndarray) -> np.ndarray:
+    """The same elements of every array of one shape, fp64."""
+    if array.size <= MAX_DOTS:
+        return np.asarray(array).reshape(-1).astype(np.float64)
+    random = np.random.default_rng(0)
+    places = tuple(random.integers(0, n, MAX_DOTS) for n in array.shape)
+    return array[places].astype(np.float64)
+
+
+def _color(comparison: Comparison) -> str:
+    return AGREES if comparison.passed else DIFFERS
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(
+        0.97, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+    )  # fmt: skip

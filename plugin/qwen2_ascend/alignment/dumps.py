@@ -1,0 +1,347 @@
+"""Dumped arrays by name: `.npy`, `.npz`, `.pt`, `.safetensors`, or folders of them.
+
+Opening reads names, shapes and dtypes; the data is mapped when it is asked for (of an `.npz` read).
+Nothing is unpickled: numpy with allow_pickle=False, torch with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+
+from qwen2_ascend.alignment.statistics import dtype_name, is_comparable
+from qwen2_ascend.checkpoint.formats.safetensors import read_header
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.errors import UserError, raise_if
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_DEPTH = 64
+"""Of containers inside a .pt."""
+
+
+class Stored(NamedTuple):
+    """One array in a file."""
+
+    path: Path
+    inner: str
+    """Its name in the file; empty for the one array of an .npy, or a .pt of one tensor."""
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], np.ndarray] | None
+    """None for a dtype that is not compared."""
+
+    @property
+    def num_bytes(self) -> int:
+        """About; dtypes that no checkpoint has count as one byte."""
+        known = NUMPY_DTYPES.get(self.dtype)
+        return math.prod(self.shape) * (known.itemsize if known else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dump:
+    """The arrays of a file, or of a folder's files."""
+
+    path: Path
+    arrays: tuple[Stored, ...]
+    num_files: int
+
+    def by_full_name(self) -> dict[str, Stored]:
+        """By the file's place in the folder, without its suffix, and the name in the file."""
+        return {self._full_name(stored): stored for stored in self.arrays}
+
+    def by_short_name(self) -> dict[str, Stored] | None:
+        """By the name in the file alone where it has one; None when two are then the same."""
+        names = [stored.inner or self._file_name(stored) for stored in self.arrays]
+        if max(Counter(names).values(), default=0) > 1:
+            return None
+        return dict(zip(names, self.arrays, strict=True))
+
+    def _full_name(self, stored: Stored) -> str:
+        if self.path.is_dir():
+            return "/".join(filter(None, (self._file_name(stored), stored.inner)))
+        return stored.inner or self._file_name(stored)
+
+    def _file_name(self, stored: Stored) -> str:
+        if stored.path == self.path:
+            return self.path.stem
+        return stored.path.relative_to(self.path).with_suffix("").as_posix()
+
+
+def open_dumps(*paths: str | Path) -> list[Dump]:
+    """As `open_dump` for each, with the faults of all at once."""
+    dumps, faults = [], []
+    for path in paths:
+        try:
+            dumps.append(open_dump(path))
+        except UserError as error:
+            faults += error.faults
+    raise_if(faults)
+    return dumps
+
+
+def open_dump(path: str | Path) -> Dump:
+    """Opens a file or a folder (all files below it; hidden ones and other suffixes are left out).
+
+    Raises:
+        UserError: nothing to read, damaged files, arrays of Python objects, or two files of one
+            name; every fault at once, naming its file.
+    """
+    path = Path(path)
+    files = _files(path)
+    arrays, faults = [], []
+    for file in files:
+        try:
+            arrays += _READERS[file.suffix.lower()](file)
+        except UserError as error:
+            faults += error.faults
+        except OSError as error:
+            faults.append(f"{file}: cannot be read: {error.strerror or error}.")
+    raise_if(faults)
+    if not arrays:
+        raise UserError(f"{path}: holds no arrays.")
+    dump = Dump(path=path, arrays=tuple(arrays), num_files=len(files))
+    raise_if(_ambiguous(dump))
+    return dump
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
+
+
+def _files(path: Path) -> list[Path]:
+    kinds = ", ".join(_READERS)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder.")
+    if not path.is_dir():
+        if path.suffix.lower() not in _READERS:
+            raise UserError(f"{path}: not a dump; name a file of {kinds}, or a folder of them.")
+        return [path]
+    files = [
+        file
+        for file in sorted(path.rglob("*"), key=lambda file: natural_key(str(file)))
+        if file.suffix.lower() in _READERS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise UserError(f"{path}: holds no dump; files of {kinds} are read.")
+    return files
+
+
+def _ambiguous(dump: Dump) -> Iterator[str]:
+    seen: dict[str, Stored] = {}
+    for stored in dump.arrays:
+        other = seen.setdefault(dump._full_name(stored), stored)
+        if other is not stored:
+            name = dump._full_name(stored)
+            yield f"{other.path} and {stored.path} both hold {name!r}; keep one of them."
+
+
+# -- numpy
+
+
+def _read_npy(path: Path) -> list[Stored]:
+    def load() -> np.ndarray:
+        return _native(npy.open_memmap(path, mode="r"))
+
+    try:
+        with path.open("rb") as file:
+            shape, dtype = _npy_header(file)
+        if not dtype.hasobject:
+            load()  # its length is that of the header
+    except (ValueError, SyntaxError, EOFError) as error:
+        raise UserError(_damaged(path, ".npy file", error)) from None
+    return [_stored(path, "", shape, dtype, load)]
+
+
+def _read_npz(path: Path) -> list[Stored]:
+    def loader(name: str) -> Callable[[], np.ndarray]:
+        def load() -> np.ndarray:
+            try:
+                with np.load(path, allow_pickle=False) as archive:
+                    return _native(archive[name])
+            except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(_damaged(path, f"array {name!r}", error)) from None
+
+        return load
+
+    arrays = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    shape, dtype = _npy_header(file)
+                name = member.removesuffix(".npy")
+                arrays.append(_stored(path, name, shape, dtype, loader(name)))
+    except (
+        *(ValueError, SyntaxError, EOFError, NotImplementedError, RuntimeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(_damaged(path, ".npz file", error)) from None
+    return arrays
+
+
+def _npy_header(file: BinaryIO | Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy.read_magic(file)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _stored(
+    path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, load: Callable[[], np.ndarray]
+) -> Stored:
+    if dtype.hasobject:
+        what = f"array {name!r}" if name else "the array"
+        raise UserError(
+            f"{path}: {what} is of Python objects, which would have to be unpickled; save it "
+            "as numbers."
+        )
+    dtype = _native_dtype(dtype)
+    return Stored(path, name, shape, dtype_name(dtype), load if is_comparable(dtype) else None)
+
+
+def _native_dtype(dtype: np.dtype) -> np.dtype:
+    """Numpy writes bf16, which it does not know, as two bytes of anything."""
+    return NUMPY_DTYPES["bf16"] if dtype == np.dtype("V2") else dtype.newbyteorder("=")
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.dtype("V2"):
+        return array.view(NUMPY_DTYPES["bf16"])
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+# -- safetensors
+
+
+def _read_safetensors(path: Path) -> list[Stored]:
+    def loader(offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
+        def load() -> np.ndarray:
+            if 0 in shape:
+                return np.zeros(shape, dtype)
+            return np.memmap(path, dtype, "r", offset, shape)
+
+        return load
+
+    return [
+        Stored(path, name, t.shape, t.dtype, loader(t.offset, t.shape, NUMPY_DTYPES[t.dtype]))
+        for name, t in sorted(
+            read_header(path).tensors.items(), key=lambda item: natural_key(item[0])
+        )
+    ]
+
+
+# -- torch
+
+
+def _read_pt(path: Path) -> list[Stored]:
+    return [_stored_tensor(path, name, leaf) for name, leaf in _leaves(_load_pt(path))]
+
+
+def _load_pt(path: Path) -> Any:
+    import argparse
+
+    import torch
+
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        # Namespaces are Megatron's arguments beside the weights; they hold no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        raise UserError(_pt_fault(path, error)) from None
+
+
+def _pt_fault(path: Path, error: Exception) -> str:
+    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    if refused:
+        return (
+            f"{path}: asks for {refused[1]}; refused, not executed. Only tensors and plain "
+            "containers are read; save a dict of tensors, or use safetensors."
+        )
+    return _damaged(path, ".pt file", error)
+
+
+def _leaves(obj: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers, by the keys and indices that lead to them with dots between."""
+    import torch
+
+    if isinstance(obj, torch.Tensor | bool | int | float):
+        yield name, obj
+    elif depth < MAX_DEPTH and isinstance(obj, Mapping | list | tuple):
+        items = obj.items() if isinstance(obj, Mapping) else enumerate(obj)
+        for key, value in items:
+            yield from _leaves(value, f"{name}.{key}" if name else str(key), depth + 1)
+
+
+def _stored_tensor(path: Path, name: str, leaf: torch.Tensor | bool | int | float) -> Stored:
+    import torch
+
+    if not isinstance(leaf, torch.Tensor):
+        array = np.asarray(leaf, dtype=object if _is_huge(leaf) else None)
+        known = is_comparable(array.dtype)
+        kind = dtype_name(array.dtype) if known else "a huge integer"
+        return Stored(path, name, (), kind, (lambda: array) if known else None)
+    dtype = _TORCH_DTYPES.get(str(leaf.dtype))
+    shape = tuple(leaf.shape)
+    if dtype is None or leaf.layout != torch.strided or leaf.is_quantized or leaf.is_meta:
+        kind = "" if leaf.layout == torch.strided else f", {leaf.layout}"
+        return Stored(path, name, shape, f"{leaf.dtype}{kind}".replace("torch.", ""), None)
+    plain = leaf.detach()
+    return Stored(path, name, shape, dtype_name(dtype), lambda: _numpy(plain))
+
+
+def _is_huge(number: bool | int | float) -> bool:
+    return isinstance(number, int) and not -(2**63) <= number < 2**63
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(NUMPY_DTYPES["bf16"])
+    return tensor.resolve_neg().numpy()
+
+
+_TORCH_DTYPES = {
+    "torch.bfloat16": NUMPY_DTYPES["bf16"],
+    **{
+        f"torch.{name}": np.dtype(name)
+        for name in (
+            *("float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64"),
+            *("uint8", "uint16", "uint32", "uint64"),
+        )
+    },
+}
+
+
+def _damaged(path: Path, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".") or type(error).__name__
+    return f"{path}: not a readable {what}: {reason}."
+
+
+_READERS: dict[str, Callable[[Path], list[Stored]]] = {
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".pt": _read_pt,
+    ".pth": _read_pt,
+    ".safetensors": _read_safetensors,
+}

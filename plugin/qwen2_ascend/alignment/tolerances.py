@@ -1,0 +1,110 @@
+"""How far apart two arrays of a dtype may be and still count as the same computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qwen2_ascend.alignment.statistics import Difference, LogitsAgreement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerances:
+    """What a verdict asks for."""
+
+    rtol: float
+    """An element may differ by atol + rtol * |theirs|: numpy.allclose's rule."""
+    atol: float | None = None
+    """None: rtol times the largest |theirs| of the element's row. Sums round in proportion to their
+    largest terms, so a small element among large ones is not expected to be precise itself. Not the
+    largest of the array: a few tokens of Qwen2 have hidden states 200 times those of the others."""
+    min_cosine: float = -1.0
+    """Of every row. Rows that differ by at most a given atol are not asked for it."""
+    max_kl: float = 0.0
+    """Of logits: KL divergence in nats, mean over the rows."""
+    min_top1: float = 0.0
+    """Of logits: share of rows that agree on the likeliest token."""
+
+
+DEFAULTS = {
+    "fp64": Tolerances(rtol=1e-10, min_cosine=1 - 1e-12, max_kl=1e-12),
+    "fp32": Tolerances(rtol=1e-5, min_cosine=1 - 1e-10, max_kl=1e-10),
+    "fp16": Tolerances(rtol=3e-2, min_cosine=0.9995, max_kl=1e-4),
+    "bf16": Tolerances(rtol=0.2, min_cosine=0.98, max_kl=5e-3),
+}
+"""By the coarser dtype of a pair; integers must be equal.
+
+A few times the noise of a whole model. Qwen2.5-Coder-0.5B in transformers on a CPU, eager attention
+against SDPA, 64 tokens of code, every hidden state and the logits: the largest difference over the
+largest of its row is 2.6e-6 in fp32, 0.014 in fp16, 0.12 in bf16; the least cosine 1 - 1.2e-12,
+1 - 6.8e-5, 0.994; the KL divergence 1.7e-12, 1.9e-5, 1.4e-3. fp64 only agrees so far where nothing
+inside goes through fp32, which transformers' norms, softmax and rotary tables do. One operator's
+output should do much better than a model's: --rtol is there for it."""
+
+EXACT = Tolerances(rtol=0.0, atol=0.0)
+
+
+class Finding(NamedTuple):
+    """Why a pair does not agree."""
+
+    kind: str
+    """For machines: shape, dtype, nonfinite, missing, tolerance, cosine, kl, top1."""
+    text: str
+
+
+def default_tolerances(dtype: str) -> Tolerances:
+    """Those of `dtype`; equality for integers."""
+    return DEFAULTS.get(dtype, EXACT)
+
+
+def judge(
+    difference: Difference,
+    agreement: LogitsAgreement | None,
+    tolerances: Tolerances,
+) -> Iterator[Finding]:
+    """What exceeds the tolerances.
+
+    Args:
+        difference: made with these tolerances' rtol and atol.
+        agreement: for logits.
+        tolerances: what is asked for.
+    """
+    if difference.num_beyond:
+        yield Finding("tolerance", _beyond(difference, tolerances))
+    judged = difference.cosines
+    if tolerances.atol is not None:
+        judged = judged[difference.row_max_abs > tolerances.atol]
+    if judged.size and not judged.min() >= tolerances.min_cosine:
+        count = int((~(judged >= tolerances.min_cosine)).sum())
+        yield Finding(
+            "cosine",
+            f"cosine below {tolerances.min_cosine:.10g} in {count} of {difference.cosines.size} "
+            f"rows; the least is {judged.min():.10g}",
+        )
+    if agreement is None or agreement.num_rows == agreement.num_skipped:
+        return
+    if not agreement.kl_mean <= tolerances.max_kl:
+        yield Finding(
+            "kl", f"KL divergence {agreement.kl_mean:.3g} is above {tolerances.max_kl:.3g}"
+        )
+    if agreement.top1 < tolerances.min_top1:
+        yield Finding(
+            "top1",
+            f"the likeliest token agrees in {agreement.top1:.2%} of the rows, not "
+            f"{tolerances.min_top1:.2%}",
+        )
+
+
+def _beyond(difference: Difference, tolerances: Tolerances) -> str:
+    many = f"{difference.num_beyond} of {difference.num_elements} elements"
+    where = f"[{', '.join(map(str, difference.worst))}]" if difference.worst else "the scalar"
+    values = f"{difference.worst_ours:.9g} instead of {difference.worst_theirs:.9g}"
+    rtol, atol = tolerances.rtol, tolerances.atol
+    if not atol and not rtol:
+        return f"{many} differ; the most {where}: {values}"
+    row = " and of their row's largest"
+    limit = (
+        f"{rtol:.3g} of |theirs|{row}" if atol is None else f"{atol:.3g} + {rtol:.3g} * |theirs|"
+    )
+    return f"{many} differ by more than {limit}; the most {where}: {values}"
