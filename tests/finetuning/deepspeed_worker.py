@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from finetuning.finetune_worker import (
 
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
-    from qwen2_ascend.training.checkpointing import CheckpointIdentity
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 1e-5
 CHECKS = Checks()
@@ -132,9 +132,9 @@ def a_checkpoint_is_a_hugging_face_folder(run: Run) -> str:
     from transformers import AutoModelForCausalLM
 
     flags = f"{FLAGS} --zero-stage 3 --micro-batch-size 2 --pack --data-path {chats(run)}"
-    training, identity = start(run, f"{flags} --save {run.folder / 'folder'}")
+    training, save = start(run, f"{flags} --save {run.folder / 'folder'}")
     steps_of(training, 2)
-    saved = save(training, identity)
+    saved = save()
     next_loss = steps_of(training, 1)[0][0]
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert model.dtype == torch.float32
@@ -236,6 +236,179 @@ def another_stage_is_refused_and_its_weights_taken(run: Run) -> str:
     return str(steps_of(again, 1)[0])
 
 
+# --- LoRA ----------------------------------------------------------------------------------------
+
+LORA = "--lora-r 3 --lora-alpha 7 --lora-target-modules q_proj v_proj up_proj linear_fc2"
+LORA_CASES = {
+    "stage1-packed": (1, "--zero-stage 1 --micro-batch-size 2 --pack"),
+    "stage3-recompute": (1, f"--zero-stage 3 --micro-batch-size 2 {RECOMPUTE}"),
+    "stage1-offload": (2, f"--zero-stage 1 --micro-batch-size 2 {OFFLOAD}"),
+    "stage2-recompute": (2, f"--zero-stage 2 --micro-batch-size 2 --pack {RECOMPUTE}"),
+    # small weights are not divided otherwise
+    "stage3-divided": (2, "--zero-stage 3 --micro-batch-size 2 --pack {divided}"),
+    "stage3-divided-recompute": (
+        2,
+        f"--zero-stage 3 --micro-batch-size 2 --variable-seq-lengths {RECOMPUTE} {{divided}}",
+    ),
+}
+
+
+def lora_losses_are_those_of_an_independent_loop(flags: str, run: Run) -> str:
+    """Adapters written out in lora_worker.py on transformers' model, and torch's AdamW."""
+    training, _ = start(run, lora_flags(run, flags))
+    batches = taken(training)
+    losses, norms = steps_of(training)
+    expected, expected_norms = reference(hugging_face_folder(run), batches, sft_loss, adapted)
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    assert worst <= LOSS_TOLERANCE, f"losses {losses}, expected {expected}"
+    norm = max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True))
+    assert norm <= NORM_TOLERANCE, f"gradient norms {norms}, expected {expected_norms}"
+    assert max(losses) - min(losses) > 1e-3
+    return f"losses within {worst:.1e}, gradient norms {norm:.1e}"
+
+
+for _name, (_world_size, _flags) in LORA_CASES.items():
+    CHECKS.add(world_size=_world_size, name=f"lora-{_name}")(
+        functools.partial(lora_losses_are_those_of_an_independent_loop, _flags)
+    )
+
+
+@CHECKS.add(world_size=2)
+def lora_runs_go_from_one_path_to_the_other(run: Run) -> str:
+    """Begun on either path or at any stage, gone on with on another: the undisturbed losses."""
+    from finetuning.finetune_worker import start as start_megatron
+
+    zero = lora_flags(run, "--zero-stage 2 --micro-batch-size 2 --pack")
+    zero3 = lora_flags(run, "--zero-stage 3 --micro-batch-size 4 --pack {divided}")
+    tp2 = lora_flags(run, "--micro-batch-size 2 --pack --tensor-model-parallel-size 2")
+    expected, _ = trained(start_megatron(run, tp2).run)
+    folders = {name: run.folder / f"lora-{name}" for name in ("zero", "zero3", "tp2")}
+    for name, flags in (("zero", zero), ("zero3", zero3)):
+        losses, saved = steps_and_save(run, f"{flags} --save {folders[name]}")
+        close(losses, expected[:2])
+        assert sorted(path.name for path in saved.iterdir()) == sorted(LORA_FILES)
+    begun = start_megatron(run, f"{tp2} --save {folders['tp2']}")
+    trained(begun.run, steps=2)
+    begun.save()
+    for before, after in (("zero", zero3), ("zero3", zero), ("tp2", zero), ("tp2", zero3)):
+        again, _ = start(run, after, load=folders[before])
+        assert again.progress.consumed_samples == 16
+        close(steps_of(again, 2)[0], expected[2:])
+    for before in ("zero", "zero3"):
+        again = start_megatron(run, tp2, load=folders[before])
+        close(trained(again.run, steps=2)[0], expected[2:])
+    return str(expected)
+
+
+LORA_FILES = {
+    *("adapter_config.json", "adapter_model.safetensors", "run.json"),
+    *("exp_avg.safetensors", "exp_avg_sq.safetensors", "rng_00000.pt", "rng_00001.pt"),
+}
+
+
+def a_resumed_lora_run_goes_on(flags: str, run: Run) -> str:
+    """Bit by bit, dropout too, where neither stage nor ranks have changed."""
+    flags = lora_flags(run, f"--micro-batch-size 2 --lora-dropout 0.2 --pack {flags}")
+    expected, _ = steps_of(start(run, flags)[0])
+    folder = run.folder / f"lora-again-{run.runtime.world_size}-{'bf16' in flags}"
+    losses, _ = steps_and_save(run, f"{flags} --save {folder}")
+    losses += steps_of(start(run, flags, load=folder)[0], 2)[0]
+    assert losses == expected, (losses, expected)
+    return str(losses)
+
+
+for _name, (_world_size, _flags) in {
+    "stage2": (1, "--zero-stage 2"),
+    "stage2-bf16": (2, "--zero-stage 2 --bf16"),
+    "stage3-bf16": (2, "--zero-stage 3 --bf16 {divided}"),
+}.items():
+    CHECKS.add(world_size=_world_size, name=f"lora-resume-{_name}")(
+        functools.partial(a_resumed_lora_run_goes_on, _flags)
+    )
+
+
+@CHECKS.add(world_size=2)
+def peft_gives_the_loss_of_the_saved_adapter(run: Run) -> str:
+    """What --save-adapter writes at ZeRO-3, in peft, on the next batch; and it starts a new run."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
+
+    flags = lora_flags(run, "--zero-stage 3 --micro-batch-size 2 --pack {divided}")
+    training, _ = start(run, flags)
+    steps_of(training, 2)
+    folder, base = run.folder / "zero-adapter", hugging_face_folder(run)
+    save_adapter(training, lora_config(), base, folder)
+    next_loss = steps_of(training, 1)[0][0]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    with torch.no_grad():
+        loss = sft_loss(model, taken(training)[2]).item()
+    assert abs(loss - next_loss) <= LOSS_TOLERANCE, (loss, next_loss)
+    given = flags.replace(LORA, f"--lora-load {folder}")
+    new, _ = start(run, given)
+    first = steps_of(new, 1)[0][0]
+    with torch.no_grad():
+        close([sft_loss(model, taken(training)[0]).item()], [first])
+    return f"{abs(loss - next_loss):.1e}"
+
+
+@CHECKS.add(world_size=1)
+def a_loss_scale_is_kept_in_terms_of_either_path(run: Run) -> str:
+    """fp16 is not there on a CPU: DeepSpeed's scaler alone, with and without overflow."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import load_scaler_state, scaler_state
+
+    def scaler() -> Any:
+        return DynamicLossScaler(2.0**8, 3, 1.0, 2, False)
+
+    overflows = [True, False, False, False, True, True, False, False, False, False, True, False]
+    undisturbed = scaler()
+    for step, overflow in enumerate(overflows):
+        resumed = scaler()
+        load_scaler_state(resumed, scaler_state(undisturbed))
+        undisturbed.update_scale(overflow)
+        for later in (overflow, *overflows[step + 1 : step + 5]):
+            resumed.update_scale(later)
+        twin = scaler()
+        for earlier in overflows[: step + 5]:
+            twin.update_scale(earlier)
+        assert scaler_state(resumed) == scaler_state(twin), step
+    return str(scaler_state(undisturbed))
+
+
+def lora_flags(run: Run, flags: str) -> str:
+    """`{divided}` stands for a configuration that divides small weights too."""
+    config = run.folder / "divided.json"
+    if run.runtime.rank == 0:
+        config.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    run.runtime.barrier()
+    named = flags.format(divided=f"--deepspeed-config {config}")
+    return f"{FLAGS} {named} {LORA} --data-path {chats(run)}"
+
+
+def adapted(model: Any) -> None:
+    """The reference's model with the adapters that LORA names."""
+    from finetuning.lora_worker import adapt
+
+    model.requires_grad_(False)
+    assert len(adapt(model, lora_config())) == 16
+
+
+def lora_config() -> Any:
+    """What LORA says."""
+    from qwen2_ascend.lora_config import LoraConfig
+
+    return LoraConfig(rank=3, alpha=7, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
+
+
+def close(losses: list[float], expected: list[float]) -> None:
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    assert worst <= LOSS_TOLERANCE, (losses, expected)
+
+
 # --- numbers -------------------------------------------------------------------------------------
 
 
@@ -295,10 +468,10 @@ def fp16_is_refused_where_deepspeed_has_none(run: Run) -> str:
 # --- shared --------------------------------------------------------------------------------------
 
 
-def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, CheckpointIdentity]:
-    """A run as `launch/finetune_qwen2_deepspeed.py` builds it."""
+def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Callable[[], Path]]:
+    """A run as `launch/finetune_qwen2_deepspeed.py` builds it, and what saves its state."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.deepspeed.finetune import find_begin, prepare
+    from qwen2_ascend.finetuning.deepspeed.finetune import find_begin, prepare, save_checkpoint
     from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
 
     settings = parse([*flags.split(), "--load", str(load or hugging_face_folder(run))])
@@ -309,7 +482,8 @@ def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Chec
     forget_groups()
     runtime.initialize_model_parallel(settings.layout(), config.num_layers)
     run.runtime.seed_all(settings.runtime.seed)
-    return prepare(begin, run.runtime, lambda line: None)
+    training, identity = prepare(begin, run.runtime, lambda line: None)
+    return training, functools.partial(save_checkpoint, training, identity, begin)
 
 
 def forget_groups() -> None:
@@ -325,17 +499,11 @@ def steps_of(training: ZeroRun, steps: int = 4) -> tuple[list[float], list[float
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 
-def save(training: ZeroRun, identity: CheckpointIdentity) -> Path:
-    from qwen2_ascend.finetuning.deepspeed.checkpoint import save_zero_checkpoint
-
-    return save_zero_checkpoint(training, identity)
-
-
 def steps_and_save(run: Run, flags: str) -> tuple[list[float], Path]:
     """The losses of two steps, and their checkpoint."""
-    training, identity = start(run, flags)
+    training, save = start(run, flags)
     losses, _ = steps_of(training, 2)
-    return losses, save(training, identity)
+    return losses, save()
 
 
 def weights_of(training: ZeroRun) -> list[bytes]:

@@ -302,15 +302,21 @@ def trained(training: TrainingRun, steps: int = STEPS) -> tuple[list[float], lis
 
 
 def reference(
-    folder: Path, batches: list[list[dict[str, Any]]], loss_of: Any
+    folder: Path, batches: list[list[dict[str, Any]]], loss_of: Any, change: Any = None
 ) -> tuple[list[float], list[float]]:
-    """(losses, gradient norms) of transformers and torch.optim.AdamW alone."""
+    """(losses, gradient norms) of transformers and torch.optim.AdamW alone.
+
+    `change` is done to the model before anything else.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder).float().train()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    if change is not None:
+        change(model)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in tuned if p.dim() > 1]
+    vectors = [p for p in tuned if p.dim() == 1]
     groups = [
         {"params": matrices, "weight_decay": 0.1},
         {"params": vectors, "weight_decay": 0.0},

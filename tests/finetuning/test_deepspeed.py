@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,7 +57,6 @@ def faults_of(flags: str, world_size: int = 1) -> str:
         "--tensor-model-parallel-size 2",
         "--pipeline-model-parallel-size 2",
         "--use-distributed-optimizer",
-        "--lora-r 4",
         "--stage dpo",
         "--ckpt-format torch",
         "--use-fused-rmsnorm",
@@ -195,9 +197,58 @@ def test_a_run_from_the_command_line_to_a_hugging_face_folder(tmp_path: Path) ->
     assert saved.read_bytes() != (model / "model.safetensors").read_bytes()
 
 
-def launched(flags: str) -> str:
+@needs_deepspeed
+@pytest.mark.distributed
+def test_a_lora_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """One process for four steps; two go on from its second one: the same last two losses."""
+    from finetuning.finetune_worker import _write
+
+    model = make_tiny_hugging_face_folder(tmp_path / "model")
+    _write(tmp_path / "chats", "", 8, seed=0)
+    flags = f"--data-path {tmp_path}/chats --seq-length 32 --train-iters 4 --lr 1e-2 --device cpu "
+    flags += "--global-batch-size 4 --lora-r 4 "
+    first = f"{flags} --load {model} --save {tmp_path}/one --save-interval 2"
+    assert "LoRA: rank 4, alpha 32 on q_proj" in launched(first)
+    shutil.copytree(tmp_path / "one" / "iter_0000002", tmp_path / "two" / "iter_0000002")
+    (tmp_path / "two" / "latest_checkpointed_iteration.txt").write_text("2")
+    second = f"{flags} --load {tmp_path}/two --save {tmp_path}/two --zero-stage 3 "
+    second += f"--save-adapter {tmp_path}/adapter --save-hf {tmp_path}/tuned"
+    said = launched(second, num_processes=2)
+    assert "other ranks: the random number generators are seeded anew" in said
+    losses = [losses_of(tmp_path / name)[-2:] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-6), losses
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    last = tmp_path / "two" / "iter_0000004" / "adapter_model.safetensors"
+    assert adapter == last.read_bytes()
+    tuned = (tmp_path / "tuned" / "model.safetensors").read_bytes()
+    assert len(tuned) == len((model / "model.safetensors").read_bytes())
+    assert tuned != (model / "model.safetensors").read_bytes()
+
+
+def losses_of(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@needs_deepspeed
+def test_all_weights_on_another_number_of_ranks_are_refused_with_the_way_out() -> None:
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import _check_cut
+    from qwen2_ascend.finetuning.deepspeed.saved import SavedZero
+
+    run: Any = SimpleNamespace(stage=2, runtime=SimpleNamespace(world_size=2))
+    state = {"zero_stage": 2, "world_size": 4}
+    with pytest.raises(UserError, match=r"stage 2 on 4 rank.* this is stage 2 on 2.*--no-load-opt"):
+        _check_cut(run, SavedZero(folder=Path("out"), state=state))
+    _check_cut(run, SavedZero(folder=Path("out"), state={**state, "world_size": 2}))
+
+
+def launched(flags: str, num_processes: int = 1) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(LAUNCHER), *flags.split()]
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [str(num_processes)]
+    command += [str(LAUNCHER), *flags.split()]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=environment, check=False
     )

@@ -139,6 +139,41 @@ def half_precision_is_as_near_to_the_exact_one_as_the_plain_one(run: Run) -> str
 
 
 @CHECKS.add(world_size=1)
+def its_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(run: Run) -> str:
+    """Bytes of all tensors that exist at once, counted; the weight's gradient is in every way."""
+    import torch
+
+    from model.live_bytes import LiveBytes
+    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
+
+    layout(run)
+    rows, width, tokens = 4096, 16, 256
+    weight = torch.randn(rows, width)
+    logits_bytes, gradient_bytes = 4 * rows * tokens, weight.nbytes
+
+    def peak(num_tokens: int, chunk_size: int | None) -> int:
+        inputs = [torch.randn(num_tokens, 1, width).requires_grad_(), weight.clone()]
+        inputs[1].requires_grad_()
+        labels = torch.randint(rows, (1, num_tokens))
+        with LiveBytes() as live:
+            if chunk_size is None:
+                losses = plain(*inputs, labels, False)
+            else:
+                losses = chunked_cross_entropy(*inputs, labels, chunk_size=chunk_size)
+            losses.sum().backward()
+        return live.peak
+
+    whole, chunked, small = peak(tokens, None), peak(tokens, 32), peak(tokens, 8)
+    assert whole >= logits_bytes, (whole, logits_bytes)
+    # of a chunk two copies at most, of which the plain way has one of all tokens
+    assert chunked - gradient_bytes <= 2 * whole * 32 / tokens, (chunked, whole)
+    assert small < chunked < whole / 3
+    longer = peak(2 * tokens, 32)
+    assert longer - chunked < logits_bytes / 8, (longer, chunked)
+    return f"plain {whole}, chunks of 32 {chunked}, of 8 {small}, of 32 twice as long {longer}"
+
+
+@CHECKS.add(world_size=1)
 def it_is_torchs_cross_entropy(run: Run) -> str:
     """An independent one, in fp32, over the same rows."""
     import torch

@@ -31,11 +31,11 @@ def check_indexed(prefix: str | Path) -> None:
     try:
         with open(paths[0], "rb"):
             found = paths[0].stat().st_size
+        if found == 0:
+            raise UserError(f"{prefix}.bin is empty; preprocess the data again.")
         expected = _described_bytes(paths[1])
     except OSError as error:
         raise UserError(f"{prefix}: .bin or .idx cannot be read: {error.strerror}.") from None
-    if found == 0:
-        raise UserError(f"{prefix}.bin is empty; preprocess the data again.")
     if found != expected:
         raise UserError(
             f"{prefix}.bin has {found} bytes, {prefix}.idx describes {expected}; "

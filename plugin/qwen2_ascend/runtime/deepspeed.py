@@ -40,6 +40,11 @@ def import_deepspeed(runtime: Runtime) -> Any:
         ) from None
     deepspeed.utils.logger.setLevel(logging.WARNING)
     _redirect(runtime.name)
+    # joins the group that is there; zero.Init counts ranks before it would do so itself
+    deepspeed.init_distributed(
+        deepspeed.accelerator.get_accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+    )
     return deepspeed
 
 
