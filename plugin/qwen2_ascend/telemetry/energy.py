@@ -44,6 +44,14 @@ class Energy(NamedTuple):
     idle_watts: float
 
 
+def format_energy(energy: Energy) -> str:
+    """In a line of the log."""
+    return (
+        f"{energy.joules_per_token:.4g} J/token "
+        f"({energy.joules_per_token_above_idle:.4g} above idle) | {energy.watts:.1f} W"
+    )
+
+
 class EnergyCurve:
     """Energy over time, from readings.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime.power import Place
-from qwen2_ascend.telemetry.energy import Energy, EnergyMeter
+from qwen2_ascend.telemetry.energy import Energy, EnergyMeter, format_energy
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
@@ -71,25 +71,16 @@ class EnergyLog:
         self._is_over = False
 
     @classmethod
-    def open(
-        cls, runtime: Runtime, wanted: bool | None, say: Say, meter: EnergyMeter | None = None
-    ) -> EnergyLog | None:
-        """The log where every rank has a source; all ranks call it, and get the same answer.
+    def open(cls, runtime: Runtime, say: Say, meter: EnergyMeter | None = None) -> EnergyLog | None:
+        """The log, or None and a line where a rank has no source; all ranks call it.
 
         Args:
-            wanted: True fails where there is none, False does not look, None says so.
+            runtime: of this rank.
+            say: prints a line, on rank 0.
             meter: of this rank's device; looked for by default.
-
-        Raises:
-            UserError: it has to be, and some rank has no source.
         """
-        if wanted is False:
-            return None
         meter = meter or EnergyMeter.find(Place.of(runtime))
-        reasons = told_by_ranks(runtime, meter.reason if meter.is_lost else None)
-        if reasons:
-            if wanted:
-                raise UserError(f"--log-energy: nothing measures energy here. {reasons}")
+        if reasons := _why_not(runtime, meter):
             say(f"energy: not measured. {reasons}")
             return None
         return cls(runtime, meter, say)
@@ -187,12 +178,18 @@ class EnergyLog:
         return 0
 
 
-def format_energy(energy: Energy) -> str:
-    """In a line of the log."""
-    return (
-        f"{energy.joules_per_token:.4g} J/token "
-        f"({energy.joules_per_token_above_idle:.4g} above idle) | {energy.watts:.1f} W"
-    )
+def require_power_source(runtime: Runtime) -> None:
+    """Before any work; every rank calls it.
+
+    Raises:
+        UserError: some rank has none.
+    """
+    if reasons := _why_not(runtime, EnergyMeter.find(Place.of(runtime))):
+        raise UserError(f"--log-energy: nothing measures energy here. {reasons}")
+
+
+def _why_not(runtime: Runtime, meter: EnergyMeter) -> str:
+    return told_by_ranks(runtime, meter.reason if meter.is_lost else None)
 
 
 def told_by_ranks(runtime: Runtime, text: str | None) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.telemetry.energy import Energy, format_energy
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "loss.png"
@@ -37,6 +38,8 @@ class Step(NamedTuple):
     """None where the figure would not be the device's."""
     metrics: Mapping[str, float] = {}
     """What the objective reports besides its loss, by the names in the log."""
+    energy: Energy | None = None
+    """Of the steps since the last that had one."""
 
 
 def train_flops(
@@ -183,6 +186,8 @@ class Reporter:
             figures["tflops_per_device"] = rate / 1e12
         if (memory := self._steps[-1].peak_memory_bytes) is not None:
             figures["peak_memory_bytes"] = memory
+        if (energy := self._steps[-1].energy) is not None:
+            figures |= energy._asdict()
         return figures
 
     def _write(self, metrics: dict[str, Any]) -> None:
@@ -221,6 +226,8 @@ def format_line(metrics: dict[str, Any], train_iters: int, also: Iterable[str] =
     words.append(f"{metrics['step_seconds']:.3f} s/step")
     if "peak_memory_bytes" in metrics:
         words.append(f"peak {metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if "joules_per_token" in metrics:
+        words.append(format_energy(Energy(*(metrics[name] for name in Energy._fields))))
     if metrics["loss_scale"] != 1.0:
         words.append(f"loss scale {metrics['loss_scale']:g}")
     if metrics["skipped"]:

@@ -17,6 +17,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -232,6 +233,11 @@ class ReportSettings:
     """Write TensorBoard events there."""
     report_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write metrics.jsonl and loss.png there; by default into --save."""
+    log_energy: Flag = False
+    """Log joules per token and watts, above idle too, or fail. Without this and --no-log-energy
+    they are logged where something measures them (npu-smi, NVML, nvidia-smi, RAPL)."""
+    no_log_energy: Flag = False
+    """Do not look for anything that measures energy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +283,7 @@ class TrainingSettings:
     data: LoopDataSettings
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
 
     @property
@@ -375,6 +382,9 @@ def shared_faults(settings: TrainingSettings, config: Qwen2Config, world_size: i
         faults += _world_faults(settings, world_size)
     faults += _schedule_faults(settings, world_size) if not faults else []
     faults += settings.fusion.faults(settings.runtime.device)
+    faults += settings.profile.faults(
+        world_size, settings.batch.train_iters, settings.checkpoint.save
+    )
     return faults + _combination_faults(settings, config)
 
 
@@ -505,6 +515,8 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
     faults = []
     if settings.precision.bf16 and settings.precision.fp16:
         faults.append("--bf16 and --fp16: give one of them.")
+    if settings.report.log_energy and settings.report.no_log_energy:
+        faults.append("--log-energy and --no-log-energy: give one of them.")
     if parallel.sequence_parallel and tp > 0 and batch.seq_length % tp:
         faults.append(
             f"--sequence-parallel needs --seq-length {batch.seq_length} to be a multiple of "

@@ -131,7 +131,7 @@ def start_runtime(settings: TrainingSettings, config: Qwen2Config) -> tuple[Runt
     )
     say = voice(runtime.rank)
     raise_if(settings.fusion.faults(runtime.name))
-    if settings.report.wants_energy():
+    if settings.report.log_energy:
         require_power_source(runtime)
     say(_headline(settings, runtime, config))
     say(settings.fusion.describe(runtime.name))

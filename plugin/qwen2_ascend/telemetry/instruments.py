@@ -1,0 +1,98 @@
+"""What watches a training run: its energy, and a profiler."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from qwen2_ascend.errors import raise_if
+from qwen2_ascend.telemetry.energy import Energy
+from qwen2_ascend.telemetry.profiling import StepProfiler
+from qwen2_ascend.telemetry.training_energy import EnergyLog, Say
+
+if TYPE_CHECKING:
+    from qwen2_ascend.training.loop import TrainingRun
+
+
+class Instruments:
+    """Every rank has them, and calls the same methods in step.
+
+    Args:
+        run: begins at its progress.
+        tokens_per_step: that all ranks together read.
+        say: prints a line, on rank 0.
+
+    Raises:
+        UserError: steps are to be profiled that the run does not have.
+    """
+
+    def __init__(self, run: TrainingRun, tokens_per_step: int, say: Say) -> None:
+        self._run = run
+        self._tokens = tokens_per_step
+        raise_if(run.settings.profile.range_faults(run.train_iters))
+        is_to_train = run.progress.iteration < run.train_iters
+        is_wanted = is_to_train and not run.settings.report.no_log_energy
+        self._energy = EnergyLog.open(run.runtime, say) if is_wanted else None
+        if self._energy is not None:
+            self._energy.begin()
+        self._profiler = _profiler(run, say)
+
+    def step(self, seconds: float) -> Energy | None:
+        """Takes a step that took `seconds` until now; figures where the log wants them."""
+        end, run = time.monotonic(), self._run
+        iteration, energy = run.progress.iteration, None
+        if self._energy is not None:
+            is_last = iteration >= run.train_iters
+            is_due = is_last or iteration % run.settings.report.log_interval == 0
+            energy = self._energy.step(
+                end - seconds, end, self._tokens, is_due=is_due, is_last=is_last
+            )
+        if self._profiler is not None:
+            self._profiler.step_done(iteration)
+        return energy
+
+    def finish(self) -> None:
+        """Says what the run used, when it has ended as it should."""
+        if self._energy is not None:
+            self._energy.finish()
+
+    def close(self) -> None:
+        """Ends what is still watching, however the run ended."""
+        if self._energy is not None:
+            self._energy.close()
+        if self._profiler is not None:
+            self._profiler.close()
+
+
+def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
+    """None where this rank records nothing."""
+    from qwen2_ascend.runtime.profiling import open_profiler
+
+    settings, first = run.settings.profile, run.progress.iteration
+    window, folder = settings.window(), settings.folder(run.settings.checkpoint.save)
+    if window is None or folder is None:
+        return None
+    begin, end = window
+    if first >= end:
+        say(f"nothing is profiled: {first} steps have been made, and recording ends at {end}")
+        return None
+    ranks = ", ".join(map(str, settings.profile_ranks))
+    say(f"profiling iterations {max(begin, first) + 1} to {end} on rank(s) {ranks}: {folder}")
+    runtime = run.runtime
+    if runtime.rank not in settings.profile_ranks:
+        return None
+
+    def opened(warmup: int, active: int):
+        return open_profiler(
+            runtime.name,
+            folder,
+            f"rank{runtime.rank}",
+            warmup=warmup,
+            active=active,
+            record_shapes=settings.profile_record_shapes,
+            profile_memory=settings.profile_with_memory,
+            with_stack=settings.profile_with_stack,
+            level=settings.profile_level,
+        )
+
+    return StepProfiler(begin, end, first, opened)
