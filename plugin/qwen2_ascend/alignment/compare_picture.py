@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen2_ascend.alignment.compare import Comparison, Pair, Report, Rules, match
-from qwen2_ascend.alignment.compare_text import cosine_text, number
+from qwen2_ascend.alignment.compare_text import number
 from qwen2_ascend.alignment.dumps import Dump
 from qwen2_ascend.alignment.statistics import difference_histogram
+from qwen2_ascend.alignment.tolerances import cosine_text
 from qwen2_ascend.errors import UserError, raise_if
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ MAX_DOTS = 20_000
 """Of the scatter: drawn by chance from all elements."""
 MAX_LABELS = 60
 """Names below the bars; more would not be read."""
-FLOOR = 1e-17
-"""Stands for zero on logarithmic axes."""
 
 
 def matplotlib_faults() -> list[str]:
@@ -110,15 +109,17 @@ def _draw_overview(axes: Axes, report: Report, shown: Comparison | None) -> None
     heights = [c.difference.tolerance_used if c.difference else np.nan for c in comparisons]
     finite = [h for h in heights if np.isfinite(h) and h > 0]
     low, high = min([*finite, 0.1]) / 3, max([*finite, 1.0]) * 3
-    colors = [AGREES if c.passed else DIFFERS for c in comparisons]
-    bars = [high if h == np.inf else max(h, low) for h in heights]
+    colors = [_color(c) for c in comparisons]
+    # a stub for what is equal, so that it is seen to have been compared
+    bars = [high if h == np.inf else max(h, low * 1.1) for h in heights]
     places = np.arange(len(bars))
     axes.bar(places, [b - low for b in bars], bottom=low, color=colors, width=0.8)
     for place, height in zip(places, heights, strict=True):
         if np.isnan(height):
-            axes.annotate(
-                "not compared", (float(place), low), rotation=90, color=DIFFERS, fontsize=7
-            )
+            axes.text(
+                float(place), low * 1.3, "not compared", rotation=90, color=DIFFERS, fontsize=7,
+                ha="center", va="bottom",
+            )  # fmt: skip
     axes.axhline(1.0, color=REFERENCE, linestyle="--", linewidth=1)
     axes.set_yscale("log")
     axes.set_ylim(low, high)
@@ -162,31 +163,37 @@ def _draw_histogram(
     axes.axvline(0, color=REFERENCE, linewidth=0.8)
     axes.set_xlabel("ours - theirs")
     axes.set_ylabel("elements")
-    axes.set_title(f"{_tail(comparison.name, 44)}: difference")
-    _note(
+    _label(
         axes,
-        f"MaxAbsErr {number(found.max_abs)}\nmean {number(found.mean)}\nstd {number(found.std)}\n"
-        f"equal {found.share_equal:.1%}",
+        f"{_tail(comparison.name, 44)}: difference",
+        f"MaxAbsErr {number(found.max_abs)}, mean {number(found.mean)}, std {number(found.std)}",
     )
 
 
 def _draw_cosines(axes: Axes, comparison: Comparison) -> None:
     found, limits = comparison.difference, comparison.tolerances
     assert found is not None and limits is not None
-    away = np.maximum(1 - found.cosines, FLOOR)
-    style: dict[str, Any] = {"color": _color(comparison), "markersize": 3}
-    axes.plot(np.arange(away.size), away, "." if away.size > 1 else "o", **style)
+    away = 1 - found.cosines
+    floor = min(away[away > 0].min(initial=1e-12), 1e-3) / 10
+    size = 7 if away.size < 10 else 4 if away.size < 1000 else 2
+    rows, exact = np.arange(away.size), away == 0
+    style: dict[str, Any] = {"color": _color(comparison), "markersize": size, "linestyle": ""}
+    axes.plot(rows[~exact], away[~exact], marker="o", markeredgewidth=0, **style)
+    axes.plot(rows[exact], np.full(exact.sum(), floor), marker="v", fillstyle="none", **style)
     axes.set_yscale("log")
+    high = max(away.max(initial=floor), 1 - limits.min_cosine if limits.min_cosine > -1 else 0)
+    axes.set_ylim(floor / 3, high * 5)
     if limits.min_cosine > -1 and limits.min_cosine < 1:
         axes.axhline(1 - limits.min_cosine, color=REFERENCE, linestyle="--", linewidth=1)
         axes.annotate(
-            "tolerance", (0.99, 1 - limits.min_cosine), xycoords=("axes fraction", "data"),
-            ha="right", va="bottom", fontsize=8, color=REFERENCE,
+            " tolerance", (0, 1 - limits.min_cosine), xycoords=("axes fraction", "data"),
+            ha="left", va="bottom", fontsize=8, color=REFERENCE,
         )  # fmt: skip
     axes.set_xlabel("row (position)")
     axes.set_ylabel("1 - cosine")
-    axes.set_title("cosine by position")
-    _note(axes, f"min {cosine_text(found.cosine_min)}\nmean {cosine_text(found.cosine_mean)}")
+    hollow = ", hollow: exactly 1" if exact.any() else ""
+    figures = f"min {cosine_text(found.cosine_min)}, mean {cosine_text(found.cosine_mean)}"
+    _label(axes, "cosine by position", figures + hollow)
 
 
 def _draw_scatter(axes: Axes, comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -199,15 +206,14 @@ def _draw_scatter(axes: Axes, comparison: Comparison, ours: np.ndarray, theirs: 
     if x.size:
         low, high = min(x.min(), y.min()), max(x.max(), y.max())
         axes.plot([low, high], [low, high], color=REFERENCE, linewidth=0.8, zorder=0)
+    worst = ""
     if found.max_abs:
         axes.plot([found.worst_theirs], [found.worst_ours], "x", color="black")
-        axes.annotate(
-            f" worst {list(found.worst)}", (found.worst_theirs, found.worst_ours), fontsize=8
-        )
+        worst = f", the cross is the worst, {list(found.worst)}"
     axes.set_xlabel("theirs")
     axes.set_ylabel("ours")
-    drawn = f"{x.size:,} of {ours.size:,} elements" if x.size < ours.size else "all elements"
-    axes.set_title(f"element by element ({drawn})")
+    drawn = f"{x.size:,} of {ours.size:,}" if x.size < ours.size else "all elements"
+    _label(axes, "element by element", drawn + worst)
 
 
 def _sample(array: np.ndarray) -> np.ndarray:
@@ -223,8 +229,6 @@ def _color(comparison: Comparison) -> str:
     return AGREES if comparison.passed else DIFFERS
 
 
-def _note(axes: Axes, text: str) -> None:
-    axes.text(
-        0.97, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-    )  # fmt: skip
+def _label(axes: Axes, title: str, figures: str) -> None:
+    axes.set_title(f"{title}\n", fontsize=11)
+    axes.text(0.5, 1.02, figures, transform=axes.transAxes, ha="center", va="bottom", fontsize=8)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from qwen2_ascend.alignment.compare import Comparison, Report, Side
 from qwen2_ascend.alignment.statistics import Difference, Summary
-from qwen2_ascend.alignment.tolerances import Tolerances
+from qwen2_ascend.alignment.tolerances import Tolerances, cosine_text
 
 HEADINGS = (
     *("name", "shape", "dtype", "Cosine", "MaxAbsErr", "MaxRelativeErr", "RelativeL2"),
@@ -43,12 +43,6 @@ def report_lines(report: Report, *, details: bool = False, width: int | None = N
 def number(value: float) -> str:
     """Four digits, in as little room as they take."""
     return f"{value:.4g}"
-
-
-def cosine_text(cosine: float) -> str:
-    """As a distance from 1 where digits would say 1: 1-2e-12."""
-    away = 1 - cosine
-    return f"1-{away:.1e}".replace("e-0", "e-") if 0 < away < 1e-5 else f"{cosine:.6g}"
 
 
 # -- the table

@@ -79,8 +79,8 @@ def judge(
         count = int((~(judged >= tolerances.min_cosine)).sum())
         yield Finding(
             "cosine",
-            f"cosine below {tolerances.min_cosine:.10g} in {count} of {difference.cosines.size} "
-            f"rows; the least is {judged.min():.10g}",
+            f"cosine below {cosine_text(tolerances.min_cosine)} in {count} of {difference.cosines.size} "
+            f"rows; the least is {cosine_text(float(judged.min()))}",
         )
     if agreement is None or agreement.num_rows == agreement.num_skipped:
         return
@@ -108,3 +108,9 @@ def _beyond(difference: Difference, tolerances: Tolerances) -> str:
         f"{rtol:.3g} of |theirs|{row}" if atol is None else f"{atol:.3g} + {rtol:.3g} * |theirs|"
     )
     return f"{many} differ by more than {limit}; the most {where}: {values}"
+
+
+def cosine_text(cosine: float) -> str:
+    """As a distance from 1 where digits would say 1: 1-2e-12."""
+    away = 1 - cosine
+    return f"1-{away:.1e}".replace("e-0", "e-") if 0 < away < 1e-5 else f"{cosine:.6g}"
