@@ -172,17 +172,20 @@ def padded_vocab_size(
     Without either the vocabulary keeps its size.
 
     Raises:
-        UserError: both are given, or the size is too small or not divisible by `tp`.
+        UserError: the two contradict, or the size is too small or not divisible by `tp`.
     """
     if tp < 1:
         raise UserError(f"tensor_model_parallel_size={tp} must be at least 1.")
-    if size is not None and divisible_by is not None:
-        raise UserError("--padded-vocab-size and --make-vocab-size-divisible-by: give one of them.")
     if divisible_by is not None:
         if divisible_by < 1:
             raise UserError(f"--make-vocab-size-divisible-by {divisible_by} must be at least 1.")
         unit = divisible_by * tp
-        size = -(-config.vocab_size // unit) * unit
+        if size is not None and size % unit:
+            raise UserError(
+                f"--padded-vocab-size {size} is no multiple of --make-vocab-size-divisible-by "
+                f"{divisible_by} times tensor_model_parallel_size={tp}: give one of them."
+            )
+        size = size or -(-config.vocab_size // unit) * unit
     padded = config.vocab_size if size is None else size
     raise_if(_vocabulary_faults(config.vocab_size, padded, tp))
     return padded

@@ -547,7 +547,7 @@ WISHES = {
         ["padded_vocab_size=95 is below vocab_size=96"],
     ),
     "both ways to pad": (
-        ["--padded-vocab-size", 96, "--make-vocab-size-divisible-by", 1],
+        ["--padded-vocab-size", 96, "--make-vocab-size-divisible-by", 5],
         ["give one of them"],
     ),
     "a layer list that does not sum up": (

@@ -16,8 +16,8 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
 
 F = TypeVar("F", bound="FinetuneSettings")
@@ -122,7 +122,7 @@ class FinetuneSettings(TrainingSettings):
 
 def parse(arguments: Sequence[str] | None = None) -> FinetuneSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return parse_flags(FinetuneSettings, "finetune_qwen2.py", arguments)
+    return parse_training_flags(FinetuneSettings, "finetune_qwen2.py", arguments)
 
 
 def validate(settings: FinetuneSettings, config: Qwen2Config, world_size: int) -> None:

@@ -15,10 +15,10 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
+from qwen2_ascend.training.megatron_flags import Pasted, parse_training_flags, pasted_faults
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -285,6 +285,8 @@ class TrainingSettings:
     report: ReportSettings = field(default_factory=ReportSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    pasted: tyro.conf.Fixed[tyro.conf.Suppress[Pasted]] = ()
+    """Others' flags that set nothing here; see megatron_flags.py."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -357,7 +359,7 @@ class PretrainSettings(TrainingSettings):
 
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return parse_flags(PretrainSettings, "pretrain_qwen2.py", arguments)
+    return parse_training_flags(PretrainSettings, "pretrain_qwen2.py", arguments)
 
 
 def validate(settings: PretrainSettings, config: Qwen2Config, world_size: int) -> None:
@@ -385,6 +387,7 @@ def shared_faults(settings: TrainingSettings, config: Qwen2Config, world_size: i
     faults += settings.profile.faults(
         world_size, settings.batch.train_iters, settings.checkpoint.save
     )
+    faults += pasted_faults(settings, config)
     return faults + _combination_faults(settings, config)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
+from qwen2_ascend.training.megatron_flags import pasted_notes
 from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def start_runtime(settings: TrainingSettings, config: Qwen2Config) -> tuple[Runt
         require_power_source(runtime)
     say(_headline(settings, runtime, config))
     say(settings.fusion.describe(runtime.name))
-    for note in runtime.notes:
+    for note in (*pasted_notes(settings), *runtime.notes):
         say(note)
     runtimes.initialize_model_parallel(settings.layout(), config.num_layers)
     runtime.seed_all(settings.runtime.seed)

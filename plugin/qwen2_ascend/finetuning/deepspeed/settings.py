@@ -22,8 +22,8 @@ from qwen2_ascend.finetuning.settings import (
     FinetuneSettings,
     TuningSettings,
 )
-from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.training.fusion import FusionSettings
+from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
     Flag,
@@ -158,7 +158,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
 
 def parse(arguments: Sequence[str] | None = None) -> ZeroFinetuneSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return parse_flags(ZeroFinetuneSettings, "finetune_qwen2_deepspeed.py", arguments)
+    return parse_training_flags(ZeroFinetuneSettings, "finetune_qwen2_deepspeed.py", arguments)
 
 
 def validate(settings: ZeroFinetuneSettings, config: Qwen2Config, world_size: int) -> None:
