@@ -1,0 +1,14 @@
+"""`qwen2-ascend plan`: which layouts fit, what they move, how long a step may take.
+
+From a model's shape and public figures of a device alone; nothing here imports torch.
+docs/planning.md says what the figures mean; tests/planning holds memory and traffic to real runs.
+
+    job.py        what is to be trained on, and one way to cut it
+    parameters.py weights of each rank
+    memory.py     bytes of each rank at the fullest moment of a step
+    traffic.py    the collectives of a step
+    roofline.py   seconds of a step
+    search.py     every valid way, ranked; how many devices it takes at least
+    devices.py    memory, arithmetic and bandwidth of devices, with sources
+    report.py     a table, launch commands, JSON; picture.py a PNG; command.py the command line
+"""

@@ -1,0 +1,188 @@
+"""`qwen2-ascend plan` and tools/plan_parallelism.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.planning import report, search
+from qwen2_ascend.planning.devices import GB, TERA, Device, find_device
+from qwen2_ascend.planning.job import Job
+from qwen2_ascend.planning.roofline import Efficiency
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Which layouts of a training run fit into memory, and which may be fastest.
+
+    qwen2-ascend plan --model 72B --device 910B --num-devices 16
+
+    Memory is computed tensor by tensor, as tests measure it on CPU ranks. Times are predicted by a
+    roofline from public figures of the device; nothing ran on it.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="DIR|SIZE")]
+    """A Hugging Face folder, a config.json, or a published size (0.5B, 1.5B, 3B, 7B, 14B, 32B,
+    72B)."""
+    num_devices: int
+    """Devices; of an Ascend 910C each die is one."""
+    device: str = "910B"
+    """910B (its 64 GB cards), 910B1, 910B2, 910B3, 910B4, 910C, A100, A100-40GB, H100, CPU."""
+    devices_per_node: int | None = None
+    """Devices with fast links to each other; by default the device's usual."""
+    seq_length: int = 4096
+    """Tokens in a sequence."""
+    global_batch_size: int | None = None
+    """Sequences per optimizer step; by default 256, or one per device where there are more."""
+    micro_batch_size: int | None = None
+    """Sequences that go through a rank at once; by default 1, 2, 4 and 8 are tried."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of weights and activations."""
+    cross_entropy_chunk_size: int | None = None
+    """Tokens whose logits exist at once; by default all."""
+    lora_r: int | None = None
+    """Fine-tune LoRA adapters of this rank on all linear layers, instead of all weights."""
+    memory_gb: float | None = None
+    """Memory of a device, instead of the table's."""
+    memory_fraction: float = 0.9
+    """Share of it that tensors may take."""
+    peak_tflops: float | None = None
+    """Peak of a device in bf16, instead of the table's."""
+    memory_bandwidth_gb: float | None = None
+    """GB/s of a device's own memory, instead of the table's."""
+    node_bandwidth_gb: float | None = None
+    """GB/s to the other devices of a node, one direction, instead of the table's."""
+    network_bandwidth_gb: float | None = None
+    """GB/s to other nodes, one direction, instead of the table's."""
+    efficiency: float = 0.5
+    """Share of the peak that matrix products are assumed to reach."""
+    bandwidth_efficiency: float = 0.7
+    """Share of the bandwidths that is assumed to be reached."""
+    top: int = 10
+    """Layouts to show: the best settings of each TP, PP, VPP and DP."""
+    commands: int = 1
+    """Launch commands to show."""
+    json: Path | None = None
+    """Write all layouts there."""
+    picture: Path | None = None
+    """Write a PNG of the memory per rank there; needs matplotlib."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` and prints what fits."""
+    run(tyro.cli(PlanOptions, args=argv, description=PlanOptions.__doc__))
+
+
+def run(options: PlanOptions) -> None:
+    """Plans and reports.
+
+    Raises:
+        UserError: options that cannot be.
+    """
+    raise_if(_faults(options))
+    job, machine = _job(options), _machine(options)
+    sizes = search.MICRO_BATCH_SIZES
+    if options.micro_batch_size is not None:
+        sizes = (options.micro_batch_size,)
+    plans = search.find_plans(job, machine, micro_batch_sizes=sizes)
+    fewest = search.fewest_devices(job, machine)
+    result = report.Result(options.model, job, machine, plans, fewest)
+    print(report.text(result, top=options.top, commands=options.commands))
+    if options.json:
+        report.write_json(result, options.json)
+        print(f"\nwrote {options.json}")
+    if options.picture:
+        from qwen2_ascend.planning.picture import draw
+
+        draw(result, options.picture)
+        print(f"\nwrote {options.picture}")
+
+
+def _job(options: PlanOptions) -> Job:
+    path = Path(options.model)
+    config = (
+        Qwen2Config.from_pretrained(path) if path.exists() else Qwen2Config.named(options.model)
+    )
+    return Job(
+        config=config,
+        seq_length=options.seq_length,
+        global_batch_size=options.global_batch_size or max(256, options.num_devices),
+        dtype=options.dtype,
+        backend=find_device(options.device).backend,
+        cross_entropy_chunk_size=options.cross_entropy_chunk_size,
+        lora_rank=options.lora_r,
+    )
+
+
+def _machine(options: PlanOptions) -> search.Machine:
+    device = _device(options)
+    return search.Machine(
+        device=device,
+        num_devices=options.num_devices,
+        devices_per_node=options.devices_per_node or device.devices_per_node,
+        memory_fraction=options.memory_fraction,
+        efficiency=Efficiency(
+            arithmetic=options.efficiency,
+            memory=options.bandwidth_efficiency,
+            links=options.bandwidth_efficiency,
+        ),
+    )
+
+
+def _device(options: PlanOptions) -> Device:
+    """The table's, with what the options say otherwise."""
+    given = {
+        "memory": (options.memory_gb, GB),
+        "peak_flops": (options.peak_tflops, TERA),
+        "memory_bandwidth": (options.memory_bandwidth_gb, GB),
+        "node_bandwidth": (options.node_bandwidth_gb, GB),
+        "network_bandwidth": (options.network_bandwidth_gb, GB),
+    }
+    device = find_device(options.device)
+    changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+    if not changes:
+        return device
+    source = f"{', '.join(changes)} as given; else {device.source}"
+    return replace(device, **changes, source=source)
+
+
+def _faults(options: PlanOptions) -> list[str]:
+    at_least_one = {
+        "--num-devices": options.num_devices,
+        "--devices-per-node": options.devices_per_node,
+        "--micro-batch-size": options.micro_batch_size,
+        "--global-batch-size": options.global_batch_size,
+        "--top": options.top,
+    }
+    shares = {
+        "--memory-fraction": options.memory_fraction,
+        "--efficiency": options.efficiency,
+        "--bandwidth-efficiency": options.bandwidth_efficiency,
+    }
+    above_zero = {
+        "--memory-gb": options.memory_gb,
+        "--peak-tflops": options.peak_tflops,
+        "--memory-bandwidth-gb": options.memory_bandwidth_gb,
+        "--node-bandwidth-gb": options.node_bandwidth_gb,
+        "--network-bandwidth-gb": options.network_bandwidth_gb,
+    }
+    faults = [
+        f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
+    ]
+    faults += [
+        f"{k} {v} must be above 0 and at most 1." for k, v in shares.items() if not 0 < v <= 1
+    ]
+    faults += [
+        f"{k} {v} must be above zero." for k, v in above_zero.items() if v is not None and not v > 0
+    ]
+    try:
+        find_device(options.device)
+    except UserError as error:
+        faults += error.faults
+    return faults

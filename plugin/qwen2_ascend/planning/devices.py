@@ -1,0 +1,142 @@
+"""What is publicly known of devices: memory, arithmetic, bandwidths, each with its source.
+
+Figures are peaks, one direction, decimal units. Nothing here was measured by this project. Where
+the vendor gives no figure in public it is computed or taken from others, and the source says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwen2_ascend.errors import UserError
+
+GB, TERA = 10**9, 10**12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One card, as torch sees it: of an Ascend 910C each of its two dies is a device."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    peak_flops: float
+    """bf16 multiply-adds per second, counted as two."""
+    memory_bandwidth: float
+    """Bytes per second of its own memory."""
+    node_bandwidth: float
+    """Bytes per second to the other devices of a node, one direction."""
+    network_bandwidth: float
+    """Bytes per second to other nodes, one direction."""
+    devices_per_node: int
+    backend: str
+    """cpu, cuda or npu."""
+    source: str
+
+
+_ASCEND_910B = {
+    "memory_bandwidth": 1.6e12,
+    "node_bandwidth": 196e9,
+    "network_bandwidth": 25e9,
+    "devices_per_node": 8,
+    "backend": "npu",
+}
+_910B_SOURCE = (
+    "memory and AI cores: HAMi's device table; peak computed: {cores} cores x 4096 multiply-adds x "
+    "1.8 GHz; bandwidths as CloudMatrix384's paper gives them for a die of the 910C"
+)
+
+
+def _ascend_910b(name: str, cores: int, gib: int) -> Device:
+    values: dict[str, Any] = {**_ASCEND_910B}
+    return Device(
+        name=name,
+        memory=gib * 2**30,
+        peak_flops=cores * 4096 * 2 * 1.8e9,
+        source=_910B_SOURCE.format(cores=cores),
+        **values,
+    )
+
+
+_LIST = (
+    _ascend_910b("910B1", 24, 64),
+    _ascend_910b("910B2", 24, 64),
+    _ascend_910b("910B3", 20, 64),
+    _ascend_910b("910B4", 20, 32),
+    Device(
+        name="910C",
+        memory=64 * GB,
+        peak_flops=376e12,
+        memory_bandwidth=1.6e12,
+        node_bandwidth=196e9,
+        network_bandwidth=25e9,
+        devices_per_node=16,
+        backend="npu",
+        source="one of two dies: Zuo et al. 2025, arXiv:2506.12708 (CloudMatrix384)",
+    ),
+    Device(
+        name="A100",
+        memory=80 * GB,
+        peak_flops=312e12,
+        memory_bandwidth=2.039e12,
+        node_bandwidth=300e9,
+        network_bandwidth=25e9,
+        devices_per_node=8,
+        backend="cuda",
+        source="NVIDIA A100 80GB SXM data sheet; network: DGX A100, 200 Gb/s per GPU",
+    ),
+    Device(
+        name="A100-40GB",
+        memory=40 * GB,
+        peak_flops=312e12,
+        memory_bandwidth=1.555e12,
+        node_bandwidth=300e9,
+        network_bandwidth=25e9,
+        devices_per_node=8,
+        backend="cuda",
+        source="NVIDIA A100 40GB SXM data sheet; network: DGX A100, 200 Gb/s per GPU",
+    ),
+    Device(
+        name="H100",
+        memory=80 * GB,
+        peak_flops=989e12,
+        memory_bandwidth=3.35e12,
+        node_bandwidth=450e9,
+        network_bandwidth=50e9,
+        devices_per_node=8,
+        backend="cuda",
+        source="NVIDIA H100 SXM data sheet; network: DGX H100, 400 Gb/s per GPU",
+    ),
+    Device(
+        name="CPU",
+        memory=16 * GB,
+        peak_flops=0.1e12,
+        memory_bandwidth=20e9,
+        node_bandwidth=5e9,
+        network_bandwidth=1.25e9,
+        devices_per_node=4,
+        backend="cpu",
+        source="no product: round numbers for one process on a few cores; give your own",
+    ),
+)
+DEVICES = {device.name: device for device in _LIST}
+ALIASES = {"910B": "910B3", "A100-80GB": "A100"}
+"""910B means the slower of the 64 GB cards, so that what it promises holds for all of them."""
+
+
+def find_device(name: str) -> Device:
+    """The device of that name, whatever its case.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = name.upper().removeprefix("ASCEND").strip(" -_")
+    by_name = {key.upper(): value for key, value in DEVICES.items()}
+    by_name |= {alias.upper(): DEVICES[target] for alias, target in ALIASES.items()}
+    if wanted not in by_name:
+        raise UserError(
+            f"--device {name} is not known; known are {', '.join([*ALIASES, *DEVICES])}. For "
+            "another give the nearest, with --memory-gb, --peak-tflops and so on."
+        )
+    return by_name[wanted]

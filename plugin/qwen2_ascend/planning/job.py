@@ -1,0 +1,132 @@
+"""What is to be trained, and one way to cut it over devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+
+Recompute = Literal["none", "selective", "full"]
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a weight or an activation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What does not depend on how it is cut."""
+
+    config: Qwen2Config
+    seq_length: int
+    """Tokens in a sequence."""
+    global_batch_size: int
+    """Sequences per optimizer step, over all devices."""
+    dtype: str = "bf16"
+    """Of weights and activations: bf16, fp16 or fp32."""
+    backend: str = "npu"
+    """Whose operators run, cpu, cuda or npu: they keep different tensors for backward."""
+    cross_entropy_chunk_size: int | None = None
+    """Tokens whose logits exist at once; None keeps all."""
+    lora_rank: int | None = None
+    """Rank of LoRA adapters on all linear layers; None trains all weights."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return BYTES[self.dtype]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.seq_length * self.global_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One way to run a Job."""
+
+    job: Job
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    layers_per_chunk: int | None = None
+    """num_layers_per_virtual_pipeline_stage; None without an interleaved pipeline."""
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    recompute: Recompute = "none"
+    micro_batch_size: int = 1
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return ParallelLayout(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            num_layers_per_virtual_pipeline_stage=self.layers_per_chunk,
+        )
+
+    @property
+    def num_devices(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @cached_property
+    def num_microbatches(self) -> int:
+        """Of each data-parallel rank in a step."""
+        return self.job.global_batch_size // (self.dp * self.micro_batch_size)
+
+    @cached_property
+    def layers_per_stage(self) -> int:
+        return self.job.config.num_layers // self.pp
+
+    @cached_property
+    def num_chunks(self) -> int:
+        """Model chunks of a stage; 1 without an interleaved pipeline."""
+        return self.layers_per_stage // (self.layers_per_chunk or self.layers_per_stage)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch_size * self.job.seq_length
+
+    @cached_property
+    def vocabulary_is_padded(self) -> bool:
+        """Whether the vocabulary has to be padded for this tensor parallel size."""
+        return self.job.config.vocab_size % self.tp != 0
+
+    @cached_property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding over all tensor-parallel ranks."""
+        by = 128 if self.vocabulary_is_padded else None
+        return padded_vocab_size(self.job.config, self.tp, divisible_by=by)
+
+    @cached_property
+    def heads(self) -> int:
+        """Query heads of a rank."""
+        return self.job.config.num_attention_heads // self.tp
+
+    @cached_property
+    def groups(self) -> int:
+        """Key/value heads that a rank attends with."""
+        return max(self.job.config.num_query_groups // self.tp, 1)
+
+    @cached_property
+    def qkv_rows(self) -> int:
+        """Rows of linear_qkv over all ranks."""
+        config = self.job.config
+        return (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
+
+    @property
+    def shares_groups(self) -> bool:
+        """More ranks than key/value heads: each gathers the rows of all."""
+        return self.tp > self.job.config.num_query_groups
+
+    def is_last(self, stage: int) -> bool:
+        """Whether `stage` holds the output layer."""
+        return stage == self.pp - 1
+
+    def label(self) -> str:
+        """As in a table: TP8 PP4 VPP2 DP4."""
+        words = [f"TP{self.tp}", f"PP{self.pp}"]
+        if self.num_chunks > 1:
+            words.append(f"VPP{self.num_chunks}")
+        return " ".join([*words, f"DP{self.dp}"])

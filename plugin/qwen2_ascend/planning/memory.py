@@ -1,0 +1,286 @@
+"""Bytes of one rank at the fullest moment of a training step, tensor by tensor.
+
+Every tensor is counted that is alive at once: weights, fp32 gradients, AdamW's state; what the
+layers of `model/` and `ops/` keep for backward, of every micro-batch that is under way; and the
+temporary results of the moment. Which moment that is differs: the loss, the backward of the newest
+layer, the embedding's gradient or the update. Each is computed, and the fullest counts.
+
+Letters: `h` hidden, `f` ffn of this rank, `t` tokens of a micro-batch, `ts` the tokens of it that a
+rank has outside attention and MLP (fewer under sequence parallelism), `v` vocabulary of this rank,
+`e` bytes of an activation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.parameters import Parameters, embedding, layer_tensors, parameters
+
+FP32 = 4
+HCCL_BYTES = 2 * 200 * 10**6
+"""That a communicator takes of an NPU: twice HCCL_BUFFSIZE, 200 MB unless set (CANN's
+documents)."""
+SOFTMAX_STATISTICS = {"cpu": 4, "cuda": 4, "npu": 2 * 8 * 4}
+"""Bytes per token and head: log-sum-exp; torch_npu's largest score and sum, 8 times each."""
+_CAUSAL_MASK = 2048 * 2048
+"""Of npu_fusion_attention, once per device."""
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank at its peak."""
+
+    weights: int
+    gradients: int
+    """The contiguous fp32 buffer that gradients are added up in."""
+    optimizer: int
+    """fp32 weights beside 16-bit ones, and both moments."""
+    activations: int
+    """Kept for backward, of all micro-batches under way."""
+    logits: int
+    """Of the vocabulary's size: logits, softmax and their gradient."""
+    temporary: int
+    """The rest that is alive at the peak: gradients of activations, new ones of weights."""
+    buffers: int
+    """For communication, and tables."""
+    moment: str
+    """Which moment it is: loss, backward, embedding, update."""
+
+    @property
+    def total(self) -> int:
+        return sum(self[:7])
+
+    @property
+    def at_rest(self) -> int:
+        """Between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+
+class _Moment(NamedTuple):
+    name: str
+    activations: int
+    logits: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits + self.temporary
+
+
+def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Memory:
+    """The peak of a rank of pipeline stage `stage`.
+
+    Args:
+        cut: the layout.
+        stage: counted from 0.
+        weights: `parameters(cut, stage)`, where the caller has it already.
+    """
+    weights = weights or parameters(cut, stage)
+    trained = sum(weights.buffers)
+    element = cut.job.element
+    # the distributed optimizer computes with a contiguous copy of the weights, padded as theirs
+    held = weights.all + (trained - weights.trained if cut.distributed_optimizer else 0)
+    state = (2 if element == FP32 else 3) * FP32 * trained
+    peak = max(_moments(cut, stage, weights), key=lambda moment: moment.total)
+    return Memory(
+        weights=held * element,
+        gradients=trained * FP32,
+        optimizer=state // cut.dp if cut.distributed_optimizer else state,
+        activations=peak.activations,
+        logits=peak.logits,
+        temporary=peak.temporary,
+        buffers=_buffers(cut, stage),
+        moment=peak.name,
+    )
+
+
+def fullest_stage(cut: Cut, weights: dict[int, Parameters] | None = None) -> tuple[int, Memory]:
+    """(stage, memory) of the fullest rank: the first stage, or the last with the logits.
+
+    Between them a stage holds no embedding and has fewer micro-batches under way than the first.
+    """
+    stages = {0, cut.pp - 1}
+    found = {stage: stage_memory(cut, stage, (weights or {}).get(stage)) for stage in stages}
+    return max(found.items(), key=lambda item: item[1].total)
+
+
+def chunks_under_way(cut: Cut, stage: int) -> int:
+    """Forward passes of a model chunk that wait for their backward at most.
+
+    1F1B lets pp - stage micro-batches in; the interleaved schedule 2 (pp - stage - 1) + 1, and
+    another pp for each further chunk (Narayanan et al. 2021, arXiv:2104.04473).
+    """
+    total = cut.num_microbatches * cut.num_chunks
+    before = cut.pp - stage - 1
+    if cut.num_chunks > 1:
+        before = 2 * before + (cut.num_chunks - 1) * cut.pp
+    return min(before + 1, total)
+
+
+# --- the moments ----------------------------------------------------------------------------------
+
+
+def _moments(cut: Cut, stage: int, weights: Parameters) -> list[_Moment]:
+    """What is alive besides what lasts, at each moment that may be the fullest."""
+    layers = cut.layers_per_chunk or cut.layers_per_stage
+    hidden = _hidden(cut)
+    first, last = stage == 0, cut.is_last(stage)
+    # the schedule keeps what a chunk hands on until its backward
+    kept = layers * layer_activations(cut) + hidden
+    head_kept = 0
+    if last:
+        # of the last chunk: the last layer's output and its norm, instead of what is handed on
+        head_kept = hidden + _row_numbers(cut)
+    activations = chunks_under_way(cut, stage) * kept + head_kept
+    full = cut.job.lora_rank is None
+    tied = full and cut.job.config.tie_word_embeddings and cut.pp == 1
+    wgrad = embedding(cut) * cut.job.element if full else 0
+    held = wgrad if tied else 0  # the output layer's part waits for the embedding's
+    moments = [_Moment("backward", activations - head_kept, 0, held + layer_workspace(cut))]
+    if last:
+        moments += _loss_moments(cut, activations, wgrad)
+    if first:
+        rest = activations - head_kept - kept
+        moments.append(_Moment("embedding", rest, 0, hidden + held + wgrad))
+    return [*moments, _Moment("update", 0, 0, _update_temporary(cut, weights))]
+
+
+def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
+    """The loss forward, and the output layer's backward."""
+    job, t, e = cut.job, cut.tokens, cut.job.element
+    full_hidden = t * job.config.hidden_size * e
+    vocabulary = cut.padded_vocab_size // cut.tp
+    # fp32 logits are turned into the softmax in place, of 16-bit ones there is an fp32 copy
+    widened = FP32 if e == FP32 else e + FP32
+    if (chunk := job.cross_entropy_chunk_size) is not None:
+        held = activations + (full_hidden if cut.sequence_parallel else 0)
+        some = min(chunk, t) * vocabulary
+        grad_hidden = t * job.config.hidden_size * FP32
+        return [
+            _Moment("loss", held, some * widened, 0),
+            _Moment("loss", held, some * widened, grad_hidden + wgrad),
+            _Moment("loss", held, some * e, grad_hidden + wgrad + full_hidden),
+        ]
+    return [
+        _Moment("loss", activations, t * vocabulary * widened, 0),
+        _Moment("loss", activations, t * vocabulary * e, full_hidden + wgrad),
+    ]
+
+
+def _update_temporary(cut: Cut, weights: Parameters) -> int:
+    """What AdamW makes besides its state."""
+    if cut.job.backend == "npu":
+        return 0  # one kernel per tensor, in place
+    if cut.job.backend == "cuda":
+        share = cut.dp if cut.distributed_optimizer else 1
+        return weights.trained * FP32 // share  # the roots of all second moments at once
+    return 2 * weights.largest * FP32  # a root and its quotient, a tensor at a time
+
+
+def _buffers(cut: Cut, stage: int) -> int:
+    """Rotary tables, the pipeline's last input and its gradient, megatron-core's gathered input,
+    and the communicators' own memory."""
+    job = cut.job
+    tables = cut.num_chunks * 2 * job.seq_length * job.config.kv_channels * job.element
+    # each chunk keeps what it was handed last until it is handed more
+    received = 2 * _hidden(cut) * (cut.num_chunks - (stage == 0))
+    gathered = 0
+    if cut.sequence_parallel:
+        gathered = cut.tokens * job.config.hidden_size * job.element
+    held = tables + received + gathered
+    if job.backend != "npu":
+        return held
+    return held + _CAUSAL_MASK + communicators(cut) * HCCL_BYTES
+
+
+def communicators(cut: Cut) -> int:
+    """Groups of several ranks that a rank takes part in: world, TP, DP, model parallel (for the
+    gradient's norm), the pipeline with each neighbour, and tied embeddings'."""
+    groups = [cut.num_devices > 1, cut.tp > 1, cut.dp > 1, cut.tp * cut.pp > 1]
+    pipeline = 0
+    if cut.pp > 1:
+        pipeline = 1 + min(2, cut.pp - 1) + cut.job.config.tie_word_embeddings
+    return sum(groups) + pipeline
+
+
+# --- a layer --------------------------------------------------------------------------------------
+
+
+def _hidden(cut: Cut) -> int:
+    """Bytes of a rank's hidden states of one micro-batch."""
+    share = cut.tp if cut.sequence_parallel else 1
+    return cut.tokens // share * cut.job.config.hidden_size * cut.job.element
+
+
+def _row_numbers(cut: Cut) -> int:
+    """Bytes of what a norm keeps: one fp32 number per token."""
+    return cut.tokens // (cut.tp if cut.sequence_parallel else 1) * FP32
+
+
+def layer_activations(cut: Cut) -> int:
+    """Bytes that one layer keeps for backward, of one micro-batch, as it is recomputed."""
+    if cut.recompute == "full":
+        return _hidden(cut)
+    return _all_activations(cut, selective=cut.recompute == "selective")
+
+
+def _all_activations(cut: Cut, *, selective: bool = False) -> int:
+    """Without recomputing, or without what attention's core keeps.
+
+    Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep; what
+    attention keeps; gate and up, SwiGLU's output, and in plain torch silu(gate).
+    """
+    job, t = cut.job, cut.tokens
+    ffn = job.config.ffn_hidden_size // cut.tp
+    mlp = (3 if job.backend == "npu" else 4) * ffn
+    kept = 4 * _hidden(cut) + 2 * _row_numbers(cut) + t * mlp * job.element
+    kept += t * (_selective_attention(cut) if selective else _attention(cut))
+    if job.lora_rank is not None:
+        # what each adapter's A gives: 5 + 2 targets
+        kept += 7 * t * job.lora_rank * job.element
+    return kept
+
+
+def _attention(cut: Cut) -> int:
+    """Bytes per token that attention keeps: its inputs, its output and the softmax's statistics.
+
+    v is a view of linear_qkv's output in plain torch, and so keeps it all; torch_npu gets a copy.
+    """
+    width, e = cut.job.config.kv_channels, cut.job.element
+    rotated, context = cut.heads + cut.groups, cut.heads
+    statistics = cut.heads * SOFTMAX_STATISTICS[cut.job.backend]
+    if cut.job.backend == "npu":
+        return (rotated + cut.groups + context) * width * e + statistics
+    qkv = cut.qkv_rows if cut.shares_groups else cut.qkv_rows // cut.tp
+    return (qkv + (rotated + context) * width) * e + statistics
+
+
+def _selective_attention(cut: Cut) -> int:
+    """linear_qkv's output, from which the rest is computed again, and attention's."""
+    return (cut.qkv_rows // cut.tp + cut.heads * cut.job.config.kv_channels) * cut.job.element
+
+
+def layer_workspace(cut: Cut) -> int:
+    """Bytes that the backward of one layer needs above what all layers keep, at its fullest.
+
+    The layer is the newest of a micro-batch. On its way backward frees what the layer kept, so only
+    its beginning, the MLP, can be fuller than all that came before.
+    """
+    job, t, e = cut.job, cut.tokens, cut.job.element
+    hidden, full_hidden = _hidden(cut), cut.tokens * job.config.hidden_size * job.element
+    ffn = t * (job.config.ffn_hidden_size // cut.tp) * e
+    tensors = layer_tensors(cut)
+    train = e if job.lora_rank is None else 0
+    gathered = full_hidden if cut.sequence_parallel else 0
+    second = gathered + ffn + tensors[6] * train  # linear_fc2: its input's gradient, its weight's
+    swiglu = 2 * ffn  # gradients of both factors, while they are still kept
+    freed = (3 if job.backend == "npu" else 4) * ffn
+    first = 2 * ffn + full_hidden + tensors[5] * train - freed  # linear_fc1
+    norm = hidden + (2 * e + 8) * hidden // e - freed - full_hidden
+    if e == FP32:
+        norm -= hidden
+    workspace = hidden + max(second, swiglu, first, norm)
+    if cut.recompute == "full":
+        # the layer anew, whose input is what was kept, and its output
+        workspace += _all_activations(cut)
+    return workspace

@@ -1,0 +1,104 @@
+"""Weights of each rank: what checkpoint/rules.py's table gives, as formulas (a test compares)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from qwen2_ascend.planning.job import Cut
+
+
+class Parameters(NamedTuple):
+    """Numbers of weights on one rank."""
+
+    all: int
+    """Held and computed with."""
+    trained: int
+    """That get a gradient: all, or the adapters."""
+    buffers: tuple[int, ...]
+    """Elements of each model chunk's gradient buffer, with the distributed optimizer's padding."""
+    largest: int
+    """Elements of the largest trained tensor."""
+
+
+def parameters(cut: Cut, stage: int) -> Parameters:
+    """Weights of a rank of `stage`, by its model chunks."""
+    chunks = [_chunk_tensors(cut, stage, chunk) for chunk in range(cut.num_chunks)]
+    frozen = 0
+    if cut.job.lora_rank is not None:
+        frozen = sum(map(sum, chunks))
+        chunks = [_layers(cut) * adapter_tensors(cut, cut.job.lora_rank) for _ in chunks]
+    trained = sum(map(sum, chunks))
+    shared = cut.job.config.tie_word_embeddings and cut.pp > 1 and cut.job.lora_rank is None
+    buffers = tuple(_buffer(cut, tensors, shared) for tensors in chunks)
+    return Parameters(frozen + trained, trained, buffers, max(map(max, chunks)))
+
+
+def layer_tensors(cut: Cut) -> list[int]:
+    """Elements of each weight of a layer on one rank, in the model's order."""
+    config, tp = cut.job.config, cut.tp
+    h, ffn = config.hidden_size, config.ffn_hidden_size
+    context = config.num_attention_heads * config.kv_channels
+    return [
+        h,
+        h * context // tp,
+        cut.qkv_rows * h // tp,
+        cut.qkv_rows // tp,
+        h,
+        2 * ffn * h // tp,
+        h * ffn // tp,
+    ]
+
+
+def adapter_tensors(cut: Cut, rank: int) -> list[int]:
+    """Elements of each LoRA matrix of a layer on one rank, all projections adapted.
+
+    linear_qkv has three A and linear_fc1 two; of a column-parallel module every rank has all of A,
+    of a row-parallel one all of B.
+    """
+    config, tp = cut.job.config, cut.tp
+    h, ffn = config.hidden_size, config.ffn_hidden_size
+    context = config.num_attention_heads * config.kv_channels
+    column = [3 * rank * h, cut.qkv_rows // tp * rank, 2 * rank * h, 2 * ffn // tp * rank]
+    row = [rank * context // tp, h * rank, rank * ffn // tp, h * rank]
+    return column + row
+
+
+def embedding(cut: Cut) -> int:
+    """Elements of a rank's rows of the embedding, or of the output layer."""
+    return cut.padded_vocab_size // cut.tp * cut.job.config.hidden_size
+
+
+def _layers(cut: Cut) -> int:
+    return cut.layers_per_chunk or cut.layers_per_stage
+
+
+def _chunk_tensors(cut: Cut, stage: int, chunk: int) -> list[int]:
+    tensors = _layers(cut) * layer_tensors(cut)
+    if (stage, chunk) == (0, 0):
+        tensors = [embedding(cut), *tensors]
+    if cut.is_last(stage) and chunk == cut.num_chunks - 1:
+        tensors = [*tensors, cut.job.config.hidden_size]
+        if cut.pp > 1 or not cut.job.config.tie_word_embeddings:
+            tensors.append(embedding(cut))
+    return tensors
+
+
+def _buffer(cut: Cut, tensors: list[int], shared_embedding: bool) -> int:
+    """Elements of a contiguous buffer: the distributed optimizer aligns tensors and its end."""
+    if not cut.distributed_optimizer:
+        return sum(tensors)
+    multiple = math.lcm(cut.dp, 128)
+    start = 0
+    # megatron-core lays them out in reverse, and a shared embedding in a bucket of its own
+    for size in reversed(tensors):
+        alone = shared_embedding and size == embedding(cut)
+        start = _up(start, 64)
+        start = _up(start, multiple) if alone else start
+        start += size
+        start = _up(start, multiple) if alone else start
+    return _up(start, multiple)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

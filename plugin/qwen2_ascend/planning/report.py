@@ -1,0 +1,259 @@
+"""What was found: a table and launch commands for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwen2_ascend.planning.devices import GB
+from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.roofline import bubble_fraction
+from qwen2_ascend.planning.search import Machine, Plan
+from qwen2_ascend.planning.traffic import step_traffic
+
+
+class Result(NamedTuple):
+    """An answered question."""
+
+    model: str
+    job: Job
+    machine: Machine
+    plans: list[Plan]
+    """The best first."""
+    fewest: Plan | None
+    """On the smallest number of devices that the job fits on."""
+
+
+def best_of_each_shape(plans: list[Plan]) -> list[Plan]:
+    """The best plan of each TP, PP, VPP, DP, in the order of `plans`."""
+    shapes: dict[str, Plan] = {}
+    for plan in plans:
+        shapes.setdefault(plan.cut.label(), plan)
+    return list(shapes.values())
+
+
+def text(result: Result, *, top: int, commands: int) -> str:
+    """The answer, a table of the best layouts, and launch commands of the first of them."""
+    shown = best_of_each_shape(result.plans)[:top]
+    fitting = [plan for plan in shown if plan.fits]
+    lines = [answer(result), "", *_table(shown), "", _notes(result)]
+    for plan in fitting[:commands]:
+        lines += [
+            "",
+            f"{plan.cut.label()}, on random tokens (give --load and --data-path instead):",
+        ]
+        lines += ["", launch_command(result.model, plan.cut, result.machine)]
+    return "\n".join(lines)
+
+
+def answer(result: Result) -> str:
+    """Whether it fits, and what would."""
+    job, machine = result.job, result.machine
+    what = f"{result.model} ({job.config.num_parameters / 1e9:.2f}e9 parameters, {job.dtype}"
+    what += ", " + (f"LoRA rank {job.lora_rank}" if job.lora_rank else "all weights")
+    what += f", sequences of {job.seq_length}, {job.global_batch_size} per step)"
+    where = f"{machine.num_devices} x {machine.device.name}"
+    usable = f"{machine.usable_memory / GB:.1f} of {machine.device.memory / GB:.1f} GB usable"
+    fitting = sum(plan.fits for plan in result.plans)
+    best = min(result.plans, key=lambda plan: plan.memory.total)
+    least = f"{best.memory.total / GB:.1f} GB on the fullest card ({_settings(best.cut)})"
+    lines = [f"{what} on {where}, {usable}:"]
+    if fitting:
+        lines.append(
+            f"fits: {fitting} of {len(result.plans)} valid layouts; the smallest takes {least}."
+        )
+    else:
+        lines.append(
+            f"does not fit: none of {len(result.plans)} valid layouts; the smallest takes {least}."
+        )
+    fewest = result.fewest
+    if fewest is None:
+        lines.append("It fits on no number of these devices that was tried.")
+    elif fewest.cut.num_devices != machine.num_devices:
+        number = f"{fewest.cut.num_devices} device{'s' if fewest.cut.num_devices > 1 else ''}"
+        lines.append(
+            f"The fewest it fits on: {number}, {fewest.memory.total / GB:.1f} GB "
+            f"({_settings(fewest.cut)})."
+        )
+    return "\n".join(lines)
+
+
+def _settings(cut: Cut) -> str:
+    """All of a cut in a few words."""
+    words = [cut.label(), f"micro-batch {cut.micro_batch_size}"]
+    words += ["sequence parallel"] * cut.sequence_parallel
+    words += ["distributed optimizer"] * cut.distributed_optimizer
+    words += [f"{cut.recompute} recompute"] * (cut.recompute != "none")
+    return ", ".join(words)
+
+
+_COLUMNS = {
+    "layout": lambda plan: plan.cut.label(),
+    "mbs": lambda plan: str(plan.cut.micro_batch_size),
+    "SP": lambda plan: "yes" if plan.cut.sequence_parallel else "-",
+    "dist-opt": lambda plan: "yes" if plan.cut.distributed_optimizer else "-",
+    "recompute": lambda plan: plan.cut.recompute.replace("none", "-"),
+    "GB": lambda plan: f"{plan.memory.total / GB:.1f}",
+    "fits": lambda plan: "yes" if plan.fits else "no",
+    "weights": lambda plan: _gb(plan.memory.weights),
+    "grads": lambda plan: _gb(plan.memory.gradients),
+    "optim": lambda plan: _gb(plan.memory.optimizer),
+    "activ": lambda plan: _gb(plan.memory.activations + plan.memory.temporary),
+    "logits": lambda plan: _gb(plan.memory.logits),
+    "buffers": lambda plan: _gb(plan.memory.buffers),
+    "bubble": lambda plan: f"{bubble_fraction(plan.cut):.1%}",
+}
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.1f}"
+
+
+def _table(plans: list[Plan]) -> list[str]:
+    rows = [[*_COLUMNS, "TP GB", "PP GB", "DP GB", "s/step", "tok/s"]]
+    for plan in plans:
+        sent = step_traffic(plan.cut)
+        devices = plan.cut.num_devices
+        rows.append(
+            [column(plan) for column in _COLUMNS.values()]
+            + [_gb((sent["TP"] + sent["SP"]) / devices), _gb(sent["PP"] / devices)]
+            + [_gb(sent["DP"] / devices), f"{plan.time.total:.3g}"]
+            + [f"{plan.cut.job.tokens_per_step / plan.time.total / devices:,.0f}"]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _notes(result: Result) -> str:
+    efficiency, device = result.machine.efficiency, result.machine.device
+    return (
+        "GB: of the fullest card, at the fullest moment of a step. TP (with SP), PP, DP GB: sent "
+        "per card and step.\ns/step and tok/s (per card) are predicted, not measured: a roofline "
+        f"at {efficiency.arithmetic:.0%} of the peak\nand {efficiency.memory:.0%} of the "
+        f"bandwidths, without overlap. {device.name}: {device.source}."
+    )
+
+
+# --- launch commands ------------------------------------------------------------------------------
+
+
+def launch_command(model: str, cut: Cut, machine: Machine) -> str:
+    """What starts this cut on one node, or on each of several."""
+    words = [*_torchrun(cut, machine), _script(cut), *launch_flags(model, cut)]
+    lines, line = [], words[0]
+    for flag in words[1:]:
+        if len(line) + len(flag) > 96:
+            lines.append(line)
+            line = f"    {flag}"
+        else:
+            line = f"{line} {flag}"
+    return " \\\n".join([*lines, line])
+
+
+def _script(cut: Cut) -> str:
+    kind = "pretrain" if cut.job.lora_rank is None else "finetune"
+    return f"launch/{kind}_qwen2.py"
+
+
+def _torchrun(cut: Cut, machine: Machine) -> Iterator[str]:
+    nodes = -(-cut.num_devices // machine.devices_per_node)
+    yield "torchrun"
+    if nodes > 1:
+        yield f"--nnodes {nodes} --node-rank $NODE_RANK"
+    yield f"--nproc-per-node {-(-cut.num_devices // nodes)}"
+    if nodes > 1:
+        yield "--rdzv-backend c10d --rdzv-endpoint $MASTER:29500"
+
+
+def launch_flags(model: str, cut: Cut) -> list[str]:
+    """The launcher's flags, each with its value."""
+    job = cut.job
+    data = ["--mock-data"] if job.lora_rank is None else ["--data-path CHATS.jsonl"]
+    flags = [
+        f"--config {shlex.quote(model)}"
+        if job.lora_rank is None
+        else f"--load {shlex.quote(model)}",
+        *data,
+        f"--device {job.backend}",
+        f"--tensor-model-parallel-size {cut.tp}",
+        f"--pipeline-model-parallel-size {cut.pp}",
+    ]
+    if cut.layers_per_chunk:
+        flags.append(f"--num-layers-per-virtual-pipeline-stage {cut.layers_per_chunk}")
+    if cut.vocabulary_is_padded:
+        flags.append("--make-vocab-size-divisible-by 128")
+    flags += ["--sequence-parallel"] * cut.sequence_parallel
+    flags += ["--use-distributed-optimizer"] * cut.distributed_optimizer
+    flags += [
+        f"--micro-batch-size {cut.micro_batch_size}",
+        f"--global-batch-size {job.global_batch_size}",
+        f"--seq-length {job.seq_length}",
+    ]
+    if cut.recompute == "selective":
+        flags.append("--recompute-granularity selective")
+    elif cut.recompute == "full":
+        flags.append("--recompute-granularity full --recompute-method uniform")
+        flags.append("--recompute-num-layers 1")
+    if job.cross_entropy_chunk_size:
+        flags.append(f"--cross-entropy-chunk-size {job.cross_entropy_chunk_size}")
+    if job.lora_rank is not None:
+        flags.append(f"--lora-r {job.lora_rank}")
+    flags += [f"--{job.dtype}"] * (job.dtype != "fp32")
+    return [*flags, "--train-iters 20", "--lr 1e-5"]
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def write_json(result: Result, path: Path) -> None:
+    """All layouts, the best first, and what was asked; bytes and seconds."""
+    job, machine = result.job, result.machine
+    content = {
+        "model": result.model,
+        "parameters": job.config.num_parameters,
+        "dtype": job.dtype,
+        "seq_length": job.seq_length,
+        "global_batch_size": job.global_batch_size,
+        "cross_entropy_chunk_size": job.cross_entropy_chunk_size,
+        "lora_rank": job.lora_rank,
+        "device": vars(machine.device),
+        "num_devices": machine.num_devices,
+        "devices_per_node": machine.devices_per_node,
+        "usable_memory": machine.usable_memory,
+        "efficiency": vars(machine.efficiency),
+        "fits": any(plan.fits for plan in result.plans),
+        "fewest": None if result.fewest is None else as_dict(result.fewest),
+        "layouts": [as_dict(plan) for plan in result.plans],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """One layout, in bytes and seconds."""
+    cut, memory = plan.cut, plan.memory
+    return {
+        "num_devices": cut.num_devices,
+        "tensor_model_parallel_size": cut.tp,
+        "pipeline_model_parallel_size": cut.pp,
+        "num_layers_per_virtual_pipeline_stage": cut.layers_per_chunk,
+        "data_parallel_size": cut.dp,
+        "sequence_parallel": cut.sequence_parallel,
+        "use_distributed_optimizer": cut.distributed_optimizer,
+        "recompute_granularity": None if cut.recompute == "none" else cut.recompute,
+        "micro_batch_size": cut.micro_batch_size,
+        "padded_vocab_size": cut.padded_vocab_size,
+        "fits": plan.fits,
+        "fullest_stage": plan.stage,
+        "memory": {**memory._asdict(), "total": memory.total},
+        "predicted_seconds": {**plan.time._asdict(), "total": plan.time.total},
+        "bubble": bubble_fraction(cut),
+    }

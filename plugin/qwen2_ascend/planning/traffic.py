@@ -1,0 +1,123 @@
+"""The collectives of one training step, as this package's layers and megatron-core 0.16 issue them.
+
+Each is told with the bytes of its whole tensor: of an all-gather what is gathered, of a
+reduce-scatter what is scattered. `sent_bytes` is what a rank sends when the collective is a ring.
+Left out is what does not grow with the model: the loss, the number of tokens and the gradient's
+norm that ranks tell each other, less than 1 kB per rank and peer.
+
+Letters: `t` tokens of a micro-batch, `h` hidden, `e` bytes of an activation, `n` micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.parameters import Parameters, embedding, parameters
+
+Kind = Literal["TP", "SP", "PP", "DP"]
+KINDS: tuple[Kind, ...] = ("TP", "SP", "PP", "DP")
+FP32 = 4
+
+
+class Collective(NamedTuple):
+    """Equal calls in a step."""
+
+    kind: Kind
+    """What causes it; the gradient of tied embeddings on two stages counts as PP."""
+    op: Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+    num_ranks: int
+    num_bytes: int
+    num_calls: int
+
+    @property
+    def sent_bytes(self) -> float:
+        """By one rank, in all calls."""
+        return sent_bytes(self.op, self.num_ranks, self.num_bytes) * self.num_calls
+
+
+def sent_bytes(op: str, num_ranks: int, num_bytes: float) -> float:
+    """What a rank sends in a ring: 2 (n - 1) / n of what is reduced, (n - 1) / n of the others."""
+    if op == "send":
+        return num_bytes
+    return (2 if op == "all_reduce" else 1) * (num_ranks - 1) / num_ranks * num_bytes
+
+
+def step_traffic(cut: Cut) -> dict[Kind, float]:
+    """Bytes that all devices together send in a step, by kind."""
+    total: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    for stage in range(cut.pp):
+        for kind, sent in rank_traffic(cut, stage).items():
+            total[kind] += sent * cut.tp * cut.dp
+    return total
+
+
+def rank_traffic(cut: Cut, stage: int, weights: Parameters | None = None) -> dict[Kind, float]:
+    """Bytes that one rank of `stage` sends in a step, by kind."""
+    sent: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    for collective in collectives(cut, stage, weights):
+        sent[collective.kind] += collective.sent_bytes
+    return sent
+
+
+def collectives(cut: Cut, stage: int, weights: Parameters | None = None) -> Iterator[Collective]:
+    """Those of a rank of pipeline stage `stage`; counts may be zero."""
+    if cut.tp > 1:
+        yield from _tensor_parallel(cut, stage)
+    if cut.pp > 1:
+        yield from _pipeline(cut, stage)
+    if cut.dp > 1:
+        yield from _data_parallel(cut, weights or parameters(cut, stage))
+
+
+def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+    job, n, layers = cut.job, cut.num_microbatches, cut.layers_per_stage
+    first, last = stage == 0, cut.is_last(stage)
+    forward = 2 if cut.recompute == "full" else 1
+    hidden = cut.tokens * job.config.hidden_size * job.element
+    chunked = job.cross_entropy_chunk_size is not None
+    if cut.sequence_parallel:
+        # Each sum over ranks is a scatter, and the next linear layer gathers. Backward is the
+        # mirror image, and gathers the inputs of linear_qkv, linear_fc1 and the output layer anew.
+        scatters = layers * (2 * forward + 2) + first + last
+        gathers = layers * (2 * forward + 4) + first + last * (1 if chunked else 2)
+        yield Collective("SP", "reduce_scatter", cut.tp, hidden, n * scatters)
+        yield Collective("SP", "all_gather", cut.tp, hidden, n * gathers)
+        norms = (2 * layers + last) * job.config.hidden_size * FP32
+        yield Collective("SP", "all_reduce", cut.tp, norms, 1)
+    else:
+        # outputs of attention and MLP; gradients of their inputs; the embedding; the output layer's
+        sums = layers * (2 * forward + 2) + first + last
+        yield Collective("TP", "all_reduce", cut.tp, hidden, n * sums)
+    if last:
+        # per token the largest logit, the sum of exponentials and the label's own
+        token = cut.tokens * FP32
+        yield Collective("TP", "all_reduce", cut.tp, token, n * (1 if chunked else 3))
+        yield Collective("TP", "all_reduce", cut.tp, 2 * token, n * chunked)
+    if cut.shares_groups:
+        rows = cut.tokens * cut.qkv_rows * job.element
+        again = 1 if cut.recompute == "none" else 2
+        yield Collective("TP", "all_gather", cut.tp, rows, n * layers * again)
+        yield Collective("TP", "reduce_scatter", cut.tp, rows, n * layers)
+
+
+def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
+    config, n, chunks = cut.job.config, cut.num_microbatches, cut.num_chunks
+    share = cut.tp if cut.sequence_parallel else 1
+    hidden = cut.tokens // share * config.hidden_size * cut.job.element
+    onwards, back = chunks - cut.is_last(stage), chunks - (stage == 0)
+    yield Collective("PP", "send", 2, hidden, n * (onwards + back))
+    if config.tie_word_embeddings and cut.job.lora_rank is None:
+        ends = stage in (0, cut.pp - 1)
+        yield Collective("PP", "all_reduce", 2, embedding(cut) * FP32, int(ends))
+
+
+def _data_parallel(cut: Cut, weights: Parameters) -> Iterator[Collective]:
+    for elements, chunks in Counter(weights.buffers).items():
+        if not cut.distributed_optimizer:
+            yield Collective("DP", "all_reduce", cut.dp, elements * FP32, chunks)
+            continue
+        yield Collective("DP", "reduce_scatter", cut.dp, elements * FP32, chunks)
+        yield Collective("DP", "all_gather", cut.dp, elements * cut.job.element, chunks)

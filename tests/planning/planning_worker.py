@@ -1,0 +1,167 @@
+"""What the planner says of a layout against what a step of it holds and moves on CPU ranks."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from distributed import train_worker
+from distributed.harness import Checks, Run, main
+from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.memory import stage_memory
+from qwen2_ascend.planning.traffic import collectives
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qwen2_ascend.planning.memory import Memory
+
+CHECKS = Checks()
+LENGTH = 128
+CONTROL_BYTES = 256
+"""Tensors up to this size are what ranks tell each other: losses, tokens, the norm."""
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1-pp1": {},
+    "tp1-pp1-tied-bf16": {"dtype": "bf16", "tied": True},
+    "tp1-pp1-full-bf16": {"dtype": "bf16", "recompute": "full"},
+    "tp1-pp1-selective-chunked": {"recompute": "selective", "chunk": 64},
+    "tp2-bf16": {"tp": 2, "dtype": "bf16"},
+    "tp2-sp-full": {"tp": 2, "sequence_parallel": True, "recompute": "full"},
+    "tp2-sp-chunked-bf16": {"tp": 2, "sequence_parallel": True, "chunk": 64, "dtype": "bf16"},
+    "pp2-tied-bf16": {"pp": 2, "tied": True, "dtype": "bf16"},
+    "pp2-vpp2": {"pp": 2, "layers_per_chunk": 1},
+    "dp2-bf16": {"dp": 2, "dtype": "bf16"},
+    "dp2-distributed-optimizer-bf16": {"dp": 2, "distributed_optimizer": True, "dtype": "bf16"},
+    "tp2-pp2-sp-bf16": {"tp": 2, "pp": 2, "sequence_parallel": True, "dtype": "bf16"},
+    "tp4-more-than-groups": {"tp": 4, "groups": 2},
+    "pp4-selective-bf16": {"pp": 4, "recompute": "selective", "dtype": "bf16"},
+    "pp2-vpp2-tied-distributed-optimizer": {
+        "pp": 2,
+        "dp": 2,
+        "layers_per_chunk": 1,
+        "tied": True,
+        "distributed_optimizer": True,
+    },
+}
+
+
+def planned(
+    *,
+    tied: bool = False,
+    groups: int = 4,
+    dtype: str = "fp32",
+    chunk: int | None = None,
+    **cut: Any,
+) -> Cut:
+    """The planner's view of a layout: four micro-batches of two sequences per rank."""
+    config = tiny_config(
+        hidden_size=128,
+        ffn_hidden_size=352,
+        kv_channels=16,
+        num_query_groups=groups,
+        vocab_size=1024,
+        tie_word_embeddings=tied,
+    )
+    job = Job(
+        config=config,
+        seq_length=LENGTH,
+        global_batch_size=8 * cut.get("dp", 1),
+        dtype=dtype,
+        backend="cpu",
+        cross_entropy_chunk_size=chunk,
+    )
+    return Cut(job=job, micro_batch_size=2, **cut)
+
+
+def flags(cut: Cut) -> str:
+    """The launcher's."""
+    job = cut.job
+    words = {
+        "--mock-data --device cpu --num-workers 0 --train-iters 3 --lr 1e-3": True,
+        f"--seq-length {job.seq_length} --micro-batch-size {cut.micro_batch_size}": True,
+        f"--global-batch-size {job.global_batch_size}": True,
+        f"--tensor-model-parallel-size {cut.tp}": True,
+        f"--pipeline-model-parallel-size {cut.pp}": True,
+        f"--num-layers-per-virtual-pipeline-stage {cut.layers_per_chunk}": cut.layers_per_chunk,
+        "--sequence-parallel": cut.sequence_parallel,
+        "--use-distributed-optimizer": cut.distributed_optimizer,
+        "--bf16": job.dtype == "bf16",
+        "--recompute-granularity selective": cut.recompute == "selective",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
+            cut.recompute == "full"
+        ),
+        f"--cross-entropy-chunk-size {job.cross_entropy_chunk_size}": job.cross_entropy_chunk_size,
+    }
+    return " ".join(word for word, is_on in words.items() if is_on)
+
+
+def memory_and_traffic(cut: Cut, run: Run) -> str:
+    """Peak memory within a tenth, memory at rest within a hundredth, every collective the same."""
+    from megatron.core import parallel_state
+
+    from planning.collective_log import CollectiveLog
+    from planning.tensor_memory import TensorMemory
+
+    folder = _weights(cut, run)
+    with TensorMemory() as memory, CollectiveLog() as log:
+        training = train_worker.start(run, flags(cut), load=folder)
+        train_worker.steps(training, 1)  # AdamW makes its state
+        gc.collect()
+        at_rest = memory.live
+        memory.reset_peak()
+        log.calls.clear()
+        train_worker.steps(training, 1)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    told = _compare_memory(stage_memory(cut, stage), at_rest, memory.peak)
+    _compare_traffic(cut, stage, log.calls)
+    return told
+
+
+def _weights(cut: Cut, run: Run) -> Path:
+    """A folder of the model's shape, written by the first rank that asks."""
+    import torch
+
+    config = cut.job.config
+    folder = run.folder / f"model-{config.tie_word_embeddings}-{config.num_query_groups}"
+    if run.runtime.rank == 0 and not folder.exists():
+        make_tiny_hugging_face_folder(folder, config)
+    torch.distributed.barrier()
+    return folder
+
+
+def _compare_memory(expected: Memory, at_rest: int, peak: int) -> str:
+    # tensors of the data loader, and numbers
+    rest = at_rest / (expected.at_rest + expected.buffers) - 1
+    above = peak / expected.total - 1
+    told = f"at rest {rest:+.2%}, peak {peak:,} {above:+.2%} of {expected}"
+    assert abs(rest) < 0.01, told
+    assert abs(above) < 0.1, told
+    return told
+
+
+def _compare_traffic(cut: Cut, stage: int, calls: Counter) -> None:
+    """Equal bytes of each kind of collective over each number of ranks."""
+    expected: Counter = Counter()
+    for call in collectives(cut, stage):
+        expected[call.op, call.num_ranks] += call.num_bytes * call.num_calls
+    found: Counter = Counter()
+    for call, count in calls.items():
+        if call.num_ranks > 1 and call.num_bytes > CONTROL_BYTES:
+            # megatron-core sends some hidden states through the group of all ranks
+            num_ranks = 2 if call.op == "send" else call.num_ranks
+            found[call.op, num_ranks] += call.num_bytes * count
+    expected = +expected
+    assert found == expected, f"found besides {found - expected}, missing {expected - found}"
+
+
+for _name, _layout in LAYOUTS.items():
+    _cut = planned(**_layout)
+    CHECKS.add(world_size=_cut.num_devices, name=_name)(functools.partial(memory_and_traffic, _cut))
+
+
+if __name__ == "__main__":
+    main(CHECKS)

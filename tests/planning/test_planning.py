@@ -1,0 +1,342 @@
+"""The planner against the table of parameters, the launchers' own checks, and recorded traffic."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from helpers import tiny_config
+from npusim.traffic import CUTS, GOLDEN, LENGTH, MICRO_BATCH, MICRO_BATCHES, minimum
+from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.planning import report, search
+from qwen2_ascend.planning.command import main
+from qwen2_ascend.planning.devices import DEVICES, find_device
+from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.memory import fullest_stage, stage_memory
+from qwen2_ascend.planning.parameters import parameters
+from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops
+from qwen2_ascend.planning.traffic import step_traffic
+from qwen2_ascend.training.logging import train_flops
+
+
+def job(model: str = "7B", **changes) -> Job:
+    return Job(
+        **{
+            "config": Qwen2Config.named(model),
+            "seq_length": 4096,
+            "global_batch_size": 256,
+            **changes,
+        }
+    )
+
+
+def machine(num_devices: int, device: str = "910B2", **changes) -> search.Machine:
+    found = find_device(device)
+    return search.Machine(
+        device=found,
+        num_devices=num_devices,
+        devices_per_node=found.devices_per_node,
+        **changes,
+    )
+
+
+def result(model: str, num_devices: int, **changes) -> report.Result:
+    asked, where = job(model, **changes), machine(num_devices)
+    return report.Result(
+        model, asked, where, search.find_plans(asked, where), search.fewest_devices(asked, where)
+    )
+
+
+def _some_of(found: report.Result) -> list[search.Plan]:
+    """Four shapes, and a plan of each kind of recomputing: to parse one takes a while."""
+    kinds = [next(p for p in found.plans if p.cut.recompute == kind) for kind in search.RECOMPUTE]
+    shapes = report.best_of_each_shape(found.plans)
+    return [*shapes[:2], *shapes[-2:], *kinds]
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("cut", [(1, 1, None), (2, 2, None), (4, 1, None), (8, 2, 1), (2, 4, None)])
+def test_every_rank_has_the_parameters_of_the_table(cut, tied):
+    tp, pp, per_chunk = cut
+    config = tiny_config(tie_word_embeddings=tied)
+    asked = Cut(job=job(config=config), tp=tp, pp=pp, layers_per_chunk=per_chunk)
+    pieces = megatron_pieces(config, asked.layout, config.vocab_size)
+    for stage in range(pp):
+        shards = [shard for shard in pieces if (shard.tp_rank, shard.pp_stage) == (0, stage)]
+        assert all(isinstance(shard, Shard) for shard in shards) and shards
+        expected = 0
+        for shard in shards:
+            for piece in pieces[shard].values():
+                size = 1
+                for length in piece.shape:
+                    size *= length
+                expected += size
+        assert parameters(asked, stage).all == expected
+
+
+# --- what is valid --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "num_devices", "changes"),
+    [
+        ("0.5B", 8, {"dtype": "fp32"}),
+        ("7B", 16, {"cross_entropy_chunk_size": 2048}),
+        ("72B", 256, {}),
+    ],
+)
+def test_launch_commands_are_ones_that_the_launcher_takes(model, num_devices, changes):
+    """The best of some shapes, and the fastest of each way to recompute."""
+    from qwen2_ascend.training.settings import parse, validate
+
+    found = result(model, num_devices, **changes)
+    for plan in _some_of(found):
+        settings = parse(shlex.split(" ".join(report.launch_flags(model, plan.cut))))
+        validate(settings, found.job.config, num_devices)
+        assert settings.layout() == plan.cut.layout
+        assert settings.padded_vocab_size(found.job.config) == plan.cut.padded_vocab_size
+        assert settings.data_parallel_size(num_devices) == plan.cut.dp
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded(tmp_path):
+    from qwen2_ascend.training.settings import parse, validate
+
+    config = tiny_config(vocab_size=255)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_hugging_face()), encoding="utf-8")
+    asked = job(config=Qwen2Config.from_pretrained(path), seq_length=64)
+    plan = next(plan for plan in search.find_plans(asked, machine(4)) if plan.cut.tp == 4)
+    settings = parse(shlex.split(" ".join(report.launch_flags(str(path), plan.cut))))
+    validate(settings, config, 4)
+    assert settings.padded_vocab_size(config) == plan.cut.padded_vocab_size == 512
+
+
+def test_a_lora_command_is_one_that_the_launcher_takes():
+    from qwen2_ascend.finetuning.settings import parse, validate
+
+    found = result("7B", 8, lora_rank=16)
+    for plan in _some_of(found):
+        settings = parse(shlex.split(" ".join(report.launch_flags("7B", plan.cut))))
+        validate(settings, found.job.config, 8)
+        assert settings.lora_config().rank == 16
+
+
+def test_a_command_for_several_nodes_is_for_all_devices():
+    found = result("72B", 256)
+    words = shlex.split(report.launch_command("72B", found.plans[0].cut, found.machine))
+    nodes, per_node = (
+        int(words[words.index(flag) + 1]) for flag in ("--nnodes", "--nproc-per-node")
+    )
+    assert nodes * per_node == 256 and "launch/pretrain_qwen2.py" in words
+
+
+def test_every_layout_that_the_launcher_takes_is_found():
+    """All of a small model's on 8 devices, tried one by one."""
+    config = tiny_config()
+    asked = job(config=config, seq_length=64, global_batch_size=16, backend="cpu", dtype="fp32")
+    found = {
+        plan.cut
+        for plan in search.find_plans(asked, machine(8, "CPU"))
+        if not (plan.cut.sequence_parallel or plan.cut.distributed_optimizer)
+        and plan.cut.recompute == "none"
+    }
+    assert found == {
+        cut
+        for tp, pp in product(range(1, 9), repeat=2)
+        if 8 % (tp * pp) == 0
+        for chunk, size in product((None, 1, 2, 3), search.MICRO_BATCH_SIZES)
+        if _is_taken(
+            cut := Cut(
+                job=asked,
+                tp=tp,
+                pp=pp,
+                dp=8 // (tp * pp),
+                layers_per_chunk=chunk,
+                micro_batch_size=size,
+            )
+        )
+    }
+
+
+def _is_taken(cut: Cut) -> bool:
+    """By the launcher's own checks; a chunk that is a whole stage is no interleaved pipeline."""
+    from qwen2_ascend.training.settings import validate
+
+    settings = _some_settings(cut.job.seq_length, cut.job.global_batch_size)
+    parallel = replace(
+        settings.parallel,
+        tensor_model_parallel_size=cut.tp,
+        pipeline_model_parallel_size=cut.pp,
+        num_layers_per_virtual_pipeline_stage=cut.layers_per_chunk,
+    )
+    batch = replace(settings.batch, micro_batch_size=cut.micro_batch_size)
+    try:
+        validate(replace(settings, parallel=parallel, batch=batch), cut.job.config, cut.num_devices)
+    except UserError:
+        return False
+    return cut.layers_per_chunk is None or cut.num_chunks > 1
+
+
+@functools.cache
+def _some_settings(seq_length: int, global_batch_size: int):
+    from qwen2_ascend.training.settings import parse
+
+    flags = f"--seq-length {seq_length} --global-batch-size {global_batch_size}"
+    return parse(f"--config 0.5B --mock-data --train-iters 1 --lr 1e-5 {flags}".split())
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_72b_does_not_fit_on_16_cards_and_it_is_said_what_would():
+    found = result("72B", 16)
+    # 2 + 4 + 12 bytes of each of 72.7e9 weights are above 16 times 64 GiB
+    assert not any(plan.fits for plan in found.plans)
+    assert found.job.config.num_parameters * 18 > 16 * found.machine.device.memory
+    assert found.fewest.cut.num_devices == 32
+    assert "does not fit" in report.answer(found)
+    assert "32 devices" in report.answer(found)
+    text = report.text(found, top=3, commands=1)
+    assert "torchrun" not in text
+
+
+def test_the_fewest_devices_are_the_fewest():
+    for model in ("0.5B", "7B", "14B"):
+        asked = job(model)
+        fewest = search.fewest_devices(asked, machine(1))
+        number = fewest.cut.num_devices
+        assert fewest.fits and fewest.memory.total <= machine(1).usable_memory
+        if number > 1:
+            assert not any(plan.fits for plan in search.find_plans(asked, machine(number // 2)))
+
+
+def test_the_fullest_stage_is_the_first_or_the_last():
+    for plan in search.find_plans(job("14B"), machine(64))[::40]:
+        totals = [stage_memory(plan.cut, stage).total for stage in range(plan.cut.pp)]
+        assert max(totals) == fullest_stage(plan.cut)[1].total == plan.memory.total
+
+
+def test_memory_is_what_the_parts_say():
+    """Weights and optimizer by their definition; recomputing and chunking only save."""
+    cut = Cut(job=job(), tp=2, dp=8, distributed_optimizer=True)
+    memory = stage_memory(cut, 0)
+    own = parameters(cut, 0)
+    assert memory.weights == 2 * own.buffers[0] and memory.gradients == 4 * own.buffers[0]
+    assert memory.optimizer == 12 * own.buffers[0] // 8
+    peaks = [stage_memory(replace(cut, recompute=kind), 0).total for kind in search.RECOMPUTE]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+    chunked = replace(cut, job=job(cross_entropy_chunk_size=1024), recompute="full")
+    assert stage_memory(chunked, 0).total < peaks[-1]
+    tuned = replace(cut, job=job(lora_rank=16))
+    assert stage_memory(tuned, 0).at_rest < 1.1 * 2 * own.all
+
+
+# --- traffic and time -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CUTS, ids=lambda name: name.replace(" ", "-"))
+def test_traffic_is_what_the_simulated_cards_recorded(name):
+    """Above it are the few numbers that ranks tell each other; see docs/benchmarks.md."""
+    recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]["bytes"]
+    layout = CUTS[name]
+    asked = Job(
+        config=tiny_config(),
+        seq_length=LENGTH,
+        global_batch_size=MICRO_BATCHES * MICRO_BATCH * layout.dp,
+    )
+    cut = Cut(
+        job=asked,
+        tp=layout.tp,
+        pp=layout.pp,
+        dp=layout.dp,
+        sequence_parallel=layout.sequence_parallel,
+        distributed_optimizer="distributed-optimizer" in layout.flags,
+        micro_batch_size=MICRO_BATCH,
+    )
+    sent = sum(step_traffic(cut).values())
+    assert sent >= minimum(layout)
+    assert 0 <= recorded - sent <= 512 * layout.cards * (layout.cards - 1) + 100
+
+
+def test_arithmetic_is_that_of_the_training_log():
+    """Added up over the ranks; recomputing layers costs a third more."""
+    asked = job("14B")
+    cut = Cut(job=asked, tp=4, pp=4, dp=2, micro_batch_size=2)
+    expected = train_flops(
+        asked.config,
+        num_sequences=asked.global_batch_size,
+        seq_length=asked.seq_length,
+        padded_vocab_size=cut.padded_vocab_size,
+    )
+    passes = cut.num_microbatches * cut.dp * cut.tp
+    found = passes * sum(stage_flops(cut, stage) for stage in range(cut.pp))
+    assert found == pytest.approx(expected, rel=1e-12)
+    middle = stage_flops(replace(cut, recompute="full"), 1) / stage_flops(cut, 1)
+    assert middle == pytest.approx(4 / 3)
+
+
+def test_more_micro_batches_and_chunks_leave_a_smaller_bubble():
+    cut = Cut(job=job("14B"), pp=4, dp=4)
+    assert bubble_fraction(cut) == pytest.approx(3 / (64 + 3))
+    assert bubble_fraction(replace(cut, layers_per_chunk=3)) == pytest.approx(0.75 / (64 + 0.75))
+    assert bubble_fraction(replace(cut, pp=1)) == 0
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_answers_in_words_json_and_a_picture(tmp_path, capsys):
+    path, picture = tmp_path / "plans.json", tmp_path / "memory.png"
+    files = f"--json {path} --picture {picture}"
+    main(f"--model 7B --num-devices 16 {files} --top 4 --commands 2".split())
+    said = capsys.readouterr().out
+    assert "7B (7.62e9 parameters, bf16, all weights" in said and "fits: " in said
+    assert "predicted, not measured" in said and said.count("torchrun") == 2
+    found = json.loads(path.read_text(encoding="utf-8"))
+    times = [plan["predicted_seconds"]["total"] for plan in found["layouts"] if plan["fits"]]
+    assert found["fits"] and times == sorted(times)
+    assert all(plan["memory"]["total"] > 0 for plan in found["layouts"])
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+
+def test_nothing_heavy_is_imported():
+    script = (
+        "import sys; from qwen2_ascend.planning.command import main\n"
+        "main('--model 72B --num-devices 4096'.split())\n"
+        "assert not {'torch', 'megatron', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("--model 7B --num-devices 8 --device B200", "--device B200 is not known"),
+        ("--model 8B --num-devices 8", "model '8B' is not known"),
+        ("--model 7B --num-devices 0", "--num-devices 0 must be at least 1"),
+        ("--model 7B --num-devices 8 --seq-length 65536", "max_position_embeddings=32768"),
+        ("--model 7B --num-devices 9 --global-batch-size 16", "cannot share --global-batch-size"),
+        ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),
+    ],
+)
+def test_mistakes_are_told(words, fault):
+    with pytest.raises(UserError, match=fault):
+        main(words.split())
+
+
+def test_figures_of_devices_name_their_source():
+    assert {"910B1", "910B2", "910B3", "910B4", "910C", "A100", "H100", "CPU"} <= DEVICES.keys()
+    assert all(device.source for device in DEVICES.values())
+    assert find_device("Ascend910B").memory == 64 * 2**30
