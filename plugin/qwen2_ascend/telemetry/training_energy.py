@@ -33,14 +33,21 @@ class _Sum(NamedTuple):
 
     joules: float = 0.0
     idle_joules: float = 0.0
+    watts: float = 0.0
+    """Each rank's mean over its own time, added up."""
+    idle_watts: float = 0.0
     seconds: float = 0.0
     tokens: int = 0
 
     def plus(self, other: _Sum) -> _Sum:
+        seconds = self.seconds + other.seconds
+        watts = self.watts * self.seconds + other.watts * other.seconds
         return _Sum(
             joules=self.joules + other.joules,
             idle_joules=self.idle_joules + other.idle_joules,
-            seconds=self.seconds + other.seconds,
+            watts=watts / seconds,
+            idle_watts=other.idle_watts,
+            seconds=seconds,
             tokens=self.tokens + other.tokens,
         )
 
@@ -48,8 +55,8 @@ class _Sum(NamedTuple):
         return Energy(
             joules_per_token=self.joules / self.tokens,
             joules_per_token_above_idle=(self.joules - self.idle_joules) / self.tokens,
-            watts=self.joules / self.seconds,
-            idle_watts=self.idle_joules / self.seconds,
+            watts=self.watts,
+            idle_watts=self.idle_watts,
         )
 
 
@@ -153,14 +160,10 @@ class EnergyLog:
         steps = [self._waiting.popleft() for _ in range(count)]
         seconds = sum(step.end - step.begin for step in steps)
         joules = sum(self._meter.between(step.begin, step.end) or 0.0 for step in steps)
-        idle = (self._meter.idle_watts or 0.0) * seconds
-        rows = _gather(self._runtime, [joules, idle, seconds])
-        found = _Sum(
-            joules=sum(row[0] for row in rows),
-            idle_joules=sum(row[1] for row in rows),
-            seconds=max(row[2] for row in rows),
-            tokens=sum(step.tokens for step in steps),
-        )
+        idle = self._meter.idle_watts or 0.0
+        own = [joules, idle * seconds, joules / seconds, idle]
+        added = [sum(column) for column in zip(*_gather(self._runtime, own), strict=True)]
+        found = _Sum(*added, seconds=seconds, tokens=sum(step.tokens for step in steps))
         self._total = self._total.plus(found)
         self._meter.forget_before(steps[-1].end)
         return found
