@@ -2,7 +2,7 @@
 
     SAVE/iter_0000100/adapter_config.json, adapter_model.safetensors     a PEFT adapter as it is
     SAVE/iter_0000100/{exp_avg,exp_avg_sq,fp32_param}.safetensors        the optimizer, in its form
-    SAVE/iter_0000100/rng_TT_PPP.pt                                      random number generators
+    SAVE/iter_0000100/rng_TT_PPP.pt, rng_RRRRR.pt by ZeRO                random number generators
     SAVE/iter_0000100/run.json                                           progress and schedule
     SAVE/latest_checkpointed_iteration.txt                               written last, by rename
 

@@ -5,6 +5,9 @@ config.py       DeepSpeed's JSON from them and from --deepspeed-config
 attention.py    this project's attention, fused on an npu, in transformers' attention interface
 weights.py      weights in from any checkpoint, and out to a Hugging Face folder, one at a time
 engine.py       the model in DeepSpeed's engine, and what a step and a validation are
+lora.py         the Megatron path's adapters on transformers' model
 checkpoint.py   checkpoints: a Hugging Face folder with DeepSpeed's own beside it
+optimizer_state.py, lora_checkpoint.py
+                a LoRA run's checkpoints, which are those of the Megatron path
 finetune.py     from the command line to the exit status
 """
