@@ -15,9 +15,10 @@ import torch
 from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LOGITS, full_name
 
 SEQUENCE, COLUMNS, QKV, GROUPS, GATE_UP = "sequence", "columns", "qkv", "groups", "gate_up"
+WHOLE = "whole"
 """How the tensor-parallel ranks share a tensor: along the sequence (under sequence parallelism,
 else each has all of it); by columns; by columns of whole query groups; by query groups, of which
-several ranks may hold the same; by the same columns of gate and of up."""
+several ranks may hold the same; by the same columns of gate and of up; not at all."""
 
 
 class Tap(NamedTuple):

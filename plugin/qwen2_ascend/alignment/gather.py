@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen2_ascend.alignment.capture import COLUMNS, GATE_UP, GROUPS, QKV, Taken
+from qwen2_ascend.alignment.capture import COLUMNS, GATE_UP, GROUPS, QKV, SEQUENCE, Taken
 from qwen2_ascend.alignment.sublayers import LOGITS
 from qwen2_ascend.checkpoint.rules import (
     Piece,
@@ -25,6 +25,8 @@ from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
+
+_CUT = (COLUMNS, QKV, GROUPS, GATE_UP)
 
 
 def gather_activations(
@@ -49,7 +51,7 @@ def gather_activations(
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     own: dict[str, torch.Tensor] = {}
     for name, (tensor, sharing) in taken.items():
-        if sharing in (COLUMNS, QKV, GROUPS, GATE_UP) or sequence_parallel:
+        if sharing in _CUT or (sharing == SEQUENCE and sequence_parallel):
             pieces = _from_tensor_parallel_ranks(tensor)
         else:
             pieces = [tensor]
@@ -61,8 +63,8 @@ def gather_activations(
 def _from_tensor_parallel_ranks(tensor: torch.Tensor) -> list[torch.Tensor]:
     from megatron.core import parallel_state
 
-    group = parallel_state.get_tensor_model_parallel_group()
-    pieces = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size(group))]
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    pieces = [torch.empty_like(tensor) for _ in range(group.size())]
     torch.distributed.all_gather(pieces, tensor.contiguous(), group=group)
     return pieces
 
@@ -71,6 +73,7 @@ def _whole(
     name: str, pieces: list[torch.Tensor], sharing: str, config: Qwen2Config
 ) -> dict[str, torch.Tensor]:
     """One or several of the model's tensors, `[b, s, features]`, from all ranks' `[s, b, ...]`."""
+    parts: dict[str, torch.Tensor]
     place = name.rpartition(".")[0]
     if sharing == QKV:
         parts = _query_key_value(torch.cat(pieces, dim=-1), config)

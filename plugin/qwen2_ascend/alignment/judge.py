@@ -24,11 +24,18 @@ from torch import Tensor
 
 from qwen2_ascend.alignment import statistics
 from qwen2_ascend.alignment.record import DTYPES, Record
-from qwen2_ascend.alignment.reference import Computed, copy_of, layer_sublayers, tables
+from qwen2_ascend.alignment.reference import (
+    Computed,
+    copy_of,
+    layer_sublayers,
+    tables,
+    token_losses,
+)
 from qwen2_ascend.alignment.sublayers import (
     EMBEDDING,
     FINAL_NORM,
     LOGITS,
+    LOSS,
     Sublayer,
     describe,
     split_name,
@@ -251,7 +258,9 @@ def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Function
 def _outer(
     model: Any, record: Record, wide: torch.dtype | None
 ) -> Mapping[str, Sequence[Callable[..., Tensor]]]:
-    inputs = record.tokens[..., :-1].flatten(0, 1)
+    inputs, labels = (
+        part.flatten(0, 1) for part in (record.tokens[..., :-1], record.tokens[..., 1:])
+    )
 
     def part(module: Any) -> Callable[..., Tensor]:
         # copied when it is called: the vocabulary's matrices are large
@@ -261,6 +270,7 @@ def _outer(
         EMBEDDING: [lambda: part(model.model.embed_tokens)(inputs)],
         FINAL_NORM: [part(model.model.norm)],
         LOGITS: [part(model.lm_head)],
+        LOSS: [lambda logits: token_losses(logits, labels)],
     }
 
 
@@ -277,7 +287,9 @@ def _judge(
     ]
     noise = Error(max(x.mean for x in noises), max(x.worst for x in noises))
     noise = noise.scaled(noise_dtype(record.precision)[1])
-    ratio = own.above(noise, _floor(record.precision))
+    # losses are computed in fp32 at least
+    is_loss = short == LOSS and record.precision != "fp64"
+    ratio = own.above(noise, _floor("fp32" if is_loss else record.precision))
     return Finding(
         name=sublayer.name, own=own, noise=noise, ratio=ratio, parted=not ratio <= factor
     )

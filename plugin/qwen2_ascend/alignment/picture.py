@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen2_ascend.alignment.judge import Finding, Judgement
-from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, full_name
+from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, LOSS, full_name
 
-OUTER = (EMBEDDING, FINAL_NORM, LOGITS)
+OUTER = (EMBEDDING, FINAL_NORM, LOGITS, LOSS)
 DARK = "#222222"
 FAULT = "#c1121f"
 
@@ -114,7 +114,7 @@ def _outside(axes: Any, values: _Map) -> None:
     axes.imshow(
         [[values.of(name) for name in OUTER]], aspect="auto", cmap=values.colours, norm=values.norm
     )
-    axes.set_xticks(range(len(OUTER)), ["embedding", "final norm", "logits"])
+    axes.set_xticks(range(len(OUTER)), ["embedding", "final norm", "logits", "loss"])
     axes.set_yticks([])
     _tidy(axes, len(OUTER), 1)
 

@@ -2,7 +2,8 @@
 
     description.json          what ran: model, precision, layout, device, releases; losses
     tokens.safetensors        tokens [n, b, s + 1] of the recorded step: n micro-batches
-    activations.safetensors   every sublayer's output, [n * b, s, features], in the run's dtype
+    activations.safetensors   every sublayer's output, [n * b, s, features], in the run's dtype;
+                              the loss of every token, [n * b, 1, s]
     gradients.safetensors     every parameter's gradient under its Hugging Face name, where taken
 
 Nothing in it depends on a layout: records made at different ones compare, and
@@ -47,7 +48,7 @@ class Record:
     tokens: torch.Tensor
     """`[n, b, s + 1]`: n micro-batches, each sequence with the token after its last."""
     activations: Mapping[str, torch.Tensor]
-    """By the names of `sublayers`, `[n * b, s, features]` on the host."""
+    """By the names of `sublayers`, `[n * b, s, features]` on the host; the loss `[n * b, 1, s]`."""
     loss: float
     """Mean over the tokens, in nats."""
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, full_name
+from qwen2_ascend.alignment.sublayers import (
+    EMBEDDING,
+    FINAL_NORM,
+    LAYER,
+    LOGITS,
+    LOSS,
+    full_name,
+)
 from qwen2_ascend.checkpoint.source import Source
 
 Compute = Callable[..., Tensor]
@@ -65,6 +72,8 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, Qwen2ForCausalLM
     from transformers.utils import logging
 
+    model: Any
+    config: Any
     logging.disable_progress_bar()
     if folder is None and source.kind == "hf":
         folder = source.folder
@@ -80,7 +89,8 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
     path = next(path for path in source.side_files if path.name == "config.json")
     config = AutoConfig.from_pretrained(path.parent)
     config._attn_implementation = "sdpa"
-    model = Qwen2ForCausalLM(config).float()
+    model = Qwen2ForCausalLM(config)
+    model = model.float()
     load_weights(model, source, lambda *_, **__: nullcontext(), reads=True)
     return model.to(dtype).train()
 
@@ -146,8 +156,9 @@ def compute(model: Any, tokens: Tensor, *, with_gradients: bool) -> Computed:
             inputs, labels = batch[:, :-1], batch[:, 1:]
             logits = model(inputs, use_cache=False).logits
             seen[LOGITS].append(logits.detach())
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = cross_entropy(wide.flatten(0, 1), labels.flatten()) / len(tokens)
+            losses = token_losses(logits, labels)
+            seen[LOSS].append(losses.detach())
+            loss = losses.mean() / len(tokens)
             total += loss.item()
             if with_gradients:
                 loss.backward()
@@ -158,6 +169,13 @@ def compute(model: Any, tokens: Tensor, *, with_gradients: bool) -> Computed:
         for name, parameter in model.named_parameters():
             gradients[name], parameter.grad = parameter.grad, None
     return Computed(activations, total, gradients)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of every token, `[b, 1, s]`; in fp32 or the logits' dtype, if that is wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape).unsqueeze(1)
 
 
 @contextmanager
@@ -251,7 +269,8 @@ def _attended(attn: Any, q: Tensor, k: Tensor, v: Tensor, implementation: str) -
     from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
     heads = [_heads(x, attn.head_dim) for x in (q, k, v)]
-    mask, attend = None, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    mask = None
     if implementation == "eager":
         s = q.shape[1]
         lowest = torch.finfo(q.dtype).min

@@ -39,7 +39,8 @@ LOOK_AT = {
     "linear_fc2": "linear_fc2: its columns on each rank, the sum over the ranks",
     "output": _SUM,
     "final_layernorm": _NORM,
-    "logits": "the output weight, tied or not, its rows on each rank, padding",
+    "logits": "the output weight, tied or not, its rows on each rank",
+    "loss": "padding of the vocabulary, whose rows count in Megatron's softmax; the labels",
 }
 """Where to look when a sublayer parts."""
 

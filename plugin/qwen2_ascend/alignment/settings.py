@@ -259,8 +259,8 @@ def _run_faults(settings: AlignSettings, config: Qwen2Config, world_size: int) -
     training = replace(training, model=replace(training.model, padded_vocab_size=padded))
     if settings.output.from_dump is not None:
         return ["--from-dump needs one process, without torchrun."] if world_size > 1 else []
-    faults = shared_faults(training, config, world_size)
     needed = training.model_parallel_size
+    faults = shared_faults(training, config, needed)
     if not faults and world_size != needed:
         faults.append(
             f"{world_size} process(es) for one copy of the model at this layout; start {needed}: "

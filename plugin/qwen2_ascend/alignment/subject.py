@@ -17,10 +17,11 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qwen2_ascend.alignment.capture import capturing, joined
+from qwen2_ascend.alignment.capture import WHOLE, Taken, capturing, joined
 from qwen2_ascend.alignment.gather import gather_activations, gather_gradients
 from qwen2_ascend.alignment.record import Record
 from qwen2_ascend.alignment.settings import AlignSettings
+from qwen2_ascend.alignment.sublayers import LOSS
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.model.build import build_model
@@ -93,14 +94,16 @@ def record(
     wrapped[0].config.finalize_model_grads_func = finalize_model_grads if with_gradients else None
     with capturing(wrapped) as seen:
         losses = _forward_backward(settings, wrapped, tokens.to(runtime.device), with_gradients)
+    taken = joined(seen)
+    if losses:
+        taken[LOSS] = Taken(torch.cat(losses).unsqueeze(0), WHOLE)
     activations = gather_activations(
-        joined(seen), config, runtime, sequence_parallel=_is_sequence_parallel(settings)
+        taken, config, runtime, sequence_parallel=_is_sequence_parallel(settings)
     )
     gradients = {}
     if with_gradients:
         layout, padded = settings.training().layout(), settings.padded_vocab_size(config)
         gradients = gather_gradients(wrapped, config, layout, padded, runtime)
-    loss = _agreed_loss(losses, runtime)
     if runtime.rank != 0:
         return None
     return Record(
@@ -109,7 +112,7 @@ def record(
         origin=describe(settings, runtime, source),
         tokens=tokens,
         activations=activations,
-        loss=loss,
+        loss=activations[LOSS].double().mean().item(),
         gradients=gradients,
     )
 
@@ -173,9 +176,9 @@ class TokenDataset:
 
 def _forward_backward(
     settings: AlignSettings, chunks: Sequence[Any], tokens: Tensor, with_gradients: bool
-) -> list[float]:
-    """Through megatron-core's schedule; the last stage's mean loss of each micro-batch."""
-    losses: list[float] = []
+) -> list[Tensor]:
+    """Through megatron-core's schedule; the last stage's losses `[b, s]` of each micro-batch."""
+    losses: list[Tensor] = []
 
     def step(iterator: Iterator[int], model: Any) -> tuple[Tensor, Callable]:
         index = next(iterator)
@@ -188,9 +191,8 @@ def _forward_backward(
         def objective(found: Tensor) -> tuple[Tensor, dict]:
             if settings.precision == "fp64":
                 found = _token_losses(found, labels)
-            loss = found.mean()
-            losses.append(loss.item())
-            return loss, {}
+            losses.append(found.detach().clone())
+            return found.mean(), {}
 
         return output, objective
 
@@ -209,16 +211,10 @@ def _forward_backward(
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """`[b * s]` of this rank's columns of the logits, in their own dtype."""
+    """`[b, s]` of this rank's columns of the logits, in their own dtype."""
     whole = gather_from_tensor_model_parallel_region(logits)
-    return cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none")
-
-
-def _agreed_loss(losses: list[float], runtime: Runtime) -> float:
-    everyones: list[Any] = [None] * runtime.world_size
-    torch.distributed.all_gather_object(everyones, losses)
-    found = next(losses for losses in everyones if losses)
-    return sum(found) / len(found)
+    losses = cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
 
 
 def _is_sequence_parallel(settings: AlignSettings) -> bool:

@@ -1,7 +1,8 @@
 """The sublayers of Qwen2 in the order of computation, and what each one is computed from.
 
 Both sides of an alignment are recorded under these names, in transformers' shapes, so that a
-record says nothing of the layout it came from: `[b, s, features]`, heads side by side.
+record says nothing of the layout it came from: `[b, s, features]`, heads side by side; the loss,
+in nats, is one row per sequence, `[b, 1, s]`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Sublayer(NamedTuple):
     """What it is computed from, in the order of the arguments."""
 
 
-EMBEDDING, FINAL_NORM, LOGITS = "embedding", "final_layernorm", "logits"
+EMBEDDING, FINAL_NORM, LOGITS, LOSS = "embedding", "final_layernorm", "logits", "loss"
 
 LAYER = (
     Sublayer("input", "layer input", ("previous",)),
@@ -54,6 +55,7 @@ def sublayers(num_layers: int) -> tuple[Sublayer, ...]:
         previous = full_name(layer, "output")
     found.append(Sublayer(FINAL_NORM, "final norm", (previous,)))
     found.append(Sublayer(LOGITS, "logits", (FINAL_NORM,)))
+    found.append(Sublayer(LOSS, "loss", (LOGITS,)))
     return tuple(found)
 
 

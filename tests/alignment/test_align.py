@@ -1,0 +1,291 @@
+"""Settings, records and judging without torchrun; the command line in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment.command_lines import COMMANDS, SHAPE
+from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.alignment import judge as judging
+from qwen2_ascend.alignment.record import Record, load_record, save_record
+from qwen2_ascend.alignment.reference import compute, load_model, widened
+from qwen2_ascend.alignment.report import to_json
+from qwen2_ascend.alignment.settings import parse, validate
+from qwen2_ascend.alignment.sublayers import describe, full_name, sublayers
+from qwen2_ascend.checkpoint.source import open_source
+from qwen2_ascend.errors import UserError
+
+CONFIG = tiny_config(num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_hugging_face_folder(tmp_path_factory.mktemp("model") / "hf", CONFIG, seed=2)
+
+
+@pytest.fixture(scope="module")
+def own(folder: Path) -> tuple[Record, object]:
+    """transformers' own run in fp32 as a record, and its model."""
+    model = load_model(open_source(folder), None, torch.float32)
+    tokens = torch.randint(CONFIG.vocab_size, (2, 1, 9), generator=torch.Generator().manual_seed(1))
+    found = compute(model, tokens, with_gradients=True)
+    record = Record(
+        config=CONFIG,
+        precision="fp32",
+        origin="transformers",
+        tokens=tokens,
+        activations=found.activations,
+        loss=found.loss,
+        gradients=found.gradients,
+    )
+    return record, model
+
+
+# --- judging -------------------------------------------------------------------------------------
+
+
+def test_each_sublayer_of_transformers_is_what_its_forward_computes(own) -> None:
+    """Its own run, judged sublayer by sublayer, is off by its own noise and by nothing else."""
+    record, model = own
+    findings = judging.judge_sublayers(record, model, 4.0)
+    assert [x.name for x in findings] == [x.name for x in sublayers(CONFIG.num_layers)]
+    assert record.activations.keys() == {x.name for x in findings}
+    assert not any(finding.parted for finding in findings)
+    assert all(x.own.worst <= x.noise.worst for x in findings), findings
+    noisy = [x for x in findings if not x.name.endswith(("input", "embedding"))]
+    assert all(x.noise.mean > 0 for x in noisy)
+
+
+@pytest.mark.parametrize("name", [x.name for x in sublayers(2)])
+def test_a_small_fault_of_any_sublayer_is_located(own, name: str) -> None:
+    """One token's output is off by 1e-4: the sublayer parts; what is computed from it does not
+    see its right input, so it parts as well, and nothing before it does."""
+    record, model = own
+    wrong = record.activations[name].clone()
+    wrong[0, -1] *= 1.0001
+    record = dataclasses.replace(record, activations={**record.activations, name: wrong})
+    parted = [x.name for x in judging.judge_sublayers(record, model, 4.0) if x.parted]
+    assert parted[0] == name
+    children = {x.name for x in sublayers(2) if name in x.parents}
+    assert set(parted) <= {name} | children
+
+
+def test_nan_parts(own) -> None:
+    record, model = own
+    name = full_name(1, "up")
+    wrong = record.activations[name].clone()
+    wrong[1, 2, 3] = torch.nan
+    record = dataclasses.replace(record, activations={**record.activations, name: wrong})
+    findings = judging.judge_sublayers(record, model, 4.0)
+    assert next(x for x in findings if x.parted).name == name
+
+
+def test_fp64_of_transformers_goes_through_no_fp32(folder: Path, own) -> None:
+    """Widened, its logits are those of all sublayers one after the other in fp64."""
+    record, _ = own
+    model = widened(load_model(open_source(folder), None, torch.float32), torch.float64)
+    found = compute(model, record.tokens, with_gradients=False)
+    assert all(x.dtype == torch.float64 for x in found.activations.values())
+    wide = dataclasses.replace(record, precision="fp64", activations=found.activations)
+    narrow = load_model(open_source(folder), None, torch.float32)
+    findings = judging.judge_sublayers(wide, narrow, 4.0)
+    assert max(x.own.worst for x in findings) < 1e-14
+    exact = {k: v.double() for k, v in record.activations.items()}
+    assert 1e-9 < judging.token_error(exact["logits"], found.activations["logits"]).mean < 1e-6
+
+
+def test_token_errors_are_relative_to_each_token() -> None:
+    """A token of large numbers, as Qwen's first is, hides nothing of the others."""
+    reference = torch.ones(1, 4, 8)
+    reference[0, 0] = 1e6
+    ours = reference.clone()
+    ours[0, 2] += 0.5
+    assert judging.token_error(ours, reference) == (pytest.approx(0.125), pytest.approx(0.5))
+    assert judging.token_error(reference, reference) == (0, 0)
+    assert judging.token_error(ours, torch.zeros_like(ours)).worst == torch.inf
+
+
+def test_steps_part_where_the_loss_leaves_the_noise() -> None:
+    exact = [(2.0, 1.0), (1.9, 1.0), (1.8, 1.0)]
+    narrow = [(2.001, 1.0), (1.9, 1.0), (1.8, 1.0)]
+    ours = [(2.003, 1.0), (1.903, 1.0), (1.81, 1.0)]
+    steps = judging.judge_steps(ours, exact, narrow, "fp32", 4.0)
+    assert [step.parted for step in steps] == [False, False, True]
+
+
+def test_places_are_said_in_words() -> None:
+    assert describe("layers.3.query_rotary") == "layer 3, query, rotated"
+    assert describe("final_layernorm") == "final norm"
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_record_comes_back(own, tmp_path: Path, dtype: torch.dtype) -> None:
+    record, _ = own
+    activations = {name: tensor.to(dtype) for name, tensor in record.activations.items()}
+    save_record(dataclasses.replace(record, activations=activations), tmp_path / "dump")
+    read = load_record(tmp_path / "dump")
+    assert (read.loss, read.precision, read.origin) == (record.loss, "fp32", "transformers")
+    assert dataclasses.replace(read.config, dtype="fp32") == CONFIG
+    assert torch.equal(read.tokens, record.tokens)
+    for ours, theirs in ((read.activations, activations), (read.gradients, record.gradients)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    save_record(dataclasses.replace(record, gradients={}), tmp_path / "dump")
+    assert load_record(tmp_path / "dump").gradients == {}
+
+
+def test_a_broken_record_is_refused(own, tmp_path: Path) -> None:
+    record, _ = own
+    activations = {k: v for k, v in record.activations.items() if k != "layers.1.up"}
+    save_record(dataclasses.replace(record, activations=activations), tmp_path)
+    with pytest.raises(UserError, match=r"layers\.1\.up is missing"):
+        load_record(tmp_path)
+    (tmp_path / "activations.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_record(tmp_path)
+    (tmp_path / "description.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="not of an alignment record"):
+        load_record(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        load_record(tmp_path / "elsewhere")
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "told"),
+    [
+        ("--tensor-model-parallel-size 2", 1, "1 process(es) for one copy"),
+        ("--tensor-model-parallel-size 2", 4, "torchrun --nproc-per-node 2"),
+        ("--tensor-model-parallel-size 3", 3, "does not divide num_attention_heads=8"),
+        ("--precision fp64 --train-iters 2", 1, "compare losses in fp32 or bf16"),
+        ("--fp16 --train-iters 2", 1, "compare losses in fp32 or bf16"),
+        ("--bf16 --fp16", 1, "--bf16 and --fp16: give one"),
+        ("--bf16 --precision fp64", 1, "--precision fp64 and --bf16: give one"),
+        ("--precision fp64 --device npu", 1, "no fp64"),
+        ("--prompt x --prompt-file y", 1, "--prompt and --prompt-file"),
+        ("--prompt-file nowhere", 1, "--prompt-file nowhere: no such file"),
+        ("--micro-batch-size 2 --global-batch-size 3", 1, "not a multiple of"),
+        ("--seq-length 4096", 1, "max_position_embeddings"),
+        ("--noise-factor 0.5", 1, "--noise-factor 0.5 must be at least 1"),
+        ("--dump-only", 1, "--dump-only needs --dump"),
+        ("--dump d --dump-only --report r", 1, "there is no report"),
+        ("--compare-with nowhere", 1, "nowhere: holds no description.json"),
+        ("--from-dump nowhere", 2, "--from-dump needs one process"),
+        ("--html nowhere/page.html", 1, "there is no folder nowhere"),
+        ("--reference-model nowhere", 1, "--reference-model nowhere: holds no config.json"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(flags: str, world_size: int, told: str) -> None:
+    settings = parse(["--load", "somewhere", *flags.split()])
+    with pytest.raises(UserError) as caught:
+        validate(settings, CONFIG, world_size)
+    assert told in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    flags = "--load x --bf16 --fp16 --noise-factor 0 --dump-only --tensor-model-parallel-size 3"
+    with pytest.raises(UserError) as caught:
+        validate(parse(flags.split()), CONFIG, 3)
+    assert len(caught.value.faults) >= 4
+
+
+def test_a_missing_package_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    with pytest.raises(UserError, match=r"pip install 'qwen2-ascend\[report\]'"):
+        validate(parse(["--load", "x", "--report", "out"]), CONFIG, 1)
+    validate(parse(["--load", "x", "--json", "out.json"]), CONFIG, 1)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ended(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """Every command line of command_lines.py, run one after the other in one process."""
+    place = tmp_path_factory.mktemp("commands")
+    (place / "hf").symlink_to(folder)
+    make_tiny_hugging_face_folder(place / "other", CONFIG, seed=9)
+    tests = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "plugin")]),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("command_lines.py")), str(place)]
+    subprocess.run(command, check=True, timeout=280, env=environment)
+    return place, json.loads((place / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_exit_status_says_whether_they_part(ended, name: str) -> None:
+    result = ended[1][name]
+    assert result["status"] == COMMANDS[name].status, result
+    assert COMMANDS[name].told in result["out"] + result["err"], result
+
+
+def test_the_report_is_one_file(ended) -> None:
+    page = (ended[0] / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.index("ALIGNED") < page.index("<table>")
+    assert page.count("data:image/png;base64,") == 2  # the heat map, the loss curve
+    assert "http" not in page.replace("http-equiv", "")
+    for sublayer in sublayers(CONFIG.num_layers):
+        assert describe(sublayer.name) in page
+    picture = (ended[0] / "report" / "heatmap.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_the_json_has_every_figure(ended) -> None:
+    found = json.loads((ended[0] / "report" / "report.json").read_text(encoding="utf-8"))
+    assert found["aligned"] is True and found["first"] is None
+    assert [x["name"] for x in found["sublayers"]] == [x.name for x in sublayers(2)]
+    assert len(found["gradients"]) == 12 * 2 + 3
+    assert [step["step"] for step in found["steps"]] == [1, 2]
+    assert found["logits"]["top1"] == 1.0
+
+
+def test_another_models_weights_part_at_the_embedding(ended) -> None:
+    found = json.loads((ended[0] / "parted.json").read_text(encoding="utf-8"))
+    assert found["aligned"] is False and found["first"] == "embedding"
+
+
+def test_a_dump_holds_the_run(ended) -> None:
+    record = load_record(ended[0] / "dump")
+    n, b, s = SHAPE
+    assert record.tokens.shape == (n, b, s + 1)
+    assert record.activations["logits"].shape == (n * b, s, CONFIG.vocab_size)
+    assert record.activations["layers.1.key_rotary"].shape == (n * b, s, 4 * 8)
+    assert record.gradients["model.layers.0.mlp.up_proj.weight"].shape == (96, 64)
+
+
+def test_json_has_no_infinity(own) -> None:
+    record, model = own
+    bad = {**record.activations, "logits": torch.full_like(record.activations["logits"], torch.inf)}
+    record = dataclasses.replace(record, activations=bad)
+    findings = judging.judge_sublayers(record, model, 4.0)
+    found = judging.Judgement(
+        record=record,
+        wide="fp64",
+        noise_factor=4.0,
+        findings=tuple(findings),
+        loss=1.0,
+        loss_noise=0.0,
+    )
+    json.dumps(to_json(found, None), allow_nan=False)
