@@ -1,0 +1,39 @@
+"""torch_npu's profiler is called as it wants to be; recording itself needs CANN's libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.simulated(alone="profiler")
+@pytest.mark.parametrize("level", ["level_none", "level0", "level1", "level2"])
+def test_torch_npu_takes_every_option(
+    level: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its calls swallow exceptions and print them: what is printed is CANN's absence alone."""
+    import torch
+
+    from qwen2_ascend.runtime.profiling import open_profiler
+
+    profiler = open_profiler(
+        "npu",
+        tmp_path,
+        "rank0",
+        warmup=1,
+        active=1,
+        record_shapes=True,
+        profile_memory=True,
+        with_stack=True,
+        level=level,
+    )
+    profiler.start()
+    for _ in range(2):
+        torch.ones(4, device="npu") + 1
+        profiler.step()
+    profiler.stop()
+    said = "".join(capfd.readouterr())
+    assert "Failed to find function aclprofInit" in said, "start was reached, and reached CANN"
+    assert "aic metrics" not in said and "invalid" not in said.lower(), said
+    assert len(list(tmp_path.glob("rank0_*_ascend_pt"))) == 1
