@@ -1,4 +1,4 @@
-"""Runs several command lines in one process, for test_generate.py and test_evaluate.py.
+"""Runs several command lines in one process, for test_generate.py and its like.
 
 `python run_commands.py COMMANDS.json RESULTS.json`: a list of {"program", "flags", "stdin"}, and
 for each the exit status and what was written to stdout and stderr.
@@ -17,6 +17,9 @@ from typing import Any
 PROGRAMS = {
     "generate": "qwen2_ascend.inference.generate",
     "evaluate": "qwen2_ascend.evaluation.evaluate",
+    "pretrain": "qwen2_ascend.training.pretrain",
+    "finetune": "qwen2_ascend.finetuning.finetune",
+    "qwen2-ascend": "qwen2_ascend.cli",
 }
 
 
@@ -37,6 +40,6 @@ def run(command: dict[str, Any]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    commands = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    results = [run(command) for command in commands]
-    Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")
+    given, written = map(Path, sys.argv[1:])  # a program may change sys.argv
+    results = [run(command) for command in json.loads(given.read_text(encoding="utf-8"))]
+    written.write_text(json.dumps(results), encoding="utf-8")

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen2_ascend.checkpoint.copying import Reader
+from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.checkpoint.merging import MergingReader
 from qwen2_ascend.checkpoint.plan import Held, Write, make_plan, volume
 from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.checkpoint.source import Source, open_source
@@ -35,6 +37,7 @@ def load_checkpoint_weights(
     padded_vocab_size: int,
     tp_rank: int,
     pp_stage: int,
+    adapter: PeftAdapter | None = None,
 ) -> None:
     """Fills this rank's parameters; vocabulary padding becomes zero.
 
@@ -46,6 +49,7 @@ def load_checkpoint_weights(
         padded_vocab_size: rows of the model's embedding over all tensor-parallel ranks.
         tp_rank: this rank's tensor-parallel rank.
         pp_stage: this rank's pipeline stage.
+        adapter: to merge into the weights.
 
     Raises:
         UserError: the source does not fit its config, holds a tensor twice and differently, or the
@@ -58,6 +62,7 @@ def load_checkpoint_weights(
         padded_vocab_size=padded_vocab_size,
         tp_rank=tp_rank,
         pp_stage=pp_stage,
+        adapter=adapter,
     )
 
 
@@ -69,6 +74,7 @@ def load_tensors(
     padded_vocab_size: int,
     tp_rank: int,
     pp_stage: int,
+    adapter: PeftAdapter | None = None,
 ) -> None:
     """As `load_checkpoint_weights`, into tensors that have a parameter's name and shape each.
 
@@ -77,7 +83,7 @@ def load_tensors(
     """
     layout.check(source.config, padded_vocab_size)
     pieces = megatron_pieces(source.config, layout, padded_vocab_size)
-    with Reader() as reader:
+    with MergingReader(adapter, source.config) if adapter else Reader() as reader:
         for chunk, tensors in enumerate(chunks):
             expected = pieces[Shard(tp_rank, pp_stage, chunk)]
             _check(expected, tensors)

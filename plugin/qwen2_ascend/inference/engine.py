@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.config import Qwen2Config
@@ -43,6 +44,7 @@ def load_engine(
     backend: str = "torch",
     num_rows: int = 1,
     config: Qwen2Config | None = None,
+    adapter: PeftAdapter | None = None,
 ) -> Engine:
     """The engine of this rank, with its weights read from a checkpoint of any kind.
 
@@ -55,6 +57,7 @@ def load_engine(
         backend: whose operators the layers call, "torch" or "npu".
         num_rows: sequences at once.
         config: the model's shape; needed with a folder only.
+        adapter: to merge into the weights.
 
     Raises:
         UserError: the checkpoint does not fit.
@@ -78,6 +81,7 @@ def load_engine(
         padded_vocab_size=padded,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
+        adapter=adapter,
     )
     return Engine(chunks[0].to(current().device), config, num_rows=num_rows)
 

@@ -25,6 +25,7 @@ from qwen2_ascend.inference.settings import (
 from qwen2_ascend.launching import launched, silence_foreign_warnings
 
 if TYPE_CHECKING:
+    from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.inference.engine import Engine
     from qwen2_ascend.inference.generator import Generator, Request
@@ -46,9 +47,7 @@ def generate(settings: GenerateSettings) -> None:
     Raises:
         UserError: settings, prompts or checkpoint are not as they have to be.
     """
-    from qwen2_ascend.checkpoint.source import open_source
-
-    source = open_source(settings.model.load, None, settings.model.config)
+    source = open_model(settings.model).source
     validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
     prompts = [] if settings.prompts.chat else read_prompts(settings.prompts)
     output = _output_file(settings, prompts)
@@ -73,6 +72,40 @@ def generate(settings: GenerateSettings) -> None:
             say(f"{num_done} of {len(requests)} results are there already")
         _run(generator, requests[num_done:], prompts, output, runtime, say)
     runtime.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """Weights, of which headers have been read."""
+
+    source: Source
+    adapter: PeftAdapter | None
+    """To merge into them."""
+
+
+def open_model(model: ServedModelSettings) -> OpenedModel:
+    """Opens what --load and --adapter name; of a LoRA run its base model and its adapter.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    from qwen2_ascend.checkpoint.formats.peft_adapter import open_adapter
+    from qwen2_ascend.checkpoint.source import open_source
+    from qwen2_ascend.finetuning.saved_lora import find_saved_lora
+
+    load, adapter = model.load, model.adapter
+    if (saved := find_saved_lora(load)) is not None:
+        if adapter is not None:
+            raise UserError(f"--adapter {adapter}: --load {load} is a LoRA run, which has its own.")
+        load, adapter = saved.base, saved.folder
+        if load is None or not load.exists():
+            raise UserError(
+                f"{saved.folder}: its base model was {load or 'random'}, which is not there; name "
+                f"it with --load, and say --adapter {saved.folder}."
+            )
+    source = open_source(load, None, model.config)
+    opened = None if adapter is None else open_adapter(adapter, source.config)
+    return OpenedModel(source=source, adapter=opened)
 
 
 def tokenizer_folder(model: ServedModelSettings, source: Source) -> Path:
@@ -112,8 +145,12 @@ def start_engine(
     from qwen2_ascend.inference.engine import load_engine
 
     start = time.monotonic()
-    engine = load_engine(source, layout, dtype=dtype, backend=backend, num_rows=max(num_rows, 1))
-    say(f"weights: {source.describe()}, loaded in {time.monotonic() - start:.1f} s")
+    adapter = open_model(model).adapter
+    engine = load_engine(
+        source, layout, dtype=dtype, backend=backend, num_rows=max(num_rows, 1), adapter=adapter
+    )
+    merged = f" with the adapter in {adapter.folder}" if adapter else ""
+    say(f"weights: {source.describe()}{merged}, loaded in {time.monotonic() - start:.1f} s")
     return runtime, engine, say
 
 

@@ -28,7 +28,9 @@ class ServedModelSettings:
     """Which model, and how it is cut over the processes."""
 
     load: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """A Hugging Face folder, converted shards, or a training checkpoint."""
+    """A Hugging Face folder, converted shards, or a training checkpoint; of a LoRA run too."""
+    adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A PEFT adapter to merge into the weights while they are loaded."""
     config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR")] = None
     """Hugging Face folder with config.json and tokenizer, where --load has none."""
     tokenizer_name_or_path: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

@@ -1,0 +1,172 @@
+"""generate_qwen2.py from whatever a run leaves, at TP2 PP2 too, and when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from inference.worlds import Ended, model_with_tokenizer, run_commands
+
+LAUNCH = Path(__file__).parents[2] / "launch" / "generate_qwen2.py"
+PROMPT, NEW = "return ( naïve 日本 )", 16
+LAYOUT = "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2"
+TUNING = "--seq-length 64 --train-iters 2 --lr 3e-2 --device cpu"
+GENERATE = f"--max-new-tokens {NEW} --fp32 --device cpu"
+
+
+class World(NamedTuple):
+    folder: Path
+    runs: dict[str, Ended]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A pretraining run, a LoRA run on shards, and what is generated from each."""
+    folder = tmp_path_factory.mktemp("sources")
+    model_with_tokenizer(folder / "hf")
+    chats = [
+        {"messages": [{"role": "user", "content": "be"}, {"role": "assistant", "content": text}]}
+        for text in ("the of and", "日本 語", "def return ( )")
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    commands = {name: _command(line, folder) for name, line in _commands().items()}
+    return World(folder, run_commands(folder, commands))
+
+
+def _commands() -> dict[str, str]:
+    lora = "finetune --load {d}/shards --data-path {d}/chats.jsonl --lora-r 4"
+    return {
+        "shards": f"qwen2-ascend convert --load-dir {{d}}/hf --save-dir {{d}}/shards "
+        f"--save-model-type mg {LAYOUT}",
+        "run": f"pretrain --load {{d}}/hf --mock-data {TUNING} --save {{d}}/run",
+        "run to hf": "qwen2-ascend convert --load-dir {d}/run --save-dir {d}/run_hf "
+        "--save-model-type hf",
+        "lora": f"{lora} {TUNING} --save {{d}}/lora --save-adapter {{d}}/adapter "
+        "--save-hf {d}/lora_hf",
+        "from hf": f"generate --load {{d}}/hf {GENERATE}",
+        "from shards": f"generate --load {{d}}/shards {GENERATE}",
+        "from run": f"generate --load {{d}}/run {GENERATE}",
+        "from run's hf": f"generate --load {{d}}/run_hf {GENERATE}",
+        "from lora": f"generate --load {{d}}/lora {GENERATE}",
+        "from lora's hf": f"generate --load {{d}}/lora_hf {GENERATE}",
+        "from adapter": f"generate --load {{d}}/hf --adapter {{d}}/adapter {GENERATE}",
+        "two adapters": f"generate --load {{d}}/lora --adapter {{d}}/adapter {GENERATE}",
+    }
+
+
+def _command(line: str, folder: Path) -> dict[str, Any]:
+    program, *flags = line.replace("{d}", str(folder)).split()
+    if program == "generate":
+        flags += ["--prompt", PROMPT]
+    return {"program": program, "flags": flags}
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """What transformers makes of the prompt, from a folder."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    def text_of(folder: Path) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = Qwen2ForCausalLM.from_pretrained(folder).float().eval()
+        ids = torch.tensor([tokenizer(PROMPT).input_ids])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=[0],
+            pad_token_id=0,
+        )
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+
+    return text_of
+
+
+@pytest.mark.parametrize(
+    ("names", "folder"),
+    [
+        (["from hf", "from shards"], "hf"),
+        (["from run", "from run's hf"], "run_hf"),
+        (["from lora", "from lora's hf", "from adapter"], "lora_hf"),
+    ],
+)
+def test_texts_are_those_of_transformers_from_any_source(
+    world: World, greedy, names: list[str], folder: str
+) -> None:
+    for made in ("shards", "run", "run to hf", "lora"):
+        assert world.runs[made].status == 0, world.runs[made].err
+    expected = greedy(world.folder / folder)
+    for name in names:
+        assert world.runs[name].status == 0, world.runs[name].err
+        assert world.runs[name].out == expected, name
+    assert world.runs["from hf"].out != world.runs["from run"].out != world.runs["from lora"].out
+
+
+def test_the_log_names_the_adapter_and_two_are_refused(world: World) -> None:
+    assert f"with the adapter in {world.folder}/lora/iter_0000002" in world.runs["from lora"].err
+    refused = world.runs["two adapters"]
+    assert refused.status == 2 and "is a LoRA run, which has its own" in refused.err
+
+
+@pytest.mark.distributed
+def test_a_lora_run_on_shards_at_tp2_pp2(world: World) -> None:
+    flags = f"--load {world.folder}/lora {GENERATE} --prompt-file {world.folder}/prompts.jsonl "
+    flags += f"--output-file {world.folder}/tp2pp2.jsonl "
+    flags += "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    row = json.dumps({"prompt": PROMPT}, ensure_ascii=False)
+    (world.folder / "prompts.jsonl").write_text(row, encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(LAUNCH), *flags.split()],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (world.folder / "tp2pp2.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["response"] + "\n" == world.runs["from lora"].out
+
+
+def test_an_interrupted_run_leaves_no_file_that_looks_whole(world: World) -> None:
+    """Ctrl-C between two results: status 130, no traceback, whole lines to go on from."""
+    out, part = world.folder / "stopped.jsonl", world.folder / "stopped.jsonl.part"
+    rows = [{"prompt": f"{PROMPT} {i}"} for i in range(60)]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (world.folder / "many.jsonl").write_text(text, encoding="utf-8")
+    flags = f"--load {world.folder}/hf --fp32 --device cpu --max-new-tokens 150 --batch-size 1 "
+    flags += f"--prompt-file {world.folder}/many.jsonl --output-file {out}"
+    process = subprocess.Popen(
+        [sys.executable, str(LAUNCH), *flags.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (part.exists() and part.read_bytes().count(b"\n")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no result came"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, log
+    assert said == "" and "Traceback" not in log and "Error" not in log
+    assert not out.exists()
+    lines = part.read_text(encoding="utf-8").splitlines()
+    done = [json.loads(line) for line in lines]
+    assert 0 < len(done) < len(rows)
+    assert [row["prompt"] for row in done] == [row["prompt"] for row in rows[: len(done)]]
