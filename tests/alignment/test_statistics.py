@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from qwen2_ascend.alignment.statistics import (
     coarser,
     describe,
     difference,
+    difference_histogram,
     logits_agreement,
     ulp_distance,
 )
@@ -158,6 +160,39 @@ def test_nothing_to_compare_is_no_difference(shape) -> None:
     assert describe(np.zeros(shape)).num_elements == 0
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 8), (2, 60)], ids=str)
+def test_a_tolerance_in_proportion_to_the_row(shape) -> None:
+    """Property: rows of large numbers do not lend their tolerance to rows of small ones."""
+    ours, theirs = random_pair(shape, FP64)
+    scales = 10.0 ** np.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
+    ours, theirs = ours * scales, theirs * scales
+    bound = 1e-2 * (np.abs(theirs) + np.abs(theirs).max(axis=-1, keepdims=True))
+    found = difference(ours, theirs, rtol=1e-2, atol=None)
+    used = np.abs(ours - theirs) / bound
+    assert found.num_beyond == np.count_nonzero(used > 1)
+    assert found.tolerance_used == pytest.approx(used.max())
+    assert difference(ours / 1e3, theirs / 1e3, rtol=1e-2, atol=None).num_beyond == found.num_beyond
+
+
+def test_no_tolerance_is_used_up_by_anything() -> None:
+    zero, one = np.zeros(3), np.array([0.0, 0.0, 1.0])
+    assert difference(zero, zero).tolerance_used == 0
+    assert difference(one, zero).tolerance_used == math.inf
+    assert difference(one * 1.5, one, atol=1.0).tolerance_used == 0.5
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 4, 7), (2, 60)], ids=str)
+def test_the_histogram_counts_every_finite_difference_once(shape) -> None:
+    ours, theirs = random_pair(shape)
+    ours.flat[0] = np.nan
+    counts, edges = difference_histogram(ours, theirs, 11)
+    values = (ours.astype(FP64) - theirs.astype(FP64)).ravel()[1:]
+    np.testing.assert_array_equal(counts, np.histogram(values, edges)[0])
+    assert counts.sum() == values.size
+    assert edges[0] == -edges[-1] == -np.abs(values).max()
+    assert difference_histogram(theirs, theirs, 11)[0][5] == theirs.size
+
+
 def test_a_view_with_strides_is_compared_as_it_looks() -> None:
     ours, theirs = random_pair((6, 8))
     turned = difference(ours.T, theirs.T)
@@ -176,6 +211,21 @@ def test_integers_are_compared_exactly() -> None:
     found = difference(theirs + np.array([0, 0, 1]), theirs)
     assert (found.ulp_dtype, found.ulp_max) == ("int64", 1)
     assert difference(np.array([True, False]), np.array([True, True])).ulp_max == 1
+
+
+def test_memory_does_not_grow_with_the_arrays(monkeypatch) -> None:
+    """Property: of 10 MB of fp32, as of any size, a few blocks are held at a time."""
+    monkeypatch.setattr(statistics, "BLOCK", 1 << 14)
+    ours, theirs = random_pair((128, 20_000))
+    assert theirs.nbytes > 9 * 2**20
+    for work in (describe, difference, difference_histogram, logits_agreement):
+        tracemalloc.start()
+        try:
+            _ = work(ours) if work is describe else work(ours, theirs)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 3 * 2**20, work.__name__
 
 
 # -- ULPs

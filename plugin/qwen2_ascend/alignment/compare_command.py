@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from qwen2_ascend.errors import raise_if
+from qwen2_ascend.errors import UserError, raise_if
 
 if TYPE_CHECKING:
     from qwen2_ascend.alignment.compare import Report, Rules
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ours, theirs = open_dumps(options.ours, options.theirs)
     rules = _rules(options)
-    report = _compare(ours, theirs, rules)
+    report = _compare(ours, theirs, rules, options.png_name)
     if options.json is not None:
         _write_json(report, options.json)
     _print(report, options)
@@ -143,11 +143,17 @@ def _rules(options: CompareOptions) -> Rules:
     )
 
 
-def _compare(ours: Dump, theirs: Dump, rules: Rules) -> Report:
+def _compare(ours: Dump, theirs: Dump, rules: Rules, png_name: str | None) -> Report:
     from qwen2_ascend.alignment.compare import compare, match
     from qwen2_ascend.checkpoint.progress import Progress
 
-    total = sum(pair.num_bytes for pair in match(ours, theirs, rules))
+    pairs = match(ours, theirs, rules)
+    if png_name is not None and png_name not in {pair.name for pair in pairs}:
+        examples = ", ".join(repr(pair.name) for pair in pairs[:5])
+        raise UserError(
+            f"--png-name {png_name!r} is not among the names; there are for example {examples}."
+        )
+    total = sum(pair.num_bytes for pair in pairs)
     if total < PROGRESS_BYTES:
         return compare(ours, theirs, rules)
     with Progress("comparing", total) as progress:

@@ -45,23 +45,23 @@ def draw(
         theirs: the same.
         rules: the same.
         path: the PNG.
-        name: the array to show in detail; the worst without it.
+        name: of the array to show in detail; the worst without it.
 
     Raises:
-        UserError: no matplotlib; `name` is not among the compared arrays.
+        UserError: no matplotlib, or `path` cannot be written.
     """
     raise_if(matplotlib_faults())
     from matplotlib.figure import Figure
 
-    compared = [c for c in report.comparisons if c.difference is not None]
-    shown = _chosen(compared, name)
+    shown = _chosen(report, name)
     many = len(report.comparisons) > 1
     figure = Figure(figsize=(15, 9 if many else 5.2), layout="constrained")
     grid = figure.add_gridspec(2 if many else 1, 3)
     if many:
         _draw_overview(figure.add_subplot(grid[0, :]), report, shown)
     if shown is None:
-        figure.text(0.5, 0.25, "nothing could be compared", ha="center", color=DIFFERS)
+        what = "nothing" if name is None else f"{name}: nothing"
+        figure.text(0.5, 0.25, f"{what} could be compared", ha="center", color=DIFFERS)
     else:
         pair = next(pair for pair in match(ours, theirs, rules) if pair.name == shown.name)
         _draw_details([figure.add_subplot(grid[-1, i]) for i in range(3)], shown, pair)
@@ -72,16 +72,10 @@ def draw(
         raise UserError(f"--png {path}: cannot be written: {error.strerror or error}.") from None
 
 
-def _chosen(compared: list[Comparison], name: str | None) -> Comparison | None:
+def _chosen(report: Report, name: str | None) -> Comparison | None:
+    compared = [c for c in report.comparisons if c.difference is not None]
     if name is not None:
-        found = next((c for c in compared if c.name == name), None)
-        if found is None:
-            examples = ", ".join(repr(c.name) for c in compared[:5])
-            raise UserError(
-                f"--png-name {name!r} is not an array that was compared; there are for example "
-                f"{examples}."
-            )
-        return found
+        return next((c for c in compared if c.name == name), None)
     return max(compared, key=_badness, default=None)
 
 

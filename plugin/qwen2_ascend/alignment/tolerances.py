@@ -79,8 +79,8 @@ def judge(
         count = int((~(judged >= tolerances.min_cosine)).sum())
         yield Finding(
             "cosine",
-            f"cosine below {cosine_text(tolerances.min_cosine)} in {count} of {difference.cosines.size} "
-            f"rows; the least is {cosine_text(float(judged.min()))}",
+            f"cosine below {cosine_text(tolerances.min_cosine)} in {count} of "
+            f"{difference.cosines.size} rows; the least is {cosine_text(float(judged.min()))}",
         )
     if agreement is None or agreement.num_rows == agreement.num_skipped:
         return
@@ -113,4 +113,4 @@ def _beyond(difference: Difference, tolerances: Tolerances) -> str:
 def cosine_text(cosine: float) -> str:
     """As a distance from 1 where digits would say 1: 1-2e-12."""
     away = 1 - cosine
-    return f"1-{away:.1e}".replace("e-0", "e-") if 0 < away < 1e-5 else f"{cosine:.6g}"
+    return f"1-{away:.2g}" if 0 < away < 1e-5 else f"{cosine:.6g}"
