@@ -54,10 +54,11 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
-        normal = x.to(inverse_rms.dtype) * inverse_rms
-        d_weight = (grad * normal.to(x.dtype)).flatten(0, -2).sum(0)
-        # of the normalized x; its part along the normalized x itself changes nothing
-        d_normal = (grad * weight).to(inverse_rms.dtype)
-        along = torch.linalg.vecdot(d_normal, normal).unsqueeze(-1) / x.shape[-1]
-        d_x = d_normal.addcmul_(normal, along, value=-1).mul_(inverse_rms)
+        wide_weight = weight.to(inverse_rms.dtype)
+        normal = x * inverse_rms
+        product = (grad * normal).flatten(0, -2)
+        d_weight = product.sum(0).to(weight.dtype)
+        # what goes along the normalized x changes nothing
+        along = torch.mv(product, wide_weight).view_as(inverse_rms).div_(-x.shape[-1])
+        d_x = (grad * wide_weight).addcmul_(normal, along).mul_(inverse_rms)
         return d_x.to(x.dtype), d_weight, None

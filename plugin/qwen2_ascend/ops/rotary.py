@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.ops.checks import check_rotary
 
@@ -24,5 +27,42 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """
     check_rotary(x, cos, sin)
     shape = (*cos.shape[:-1], *[1] * (x.dim() - cos.dim()), cos.shape[-1])
+    cos, sin = cos.view(shape), sin.view(shape)
+    if not torch.is_grad_enabled():
+        return _turned(x, cos, sin)
+    return _Rotary.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+def _turned(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False
+) -> torch.Tensor:
+    """x turned by its position's angle, or by as much backwards; without rotate_half's copies."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.view(shape) + torch.cat((-second, first), dim=-1) * sin.view(shape)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    sign = 1
+    if back:
+        # the transpose: each half's gradient meets the sine that the half was multiplied by
+        sin_first, sin_second, sign = sin_second, sin_first, -1
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(x, cos, out=result)
+    result_first, result_second = result.chunk(2, dim=-1)
+    result_first.addcmul_(second, sin_first, value=-sign)
+    result_second.addcmul_(first, sin_second, value=sign)
+    return result
+
+
+class _Rotary(torch.autograd.Function):
+    """Turns the gradient back; autograd would split it, negate a half and put it together again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, back=True), None, None

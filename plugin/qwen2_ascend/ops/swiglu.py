@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from qwen2_ascend.ops.checks import check_swiglu
@@ -21,5 +24,37 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
         ValueError: the width is odd.
     """
     check_swiglu(x)
+    if not torch.is_grad_enabled():
+        return _activated(x)[0]
+    return _SwiGLU.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def _activated(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and silu(gate)."""
     gate, up = x.chunk(2, dim=-1)
-    return silu(gate) * up
+    activated = silu(gate)
+    return activated * up, activated
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Writes both halves' gradients to where they belong; autograd would copy them together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        result, activated = _activated(x)
+        ctx.save_for_backward(x, activated)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: torch.Tensor
+    ) -> torch.Tensor:
+        x, activated = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        d_x = torch.empty_like(x)
+        d_gate, d_up = d_x.chunk(2, dim=-1)
+        torch.mul(grad, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        torch.mul(grad, activated, out=d_up)
+        return d_x
