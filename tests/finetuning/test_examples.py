@@ -7,15 +7,18 @@ launchers' own `parse` and `validate` judge that, at the world size and the mode
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from inference.worlds import model_with_tokenizer
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 
@@ -39,6 +42,9 @@ DOCUMENTS = [
 RECORDER = """#!/bin/sh
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >> "$RECORD"
 """
+TORCHRUN = f"""#!/bin/sh
+exec {sys.executable} -m torch.distributed.run --standalone "$@"
+"""
 
 
 class Command(NamedTuple):
@@ -49,21 +55,28 @@ class Command(NamedTuple):
     world_size: int
 
 
-def recorded(folder: Path, script: Path, arguments: str, **environment: str) -> list[Command]:
-    """What the script calls; it fails as the script does."""
-    for name in ("torchrun", "python"):
+def run(
+    folder: Path, script: Path, arguments: str, torchrun: str = RECORDER, **environment: str
+) -> None:
+    """Runs a script in `folder`, where its calls are recorded; it fails as the script does."""
+    for name, program in (("torchrun", torchrun), ("python", RECORDER)):
         (folder / "bin" / name).parent.mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text(RECORDER)
+        (folder / "bin" / name).write_text(program)
         (folder / "bin" / name).chmod(0o755)
-    record = folder / "record"
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(
         [script, *arguments.split()],
-        env={**os.environ, "PATH": path, "RECORD": str(record), **environment},
+        env={**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment},
         cwd=folder,
-        timeout=30,
+        timeout=280,
         check=True,
     )
+
+
+def recorded(folder: Path, script: Path, arguments: str, **environment: str) -> list[Command]:
+    """What the script calls."""
+    run(folder, script, arguments, **environment)
+    record = folder / "record"
     calls = record.read_text(encoding="utf-8").split("\n\0")[:-1]
     return [command(call.split("\0")[:-1], folder) for call in calls]
 
@@ -148,6 +161,30 @@ def test_a_wrong_flag_in_an_example_is_found(
     (call,) = recorded(tmp_path, script, arguments, NODE_RANK="3", MASTER="node-0")
     with pytest.raises(error):
         check(call, Qwen2Config.named(size))
+
+
+@pytest.mark.distributed
+def test_the_laptop_example_gives_the_same_model_at_both_layouts(tmp_path: Path) -> None:
+    """The script itself, on a tiny model: losses of every step, and the Hugging Face folder."""
+    from safetensors.torch import load_file
+
+    model_with_tokenizer(tmp_path / "hf")
+    losses, models = [], [load_file(tmp_path / "hf" / "model.safetensors")]
+    for processes, flags in (("1", ""), ("4", LAYOUT)):
+        script = EXAMPLES / "sft_0.5b" / "run.sh"
+        environment = {"PROCESSES": processes, "OMP_NUM_THREADS": "1"}
+        run(tmp_path, script, f"hf {processes} {flags} --lr 1e-3", TORCHRUN, **environment)
+        rows = (tmp_path / processes / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+        losses.append([json.loads(row)["loss"] for row in rows.splitlines()])
+        models.append(load_file(tmp_path / processes / "tuned" / "model.safetensors"))
+    start, alone, cut = models
+    assert start.keys() == alone.keys() == cut.keys()
+    moved = sum((alone[name] - start[name]).square().sum().item() for name in start)
+    apart = sum((alone[name] - cut[name]).square().sum().item() for name in start)
+    print(losses, f"weights differ by {(apart / moved) ** 0.5:.1e} of the update")
+    assert losses[0][-1] < losses[0][0] - 0.3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert (apart / moved) ** 0.5 < 1e-3
 
 
 def test_the_table_of_memory_is_computed(tmp_path: Path) -> None:
