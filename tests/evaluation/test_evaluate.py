@@ -1,58 +1,74 @@
-"""launch/evaluate_qwen2.py as a user runs it: a text file, a task of one's own, mistakes."""
+"""launch/evaluate_qwen2.py as a user runs it: a text file, tasks of one's own, mistakes.
+
+At every layout the tasks' results are those of lm-eval's own `hf` model, which is transformers.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from inference.worlds import Ended, model_with_tokenizer, run_commands
 
+LAUNCH = Path(__file__).parents[2] / "launch" / "evaluate_qwen2.py"
+LAYOUTS = {"tp2": (2, 1), "tp2-pp2": (2, 2)}
+NEW_TOKENS = 8
 TEXT = "the of and to in 日本 語 a is that ( ) def return 😀 was for as with\n" * 12
 QUESTIONS = [
     {"question": "the of and", "choices": [" to in", " 日本", " def"], "answer": 1},
-    {"question": "is that it", "choices": [" for as", " was"], "answer": 0},
+    {"question": "is that it", "choices": [" for as", " was", " with"], "answer": 0},
     {"question": "return", "choices": [" ( )", " naïve über", " he be a is"], "answer": 2},
 ]
-CHOICE_TASK = """
-task: own_choice
+TASK = """
+task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {file}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
+{rest}
+"""
+TASKS = {
+    "own_choice": """
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
 doc_to_target: answer
 target_delimiter: ""
 metric_list:
   - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-GENERATE_TASK = """
-task: own_generate
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
+  - metric: acc_norm
+  - metric: brier_score
+""",
+    "own_generate": f"""
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[answer]}}}}"
+doc_to_target: "{{{{continuation}}}}"
 generation_kwargs:
   until: ["zzz"]
-  max_gen_toks: 8
+  max_gen_toks: {NEW_TOKENS}
 metric_list:
   - metric: exact_match
     aggregation: mean
     higher_is_better: true
-"""
+""",
+    "own_rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{long}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: bits_per_byte
+""",
+}
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra 'eval')"
 )
@@ -70,16 +86,37 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "empty.txt").write_text("", encoding="utf-8")
     (folder / "tasks").mkdir()
-    lines = "".join(json.dumps(row) + "\n" for row in QUESTIONS)
+    rows = [
+        {**row, "continuation": continuation(folder, row["question"]), "long": TEXT}
+        for row in QUESTIONS
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "questions.jsonl").write_text(lines, encoding="utf-8")
-    for name, task in (("choice", CHOICE_TASK), ("generate", GENERATE_TASK)):
-        text = task.format(file=folder / "questions.jsonl")
+    for name, rest in TASKS.items():
+        text = TASK.format(name=name, file=folder / "questions.jsonl", rest=rest)
         (folder / "tasks" / f"{name}.yaml").write_text(text, encoding="utf-8")
     commands = {
         name: {"program": "evaluate", "flags": flags.format(d=folder).split()}
         for name, flags in _commands().items()
     }
     return World(folder, run_commands(folder, commands))
+
+
+def continuation(folder: Path, text: str) -> str:
+    """transformers' greedy one, with the repetition penalty of generation_config.json."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    model = Qwen2ForCausalLM.from_pretrained(folder / "hf").float().eval()
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+    plain = model.generate(
+        ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.0, **options
+    )[0]
+    assert found.tolist() != plain.tolist(), "the penalty changes nothing; take another question"
+    return tokenizer.decode(found[ids.shape[1] :], skip_special_tokens=True)
 
 
 def _commands() -> dict[str, str]:
@@ -96,7 +133,7 @@ def _commands() -> dict[str, str]:
     if find_spec("lm_eval") is None:
         return commands | {"no lm-eval": own}
     return commands | {
-        "tasks": f"{own} own_generate --output-json {{d}}/tasks.json",
+        "tasks": f"{own} own_generate own_rolling --output-json {{d}}/tasks.json",
         "unknown task": f"{own}_of_nobody",
     }
 
@@ -166,15 +203,67 @@ def test_missing_lm_eval_is_said(world: World) -> None:
     assert "pip install 'qwen2-ascend[eval]'" in world.runs["no lm-eval"].err
 
 
+@pytest.fixture(scope="module")
+def hugging_face(world: World) -> dict[tuple[str, str], float]:
+    """(task, metric) to value, by lm-eval's `hf` model."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Any = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(world.folder / "hf"), "dtype": "float32"},
+            device="cpu",
+            batch_size=1,
+            tasks=list(TASKS),
+            task_manager=TaskManager(include_path=str(world.folder / "tasks")),
+            bootstrap_iters=0,
+        )
+    return {
+        (task, name.removesuffix(",none")): value
+        for task, values in found["results"].items()
+        for name, value in values.items()
+        if name.endswith(",none") and "_stderr" not in name
+    }
+
+
 @needs_lm_eval
-def test_tasks_of_local_files(world: World) -> None:
-    """Accuracy by choosing the likeliest continuation, as transformers' logits have it."""
+def test_tasks_of_local_files(world: World, hugging_face: dict[tuple[str, str], float]) -> None:
     run = world.runs["tasks"]
     assert run.status == 0, run.err
     found = metrics(world.folder / "tasks.json")
+    assert found == pytest.approx(hugging_face, rel=1e-5)
+    assert {task for task, _ in found} == set(TASKS)
     assert found["own_choice", "acc"] == pytest.approx(expected_accuracy(world))
-    assert found["own_generate", "exact_match"] == 0.0
+    assert found["own_generate", "exact_match"] == 1.0
     assert "| own_choice | acc |" in run.out
+
+
+@needs_lm_eval
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_the_layout(
+    layout: str, world: World, hugging_face: dict[tuple[str, str], float]
+) -> None:
+    tp, pp = LAYOUTS[layout]
+    output = world.folder / f"{layout}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", tp * pp, LAUNCH, "--load", world.folder / "hf"]
+    command += ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
+    command += ["--text-file", world.folder / "text.txt", "--window", 64, "--stride", 24]
+    command += ["--include-path", world.folder / "tasks", "--tasks", *TASKS]
+    command += ["--output-json", output]
+    ended = subprocess.run(
+        [*map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ended.returncode == 0, ended.stderr
+    alone = metrics(world.folder / "text.json")
+    assert metrics(output) == pytest.approx(alone | hugging_face, rel=1e-5)
 
 
 def expected_accuracy(world: World) -> float:

@@ -20,10 +20,10 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 CHATS = REPOSITORY / "examples" / "sft_0.5b" / "chats.jsonl"
-FLAGS = "--seq-length 128 --pack --global-batch-size 4 --train-iters 3 --lr 1e-5 --device cpu"
+FLAGS = "--seq-length 64 --pack --global-batch-size 2 --train-iters 3 --lr 1e-5 --device cpu"
 RUNS = {
     "alone": (1, "--micro-batch-size 1"),
-    "alone, all at once": (1, "--micro-batch-size 4"),
+    "alone, all at once": (1, "--micro-batch-size 2"),
     "tp2 pp2": (
         4,
         "--micro-batch-size 1 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",

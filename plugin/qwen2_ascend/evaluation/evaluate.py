@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
-from qwen2_ascend.inference.generate import config_folder, start_engine, tokenizer_folder
+from qwen2_ascend.inference.generate import (
+    config_folder,
+    open_model,
+    start_engine,
+    tokenizer_folder,
+)
 from qwen2_ascend.launching import launched
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.tokenizer import Tokenizer
+    from qwen2_ascend.inference.tokenizer import Defaults, Tokenizer
 
 Rows = list[dict[str, Any]]
 
@@ -36,9 +41,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     Raises:
         UserError: settings, texts or checkpoint are not as they have to be.
     """
-    from qwen2_ascend.checkpoint.source import open_source
-
-    source = open_source(settings.model.load, None, settings.model.config)
+    source = open_model(settings.model).source
     validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
     if settings.lm_eval.tasks and find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-eval; install it with: pip install 'qwen2-ascend[eval]'.")
@@ -46,8 +49,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     from qwen2_ascend.inference.tokenizer import Defaults, Tokenizer
 
     tokenizer = Tokenizer(tokenizer_folder(settings.model, source))
-    eos = Defaults(config_folder(source)).eos_tokens
-    if settings.lm_eval.tasks and not eos:
+    defaults = Defaults(config_folder(source))
+    if settings.lm_eval.tasks and not defaults.eos_tokens:
         raise UserError(
             f"{config_folder(source)}: neither generation_config.json nor config.json has an "
             "eos_token_id, which --tasks needs."
@@ -57,7 +60,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     rows = _perplexities(settings, engine, texts)
     details: dict[str, Any] = {}
     if settings.lm_eval.tasks:
-        task_rows, details = _tasks(settings, engine, tokenizer, eos)
+        task_rows, details = _tasks(settings, engine, tokenizer, defaults)
         rows += task_rows
     if runtime.rank == 0:
         print(table(rows), flush=True)
@@ -129,9 +132,9 @@ def _perplexities(
 
 
 def _tasks(
-    settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, eos: Sequence[int]
+    settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
 ) -> tuple[Rows, dict[str, Any]]:
-    """Rows for the table, and lm-eval's own results."""
+    """Rows for the table, and lm-eval's own results; nothing but on the first rank of a node."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -146,7 +149,7 @@ def _tasks(
             "`lm-eval ls tasks`, yours are found with --include-path."
         )
     results: Any = simple_evaluate(
-        model=Qwen2LM(engine, tokenizer, eos),
+        model=Qwen2LM(engine, tokenizer, defaults),
         tasks=list(wanted.tasks),
         task_manager=manager,
         num_fewshot=wanted.num_fewshot,
@@ -156,6 +159,8 @@ def _tasks(
         log_samples=False,
         bootstrap_iters=0,
     )
+    if results is None:  # lm-eval looks at LOCAL_RANK
+        return [], {}
     rows: Rows = []
     for task, metrics in results["results"].items():
         samples = results.get("n-samples", {}).get(task, {}).get("effective")

@@ -1,11 +1,11 @@
 """Qwen2LM: this project's model behind lm-eval's interface, at any layout.
 
 Every rank runs the same evaluation over the same questions; what a rank asks the model, all ask.
+The answers are those of lm-eval's own `hf` model, which obeys generation_config.json too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]  # an extra
@@ -16,14 +16,16 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from qwen2_ascend.evaluation.scoring import Scorer
 from qwen2_ascend.inference.generator import Generator, Request
-from qwen2_ascend.inference.sampling import Sampling
+from qwen2_ascend.inference.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.tokenizer import Tokenizer
+    from qwen2_ascend.inference.tokenizer import Defaults, Tokenizer
 
 MAX_NEW_TOKENS = 256
 """lm-eval's own default, where a task does not say."""
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the largest number of new tokens; the first that is there counts."""
 
 
 class Qwen2LM(TemplateLM):
@@ -32,8 +34,9 @@ class Qwen2LM(TemplateLM):
     Args:
         engine: this rank's.
         tokenizer: the model's.
-        eos_tokens: those that end a generated text; the first also stands before a text that has
-            nothing before it.
+        defaults: what the model's folder says of generation: how tokens are chosen where a task
+            does not say, and which end a text. The first of these also stands before a text that
+            has nothing before it.
         seed: of the draws, where a task samples.
     """
 
@@ -41,7 +44,7 @@ class Qwen2LM(TemplateLM):
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        eos_tokens: Sequence[int],
+        defaults: Defaults,
         *,
         seed: int = 1234,
     ) -> None:
@@ -49,12 +52,12 @@ class Qwen2LM(TemplateLM):
         self._engine = engine
         self._tokenizer = tokenizer
         self._scorer = Scorer(engine)
-        self._eos_tokens = tuple(eos_tokens)
+        self._defaults = defaults
         self._seed = seed
 
     @property
     def eot_token_id(self) -> int:
-        return self._eos_tokens[0]
+        return self._defaults.eos_tokens[0]
 
     @property
     def max_length(self) -> int:
@@ -103,15 +106,15 @@ class Qwen2LM(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continues texts up to a stop string."""
         answers: list[str] = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
+        groups: dict[SamplingSettings, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(_sampling(request.args[1])), []).append(index)
-        for indices in groups.values():
-            sampling = _sampling(requests[indices[0]].args[1])
+            groups.setdefault(_asked(request.args[1]), []).append(index)
+        for asked, indices in groups.items():
+            sampling, _ = self._defaults.sampling(asked)
             generator = Generator(
                 self._engine,
                 decode=self._tokenizer.decode,
-                eos_tokens=self._eos_tokens,
+                eos_tokens=self._defaults.eos_tokens,
                 sampling=sampling,
                 seed=self._seed,
             )
@@ -121,8 +124,8 @@ class Qwen2LM(TemplateLM):
         return answers
 
     def _request(self, index: int, text: str, options: dict[str, Any]) -> Request:
-        most = options.get("max_gen_toks", options.get("max_new_tokens", MAX_NEW_TOKENS))
-        most = min(most, self.max_length - 1)
+        given = (options[name] for name in LIMITS if options.get(name) is not None)
+        most = min(int(next(given, MAX_NEW_TOKENS)), self.max_length - 1)
         until = options.get("until") or []
         return Request(
             index=index,
@@ -151,14 +154,16 @@ class Qwen2LM(TemplateLM):
         return results
 
 
-def _sampling(options: dict[str, Any]) -> Sampling:
+def _asked(options: dict[str, Any]) -> SamplingSettings:
     """lm-eval's generation options, which are transformers' names; greedy unless they say."""
+    penalty = options.get("repetition_penalty")
     heat = float(options.get("temperature") or 0.0)
-    if not (options.get("do_sample", heat > 0) and heat > 0):
-        return Sampling()
-    return Sampling(
+    if not (heat > 0 and options.get("do_sample") is not False):
+        return SamplingSettings(greedy=True, repetition_penalty=penalty)
+    return SamplingSettings(
         do_sample=True,
         temperature=heat,
-        top_k=int(options.get("top_k") or 0),
-        top_p=float(options.get("top_p") or 1.0),
+        top_k=options.get("top_k"),
+        top_p=options.get("top_p"),
+        repetition_penalty=penalty,
     )
