@@ -4,8 +4,10 @@ A difference at the end of a model says nothing about where it arose, and a thre
 guess. So every sublayer is judged by itself: transformers' same sublayer is given *our* recorded
 input, in a wider dtype. What our output differs from that is the sublayer's own error; nothing of
 it came from before. And the noise is measured beside it: transformers' sublayer in our dtype, on
-the same input, against the same wide result. A sublayer has parted when its own error is more than
-`noise_factor` times that noise, at its worst token or over all of them.
+the same input, against the same wide result; where there are several right ways to round (two
+attentions, a bias added before or after rounding, a sum over ranks), the noisiest of them. A
+sublayer has parted when its own error is more than `noise_factor` times that noise, at its worst
+token or over all of them.
 
 Where every sublayer agrees, the whole model does; where one does not, it is named, and so is
 whether what is seen after it is its doing only.
@@ -28,6 +30,7 @@ from qwen2_ascend.alignment.reference import (
     Computed,
     copy_of,
     layer_sublayers,
+    other_roundings,
     tables,
     token_losses,
 )
@@ -252,6 +255,8 @@ def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Function
     own = {name: [compute] for name, compute in layer_sublayers(decoder, own_tables).items()}
     # transformers' two attentions round differently, and both are right
     own["core_attention"] += [layer_sublayers(decoder, own_tables, "eager")["core_attention"]]
+    for name, compute in other_roundings(decoder, record.tensor_parallel).items():
+        own[name] += [compute]
     return _Functions(wide, {k: [v] for k, v in exact.items()}), _Functions(narrow, own)
 
 
@@ -279,6 +284,10 @@ def _judge(
 ) -> Finding:
     inputs = [record.activations[name] for name in sublayer.parents]
     _, short = split_name(sublayer.name)
+    precision = record.precision
+    if short == LOSS and precision != "fp64":  # whatever the logits are, it is computed in fp32
+        precision = "fp32"
+        wide, narrow = wide._replace(dtype=torch.float64), narrow._replace(dtype=torch.float32)
     exact = wide.compute[short][0](*(x.to(wide.dtype) for x in inputs))
     own = token_error(record.activations[sublayer.name], exact)
     noises = [
@@ -287,9 +296,7 @@ def _judge(
     ]
     noise = Error(max(x.mean for x in noises), max(x.worst for x in noises))
     noise = noise.scaled(noise_dtype(record.precision)[1])
-    # losses are computed in fp32 at least
-    is_loss = short == LOSS and record.precision != "fp64"
-    ratio = own.above(noise, _floor("fp32" if is_loss else record.precision))
+    ratio = own.above(noise, _floor(precision))
     return Finding(
         name=sublayer.name, own=own, noise=noise, ratio=ratio, parted=not ratio <= factor
     )

@@ -25,11 +25,11 @@ def heat_map_png(judgement: Judgement) -> bytes:
     from matplotlib.figure import Figure
 
     num_layers = judgement.record.config.num_layers
-    height = max(5.2, 3.4 + 0.24 * num_layers)
+    height = max(5.6, 3.6 + 0.24 * num_layers)
     figure = Figure(figsize=(15, height), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.12)  # type: ignore[union-attr]
     rows = figure.subplots(
-        2, 2, height_ratios=(max(num_layers, 3), 0.9 + 0.02 * num_layers), squeeze=False
+        2, 2, height_ratios=(max(num_layers, 5), max(0.8, 0.05 * num_layers)), squeeze=False
     )
     by_name = {finding.name: finding for finding in judgement.findings}
     ratios = _Map(by_name, _log_ratio, *_ratio_colours(judgement), "own error / noise")

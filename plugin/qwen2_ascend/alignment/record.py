@@ -45,6 +45,8 @@ class Record:
     """fp64, fp32, bf16 or fp16: of parameters and activations."""
     origin: str
     """What ran where, in a line."""
+    tensor_parallel: int = 1
+    """Ranks that shared each layer; sums over more of them round more often."""
     tokens: torch.Tensor
     """`[n, b, s + 1]`: n micro-batches, each sequence with the token after its last."""
     activations: Mapping[str, torch.Tensor]
@@ -77,6 +79,7 @@ def save_record(record: Record, folder: Path) -> None:
         "version": VERSION,
         "origin": record.origin,
         "precision": record.precision,
+        "tensor_model_parallel_size": record.tensor_parallel,
         "loss": record.loss,
         "config": record.config.to_hugging_face(),
     }
@@ -104,6 +107,7 @@ def load_record(folder: Path) -> Record:
         config=config,
         precision=description["precision"],
         origin=description["origin"],
+        tensor_parallel=description["tensor_model_parallel_size"],
         tokens=tokens,
         activations=activations,
         loss=description["loss"],

@@ -11,6 +11,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,6 +256,39 @@ def layer_sublayers(
     }
     assert list(found) == [sublayer.name for sublayer in LAYER]
     return found
+
+
+def other_roundings(layer: Any, tensor_parallel: int) -> Mapping[str, Compute]:
+    """Sublayers computed in another order of roundings, as right as transformers' own.
+
+    Megatron adds a bias to a product that is rounded already, where transformers adds it before; of
+    a row-parallel product each rank rounds its part before the sum. In 16 bits that is seen.
+
+    Args:
+        layer: a Qwen2DecoderLayer.
+        tensor_parallel: ranks that share each layer.
+    """
+    attn, mlp = layer.self_attn, layer.mlp
+    found: dict[str, Compute] = {
+        name: partial(_product_then_bias, module)
+        for name, module in (("query", attn.q_proj), ("key", attn.k_proj), ("value", attn.v_proj))
+    }
+    if tensor_parallel > 1:
+        for name, module in (("linear_proj", attn.o_proj), ("linear_fc2", mlp.down_proj)):
+            found[name] = partial(_sum_of_parts, module, tensor_parallel)
+    return found
+
+
+def _product_then_bias(module: Any, x: Tensor) -> Tensor:
+    return x @ module.weight.t() + module.bias
+
+
+def _sum_of_parts(module: Any, count: int, x: Tensor) -> Tensor:
+    parts = zip(x.chunk(count, dim=-1), module.weight.chunk(count, dim=-1), strict=True)
+    first, *rest = [part @ weight.t() for part, weight in parts]
+    for part in rest:
+        first = first + part
+    return first
 
 
 def _rotated(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:

@@ -110,6 +110,7 @@ def record(
         config=config,
         precision=settings.precision,
         origin=describe(settings, runtime, source),
+        tensor_parallel=settings.parallel.tensor_model_parallel_size,
         tokens=tokens,
         activations=activations,
         loss=activations[LOSS].double().mean().item(),
