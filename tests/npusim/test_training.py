@@ -47,6 +47,10 @@ RUNS = {
     ),
     "dp2-distributed-optimizer": LAYOUTS["dp2-distributed-optimizer"],
     "tp2-pp2": LAYOUTS["tp2-pp2"],
+    "tp2-sp-chunked-cross-entropy": (
+        2,
+        f"{LAYOUTS['tp2-sp'][1]} --cross-entropy-chunk-size 10",
+    ),
     "tp2-plain": (2, f"{LAYOUTS['tp2'][1]} {PLAIN}"),
 }
 
@@ -115,6 +119,38 @@ def test_packed_documents_have_the_losses_of_each_alone(flags, run, monkeypatch)
         finetune_worker.sft_losses_are_those_of_transformers(flags, run)
     assert "aclnnFlashAttentionVarLenScore" in record.ops
     assert "aclnnFlashAttentionScore" not in record.ops
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel --cross-entropy-chunk-size 10",
+        f"--pipeline-model-parallel-size 2 {FULL_RECOMPUTE}",
+    ],
+    ids=["tp2-sp-chunked-cross-entropy", "pp2-recompute"],
+)
+@pytest.mark.simulated(cards=2, alone="training")
+def test_lora_by_fused_operators_has_the_losses_of_an_independent_loop(flags, run):
+    """Adapters on packed chats: their products between the fused operators of the layer."""
+    from finetuning import finetune_worker as worker
+    from finetuning.deepspeed_worker import LORA, adapted
+    from npusim.simulator import recording
+
+    on_npu = worker.FLAGS.replace("--device cpu", "--device npu")
+    data = f"--micro-batch-size 2 --pack --data-path {worker.chats(run)}"
+    training = worker.start(run, f"{on_npu} {flags} {LORA} {data}").run
+    batches = worker.taken(training)
+    with recording() as record:
+        losses, norms = worker.trained(training)
+    expected, expected_norms = worker.reference(
+        worker.hugging_face_folder(run), batches, worker.sft_loss, adapted
+    )
+    assert losses == pytest.approx(expected, abs=TOLERANCE * max(expected))
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    assert max(losses) - min(losses) > 1e-3, "nothing was learnt"
+    fused = {"aclnnFlashAttentionVarLenScore", "aclnnRmsNorm", "aclnnSwiGlu"}
+    assert fused <= set(record.ops)
 
 
 @pytest.mark.filterwarnings("default")
