@@ -138,14 +138,15 @@ def test_a_lora_run_on_shards_at_tp2_pp2(world: World) -> None:
     assert json.loads(line)["response"] + "\n" == world.runs["from lora"].out
 
 
-def test_an_interrupted_run_leaves_no_file_that_looks_whole(world: World) -> None:
+def test_an_interrupted_run_leaves_no_file_that_looks_whole(tmp_path: Path) -> None:
     """Ctrl-C between two results: status 130, no traceback, whole lines to go on from."""
-    out, part = world.folder / "stopped.jsonl", world.folder / "stopped.jsonl.part"
+    out, part = tmp_path / "stopped.jsonl", tmp_path / "stopped.jsonl.part"
+    model_with_tokenizer(tmp_path / "hf")
     rows = [{"prompt": f"{PROMPT} {i}"} for i in range(60)]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (world.folder / "many.jsonl").write_text(text, encoding="utf-8")
-    flags = f"--load {world.folder}/hf --fp32 --device cpu --max-new-tokens 150 --batch-size 1 "
-    flags += f"--prompt-file {world.folder}/many.jsonl --output-file {out}"
+    (tmp_path / "many.jsonl").write_text(text, encoding="utf-8")
+    flags = f"--load {tmp_path}/hf --fp32 --device cpu --max-new-tokens 150 --batch-size 1 "
+    flags += f"--prompt-file {tmp_path}/many.jsonl --output-file {out}"
     process = subprocess.Popen(
         [sys.executable, str(LAUNCH), *flags.split()],
         stdout=subprocess.PIPE,
