@@ -121,11 +121,20 @@ def test_a_given_noise_floor_excuses_rows_of_noise(folder) -> None:
 def test_each_tolerance_can_be_set(folder) -> None:
     theirs = random()
     ours = nudge(theirs, 1e-2)
-    assert kinds(compared(ours, theirs)) == ["tolerance", "cosine"]
-    assert kinds(compared(ours, theirs, rtol=0.1)) == ["cosine"]
-    assert kinds(compared(ours, theirs, min_cosine=0.9)) == ["tolerance"]
-    assert compared(ours, theirs, rtol=0.1, min_cosine=0.9).passed
-    assert not compared(ours, theirs, rtol=0.0, atol=0.0, min_cosine=0.9).passed
+    loose = {"rtol": 0.1, "min_cosine": 0.9, "max_relative_l2": 0.1}
+    assert kinds(compared(ours, theirs)) == ["tolerance", "cosine", "relative_l2"]
+    assert compared(ours, theirs, **loose).passed
+    for name, kind in zip(loose, ["tolerance", "cosine", "relative_l2"], strict=True):
+        rest = {key: value for key, value in loose.items() if key != name}
+        assert kinds(compared(ours, theirs, **rest)) == [kind]
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4", "f2", BF16])
+def test_a_wrong_scale_has_a_perfect_cosine_and_fails(folder, dtype) -> None:
+    """Attention without its scale, a norm of the wrong width: every element a tenth too large."""
+    theirs = random().astype(dtype)
+    ours = (theirs.astype("f8") * 1.1).astype(dtype)
+    assert "relative_l2" in kinds(compared(ours, theirs))
 
 
 def test_rtol_and_atol_are_numpys(folder) -> None:
@@ -139,7 +148,7 @@ def test_rtol_and_atol_are_numpys(folder) -> None:
 def test_logits_are_judged_as_distributions(folder) -> None:
     theirs = random((5, 50))
     ours = theirs + 3.0  # every token's logit moved alike: the same distribution
-    loose = {"rtol": 1e3, "min_cosine": -1.0}
+    loose = {"rtol": 1e3, "min_cosine": -1.0, "max_relative_l2": 1e3}
     assert compared(ours, theirs, name="Logits", **loose, max_kl=1e-12).passed
     ours = theirs[:, ::-1]
     assert kinds(compared(ours, theirs, name="Logits", **loose)) == ["kl"]
@@ -154,7 +163,7 @@ def test_the_help_states_the_tolerances_that_hold() -> None:
     """Property: figures in the help are those of the table."""
     texts = (compare_command.__file__ and Path(compare_command.__file__).read_text()) or ""
     for dtype, defaults in tolerances.DEFAULTS.items():
-        for name in ("rtol", "min_cosine", "max_kl"):
+        for name in ("rtol", "min_cosine", "max_relative_l2", "max_kl"):
             text = texts[texts.index(f"    {name}: float") :].split('"""')[1]
             word = re.search(rf"{dtype}\s+((?:1 - )?[\d.e-]+\d)", text)
             assert word, (dtype, name)
@@ -317,7 +326,7 @@ def test_json_has_every_figure(folder, capsys) -> None:
     assert more["findings"][0]["kind"] == "missing" and more["theirs"] is None
     assert zero["difference"]["relative_l2"] == "inf"
     fields = {field.name for field in dataclasses.fields(statistics.Difference)}
-    assert set(logits["difference"]) == fields - {"cosines", "row_max_abs"}
+    assert set(logits["difference"]) == fields - {"cosines", "row_max_abs", "row_relative_l2"}
     assert logits["ours"]["summary"]["num_inf"] == 1
     assert logits["logits"]["num_skipped"] == 1
     run("ours.npz", "theirs.npz", "--json", "report.json", capsys=capsys)

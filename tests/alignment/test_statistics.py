@@ -123,13 +123,18 @@ def test_cosines_row_by_row(shape) -> None:
     assert found.cosine_min == pytest.approx(float(expected.min()), rel=1e-12)
     assert found.cosine_mean == pytest.approx(float(expected.mean()), rel=1e-12)
     np.testing.assert_array_equal(found.row_max_abs, (x - y).abs().amax(dim=1))
+    relative = (torch.linalg.norm(x - y, dim=1) / torch.linalg.norm(y, dim=1)).numpy()
+    np.testing.assert_allclose(found.row_relative_l2, relative, rtol=1e-12)
+    assert found.relative_l2_median == pytest.approx(np.median(relative), rel=1e-12)
 
 
 def test_rows_without_a_direction() -> None:
     """Zero beside zero is agreement; zero beside something is none."""
     theirs = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0], [1.0, 2.0]])
     ours = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [-2.0, -4.0]])
-    np.testing.assert_allclose(difference(ours, theirs).cosines, [1, 0, 0, -1], atol=1e-15)
+    found = difference(ours, theirs)
+    np.testing.assert_allclose(found.cosines, [1, 0, 0, -1], atol=1e-15)
+    np.testing.assert_allclose(found.row_relative_l2, [0, math.inf, 1, 3])
 
 
 def test_references_of_zero() -> None:

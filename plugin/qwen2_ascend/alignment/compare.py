@@ -36,9 +36,10 @@ class Rules:
     """What is compared, and what passes."""
 
     rtol: float | None = None
-    """This and the next four instead of the defaults of the pair's dtype; not for integers."""
+    """This and the next five instead of the defaults of the pair's dtype; not for integers."""
     atol: float | None = None
     min_cosine: float | None = None
+    max_relative_l2: float | None = None
     max_kl: float | None = None
     min_top1: float | None = None
     names: tuple[str, ...] = ()

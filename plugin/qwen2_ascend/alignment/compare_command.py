@@ -47,6 +47,9 @@ class CompareOptions:
     min_cosine: float | None = None
     """Least cosine similarity of a row; without it by dtype: fp64 1 - 1e-12, fp32 1 - 1e-10, fp16
     0.9995, bf16 0.98."""
+    max_relative_l2: float | None = None
+    """Largest relative L2 of the median row; without it by dtype: fp64 1e-10, fp32 3e-6, fp16 0.01,
+    bf16 0.08."""
     max_kl: float | None = None
     """Largest mean KL divergence of logits, in nats; without it by dtype: fp64 1e-12, fp32 1e-10,
     fp16 1e-4, bf16 5e-3."""
@@ -98,6 +101,7 @@ def _faults(options: CompareOptions) -> Iterator[str]:
     for flag, value, high in [
         ("--rtol", options.rtol, float("inf")),
         ("--atol", options.atol, float("inf")),
+        ("--max-relative-l2", options.max_relative_l2, float("inf")),
         ("--max-kl", options.max_kl, float("inf")),
         ("--min-top1", options.min_top1, 1.0),
     ]:
@@ -133,6 +137,7 @@ def _rules(options: CompareOptions) -> Rules:
         rtol=options.rtol,
         atol=options.atol,
         min_cosine=options.min_cosine,
+        max_relative_l2=options.max_relative_l2,
         max_kl=options.max_kl,
         min_top1=options.min_top1,
         names=options.names,

@@ -20,6 +20,8 @@ DETAILED = 3
 MAX_FINDINGS = 20
 """Lines; the rest are counted."""
 MIN_NAME = 16
+DISPENSABLE = ("MaxRelativeErr", "ULP", "RelativeL2", "shape", "dtype", "MaxAbsErr")
+"""Columns that make room for the names on a narrow terminal, the first first."""
 
 
 def report_lines(report: Report, *, details: bool = False, width: int | None = None) -> list[str]:
@@ -50,11 +52,17 @@ def number(value: float) -> str:
 
 def _table(comparisons: Sequence[Comparison], width: int | None) -> list[str]:
     rows = [HEADINGS, *map(_row, comparisons)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
     if width is not None:
+        for heading in DISPENSABLE:
+            if sum(widths) + 2 * (len(widths) - 1) <= width:
+                break
+            at = next(i for i, column in enumerate(columns) if column[0] == heading)
+            del columns[at], widths[at]
         rest = sum(widths[1:]) + 2 * (len(widths) - 1)
         widths[0] = min(widths[0], max(width - rest, MIN_NAME))
-    return [_line(row, widths) for row in rows]
+    return [_line(row, widths) for row in zip(*columns, strict=True)]
 
 
 def _row(comparison: Comparison) -> tuple[str, ...]:
@@ -89,12 +97,9 @@ def _shape(side: Side) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *words = row
-    cells = [_shorten(name, widths[0]).ljust(widths[0])]
-    for i, (word, n) in enumerate(zip(words, widths[1:], strict=True)):
-        is_number = 2 <= i < len(words) - 1
-        cells.append(word.rjust(n) if is_number else word.ljust(n))
-    return "  ".join(cells).rstrip()
+    name, *words, verdict = row
+    cells = [word.rjust(n) for word, n in zip(words, widths[1:-1], strict=True)]
+    return "  ".join([_shorten(name, widths[0]).ljust(widths[0]), *cells, verdict])
 
 
 def _shorten(name: str, width: int) -> str:
@@ -128,9 +133,9 @@ def _details(comparison: Comparison) -> Iterator[str]:
         agreement = f"top-1 {logits.top1:.2%}, top-5 {logits.top5:.2%}"
         yield f"  {'next token':<16}{agreement} of {logits.num_rows} rows{skipped}"
     if comparison.tolerances is not None:
-        used = f"the worst element uses {number(found.tolerance_used)} of its tolerance"
-        limits = _tolerances(comparison.tolerances, logits is not None)
-        yield f"  {'tolerances':<16}{limits}; {used}"
+        used = f"{number(found.tolerance_used)} of its tolerance by the worst element"
+        yield f"  {'used':<16}{used}"
+        yield f"  {'tolerances':<16}{_tolerances(comparison.tolerances, logits is not None)}"
 
 
 def _side_row(who: str, side: Side) -> tuple[str, ...]:
@@ -149,7 +154,8 @@ def _figures(found: Difference) -> Iterator[tuple[str, str]]:
     yield "mean, rms", f"{number(found.mean_abs)}, {number(found.rms)}"
     of_largest = f"of the largest |theirs| {number(found.relative_to_largest)}"
     yield "MaxRelativeErr", f"{number(found.max_relative)}; {of_largest}"
-    yield "EucDist", f"{number(found.euclidean)}; relative L2 {number(found.relative_l2)}"
+    relative = f"{number(found.relative_l2)}, of the median row {number(found.relative_l2_median)}"
+    yield "EucDist", f"{number(found.euclidean)}; relative L2 {relative}"
     yield f"ULP ({found.ulp_dtype})", f"max {found.ulp_max}, mean {number(found.ulp_mean)}"
     yield (
         "elements",
@@ -168,6 +174,8 @@ def _tolerances(limits: Tolerances, is_logits: bool) -> str:
     words = [f"rtol {number(limits.rtol)}", f"atol {atol}"]
     if not math.isclose(limits.min_cosine, -1):
         words.append(f"cosine {cosine_text(limits.min_cosine)}")
+    if math.isfinite(limits.max_relative_l2):
+        words.append(f"median relative L2 {number(limits.max_relative_l2)}")
     if is_logits:
         words.append(f"KL {number(limits.max_kl)}")
         words += [f"top-1 {limits.min_top1:.2%}"] if limits.min_top1 else []

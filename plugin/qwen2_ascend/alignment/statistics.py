@@ -74,6 +74,8 @@ class Difference:
     """max_abs over the largest |theirs|."""
     relative_l2: float
     """Length of the difference over the length of theirs."""
+    relative_l2_median: float
+    """The same of each row, the median: what a usual token differs by."""
     share_within_1_permille: float
     """Share of elements whose relative error is at most 1e-3."""
     share_within_5_permille: float
@@ -97,6 +99,8 @@ class Difference:
     """Cosine similarity of each row, fp64; 1 where both rows are zero, 0 where one of them is."""
     row_max_abs: np.ndarray = field(repr=False, compare=False)
     """Largest |ours - theirs| of each row, fp64."""
+    row_relative_l2: np.ndarray = field(repr=False, compare=False)
+    """Length of each row's difference over the length of theirs, fp64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +290,7 @@ class _DifferenceSums:
         self.moments = _Moments()
         self.num_nonfinite = [0, 0]
         """Unequal and equal."""
-        self.abs_sum = self.square_sum = 0.0
+        self.abs_sum = 0.0
         self.largest = self.max_relative = 0.0
         self.within = [0, 0]
         self.num_equal = self.num_beyond = 0
@@ -294,9 +298,8 @@ class _DifferenceSums:
         self.ulp_max, self.ulp_sum = 0, 0.0
         self.worst = (-1.0, 0, 0)
         """|difference|, row, column."""
-        self.dot, self.ours_squares, self.theirs_squares, self.row_max_abs = np.zeros(
-            (4, row_atol.size)
-        )
+        sums = np.zeros((5, row_atol.size))
+        self.dot, self.ours_squares, self.theirs_squares, self.squares, self.row_max_abs = sums
 
     def add(
         self, place: tuple[slice, slice], a: np.ndarray, b: np.ndarray, dtype: np.dtype
@@ -339,7 +342,7 @@ class _DifferenceSums:
             )
         self.row_max_abs[place[0]] = np.maximum(self.row_max_abs[place[0]], distance.max(axis=1))
         self.abs_sum += float(distance.sum())
-        self.square_sum += float(np.vdot(difference, difference))
+        self.squares[place[0]] += np.einsum("ij,ij->i", difference, difference)
         self.largest = max(self.largest, float(reference.max()))
         is_zero = reference == 0
         relative = distance / np.where(is_zero, np.inf, reference)
@@ -370,6 +373,8 @@ class _DifferenceSums:
         if count:
             worst = (float(ours[where]), float(theirs[where]))
         max_abs = max(self.worst[0], 0.0)
+        length, reference = math.sqrt(self.squares.sum()), math.sqrt(self.theirs_squares.sum())
+        row_relative = _row_ratios(self.squares, self.theirs_squares)
         return Difference(
             num_elements=ours.size,
             num_compared=count,
@@ -381,11 +386,12 @@ class _DifferenceSums:
             std=moments.std,
             max_abs=max_abs,
             mean_abs=self.abs_sum / shared,
-            rms=math.sqrt(self.square_sum / shared),
-            euclidean=math.sqrt(self.square_sum),
+            rms=length / math.sqrt(shared),
+            euclidean=length,
             max_relative=self.max_relative,
             relative_to_largest=_ratio(max_abs, self.largest),
-            relative_l2=_ratio(math.sqrt(self.square_sum), math.sqrt(self.theirs_squares.sum())),
+            relative_l2=_ratio(length, reference),
+            relative_l2_median=float(np.median(row_relative)) if row_relative.size else 0.0,
             share_within_1_permille=self.within[0] / shared if count else 1.0,
             share_within_5_permille=self.within[1] / shared if count else 1.0,
             share_equal=self.num_equal / shared if count else 1.0,
@@ -401,6 +407,7 @@ class _DifferenceSums:
             worst_theirs=worst[1],
             cosines=cosines,
             row_max_abs=self.row_max_abs,
+            row_relative_l2=row_relative,
         )
 
 
@@ -418,6 +425,13 @@ def _ratio(part: float, whole: float) -> float:
     if whole:
         return part / whole
     return math.inf if part else 0.0
+
+
+def _row_ratios(squares: np.ndarray, reference_squares: np.ndarray) -> np.ndarray:
+    ratios = np.where(squares > 0, np.inf, 0.0)
+    has_length = reference_squares > 0
+    np.divide(squares, reference_squares, out=ratios, where=has_length)
+    return np.sqrt(ratios)
 
 
 def _count(condition: np.ndarray) -> int:
