@@ -4,10 +4,9 @@ A difference at the end of a model says nothing about where it arose, and a thre
 guess. So every sublayer is judged by itself: transformers' same sublayer is given *our* recorded
 input, in a wider dtype. What our output differs from that is the sublayer's own error; nothing of
 it came from before. And the noise is measured beside it: transformers' sublayer in our dtype, on
-the same input, against the same wide result; where there are several right ways to round (two
-attentions, a bias added before or after rounding, a sum over ranks), the noisiest of them. A
-sublayer has parted when its own error is more than `noise_factor` times that noise, at its worst
-token or over all of them.
+the same input, against the same wide result; where there are several right ways to round (a bias
+added before or after rounding, a sum over ranks), the noisiest of them. A sublayer has parted when
+its own error is more than `noise_factor` times that noise, at its worst token or over all of them.
 
 Where every sublayer agrees, the whole model does; where one does not, it is named, and so is
 whether what is seen after it is its doing only.
@@ -253,8 +252,9 @@ def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Function
     own_tables = tables(rotary, hidden.to(narrow))
     exact = layer_sublayers(copy_of(decoder, wide), wide_tables)
     own = {name: [compute] for name, compute in layer_sublayers(decoder, own_tables).items()}
-    # transformers' two attentions round differently, and both are right
-    own["core_attention"] += [layer_sublayers(decoder, own_tables, "eager")["core_attention"]]
+    if record.unfused_attention:
+        eager = layer_sublayers(decoder, own_tables, "eager")
+        own["core_attention"] = [eager["core_attention"]]
     for name, compute in other_roundings(decoder, record.tensor_parallel).items():
         own[name] += [compute]
     return _Functions(wide, {k: [v] for k, v in exact.items()}), _Functions(narrow, own)

@@ -47,6 +47,8 @@ class Record:
     """What ran where, in a line."""
     tensor_parallel: int = 1
     """Ranks that shared each layer; sums over more of them round more often."""
+    unfused_attention: bool = False
+    """Attention rounded its scores before the softmax, as transformers' eager attention does."""
     tokens: torch.Tensor
     """`[n, b, s + 1]`: n micro-batches, each sequence with the token after its last."""
     activations: Mapping[str, torch.Tensor]
@@ -80,6 +82,7 @@ def save_record(record: Record, folder: Path) -> None:
         "origin": record.origin,
         "precision": record.precision,
         "tensor_model_parallel_size": record.tensor_parallel,
+        "unfused_attention": record.unfused_attention,
         "loss": record.loss,
         "config": record.config.to_hugging_face(),
     }
@@ -108,6 +111,7 @@ def load_record(folder: Path) -> Record:
         precision=description["precision"],
         origin=description["origin"],
         tensor_parallel=description["tensor_model_parallel_size"],
+        unfused_attention=description["unfused_attention"],
         tokens=tokens,
         activations=activations,
         loss=description["loss"],

@@ -111,6 +111,7 @@ def record(
         precision=settings.precision,
         origin=describe(settings, runtime, source),
         tensor_parallel=settings.parallel.tensor_model_parallel_size,
+        unfused_attention="attention" in settings.fusion.plain,
         tokens=tokens,
         activations=activations,
         loss=activations[LOSS].double().mean().item(),
