@@ -41,10 +41,8 @@ def import_deepspeed(runtime: Runtime) -> Any:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     _redirect(runtime.name)
     # joins the group that is there; zero.Init counts ranks before it would do so itself
-    deepspeed.init_distributed(
-        deepspeed.accelerator.get_accelerator().communication_backend_name(),
-        auto_mpi_discovery=False,
-    )
+    accelerator: Any = deepspeed.accelerator.get_accelerator()
+    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False)
     return deepspeed
 
 

@@ -22,6 +22,8 @@ from qwen2_ascend.errors import Faults, UserError, raise_if
 ROWS_TO_DETECT = 100
 MAX_ROW_BYTES = 16 * 2**20
 """Of the rows that a format is found out from."""
+MAX_ARRAY_BYTES = 64 * 2**20
+"""Of a JSON array that is read for it, which is only possible whole; the preparation reads any."""
 
 
 def check_chat_data(
@@ -107,6 +109,8 @@ def find_formats(
 def _check_file(path: str, chat: ChatSettings, task: str) -> None:
     try:
         files, reading = find_chat_files([path], "auto", MAX_ROW_BYTES)
+        if files[0].format == "json" and files[0].size > MAX_ARRAY_BYTES:
+            return
         formats = find_formats(files, reading, task, chat)
         if chat.format != "auto":
             _first_good(files[0], reading, formats[path].chats)
