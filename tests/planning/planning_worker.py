@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import train_worker
 from distributed.harness import Checks, Run, main
 from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.job import Cut, Job
 from qwen2_ascend.planning.memory import stage_memory
 from qwen2_ascend.planning.traffic import collectives
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qwen2_ascend.planning.memory import Memory
+    from qwen2_ascend.training.loop import TrainingRun
 
 CHECKS = Checks()
 LENGTH = 128
@@ -29,6 +31,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-pp1-tied-bf16": {"dtype": "bf16", "tied": True},
     "tp1-pp1-full-bf16": {"dtype": "bf16", "recompute": "full"},
     "tp1-pp1-selective-chunked": {"recompute": "selective", "chunk": 64},
+    "tp1-pp1-lora-bf16": {"lora": 4, "dtype": "bf16"},
+    "tp1-pp1-lora-full-bf16": {"lora": 4, "recompute": "full", "dtype": "bf16", "chunk": 64},
+    "tp2-sp-lora-bf16": {"tp": 2, "sequence_parallel": True, "lora": 4, "dtype": "bf16"},
     "tp2-bf16": {"tp": 2, "dtype": "bf16"},
     "tp2-sp-full": {"tp": 2, "sequence_parallel": True, "recompute": "full"},
     "tp2-sp-chunked-bf16": {"tp": 2, "sequence_parallel": True, "chunk": 64, "dtype": "bf16"},
@@ -55,6 +60,7 @@ def planned(
     groups: int = 4,
     dtype: str = "fp32",
     chunk: int | None = None,
+    lora: int | None = None,
     **cut: Any,
 ) -> Cut:
     """The planner's view of a layout: four micro-batches of two sequences per rank."""
@@ -73,6 +79,7 @@ def planned(
         dtype=dtype,
         backend="cpu",
         cross_entropy_chunk_size=chunk,
+        lora_rank=lora,
     )
     return Cut(job=job, micro_batch_size=2, **cut)
 
@@ -100,15 +107,21 @@ def flags(cut: Cut) -> str:
 
 
 def memory_and_traffic(cut: Cut, run: Run) -> str:
-    """Peak memory within a tenth, memory at rest within a hundredth, every collective the same."""
+    """Peak memory within a twentieth, memory at rest within a hundredth, the same bytes sent."""
     from megatron.core import parallel_state
 
+    from qwen2_ascend.runtime.megatron_compat import check_tensor_parallel
+
+    try:
+        check_tensor_parallel(cut.layout, cut.job.config.num_query_groups)
+    except UserError as refusal:  # by an older megatron-core
+        return str(refusal)
     from planning.collective_log import CollectiveLog
     from planning.tensor_memory import TensorMemory
 
     folder = _weights(cut, run)
     with TensorMemory() as memory, CollectiveLog() as log:
-        training = train_worker.start(run, flags(cut), load=folder)
+        training = _start(cut, run, folder)
         train_worker.steps(training, 1)  # AdamW makes its state
         gc.collect()
         at_rest = memory.live
@@ -119,6 +132,27 @@ def memory_and_traffic(cut: Cut, run: Run) -> str:
     told = _compare_memory(stage_memory(cut, stage), at_rest, memory.peak)
     _compare_traffic(cut, stage, log.calls)
     return told
+
+
+def _start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
+    if cut.job.lora_rank is None:
+        return train_worker.start(run, flags(cut), load=folder)
+    from qwen2_ascend import runtime
+    from qwen2_ascend.finetuning.lora import apply_lora
+    from qwen2_ascend.lora_config import LoraConfig
+    from qwen2_ascend.training.pretrain import pretraining_data
+    from qwen2_ascend.training.settings import parse
+    from qwen2_ascend.training.setup import build_chunks, build_run, find_start
+
+    settings = parse([*flags(cut).split(), "--load", str(folder)])
+    begin = find_start(settings)
+    runtime.destroy_model_parallel()
+    runtime.initialize_model_parallel(settings.layout(), begin.config.num_layers)
+    run.runtime.seed_all(settings.runtime.seed)
+    chunks = build_chunks(settings, begin, run.runtime, lambda line: None)
+    apply_lora(chunks, LoraConfig(rank=cut.job.lora_rank), begin.config, settings.layout())
+    data, _ = pretraining_data(settings, begin, run.runtime.world_size)
+    return build_run(settings, run.runtime, chunks, train_data=data)
 
 
 def _weights(cut: Cut, run: Run) -> Path:
@@ -139,7 +173,7 @@ def _compare_memory(expected: Memory, at_rest: int, peak: int) -> str:
     above = peak / expected.total - 1
     told = f"at rest {rest:+.2%}, peak {peak:,} {above:+.2%} of {expected}"
     assert abs(rest) < 0.01, told
-    assert abs(above) < 0.1, told
+    assert abs(above) < 0.05, told
     return told
 
 

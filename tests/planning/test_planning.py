@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,9 @@ from qwen2_ascend.planning.parameters import parameters
 from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops
 from qwen2_ascend.planning.traffic import step_traffic
 from qwen2_ascend.training.logging import train_flops
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "README.md"
 
 
 def job(model: str = "7B", **changes) -> Job:
@@ -311,6 +315,33 @@ def test_the_command_answers_in_words_json_and_a_picture(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
 
 
+def test_a_layout_can_be_asked_for(capsys):
+    words = (
+        "--model 72B --num-devices 128 --tensor-model-parallel-size 8 --recompute-granularity full "
+        "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 5 "
+        "--sequence-parallel yes --use-distributed-optimizer yes --micro-batch-size 1"
+    )
+    main(words.split())
+    said = capsys.readouterr().out
+    assert "fits: 1 of 1 valid layouts" in said and "TP8 PP4 VPP4 DP4" in said
+
+
+def test_the_examples_memory_is_the_planners(tmp_path, capsys):
+    text = EXAMPLES.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("qwen2-ascend plan ")]
+    names = ("full_7b", "lora_7b", "full_72b")
+    for name, command in zip(names, commands, strict=True):
+        path = tmp_path / f"{name}.json"
+        main([*shlex.split(command)[2:], "--json", str(path)])
+        memory = json.loads(path.read_text(encoding="utf-8"))["layouts"][0]["memory"]
+        parts = [memory[part] for part in ("weights", "gradients", "optimizer")]
+        parts += [memory["activations"] + memory["temporary"] + memory["logits"]]
+        cells = [f"{size / 1e9:.1f}" for size in (*parts, memory["buffers"], memory["total"])]
+        (row,) = [row for row in text.splitlines() if row.startswith(f"| {name} |")]
+        assert row.endswith(f"| {' | '.join(cells)} |"), (row, cells)
+    assert "fits: 1 of 1" in capsys.readouterr().out
+
+
 def test_nothing_heavy_is_imported():
     script = (
         "import sys; from qwen2_ascend.planning.command import main\n"
@@ -328,6 +359,7 @@ def test_nothing_heavy_is_imported():
         ("--model 7B --num-devices 0", "--num-devices 0 must be at least 1"),
         ("--model 7B --num-devices 8 --seq-length 65536", "max_position_embeddings=32768"),
         ("--model 7B --num-devices 9 --global-batch-size 16", "cannot share --global-batch-size"),
+        ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "no valid layout"),
         ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),
     ],
 )
@@ -340,3 +372,19 @@ def test_figures_of_devices_name_their_source():
     assert {"910B1", "910B2", "910B3", "910B4", "910C", "A100", "H100", "CPU"} <= DEVICES.keys()
     assert all(device.source for device in DEVICES.values())
     assert find_device("Ascend910B").memory == 64 * 2**30
+    assert _table() in DOCUMENT.read_text(encoding="utf-8")
+
+
+def _table() -> str:
+    """docs/planning.md's."""
+    rows = [
+        "| device | memory, GB | peak, TFLOP/s | memory, GB/s | in a node, GB/s "
+        "| between nodes, GB/s | per node |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for device in DEVICES.values():
+        bandwidths = (device.memory_bandwidth, device.node_bandwidth, device.network_bandwidth)
+        figures = [device.memory / 1e9, device.peak_flops / 1e12, *(b / 1e9 for b in bandwidths)]
+        cells = [device.name, *(f"{figure:.4g}" for figure in figures)]
+        rows.append(f"| {' | '.join(cells)} | {device.devices_per_node} |")
+    return "\n".join(rows)

@@ -13,7 +13,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.devices import GB, TERA, Device, find_device
-from qwen2_ascend.planning.job import Job
+from qwen2_ascend.planning.job import Cut, Job
 from qwen2_ascend.planning.roofline import Efficiency
 
 
@@ -48,6 +48,18 @@ class PlanOptions:
     """Tokens whose logits exist at once; by default all."""
     lora_r: int | None = None
     """Fine-tune LoRA adapters of this rank on all linear layers, instead of all weights."""
+    tensor_model_parallel_size: int | None = None
+    """Only layouts with this; by default all are tried, as with the next five."""
+    pipeline_model_parallel_size: int | None = None
+    """Only layouts with this."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Only layouts with this."""
+    sequence_parallel: Literal["yes", "no"] | None = None
+    """Only layouts with it, or without."""
+    use_distributed_optimizer: Literal["yes", "no"] | None = None
+    """Only layouts with it, or without."""
+    recompute_granularity: Literal["none", "selective", "full"] | None = None
+    """Only layouts with this; full is by single layers."""
     memory_gb: float | None = None
     """Memory of a device, instead of the table's."""
     memory_fraction: float = 0.9
@@ -91,6 +103,12 @@ def run(options: PlanOptions) -> None:
     if options.micro_batch_size is not None:
         sizes = (options.micro_batch_size,)
     plans = search.find_plans(job, machine, micro_batch_sizes=sizes)
+    plans = [plan for plan in plans if _is_wanted(plan.cut, options)]
+    if not plans:
+        raise UserError(
+            f"{options.num_devices} devices and --global-batch-size {job.global_batch_size} have "
+            "no valid layout of the kind asked for; leave out some of the flags that name it."
+        )
     fewest = search.fewest_devices(job, machine)
     result = report.Result(options.model, job, machine, plans, fewest)
     print(report.text(result, top=options.top, commands=options.commands))
@@ -102,6 +120,20 @@ def run(options: PlanOptions) -> None:
 
         draw(result, options.picture)
         print(f"\nwrote {options.picture}")
+
+
+def _is_wanted(cut: Cut, options: PlanOptions) -> bool:
+    """Whether it is as the options that name a layout say."""
+    yes_or_no = {True: "yes", False: "no"}
+    pairs = (
+        (cut.tp, options.tensor_model_parallel_size),
+        (cut.pp, options.pipeline_model_parallel_size),
+        (cut.layers_per_chunk, options.num_layers_per_virtual_pipeline_stage),
+        (yes_or_no[cut.sequence_parallel], options.sequence_parallel),
+        (yes_or_no[cut.distributed_optimizer], options.use_distributed_optimizer),
+        (cut.recompute, options.recompute_granularity),
+    )
+    return all(asked is None or asked == has for has, asked in pairs)
 
 
 def _job(options: PlanOptions) -> Job:

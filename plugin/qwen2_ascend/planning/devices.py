@@ -43,8 +43,8 @@ _ASCEND_910B = {
     "backend": "npu",
 }
 _910B_SOURCE = (
-    "memory and AI cores: HAMi's device table; peak computed: {cores} cores x 4096 multiply-adds x "
-    "1.8 GHz; bandwidths as CloudMatrix384's paper gives them for a die of the 910C"
+    "memory and AI cores: HAMi's device table (910B1 as 910B2); peak computed: {cores} cores x "
+    "4096 multiply-adds x 1.8 GHz; bandwidths as in CloudMatrix384's paper for a die of the 910C"
 )
 
 

@@ -185,9 +185,11 @@ def _buffers(cut: Cut, stage: int) -> int:
     # each chunk keeps what it was handed last until it is handed more
     received = 2 * _hidden(cut) * (cut.num_chunks - (stage == 0))
     gathered = 0
-    if cut.sequence_parallel:
+    if cut.sequence_parallel and job.lora_rank is None:
         gathered = cut.tokens * job.config.hidden_size * job.element
-    held = tables + received + gathered
+    # which target each row of an adapter's B belongs to
+    owners = _adapter_rows(cut) * job.element * cut.layers_per_stage if job.lora_rank else 0
+    held = tables + received + gathered + owners
     if job.backend != "npu":
         return held
     return held + _CAUSAL_MASK + communicators(cut) * HCCL_BYTES
@@ -236,9 +238,14 @@ def _all_activations(cut: Cut, *, selective: bool = False) -> int:
     kept = 4 * _hidden(cut) + 2 * _row_numbers(cut) + t * mlp * job.element
     kept += t * (_selective_attention(cut) if selective else _attention(cut))
     if job.lora_rank is not None:
-        # what each adapter's A gives: 5 + 2 targets
-        kept += 7 * t * job.lora_rank * job.element
+        # what each adapter's A gives, of 5 + 2 targets, and B spread out under all of them
+        kept += (7 * t + _adapter_rows(cut)) * job.lora_rank * job.element
     return kept
+
+
+def _adapter_rows(cut: Cut) -> int:
+    """Rows times targets of the modules that have several: linear_qkv and linear_fc1."""
+    return (3 * cut.qkv_rows + 2 * 2 * cut.job.config.ffn_hidden_size) // cut.tp
 
 
 def _attention(cut: Cut) -> int:

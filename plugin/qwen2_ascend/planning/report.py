@@ -41,10 +41,10 @@ def text(result: Result, *, top: int, commands: int) -> str:
     fitting = [plan for plan in shown if plan.fits]
     lines = [answer(result), "", *_table(shown), "", _notes(result)]
     for plan in fitting[:commands]:
-        lines += [
-            "",
-            f"{plan.cut.label()}, on random tokens (give --load and --data-path instead):",
-        ]
+        what = "on random tokens (give --load and --data-path instead)"
+        if result.job.lora_rank is not None:
+            what = "with the model's folder and your chats"
+        lines += ["", f"{plan.cut.label()}, {what}:"]
         lines += ["", launch_command(result.model, plan.cut, result.machine)]
     return "\n".join(lines)
 

@@ -80,13 +80,17 @@ def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
     chunked = job.cross_entropy_chunk_size is not None
     if cut.sequence_parallel:
         # Each sum over ranks is a scatter, and the next linear layer gathers. Backward is the
-        # mirror image, and gathers the inputs of linear_qkv, linear_fc1 and the output layer anew.
+        # mirror image, and for the weights' gradients gathers the inputs of linear_qkv, linear_fc1
+        # and the output layer anew.
         scatters = layers * (2 * forward + 2) + first + last
-        gathers = layers * (2 * forward + 4) + first + last * (1 if chunked else 2)
+        gathers = layers * (2 * forward + 2) + last
+        if job.lora_rank is None:
+            gathers += 2 * layers + first + (last and not chunked)
         yield Collective("SP", "reduce_scatter", cut.tp, hidden, n * scatters)
         yield Collective("SP", "all_gather", cut.tp, hidden, n * gathers)
-        norms = (2 * layers + last) * job.config.hidden_size * FP32
-        yield Collective("SP", "all_reduce", cut.tp, norms, 1)
+        if job.lora_rank is None:
+            norms = (2 * layers + last) * job.config.hidden_size * FP32
+            yield Collective("SP", "all_reduce", cut.tp, norms, 1)
     else:
         # outputs of attention and MLP; gradients of their inputs; the embedding; the output layer's
         sums = layers * (2 * forward + 2) + first + last
@@ -96,11 +100,33 @@ def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
         token = cut.tokens * FP32
         yield Collective("TP", "all_reduce", cut.tp, token, n * (1 if chunked else 3))
         yield Collective("TP", "all_reduce", cut.tp, 2 * token, n * chunked)
+    if job.lora_rank is not None:
+        yield from _adapters(cut, n * layers, forward)
     if cut.shares_groups:
         rows = cut.tokens * cut.qkv_rows * job.element
         again = 1 if cut.recompute == "none" else 2
         yield Collective("TP", "all_gather", cut.tp, rows, n * layers * again)
         yield Collective("TP", "reduce_scatter", cut.tp, rows, n * layers)
+
+
+def _adapters(cut: Cut, calls: int, forward: int) -> Iterator[Collective]:
+    """Ranks exchange what the adapters' A give: 3 targets of linear_qkv, 2 of linear_fc1, and one
+    each of the row-parallel layers; `calls` is layers times micro-batches."""
+    rank = cut.job.lora_rank or 0
+    one = cut.tokens * rank * cut.job.element
+    if not cut.sequence_parallel:
+        yield Collective("TP", "all_reduce", cut.tp, 3 * one, calls)
+        yield Collective("TP", "all_reduce", cut.tp, 2 * one, calls)
+        yield Collective("TP", "all_reduce", cut.tp, one, 2 * calls * forward)
+        return
+    for targets in (3, 2):
+        yield Collective("SP", "all_gather", cut.tp, targets * one, calls * forward)
+        yield Collective("SP", "reduce_scatter", cut.tp, targets * one, calls)
+    yield Collective("SP", "reduce_scatter", cut.tp, one, 2 * calls * forward)
+    yield Collective("SP", "all_gather", cut.tp, one, 2 * calls)
+    # of the matrices that every rank has whole: 5 A and 2 B
+    whole = 7 * rank * cut.job.config.hidden_size * cut.layers_per_stage
+    yield Collective("SP", "all_reduce", cut.tp, whole * FP32, 1)
 
 
 def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
