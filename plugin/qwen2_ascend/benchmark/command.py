@@ -6,12 +6,26 @@ from collections.abc import Sequence
 
 import tyro
 
-from qwen2_ascend.benchmark import convert, cross_entropy, generate
+from qwen2_ascend.benchmark import (
+    attention,
+    checkpoint,
+    convert,
+    cross_entropy,
+    generate,
+    train,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and measures."""
-    commands = {"convert": _convert, "cross-entropy": _cross_entropy, "generate": _generate}
+    commands = {
+        "train": _train,
+        "attention": _attention,
+        "checkpoint": _checkpoint,
+        "generate": _generate,
+        "convert": _convert,
+        "cross-entropy": _cross_entropy,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, args=argv)
 
 
@@ -25,3 +39,15 @@ def _cross_entropy(options: tyro.conf.OmitArgPrefixes[cross_entropy.CrossEntropy
 
 def _generate(options: tyro.conf.OmitArgPrefixes[generate.GenerateBenchmark]) -> None:
     generate.run(options)
+
+
+def _train(options: tyro.conf.OmitArgPrefixes[train.TrainBenchmark]) -> None:
+    train.run(options)
+
+
+def _attention(options: tyro.conf.OmitArgPrefixes[attention.AttentionBenchmark]) -> None:
+    attention.run(options)
+
+
+def _checkpoint(options: tyro.conf.OmitArgPrefixes[checkpoint.CheckpointBenchmark]) -> None:
+    checkpoint.run(options)

@@ -70,15 +70,14 @@ def energy_figures(answers: Sequence[Mapping[str, Any]], tokens: int) -> dict[st
 
 
 def energy_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines to print.
+    """Lines to print; none where a figure is missing, which has been said.
 
     Args:
         rows: by side, with `energy_figures` in each.
     """
-    reasons = [row["no_energy"] for row in rows.values() if row["no_energy"]]
-    if reasons:
-        return [f"energy: no figures. {reasons[0]}"]
-    lines = ["", "| side | J/token | J/token above idle |", "|---|---|---|"]
+    if any(row["joules_per_token"] is None for row in rows.values()):
+        return []
+    lines = ["| side | J/token | J/token above idle |", "|---|---|---|"]
     for side, row in rows.items():
         both = [Spread.of(row[key]) for key in ("joules_per_token", "joules_per_token_above_idle")]
         cells = [f"{s.median:.4g} ({s.low:.4g}-{s.high:.4g})" for s in both]

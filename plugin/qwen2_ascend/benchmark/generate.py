@@ -1,21 +1,19 @@
-"""Generation on the CPU against transformers' generate, interleaved in one run.
-
-Each side lives in a process of its own, with its weights loaded once, and is idle while the other
-works: neither meets the other's patches, caches or threads.
-"""
+"""Generation on the CPU against transformers' generate, interleaved in one run."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
 from qwen2_ascend.benchmark.measure import Spread
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.benchmark.sides import Side, started
+from qwen2_ascend.errors import raise_if
 
 SIDES = ("ours", "transformers")
 TEXTS = (
@@ -85,65 +83,45 @@ def run(options: GenerateBenchmark) -> None:
 
 
 def _measure(options: GenerateBenchmark, dtype: str) -> list[dict[str, Any]]:
-    sides = {name: _Side(name, options, dtype) for name in SIDES}
-    try:
-        return [_rounds(options, dtype, batch, sides) for batch in options.batch_sizes]
-    finally:
-        for side in sides.values():
-            side.close()
+    module = "qwen2_ascend.benchmark.generate_side"
+    arguments = [str(options.load), dtype, str(options.new_tokens)]
+    starts = {
+        name: partial(Side, module, [name, *arguments], threads=options.threads) for name in SIDES
+    }
+    with ExitStack() as stack:
+        sides = started(stack, starts)
+        energy = SideEnergy("cpu")
+        energy.begin()
+        return [_rounds(options, dtype, batch, sides, energy) for batch in options.batch_sizes]
 
 
 def _rounds(
-    options: GenerateBenchmark, dtype: str, batch: int, sides: dict[str, _Side]
+    options: GenerateBenchmark,
+    dtype: str,
+    batch: int,
+    sides: dict[str, Side],
+    energy: SideEnergy,
 ) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     loads, differing = [], set()
     for i in range(options.rounds + 1):
         loads.append(os.getloadavg()[0])
-        answers = {name: sides[name].ask(batch) for name in SIDES[:: 1 if i % 2 else -1]}
+        answers = {name: energy.ask(sides[name], batch) for name in SIDES[:: 1 if i % 2 else -1]}
         said = ", ".join(f"{name} {answers[name]['seconds']:.2f} s" for name in SIDES)
         print(f"  {dtype} batch {batch} round {i}: {said}", flush=True)
         differing.add(answers["ours"]["tokens"] != answers["transformers"]["tokens"])
         for name in SIDES if i else ():
             seconds[name].append(answers[name]["seconds"])
+            kept[name].append(answers[name])
     return {
         "dtype": dtype,
         "batch": batch,
         "seconds": seconds,
         "same_tokens": differing == {False},
         "load": loads[1:],
+        "energy": {name: energy_figures(kept[name], batch * options.new_tokens) for name in SIDES},
     }
-
-
-class _Side:
-    """A process that has one side's model loaded."""
-
-    def __init__(self, name: str, options: GenerateBenchmark, dtype: str) -> None:
-        command = [sys.executable, "-m", "qwen2_ascend.benchmark.generate_side", name]
-        command += [str(options.load), dtype, str(options.new_tokens)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._read()  # loaded: the other side's loading is not disturbed, nor its first round
-
-    def ask(self, batch: int) -> dict[str, Any]:
-        """Seconds and tokens of one batch."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{batch}\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(60)
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError(f"a side ended with {self._process.wait(60)}; its last lines say why.")
-        return json.loads(line)
 
 
 def _print(options: GenerateBenchmark, rows: list[dict[str, Any]]) -> None:
@@ -164,3 +142,6 @@ def _print(options: GenerateBenchmark, rows: list[dict[str, Any]]) -> None:
         cells.append(str(Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])))
         cells += ["yes" if row["same_tokens"] else "no", str(Spread.of(row["load"]))]
         print(f"| {' | '.join(cells)} |")
+    for row in rows:
+        if lines := energy_table(row["energy"]):
+            print("\n".join([f"\n{row['dtype']}, batch {row['batch']}\n", *lines]))

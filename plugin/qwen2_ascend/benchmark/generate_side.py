@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.benchmark.generate import TEXTS
+from qwen2_ascend.benchmark.sides import serve
 
 
 def main(side: str, folder: str, dtype: str, new_tokens: str) -> None:
-    """Serves the standard input until it ends."""
+    """Serves the standard input, each line a number of texts, until it ends."""
     build = {"ours": _ours, "transformers": _transformers}[side]
-    run = build(Path(folder), dtype, int(new_tokens))
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        texts = list(islice(cycle(TEXTS), int(line)))
-        start = time.perf_counter()
-        tokens = run(texts)
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+    serve(lambda: partial(_measured, build(Path(folder), dtype, int(new_tokens))))
+
+
+def _measured(run: Callable[[list[str]], list[list[int]]], num_texts: int) -> dict[str, Any]:
+    texts = list(islice(cycle(TEXTS), num_texts))
+    start = time.perf_counter()
+    tokens = run(texts)
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -31,7 +31,7 @@ def run_measured(command: Sequence[str], timeout_seconds: float = 3600) -> Measu
     """
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak = _PeakMemory(process.pid)
+    peak = PeakMemory(process.pid)
     with peak:
         output, _ = process.communicate(timeout=timeout_seconds)
     seconds = time.perf_counter() - started
@@ -51,27 +51,35 @@ class Spread(NamedTuple):
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
+    def __format__(self, form: str) -> str:
+        """The median with the lowest and the highest, each as `form` says."""
+        median, low, high = (format(value, form) for value in self)
+        return f"{median} ({low}-{high})"
+
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return f"{self:.2f}"
 
 
-class _PeakMemory:
-    """Samples a process's RssAnon until left."""
+class PeakMemory:
+    """Samples a process's anonymous memory from outside for the length of a `with` block."""
 
     def __init__(self, pid: int) -> None:
         self._status = Path(f"/proc/{pid}/status")
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self.num_bytes = 0
 
-    def _sample(self) -> None:
+    def sample(self) -> int:
+        """Bytes that the process holds just now; 0 when it has gone."""
+        try:
+            lines = self._status.read_text().splitlines()
+        except OSError:
+            return 0
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    def _watch(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            try:
-                lines = self._status.read_text().splitlines()
-            except OSError:
-                return
-            found = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
-            self.num_bytes = max(self.num_bytes, *(kib * 1024 for kib in found), 0)
+            self.num_bytes = max(self.num_bytes, self.sample())
 
     def __enter__(self) -> None:
         self._thread.start()

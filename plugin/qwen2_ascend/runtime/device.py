@@ -160,7 +160,7 @@ class Runtime:
         device = self.name
         if device != "cpu":
             played = "simulated " if self.simulated else ""
-            device = f"{device} ({played}{self._device_name()})"
+            device = f"{device} ({played}{self.device_name()})"
         return (
             f"device {device}, backend {self.backend}, {self.world_size} process(es), "
             f"torch {torch.__version__}, megatron-core {megatron.core.__version__}"
@@ -176,7 +176,10 @@ class Runtime:
             torch.distributed.destroy_process_group()
         startup.forget(self)
 
-    def _device_name(self) -> str:
+    def device_name(self) -> str:
+        """The product as its driver names it; "cpu"."""
+        if self.name == "cpu":
+            return "cpu"
         return torch.get_device_module(self.device).get_device_name()
 
 

@@ -1,0 +1,96 @@
+"""One side of the attention benchmark: passes forward and backward for each line it reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qwen2_ascend.benchmark.sides import Stopwatch, serve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwen2_ascend.runtime import Runtime
+
+SEED = 1234
+Attention = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+"""q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np, hn]`."""
+
+
+def main(side: str, device: str) -> None:
+    """Serves the standard input until it ends."""
+    serve(lambda: _prepared(side, device))
+
+
+def _prepared(side: str, device: str) -> Callable[[Any], Any]:
+    from qwen2_ascend.benchmark.device import started_runtime
+
+    runtime = started_runtime(device)
+    attention = _sdpa if side == "sdpa" else _own(side, runtime.name)
+    return partial(_measured, attention, runtime)
+
+
+def _own(side: str, device: str) -> Attention:
+    from qwen2_ascend.ops import get_ops
+
+    backend = "npu" if device == "npu" else "torch"
+    operator = get_ops(backend, plain=("attention",) if side == "unfused" else ()).attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return operator(q, k, v, softmax_scale=q.shape[-1] ** -0.5).view(q.shape)
+
+    return attention
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    context = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return context.permute(2, 0, 1, 3).contiguous()
+
+
+def _measured(attention: Attention, runtime: Runtime, question: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[question["dtype"]]
+
+    def drawn(kind: str) -> Tensor:
+        numbers = torch.randn(question[kind], generator=generator)
+        return numbers.to(runtime.device, dtype)
+
+    q, k, v = drawn("query_shape"), drawn("key_shape"), drawn("key_shape")
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    grad = drawn("query_shape")
+    runtime.reset_peak_memory()
+    runtime.synchronize()
+    context, grads = None, ()
+    with Stopwatch() as watch:
+        for _ in range(question["steps"]):
+            context = attention(*inputs)
+            grads = torch.autograd.grad(context, inputs, grad)
+        runtime.synchronize()
+    peak = runtime.peak_memory_bytes()
+    assert context is not None
+    return {
+        "wall": watch.wall,
+        "cpu": watch.cpu,
+        "peak_memory_bytes": peak,
+        "device": runtime.device_name(),
+        # a sum of squares hides a permutation, weights that grow along the numbers do not
+        "sums": [_weighted(x) for x in (context, *grads)],
+    }
+
+
+def _weighted(x: Tensor) -> float:
+    import torch
+
+    numbers = x.detach().float().cpu().flatten().double()
+    return float((numbers.square() * torch.linspace(1, 2, len(numbers), dtype=torch.double)).sum())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

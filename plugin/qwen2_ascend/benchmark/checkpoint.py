@@ -1,0 +1,190 @@
+"""Saving and loading a training state: against megatron-core's own way and a plain torch.save."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import tyro
+
+from qwen2_ascend.benchmark.measure import PeakMemory, Spread
+from qwen2_ascend.benchmark.sides import Side, interleaved, started
+from qwen2_ascend.benchmark.train import make_random_model, shape
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, raise_if
+
+SIDES = ("ours", "ours-torch", "dist_checkpointing", "torch.save")
+BYTES_PER_WEIGHT = {"fp32": 12, "bf16": 14}
+"""Of weight and AdamW's two moments; with bf16 weights the fp32 ones too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointBenchmark:
+    """Saves and loads the state of a training, on the CPU, one process for each way.
+
+    ours: this project's checkpoint in torch_dist; ours-torch: the same in Megatron's mp_rank files;
+    dist_checkpointing: megatron-core's GPTModel, optimizer and dist_checkpointing; torch.save: one
+    file of a transformers model's and its optimizer's state_dict. Every way ends with what it wrote
+    on the disk, loads it again while the system still has it in memory, and has to arrive at the
+    same weights and moments.
+    """
+
+    config: Annotated[str | None, tyro.conf.arg(metavar="DIR|SIZE")] = None
+    """A Hugging Face folder, a config.json or a published size; by default a small model (hidden
+    512, 8 layers, vocabulary 8192)."""
+    num_layers: int | None = None
+    """So many layers instead."""
+    sides: tuple[str, ...] = SIDES
+    """Of ours, ours-torch, dist_checkpointing and torch.save; the first is what the others are
+    compared with."""
+    dtype: str = "fp32"
+    """fp32, or bf16 with fp32 main weights; torch.save's are fp32 either way."""
+    rounds: int = 3
+    """Measured rounds, after one that is not counted."""
+    threads: int = 1
+    """Of each process."""
+    directory: Path | None = None
+    """Where to work: a folder on the disk to be measured; the system's temporary one by default."""
+    json: Path | None = None
+    """Also write the figures there."""
+
+
+def run(options: CheckpointBenchmark) -> None:
+    """Measures and prints a table.
+
+    Raises:
+        UserError: options that cannot be measured, or the disk has no room.
+        SystemExit: with 1 when a side did not get back what it had saved.
+    """
+    raise_if(_faults(options))
+    config = shape(options.config, options.num_layers)
+    with TemporaryDirectory(dir=options.directory, prefix="qwen2-benchmark-") as name:
+        folder = Path(name)
+        # the model, and a checkpoint beside the one that replaces it
+        needed = config.num_parameters * (4 + 2 * BYTES_PER_WEIGHT[options.dtype])
+        if shutil.disk_usage(folder).free < needed:
+            raise UserError(
+                f"{folder}: needs {needed / 1e9:.1f} GB free; name another --directory."
+            )
+        make_random_model(folder / "hf", config, options.threads)
+        report = summarize(options, _measure(options, folder))
+    _print(options, config, report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not all(row["intact"] for row in report.values()):
+        raise SystemExit(1)
+
+
+def summarize(
+    options: CheckpointBenchmark, answers: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """The figures.
+
+    Args:
+        options: their sides count.
+        answers: of every side, a round each: `num_bytes` on the disk, `intact`, and of `save` and
+            `load` the `seconds` and `memory_bytes` that were needed besides the training state.
+    """
+    first = answers[options.sides[0]]
+    return {
+        side: {
+            "num_bytes": answers[side][0]["num_bytes"],
+            "intact": all(answer["intact"] for answer in answers[side]),
+            **{action: _summary(action, first, answers[side]) for action in ("save", "load")},
+        }
+        for side in options.sides
+    }
+
+
+def _summary(
+    action: str, first: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    seconds = [answer[action]["seconds"] for answer in answers]
+    return {
+        "seconds": seconds,
+        "bytes_per_second": [a["num_bytes"] / s for a, s in zip(answers, seconds, strict=True)],
+        "first_over_it": [
+            s / mine[action]["seconds"] for mine, s in zip(first, seconds, strict=True)
+        ],
+        "memory_bytes": max(answer[action]["memory_bytes"] for answer in answers),
+    }
+
+
+def _measure(options: CheckpointBenchmark, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    module = "qwen2_ascend.benchmark.checkpoint_side"
+    starts = {
+        side: partial(
+            Side, module, [side, str(folder / "hf"), options.dtype], threads=options.threads
+        )
+        for side in options.sides
+    }
+    with ExitStack() as stack:
+        sides = started(stack, starts)
+
+        def measure(side: str) -> dict[str, Any]:
+            target = folder / "checkpoint"
+            try:
+                answer = {"save": _watched(sides[side], "save", target)}
+                answer["load"] = _watched(sides[side], "load", target)
+            finally:
+                shutil.rmtree(target, ignore_errors=True)
+            told = ", ".join(f"{key} {value['seconds']:.2f} s" for key, value in answer.items())
+            print(f"  {side}: {told}", flush=True)
+            sizes = {key: answer["save"][key] for key in ("num_bytes",)}
+            return {**answer, **sizes, "intact": answer["load"]["intact"]}
+
+        return interleaved(options.sides, options.rounds, measure)
+
+
+def _watched(side: Side, action: str, target: Path) -> dict[str, Any]:
+    """The answer, and the anonymous memory at its peak above what was held before."""
+    memory = PeakMemory(side.pid)
+    before = memory.sample()
+    with memory:
+        answer = side.ask([action, str(target)])
+    return {**answer, "memory_bytes": max(memory.num_bytes - before, 0)}
+
+
+def _faults(options: CheckpointBenchmark) -> list[str]:
+    faults = []
+    if options.dtype not in BYTES_PER_WEIGHT:
+        faults.append(f"--dtype {options.dtype} is not fp32 or bf16.")
+    faults += [
+        f"--sides {side} is not one of {', '.join(SIDES)}."
+        for side in options.sides
+        if side not in SIDES
+    ]
+    counts = {
+        "--sides": len(options.sides),
+        "--rounds": options.rounds,
+        "--threads": options.threads,
+        "--num-layers": 1 if options.num_layers is None else options.num_layers,
+    }
+    faults += [f"{name} {n} must be at least 1." for name, n in counts.items() if n < 1]
+    return faults
+
+
+def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[str, Any]) -> None:
+    print(
+        f"\n{config.num_parameters:,} parameters with AdamW's state, {options.dtype}, one CPU "
+        f"process; {options.rounds} interleaved rounds, median (lowest-highest)\n"
+    )
+    first = options.sides[0]
+    head = ("side", "GB", "", "s", "GB/s", f"{first} over it", "memory besides, MB", "intact")
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
+    for side, row in report.items():
+        for action in ("save", "load"):
+            of = row[action]
+            cells = [side, f"{row['num_bytes'] / 1e9:.2f}", action, str(Spread.of(of["seconds"]))]
+            cells += [str(Spread.of([x / 1e9 for x in of["bytes_per_second"]]))]
+            cells.append("1" if side == first else str(Spread.of(of["first_over_it"])))
+            cells += [f"{of['memory_bytes'] / 1e6:.0f}", "yes" if row["intact"] else "no"]
+            print(f"| {' | '.join(cells)} |")

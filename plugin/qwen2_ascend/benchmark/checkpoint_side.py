@@ -1,0 +1,192 @@
+"""One side of the checkpoint benchmark: has a training state, saves and loads it when asked to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qwen2_ascend.benchmark.sides import serve
+from qwen2_ascend.benchmark.train_side import (
+    MegatronCore,
+    Work,
+    build_megatron_core,
+    build_ours,
+    build_transformers,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What each side is reduced to."""
+
+    save: Callable[[Path], None]
+    """Into a folder that is not there yet."""
+    load: Callable[[Path], None]
+    tensors: Callable[[], list[Any]]
+    """All that has to come back: weights and moments."""
+
+
+def main(side: str, folder: str, dtype: str) -> None:
+    """Serves the standard input, each line ["save" or "load", folder], until it ends."""
+    serve(lambda: partial(_answer, _prepared(side, folder, dtype)))
+
+
+def _prepared(side: str, folder: str, dtype: str) -> State:
+    work = Work(
+        side=side,
+        folder=folder,
+        device="cpu",
+        dtype=dtype,
+        seq_length=16,
+        micro_batch_size=1,
+        global_batch_size=1,
+        max_steps=1,
+    )
+    return BUILDERS[side](work)
+
+
+def _answer(state: State, question: tuple[str, str]) -> dict[str, Any]:
+    action, folder = question[0], Path(question[1])
+    before = _digest(state)
+    begun = time.perf_counter()
+    if action == "save":
+        state.save(folder)
+        _on_disk(folder)
+        seconds = time.perf_counter() - begun
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return {"seconds": seconds, "num_bytes": num_bytes}
+    for tensor in state.tensors():
+        tensor.zero_()
+    begun = time.perf_counter()
+    state.load(folder)
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "intact": _digest(state) == before}
+
+
+def _on_disk(folder: Path) -> None:
+    """Waits until all files are there; those that already are cost nothing."""
+    for path in folder.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _digest(state: State) -> str:
+    digest = hashlib.blake2b()
+    for tensor in state.tensors():
+        digest.update(tensor.detach().float().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _ours(work: Work, *, ckpt_format: str = "torch_dist") -> State:
+    from qwen2_ascend.checkpoint.load import load_checkpoint_weights
+    from qwen2_ascend.training.checkpointing import resume, save_checkpoint
+    from qwen2_ascend.training.optimizer import num_updates
+    from qwen2_ascend.training.setup import checkpoint_identity, find_start
+
+    run, start = build_ours(work)
+    run.step(run.batches())
+    assert num_updates(run.optimizer) == 1
+    identity = checkpoint_identity(run.settings, start)
+    kept: Any = replace(run.settings.checkpoint, ckpt_format=ckpt_format)
+
+    def save(folder: Path) -> None:
+        save_checkpoint(run, identity, replace(kept, save=folder))
+
+    def load(folder: Path) -> None:
+        again = find_start(replace(run.settings, model=replace(run.settings.model, load=folder)))
+        assert again.source is not None and again.saved is not None
+        load_checkpoint_weights(
+            run.chunks,
+            again.source,
+            identity.layout,
+            padded_vocab_size=identity.padded_vocab_size,
+            tp_rank=0,
+            pp_stage=0,
+        )
+        resume(run, again.saved, identity, kept)
+
+    return State(save=save, load=load, tensors=lambda: _optimized(run.optimizer, run.chunks[0]))
+
+
+def _ours_torch(work: Work) -> State:
+    return _ours(work, ckpt_format="torch")
+
+
+def _dist_checkpointing(work: Work) -> State:
+    """megatron-core's own, as its documentation has it: sharded_state_dict, save, load."""
+    from megatron.core import dist_checkpointing
+
+    from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
+
+    made: MegatronCore = build_megatron_core(work)
+    made.step()
+    prepare_torch_dist()
+
+    def sharded(*, is_loading: bool) -> dict[str, Any]:
+        model = made.model.sharded_state_dict()
+        optimizer = made.optimizer.sharded_state_dict(model, is_loading=is_loading)
+        return {"model": model, "optimizer": optimizer}
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        dist_checkpointing.save(sharded(is_loading=False), str(folder), ("torch_dist", 1))
+
+    def load(folder: Path) -> None:
+        state: Any = dist_checkpointing.load(sharded(is_loading=True), str(folder))
+        made.model.load_state_dict(state["model"])
+        made.optimizer.load_state_dict(state["optimizer"])
+
+    return State(save=save, load=load, tensors=lambda: _optimized(made.optimizer, made.model))
+
+
+def _torch_save(work: Work) -> State:
+    import torch
+
+    trainer, model, optimizer = build_transformers(work)
+    trainer.step()
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, folder / "state.pt")
+
+    def load(folder: Path) -> None:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    return State(save=save, load=load, tensors=lambda: [*_weights(model), *_moments(optimizer)])
+
+
+def _optimized(optimizer: Any, model: Any) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [*_weights(model), *(x for part in parts for x in _moments(part.optimizer))]
+
+
+def _weights(model: Any) -> list[Any]:
+    return [parameter.data for parameter in model.parameters()]
+
+
+def _moments(optimizer: Any) -> list[Any]:
+    """Of torch's AdamW, in the order of its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")]
+
+
+BUILDERS: dict[str, Callable[[Work], State]] = {
+    "ours": _ours,
+    "ours-torch": _ours_torch,
+    "dist_checkpointing": _dist_checkpointing,
+    "torch.save": _torch_save,
+}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

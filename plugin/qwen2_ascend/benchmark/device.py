@@ -1,0 +1,49 @@
+"""The device of a process that is measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen2_ascend.errors import UserError
+
+if TYPE_CHECKING:
+    from qwen2_ascend.runtime import Runtime
+
+
+def started_runtime(device: str, *, for_megatron: bool = False) -> Runtime:
+    """The device to measure on; on the CPU only megatron-core needs anything redirected for it.
+
+    Raises:
+        UserError: it cannot be used, or is none.
+    """
+    if device == "cpu" and not for_megatron:
+        import torch
+
+        from qwen2_ascend.runtime.device import Runtime
+
+        return Runtime(
+            name="cpu",
+            backend="gloo",
+            device=torch.device("cpu"),
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            timeout_seconds=600,
+        )
+    from qwen2_ascend import runtime as runtimes
+    from qwen2_ascend.launching import silence_foreign_warnings
+
+    silence_foreign_warnings()
+    runtime = runtimes.start(device)
+    refuse_simulated(runtime)
+    return runtime
+
+
+def refuse_simulated(runtime: Runtime) -> None:
+    """Measures nothing on a device that is played.
+
+    Raises:
+        UserError: it is.
+    """
+    if runtime.simulated:
+        raise UserError("the npu is simulated; its speed and its memory mean nothing.")

@@ -1,0 +1,153 @@
+"""Processes that are compared: each holds one side's model and works when it is asked to.
+
+A side has a process of its own, with what it needs loaded once, and is idle while another works:
+none meets another's patches, caches or threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, TypeVar
+
+from qwen2_ascend.errors import UserError
+
+T = TypeVar("T")
+
+
+class Side:
+    """A process that answers each line of JSON with another; usable with `with`.
+
+    Args:
+        module: run by `python -m`; it calls `serve`.
+        arguments: of the command line.
+        threads: OMP_NUM_THREADS.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], *, threads: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The process's."""
+        return self._process.pid
+
+    def ask(self, question: Any) -> Any:
+        """What the process says to `question`.
+
+        Raises:
+            UserError: it has ended.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which reading finds
+        return self.read()
+
+    def read(self) -> Any:
+        """The next thing that the process says; the first one is that it is ready.
+
+        Raises:
+            UserError: it has ended.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(f"a side ended with {self._process.wait(60)}; its last lines say why.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.terminate()
+        self._process.wait(60)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
+    """In a side's process: answers every line of the standard input until it ends.
+
+    Args:
+        prepare: loads what is needed and returns what answers a question.
+    """
+    # what libraries print is for people; the answers are alone on their pipe
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        answer = prepare()
+    except UserError as error:
+        print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    print(json.dumps("ready"), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=out, flush=True)
+
+
+def started(stack: ExitStack, sides: Mapping[str, Callable[[], Side]]) -> dict[str, Side]:
+    """All sides, one started after the other so that none disturbs another's loading."""
+    running = {}
+    for name, start in sides.items():
+        running[name] = stack.enter_context(start())
+        running[name].read()
+    return running
+
+
+def interleaved(
+    names: Sequence[str], rounds: int, measure: Callable[[str], T]
+) -> dict[str, list[T]]:
+    """`measure` of every side in each round, each in turn first; a first round is not counted.
+
+    Returns:
+        The results of every side in the order of the rounds.
+    """
+    results: dict[str, list[T]] = {name: [] for name in names}
+    for i in range(rounds + 1):
+        first = i % len(names)
+        for name in (*names[first:], *names[:first]):
+            result = measure(name)
+            if i:
+                results[name].append(result)
+    return results
+
+
+class Stopwatch:
+    """Seconds of wall time and of this process's own work; usable with `with`."""
+
+    wall: float
+    """Passed on the clock."""
+    cpu: float
+    """Of all threads of this process: what is left to judge by on a machine with other work."""
+
+    def __enter__(self) -> Stopwatch:
+        self._begun = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall = time.perf_counter() - self._begun[0]
+        self.cpu = time.process_time() - self._begun[1]

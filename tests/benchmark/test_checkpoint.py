@@ -1,0 +1,73 @@
+"""`qwen2-ascend benchmark checkpoint`: the arithmetic of its report, and a run of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen2_ascend.benchmark import checkpoint
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
+
+
+def answer(save: float, load: float, num_bytes: int, *, intact: bool = True) -> dict:
+    return {
+        "save": {"seconds": save, "memory_bytes": 5},
+        "load": {"seconds": load, "memory_bytes": 7},
+        "num_bytes": num_bytes,
+        "intact": intact,
+    }
+
+
+def test_figures_follow_from_the_seconds() -> None:
+    options = checkpoint.CheckpointBenchmark(sides=("ours", "torch.save"))
+    answers = {
+        "ours": [answer(2.0, 1.0, 100), answer(4.0, 1.0, 100)],
+        "torch.save": [answer(1.0, 3.0, 80), answer(2.0, 0.5, 80, intact=False)],
+    }
+    report = checkpoint.summarize(options, answers)
+    assert report["ours"]["save"]["bytes_per_second"] == [50.0, 25.0]
+    assert report["torch.save"]["save"]["first_over_it"] == [0.5, 0.5]
+    assert report["torch.save"]["load"]["first_over_it"] == [3.0, 0.5]
+    assert report["ours"]["load"]["memory_bytes"] == 7
+    assert report["ours"]["intact"] and not report["torch.save"]["intact"]
+
+
+@pytest.mark.timeout(900)
+def test_every_side_gets_back_what_it_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Qwen2Config(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        vocab_size=96,
+        max_position_embeddings=64,
+        dtype="fp32",
+    )
+    (tmp_path / "config.json").write_text(json.dumps(tiny.to_hugging_face()), encoding="utf-8")
+    checkpoint.run(
+        checkpoint.CheckpointBenchmark(
+            config=str(tmp_path / "config.json"),
+            rounds=1,
+            directory=tmp_path,
+            json=tmp_path / "out.json",
+        )
+    )
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert set(report) == set(checkpoint.SIDES)
+    for row in report.values():
+        assert row["intact"] and row["num_bytes"] > 12 * tiny.num_parameters
+    assert "| torch.save |" in capsys.readouterr().out
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(UserError) as refused:
+        checkpoint.run(checkpoint.CheckpointBenchmark(dtype="int8", sides=("cp",), rounds=0))
+    for words in ("--dtype int8", "--sides cp", "--rounds 0"):
+        assert words in str(refused.value)
