@@ -246,6 +246,9 @@ def test_names_on_one_side_only(folder, capsys) -> None:
     assert status == 1
     assert "a: only ours has it" in out and "d: only theirs has it" in out
     assert run(*map(str, files), "--common-only", capsys=capsys)[0] == 0
+    words = ["--names", "b", "--names", "c", "--logits", "c", *map(str, files)]
+    status, out, _ = run(*words, capsys=capsys)
+    assert status == 0 and out.count("KL divergence") == 1 and "2 arrays within" in out
 
 
 def test_a_folder_of_files_matches_one_file_of_many(folder) -> None:

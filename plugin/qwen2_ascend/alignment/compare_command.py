@@ -55,10 +55,10 @@ class CompareOptions:
     fp16 1e-4, bf16 5e-3."""
     min_top1: float | None = None
     """Least share of logits' rows that agree on the likeliest token; not judged without it."""
-    names: tuple[str, ...] = ()
-    """Compare only names that fit one of these patterns, as 'decoder.layers.*'."""
-    logits: tuple[str, ...] = ("*logits*",)
-    """Names that are logits, whatever their case."""
+    names: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Compare only names that fit this pattern, as 'decoder.layers.*'."""
+    logits: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of names that are logits, whatever their case; '*logits*' without it."""
     any_dtype: bool = False
     """Let dtypes differ; the coarser one's tolerances hold, as they do without this flag."""
     common_only: bool = False
@@ -131,7 +131,7 @@ def _unwritable(flag: str, path: Path | None) -> Iterator[str]:
 
 
 def _rules(options: CompareOptions) -> Rules:
-    from qwen2_ascend.alignment.compare import Rules
+    from qwen2_ascend.alignment.compare import LOGITS, Rules
 
     return Rules(
         rtol=options.rtol,
@@ -141,7 +141,7 @@ def _rules(options: CompareOptions) -> Rules:
         max_kl=options.max_kl,
         min_top1=options.min_top1,
         names=options.names,
-        logits=options.logits,
+        logits=options.logits or LOGITS,
         any_dtype=options.any_dtype,
         common_only=options.common_only,
         equal_nonfinite=options.equal_nonfinite,
