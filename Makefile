@@ -26,7 +26,8 @@ WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real \
   tests/checkpoint/formats/test_torch_pt.py \
   tests/data/test_preprocess.py tests/data/test_inputs.py tests/data/test_tokenization.py \
   tests/data/test_chat_formats.py tests/data/test_chat_rendering.py tests/test_*.py \
-  tests/finetuning/test_deepspeed.py
+  tests/finetuning/test_deepspeed.py \
+  tests/alignment/test_compare.py tests/alignment/test_dumps.py tests/alignment/test_statistics.py
 
 .PHONY: venv npu-site compat-venv quickstart test test-compat test-real test-npu check format clean
 
