@@ -126,6 +126,8 @@ def test_what_is_fused_depends_on_the_device_and_the_switches() -> None:
     default = settings("").fusion
     assert (default.fused("npu"), default.fused("cpu"), default.plain) == (everything, (), ())
     assert default.describe("cpu") == "fused: nothing"
+    fused_adamw = [default.has_fused_adamw(device) for device in ("cpu", "cuda", "npu")]
+    assert fused_adamw == [True, False, True], "torch's own is used on a cpu"
     assert [default.backend(device) for device in ("cpu", "cuda", "npu")] == [
         "torch",
         "torch",
@@ -135,7 +137,7 @@ def test_what_is_fused_depends_on_the_device_and_the_switches() -> None:
     assert megatron.plain == ("attention", "rotary", "swiglu")
     assert megatron.fused("npu") == ("rms_norm", "adamw")
     rest = settings("--no-fused-rmsnorm --no-fused-adamw").fusion
-    assert rest.plain == ("rms_norm",)
+    assert rest.plain == ("rms_norm",) and not rest.has_fused_adamw("cpu")
     assert rest.describe("npu") == (
         "fused: attention, rotary, swiglu; switched off: rms_norm, adamw"
     )

@@ -18,7 +18,7 @@ LAYER_OPERATORS = ("attention", "rms_norm", "rotary", "swiglu")
 
 @dataclass(frozen=True, kw_only=True)
 class FusionSettings:
-    """Fused kernels: on an npu all of them by default, elsewhere none."""
+    """Fused kernels: on an npu all of them by default, on a cpu AdamW, elsewhere none."""
 
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
     """auto: flash attention on an npu, torch's scaled_dot_product_attention elsewhere. flash or
@@ -56,6 +56,10 @@ class FusionSettings:
         """Operators that are kernels of torch_npu's on `device`: cpu, cuda or npu."""
         wishes = self._wishes()
         return tuple(name for name in wishes if device == "npu" and not wishes[name].refused)
+
+    def has_fused_adamw(self, device: str) -> bool:
+        """Whether one kernel updates a tensor: torch_npu's, or on a cpu torch's own."""
+        return "adamw" in self.fused("npu" if device == "cpu" else device)
 
     def describe(self, device: str) -> str:
         """One line for a log."""

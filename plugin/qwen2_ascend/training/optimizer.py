@@ -76,13 +76,13 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
     built = get_megatron_optimizer(config, list(chunks))
     chunks[0].config.grad_scale_func = built.scale_loss
     device = next(chunks[0].parameters()).device.type
-    if "adamw" in settings.fusion.fused(device):
+    if settings.fusion.has_fused_adamw(device):
         _fuse(built)
     return built
 
 
 def _fuse(optimizer: Any) -> None:
-    """Lets one kernel update a whole tensor: `aclnnApplyAdamWV2` on an NPU.
+    """Lets one kernel update a whole tensor: `aclnnApplyAdamWV2` on an NPU, torch's own on a CPU.
 
     megatron-core builds torch's AdamW without saying how it is to run; the groups are where `step`
     looks. torch_npu's own `NpuFusedAdamW` keeps copies of its own of what it updates, which the
@@ -115,15 +115,23 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
     Returns:
         Whether the weights were updated.
     """
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
     for part in _parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm
-            )
+            _clip(part, parameters, grad_norm)
     return bool(optimizer.step_with_ready_grads())
+
+
+def _clip(part: Any, parameters: Sequence[torch.Tensor], grad_norm: float) -> None:
+    """Brings the norm of the gradient down to the largest that is allowed."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    if _is_fused(part.optimizer) and parameters[0].device.type == "cpu":
+        # torch's kernel divides as it reads; megatron-core's way is two passes over all gradients
+        excess = (grad_norm + 1e-6) / part.config.clip_grad
+        part.optimizer.grad_scale = torch.tensor(excess) if excess > 1 else None
+        return
+    clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
