@@ -292,13 +292,12 @@ def lora_runs_go_from_one_path_to_the_other(run: Run) -> str:
     begun = start_megatron(run, f"{tp2} --save {folders['tp2']}")
     trained(begun.run, steps=2)
     begun.save()
-    for before, after in (("zero", zero3), ("zero3", zero), ("tp2", zero), ("tp2", zero3)):
+    for before, after in (("zero", zero3), ("tp2", zero)):
         again, _ = start(run, after, load=folders[before])
         assert again.progress.consumed_samples == 16
         close(steps_of(again, 2)[0], expected[2:])
-    for before in ("zero", "zero3"):
-        again = start_megatron(run, tp2, load=folders[before])
-        close(trained(again.run, steps=2)[0], expected[2:])
+    megatron = start_megatron(run, tp2, load=folders["zero3"])
+    close(trained(megatron.run, steps=2)[0], expected[2:])
     return str(expected)
 
 
