@@ -212,6 +212,33 @@ def test_a_damaged_file_is_named(tmp_path, kind, damage) -> None:
         assert len(arrays) == len(VALUES)
 
 
+@pytest.mark.parametrize("kind", ["x.safetensors", "x.npz", "x.pt", "old.pth", "x.npy"])
+def test_whatever_is_damaged_it_is_read_or_refused(tmp_path, kind) -> None:
+    """Property: no flip of bits gives anything but arrays or an error that names the file."""
+    path = tmp_path / kind
+    if kind == "x.npy":
+        np.save(path, np.zeros((3, 4)))
+    elif kind == "old.pth":
+        torch.save(VALUES, path, _use_new_zipfile_serialization=False)
+    else:
+        save(path)
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for flips in [1, 3, 20] * 20:
+        damaged = bytearray(data)
+        for place in random.integers(0, len(data), flips):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            for stored in open_dump(path).arrays:
+                if stored.load is not None:
+                    stored.load()
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 10
+
+
 def test_damage_that_only_the_data_shows_is_named_when_it_is_read(tmp_path) -> None:
     path = tmp_path / "x.npz"
     np.savez_compressed(path, x=np.random.default_rng(0).standard_normal(5000))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,7 +161,9 @@ def _read_npy(path: Path) -> list[Stored]:
             shape, dtype = _npy_header(file)
         if not dtype.hasobject:
             load()  # its length is that of the header
-    except (ValueError, SyntaxError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header makes of numpy's reader
         raise UserError(_damaged(path, ".npy file", error)) from None
     return [_stored(path, "", shape, dtype, load)]
 
@@ -173,7 +174,9 @@ def _read_npz(path: Path) -> list[Stored]:
             try:
                 with np.load(path, allow_pickle=False) as archive:
                     return _native(archive[name])
-            except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            except OSError:
+                raise
+            except Exception as error:  # as above
                 raise UserError(_damaged(path, f"array {name!r}", error)) from None
 
         return load
@@ -186,12 +189,9 @@ def _read_npz(path: Path) -> list[Stored]:
                     shape, dtype = _npy_header(file)
                 name = member.removesuffix(".npy")
                 arrays.append(_stored(path, name, shape, dtype, loader(name)))
-    except (
-        *(ValueError, SyntaxError, EOFError, NotImplementedError, RuntimeError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        if isinstance(error, UserError):
-            raise
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # as above
         raise UserError(_damaged(path, ".npz file", error)) from None
     return arrays
 
@@ -259,7 +259,10 @@ def _load_pt(path: Path) -> Any:
 
     import torch
 
-    is_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        is_zip = (
+            file.read(4) == b"PK\3\4"
+        )  # else written by torch before 1.6, which cannot be mapped
     try:
         # Namespaces are Megatron's arguments beside the weights; they hold no code
         with torch.serialization.safe_globals([argparse.Namespace]):
