@@ -7,6 +7,7 @@ settings are known to be right.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -74,6 +75,7 @@ def align(settings: AlignSettings) -> bool:
         _dump(record, settings, say)
         if settings.output.dump_only:
             return True
+        gc.collect()  # the model is done with, and its wrappers hold each other
         _use_every_core(runtime.world_size)
     from qwen2_ascend.alignment.report import describe_verdict, print_report, write_files
 

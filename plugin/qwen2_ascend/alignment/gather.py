@@ -6,6 +6,7 @@ weights that made them; gradients go back through the table itself (`checkpoint/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,11 @@ def gather_activations(
     runtime: Runtime,
     *,
     sequence_parallel: bool,
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Whole activations `[n * b, s, features]` on rank 0's host; nothing on the others.
 
-    Every rank calls it.
+    Of what the tensor-parallel ranks should all hold alike the first one's are taken, and by how
+    much the others' differ is told, relative to each token, where they do. Every rank calls it.
 
     Args:
         taken: this rank's pieces, from `capture.joined`.
@@ -50,14 +52,27 @@ def gather_activations(
 
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     own: dict[str, torch.Tensor] = {}
+    disagreement: dict[str, float] = {}
     for name, (tensor, sharing) in taken.items():
-        if sharing in _CUT or (sharing == SEQUENCE and sequence_parallel):
-            pieces = _from_tensor_parallel_ranks(tensor)
-        else:
-            pieces = [tensor]
+        pieces = _from_tensor_parallel_ranks(tensor)
+        if sharing not in _CUT and not (sharing == SEQUENCE and sequence_parallel):
+            if differ := max(_difference(pieces[0], piece) for piece in pieces):
+                disagreement[name] = differ
+            pieces = pieces[:1]
         if is_first:
             own.update(_whole(name, pieces, sharing, config))
-    return collect(own, runtime)
+    everyones: list[Any] = [None] * runtime.world_size
+    torch.distributed.all_gather_object(everyones, disagreement)
+    return collect(own, runtime), {name: x for found in everyones for name, x in found.items()}
+
+
+def _difference(ours: torch.Tensor, other: torch.Tensor) -> float:
+    """Of the worst token, relative to it."""
+    if torch.equal(ours, other):
+        return 0.0
+    a, b = ours.float(), other.float()
+    relative = ((a - b).norm(dim=-1) / a.norm(dim=-1)).max().item()
+    return relative if math.isfinite(relative) else math.inf
 
 
 def _from_tensor_parallel_ranks(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -290,6 +290,8 @@ def _judge(
         wide, narrow = wide._replace(dtype=torch.float64), narrow._replace(dtype=torch.float32)
     exact = wide.compute[short][0](*(x.to(wide.dtype) for x in inputs))
     own = token_error(record.activations[sublayer.name], exact)
+    # one of the ranks is off by half of what they disagree by, at least
+    own = own._replace(worst=max(own.worst, record.disagreement.get(sublayer.name, 0.0)))
     noises = [
         token_error(compute(*(x.to(narrow.dtype) for x in inputs)), exact)
         for compute in narrow.compute[short]

@@ -55,6 +55,9 @@ class Record:
     """By the names of `sublayers`, `[n * b, s, features]` on the host; the loss `[n * b, 1, s]`."""
     loss: float
     """Mean over the tokens, in nats."""
+    disagreement: Mapping[str, float] = field(default_factory=dict)
+    """Where the tensor-parallel ranks hold different values of what should be the same on all: by
+    how much, at the worst token, relative to it."""
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Of that loss, by Hugging Face's names, on the host; empty where none were taken."""
 
@@ -84,6 +87,7 @@ def save_record(record: Record, folder: Path) -> None:
         "tensor_model_parallel_size": record.tensor_parallel,
         "unfused_attention": record.unfused_attention,
         "loss": record.loss,
+        "disagreement": dict(record.disagreement),
         "config": record.config.to_hugging_face(),
     }
     text = json.dumps(description, indent=2) + "\n"
@@ -115,6 +119,7 @@ def load_record(folder: Path) -> Record:
         tokens=tokens,
         activations=activations,
         loss=description["loss"],
+        disagreement=description["disagreement"],
         gradients=_tensors(folder, "gradients") if has_gradients else {},
     )
 

@@ -95,6 +95,11 @@ def _parted_verdict(judgement: Judgement, first: Finding) -> str:
         f"{_number(first.own.worst)}, {_times(first.ratio)} the noise of "
         f"{judgement.record.precision} there. Look at {LOOK_AT[short]}."
     ]
+    if differ := judgement.record.disagreement.get(first.name):
+        words.append(
+            f"The tensor-parallel ranks, which should hold the same, differ by {_number(differ)}: "
+            "look at what is summed or copied over them."
+        )
     if before := names.index(first.name):
         words.append(f"The {before} sublayer(s) before it agree.")
     if rest := parted[1:]:

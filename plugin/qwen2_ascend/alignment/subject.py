@@ -97,7 +97,7 @@ def record(
     taken = joined(seen)
     if losses:
         taken[LOSS] = Taken(torch.cat(losses).unsqueeze(0), WHOLE)
-    activations = gather_activations(
+    activations, disagreement = gather_activations(
         taken, config, runtime, sequence_parallel=_is_sequence_parallel(settings)
     )
     gradients = {}
@@ -115,6 +115,7 @@ def record(
         tokens=tokens,
         activations=activations,
         loss=activations[LOSS].double().mean().item(),
+        disagreement=disagreement,
         gradients=gradients,
     )
 
