@@ -77,7 +77,7 @@ def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
         say(f"nothing is profiled: {first} steps have been made, and recording ends at {end}")
         return None
     ranks = ", ".join(map(str, settings.profile_ranks))
-    say(f"profiling iterations {max(begin, first) + 1} to {end} on rank(s) {ranks}: {folder}")
+    say(f"profiling iterations {max(begin, first) + 1}-{end} on rank(s) {ranks}: {folder}")
     runtime = run.runtime
     if runtime.rank not in settings.profile_ranks:
         return None
