@@ -253,7 +253,7 @@ def _megatron_model(work: Work, runtime: Any) -> tuple[Any, Any]:
     from qwen2_ascend.checkpoint.source import open_source
     from qwen2_ascend.model.build import transformer_config
     from qwen2_ascend.parallel import ParallelLayout
-    from qwen2_ascend.runtime import initialize_model_parallel, supported_keywords
+    from qwen2_ascend.runtime import initialize_model_parallel
 
     source, layout = open_source(Path(work.folder)), ParallelLayout()
     initialize_model_parallel(layout, source.config.num_layers)
@@ -263,9 +263,7 @@ def _megatron_model(work: Work, runtime: Any) -> tuple[Any, Any]:
     )
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(
-            **supported_keywords(get_gpt_layer_local_spec, normalization="RMSNorm")
-        ),
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=source.config.vocab_size,
         max_sequence_length=source.config.max_position_embeddings,
         share_embeddings_and_output_weights=source.config.tie_word_embeddings,
