@@ -141,7 +141,8 @@ def _moments(cut: Cut, stage: int, weights: Parameters) -> list[_Moment]:
         moments += _loss_moments(cut, activations, wgrad)
     if first:
         rest = activations - head_kept - kept
-        moments.append(_Moment("embedding", rest, 0, hidden + held + wgrad))
+        # what waited, what is new, and their sum
+        moments.append(_Moment("embedding", rest, 0, hidden + 2 * held + wgrad))
     return [*moments, _Moment("update", 0, 0, _update_temporary(cut, weights))]
 
 
@@ -168,13 +169,13 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
 
 
 def _update_temporary(cut: Cut, weights: Parameters) -> int:
-    """What AdamW makes besides its state."""
-    if cut.job.backend == "npu":
-        return 0  # one kernel per tensor, in place
+    """What clipping and AdamW make besides the state."""
     if cut.job.backend == "cuda":
         share = cut.dp if cut.distributed_optimizer else 1
         return weights.trained * FP32 // share  # the roots of all second moments at once
-    return 2 * weights.largest * FP32  # a root and its quotient, a tensor at a time
+    if cut.job.backend == "npu":
+        return weights.largest * FP32  # the clipped gradient of a tensor; AdamW works in place
+    return 0  # torch's fused AdamW clips as it reads
 
 
 def _buffers(cut: Cut, stage: int) -> int:
