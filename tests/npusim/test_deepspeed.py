@@ -89,12 +89,14 @@ def test_unpacked_attention_sees_no_later_token(run) -> None:
     assert not torch.equal(before[0, 12:].cpu(), after[0, 12:].cpu())
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("stage", "has_lora"), [(2, False), (3, False), (2, True)], ids=["2", "3", "2-lora"]
+)
 def test_steps_have_the_losses_of_transformers(
-    run, stage: int, monkeypatch: pytest.MonkeyPatch
+    run, stage: int, has_lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    from finetuning.deepspeed_worker import LOSS_TOLERANCE, start, steps_of
+    from finetuning.deepspeed_worker import LORA, LOSS_TOLERANCE, adapted, start, steps_of
     from finetuning.finetune_worker import (
         FLAGS,
         chats,
@@ -107,10 +109,13 @@ def test_steps_have_the_losses_of_transformers(
     monkeypatch.setenv("ASCEND_HOME_PATH", str(run.folder))  # where CANN would be
     flags = FLAGS.replace("--device cpu", "--device npu")
     flags += f" --zero-stage {stage} --micro-batch-size 2 --pack --data-path {chats(run)}"
+    if has_lora:
+        flags += f" {LORA}"
     training = start(run, flags)[0]
     assert training.model.config._attn_implementation == "qwen2_ascend_npu"
     batches = taken(training)
     losses, _ = steps_of(training)
-    expected, _ = reference(hugging_face_folder(run), batches, sft_loss)
+    change = adapted if has_lora else None
+    expected, _ = reference(hugging_face_folder(run), batches, sft_loss, change)
     worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     assert worst <= 2 * LOSS_TOLERANCE, (losses, expected)
