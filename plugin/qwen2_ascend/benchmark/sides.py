@@ -6,8 +6,10 @@ none meets another's patches, caches or threads.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            start_new_session=True,
         )
 
     def __enter__(self) -> Side:
@@ -82,8 +85,9 @@ class Side:
         return json.loads(line)
 
     def close(self) -> None:
-        """Ends the process."""
-        self._process.terminate()
+        """Ends the process, and those that libraries started in it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(60)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
