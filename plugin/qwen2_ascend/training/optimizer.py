@@ -122,7 +122,7 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
     return bool(optimizer.step_with_ready_grads())
 
 
-def _clip(part: Any, parameters: Sequence[torch.Tensor], grad_norm: float) -> None:
+def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
     """Brings the norm of the gradient down to the largest that is allowed."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
