@@ -42,7 +42,7 @@ DOCUMENTS = [
 RECORDER = """#!/bin/sh
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >> "$RECORD"
 """
-READERS_OWN = re.compile(r"no such (file|folder)|holds no config\.json")
+READERS_OWN = re.compile(r"no such (file|folder)|holds no (config|description)\.json")
 """Faults of documented commands that are none where the reader's files are."""
 TORCHRUN = f"""#!/bin/sh
 exec {sys.executable} -m torch.distributed.run --standalone "$@"
