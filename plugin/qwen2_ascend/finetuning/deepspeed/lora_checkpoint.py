@@ -189,7 +189,9 @@ def scaler_state(scaler: Any) -> dict[str, float]:
     since = scaler.cur_iter - scaler.last_overflow_iter - 1
     return {
         "scale": float(scaler.cur_scale),
-        "growth_tracker": since % scaler.scale_window,
+        # DeepSpeed raises the scale in the step after `scale_window` good ones, megatron-core in the
+        # last of them: it is one behind, and -1 just after an overflow
+        "growth_tracker": (since - 1) % scaler.scale_window if since else -1,
         "hysteresis_tracker": scaler.cur_hysteresis,
     }
 
@@ -198,5 +200,5 @@ def load_scaler_state(scaler: Any, state: dict[str, float]) -> None:
     """Puts `scaler_state` back, if this run scales its loss dynamically too."""
     if state and scaler.dynamic:
         scaler.cur_scale = state["scale"]
-        scaler.cur_iter, scaler.last_overflow_iter = int(state["growth_tracker"]), -1
+        scaler.cur_iter, scaler.last_overflow_iter = int(state["growth_tracker"]) + 1, -1
         scaler.cur_hysteresis = int(state["hysteresis_tracker"])
