@@ -16,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,7 @@ def _encode(workers: int, make_encoder: Callable[[], EncodeRows]) -> Iterator[En
         encoder = make_encoder()
         yield lambda batches: ((batch, encoder(batch.rows)) for batch in batches)
         return
+    others = set(active_children())
     pool = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),
@@ -242,6 +243,9 @@ def _encode(workers: int, make_encoder: Callable[[], EncodeRows]) -> Iterator[En
     try:
         yield lambda batches: _in_order(pool, batches, workers * BATCHES_PER_WORKER)
     except BrokenProcessPool:
+        # The pool does not end a worker that was just being started, and then waits for it forever.
+        for worker in set(active_children()) - others:
+            worker.kill()
         raise RuntimeError(
             "a worker process was killed, most likely for want of memory; take fewer --workers or "
             "a smaller --max-document-bytes, and go on with --resume."

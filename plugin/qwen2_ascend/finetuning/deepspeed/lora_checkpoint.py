@@ -189,8 +189,8 @@ def scaler_state(scaler: Any) -> dict[str, float]:
     since = scaler.cur_iter - scaler.last_overflow_iter - 1
     return {
         "scale": float(scaler.cur_scale),
-        # DeepSpeed raises the scale in the step after `scale_window` good ones, megatron-core in the
-        # last of them: it is one behind, and -1 just after an overflow
+        # DeepSpeed raises the scale in the step after `scale_window` good ones, megatron-core in
+        # the last of them: it is one behind, and -1 just after an overflow
         "growth_tracker": (since - 1) % scaler.scale_window if since else -1,
         "hysteresis_tracker": scaler.cur_hysteresis,
     }
