@@ -1,4 +1,11 @@
-"""Distributed checks: one torchrun per world size, many checks inside, each its own test.
+"""Distributed checks: one launch per world size, many checks inside, each its own test.
+
+The ranks of a launch are forks of a process that has imported torch, megatron-core and transformers
+(fork_server.py). They are joined as torchrun joins its own: the same environment variables, a store
+that outlives the ranks, a session for each of them, and the first that fails ends the others. What
+differs: a module that was there already need not be imported by the code that uses it; and there
+are two servers, so ranks 0 and 2 (1 and 3) walk a set of strings in the same order. Users' own
+commands are therefore run by torchrun itself, in test_train_job.py and in other rooms.
 
 A worker script registers its checks and hands over to `main`:
 
@@ -21,14 +28,19 @@ Its test module imports the script (so nothing heavy at its top level) and param
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -38,9 +50,11 @@ if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
 
 TIMEOUT_SECONDS = 280
-"""For a whole torchrun."""
+"""For a whole launch."""
 STALL_SECONDS = float(os.environ.get("CHECKS_STALL_SECONDS", "60"))
 """For a collective, and for the other ranks after one has finished a check."""
+START_SECONDS = 120
+"""For the imports of a fork server."""
 
 
 @dataclass(frozen=True)
@@ -160,53 +174,154 @@ class Launches:
 def launch(
     worker: Path, world_size: int, folder: Path, timeout: float = TIMEOUT_SECONDS
 ) -> dict[str, Result]:
-    """Runs one torchrun to its end or its time-out; no process of it is left either way.
+    """Runs all ranks to their end or the time-out; no process of them is left either way.
 
     Returns:
         A Result per check that at least one rank finished, and "launch" for the run itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world_size), str(worker)]
-    tests = Path(__file__).parents[1]
-    paths = [str(tests), str(tests.parent / "plugin"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "CHECKS_FOLDER": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    with (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
-        status = _run_group(command, environment, log, timeout)
-        log.seek(0)
-        tail = log.read()[-4000:]
+    log = folder / "log.txt"
+    log.touch()
+    servers = [_fork_server(number) for number in range(min(world_size, 2))]
+    try:
+        status = _run_ranks(servers, worker, _environments(world_size, folder), log, timeout)
+    finally:
+        for server in servers:
+            server.end()
+    tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
     results = dict(_gather(folder, world_size))
-    results["launch"] = Result(status == "exit status 0", f"torchrun: {status}\n{tail}")
+    results["launch"] = Result(status == GOOD, f"launch: {status}\n{tail}")
     return results
 
 
-def _run_group(command: list[str], environment: dict[str, str], log, timeout: float) -> str:
-    """Runs torchrun; says how it ended. Nothing of it is left running."""
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        return f"exit status {process.wait(timeout)}"
-    except subprocess.TimeoutExpired:
-        return f"killed after {timeout} seconds"
-    finally:
-        _kill_marked(environment["CHECKS_FOLDER"])
-        process.wait()
+GOOD = "all ranks ended with exit status 0"
 
 
-def _kill_marked(folder: str) -> None:
-    """Kills every process of one launch: torchrun's workers have sessions of their own."""
-    mark = f"CHECKS_FOLDER={folder}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        pid = int(environ.parent.name)
+def _run_ranks(
+    servers: list[ForkServer], worker: Path, environments: list[dict], log: Path, timeout: float
+) -> str:
+    """How a launch ended: at its first rank that failed, or with all of them."""
+    port = servers[0].ask(store=True)["port"]
+    deadline = time.monotonic() + timeout
+    for number, server in enumerate(servers):
+        own = [{**e, "MASTER_PORT": str(port)} for e in environments[number :: len(servers)]]
+        server.tell(script=str(worker), log=str(log), environments=own)
+    running = set(range(len(environments)))
+    while running:
+        left = deadline - time.monotonic()
+        ready = select.select(servers, [], [], max(left, 0))[0]
+        for server in ready:
+            ended = server.hear()
+            if ended["status"]:
+                return f"rank {ended['rank']} ended with {_named(ended['status'])}"
+            running.discard(ended["rank"])
+        if not ready:
+            return f"killed after {timeout} seconds, with rank(s) {sorted(running)} still running"
+    return GOOD
+
+
+def _named(status: int) -> str:
+    return f"exit status {status}" if status > 0 else signal.Signals(-status).name
+
+
+def _environments(world_size: int, folder: Path) -> list[dict[str, str]]:
+    """What torchrun --standalone --nproc-per-node WORLD_SIZE gives each rank, but for the port."""
+    shared = {
+        **_environment(),
+        "CHECKS_FOLDER": str(folder),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": folder.name,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(world_size))
+    return [
+        {**shared, **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank))}
+        for rank in range(world_size)
+    ]
+
+
+def _environment() -> dict[str, str]:
+    tests = Path(__file__).parents[1]
+    paths = [str(tests), str(tests.parent / "plugin"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(path for path in paths if path)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+class ForkServer:
+    """Starts fork_server.py and talks with it; it ends with this process at the latest."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
+        script = Path(__file__).with_name("fork_server.py")
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, str(script), str(theirs.fileno())],
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,  # Ctrl-C is for pytest, which ends this one
+            )
+        atexit.register(self.close)
+
+    def fileno(self) -> int:
+        """For select: readable when a rank has ended."""
+        return self._channel.fileno()
+
+    def tell(self, **order: object) -> None:
+        with suppress(ConnectionError):  # `hear` says so
+            self._channel.send(json.dumps(order).encode())
+
+    def hear(self) -> dict[str, int]:
+        """The next answer."""
+        self._channel.settimeout(START_SECONDS)
+        with suppress(TimeoutError, ConnectionError):
+            if heard := self._channel.recv(1 << 20):
+                return json.loads(heard)
+        self._log.seek(0)
+        told = self._log.read().decode(errors="replace")[-4000:]
+        self.close()
+        raise RuntimeError(f"fork_server.py does not answer:\n{told}")
+
+    def ask(self, **order: object) -> dict[str, int]:
+        self.tell(**order)
+        return self.hear()
+
+    def end(self) -> None:
+        """Kills what is left of a launch."""
+        if self._process.returncode is None:
+            self.tell(end=True)
+            while "ended" not in self.hear():
+                pass
+
+    def close(self) -> None:
+        """Ends the server, which kills what is left below it."""
+        self._channel.close()
         try:
-            if pid != os.getpid() and mark in environ.read_bytes().split(b"\0"):
-                os.kill(pid, signal.SIGKILL)
-        except OSError:
-            continue
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        _SERVERS.pop(self._number, None)
+        atexit.unregister(self.close)
+
+
+_SERVERS: dict[int, ForkServer] = {}
+
+
+def _fork_server(number: int) -> ForkServer:
+    """A server that later launches use again. Each has its own seed of Python's hashes."""
+    if number not in _SERVERS:
+        _SERVERS[number] = ForkServer(number)
+    return _SERVERS[number]
 
 
 def _gather(folder: Path, world_size: int) -> Iterator[tuple[str, Result]]:
