@@ -61,6 +61,26 @@ class PowerSource(Protocol):
 
 
 @dataclass(frozen=True)
+class PowerTool:
+    """A figure of a program that prints the power each time it is run."""
+
+    name: str
+    command: tuple[str, ...]
+    watts: Callable[[str], float]
+    """The figure in what was printed; raises PowerReadingError where there is none."""
+    counts_energy: bool = False
+    period_seconds: float = 1.0
+
+    def read(self) -> float:
+        """Watts.
+
+        Raises:
+            PowerReadingError: the program failed, or its figure is missing.
+        """
+        return self.watts(ask(self.command))
+
+
+@dataclass(frozen=True)
 class CountedElsewhere:
     """The source of a process whose device another process of the host already counts."""
 

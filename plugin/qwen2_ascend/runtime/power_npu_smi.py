@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from qwen2_ascend.runtime import diagnosis
@@ -27,6 +27,7 @@ from qwen2_ascend.runtime.power import (
     NoPowerSource,
     PowerReadingError,
     PowerSource,
+    PowerTool,
     ask,
     find_command,
     number,
@@ -70,34 +71,6 @@ class Figure(NamedTuple):
         return f"NPU {self.card}" + ("" if self.chip is None else f" chip {self.chip}")
 
 
-@dataclass(frozen=True)
-class NpuSmi:
-    """One figure of npu-smi's."""
-
-    command: tuple[str, ...]
-    figure: Figure
-    counts_energy: bool = False
-    period_seconds: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """What is measured and by what."""
-        return f"npu-smi, {self.figure}"
-
-    def read(self) -> float:
-        """Watts.
-
-        Raises:
-            PowerReadingError: npu-smi gives none, or 0, which no device that is on draws.
-        """
-        watts = self.figure.of(parse_power(ask(self.command), self.figure.chip or 0))
-        if not watts:
-            said = " ".join(("npu-smi", *self.command[1:]))
-            what = "no power" if watts is None else "0 W"
-            raise PowerReadingError(f"`{said}` shows {what} of {self.figure}")
-        return watts
-
-
 def open_npu_smi(local_rank: int, environ: Mapping[str, str] = os.environ) -> PowerSource:
     """The power of the chip, or of the card, that a process uses.
 
@@ -115,21 +88,24 @@ def open_npu_smi(local_rank: int, environ: Mapping[str, str] = os.environ) -> Po
         if len(card) > 1:
             table = parse_table(ask((path, "info")))
             with_own_figure = {c for (k, c), watts in table.items() if k == own.card and watts}
-        source = _open(path, own, with_own_figure, has_neighbours=len(card) > 1)
+        command, figure = _find(path, own, with_own_figure, has_neighbours=len(card) > 1)
+        source = PowerTool(f"npu-smi, {figure}", command, partial(_watts, command, figure))
         source.read()
     except PowerReadingError as error:
         raise NoPowerSource(f"npu-smi: {error}.") from None
     for other in range(local_rank):
         chip = _chip_of(mapping, other, environ)
         if chip.card == own.card and (
-            source.figure.chip is None or _sharer(chip.chip, with_own_figure) == source.figure.chip
+            figure.chip is None or _sharer(chip.chip, with_own_figure) == figure.chip
         ):
             return CountedElsewhere(f"{source.name}, counted by local rank {other}")
     return source
 
 
-def _open(path: str, own: Chip, with_own_figure: set[int], *, has_neighbours: bool) -> NpuSmi:
-    """The first command that has the figure.
+def _find(
+    path: str, own: Chip, with_own_figure: set[int], *, has_neighbours: bool
+) -> tuple[tuple[str, ...], Figure]:
+    """The first command that has a figure of the chip, and that figure.
 
     Raises:
         NoPowerSource: none has.
@@ -149,11 +125,25 @@ def _open(path: str, own: Chip, with_own_figure: set[int], *, has_neighbours: bo
             faults.append(str(error))
             continue
         if chip is not None and powers.chips.get(chip):
-            return NpuSmi(command, Figure(own.card, chip))
+            return command, Figure(own.card, chip)
         if powers.card:
-            return NpuSmi(command, Figure(own.card, None))
+            return command, Figure(own.card, None)
         faults.append(f"`npu-smi info {' '.join(words)}` shows no power")
     raise NoPowerSource(f"npu-smi: NPU {own.card} chip {own.chip}: {'; '.join(faults)}.")
+
+
+def _watts(command: Sequence[str], figure: Figure, text: str) -> float:
+    """The figure in what the command printed.
+
+    Raises:
+        PowerReadingError: it is missing, or 0, which no device that is on draws.
+    """
+    watts = figure.of(parse_power(text, figure.chip or 0))
+    if not watts:
+        said = " ".join(("npu-smi", *command[1:]))
+        what = "no power" if watts is None else "0 W"
+        raise PowerReadingError(f"`{said}` shows {what} of {figure}")
+    return watts
 
 
 def _sharer(chip: int, with_own_figure: set[int]) -> int | None:

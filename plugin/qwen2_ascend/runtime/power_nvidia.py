@@ -14,7 +14,7 @@ from qwen2_ascend.runtime.power import (
     NoPowerSource,
     PowerReadingError,
     PowerSource,
-    ask,
+    PowerTool,
     find_command,
     number,
 )
@@ -33,7 +33,11 @@ class Nvml:
     """NVML's own."""
 
     def read(self) -> float:
-        """Joules since the driver was loaded, or watts."""
+        """Joules since the driver was loaded, or watts.
+
+        Raises:
+            PowerReadingError: NVML gives none this time.
+        """
         try:
             return self.ask_millis() / 1e3
         except self.error as error:
@@ -85,29 +89,6 @@ def _first_that_answers(pynvml: Any, device: Any, uuid: str) -> PowerSource:
     raise NoPowerSource(f"NVML: {uuid} has {' and '.join(faults)}.")
 
 
-@dataclass(frozen=True)
-class NvidiaSmi:
-    """One GPU's power, by nvidia-smi."""
-
-    command: tuple[str, ...]
-    uuid: str
-    counts_energy: bool = False
-    period_seconds: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """What is measured and by what."""
-        return f"nvidia-smi, power.draw of {self.uuid}"
-
-    def read(self) -> float:
-        """Watts."""
-        text = ask(self.command)
-        watts = parse_power_draw(text)
-        if watts is None:
-            raise PowerReadingError(f"nvidia-smi: no power.draw in {' '.join(text.split())[:200]}")
-        return watts
-
-
 def open_nvidia_smi(uuid: str, environ: Mapping[str, str]) -> PowerSource:
     """The GPU's power.
 
@@ -116,12 +97,19 @@ def open_nvidia_smi(uuid: str, environ: Mapping[str, str]) -> PowerSource:
     """
     path = find_command("nvidia-smi", environ)
     command = (path, "-i", uuid, "--query-gpu=power.draw", "--format=csv")
-    source = NvidiaSmi(command, uuid)
+    source = PowerTool(f"nvidia-smi, power.draw of {uuid}", command, _watts)
     try:
         source.read()
     except PowerReadingError as error:
         raise NoPowerSource(f"{error}.") from None
     return source
+
+
+def _watts(text: str) -> float:
+    watts = parse_power_draw(text)
+    if watts is None:
+        raise PowerReadingError(f"nvidia-smi: no power.draw in {' '.join(text.split())[:200]}")
+    return watts
 
 
 def parse_power_draw(text: str) -> float | None:
