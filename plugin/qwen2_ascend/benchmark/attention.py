@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen2_ascend import markdown
+from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
 from qwen2_ascend.benchmark.flops import attention_flops
 from qwen2_ascend.benchmark.measure import Spread
-from qwen2_ascend.benchmark.sides import Side, interleaved, started
+from qwen2_ascend.benchmark.sides import interleaved, running
 from qwen2_ascend.errors import raise_if
 
 SIDES = ("ours", "unfused", "sdpa")
@@ -72,27 +73,29 @@ def run(options: AttentionBenchmark) -> None:
     options = replace(
         options, device=select_device(None if options.device == "auto" else options.device)
     )
-    reports = []
-    with ExitStack() as stack:
-        module = "qwen2_ascend.benchmark.attention_side"
-        starts = {
-            side: partial(Side, module, [side, options.device], threads=options.threads)
-            for side in options.sides
-        }
-        sides = started(stack, starts)
-        for dtype in options.dtypes:
-            for seq_length in options.seq_lengths:
-                question = _question(options, dtype, seq_length)
-                answers = interleaved(
-                    options.sides, options.rounds, lambda side, q=question: sides[side].ask(q)
-                )
-                reports.append(summarize(options, dtype, seq_length, answers))
-                print(f"  {dtype}, {seq_length} tokens: measured", flush=True)
+    reports = _measure(options)
     _print(options, reports)
     if options.json:
         options.json.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     if not all(report["same_results"] for report in reports):
         raise SystemExit(1)
+
+
+def _measure(options: AttentionBenchmark) -> list[dict[str, Any]]:
+    """A report of each dtype and length."""
+    reports = []
+    arguments = {side: [side, options.device] for side in options.sides}
+    with running(
+        "qwen2_ascend.benchmark.attention_side", arguments, threads=options.threads
+    ) as sides:
+        for dtype, seq_length in product(options.dtypes, options.seq_lengths):
+            question = _question(options, dtype, seq_length)
+            answers = interleaved(
+                options.sides, options.rounds, lambda side, q=question: sides[side].ask(q)
+            )
+            reports.append(summarize(options, dtype, seq_length, answers))
+            print(f"  {dtype}, {seq_length} tokens: measured", flush=True)
+    return reports
 
 
 def summarize(
@@ -153,16 +156,7 @@ def _question(options: AttentionBenchmark, dtype: str, seq_length: int) -> dict[
 
 
 def _faults(options: AttentionBenchmark) -> list[str]:
-    faults = [
-        f"--dtypes {dtype} is not fp32 or bf16."
-        for dtype in options.dtypes
-        if dtype not in TOLERANCE
-    ]
-    faults += [
-        f"--sides {side} is not one of {', '.join(SIDES)}."
-        for side in options.sides
-        if side not in SIDES
-    ]
+    faults = dtype_faults(options.dtypes) + side_faults(options.sides, SIDES)
     counts = {
         "--seq-lengths": min(options.seq_lengths, default=0),
         "--batch-size": options.batch_size,
@@ -174,7 +168,7 @@ def _faults(options: AttentionBenchmark) -> list[str]:
         "--rounds": options.rounds,
         "--threads": options.threads,
     }
-    faults += [f"{name} {n} must be at least 1." for name, n in counts.items() if n < 1]
+    faults += count_faults(counts)
     groups = options.num_query_groups
     if groups >= 1 and options.num_attention_heads % groups:
         faults.append(
@@ -193,9 +187,8 @@ def _print(options: AttentionBenchmark, reports: Sequence[Mapping[str, Any]]) ->
         f"{options.steps}, {options.clock} time, median (lowest-highest)\n"
     )
     first = options.sides[0]
-    head = ("dtype", "tokens", "side", "ms", "TFLOP/s", "peak memory, MB", f"{first} over it")
-    print(f"| {' | '.join((*head, 'same results'))} |")
-    print("|---" * (len(head) + 1) + "|")
+    head = ["dtype", "tokens", "side", "ms", "TFLOP/s", "peak memory, MB", f"{first} over it"]
+    rows = []
     for report in reports:
         for side, row in report["sides"].items():
             milliseconds = Spread.of([1e3 * s / options.steps for s in row["seconds"]])
@@ -204,4 +197,5 @@ def _print(options: AttentionBenchmark, reports: Sequence[Mapping[str, Any]]) ->
             cells += [f"{row['peak_memory_bytes'] / 1e6:.0f}"]
             cells.append("1" if side == first else f"{Spread.of(row['first_over_it']):.3f}")
             cells.append("yes" if report["same_results"] else "no")
-            print(f"| {' | '.join(cells)} |")
+            rows.append(cells)
+    print(markdown.table([*head, "same results"], rows))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import tyro
 
+from qwen2_ascend import markdown
+from qwen2_ascend.benchmark.faults import count_faults, side_faults
 from qwen2_ascend.benchmark.measure import PeakMemory, Spread
-from qwen2_ascend.benchmark.sides import Side, interleaved, started
+from qwen2_ascend.benchmark.sides import Side, interleaved, running
 from qwen2_ascend.benchmark.train import make_random_model, shape
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
@@ -118,15 +118,10 @@ def _summary(
 
 
 def _measure(options: CheckpointBenchmark, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    module = "qwen2_ascend.benchmark.checkpoint_side"
-    starts = {
-        side: partial(
-            Side, module, [side, str(folder / "hf"), options.dtype], threads=options.threads
-        )
-        for side in options.sides
-    }
-    with ExitStack() as stack:
-        sides = started(stack, starts)
+    arguments = {side: [side, str(folder / "hf"), options.dtype] for side in options.sides}
+    with running(
+        "qwen2_ascend.benchmark.checkpoint_side", arguments, threads=options.threads
+    ) as sides:
 
         def measure(side: str) -> dict[str, Any]:
             target = folder / "checkpoint"
@@ -156,19 +151,14 @@ def _faults(options: CheckpointBenchmark) -> list[str]:
     faults = []
     if options.dtype not in BYTES_PER_WEIGHT:
         faults.append(f"--dtype {options.dtype} is not fp32 or bf16.")
-    faults += [
-        f"--sides {side} is not one of {', '.join(SIDES)}."
-        for side in options.sides
-        if side not in SIDES
-    ]
+    faults += side_faults(options.sides, SIDES)
     counts = {
         "--sides": len(options.sides),
         "--rounds": options.rounds,
         "--threads": options.threads,
         "--num-layers": 1 if options.num_layers is None else options.num_layers,
     }
-    faults += [f"{name} {n} must be at least 1." for name, n in counts.items() if n < 1]
-    return faults
+    return faults + count_faults(counts)
 
 
 def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[str, Any]) -> None:
@@ -178,8 +168,7 @@ def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[st
     )
     first = options.sides[0]
     head = ("side", "GB", "", "s", "GB/s", f"{first} over it", "memory besides, MB", "intact")
-    print(f"| {' | '.join(head)} |")
-    print("|---" * len(head) + "|")
+    rows = []
     for side, row in report.items():
         for action in ("save", "load"):
             of = row[action]
@@ -187,4 +176,5 @@ def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[st
             cells += [str(Spread.of([x / 1e9 for x in of["bytes_per_second"]]))]
             cells.append("1" if side == first else str(Spread.of(of["first_over_it"])))
             cells += [f"{of['memory_bytes'] / 1e6:.0f}", "yes" if row["intact"] else "no"]
-            print(f"| {' | '.join(cells)} |")
+            rows.append(cells)
+    print(markdown.table(head, rows))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.measure import Measured, Spread, run_measured
 from qwen2_ascend.checkpoint.formats.hugging_face import INDEX_FILE, index_json, plan_files
 from qwen2_ascend.checkpoint.formats.stored import TensorSpec
@@ -149,8 +150,7 @@ def _print(options: ConvertBenchmark, config: Qwen2Config, rows: dict[str, dict]
     )
     head = ("direction", "GB in", "GB out", "convert, s", "cp + fsync, s", "ratio of pairs")
     head += ("ratio per byte written", "anonymous memory, MB")
-    print(f"| {' | '.join(head)} |")
-    print("|---" * len(head) + "|")
+    lines = []
     for direction, row in rows.items():
         ours = [run.seconds for run in row["convert"]]
         theirs = [run.seconds for run in row["copy"]]
@@ -159,4 +159,5 @@ def _print(options: ConvertBenchmark, config: Qwen2Config, rows: dict[str, dict]
         cells = [direction, f"{row['bytes_in'] / 1e9:.2f}", f"{row['bytes_out'] / 1e9:.2f}"]
         cells += [str(Spread.of(values)) for values in (ours, theirs, ratios, per_byte)]
         cells += [f"{max(run.peak_anonymous_bytes for run in row['convert']) / 1e6:.0f}"]
-        print(f"| {' | '.join(cells)} |")
+        lines.append(cells)
+    print(markdown.table(head, lines))

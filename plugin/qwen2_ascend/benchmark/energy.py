@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.measure import Spread
 from qwen2_ascend.runtime.power import Place
 from qwen2_ascend.telemetry.energy import EnergyMeter
@@ -69,17 +70,16 @@ def energy_figures(answers: Sequence[Mapping[str, Any]], tokens: int) -> dict[st
     return figures
 
 
-def energy_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines to print; none where a figure is missing, which has been said.
+def energy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """What to print; nothing where a figure is missing, which has been said.
 
     Args:
         rows: by side, with `energy_figures` in each.
     """
     if any(row["joules_per_token"] is None for row in rows.values()):
-        return []
-    lines = ["| side | J/token | J/token above idle |", "|---|---|---|"]
+        return ""
+    lines = []
     for side, row in rows.items():
         both = [Spread.of(row[key]) for key in ("joules_per_token", "joules_per_token_above_idle")]
-        cells = [f"{s.median:.4g} ({s.low:.4g}-{s.high:.4g})" for s in both]
-        lines.append(f"| {side} | {' | '.join(cells)} |")
-    return lines
+        lines.append([side, *(f"{s.median:.4g} ({s.low:.4g}-{s.high:.4g})" for s in both)])
+    return markdown.table(("side", "J/token", "J/token above idle"), lines)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
+from qwen2_ascend.benchmark.faults import count_faults, dtype_faults
 from qwen2_ascend.benchmark.measure import Spread
-from qwen2_ascend.benchmark.sides import Side, started
+from qwen2_ascend.benchmark.sides import Side, running
 from qwen2_ascend.errors import raise_if
 
 SIDES = ("ours", "transformers")
@@ -59,18 +59,13 @@ def run(options: GenerateBenchmark) -> None:
     Raises:
         UserError: options that cannot be measured.
     """
-    faults = [
-        f"--dtypes {dtype} is not fp32 or bf16."
-        for dtype in options.dtypes
-        if dtype not in ("fp32", "bf16")
-    ]
     counts = {
         "--batch-sizes": min(options.batch_sizes, default=0),
         "--new-tokens": options.new_tokens,
         "--rounds": options.rounds,
         "--threads": options.threads,
     }
-    faults += [f"{name} {n} must be at least 1." for name, n in counts.items() if n < 1]
+    faults = dtype_faults(options.dtypes) + count_faults(counts)
     if not (options.load / "config.json").is_file():
         faults.append(f"--load {options.load}: is no Hugging Face folder.")
     raise_if(faults)
@@ -83,13 +78,11 @@ def run(options: GenerateBenchmark) -> None:
 
 
 def _measure(options: GenerateBenchmark, dtype: str) -> list[dict[str, Any]]:
-    module = "qwen2_ascend.benchmark.generate_side"
-    arguments = [str(options.load), dtype, str(options.new_tokens)]
-    starts = {
-        name: partial(Side, module, [name, *arguments], threads=options.threads) for name in SIDES
-    }
-    with ExitStack() as stack:
-        sides = started(stack, starts)
+    common = [str(options.load), dtype, str(options.new_tokens)]
+    arguments = {name: [name, *common] for name in SIDES}
+    with running(
+        "qwen2_ascend.benchmark.generate_side", arguments, threads=options.threads
+    ) as sides:
         energy = SideEnergy("cpu")
         energy.begin()
         return [_rounds(options, dtype, batch, sides, energy) for batch in options.batch_sizes]
@@ -132,8 +125,7 @@ def _print(options: GenerateBenchmark, rows: list[dict[str, Any]]) -> None:
     )
     head = ("dtype", "batch", "ours, tokens/s", "transformers, tokens/s", "speed ratio of pairs")
     head += ("same tokens", "load of the machine")
-    print(f"| {' | '.join(head)} |")
-    print("|---" * len(head) + "|")
+    lines = []
     for row in rows:
         tokens = row["batch"] * options.new_tokens
         ours, theirs = (row["seconds"][name] for name in SIDES)
@@ -141,7 +133,8 @@ def _print(options: GenerateBenchmark, rows: list[dict[str, Any]]) -> None:
         cells += [str(Spread.of([tokens / s for s in seconds])) for seconds in (ours, theirs)]
         cells.append(str(Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])))
         cells += ["yes" if row["same_tokens"] else "no", str(Spread.of(row["load"]))]
-        print(f"| {' | '.join(cells)} |")
+        lines.append(cells)
+    print(markdown.table(head, lines))
     for row in rows:
-        if lines := energy_table(row["energy"]):
-            print("\n".join([f"\n{row['dtype']}, batch {row['batch']}\n", *lines]))
+        if energy := energy_table(row["energy"]):
+            print(f"\n{row['dtype']}, batch {row['batch']}\n\n{energy}")

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
@@ -99,6 +99,9 @@ def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
 
     Args:
         prepare: loads what is needed and returns what answers a question.
+
+    Raises:
+        SystemExit: with 2 where it cannot be prepared, which has been printed.
     """
     # what libraries print is for people; the answers are alone on their pipe
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -113,13 +116,26 @@ def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
         print(json.dumps(answer(json.loads(line))), file=out, flush=True)
 
 
-def started(stack: ExitStack, sides: Mapping[str, Callable[[], Side]]) -> dict[str, Side]:
-    """All sides, one started after the other so that none disturbs another's loading."""
-    running = {}
-    for name, start in sides.items():
-        running[name] = stack.enter_context(start())
-        running[name].read()
-    return running
+@contextlib.contextmanager
+def running(
+    module: str, arguments: Mapping[str, Sequence[str]], *, threads: int
+) -> Iterator[dict[str, Side]]:
+    """All sides for the length of a block, each started when the one before it has loaded.
+
+    Args:
+        module: as of `Side`.
+        arguments: of every side, by its name.
+        threads: of each.
+
+    Raises:
+        UserError: one of them has ended.
+    """
+    with ExitStack() as stack:
+        sides = {}
+        for name, words in arguments.items():
+            sides[name] = stack.enter_context(Side(module, words, threads=threads))
+            sides[name].read()
+        yield sides
 
 
 def interleaved(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
+from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
 from qwen2_ascend.benchmark.flops import train_flops_per_token
 from qwen2_ascend.benchmark.measure import Spread
-from qwen2_ascend.benchmark.sides import Side, interleaved, started
+from qwen2_ascend.benchmark.sides import Side, interleaved, running
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 
@@ -167,16 +167,7 @@ def largest_difference(losses: Sequence[Sequence[float]]) -> float:
 
 
 def _faults(options: TrainBenchmark) -> list[str]:
-    faults = [
-        f"--dtypes {dtype} is not fp32 or bf16."
-        for dtype in options.dtypes
-        if dtype not in LOSS_TOLERANCE
-    ]
-    faults += [
-        f"--sides {side} is not one of {', '.join(SIDES)}."
-        for side in options.sides
-        if side not in SIDES
-    ]
+    faults = dtype_faults(options.dtypes) + side_faults(options.sides, SIDES)
     if len(set(options.sides)) != len(options.sides):
         faults.append(f"--sides {' '.join(options.sides)} names one twice.")
     counts = {
@@ -187,7 +178,7 @@ def _faults(options: TrainBenchmark) -> list[str]:
         "--threads": options.threads,
         "--num-layers": 1 if options.num_layers is None else options.num_layers,
     }
-    faults += [f"{name} {n} must be at least 1." for name, n in counts.items() if n < 1]
+    faults += count_faults(counts)
     if options.micro_batch_size >= 1:
         batch = _global_batch_size(options)
         if batch < 1 or batch % options.micro_batch_size:
@@ -264,13 +255,8 @@ def _measure(options: TrainBenchmark, folder: Path, dtype: str) -> dict[str, lis
         "global_batch_size": _global_batch_size(options),
         "max_steps": options.steps * (options.rounds + 1),
     }
-    module = "qwen2_ascend.benchmark.train_side"
-    starts = {
-        side: partial(Side, module, [json.dumps({**work, "side": side})], threads=options.threads)
-        for side in options.sides
-    }
-    with ExitStack() as stack:
-        sides = started(stack, starts)
+    arguments = {side: [json.dumps({**work, "side": side})] for side in options.sides}
+    with running("qwen2_ascend.benchmark.train_side", arguments, threads=options.threads) as sides:
         energy = SideEnergy(options.device)
         energy.begin()
 
@@ -310,17 +296,17 @@ def _print(options: TrainBenchmark, config: Qwen2Config, report: Mapping[str, An
     )
     first = options.sides[0]
     head = ("side", "tokens/s", "TFLOP/s", "MFU, %", "peak memory, MB", f"{first} over it")
-    print(f"| {' | '.join(head)} |")
-    print("|---" * len(head) + "|")
+    rows = []
     for side, row in report["sides"].items():
         mfu = str(Spread.of([100 * x for x in row["mfu"]])) if row["mfu"] else "-"
         cells = [side, f"{Spread.of(row['tokens_per_second']):.0f}"]
         cells += [f"{Spread.of(row['tflops_per_second']):.3f}", mfu]
         cells += [f"{row['peak_memory_bytes'] / 1e6:.0f}"]
         cells.append("1" if side == first else f"{Spread.of(row['first_over_it']):.3f}")
-        print(f"| {' | '.join(cells)} |")
-    if lines := energy_table(report["sides"]):
-        print("\n".join(["", *lines]))
+        rows.append(cells)
+    print(markdown.table(head, rows))
+    if energy := energy_table(report["sides"]):
+        print(f"\n{energy}")
     verdict = "the same" if report["same_losses"] else "NOT THE SAME: the speeds say nothing"
     print(
         f"\nlosses: {verdict} (largest relative difference {report['largest_loss_difference']:.1e})"

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen2_ascend import markdown
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
 from qwen2_ascend.inference.generate import (
@@ -74,11 +75,7 @@ def evaluate(settings: EvaluateSettings) -> None:
 def table(rows: Rows) -> str:
     """Results as a Markdown table."""
     head = ("task", "metric", "value", "stderr", "samples")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [_cell(row.get(name)) for name in head]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown.table(head, ([_cell(row.get(name)) for name in head] for row in rows))
 
 
 def _cell(value: Any) -> str:
