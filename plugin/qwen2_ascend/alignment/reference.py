@@ -10,7 +10,7 @@ import copy
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,14 +85,14 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
         )
         return model.to(dtype).train()
 
-    from qwen2_ascend.finetuning.deepspeed.weights import load_weights
+    from qwen2_ascend.checkpoint.transformers_model import load_weights
 
     path = next(path for path in source.side_files if path.name == "config.json")
     config = AutoConfig.from_pretrained(path.parent)
     config._attn_implementation = "sdpa"
     model = Qwen2ForCausalLM(config)
     model = model.float()
-    load_weights(model, source, lambda *_, **__: nullcontext(), reads=True)
+    load_weights(model, source)
     return model.to(dtype).train()
 
 

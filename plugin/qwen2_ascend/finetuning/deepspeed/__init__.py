@@ -3,7 +3,6 @@
 settings.py     the flags: fine-tuning's without tensor and pipeline parallelism, and ZeRO's
 config.py       DeepSpeed's JSON from them and from --deepspeed-config
 attention.py    this project's attention, fused on an npu, in transformers' attention interface
-weights.py      weights in from any checkpoint, and out to a Hugging Face folder, one at a time
 engine.py       the model in DeepSpeed's engine, and what a step and a validation are
 lora.py         the Megatron path's adapters on transformers' model
 checkpoint.py   checkpoints: a Hugging Face folder with DeepSpeed's own beside it

@@ -24,10 +24,10 @@ import torch
 
 from qwen2_ascend.checkpoint.formats import megatron, torch_pt
 from qwen2_ascend.checkpoint.staging import fsync_folder, fsync_tree, write_file
+from qwen2_ascend.checkpoint.transformers_model import save_hugging_face
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.saved import RUN_FILE, SavedZero
-from qwen2_ascend.finetuning.deepspeed.weights import save_hugging_face
 from qwen2_ascend.training import schedule as schedules
 from qwen2_ascend.training.checkpointing import CheckpointIdentity, publish, with_tensors
 from qwen2_ascend.training.loop import Progress

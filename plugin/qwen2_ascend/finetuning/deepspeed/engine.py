@@ -7,7 +7,6 @@ the mean over ranks of that is the mean over all tokens, in any cut of the batch
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qwen2_ascend.checkpoint.transformers_model import Whole, as_it_is, load_weights, shape_of
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.deepspeed.attention import register_attention
@@ -26,12 +26,6 @@ from qwen2_ascend.finetuning.deepspeed.config import (
 )
 from qwen2_ascend.finetuning.deepspeed.lora import add_adapters, load_adapter
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings
-from qwen2_ascend.finetuning.deepspeed.weights import (
-    Whole,
-    initialize_weights,
-    load_weights,
-    shape_of,
-)
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.runtime.deepspeed import import_deepspeed
@@ -52,6 +46,8 @@ from qwen2_ascend.training.loop import (
 from qwen2_ascend.training.optimizer import is_finite, params_dtype
 from qwen2_ascend.training.schedule import build_schedule, current_lr
 from qwen2_ascend.training.setup import Say, Start
+
+INITIALIZER_RANGE = 0.02
 
 
 @dataclass(kw_only=True)
@@ -188,13 +184,13 @@ def build_zero_run(
     config = deepspeed_config(settings, runtime.world_size, runtime.name)
     stage = zero_stage(config)
     say(f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage}{_offloads(config)}")
-    whole: Whole = deepspeed.zero.GatheredParameters if stage == 3 else _as_it_is
+    whole: Whole = deepspeed.zero.GatheredParameters if stage == 3 else as_it_is
     model = _build_model(deepspeed, settings, start.config, runtime, config)
     if start.source is not None:
         load_weights(model, start.source, whole, reads=stage < 3 or runtime.rank == 0)
         say(f"weights: {start.source.describe()}")
     else:
-        initialize_weights(model, whole, seed=settings.runtime.seed)
+        _initialize_weights(model, whole, seed=settings.runtime.seed)
         say(f"weights: random, seed {settings.runtime.seed}")
     if lora is not None:
         like = {"dtype": params_dtype(settings), "device": runtime.device}
@@ -266,6 +262,18 @@ def _copy_buffers(source: torch.nn.Module, target: torch.nn.Module, runtime: Run
         setattr(target, name, buffer.to(runtime.device))
 
 
+def _initialize_weights(model: torch.nn.Module, whole: Whole, *, seed: int) -> None:
+    """Random weights, the same on every rank: normal matrices, zero biases, unit norms."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        with whole([parameter], modifier_rank=0), torch.no_grad():
+            if parameter.dim() > 1:
+                drawn = torch.empty(parameter.shape).normal_(generator=generator)
+                parameter.copy_(drawn * INITIALIZER_RANGE)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
 def _build_adam(
     model: torch.nn.Module, settings: ZeroFinetuneSettings, config: dict[str, Any]
 ) -> torch.optim.Optimizer:
@@ -296,7 +304,3 @@ def _offloads(config: dict[str, Any]) -> str:
         name: zero.get(f"offload_{name}", {}).get("device") for name in ("optimizer", "param")
     }
     return "".join(f", {name} on {device}" for name, device in devices.items() if device)
-
-
-def _as_it_is(*_: Any, **__: Any) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()

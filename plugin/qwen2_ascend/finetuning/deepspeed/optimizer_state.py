@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen2_ascend.checkpoint.transformers_model import shape_of
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.training.optimizer import MAIN, MOMENTS
 
@@ -28,8 +29,7 @@ def gather_state(
         for kind in MOMENTS:
             # before the first update there is nothing yet
             whole = safe_get_full_optimizer_state(parameter, kind) if has_moments else None
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            yield kind, name, torch.zeros(shape) if whole is None else whole.cpu()
+            yield kind, name, torch.zeros(shape_of(parameter)) if whole is None else whole.cpu()
         if parameter.dtype != torch.float32:
             main = safe_get_full_fp32_param(parameter)
             assert main is not None

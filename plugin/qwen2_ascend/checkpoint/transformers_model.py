@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,20 @@ from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.config import Qwen2Config
 
 MAX_SHARD_BYTES = 5 * 10**9
-INITIALIZER_RANGE = 0.02
 
 Whole = Callable[..., AbstractContextManager]
 """`whole([parameter])` makes it whole for the length of a block; with `modifier_rank=0` what that
-rank made of it is kept. DeepSpeed's `GatheredParameters`, or nothing where it is whole anyway."""
+rank made of it is kept. DeepSpeed's `GatheredParameters` at ZeRO-3, else `as_it_is`."""
 
 
-def load_weights(model: torch.nn.Module, source: Source, whole: Whole, *, reads: bool) -> None:
+def as_it_is(*_: Any, **__: Any) -> AbstractContextManager:
+    """The `Whole` of parameters that are whole anyway."""
+    return nullcontext()
+
+
+def load_weights(
+    model: torch.nn.Module, source: Source, whole: Whole = as_it_is, *, reads: bool = True
+) -> None:
     """Fills the model; every rank calls it.
 
     Args:
@@ -59,18 +65,6 @@ def load_weights(model: torch.nn.Module, source: Source, whole: Whole, *, reads:
             with whole([parameter], modifier_rank=0):
                 if reads:
                     fill(parameter.detach(), write, reader)
-
-
-def initialize_weights(model: torch.nn.Module, whole: Whole, *, seed: int) -> None:
-    """Random weights, the same on every rank: normal matrices, zero biases, unit norms."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        with whole([parameter], modifier_rank=0), torch.no_grad():
-            if parameter.dim() > 1:
-                drawn = torch.empty(parameter.shape).normal_(generator=generator)
-                parameter.copy_(drawn * INITIALIZER_RANGE)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def save_hugging_face(
