@@ -238,20 +238,20 @@ def a_run_can_change_its_precision(run: Run) -> str:
 
 @CHECKS.add(world_size=1)
 def a_save_that_fails_leaves_the_last_checkpoint(run: Run) -> str:
-    from qwen2_ascend.training import checkpointing
+    from qwen2_ascend.training import iterations
 
     folder = run.folder / "failing"
     training = start(run, f"{FLAGS} --ckpt-format torch --save {folder}")
     steps(training, 1)
     save(training)
     steps(training, 1)
-    publish, checkpointing.publish = checkpointing.publish, None
+    publish, iterations.publish = iterations.publish, None
     try:
         save(training)
     except TypeError:
         pass
     finally:
-        checkpointing.publish = publish
+        iterations.publish = publish
     assert (folder / ".iter_0000002.partial").exists()
     assert start(run, FLAGS, load=folder).progress.iteration == 1
     save(training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from qwen2_ascend.checkpoint.formats import megatron, torch_pt
-from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
+from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.adapter import (
     load_adapter_tensors,
     save_adapter,
@@ -25,15 +22,16 @@ from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import optimizer as optimizers
-from qwen2_ascend.training import schedule as schedules
-from qwen2_ascend.training.checkpointing import (
-    CheckpointIdentity,
-    gathered_parameters,
-    publish,
-    with_tensors,
+from qwen2_ascend.training.checkpointing import CheckpointIdentity, gathered_parameters
+from qwen2_ascend.training.iterations import (
+    begin_iteration,
+    progress_state,
+    publish_iteration,
+    restore_progress,
+    restore_rng,
 )
-from qwen2_ascend.training.loop import Progress, TrainingRun
-from qwen2_ascend.training.rng_state import rng_state, set_rng_state
+from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.rng_state import rng_state
 
 Where = tuple[LoraConfig, Qwen2Config, ParallelLayout]
 """What of which model, and how it is cut."""
@@ -55,29 +53,17 @@ def save_lora_checkpoint(
     """
     settings = run.settings.checkpoint
     assert settings.save is not None
-    name = f"iter_{run.progress.iteration:07d}"
-    target, partial = settings.save / name, settings.save / f".{name}.partial"
-    is_first = run.runtime.rank == 0
-    if is_first:
-        for unfinished in settings.save.glob(".iter_*.partial"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
+    partial = begin_iteration(run, settings.save)
     where: Where = (lora, identity.config, identity.layout)
     with gathered_parameters(run.chunks):
         save_adapter(run.chunks, *where, partial, base_model=str(base) if base else None)
         kinds = [] if settings.no_save_optim else _save_moments(run, where, partial)
     if not settings.no_save_rng and parallel_state.get_data_parallel_rank() == 0:
         torch.save(rng_state(run.runtime), partial / _rng_file())
-    torch.distributed.barrier()
-    if is_first:
+    if run.runtime.rank == 0:
         state = _plain_state(run, identity, base, kinds)
         write_file(partial / RUN_FILE, json.dumps(state, indent=2).encode())
-        publish(partial, target)
-        write_file(settings.save / megatron.TRACKER_FILE, str(run.progress.iteration).encode())
-        fsync_folder(settings.save)
-    torch.distributed.barrier()
-    return target
+    return publish_iteration(run, settings.save)
 
 
 def resume_lora(
@@ -92,24 +78,16 @@ def resume_lora(
         UserError: the checkpoint is not of this model.
     """
     settings, state = run.settings.checkpoint, saved.state
-    run.progress = Progress(**state["progress"])
-    notes = [
-        f"schedule: {change}"
-        for change in schedules.changed(run.schedule, state["opt_param_scheduler"])
-    ]
-    run.schedule.load_state_dict(dict(state["opt_param_scheduler"]))
+    notes = restore_progress(run, state)
     if not settings.no_load_optim:
         if state["optimizer"]:
             _load_moments(run, saved, (lora, identity.config, identity.layout))
         else:
             notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
     if not settings.no_load_rng and state["rng"]:
-        if state["layout"] == asdict(identity.layout):
-            rng = with_tensors(torch_pt.read(saved.folder / _rng_file()))
-            set_rng_state(run.runtime, rng)
-        else:
-            notes.append("another layout: the random number generators are seeded anew")
-    torch.distributed.barrier()
+        unlike = "another layout" if state["layout"] != asdict(identity.layout) else None
+        notes += restore_rng(run, saved.folder / _rng_file(), unlike=unlike)
+    run.runtime.barrier()
     return notes
 
 
@@ -120,8 +98,7 @@ def _plain_state(
         "base": str(base.resolve()) if base else None,
         "dtype": identity.dtype,
         "layout": asdict(identity.layout),
-        "progress": asdict(run.progress),
-        "opt_param_scheduler": run.schedule.state_dict(),
+        **progress_state(run),
         "optimizer": kinds,
         "optimizer_updates": optimizers.num_updates(run.optimizer),
         "loss_scaler": optimizers.scaler_state(run.optimizer),
@@ -142,6 +119,7 @@ def _save_moments(run: TrainingRun, where: Where, folder: Path) -> list[str]:
 
 
 def _load_moments(run: TrainingRun, saved: SavedLora, where: Where) -> None:
+    saved.check_optimizer(optimizers.MOMENTS)
     parameters = lora_state(run.chunks)
     state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {
         parameter: {} for own in parameters for parameter in own.values()
@@ -155,11 +133,6 @@ def _load_moments(run: TrainingRun, saved: SavedLora, where: Where) -> None:
         for own, read in zip(parameters, tensors, strict=True):
             for name, parameter in own.items():
                 state[parameter][kind] = read[name]
-    if missing := [kind for kind in optimizers.MOMENTS if kind not in saved.state["optimizer"]]:
-        raise UserError(
-            f"{saved.folder}: {', '.join(missing)} of the optimizer are missing; --no-load-optim "
-            "goes on without."
-        )
     optimizers.load_state(run.optimizer, state, int(saved.state["optimizer_updates"]))
     optimizers.load_scaler_state(run.optimizer, saved.state["loss_scaler"])
 

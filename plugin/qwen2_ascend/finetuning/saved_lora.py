@@ -12,7 +12,7 @@ The base model is not in it: it does not change.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,18 @@ class SavedLora:
     def base(self) -> Path | None:
         """Where the base model was."""
         return Path(self.state["base"]) if self.state["base"] else None
+
+    def check_optimizer(self, kinds: Iterable[str]) -> None:
+        """Refuses an optimizer state that lacks one of `kinds`.
+
+        Raises:
+            UserError: with the way out.
+        """
+        if missing := [kind for kind in kinds if kind not in self.state["optimizer"]]:
+            raise UserError(
+                f"{self.folder}: {', '.join(missing)} of the optimizer are missing; "
+                "--no-load-optim goes on without."
+            )
 
 
 def find_saved_lora(folder: Path | None) -> SavedLora | None:

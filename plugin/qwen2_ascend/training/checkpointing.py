@@ -4,24 +4,21 @@
     SAVE/iter_0000100/                             torch_dist, or the mp_rank tree (`torch`)
     SAVE/latest_checkpointed_iteration.txt         written last, by rename
 
-An iteration is written beside its place and renamed into it when every rank's part is on the disk:
-killed at any moment, the folder holds the last checkpoint or the new one.
-
 The weights of either format are read by `checkpoint.load`, as any other source's are. Here is the
-rest: the optimizer in the canonical form of `training.optimizer`, random number generators,
-schedule and progress. `torch_dist` resumes at any layout. `torch` holds a file per tensor/pipeline
-rank with tensors, plain containers and a Namespace, and resumes at its own layout.
+rest: the optimizer in the canonical form of `training.optimizer`, and, by `training.iterations`,
+random number generators, schedule and progress. `torch_dist` resumes at any layout. `torch` holds a
+file per tensor/pipeline rank with tensors, plain containers and a Namespace, and resumes at its own
+layout.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +27,23 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.load import load_tensors
 from qwen2_ascend.checkpoint.source import open_torch_dist_states
-from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
+from qwen2_ascend.checkpoint.staging import fsync_folder
 from qwen2_ascend.checkpoint.target import megatron_args
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist, virtual_stage
 from qwen2_ascend.training import optimizer as optimizers
-from qwen2_ascend.training import schedule as schedules
-from qwen2_ascend.training.loop import Progress, TrainingRun
+from qwen2_ascend.training.iterations import (
+    begin_iteration,
+    progress_state,
+    publish_iteration,
+    restore_progress,
+    with_tensors,
+)
+from qwen2_ascend.training.loop import TrainingRun
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.settings import CheckpointSettings
@@ -82,29 +84,14 @@ def save_checkpoint(
         OSError: it cannot be written; the folder holds the last checkpoint.
     """
     assert settings.save is not None
-    name = f"iter_{run.progress.iteration:07d}"
-    target, partial = settings.save / name, settings.save / f".{name}.partial"
-    rank = run.runtime.rank
-    if rank == 0:
-        for unfinished in settings.save.glob(".iter_*.partial"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
+    partial = begin_iteration(run, settings.save)
     common = _common_state(run, identity)
     with gathered_parameters(run.chunks):
         if settings.ckpt_format == "torch_dist":
             _save_torch_dist(run, common, partial, settings)
         else:
             _save_rank_file(run, common, partial, settings, identity.layout)
-    torch.distributed.barrier()
-    if rank == 0:
-        publish(partial, target)
-        for path, data in identity.side_files.items():
-            write_file(settings.save / path, data)
-        write_file(settings.save / megatron.TRACKER_FILE, str(run.progress.iteration).encode())
-        fsync_folder(settings.save)
-    torch.distributed.barrier()
-    return target
+    return publish_iteration(run, settings.save, identity.side_files)
 
 
 def _common_state(run: TrainingRun, identity: CheckpointIdentity) -> dict[str, Any]:
@@ -126,8 +113,7 @@ def _common_state(run: TrainingRun, identity: CheckpointIdentity) -> dict[str, A
         "args": args,
         "checkpoint_version": 3.0,
         "iteration": run.progress.iteration,
-        "progress": asdict(run.progress),
-        "opt_param_scheduler": run.schedule.state_dict(),
+        **progress_state(run),
         "optimizer_updates": optimizers.num_updates(run.optimizer),
         "loss_scaler": optimizers.scaler_state(run.optimizer),
     }
@@ -195,19 +181,6 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
     yield
     for chunk in hooked:
         chunk.enable_forward_pre_hook()
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Renames a finished folder into its place; what was there before goes."""
-    fsync_folder(partial)
-    old = target.with_name(f".{target.name}.replaced")
-    if target.exists():
-        # the same iteration again: a run that went on from an earlier checkpoint
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-    os.rename(partial, target)
-    fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -316,13 +289,8 @@ def resume(
     Raises:
         UserError: the checkpoint's optimizer does not fit this layout.
     """
-    common, notes = saved.common, []
-    run.progress = Progress(**common["progress"])
-    notes += [
-        f"schedule: {change}"
-        for change in schedules.changed(run.schedule, common["opt_param_scheduler"])
-    ]
-    run.schedule.load_state_dict(dict(common["opt_param_scheduler"]))
+    common = saved.common
+    notes = restore_progress(run, common)
     same_layout = all(
         getattr(common["args"], name, None) == value for name, value in _places(identity).items()
     )
@@ -442,25 +410,6 @@ def _read_rank_file(
             for key, values in model.items():
                 values[optimizers.MAIN] = with_tensors(state[name][key])
     return optimizer, rng
-
-
-def with_tensors(tree: Any) -> Any:
-    """The same containers with the stored tensors read."""
-    if isinstance(tree, StoredTensor):
-        return _read_tensor(tree)
-    if isinstance(tree, Mapping):
-        return {key: with_tensors(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [with_tensors(value) for value in tree]
-    return tree
-
-
-def _read_tensor(stored: StoredTensor) -> torch.Tensor:
-    with open(stored.path, "rb") as file:
-        file.seek(stored.offset)
-        data = bytearray(file.read(stored.num_bytes))
-    dtype = getattr(torch, NUMPY_DTYPES[stored.dtype].name)
-    return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)
 
 
 def _by_parameter(

@@ -15,23 +15,25 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen2_ascend.checkpoint.formats import megatron, torch_pt
-from qwen2_ascend.checkpoint.staging import fsync_folder, fsync_tree, write_file
+from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.transformers_model import save_hugging_face
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.saved import RUN_FILE, SavedZero
-from qwen2_ascend.training import schedule as schedules
-from qwen2_ascend.training.checkpointing import CheckpointIdentity, publish, with_tensors
-from qwen2_ascend.training.loop import Progress
-from qwen2_ascend.training.rng_state import rng_state, set_rng_state
+from qwen2_ascend.training.checkpointing import CheckpointIdentity
+from qwen2_ascend.training.iterations import (
+    begin_iteration,
+    progress_state,
+    publish_iteration,
+    restore_progress,
+    restore_rng,
+)
+from qwen2_ascend.training.rng_state import rng_state
 
 TAG = "zero"
 
@@ -44,13 +46,7 @@ def save_zero_checkpoint(run: ZeroRun, identity: CheckpointIdentity) -> Path:
     """
     settings, is_first = run.settings.checkpoint, run.runtime.rank == 0
     assert settings.save is not None
-    name = f"iter_{run.progress.iteration:07d}"
-    target, partial = settings.save / name, settings.save / f".{name}.partial"
-    if is_first:
-        for unfinished in settings.save.glob(".iter_*.partial"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    run.runtime.barrier()
+    partial = begin_iteration(run, settings.save)
     save_hugging_face(
         run.model,
         identity.config,
@@ -64,15 +60,9 @@ def save_zero_checkpoint(run: ZeroRun, identity: CheckpointIdentity) -> Path:
         run.engine.save_checkpoint(str(partial), tag=TAG)
     if not settings.no_save_rng:
         torch.save(rng_state(run.runtime), partial / rng_file(run))
-    run.runtime.barrier()
     if is_first:
         write_file(partial / RUN_FILE, json.dumps(_plain_state(run), indent=2).encode())
-        fsync_tree(partial)
-        publish(partial, target)
-        write_file(settings.save / megatron.TRACKER_FILE, str(run.progress.iteration).encode())
-        fsync_folder(settings.save)
-    run.runtime.barrier()
-    return target
+    return publish_iteration(run, settings.save)
 
 
 def resume_zero(run: ZeroRun, saved: SavedZero) -> list[str]:
@@ -91,16 +81,11 @@ def resume_zero(run: ZeroRun, saved: SavedZero) -> list[str]:
     elif not settings.no_load_optim:
         _check_cut(run, saved)
         _load_engine(run, saved.folder)
-    run.progress = Progress(**state["progress"])
-    was = state["opt_param_scheduler"]
-    notes += [f"schedule: {change}" for change in schedules.changed(run.schedule, was)]
-    run.schedule.load_state_dict(dict(was))
+    notes += restore_progress(run, state)
     if not settings.no_load_rng and state["rng"]:
-        if state["world_size"] == run.runtime.world_size:
-            rng = with_tensors(torch_pt.read(saved.folder / rng_file(run)))
-            set_rng_state(run.runtime, rng)
-        else:
-            notes.append("another number of ranks: the random number generators are seeded anew")
+        same_ranks = state["world_size"] == run.runtime.world_size
+        unlike = None if same_ranks else "another number of ranks"
+        notes += restore_rng(run, saved.folder / rng_file(run), unlike=unlike)
     run.runtime.barrier()
     return notes
 
@@ -110,8 +95,7 @@ def _plain_state(run: ZeroRun) -> dict[str, Any]:
     return {
         "zero_stage": run.stage,
         "world_size": run.runtime.world_size,
-        "progress": asdict(run.progress),
-        "opt_param_scheduler": run.schedule.state_dict(),
+        **progress_state(run),
         "optimizer": not checkpoint.no_save_optim,
         "rng": not checkpoint.no_save_rng,
     }

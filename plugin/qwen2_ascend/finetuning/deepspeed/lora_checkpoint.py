@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from qwen2_ascend.checkpoint.formats import megatron, torch_pt
 from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, encode_config
-from qwen2_ascend.checkpoint.staging import fsync_folder, partial_folder, write_file
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.checkpoint.staging import partial_folder, write_file
 from qwen2_ascend.finetuning.deepspeed.checkpoint import rng_file
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.lora import adapter_parameters, read_adapter_tensors
@@ -30,11 +27,17 @@ from qwen2_ascend.finetuning.deepspeed.optimizer_state import (
 )
 from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
-from qwen2_ascend.training import schedule as schedules
-from qwen2_ascend.training.checkpointing import CheckpointIdentity, publish, with_tensors
-from qwen2_ascend.training.loop import Progress
+from qwen2_ascend.training.checkpointing import CheckpointIdentity
+from qwen2_ascend.training.iterations import (
+    begin_iteration,
+    progress_state,
+    publish,
+    publish_iteration,
+    restore_progress,
+    restore_rng,
+)
 from qwen2_ascend.training.optimizer import MOMENTS
-from qwen2_ascend.training.rng_state import rng_state, set_rng_state
+from qwen2_ascend.training.rng_state import rng_state
 
 
 def save_lora_checkpoint(
@@ -51,28 +54,17 @@ def save_lora_checkpoint(
     Raises:
         OSError: it cannot be written; the folder holds the last checkpoint.
     """
-    settings, is_first = run.settings.checkpoint, run.runtime.rank == 0
+    settings = run.settings.checkpoint
     assert settings.save is not None
-    name = f"iter_{run.progress.iteration:07d}"
-    target, partial = settings.save / name, settings.save / f".{name}.partial"
-    if is_first:
-        for unfinished in settings.save.glob(".iter_*.partial"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    run.runtime.barrier()
+    partial = begin_iteration(run, settings.save)
     _write_adapter(run, lora, base, partial)
     kinds = [] if settings.no_save_optim else _write_optimizer(run, partial)
     if not settings.no_save_rng:
         torch.save(rng_state(run.runtime), partial / rng_file(run))
-    run.runtime.barrier()
-    if is_first:
+    if run.runtime.rank == 0:
         state = _plain_state(run, identity, base, kinds)
         write_file(partial / RUN_FILE, json.dumps(state, indent=2).encode())
-        publish(partial, target)
-        write_file(settings.save / megatron.TRACKER_FILE, str(run.progress.iteration).encode())
-        fsync_folder(settings.save)
-    run.runtime.barrier()
-    return target
+    return publish_iteration(run, settings.save)
 
 
 def save_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path) -> None:
@@ -104,20 +96,15 @@ def resume_lora(
         UserError: the checkpoint is not of this model.
     """
     settings, state = run.settings.checkpoint, saved.state
-    run.progress = Progress(**state["progress"])
-    was = state["opt_param_scheduler"]
-    notes = [f"schedule: {change}" for change in schedules.changed(run.schedule, was)]
-    run.schedule.load_state_dict(dict(was))
+    notes = restore_progress(run, state)
     if not settings.no_load_optim:
         if state["optimizer"]:
             _read_optimizer(run, saved, identity, lora)
         else:
             notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
     if not settings.no_load_rng and state["rng"]:
-        if state["layout"] == _layout(run):
-            set_rng_state(run.runtime, with_tensors(torch_pt.read(saved.folder / rng_file(run))))
-        else:
-            notes.append("other ranks: the random number generators are seeded anew")
+        unlike = "other ranks" if state["layout"] != _layout(run) else None
+        notes += restore_rng(run, saved.folder / rng_file(run), unlike=unlike)
     run.runtime.barrier()
     return notes
 
@@ -129,8 +116,7 @@ def _plain_state(
         "base": str(base.resolve()) if base else None,
         "dtype": identity.dtype,
         "layout": _layout(run),
-        "progress": asdict(run.progress),
-        "opt_param_scheduler": run.schedule.state_dict(),
+        **progress_state(run),
         "optimizer": kinds,
         "optimizer_updates": num_updates(run),
         "loss_scaler": scaler_state(run.optimizer.loss_scaler),
@@ -167,15 +153,10 @@ def _write_optimizer(run: ZeroRun, folder: Path) -> list[str]:
 def _read_optimizer(
     run: ZeroRun, saved: SavedLora, identity: CheckpointIdentity, lora: LoraConfig
 ) -> None:
-    kinds = saved.state["optimizer"]
-    if missing := [kind for kind in MOMENTS if kind not in kinds]:
-        raise UserError(
-            f"{saved.folder}: {', '.join(missing)} of the optimizer are missing; --no-load-optim "
-            "goes on without."
-        )
+    saved.check_optimizer(MOMENTS)
     states = {
         kind: read_adapter_tensors(saved.folder / f"{kind}.safetensors", identity.config, lora)
-        for kind in kinds
+        for kind in saved.state["optimizer"]
     }
     updates = int(saved.state["optimizer_updates"])
     load_state(run, adapter_parameters(run.model), states, updates)
