@@ -15,7 +15,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
@@ -163,11 +163,8 @@ def _tuning_faults(settings: FinetuneSettings) -> list[str]:
 
 
 def _adapter_faults(settings: FinetuneSettings) -> list[str]:
-    model, lora, export, faults = settings.model, settings.lora, settings.export, []
-    try:
-        settings.lora_config()
-    except UserError as error:
-        faults += error.faults
+    model, lora, export, faults = settings.model, settings.lora, settings.export, Faults()
+    faults.of(settings.lora_config)
     if lora.lora_r is not None and lora.lora_load is not None:
         faults.append("--lora-r and --lora-load: give one of them; an adapter has its rank.")
     if export.save_adapter and not lora.is_on:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Protocol
 import tyro
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
@@ -446,11 +446,8 @@ def _value_faults(settings: TrainingSettings) -> list[str]:
 
 
 def _layout_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
-    faults: list[str] = []
-    try:
-        settings.layout().check(config, settings.padded_vocab_size(config))
-    except UserError as error:
-        faults += error.faults
+    faults = Faults()
+    faults.of(lambda: settings.layout().check(config, settings.padded_vocab_size(config)))
     return faults
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.finetuning import settings as finetuning
 from qwen2_ascend.finetuning.deepspeed.config import deepspeed_config
 from qwen2_ascend.finetuning.settings import (
@@ -167,13 +167,7 @@ def validate(settings: ZeroFinetuneSettings, config: Qwen2Config, world_size: in
     Raises:
         UserError: all faults at once.
     """
-    faults: list[str] = []
-    for check in (
-        lambda: finetuning.validate(settings, config, world_size),
-        lambda: deepspeed_config(settings, world_size, settings.runtime.device),
-    ):
-        try:
-            check()
-        except UserError as error:
-            faults += error.faults
-    raise_if(dict.fromkeys(faults))
+    faults = Faults()
+    faults.of(lambda: finetuning.validate(settings, config, world_size))
+    faults.of(lambda: deepspeed_config(settings, world_size, settings.runtime.device))
+    raise_if(faults)
