@@ -68,7 +68,11 @@ class Reader:
         return flat.reshape(shape)[_within(box, held.piece.box)]
 
     def read_run(self, held: Held, box: Box, out: np.ndarray) -> None:
-        """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype)."""
+        """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype).
+
+        Raises:
+            OSError: the file cannot be read, or ends too soon.
+        """
         fd, _ = self._open(held.stored.path)
         start = _run_start(held, box)
         raw = memoryview(out.reshape(-1).view(np.uint8).data)

@@ -192,6 +192,11 @@ def _parquet_faults(file: InputFile, keys: Sequence[str]) -> list[str]:
 
 
 def parquet_file(path: str) -> Any:
+    """pyarrow's ParquetFile.
+
+    Raises:
+        UserError: pyarrow is not installed.
+    """
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
@@ -222,6 +227,7 @@ def read_rows(
 
 @contextlib.contextmanager
 def damaged_gzip(file: InputFile) -> Iterator[None]:
+    """Turns what gzip raises while the file is read into a UserError that names it."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -229,6 +235,7 @@ def damaged_gzip(file: InputFile) -> Iterator[None]:
 
 
 def opened(file: InputFile) -> IO[bytes]:
+    """The file's bytes, unpacked."""
     return gzip.open(file.path, "rb") if file.is_gzip else open(file.path, "rb")  # pyright: ignore
 
 

@@ -140,7 +140,11 @@ class OutputFile:
         self._next = self.num_done
 
     def open(self) -> None:
-        """Begins to write; on one rank only."""
+        """Begins to write; on one rank only.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         try:
             self._file = self._part.open("a" if self.num_done else "w", encoding="utf-8")
             self._file.truncate(self._kept_bytes)

@@ -65,7 +65,11 @@ class Tokenizer:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """A chat as the template writes it; raises as `encode_chat`."""
+        """A chat as the template writes it.
+
+        Raises:
+            UserError: as `encode_chat`.
+        """
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{self.folder}: its tokenizer has no chat template; give plain prompts, or a "

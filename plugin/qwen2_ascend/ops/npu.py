@@ -127,7 +127,11 @@ def cached_attention(
     lengths: Sequence[int],
     softmax_scale: float,
 ) -> torch.Tensor:
-    """The inference operator, which reads the cache as it lies; the plain twin for fp32."""
+    """The inference operator, which reads the cache as it lies; the plain twin for fp32.
+
+    Raises:
+        ValueError: the cache is not contiguous.
+    """
     checks.check_cached_attention(q, keys, values, lengths)
     if reason := _why_not_fused(q, keys):
         _say_once(f"npu_fused_infer_attention_score does not take {reason}")
@@ -184,7 +188,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """One kernel instead of a product, a concatenation, a product and a sum."""
+    """One kernel instead of a product, a concatenation, a product and a sum.
+
+    Raises:
+        UserError: more sequences or heads than the kernel takes.
+    """
     checks.check_rotary(x, cos, sin)
     _check_dtype(x)
     s, b, width = x.shape[0], x.shape[1], x.shape[-1]

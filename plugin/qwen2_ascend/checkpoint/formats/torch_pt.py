@@ -118,7 +118,11 @@ def read(path: str | Path) -> Any:
 
 
 def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
-    """As `read`, for a torch.save that is `num_bytes` of `file` from `start`."""
+    """As `read`, for a torch.save that is `num_bytes` of `file` from `start`.
+
+    Raises:
+        UserError: as `read`.
+    """
     what = str(path) if start == 0 else f"{path} (from byte {start})"
     try:
         records = read_zip(file, start, num_bytes)
