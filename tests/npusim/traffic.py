@@ -60,6 +60,9 @@ ACTIVATION, GRADIENT, WEIGHT = 2, 4, 2
 def minimum(cut: Cut) -> int:
     """Bytes that all cards together must send in a step, with gradients summed in fp32.
 
+    From what each cut makes a sum or a copy over ranks, whatever calls a framework makes of it; the
+    planner's list of calls is not looked at, and tests hold that list to what was recorded.
+
     TP: the output of attention and of the MLP is a sum over ranks, and so is each one's gradient:
     4 sums of `[s, b, h]` per layer; the embedding's output and the gradient of the last layer's
     input, 2 more. The loss is 3 numbers per token: the largest logit, the sum of exponentials, the

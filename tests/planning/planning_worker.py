@@ -31,16 +31,36 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-pp1-tied-bf16": {"dtype": "bf16", "tied": True},
     "tp1-pp1-full-bf16": {"dtype": "bf16", "recompute": "full"},
     "tp1-pp1-selective-chunked": {"recompute": "selective", "chunk": 64},
+    "tp1-pp1-long-bf16": {"length": 512, "sequences": 1, "dtype": "bf16"},
+    "tp1-pp1-unfused": {"keeps_scores": True},
+    "tp1-pp1-unfused-full-bf16": {"keeps_scores": True, "recompute": "full", "dtype": "bf16"},
     "tp1-pp1-lora-bf16": {"lora": 4, "dtype": "bf16"},
     "tp1-pp1-lora-full-bf16": {"lora": 4, "recompute": "full", "dtype": "bf16", "chunk": 64},
     "tp2-sp-lora-bf16": {"tp": 2, "sequence_parallel": True, "lora": 4, "dtype": "bf16"},
+    "tp2-lora-bf16": {"tp": 2, "lora": 4, "dtype": "bf16"},
     "tp2-bf16": {"tp": 2, "dtype": "bf16"},
     "tp2-sp-full": {"tp": 2, "sequence_parallel": True, "recompute": "full"},
     "tp2-sp-chunked-bf16": {"tp": 2, "sequence_parallel": True, "chunk": 64, "dtype": "bf16"},
     "pp2-tied-bf16": {"pp": 2, "tied": True, "dtype": "bf16"},
     "pp2-vpp2": {"pp": 2, "layers_per_chunk": 1},
+    "pp2-lora-bf16": {"pp": 2, "lora": 4, "dtype": "bf16"},
     "dp2-bf16": {"dp": 2, "dtype": "bf16"},
     "dp2-distributed-optimizer-bf16": {"dp": 2, "distributed_optimizer": True, "dtype": "bf16"},
+    "dp2-distributed-optimizer-full-bf16": {
+        "dp": 2,
+        "distributed_optimizer": True,
+        "recompute": "full",
+        "dtype": "bf16",
+    },
+    "tp2-pp2-vpp2-sp-tied-selective-bf16": {
+        "tp": 2,
+        "pp": 2,
+        "layers_per_chunk": 1,
+        "sequence_parallel": True,
+        "tied": True,
+        "recompute": "selective",
+        "dtype": "bf16",
+    },
     "tp2-pp2-sp-bf16": {"tp": 2, "pp": 2, "sequence_parallel": True, "dtype": "bf16"},
     "tp4-more-than-groups": {"tp": 4, "groups": 2},
     "pp4-selective-bf16": {"pp": 4, "recompute": "selective", "dtype": "bf16"},
@@ -61,9 +81,13 @@ def planned(
     dtype: str = "fp32",
     chunk: int | None = None,
     lora: int | None = None,
+    keeps_scores: bool = False,
+    length: int = LENGTH,
+    sequences: int = 2,
+    backend: str = "cpu",
     **cut: Any,
 ) -> Cut:
-    """The planner's view of a layout: four micro-batches of two sequences per rank."""
+    """The planner's view of a layout: four micro-batches of `sequences` sequences per rank."""
     config = tiny_config(
         hidden_size=128,
         ffn_hidden_size=352,
@@ -71,24 +95,26 @@ def planned(
         num_query_groups=groups,
         vocab_size=1024,
         tie_word_embeddings=tied,
+        max_position_embeddings=512,
     )
     job = Job(
         config=config,
-        seq_length=LENGTH,
-        global_batch_size=8 * cut.get("dp", 1),
+        seq_length=length,
+        global_batch_size=4 * sequences * cut.get("dp", 1),
         dtype=dtype,
-        backend="cpu",
+        backend=backend,
+        keeps_scores=keeps_scores,
         cross_entropy_chunk_size=chunk,
         lora_rank=lora,
     )
-    return Cut(job=job, micro_batch_size=2, **cut)
+    return Cut(job=job, micro_batch_size=sequences, **cut)
 
 
 def flags(cut: Cut) -> str:
     """The launcher's."""
     job = cut.job
     words = {
-        "--mock-data --device cpu --num-workers 0 --train-iters 3 --lr 1e-3": True,
+        f"--mock-data --device {job.backend} --num-workers 0 --train-iters 3 --lr 1e-3": True,
         f"--seq-length {job.seq_length} --micro-batch-size {cut.micro_batch_size}": True,
         f"--global-batch-size {job.global_batch_size}": True,
         f"--tensor-model-parallel-size {cut.tp}": True,
@@ -97,6 +123,7 @@ def flags(cut: Cut) -> str:
         "--sequence-parallel": cut.sequence_parallel,
         "--use-distributed-optimizer": cut.distributed_optimizer,
         "--bf16": job.dtype == "bf16",
+        "--attention-backend unfused": job.keeps_scores,
         "--recompute-granularity selective": cut.recompute == "selective",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
             cut.recompute == "full"
@@ -119,7 +146,7 @@ def memory_and_traffic(cut: Cut, run: Run) -> str:
     from planning.collective_log import CollectiveLog
     from planning.tensor_memory import TensorMemory
 
-    folder = _weights(cut, run)
+    folder = weights(cut, run)
     with TensorMemory() as memory, CollectiveLog() as log:
         training = _start(cut, run, folder)
         train_worker.steps(training, 1)  # AdamW makes its state
@@ -155,7 +182,7 @@ def _start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
     return build_run(settings, run.runtime, chunks, train_data=data)
 
 
-def _weights(cut: Cut, run: Run) -> Path:
+def weights(cut: Cut, run: Run) -> Path:
     """A folder of the model's shape, written by the first rank that asks."""
     import torch
 

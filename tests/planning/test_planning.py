@@ -252,7 +252,10 @@ def test_memory_is_what_the_parts_say():
 
 @pytest.mark.parametrize("name", CUTS, ids=lambda name: name.replace(" ", "-"))
 def test_traffic_is_what_the_simulated_cards_recorded(name):
-    """Above it are the few numbers that ranks tell each other; see docs/benchmarks.md."""
+    """Above it are the few numbers that ranks tell each other; see docs/benchmarks.md.
+
+    `minimum` is no such list of calls but a bound that holds for any.
+    """
     recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]["bytes"]
     layout = CUTS[name]
     asked = Job(
@@ -368,6 +371,29 @@ def test_mistakes_are_told(words, fault):
         main(words.split())
 
 
+def test_what_is_assumed_of_a_device_is_told(capsys):
+    words = "--model 0.5B --num-devices 8 --device 910B4 --top 1"
+    main(words.split())
+    assert "Assumed, for want of figures: memory bandwidth, node bandwidth, network" in (
+        capsys.readouterr().out
+    )
+    own = "--memory-bandwidth-gb 800 --node-bandwidth-gb 30 --network-bandwidth-gb 25"
+    main(f"{words} {own}".split())
+    assert "Assumed" not in capsys.readouterr().out
+
+
+def test_scores_in_memory_take_what_they_take(capsys):
+    """And the launcher is told."""
+    words = "--model 7B --num-devices 8 --seq-length 16384 --recompute-granularity none"
+    main(f"{words} --attention-backend unfused".split())
+    assert "does not fit" in capsys.readouterr().out
+    cut = Cut(job=job(keeps_scores=True), tp=4)
+    more = stage_memory(cut, 0).activations - stage_memory(replace(cut, job=job()), 0).activations
+    scores = 28 * 4096**2 * (28 // 4)
+    assert 6 * scores < more < 6.5 * scores
+    assert "--attention-backend unfused" in report.launch_flags("7B", cut)
+
+
 def test_figures_of_devices_name_their_source():
     assert {"910B1", "910B2", "910B3", "910B4", "910C", "A100", "H100", "CPU"} <= DEVICES.keys()
     assert all(device.source for device in DEVICES.values())
@@ -385,6 +411,9 @@ def _table() -> str:
     for device in DEVICES.values():
         bandwidths = (device.memory_bandwidth, device.node_bandwidth, device.network_bandwidth)
         figures = [device.memory / 1e9, device.peak_flops / 1e12, *(b / 1e9 for b in bandwidths)]
-        cells = [device.name, *(f"{figure:.4g}" for figure in figures)]
+        names = ("memory", "peak_flops", "memory_bandwidth", "node_bandwidth", "network_bandwidth")
+        marks = ["*" * (name in device.assumed) for name in names]
+        pairs = zip(figures, marks, strict=True)
+        cells = [device.name, *(f"{figure:.4g}{mark}" for figure, mark in pairs)]
         rows.append(f"| {' | '.join(cells)} | {device.devices_per_node} |")
     return "\n".join(rows)

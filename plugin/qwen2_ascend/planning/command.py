@@ -24,7 +24,8 @@ class PlanOptions:
     qwen2-ascend plan --model 72B --device 910B --num-devices 16
 
     Memory is computed tensor by tensor, as tests measure it on CPU ranks. Times are predicted by a
-    roofline from public figures of the device; nothing ran on it.
+    roofline from public figures of the device; nothing ran on it. Pretraining, fine-tuning of all
+    weights and LoRA are planned; uneven stages, DPO and DeepSpeed's ZeRO are not.
     """
 
     model: Annotated[str, tyro.conf.arg(metavar="DIR|SIZE")]
@@ -44,6 +45,8 @@ class PlanOptions:
     """Sequences that go through a rank at once; by default 1, 2, 4 and 8 are tried."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of weights and activations."""
+    attention_backend: Literal["auto", "unfused"] = "auto"
+    """unfused keeps s x s scores per head; auto is a kernel that does not."""
     cross_entropy_chunk_size: int | None = None
     """Tokens whose logits exist at once; by default all."""
     lora_r: int | None = None
@@ -147,6 +150,7 @@ def _job(options: PlanOptions) -> Job:
         global_batch_size=options.global_batch_size or max(256, options.num_devices),
         dtype=options.dtype,
         backend=find_device(options.device).backend,
+        keeps_scores=options.attention_backend == "unfused",
         cross_entropy_chunk_size=options.cross_entropy_chunk_size,
         lora_rank=options.lora_r,
     )
@@ -181,7 +185,8 @@ def _device(options: PlanOptions) -> Device:
     if not changes:
         return device
     source = f"{', '.join(changes)} as given; else {device.source}"
-    return replace(device, **changes, source=source)
+    assumed = tuple(name for name in device.assumed if name not in changes)
+    return replace(device, **changes, source=source, assumed=assumed)
 
 
 def _faults(options: PlanOptions) -> list[str]:

@@ -33,47 +33,48 @@ class Device:
     backend: str
     """cpu, cuda or npu."""
     source: str
+    assumed: tuple[str, ...] = ()
+    """Fields that stand for this device on no figure of its own."""
 
 
-_ASCEND_910B = {
+_ASCEND: dict[str, Any] = {
     "memory_bandwidth": 1.6e12,
     "node_bandwidth": 196e9,
     "network_bandwidth": 25e9,
-    "devices_per_node": 8,
     "backend": "npu",
 }
 _910B_SOURCE = (
-    "memory and AI cores: HAMi's device table (910B1 as 910B2); peak computed: {cores} cores x "
-    "4096 multiply-adds x 1.8 GHz; bandwidths as in CloudMatrix384's paper for a die of the 910C"
+    "memory and peak ({cores} cores x 4096 multiply-adds x {ghz} GHz): CANN's "
+    "platform_config/Ascend{name}.ini; bandwidths: those of a die of the 910C"
 )
+_BANDWIDTHS = ("memory_bandwidth", "node_bandwidth", "network_bandwidth")
 
 
-def _ascend_910b(name: str, cores: int, gib: int) -> Device:
-    values: dict[str, Any] = {**_ASCEND_910B}
+def _ascend_910b(name: str, cores: int, ghz: float, gib: int) -> Device:
     return Device(
         name=name,
         memory=gib * 2**30,
-        peak_flops=cores * 4096 * 2 * 1.8e9,
-        source=_910B_SOURCE.format(cores=cores),
-        **values,
+        peak_flops=cores * 4096 * 2 * ghz * 1e9,
+        devices_per_node=8,
+        source=_910B_SOURCE.format(name=name, cores=cores, ghz=ghz),
+        assumed=_BANDWIDTHS,
+        **_ASCEND,
     )
 
 
 _LIST = (
-    _ascend_910b("910B1", 24, 64),
-    _ascend_910b("910B2", 24, 64),
-    _ascend_910b("910B3", 20, 64),
-    _ascend_910b("910B4", 20, 32),
+    _ascend_910b("910B1", 24, 1.85, 64),
+    _ascend_910b("910B2", 24, 1.8, 64),
+    _ascend_910b("910B3", 20, 1.8, 64),
+    _ascend_910b("910B4", 20, 1.5, 32),
     Device(
         name="910C",
-        memory=64 * GB,
+        memory=64 * 2**30,
         peak_flops=376e12,
-        memory_bandwidth=1.6e12,
-        node_bandwidth=196e9,
-        network_bandwidth=25e9,
         devices_per_node=16,
-        backend="npu",
-        source="one of two dies: Zuo et al. 2025, arXiv:2506.12708 (CloudMatrix384)",
+        source="one of two dies: Zuo et al. 2025, arXiv:2506.12708 (CloudMatrix384); memory: "
+        "CANN's platform_config/Ascend910_9391.ini",
+        **_ASCEND,
     ),
     Device(
         name="A100",
@@ -118,11 +119,13 @@ _LIST = (
         devices_per_node=4,
         backend="cpu",
         source="no product: round numbers for one process on a few cores; give your own",
+        assumed=("memory", "peak_flops", *_BANDWIDTHS),
     ),
 )
 DEVICES = {device.name: device for device in _LIST}
-ALIASES = {"910B": "910B3", "A100-80GB": "A100"}
-"""910B means the slower of the 64 GB cards, so that what it promises holds for all of them."""
+ALIASES = {"910B": "910B3", "910_9391": "910C", "910_9392": "910C", "A100-80GB": "A100"}
+"""910B means the slower of the 64 GB cards, so that what it promises holds for all of them; 910_93
+and two digits is what a 910C calls itself."""
 
 
 def find_device(name: str) -> Device:

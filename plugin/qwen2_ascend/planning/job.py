@@ -27,6 +27,8 @@ class Job:
     """Of weights and activations: bf16, fp16 or fp32."""
     backend: str = "npu"
     """Whose operators run, cpu, cuda or npu: they keep different tensors for backward."""
+    keeps_scores: bool = False
+    """--attention-backend unfused: attention's matrix of scores is in memory."""
     cross_entropy_chunk_size: int | None = None
     """Tokens whose logits exist at once; None keeps all."""
     lora_rank: int | None = None

@@ -18,9 +18,9 @@ from qwen2_ascend.planning.job import Cut
 from qwen2_ascend.planning.parameters import Parameters, embedding, layer_tensors, parameters
 
 FP32 = 4
-HCCL_BYTES = 2 * 200 * 10**6
-"""That a communicator takes of an NPU: twice HCCL_BUFFSIZE, 200 MB unless set (CANN's
-documents)."""
+HCCL_BYTES = 2 * 200 * 2**20
+"""That a communicator takes of an NPU: twice HCCL_BUFFSIZE, 200 MiB unless set (CANN's documents
+and HCCL's sources)."""
 SOFTMAX_STATISTICS = {"cpu": 4, "cuda": 4, "npu": 2 * 8 * 4}
 """Bytes per token and head: log-sum-exp; torch_npu's largest score and sum, 8 times each."""
 _CAUSAL_MASK = 2048 * 2048
@@ -169,13 +169,14 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
 
 
 def _update_temporary(cut: Cut, weights: Parameters) -> int:
-    """What clipping and AdamW make besides the state."""
+    """What summing the gradients, clipping and AdamW make besides the state."""
     if cut.job.backend == "cuda":
         share = cut.dp if cut.distributed_optimizer else 1
         return weights.trained * FP32 // share  # the roots of all second moments at once
     if cut.job.backend == "npu":
         return weights.largest * FP32  # the clipped gradient of a tensor; AdamW works in place
-    return 0  # torch's fused AdamW clips as it reads
+    # torch's fused AdamW clips as it reads; gloo scatters sums out of a copy of all gradients
+    return max(weights.buffers) * FP32 if cut.distributed_optimizer and cut.dp > 1 else 0
 
 
 def _buffers(cut: Cut, stage: int) -> int:
@@ -257,10 +258,18 @@ def _attention(cut: Cut) -> int:
     width, e = cut.job.config.kv_channels, cut.job.element
     rotated, context = cut.heads + cut.groups, cut.heads
     statistics = cut.heads * SOFTMAX_STATISTICS[cut.job.backend]
-    if cut.job.backend == "npu":
+    if cut.job.keeps_scores:
+        # and a byte per score for all heads, which of them are hidden
+        statistics = _scores(cut) * (FP32 + e) + cut.job.seq_length // cut.micro_batch_size
+    elif cut.job.backend == "npu":
         return (rotated + cut.groups + context) * width * e + statistics
     qkv = cut.qkv_rows if cut.shares_groups else cut.qkv_rows // cut.tp
     return (qkv + (rotated + context) * width) * e + statistics
+
+
+def _scores(cut: Cut) -> int:
+    """Per token, of all heads of a rank; the softmax of each is kept in fp32 and as it is used."""
+    return cut.heads * cut.job.seq_length
 
 
 def _selective_attention(cut: Cut) -> int:
@@ -287,7 +296,12 @@ def layer_workspace(cut: Cut) -> int:
     norm = hidden + (2 * e + 8) * hidden // e - freed - full_hidden
     if e == FP32:
         norm -= hidden
-    workspace = hidden + max(second, swiglu, first, norm)
+    moments = [second, swiglu, first, norm]
+    if job.keeps_scores:
+        # a softmax with its gradient and result, in fp32; the MLP's part is gone or not yet there
+        anew = 0 if cut.recompute == "selective" else (FP32 + e)
+        moments.append(t * _scores(cut) * (3 * FP32 - anew) - freed - hidden)
+    workspace = hidden + max(moments)
     if cut.recompute == "full":
         # the layer anew, whose input is what was kept, and its output
         workspace += _all_activations(cut)

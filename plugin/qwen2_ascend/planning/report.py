@@ -135,11 +135,15 @@ def _table(plans: list[Plan]) -> list[str]:
 
 def _notes(result: Result) -> str:
     efficiency, device = result.machine.efficiency, result.machine.device
+    names = [name.replace("_", " ") for name in device.assumed]
+    assumed = ""
+    if names:
+        assumed = f"\nAssumed, for want of figures: {', '.join(names)}; --help has flags for yours."
     return (
         "GB: of the fullest card, at the fullest moment of a step. TP (with SP), PP, DP GB: sent "
         "per card and step.\ns/step and tok/s (per card) are predicted, not measured: a roofline "
         f"at {efficiency.arithmetic:.0%} of the peak\nand {efficiency.memory:.0%} of the "
-        f"bandwidths, without overlap. {device.name}: {device.source}."
+        f"bandwidths, without overlap. {device.name}: {device.source}." + assumed
     )
 
 
@@ -203,6 +207,7 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
     elif cut.recompute == "full":
         flags.append("--recompute-granularity full --recompute-method uniform")
         flags.append("--recompute-num-layers 1")
+    flags += ["--attention-backend unfused"] * job.keeps_scores
     if job.cross_entropy_chunk_size:
         flags.append(f"--cross-entropy-chunk-size {job.cross_entropy_chunk_size}")
     if job.lora_rank is not None:
@@ -223,6 +228,7 @@ def write_json(result: Result, path: Path) -> None:
         "dtype": job.dtype,
         "seq_length": job.seq_length,
         "global_batch_size": job.global_batch_size,
+        "attention_backend": "unfused" if job.keeps_scores else "auto",
         "cross_entropy_chunk_size": job.cross_entropy_chunk_size,
         "lora_rank": job.lora_rank,
         "device": vars(machine.device),
