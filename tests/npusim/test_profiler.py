@@ -8,6 +8,27 @@ import pytest
 
 
 @pytest.mark.simulated(alone="profiler")
+def test_a_run_is_refused_where_cann_has_no_profiler(tmp_path: Path) -> None:
+    """Before its first step; torch_npu would print an error and go on without a trace."""
+    from types import SimpleNamespace
+
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.telemetry.instruments import Instruments
+    from qwen2_ascend.training.settings import parse
+
+    flags = "--config 0.5B --mock-data --seq-length 8 --lr 1e-5 --train-iters 20 --no-log-energy "
+    run = SimpleNamespace(
+        settings=parse(f"{flags} --profile-steps 10:12 --profile-dir {tmp_path}/traces".split()),
+        runtime=SimpleNamespace(name="npu", rank=1),
+        progress=SimpleNamespace(iteration=0),
+        train_iters=20,
+    )
+    with pytest.raises(UserError, match=r"CANN's libmsprofiler\.so, which is not found"):
+        Instruments(run, 8, print)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.simulated(alone="profiler")
 @pytest.mark.parametrize("level", ["level_none", "level0", "level1", "level2"])
 def test_torch_npu_takes_every_option(
     level: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

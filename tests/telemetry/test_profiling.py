@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,3 +91,23 @@ def test_a_genuine_trace_holds_the_steps_that_were_asked_for(tmp_path: Path) -> 
     steps = {name for name in events if name.startswith("ProfilerStep#")}
     assert len(steps) == 2, steps
     assert events.count("aten::cos") == 2
+
+
+@pytest.mark.parametrize(
+    ("library", "is_fine"),
+    [(SimpleNamespace(aclprofInit=print), True), (SimpleNamespace(), False), (None, False)],
+    ids=["whole", "older", "absent"],
+)
+def test_cann_is_asked_for_its_profiler(
+    library: object, is_fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen2_ascend.runtime import profiling
+
+    def load(name: str) -> object:
+        if library is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return library
+
+    monkeypatch.setattr(profiling.ctypes, "CDLL", load)
+    assert (profiling.profiler_fault("npu") is None) == is_fine
+    assert profiling.profiler_fault("cpu") is None

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from pathlib import Path
 from typing import Any
+
+
+def profiler_fault(device: str) -> str | None:
+    """Why no trace would be written on `device`: cpu, cuda or npu; None when there is no reason.
+
+    torch_npu asks CANN when it starts to record. Where CANN has no profiler it prints an error, and
+    the run goes on without a trace.
+    """
+    if device != "npu":
+        return None
+    name, function = "libmsprofiler.so", "aclprofInit"
+    try:
+        has_profiler = hasattr(ctypes.CDLL(name), function)
+    except OSError:
+        has_profiler = False
+    if has_profiler:
+        return None
+    return (
+        f"torch_npu's profiler records through CANN's {name}, which is not found or has no "
+        f"{function}; install CANN's toolkit and source its set_env.sh, or leave profiling out."
+    )
 
 
 def open_profiler(

@@ -23,7 +23,8 @@ class Instruments:
         say: prints a line, on rank 0.
 
     Raises:
-        UserError: steps are to be profiled that the run does not have.
+        UserError: steps are to be profiled that the run does not have, or on a device without a
+            profiler.
     """
 
     def __init__(self, run: TrainingRun, tokens_per_step: int, say: Say) -> None:
@@ -66,7 +67,7 @@ class Instruments:
 
 def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
     """None where this rank records nothing."""
-    from qwen2_ascend.runtime.profiling import open_profiler
+    from qwen2_ascend.runtime.profiling import open_profiler, profiler_fault
 
     settings, first = run.settings.profile, run.progress.iteration
     window, folder = settings.window(), settings.folder(run.settings.checkpoint.save)
@@ -76,6 +77,7 @@ def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
     if first >= end:
         say(f"nothing is profiled: {first} steps have been made, and recording ends at {end}")
         return None
+    raise_if([fault] if (fault := profiler_fault(run.runtime.name)) else [])
     ranks = ", ".join(map(str, settings.profile_ranks))
     say(f"profiling iterations {max(begin, first) + 1}-{end} on rank(s) {ranks}: {folder}")
     runtime = run.runtime
