@@ -64,6 +64,25 @@ class Encoded(NamedTuple):
         )
 
 
+def open_tokenizer(path: str) -> Any:
+    """The transformers tokenizer at `path`.
+
+    Raises:
+        UserError: no tokenizer there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        what = f"not a tokenizer: {text}" if os.path.exists(path) else "no such folder"
+        raise UserError(
+            f"--tokenizer-name-or-path {path}: {what}; give the model's Hugging Face folder, with "
+            "its tokenizer.json."
+        ) from error
+
+
 def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
     """Reads a Hugging Face tokenizer.
 
@@ -74,17 +93,7 @@ def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
     Raises:
         UserError: no tokenizer there, or it does not know `eod_token`.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        what = f"not a tokenizer: {text}" if os.path.exists(path) else "no such folder"
-        raise UserError(
-            f"--tokenizer-name-or-path {path}: {what}; give the model's Hugging Face folder, with "
-            "its tokenizer.json."
-        ) from error
+    tokenizer = open_tokenizer(path)
     token = eod_token if eod_token is not None else tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()
     if eod_token is not None and eod_token not in vocabulary:

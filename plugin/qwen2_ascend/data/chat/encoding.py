@@ -15,7 +15,7 @@ from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, Tokens
 from qwen2_ascend.data.chat.rows import where
 from qwen2_ascend.data.chat.stored import IGNORED, SIDES
 from qwen2_ascend.data.inputs import Row
-from qwen2_ascend.data.tokenization import BadRow, Encoded
+from qwen2_ascend.data.tokenization import BadRow, Encoded, open_tokenizer
 from qwen2_ascend.errors import UserError
 
 
@@ -43,7 +43,7 @@ class ChatEncoder:
         # several processes tokenize; threads below each would only be in each other's way
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._render = ChatRenderer(
-            load_chat_tokenizer(tokenizer_path),
+            open_tokenizer(tokenizer_path),
             chat_template=chat_template,
             train_on_prompt=train_on_prompt,
             mask_history=mask_history,
@@ -148,22 +148,3 @@ def parse_row(raw: bytes) -> Any:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
-
-
-def load_chat_tokenizer(path: str) -> Any:
-    """The transformers tokenizer at `path`.
-
-    Raises:
-        UserError: no tokenizer there.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        what = f"not a tokenizer: {text}" if os.path.exists(path) else "no such folder"
-        raise UserError(
-            f"--tokenizer-name-or-path {path}: {what}; give the model's Hugging Face folder, with "
-            "its tokenizer.json."
-        ) from error

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ import xxhash
 from qwen2_ascend.data.chat.check import find_formats
 from qwen2_ascend.data.chat.encoding import (
     ChatEncoder,
-    load_chat_tokenizer,
     output_keys,
 )
 from qwen2_ascend.data.chat.formats import RowFormat
@@ -32,6 +31,7 @@ from qwen2_ascend.data.inputs import InputFile
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Counts, State, join
 from qwen2_ascend.data.preprocess import num_cores, write_parts
+from qwen2_ascend.data.tokenization import open_tokenizer
 
 BYTES_PER_WORKER = 4 * 2**20
 """A worker takes seconds to start, so small files are not worth many."""
@@ -55,7 +55,7 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
     if settings.chat.prompt_type:
         print("note: --prompt-type: the tokenizer's own chat template is used.", flush=True)
     template = read_template(settings.chat.chat_template)
-    tokenizer = load_chat_tokenizer(settings.tokenizer_name_or_path)
+    tokenizer = open_tokenizer(settings.tokenizer_name_or_path)
     keys = output_keys(settings.task)
     state = State(
         settings=_deciding_settings(settings, files, formats, tokenizer, template),
@@ -73,17 +73,7 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
         stem = "chats_" if settings.pack else ""
         names = {key: f"{stem}{output.dataset(key).name}" for key in keys}
         if not state.is_joined:
-            make_encoder = partial(
-                ChatEncoder,
-                settings.tokenizer_name_or_path,
-                formats=formats,
-                task=settings.task,
-                chat_template=template,
-                train_on_prompt=settings.chat.train_on_prompt,
-                mask_history=settings.chat.mask_history,
-                seq_length=settings.seq_length,
-                max_row_bytes=settings.max_document_bytes,
-            )
+            make_encoder = _encoder(settings, formats, template)
             rows = read_chat_rows(files, reading, state.position)
             workers = settings.workers or _useful_workers(files)
             write_parts(settings, files, rows, make_encoder, folder, state, workers=workers)
@@ -97,6 +87,23 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
             )
         output.publish(folder, state)
     summary.print(output, settings, time.monotonic() - started)
+
+
+def _encoder(
+    settings: PreprocessSettings, formats: dict[str, RowFormat], template: str | None
+) -> Callable[[], ChatEncoder]:
+    """What each worker makes its encoder by."""
+    return partial(
+        ChatEncoder,
+        settings.tokenizer_name_or_path,
+        formats=formats,
+        task=settings.task,
+        chat_template=template,
+        train_on_prompt=settings.chat.train_on_prompt,
+        mask_history=settings.chat.mask_history,
+        seq_length=settings.seq_length,
+        max_row_bytes=settings.max_document_bytes,
+    )
 
 
 def _useful_workers(files: Sequence[InputFile]) -> int:
