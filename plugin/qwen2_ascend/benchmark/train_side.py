@@ -197,28 +197,13 @@ def build_megatron_core(work: Work) -> MegatronCore:
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from qwen2_ascend.runtime import supported_keywords
-
-    is_bf16 = work.dtype == "bf16"
     model, config = _megatron_model(work, runtime)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(config, ddp_config, model)
-    keywords = dict(
-        optimizer="adam",
-        lr=work.lr,
-        min_lr=work.lr,
-        weight_decay=work.weight_decay,
-        clip_grad=work.clip_grad,
-        bf16=is_bf16,
-        params_dtype=config.params_dtype,
-    )
-    optimizer: Any = get_megatron_optimizer(
-        OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords)), [wrapped]
-    )
+    optimizer = _megatron_optimizer(work, wrapped, config.params_dtype)
     config.grad_scale_func = optimizer.scale_loss
     ones = torch.ones(1, 1, work.seq_length, work.seq_length, dtype=torch.bool)
     mask = ones.triu_(1).to(runtime.device)  # what is not seen, as Megatron-LM's data loader has it
@@ -275,6 +260,24 @@ def _megatron_model(work: Work, runtime: Any) -> tuple[Any, Any]:
         [model], source, layout, padded_vocab_size=vocab_size, tp_rank=0, pp_stage=0
     )
     return model.to(runtime.device), config
+
+
+def _megatron_optimizer(work: Work, wrapped: Any, params_dtype: Any) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from qwen2_ascend.runtime import supported_keywords
+
+    keywords = dict(
+        optimizer="adam",
+        lr=work.lr,
+        min_lr=work.lr,
+        weight_decay=work.weight_decay,
+        clip_grad=work.clip_grad,
+        bf16=work.dtype == "bf16",
+        params_dtype=params_dtype,
+    )
+    settings = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
+    return get_megatron_optimizer(settings, [wrapped])
 
 
 def _megatron_forward(mask: Any, batches: Iterator[Any], model: Any) -> Any:
