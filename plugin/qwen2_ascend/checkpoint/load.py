@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -112,9 +112,14 @@ def fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:
 
 def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters by their names in a GPTModel, whatever wraps it."""
+    return {name: parameter.detach() for name, parameter in unwrap(module).named_parameters()}
+
+
+def unwrap(module: Any) -> Any:
+    """The GPTModel in a DistributedDataParallel, a Float16Module or both."""
     while hasattr(module, "module"):
-        module = module.module  # type: ignore[assignment]  # DistributedDataParallel, Float16Module
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+        module = module.module
+    return module
 
 
 def _check(expected: Mapping, parameters: Mapping[str, torch.Tensor]) -> None:

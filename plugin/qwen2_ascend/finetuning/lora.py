@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from qwen2_ascend.checkpoint.adapter_rules import LORA_B, adapter_rules
+from qwen2_ascend.checkpoint.load import unwrap
 from qwen2_ascend.checkpoint.plan import overlap, volume
 from qwen2_ascend.checkpoint.rules import BY_COLUMNS, Box, Rule
 from qwen2_ascend.config import Qwen2Config
@@ -61,7 +62,6 @@ __all__ = [
     "lora_state",
     "merge_adapters",
     "merged_weights",
-    "unwrap",
 ]
 
 
@@ -240,13 +240,6 @@ def merge_adapters(chunks: Sequence[Any]) -> None:
             for key, hook in list(module._forward_hooks.items()):
                 if hook is _add_adapter:
                     del module._forward_hooks[key]
-
-
-def unwrap(chunk: Any) -> Any:
-    """The GPTModel in a DistributedDataParallel."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _adapters(chunk: Any) -> Iterator[tuple[str, Any, Adapter]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from qwen2_ascend.checkpoint.load import unwrap
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.finetuning.adapter import (
@@ -17,7 +18,7 @@ from qwen2_ascend.finetuning.adapter import (
     save_adapter,
     save_adapter_tensors,
 )
-from qwen2_ascend.finetuning.lora import lora_state, unwrap
+from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout

@@ -27,7 +27,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
-from qwen2_ascend.checkpoint.load import load_tensors
+from qwen2_ascend.checkpoint.load import load_tensors, unwrap
 from qwen2_ascend.checkpoint.source import open_torch_dist_states
 from qwen2_ascend.checkpoint.staging import fsync_folder
 from qwen2_ascend.checkpoint.target import megatron_args
@@ -189,13 +189,6 @@ def _fsync(path: Path) -> None:
 
 
 # --- what a checkpoint holds ---------------------------------------------------------------------
-
-
-def unwrap(chunk: Any) -> Any:
-    """The GPTModel in a DistributedDataParallel."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _modules(chunks: Sequence[Any]) -> list[Any]:
