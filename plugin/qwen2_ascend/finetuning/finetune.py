@@ -24,6 +24,7 @@ from qwen2_ascend.training.setup import (
     checkpoint_identity,
     find_start,
     resume_if_saved,
+    say_resumed,
     start_runtime,
     train_and_report,
 )
@@ -201,9 +202,8 @@ def prepare(begin: Begin, runtime: Runtime, say: Say) -> Prepared:
     from qwen2_ascend.finetuning.lora_checkpoint import resume_lora, save_lora_checkpoint
 
     if begin.saved is not None:
-        for note in resume_lora(run, begin.saved, identity, begin.lora):
-            say(note)
-        say(f"resumed {begin.saved.folder} at iteration {run.progress.iteration}")
+        notes = resume_lora(run, begin.saved, identity, begin.lora)
+        say_resumed(run, begin.saved.folder, notes, say)
     save = partial(save_lora_checkpoint, run, identity, begin.lora, begin.base)
     return Prepared(run=run, identity=identity, save=save)
 

@@ -260,9 +260,15 @@ def resume_if_saved(run: TrainingRun, start: Start, identity: CheckpointIdentity
 
     if start.saved is None:
         return
-    for note in resume(run, start.saved, identity, run.settings.checkpoint):
+    notes = resume(run, start.saved, identity, run.settings.checkpoint)
+    say_resumed(run, start.saved.folder, notes, say)
+
+
+def say_resumed(run: TrainingRun, folder: Path, notes: Sequence[str], say: Say) -> None:
+    """Tells where the run goes on, what is not as it was, and whether anything is left to do."""
+    for note in notes:
         say(note)
-    say(f"resumed {start.saved.folder} at iteration {run.progress.iteration}")
+    say(f"resumed {folder} at iteration {run.progress.iteration}")
     if run.progress.iteration >= run.train_iters:
         say(f"nothing is left to do: the run ends at iteration {run.train_iters}")
 

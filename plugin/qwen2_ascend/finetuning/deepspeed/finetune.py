@@ -17,6 +17,7 @@ from qwen2_ascend.launching import launched
 from qwen2_ascend.training.setup import (
     Say,
     checkpoint_identity,
+    say_resumed,
     start_runtime,
     train_and_report,
 )
@@ -136,11 +137,7 @@ def resume_if_saved(run: ZeroRun, begin: ZeroBegin, identity: CheckpointIdentity
         notes = resume_zero(run, begin.saved_zero)
     else:
         return
-    for note in notes:
-        say(note)
-    say(f"resumed {folder} at iteration {run.progress.iteration}")
-    if run.progress.iteration >= run.train_iters:
-        say(f"nothing is left to do: the run ends at iteration {run.train_iters}")
+    say_resumed(run, folder, notes, say)
 
 
 def save_checkpoint(run: ZeroRun, identity: CheckpointIdentity, begin: ZeroBegin) -> Path:
