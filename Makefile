@@ -12,6 +12,10 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARG
 
 export TOKENIZERS_PARALLELISM := false
 
+# pytest-xdist's processes; each also starts up to four ranks, which wait for each other a lot.
+TEST_PROCESSES ?= 2
+PYTEST_ARGS := -n $(TEST_PROCESSES) --dist loadgroup --durations 30
+
 # torch_npu must be of torch's own release. It gets a folder of its own: without CANN, torch and
 # transformers fail where they find it among the packages.
 TORCH_NPU ?= torch_npu==2.13.0
@@ -70,10 +74,10 @@ quickstart: $(VENV)/.run
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev $(VENV)/npu-site
-	$(BIN)/python -m pytest --durations 30
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-compat: $(COMPAT)/.dev
-	$(COMPAT)/bin/python -m pytest --durations 30 -o cache_dir=$(COMPAT)/.pytest_cache \
+	$(COMPAT)/bin/python -m pytest $(PYTEST_ARGS) -o cache_dir=$(COMPAT)/.pytest_cache \
 	  $(foreach path,$(WITHOUT_MEGATRON),'--ignore-glob=$(path)')
 
 test-real: $(VENV)/.dev

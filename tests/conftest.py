@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,43 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", warning)
 
 
+# --- in several processes (-n 2 --dist loadgroup) -------------------------------------------------
+
+LONGEST = ("npusim",)
+"""Files and folders that take more than a minute, the longest first: begun last, each would be
+waited for alone."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Groups first, then the longest, then the others as they come."""
+    if item.get_closest_marker("xdist_group"):
+        return -1
+    place = item.path.relative_to(Path(__file__).parent).as_posix()
+    return next((n for n, long in enumerate(LONGEST) if place.startswith(long)), len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps a file's tests together, and those marked as one xdist_group over several files."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            return nodeid.partition("::")[0] if scope == nodeid else scope
+
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    config.option.loadscopereorder = False  # by the number of tests
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    """The torchrun launches of this test run; see distributed/harness.py."""
+    """The launches of this test run; see distributed/harness.py."""
     return Launches(tmp_path_factory.mktemp("launches"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 from pathlib import Path
+from unittest import mock
 
 from qwen2_ascend.config import Qwen2Config
 
@@ -72,5 +75,13 @@ def make_tiny_hugging_face_folder(
     )
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     model = random_hugging_face_model(config, seed).to(dtypes[config.dtype])
-    model.save_pretrained(path, max_shard_size=max_shard_size)
+    with _without_deepspeed():
+        model.save_pretrained(path, max_shard_size=max_shard_size)
     return Path(path)
+
+
+def _without_deepspeed() -> contextlib.AbstractContextManager:
+    """Keeps accelerate from importing it, for seconds, to ask whether a model is its engine."""
+    if importlib.util.find_spec("accelerate") is None:
+        return contextlib.nullcontext()
+    return mock.patch("accelerate.utils.other.is_deepspeed_available", return_value=False)

@@ -14,6 +14,7 @@ a fork of one that has done them costs milliseconds. Linux only, as the rest of 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -40,6 +41,8 @@ MODULES = (
     "megatron.core.pipeline_parallel",
     "transformers.models.auto.modeling_auto",
     "transformers.models.qwen2.modeling_qwen2",
+    "qwen2_ascend.checkpoint.load",
+    "qwen2_ascend.training.pretrain",
 )
 """What nearly every worker imports after `runtime.start`."""
 _PR_SET_CHILD_SUBREAPER = 36
@@ -63,6 +66,7 @@ def import_all() -> None:
     cpu.redirect_megatron()
     for name in MODULES:
         importlib.import_module(name)
+    gc.freeze()  # a rank's garbage collections look at what is its own, and copy no pages
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads run, and a fork has only one of them"
 

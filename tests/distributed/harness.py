@@ -49,9 +49,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
 
-TIMEOUT_SECONDS = 280
+TIMEOUT_SECONDS = 560
 """For a whole launch."""
-STALL_SECONDS = float(os.environ.get("CHECKS_STALL_SECONDS", "60"))
+STALL_SECONDS = float(os.environ.get("CHECKS_STALL_SECONDS", "120"))
 """For a collective, and for the other ranks after one has finished a check."""
 START_SECONDS = 120
 """For the imports of a fork server."""

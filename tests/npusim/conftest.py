@@ -31,6 +31,8 @@ INSIDE = "NPUSIM_FOLDER"
 """Set in the processes that see the simulated cards: a folder that the ranks share."""
 TIMEOUT_SECONDS = 2400
 """For all simulated tests of a run together."""
+XDIST_GROUP = "simulated"
+"""Under pytest-xdist one of its processes takes them all."""
 
 REPORTS = pytest.StashKey[dict[str, list[dict]]]()
 UNAVAILABLE = pytest.StashKey[str]()
@@ -38,6 +40,7 @@ UNAVAILABLE = pytest.StashKey[str]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "simulated(cards, soc, alone): runs on simulated NPUs")
+    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which may be absent")
     # torch 2.13 renames the collectives that megatron-core, and so these tests, call
     config.addinivalue_line("filterwarnings", "ignore:.torch.distributed.* is deprecated")
     # torch_npu says so of its own implementation
@@ -46,10 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:barrier.*using the device under current")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("simulated"):
             item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS + 60))
+            item.add_marker(pytest.mark.xdist_group(XDIST_GROUP))
     # pytest takes down the fixtures of a test when it sets up the next; these are never set up here
     items.sort(key=lambda item: item.get_closest_marker("simulated") is not None)
 
@@ -66,7 +71,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if UNAVAILABLE in item.session.stash:
         return None  # pytest_runtest_setup says why
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for data in item.session.stash[REPORTS][item.nodeid]:
+    for data in item.session.stash[REPORTS][_inside(item)]:
+        data["nodeid"] = item.nodeid
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -89,7 +95,7 @@ def _run_inside(session: pytest.Session) -> dict[str, list[dict]]:
         if item.get_closest_marker("simulated"):
             group = _group(item)
             groups.setdefault(json.dumps(group), {**group, "tests": []})["tests"].append(
-                item.nodeid
+                _inside(item)
             )
     folder = session.config._tmp_path_factory.mktemp("npusim")  # type: ignore[attr-defined]
     (folder / "groups.json").write_text(json.dumps(list(groups.values())), encoding="utf-8")
@@ -106,6 +112,11 @@ def _run_inside(session: pytest.Session) -> dict[str, list[dict]]:
         for number, group in enumerate(groups.values())
         for test in group["tests"]
     }
+
+
+def _inside(item: pytest.Item) -> str:
+    """The test's node id there, where it has no xdist_group's name behind it."""
+    return item.nodeid.removesuffix(f"@{XDIST_GROUP}")
 
 
 def _group(item: pytest.Item) -> dict:
