@@ -364,6 +364,9 @@ def test_nothing_heavy_is_imported():
         ("--model 7B --num-devices 9 --global-batch-size 16", "cannot share --global-batch-size"),
         ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "no valid layout"),
         ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),
+        ("--model 7B --num-devices 8 --commands -1", "--commands -1 must not be negative"),
+        ("--model 7B --num-devices 8 --json not/there.json", "there is no folder .*/not; make it"),
+        ("--model 7B --num-devices 8 --picture .", r"--picture \. is a folder"),
     ],
 )
 def test_mistakes_are_told(words, fault):

@@ -218,8 +218,15 @@ def _faults(options: PlanOptions) -> list[str]:
     faults += [
         f"{k} {v} must be above zero." for k, v in above_zero.items() if v is not None and not v > 0
     ]
+    if options.commands < 0:
+        faults.append(f"--commands {options.commands} must not be negative.")
     try:
         find_device(options.device)
     except UserError as error:
         faults += error.faults
+    for flag, path in {"--json": options.json, "--picture": options.picture}.items():
+        if path is not None and path.is_dir():
+            faults.append(f"{flag} {path} is a folder; name a file in it.")
+        elif path is not None and not path.absolute().parent.is_dir():
+            faults.append(f"{flag} {path}: there is no folder {path.absolute().parent}; make it.")
     return faults

@@ -60,7 +60,7 @@ def draw(result: Result, path: Path) -> None:
     )
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
 
 

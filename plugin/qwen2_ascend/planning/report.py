@@ -52,14 +52,15 @@ def text(result: Result, *, top: int, commands: int) -> str:
 def answer(result: Result) -> str:
     """Whether it fits, and what would."""
     job, machine = result.job, result.machine
-    what = f"{result.model} ({job.config.num_parameters / 1e9:.2f}e9 parameters, {job.dtype}"
+    parameters, unit = job.config.num_parameters, 9 if job.config.num_parameters >= 1e8 else 6
+    what = f"{result.model} ({parameters / 10**unit:.2f}e{unit} parameters, {job.dtype}"
     what += ", " + (f"LoRA rank {job.lora_rank}" if job.lora_rank else "all weights")
     what += f", sequences of {job.seq_length}, {job.global_batch_size} per step)"
     where = f"{machine.num_devices} x {machine.device.name}"
     usable = f"{machine.usable_memory / GB:.1f} of {machine.device.memory / GB:.1f} GB usable"
     fitting = sum(plan.fits for plan in result.plans)
     best = min(result.plans, key=lambda plan: plan.memory.total)
-    least = f"{best.memory.total / GB:.1f} GB on the fullest card ({_settings(best.cut)})"
+    least = f"{_gb(best.memory.total)} GB on the fullest card ({_settings(best.cut)})"
     lines = [f"{what} on {where}, {usable}:"]
     if fitting:
         lines.append(
@@ -75,7 +76,7 @@ def answer(result: Result) -> str:
     elif fewest.cut.num_devices != machine.num_devices:
         number = f"{fewest.cut.num_devices} device{'s' if fewest.cut.num_devices > 1 else ''}"
         lines.append(
-            f"The fewest it fits on: {number}, {fewest.memory.total / GB:.1f} GB "
+            f"The fewest it fits on: {number}, {_gb(fewest.memory.total)} GB "
             f"({_settings(fewest.cut)})."
         )
     return "\n".join(lines)
@@ -96,7 +97,7 @@ _COLUMNS = {
     "SP": lambda plan: "yes" if plan.cut.sequence_parallel else "-",
     "dist-opt": lambda plan: "yes" if plan.cut.distributed_optimizer else "-",
     "recompute": lambda plan: plan.cut.recompute.replace("none", "-"),
-    "GB": lambda plan: f"{plan.memory.total / GB:.1f}",
+    "GB": lambda plan: _gb(plan.memory.total),
     "fits": lambda plan: "yes" if plan.fits else "no",
     "weights": lambda plan: _gb(plan.memory.weights),
     "grads": lambda plan: _gb(plan.memory.gradients),
@@ -109,7 +110,9 @@ _COLUMNS = {
 
 
 def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / GB:.1f}"
+    """One decimal; of less than that the first digits."""
+    is_small = 0 < num_bytes < 0.1 * GB
+    return f"{num_bytes / GB:.1g}" if is_small else f"{num_bytes / GB:.1f}"
 
 
 def _table(plans: list[Plan]) -> list[str]:
