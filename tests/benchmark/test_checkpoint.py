@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qwen2_ascend.benchmark import checkpoint
@@ -71,3 +76,25 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         checkpoint.run(checkpoint.CheckpointBenchmark(dtype="int8", sides=("cp",), rounds=0))
     for words in ("--dtype int8", "--sides cp", "--rounds 0"):
         assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str
+)
+def test_nothing_is_left_by_a_run_that_is_told_to_stop(
+    tmp_path: Path, signal_number: signal.Signals, status: int
+) -> None:
+    command = [sys.executable, "-m", "qwen2_ascend.cli", "benchmark", "checkpoint"]
+    with subprocess.Popen([*command, "--directory", str(tmp_path)]) as process:
+        try:
+            children: list[psutil.Process] = []
+            while not children and process.poll() is None:
+                time.sleep(0.05)
+                children = psutil.Process(process.pid).children(recursive=True)
+            assert [path.name for path in tmp_path.glob("qwen2-benchmark-*")]
+            process.send_signal(signal_number)
+            assert process.wait(60) == status
+        finally:
+            process.kill()
+    assert not list(tmp_path.iterdir())
+    assert not psutil.wait_procs(children, timeout=10)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 import tyro
@@ -17,7 +18,8 @@ from qwen2_ascend.benchmark import (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` and measures."""
+    """Parses `argv` and measures; SIGTERM ends it as Ctrl-C does, with nothing left behind."""
+    signal.signal(signal.SIGTERM, _stop)
     commands = {
         "train": _train,
         "attention": _attention,
@@ -27,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cross-entropy": _cross_entropy,
     }
     tyro.extras.subcommand_cli_from_dict(commands, args=argv)
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _convert(options: tyro.conf.OmitArgPrefixes[convert.ConvertBenchmark]) -> None:

@@ -113,7 +113,11 @@ def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
         raise SystemExit(2) from None
     print(json.dumps("ready"), file=out, flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=out, flush=True)
+        said = json.dumps(answer(json.loads(line)))
+        try:
+            print(said, file=out, flush=True)
+        except BrokenPipeError:
+            os._exit(1)  # nobody asks any more
 
 
 @contextlib.contextmanager
