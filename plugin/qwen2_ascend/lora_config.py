@@ -88,10 +88,6 @@ class LoraConfig:
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def of_module(self, module: str) -> tuple[str, ...]:
-        """The targets that are part of one Megatron module, such as `linear_qkv`."""
-        return tuple(name for name in self.targets if PROJECTIONS[name] == module)
-
     def describe(self, given: object = None) -> str:
         """One line for a log; `given` is where the values come from."""
         what = f"LoRA: rank {self.rank}, alpha {self.alpha:g} on {', '.join(self.targets)}"
