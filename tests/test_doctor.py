@@ -475,7 +475,7 @@ def test_doctor_needs_nothing_but_the_standard_library(fake: Fake, tmp_path: Pat
         env={**fake.environ, "PYTHONNOUSERSITE": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     assert done.stderr == ""
     assert done.returncode in (0, 1)

@@ -51,7 +51,7 @@ def test_a_missing_extension_is_compiled_once_into_the_cache(tmp_path: Path) -> 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     # samples of 4 tokens and one more, by hand: (document, offset) where each starts

@@ -256,7 +256,7 @@ def test_results_at_tp2_pp2_are_those_of_one_process(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     assert ended.returncode == 0, ended.stderr
     alone = metrics(world.folder / "text.json")

@@ -250,7 +250,7 @@ def launched(flags: str, num_processes: int = 1) -> str:
         command += [str(num_processes)]
     command += [str(LAUNCHER), *flags.split()]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=environment, check=False
+        command, capture_output=True, text=True, timeout=400, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -70,7 +70,7 @@ def run(
         [script, *arguments.split()],
         env={**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment},
         cwd=folder,
-        timeout=280,
+        timeout=500,
         check=True,
     )
 

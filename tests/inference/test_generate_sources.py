@@ -128,7 +128,7 @@ def test_a_lora_run_on_shards_at_tp2_pp2(world: World) -> None:
         [sys.executable, *torchrun, str(LAUNCH), *flags.split()],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

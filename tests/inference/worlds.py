@@ -55,7 +55,7 @@ def run_commands(folder: Path, commands: dict[str, dict[str, Any]]) -> dict[str,
             str(folder / "results.json"),
         ],
         check=True,
-        timeout=280,
+        timeout=500,
         env=environment,
     )
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -87,7 +87,7 @@ def run(
         env=environ,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
 
 

@@ -65,7 +65,7 @@ def plain() -> list:
         env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -141,7 +141,7 @@ def broken_torch_npu(tmp_path: Path):
             env={**kept, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             str(folder / "results.json"),
         ],
         check=True,
-        timeout=280,
+        timeout=500,
         env=_environment(),
     )
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
