@@ -18,6 +18,7 @@ from npusim.conftest import INSIDE
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-pp1-bf16": {"dtype": "bf16"},
     "tp1-pp1-full-chunked": {"recompute": "full", "chunk": 64},
+    "tp1-pp1-lora-selective-bf16": {"lora": 4, "recompute": "selective", "dtype": "bf16"},
     "tp2-sp-bf16": {"tp": 2, "sequence_parallel": True, "dtype": "bf16"},
 }
 
@@ -55,13 +56,13 @@ def run():
 def test_the_peak_is_the_planned_one(layout: dict[str, Any], run):
     import torch
 
-    from distributed.train_worker import start, steps
-    from planning.planning_worker import flags, planned, weights
+    from distributed.train_worker import steps
+    from planning.planning_worker import planned, start, weights
     from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, stage_memory
 
     cut = planned(backend="npu", **layout)
     gc.collect()  # what the layout before this one left, but for the causal mask
-    training = start(run, flags(cut), load=weights(cut, run))
+    training = start(cut, run, weights(cut, run))
     steps(training, 1)
     gc.collect()
     at_rest = torch.npu.memory_allocated()

@@ -148,7 +148,7 @@ def memory_and_traffic(cut: Cut, run: Run) -> str:
 
     folder = weights(cut, run)
     with TensorMemory() as memory, CollectiveLog() as log:
-        training = _start(cut, run, folder)
+        training = start(cut, run, folder)
         train_worker.steps(training, 1)  # AdamW makes its state
         gc.collect()
         at_rest = memory.live
@@ -161,7 +161,7 @@ def memory_and_traffic(cut: Cut, run: Run) -> str:
     return told
 
 
-def _start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
+def start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
     if cut.job.lora_rank is None:
         return train_worker.start(run, flags(cut), load=folder)
     from qwen2_ascend import runtime
