@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def judged(
     dump: Path | None = None,
 ) -> Judgement | None:
     """The whole way; the judgement is rank 0's."""
-    from qwen2_ascend.alignment.align import judge, run_subject
+    from qwen2_ascend.alignment.align import judge, judge_curve, run_subject
     from qwen2_ascend.alignment.record import save_record
 
     settings, source, tokens = given(run, flags, config)
@@ -67,7 +68,10 @@ def judged(
         return None
     if dump is not None:
         save_record(record, dump)
-    return judge(settings, source, record, print, curve=curve, tokens=tokens)
+    found = judge(settings, source, record, print)
+    if curve is not None:
+        found = replace(found, steps=tuple(judge_curve(settings, source, curve, tokens)))
+    return found
 
 
 def agrees(
@@ -284,9 +288,7 @@ def a_fault_of_backward_is_located(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def a_fault_of_the_optimizer_is_seen(run: Run) -> str:
     """Half the learning rate: the first loss is right, the second is not."""
-    from dataclasses import replace
-
-    from qwen2_ascend.alignment.align import judge, run_subject
+    from qwen2_ascend.alignment.align import judge, judge_curve, run_subject
     from qwen2_ascend.alignment.report import describe_verdict
 
     settings, source, tokens = given(run, f"{TP2} --train-iters 2 --lr 1e-3")
@@ -294,7 +296,9 @@ def a_fault_of_the_optimizer_is_seen(run: Run) -> str:
     record, curve = run_subject(half, source, run.runtime, tokens)
     if record is None:
         return ""
-    found = judge(settings, source, record, print, curve=curve, tokens=tokens)
+    assert curve is not None
+    found = judge(settings, source, record, print)
+    found = replace(found, steps=tuple(judge_curve(settings, source, curve, tokens)))
     assert found.first is None and found.first_gradient is None
     assert found.first_step is not None and found.first_step.step == 2
     return describe_verdict(found)
@@ -310,7 +314,7 @@ def dumps_of_two_layouts_compare(run: Run) -> str:
 
     folder = run.folder / "dump"
     other = judged(run, f"{TP2} {PP2} --sequence-parallel", dump=folder)
-    ours = judged(run, "--pipeline-model-parallel-size 4")
+    ours = judged(run, "--pipeline-model-parallel-size 4", dump=run.folder / "dump-pp4")
     if ours is None or other is None:
         return ""
     read = load_record(folder)
@@ -323,7 +327,28 @@ def dumps_of_two_layouts_compare(run: Run) -> str:
     assert between.gradients.keys() == read.gradients.keys()
     worst = max(error.worst for error in between.activations.values())
     assert 0 < worst <= 1e-6
+    _compares_at_the_defaults(run.folder / "dump-pp4", folder)
     return f"activations within {worst:.1e}, gradients {max(between.gradients.values()):.1e}"
+
+
+def _compares_at_the_defaults(ours: Path, theirs: Path) -> None:
+    """As files: both activations and gradients pass; a planted fault of either kind does not."""
+    from safetensors.torch import load_file, save_file
+
+    from qwen2_ascend.alignment.compare import Rules, compare
+    from qwen2_ascend.alignment.dumps import open_dumps
+
+    def failed() -> list[str]:
+        return [x.name for x in compare(*open_dumps(ours, theirs), Rules()).failed]
+
+    assert failed() == []
+    file = ours / "gradients.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.2.self_attn.k_proj.weight"
+    row = tensors[name].norm(dim=1).argmin()
+    tensors[name][row] *= 0.9  # of all the row that is the most rounding
+    save_file(tensors, file)
+    assert failed() == [name]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Command lines of align_qwen2.py, run one after the other for test_align.py.
 
-`python command_lines.py FOLDER`: FOLDER holds the models `hf` and `other`; what became of each goes
-to FOLDER/results.json.
+`python command_lines.py FOLDER`: FOLDER holds the models `hf`, `other` and `other-key`;
+what became of each goes to FOLDER/results.json.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ COMMANDS = {
     ),
     "from-dump": Line("--load hf --from-dump dump", 0, "ALIGNED: 36 sublayers and 27 gradients"),
     "bf16": Line("--load hf --bf16 --seq-length 12 --no-gradients", 0, "ALIGNED: 36 sublayers a"),
+    "fp16": Line("--load hf --fp16 --seq-length 12", 0, "ALIGNED: 36 sublayers and 27 gradients"),
+    "fp16-parted": Line(
+        "--load hf --fp16 --seq-length 12 --no-gradients --reference-model other-key",
+        1,
+        "PARTED at layer 1, key first",
+    ),
     "parted": Line(
         "--load hf --reference-model other --seq-length 12 --no-gradients --json parted.json",
         1,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,66 @@ def test_fp64_of_transformers_goes_through_no_fp32(folder: Path, own) -> None:
     assert max(x.own.worst for x in findings) < 1e-14
     exact = {k: v.double() for k, v in record.activations.items()}
     assert 1e-9 < judging.token_error(exact["logits"], found.activations["logits"]).mean < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_not_rounded_to_16_bits(folder: Path, dtype: torch.dtype) -> None:
+    """As where transformers itself loads in that dtype: else angles are off by far more than the
+    dtype rounds, and a wrong rotary base of ours would pass as noise."""
+    from transformers import Qwen2ForCausalLM
+
+    model = load_model(open_source(folder), None, dtype)
+    theirs: Any = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert torch.equal(model.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq)
+    tokens = torch.arange(48).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, theirs(tokens).logits)
+
+
+def test_gradients_are_handed_over_whole_and_dropped(folder: Path, own) -> None:
+    """Over two micro-batches they are those that are kept without `take`."""
+    record, _ = own
+    tokens = record.tokens.flatten(0, 1).unsqueeze(1)
+    assert len(tokens) > 1
+    model = load_model(open_source(folder), None, torch.float64)
+    kept = compute(model, tokens, with_gradients=True).gradients
+    taken: dict[str, torch.Tensor] = {}
+    found = compute(model, tokens, with_gradients=True, take=taken.__setitem__)
+    assert (
+        not found.gradients and taken.keys() == kept.keys() == dict(model.named_parameters()).keys()
+    )
+    assert all(torch.equal(taken[name], kept[name]) for name in kept)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_reference_curve_is_that_of_torch_adamw(folder: Path, monkeypatch) -> None:
+    """Weights updated piece by piece, each in the backward that makes its gradient."""
+    from qwen2_ascend.alignment import curve
+    from qwen2_ascend.alignment.settings import CheckSettings
+
+    monkeypatch.setattr(curve, "PIECE", 1000)
+    checks = CheckSettings(lr=1e-2, weight_decay=0.1, clip_grad=0.5)
+    tokens = torch.randint(256, (3, 2, 1, 13), generator=torch.Generator().manual_seed(3))
+    model = load_model(open_source(folder), None, torch.float64)
+    found = curve.reference_curve(model, model, tokens, checks)
+
+    plain = load_model(open_source(folder), None, torch.float64)
+    groups = [
+        {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in plain.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    for step, (loss, norm) in zip(tokens, found, strict=True):
+        optimizer.zero_grad()
+        total = 0.0
+        for batch in step:
+            logits = plain(batch[:, :-1]).logits.flatten(0, 1)
+            part = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten()) / len(step)
+            part.backward()
+            total += part.item()
+        expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item()
+        optimizer.step()
+        assert (loss, norm) == (pytest.approx(total, rel=1e-7), pytest.approx(expected, rel=1e-6))
 
 
 def test_token_errors_are_relative_to_each_token() -> None:
@@ -217,12 +279,23 @@ def test_a_missing_package_is_named_before_any_work(monkeypatch: pytest.MonkeyPa
 # --- the command ---------------------------------------------------------------------------------
 
 
+def _without_a_key_bias(folder: Path, target: Path) -> None:
+    """The same model, but for one tensor of layer 1."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.bias"].zero_()
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def ended(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """Every command line of command_lines.py, run one after the other in one process."""
     place = tmp_path_factory.mktemp("commands")
     (place / "hf").symlink_to(folder)
     make_tiny_hugging_face_folder(place / "other", CONFIG, seed=9)
+    _without_a_key_bias(folder, place / "other-key")
     tests = Path(__file__).parents[1]
     environment = {
         **os.environ,

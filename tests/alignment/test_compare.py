@@ -118,6 +118,81 @@ def test_a_given_noise_floor_excuses_rows_of_noise(folder) -> None:
     assert compared(ours, theirs, atol=1e-7).passed
 
 
+# -- gradients
+
+
+def gradients(seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """Of a query's weight: rows of many sizes, all with the rounding of the large ones."""
+    rng = np.random.default_rng(seed)
+    sizes = np.concatenate([np.full(40, 1.0), np.logspace(0, -6, 24)])[:, None]
+    theirs = (rng.standard_normal((64, 32)) * sizes).astype("f4")
+    return theirs + (1e-5 * rng.standard_normal(theirs.shape)).astype("f4"), theirs
+
+
+def test_rows_of_a_gradient_may_be_nothing_but_rounding(folder, capsys) -> None:
+    """Two layouts' gradients pass at the defaults; activations of that kind would not."""
+    ours, theirs = gradients()
+    assert set(kinds(compared(ours, theirs, name="hidden"))) >= {"tolerance", "cosine"}
+    assert compared(ours, theirs, name="hidden", gradients=("hid*",)).passed
+    found = compared(ours, theirs, name="q_proj.grad")
+    assert found.passed and found.tolerances == tolerances.GRADIENTS["fp32"]
+    status, out, _ = run("q_proj.grad.npy", "theirs.npz", capsys=capsys)
+    assert status == 0
+    assert re.search(r"short rows +\d+ of 64 are shorter than the median row and held to", out)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault", "kind"),
+    [
+        (45, lambda row: row * 0, "short_rows"),  # 0.05 of the usual row's size
+        (50, lambda row: -row, "short_rows"),  # 0.0025
+        (43, lambda row: row * 1.05, "short_rows"),  # 0.16
+        (5, lambda row: row * 1.01, "tolerance"),
+        (5, lambda row: np.roll(row, 1), "cosine"),
+        (slice(None), lambda rows: rows * 1.0003, "relative_l2"),
+    ],
+)
+def test_a_fault_in_a_row_of_a_gradient_is_found(folder, row, fault, kind) -> None:
+    """Whatever is larger than the rounding of the rows around it."""
+    ours, theirs = gradients()
+    ours[row] = fault(ours[row])
+    assert kind in kinds(compared(ours, theirs, name="grad"))
+
+
+def test_rows_that_are_all_small_are_held_to_themselves(folder) -> None:
+    """Of a tied embedding most rows have tiny gradients, and one token's hides none of them."""
+    theirs = random((64, 32)) * np.float32(1e-7)
+    theirs[3] *= 1e7
+    ours = nudge(theirs, 1e-6)
+    assert compared(ours, theirs, name="grad").passed
+    ours[40] *= 2
+    assert "cosine" not in kinds(found := compared(ours, theirs, name="grad"))
+    assert {"tolerance", "relative_l2", "short_rows"} & set(kinds(found))
+
+
+def test_gradients_that_are_zero_on_one_side_fail(folder) -> None:
+    zero = np.zeros((4, 8), "f4")
+    assert compared(zero, zero, name="grad").passed
+    assert not compared(random((4, 8)), zero, name="grad").passed
+    assert not compared(zero, random((4, 8)), name="grad").passed
+
+
+def test_what_was_computed_in_16_bits_is_judged_so_whatever_it_is_kept_in(folder) -> None:
+    """Megatron adds up the gradients of a bf16 model in fp32."""
+    from safetensors.numpy import save_file
+
+    theirs = random((16, 64))
+    ours = nudge(theirs, 2e-2)
+    assert not compared(ours, theirs, name="grad").passed
+    assert compared(ours, theirs, name="grad", precision="bf16").passed
+    assert not compared(-ours, theirs, name="grad", precision="bf16").passed
+    for name, array in (("ours", ours), ("theirs", theirs)):
+        save_file({"w": array}, f"{name}.safetensors", {"computed_in": "bf16"})
+    files = (open_dump("ours.safetensors"), open_dump("theirs.safetensors"))
+    found = compare(*files, Rules(gradients=("*",)))
+    assert found.passed and found.comparisons[0].tolerances == tolerances.GRADIENTS["bf16"]
+
+
 def test_each_tolerance_can_be_set(folder) -> None:
     theirs = random()
     ours = nudge(theirs, 1e-2)
@@ -329,7 +404,8 @@ def test_json_has_every_figure(folder, capsys) -> None:
     assert more["findings"][0]["kind"] == "missing" and more["theirs"] is None
     assert zero["difference"]["relative_l2"] == "inf"
     fields = {field.name for field in dataclasses.fields(statistics.Difference)}
-    assert set(logits["difference"]) == fields - {"cosines", "row_max_abs", "row_relative_l2"}
+    arrays = {"cosines", "row_max_abs", "row_relative_l2", "row_lengths", "row_distances"}
+    assert set(logits["difference"]) == fields - arrays
     assert logits["ours"]["summary"]["num_inf"] == 1
     assert logits["logits"]["num_skipped"] == 1
     run("ours.npz", "theirs.npz", "--json", "report.json", capsys=capsys)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.alignment.settings import AlignSettings, parse, validate
@@ -21,7 +22,7 @@ from qwen2_ascend.launching import launched, silence_foreign_warnings, voice
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwen2_ascend.alignment.judge import Between, Curve, Judgement
+    from qwen2_ascend.alignment.judge import Between, Curve, Judgement, StepFinding
     from qwen2_ascend.alignment.record import Record
     from qwen2_ascend.alignment.subject import Plant
     from qwen2_ascend.checkpoint.source import Source
@@ -79,8 +80,11 @@ def align(settings: AlignSettings) -> bool:
         _use_every_core(runtime.world_size)
     from qwen2_ascend.alignment.report import describe_verdict, print_report, write_files
 
-    judgement = judge(settings, source, record, say, curve=curve, tokens=tokens)
-    between = compare(settings, source, judgement, other, say) if other is not None else None
+    judgement, between = judge_both(settings, source, record, other, say)
+    del record, other  # with their gradients: the curve needs the room
+    if curve is not None and tokens is not None:
+        steps = judge_curve(settings, source, curve, tokens)
+        judgement = replace(judgement, steps=tuple(steps))
     print_report(judgement, between, say)
     write_files(judgement, between, settings.output.files(), say)
     say(describe_verdict(judgement, between))
@@ -183,31 +187,42 @@ def run_subject(
     """
     from qwen2_ascend.alignment import subject
 
-    record = subject.record(settings, source, runtime, tokens[0], plant)
     curve = None
     if settings.checks.train_iters:
         curve = subject.train(settings, source, runtime, tokens.flatten(0, 2), plant)
-    return record, curve
+        gc.collect()  # weights, gradients and optimizer; their wrappers hold each other
+    return subject.record(settings, source, runtime, tokens[0], plant), curve
 
 
-def judge(
-    settings: AlignSettings,
-    source: Source,
-    record: Record,
-    say: Say,
-    *,
-    curve: Curve | None = None,
-    tokens: Tensor | None = None,
-) -> Judgement:
+def judge_both(
+    settings: AlignSettings, source: Source, record: Record, other: Record | None, say: Say
+) -> tuple[Judgement, Between | None]:
+    """This run's judgement and, of an earlier record, its own and the differences between the two.
+
+    Their gradients are gone.
+    """
+    from qwen2_ascend.alignment.judge import compare_records
+
+    ours, between = judge(settings, source, record, say), None
+    if other is not None:
+        say(f"compared with {settings.output.compare_with}")
+        between = compare_records(record, judge(settings, source, other, say))
+        between = replace(between, other=_without_gradients(between.other))
+    return _without_gradients(ours), between
+
+
+def _without_gradients(judgement: Judgement) -> Judgement:
+    return replace(judgement, record=replace(judgement.record, gradients={}))
+
+
+def judge(settings: AlignSettings, source: Source, record: Record, say: Say) -> Judgement:
     """Holds a record to transformers, on this process alone.
 
     Args:
-        settings: for the factor, the reference's weights and the optimizer.
+        settings: for the factor and the reference's weights.
         source: the weights.
         record: of this run or another.
         say: prints a line.
-        curve: this run's training steps, where there were any.
-        tokens: of these steps, `[steps, n, b, s + 1]`.
     """
     from qwen2_ascend.alignment import judge as judging
     from qwen2_ascend.alignment.record import DTYPES
@@ -221,55 +236,52 @@ def judge(
     with_gradients = bool(record.gradients)
     noisy = compute(model, record.tokens, with_gradients=with_gradients)
     findings = judging.judge_sublayers(record, model, factor)
+    gradients = {}
+
+    def judge_gradient(name: str, exact: Tensor) -> None:
+        noise = noisy.gradients.pop(name)
+        gradients[name] = judging.judge_gradient(record, name, exact, noise, factor)
+
     model = widened(model, DTYPES[wide])
-    exact = compute(model, record.tokens, with_gradients=with_gradients)
-    gradients = judging.judge_gradients(record, exact.gradients, noisy.gradients, factor)
-    steps = []
-    if curve is not None:
-        assert tokens is not None
-        steps = judging.judge_steps(
-            curve, *_reference_curves(settings, source, model, tokens), precision, factor
-        )
+    exact = compute(model, record.tokens, with_gradients=with_gradients, take=judge_gradient)
     return judging.Judgement(
         record=record,
         wide=wide,
         noise_factor=factor,
         findings=tuple(judging.with_totals(findings, record, exact, noisy)),
-        gradients=tuple(gradients),
-        steps=tuple(steps),
+        gradients=tuple(gradients[name] for name in record.gradients),
         loss=exact.loss,
         loss_noise=abs(noisy.loss - exact.loss) * scale,
         logits=judging.logits_summary(record, exact),
     )
 
 
-def _reference_curves(
-    settings: AlignSettings, source: Source, model: object, tokens: Tensor
-) -> tuple[Curve, Curve]:
-    """Of `model`, which is wide, and of transformers in this run's dtype."""
+def judge_curve(
+    settings: AlignSettings, source: Source, curve: Curve, tokens: Tensor
+) -> list[StepFinding]:
+    """Holds this run's training steps to transformers', in the wider dtype and in this run's.
+
+    Args:
+        settings: the optimizer, the reference's weights.
+        source: the weights.
+        curve: losses and gradient norms.
+        tokens: `[steps, n, b, s + 1]`.
+    """
+    from qwen2_ascend.alignment import judge as judging
     from qwen2_ascend.alignment.curve import reference_curve
     from qwen2_ascend.alignment.record import DTYPES
-    from qwen2_ascend.alignment.reference import load_model
+    from qwen2_ascend.alignment.reference import load_model, widened
 
-    exact = reference_curve(model, model, tokens, settings.checks)
+    folder, checks, precision = settings.model.reference_model, settings.checks, settings.precision
+    dtype = DTYPES[precision]
+    model = widened(load_model(source, folder, dtype), DTYPES[judging.wide_dtype(precision)])
+    exact = reference_curve(model, model, tokens, checks)
     del model
-    dtype = DTYPES[settings.precision]
-    narrow = load_model(source, settings.model.reference_model, dtype)
+    narrow = load_model(source, folder, dtype)
     # what Megatron's main weights begin with is the rounded weights
-    main = narrow
-    if settings.precision != "fp32":
-        main = load_model(source, settings.model.reference_model, dtype).float()
-    return exact, reference_curve(narrow, main, tokens, settings.checks)
-
-
-def compare(
-    settings: AlignSettings, source: Source, ours: Judgement, other: Record, say: Say
-) -> Between:
-    """An earlier record judged as well, and the differences between the two."""
-    from qwen2_ascend.alignment.judge import compare_records
-
-    say(f"compared with {settings.output.compare_with}")
-    return compare_records(ours.record, judge(settings, source, other, say))
+    main = narrow if precision == "fp32" else load_model(source, folder, dtype).float()
+    noisy = reference_curve(narrow, main, tokens, checks)
+    return judging.judge_steps(curve, exact, noisy, precision, checks.noise_factor)
 
 
 def _other_record(settings: AlignSettings, config: Qwen2Config) -> Record | None:

@@ -15,6 +15,7 @@ from qwen2_ascend import __version__
 from qwen2_ascend.alignment import tolerances as tolerance
 from qwen2_ascend.alignment.dumps import Dump, Stored
 from qwen2_ascend.alignment.statistics import (
+    FLOATS,
     Difference,
     LogitsAgreement,
     Summary,
@@ -29,6 +30,10 @@ from qwen2_ascend.errors import UserError
 
 LOGITS = ("*logits*",)
 """Names of arrays that are logits, whatever their case."""
+
+
+GRADIENTS = ("*grad*",)
+"""Names of arrays, or of their files, that are gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,10 @@ class Rules:
     """Patterns of names to compare; all without them."""
     logits: tuple[str, ...] = LOGITS
     """Patterns of names that are logits."""
+    gradients: tuple[str, ...] = GRADIENTS
+    """Patterns of names, or of files' names, that are gradients."""
+    precision: str | None = None
+    """What both runs computed in, where their arrays are of a finer dtype and do not say."""
     any_dtype: bool = False
     """A difference of dtype is no finding."""
     common_only: bool = False
@@ -53,16 +62,18 @@ class Rules:
     equal_nonfinite: bool = False
     """The same infinity, or NaN, at the same places of both sides is no finding."""
 
-    def tolerances(self, dtype: str) -> Tolerances:
-        """For arrays of `dtype`."""
-        defaults = tolerance.default_tolerances(dtype)
+    def tolerances(self, dtype: str, *, gradient: bool = False) -> Tolerances:
+        """For arrays computed in `dtype`."""
+        defaults = tolerance.default_tolerances(dtype, gradient=gradient)
         if defaults is tolerance.EXACT:
             return defaults
         given = {
             field.name: value
             for field in dataclasses.fields(Tolerances)
-            if (value := getattr(self, field.name)) is not None
+            if (value := getattr(self, field.name, None)) is not None
         }
+        if self.atol is not None:  # it says what is noise; so no row has to
+            given["usual_rows"] = False
         return dataclasses.replace(defaults, **given)
 
 
@@ -222,8 +233,10 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     ours, theirs = _side(pair.ours, a), _side(pair.theirs, b)
     assert ours and theirs and ours.summary and theirs.summary
     dtype = coarser(a.dtype, b.dtype)
-    limits = rules.tolerances(dtype_name(dtype))
-    found = difference(a, b, dtype=dtype, rtol=limits.rtol, atol=limits.atol)
+    limits = rules.tolerances(_computed_in(pair, dtype, rules), gradient=_is_gradient(pair, rules))
+    found = difference(
+        a, b, dtype=dtype, rtol=limits.rtol, atol=limits.atol, usual_rows=limits.usual_rows
+    )
     is_logits = _fits(pair.name, rules.logits) and a.ndim > 0 and a.size > 0
     agreement = logits_agreement(a, b) if is_logits else None
     findings += _nonfinite(ours.summary, theirs.summary, found, rules)
@@ -237,6 +250,21 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
         logits=agreement,
         tolerances=limits,
     )
+
+
+def _computed_in(pair: Pair, dtype: np.dtype, rules: Rules) -> str:
+    """The coarsest of the pair's dtype and what its files, or the rules, say it was computed in."""
+    if dtype not in FLOATS:
+        return dtype_name(dtype)
+    said = (rules.precision, *(side.precision for side in (pair.ours, pair.theirs) if side))
+    coarseness = [dtype_name(x) for x in FLOATS]
+    names = [name for name in (dtype_name(dtype), *said) if name in coarseness]
+    return min(names, key=coarseness.index)
+
+
+def _is_gradient(pair: Pair, rules: Rules) -> bool:
+    files = [side.path.stem for side in (pair.ours, pair.theirs) if side]
+    return any(_fits(name, rules.gradients) for name in (pair.name, *files))
 
 
 def _findings_of_form(pair: Pair, rules: Rules) -> Iterator[Finding]:

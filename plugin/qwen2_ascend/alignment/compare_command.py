@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -59,6 +59,13 @@ class CompareOptions:
     """Compare only names that fit this pattern, as 'decoder.layers.*'."""
     logits: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pattern of names that are logits, whatever their case; '*logits*' without it."""
+    gradients: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of names, or names of files, that are gradients; '*grad*' without it. Their defaults
+    are wider (fp32: rtol 2e-3, cosine 1 - 2e-6, L2 1e-4; bf16: 2, 0.3, 0.5), and rows shorter than
+    the median one are held to its size: where terms cancel, what is left is their rounding."""
+    precision: Literal["fp64", "fp32", "fp16", "bf16"] | None = None
+    """What the runs computed in, where arrays are of a finer dtype, as gradients of bf16 runs are;
+    what --dump of align_qwen2.py has written says so itself."""
     any_dtype: bool = False
     """Let dtypes differ; the coarser one's tolerances hold, as they do without this flag."""
     common_only: bool = False
@@ -131,7 +138,7 @@ def _unwritable(flag: str, path: Path | None) -> Iterator[str]:
 
 
 def _rules(options: CompareOptions) -> Rules:
-    from qwen2_ascend.alignment.compare import LOGITS, Rules
+    from qwen2_ascend.alignment.compare import GRADIENTS, LOGITS, Rules
 
     return Rules(
         rtol=options.rtol,
@@ -142,6 +149,8 @@ def _rules(options: CompareOptions) -> Rules:
         min_top1=options.min_top1,
         names=options.names,
         logits=options.logits or LOGITS,
+        gradients=options.gradients or GRADIENTS,
+        precision=options.precision,
         any_dtype=options.any_dtype,
         common_only=options.common_only,
         equal_nonfinite=options.equal_nonfinite,

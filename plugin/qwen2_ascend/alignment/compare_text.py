@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from qwen2_ascend.alignment.compare import Comparison, Report, Side
 from qwen2_ascend.alignment.statistics import Difference, Summary
-from qwen2_ascend.alignment.tolerances import Tolerances, cosine_text
+from qwen2_ascend.alignment.tolerances import Tolerances, cosine_text, short_rows
 
 HEADINGS = (
     *("name", "shape", "dtype", "Cosine", "MaxAbsErr", "MaxRelativeErr", "RelativeL2"),
@@ -127,6 +127,8 @@ def _details(comparison: Comparison) -> Iterator[str]:
         yield "  " + "  ".join([row[0].ljust(widths[0]), *cells]).rstrip()
     for label, text in _figures(found):
         yield f"  {label:<16}{text}"
+    if comparison.tolerances is not None and comparison.tolerances.usual_rows:
+        yield f"  {'short rows':<16}{_short_rows(found)}"
     if (logits := comparison.logits) is not None:
         yield f"  {'KL divergence':<16}mean {number(logits.kl_mean)}, max {number(logits.kl_max)}"
         skipped = f"; {logits.num_skipped} rows without a softmax" if logits.num_skipped else ""
@@ -166,6 +168,18 @@ def _figures(found: Difference) -> Iterator[tuple[str, str]]:
         "Cosine",
         f"min {cosine_text(found.cosine_min)}, mean {cosine_text(found.cosine_mean)} "
         f"of {found.cosines.size} rows",
+    )
+
+
+def _short_rows(found: Difference) -> str:
+    short = short_rows(found)
+    if not short.any():
+        return "none"
+    most = float(found.row_distances[short].max()) / found.usual_length
+    return (
+        f"{int(short.sum())} of {short.size} are shorter than the median row and held to its "
+        f"length: they differ by at most {number(most)} of it; the cosine of the others is at "
+        f"least {cosine_text(float(found.cosines[~short].min()))}"
     )
 
 

@@ -26,6 +26,9 @@ from qwen2_ascend.errors import UserError, raise_if
 if TYPE_CHECKING:
     import torch
 
+PRECISION = "computed_in"
+"""Key of a safetensors file's metadata: bf16, fp32 ..."""
+
 MAX_DEPTH = 64
 """Of containers inside a .pt."""
 
@@ -40,6 +43,9 @@ class Stored(NamedTuple):
     dtype: str
     load: Callable[[], np.ndarray] | None
     """None for a dtype that is not compared."""
+    precision: str | None = None
+    """What it was computed in, where the file says so and that is not its dtype: gradients of a
+    bf16 run are added up in fp32."""
 
     @property
     def num_bytes(self) -> int:
@@ -239,11 +245,12 @@ def _read_safetensors(path: Path) -> list[Stored]:
 
         return load
 
+    header = read_header(path)
+    precision = header.metadata.get(PRECISION)
     return [
-        Stored(path, name, t.shape, t.dtype, loader(t.offset, t.shape, NUMPY_DTYPES[t.dtype]))
-        for name, t in sorted(
-            read_header(path).tensors.items(), key=lambda item: natural_key(item[0])
-        )
+        Stored(path, name, t.shape, t.dtype, load, precision)
+        for name, t in sorted(header.tensors.items(), key=lambda item: natural_key(item[0]))
+        for load in [loader(t.offset, t.shape, NUMPY_DTYPES[t.dtype])]
     ]
 
 

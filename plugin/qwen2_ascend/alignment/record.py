@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from qwen2_ascend.alignment.dumps import PRECISION
 from qwen2_ascend.alignment.sublayers import sublayers
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
@@ -78,7 +79,7 @@ def save_record(record: Record, folder: Path) -> None:
         (folder / "gradients.safetensors").unlink(missing_ok=True)
     for name, tensors in files.items():
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, folder / f"{name}.safetensors")
+        save_file(contiguous, folder / f"{name}.safetensors", {PRECISION: record.precision})
     description = {
         "format": FORMAT,
         "version": VERSION,

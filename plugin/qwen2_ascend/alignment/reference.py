@@ -10,7 +10,7 @@ import copy
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
         model = Qwen2ForCausalLM.from_pretrained(
             folder, config=config, attn_implementation="sdpa", **_loading_dtype(torch.float32)
         )
-        return model.to(dtype).train()
+        return _rounded(model, dtype).train()
 
     from qwen2_ascend.checkpoint.transformers_model import load_weights
 
@@ -93,7 +93,18 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
     model = Qwen2ForCausalLM(config)
     model = model.float()
     load_weights(model, source)
-    return model.to(dtype).train()
+    return _rounded(model, dtype).train()
+
+
+def _rounded(model: Any, dtype: torch.dtype) -> Any:
+    """The weights in `dtype`, in place; rotary frequencies stay as wide as they are.
+
+    `Module.to` would round those too, which transformers does not when it loads in 16 bits: at
+    position 30 the angles would be off by a tenth.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _loading_dtype(dtype: torch.dtype) -> dict[str, Any]:
@@ -143,17 +154,31 @@ def _rope_base(config: Any) -> float:
     return rope["rope_theta"] if rope else config.rope_theta
 
 
-def compute(model: Any, tokens: Tensor, *, with_gradients: bool) -> Computed:
+def compute(
+    model: Any,
+    tokens: Tensor,
+    *,
+    with_gradients: bool,
+    take: Callable[[str, Tensor], None] | None = None,
+) -> Computed:
     """Runs the model as it is and records every sublayer.
 
     Args:
         model: from `load_model`, perhaps widened.
         tokens: `[n, b, s + 1]`.
         with_gradients: also of the mean loss over all tokens.
+        take: called with each parameter's gradient as soon as it is whole; without it they are
+            kept and returned. Of a wide model they are much memory together.
     """
     total = 0.0
-    with _recording(model) as seen, torch.set_grad_enabled(with_gradients):
-        for batch in tokens:
+    gradients: dict[str, Tensor] = {}
+    take = take or gradients.__setitem__
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with _recording(model) as seen, ExitStack() as taking:
+        taking.enter_context(torch.set_grad_enabled(with_gradients))
+        for index, batch in enumerate(tokens):
+            if with_gradients and index == len(tokens) - 1:
+                taking.enter_context(gradients_taken(model, lambda p, x: take(names[p], x)))
             inputs, labels = batch[:, :-1], batch[:, 1:]
             logits = model(inputs, use_cache=False).logits
             seen[LOGITS].append(logits.detach())
@@ -165,11 +190,29 @@ def compute(model: Any, tokens: Tensor, *, with_gradients: bool) -> Computed:
                 loss.backward()
     activations = {name: torch.cat(parts) for name, parts in seen.items()}
     _add_rotated(model, activations)
-    gradients = {}
-    if with_gradients:
-        for name, parameter in model.named_parameters():
-            gradients[name], parameter.grad = parameter.grad, None
     return Computed(activations, total, gradients)
+
+
+@contextmanager
+def gradients_taken(model: Any, take: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Hands every gradient over in the backward of this block, when it is whole, and drops it.
+
+    Args:
+        model: gradients of earlier backwards that are still there are added to.
+        take: called with a parameter and its gradient.
+    """
+
+    def on_gradient(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        take(parameter, gradient)
+
+    handles = [p.register_post_accumulate_grad_hook(on_gradient) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -101,6 +101,15 @@ class Difference:
     """Largest |ours - theirs| of each row, fp64."""
     row_relative_l2: np.ndarray = field(repr=False, compare=False)
     """Length of each row's difference over the length of theirs, fp64."""
+    row_lengths: np.ndarray = field(repr=False, compare=False)
+    """Length of each of their rows, fp64."""
+    row_distances: np.ndarray = field(repr=False, compare=False)
+    """Length of each row's difference, fp64."""
+
+    @property
+    def usual_length(self) -> float:
+        """Of their rows that are not zero, the median."""
+        return _usual(self.row_lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +183,7 @@ def difference(
     dtype: np.dtype | None = None,
     rtol: float = 0.0,
     atol: float | None = 0.0,
+    usual_rows: bool = False,
 ) -> Difference:
     """Compares two arrays of one shape.
 
@@ -183,12 +193,17 @@ def difference(
         dtype: at which ULPs are counted; the coarser of the two without it.
         rtol: with `atol`, what `num_beyond` counts: numpy.allclose's rule.
         atol: absolute; None for rtol times the largest |theirs| of the element's row.
+        usual_rows: with `atol` None, of the median row where that is larger.
     """
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape, f"shapes {ours.shape} and {theirs.shape} differ"
     dtype = coarser(ours.dtype, theirs.dtype) if dtype is None else np.dtype(dtype)
     a, b = _rows(ours), _rows(theirs)
-    scale = rtol * _row_largest(b) if atol is None else np.full(a.shape[0], atol, np.float64)
+    if atol is None:
+        largest = _row_largest(b)
+        scale = rtol * (np.maximum(largest, _usual(largest)) if usual_rows else largest)
+    else:
+        scale = np.full(a.shape[0], atol, np.float64)
     sums = _DifferenceSums(rtol, scale)
     for block in _blocks(a.shape):
         sums.add(block, a[block], b[block], dtype)
@@ -408,7 +423,15 @@ class _DifferenceSums:
             cosines=cosines,
             row_max_abs=self.row_max_abs,
             row_relative_l2=row_relative,
+            row_lengths=np.sqrt(self.theirs_squares),
+            row_distances=np.sqrt(self.squares),
         )
+
+
+def _usual(sizes: np.ndarray) -> float:
+    """The median of those that are not zero; 0 without any."""
+    sizes = sizes[sizes > 0]
+    return float(np.median(sizes)) if sizes.size else 0.0
 
 
 def _row_largest(rows: np.ndarray) -> np.ndarray:
