@@ -7,8 +7,10 @@ settings are known to be right.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -76,7 +78,7 @@ def align(settings: AlignSettings) -> bool:
         _dump(record, settings, say)
         if settings.output.dump_only:
             return True
-        gc.collect()  # the model is done with, and its wrappers hold each other
+        _give_memory_back()  # the model is done with
         _use_every_core(runtime.world_size)
     from qwen2_ascend.alignment.report import describe_verdict, print_report, write_files
 
@@ -190,7 +192,7 @@ def run_subject(
     curve = None
     if settings.checks.train_iters:
         curve = subject.train(settings, source, runtime, tokens.flatten(0, 2), plant)
-        gc.collect()  # weights, gradients and optimizer; their wrappers hold each other
+        _give_memory_back()  # weights, gradients and optimizer
     return subject.record(settings, source, runtime, tokens[0], plant), curve
 
 
@@ -243,6 +245,7 @@ def judge(settings: AlignSettings, source: Source, record: Record, say: Say) -> 
         gradients[name] = judging.judge_gradient(record, name, exact, noise, factor)
 
     model = widened(model, DTYPES[wide])
+    _give_memory_back()
     exact = compute(model, record.tokens, with_gradients=with_gradients, take=judge_gradient)
     return judging.Judgement(
         record=record,
@@ -275,8 +278,10 @@ def judge_curve(
     folder, checks, precision = settings.model.reference_model, settings.checks, settings.precision
     dtype = DTYPES[precision]
     model = widened(load_model(source, folder, dtype), DTYPES[judging.wide_dtype(precision)])
+    _give_memory_back()
     exact = reference_curve(model, model, tokens, checks)
     del model
+    _give_memory_back()
     narrow = load_model(source, folder, dtype)
     # what Megatron's main weights begin with is the rounded weights
     main = narrow if precision == "fp32" else load_model(source, folder, dtype).float()
@@ -323,6 +328,18 @@ def _use_every_core(world_size: int) -> None:
 
     if world_size > 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def _give_memory_back() -> None:
+    """What Python's cycles and the C library's allocator still hold of what is done with.
+
+    A wrapped model's parts hold each other, and glibc keeps freed blocks below 32 MB, which most of
+    a small model's weights are.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc's
+        trim(0)
 
 
 def _transformers_release() -> str:
