@@ -213,6 +213,7 @@ def curve_png(judgement: Judgement) -> bytes:
     """Both losses above, their difference against noise below."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = judgement.steps
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -247,6 +248,7 @@ def curve_png(judgement: Judgement) -> bytes:
     below.set_yscale("log")
     below.set_ylabel("difference")
     below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.legend(frameon=False)
     for axes in (above, below):
         axes.grid(alpha=0.3)
