@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LOGITS, full_name
+from qwen2_ascend.checkpoint.load import unwrap
 
 SEQUENCE, COLUMNS, QKV, GROUPS, GATE_UP = "sequence", "columns", "qkv", "groups", "gate_up"
 WHOLE = "whole"
@@ -79,7 +80,7 @@ def capturing(chunks: Sequence[Any]) -> Iterator[dict[str, list[torch.Tensor]]]:
     handles = []
     try:
         for chunk in chunks:
-            model = _unwrapped(chunk)
+            model = unwrap(chunk)
             for tap in OUTER_TAPS:
                 if (module := _submodule(model, tap.module)) is not None:
                     handles.append(_attach(module, tap, seen[tap.name]))
@@ -118,12 +119,6 @@ def _attach(module: Any, tap: Tap, into: list[torch.Tensor]) -> Any:
     if tap.argument is None:
         return module.register_forward_hook(on_output)
     return module.register_forward_pre_hook(on_input, with_kwargs=True)
-
-
-def _unwrapped(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):  # DistributedDataParallel
-        chunk = chunk.module
-    return chunk
 
 
 def _submodule(module: Any, path: str) -> Any:
