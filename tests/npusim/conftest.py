@@ -38,6 +38,17 @@ REPORTS = pytest.StashKey[dict[str, list[dict]]]()
 UNAVAILABLE = pytest.StashKey[str]()
 
 
+@pytest.fixture(scope="module")
+def run():
+    """The runtime on this rank's card, and a folder that all ranks share."""
+    from distributed.harness import Run
+    from qwen2_ascend import runtime
+
+    running = runtime.start("npu", timeout_seconds=60)
+    yield Run(running, Path(os.environ[INSIDE]))
+    running.close()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "simulated(cards, soc, alone): runs on simulated NPUs")
     config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which may be absent")

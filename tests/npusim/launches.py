@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 GOLDENS = Path(__file__).parent / "goldens"
 CHIPS = (SOC_910B, SOC_910C)
 LAYER_OPERATORS = ("attention", "rms_norm", "rotary", "swiglu")
+FUSED_OPERATORS = {
+    "aclnnFlashAttentionScore",
+    "aclnnFlashAttentionScoreGrad",
+    "aclnnRmsNorm",
+    "aclnnRmsNormGrad",
+    "aclnnRotaryPositionEmbeddingV2",
+    "aclnnRotaryPositionEmbeddingGrad",
+    "aclnnSwiGlu",
+    "aclnnSwiGluGrad",
+}
+"""What the fused layers launch in a training step, and nothing else does."""
 OFF = (
     "--attention-backend unfused --no-fused-rmsnorm --no-fused-rotary-pos-emb --no-fused-swiglu "
     "--no-fused-adamw"

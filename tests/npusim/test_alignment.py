@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-FUSED_OPERATORS = {
-    "aclnnFlashAttentionScore",
-    "aclnnFlashAttentionScoreGrad",
-    "aclnnRmsNorm",
-    "aclnnRotaryPositionEmbeddingV2",
-    "aclnnSwiGlu",
-    "aclnnSwiGluGrad",
-}
+from npusim.launches import FUSED_OPERATORS
+
 TP2 = "--device npu --tensor-model-parallel-size 2 --sequence-parallel"
-
-
-@pytest.fixture(scope="module")
-def run():
-    from distributed.harness import Run
-    from qwen2_ascend import runtime
-
-    running = runtime.start("npu", timeout_seconds=60)
-    yield Run(running, Path(os.environ["NPUSIM_FOLDER"]))
-    running.close()
 
 
 # Foreign warnings are errors in the CPU's tests, and torch_npu adds many of its own.

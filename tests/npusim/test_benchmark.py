@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from helpers import make_tiny_hugging_face_folder
+from npusim.launches import FUSED_OPERATORS
 from qwen2_ascend.errors import UserError
 
 # Foreign warnings are errors in the CPU's tests, and torch_npu adds many of its own.
 pytestmark = pytest.mark.filterwarnings("default")
 
-FUSED_OPERATORS = {"aclnnFlashAttentionScore", "aclnnRmsNorm", "aclnnSwiGlu"}
 BENCHMARK = "benchmark"
 SIDES = {
     "ours": "benchmark of ours",

@@ -3,9 +3,6 @@ ZeRO's steps through torch_npu's host code."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
 from helpers import random_hugging_face_model, tiny_config
@@ -19,16 +16,6 @@ pytestmark = [
 CONFIG = tiny_config(kv_channels=16)
 ENDS = (5, 12, 20, 40)
 """Documents of 2 rows of 20 tokens."""
-
-
-@pytest.fixture(scope="module")
-def run():
-    from distributed.harness import Run
-    from qwen2_ascend import runtime
-
-    running = runtime.start("npu", timeout_seconds=60)
-    yield Run(running, Path(os.environ["NPUSIM_FOLDER"]))
-    running.close()
 
 
 def gradients(device: str, name: str, ends: tuple[int, ...] | None):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from pathlib import Path
 
 import pytest
 
@@ -18,17 +16,6 @@ pytestmark = [
 ]
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.85, 0.99), 1e-7, 0.1
-
-
-@pytest.fixture(scope="module")
-def run():
-    """The runtime on this rank's card, and a folder that all ranks share."""
-    from distributed.harness import Run
-    from qwen2_ascend import runtime
-
-    running = runtime.start("npu", timeout_seconds=60)
-    yield Run(running, Path(os.environ["NPUSIM_FOLDER"]))
-    running.close()
 
 
 def updated(device: str, **how):

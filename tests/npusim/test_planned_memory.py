@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,17 +26,6 @@ if INSIDE in os.environ:
     os.environ.pop("PYTORCH_NO_NPU_MEMORY_CACHING", None)
     # the simulated runtime reserves no addresses
     os.environ["PYTORCH_NPU_ALLOC_CONF"] = "expandable_segments:False"
-
-
-@pytest.fixture(scope="module")
-def run():
-    """The runtime on this rank's card, and a folder that all ranks share."""
-    from distributed.harness import Run
-    from qwen2_ascend import runtime
-
-    running = runtime.start("npu", timeout_seconds=60)
-    yield Run(running, Path(os.environ[INSIDE]))
-    running.close()
 
 
 # Foreign warnings are errors in the CPU's training tests, and torch_npu adds many of its own.

@@ -13,6 +13,8 @@ import pytest
 
 from distributed.train_worker import FLAGS, GLOBAL_BATCH, LAYOUTS, LENGTH, STEPS, reference
 from npusim.env import environment
+from npusim.launches import FUSED_OPERATORS
+from npusim.launches import OFF as PLAIN
 from npusim.run import command
 
 TOLERANCE = 1e-6
@@ -21,20 +23,6 @@ LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
 REDUCTIONS = {"AllReduce", "Reduce", "ReduceScatter", "ReduceScatterV"}
 
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-PLAIN = (
-    "--attention-backend unfused --no-fused-rmsnorm --no-fused-rotary-pos-emb --no-fused-swiglu "
-    "--no-fused-adamw"
-)
-FUSED_OPERATORS = {
-    "aclnnFlashAttentionScore",
-    "aclnnFlashAttentionScoreGrad",
-    "aclnnRmsNorm",
-    "aclnnRmsNormGrad",
-    "aclnnRotaryPositionEmbeddingV2",
-    "aclnnRotaryPositionEmbeddingGrad",
-    "aclnnSwiGlu",
-    "aclnnSwiGluGrad",
-}
 RUNS = {
     "tp1": LAYOUTS["tp1-pp1"],
     "tp2": LAYOUTS["tp2"],
@@ -61,17 +49,6 @@ simulated_runs = pytest.mark.parametrize(
         for name, (cards, flags) in RUNS.items()
     ],
 )
-
-
-@pytest.fixture(scope="module")
-def run():
-    """The runtime on this rank's card, and a folder that all ranks share."""
-    from distributed.harness import Run
-    from qwen2_ascend import runtime
-
-    running = runtime.start("npu", timeout_seconds=60)
-    yield Run(running, Path(os.environ["NPUSIM_FOLDER"]))
-    running.close()
 
 
 # Foreign warnings are errors in the CPU's training tests, and torch_npu adds many of its own.
