@@ -245,8 +245,8 @@ def cut_inputs_drop_differently_on_each_rank(run: Run) -> None:
 def only_adapters_are_trained(run: Run) -> str:
     import torch
 
+    from distributed.canonical_state import gather_state
     from qwen2_ascend.finetuning.lora import adapters_disabled, lora_state
-    from qwen2_ascend.training.optimizer import gather_state
 
     for layout in ("tp2-sp", "pp2"):
         training = start(run, "some", LAYOUTS[layout][1])

@@ -18,9 +18,9 @@ import xxhash
 
 from qwen2_ascend.checkpoint.adapter_rules import target_rules
 from qwen2_ascend.checkpoint.copying import Reader
+from qwen2_ascend.checkpoint.formats import megatron
 from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter, open_adapter
 from qwen2_ascend.checkpoint.manifest import (
-    MANIFEST_FILE,
     check_against_manifest,
     encode_manifest,
     source_identity,
@@ -257,7 +257,7 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
         checksums,
         prepared.adapter.folder.resolve().name if prepared.adapter else None,
     )
-    write_file(staged.folder / MANIFEST_FILE, manifest)
+    write_file(staged.folder / megatron.MANIFEST_FILE, manifest)
     if target.tracker is not None:
         fsync_tree(staged.folder)
         write_file(staged.folder / target.tracker[0], target.tracker[1])

@@ -6,7 +6,7 @@ peak is its parameters and what of the source it has mapped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.merging import MergingReader
 from qwen2_ascend.checkpoint.plan import Held, Write, make_plan, volume
-from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
+from qwen2_ascend.checkpoint.rules import Piece, Shard, megatron_pieces
+from qwen2_ascend.checkpoint.slices import Run, parts_of
 from qwen2_ascend.checkpoint.source import Source, open_source
 from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.errors import UserError
@@ -96,6 +97,36 @@ def load_tensors(
             check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
             for write in plan.writes:
                 fill(tensors[write.target.name], write, reader)
+
+
+def load_slices(
+    slices: Iterable[tuple[Piece, Run, torch.Tensor]],
+    source: Source,
+) -> None:
+    """Fills runs of tensors' elements from a source, which may be cut otherwise.
+
+    Args:
+        slices: the whole tensor of this rank, which run of its elements is wanted, and the tensor
+            that takes them, contiguous and with as many elements.
+        source: its `config.vocab_size` counts the rows that are read; others become zero.
+
+    Raises:
+        UserError: the source holds a tensor twice and differently.
+    """
+    targets, tensors = [], []
+    for piece, run, tensor in slices:
+        for box, part in parts_of(piece.box, run, joins_blocks=True):
+            shape = tuple(stop - start for start, stop in box)
+            stored = StoredTensor(_IN_MEMORY, 0, shape, "fp32")
+            targets.append(Held(piece.tensor, Piece(piece.tensor, box, shape), stored))
+            within = slice(part.start - run.start, part.stop - run.start)
+            tensors.append(tensor.view(-1)[within])
+    plan = make_plan(source.held, targets, source.config.vocab_size)
+    own = {held.piece.tensor for held in targets}
+    check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
+    with Reader() as reader:
+        for tensor, write in zip(tensors, plan.writes, strict=True):
+            fill(tensor, write, reader)
 
 
 def fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:

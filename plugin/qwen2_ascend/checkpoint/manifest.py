@@ -11,14 +11,13 @@ from typing import Any
 
 from qwen2_ascend import __version__
 from qwen2_ascend.checkpoint.copying import stored_checksum
+from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.checkpoint.writing import Checksums
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout
-
-MANIFEST_FILE = "qwen2_ascend_manifest.json"
 
 
 def encode_manifest(

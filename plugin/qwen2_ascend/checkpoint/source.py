@@ -126,30 +126,34 @@ def open_source(
     return _open_ranks(iteration, config, side_files)
 
 
-def open_torch_dist_states(
-    folder: Path, config: Qwen2Config, prefixes: Iterable[str]
-) -> dict[str, Source]:
-    """What a torch_dist folder holds beside every weight, such as Adam's moments.
+def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> dict[str, Source]:
+    """What an iteration holds beside every weight, such as Adam's moments.
 
     Args:
-        folder: of one iteration.
+        folder: of the iteration.
         config: the model's; rows from its vocab_size on are padding and are not loaded.
-        prefixes: what the keys of each kind have before the weight's own; "" is the weights.
+        kinds: what is wanted, "" for the weights, each with what its keys in a torch_dist folder
+            have before the weight's own.
 
     Returns:
-        By prefix, a source that `load.load_tensors` reads as if its tensors were weights.
+        By kind, a source that is read as if its tensors were weights.
 
     Raises:
         UserError: as `open_source`.
     """
-    prefixes = tuple(prefixes)
+    if not megatron.is_torch_dist(folder):
+        return {
+            kind: _ranks_source(folder, config, (), shards)
+            for kind, shards in megatron.read_rank_states(folder, kinds).items()
+        }
+    prefixes = tuple(kinds.values())
     chunks = torch_dist.read(folder, wanted=lambda key: key.startswith(prefixes)).chunks
     sources = {}
-    for prefix in prefixes:
+    for kind, prefix in kinds.items():
         own = {k.removeprefix(prefix): v for k, v in chunks.items() if k.startswith(prefix)}
         own = {key: parts for key, parts in own.items() if _is_model_key(key)}
         where = f"{folder}: {prefix}*"
-        sources[prefix] = _torch_dist_source(folder, config, (), own, where)
+        sources[kind] = _torch_dist_source(folder, config, (), own, where)
     return sources
 
 
@@ -215,7 +219,15 @@ def _open_hugging_face(folder: Path, config: Qwen2Config, side_files: tuple[Path
 
 
 def _open_ranks(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-    shards = megatron.read_ranks(folder).shards
+    return _ranks_source(folder, config, side_files, megatron.read_ranks(folder).shards)
+
+
+def _ranks_source(
+    folder: Path,
+    config: Qwen2Config,
+    side_files: tuple[Path, ...],
+    shards: Mapping[Shard, Mapping[str, StoredTensor]],
+) -> Source:
     _check_layer_count(folder, config, sum(map(len, shards.values())))
     layout = _layout_of(folder, shards, config)
     padded = _padded_vocab_size(folder, shards, layout, config)

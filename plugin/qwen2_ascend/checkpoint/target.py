@@ -290,13 +290,11 @@ def _torch_dist_files(
     pieces: dict[str, list[Piece]] = {}
     seen: set[tuple[str, Box]] = set()
     for piece in (piece for shard in shards.values() for piece in shard.values()):
-        rule, layer = _rule_of(piece, rules)
-        for part in _one_range_each(piece, rule):
+        for part in _one_range_each(piece, rules):
             if (part.tensor, part.box) in seen:
                 continue
             seen.add((part.tensor, part.box))
-            key = megatron.torch_dist_key(rule.megatron)
-            spec = _chunk_spec(part, rule, layer, config.num_layers, dtype)
+            key, spec = torch_dist_chunk(part, rules, config.num_layers, dtype)
             chunks.setdefault(key, []).append(spec)
             pieces.setdefault(key, []).append(part)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
@@ -320,29 +318,49 @@ def _torch_dist_files(
     return held, files
 
 
-def _rule_of(piece: Piece, rules: Mapping[str, Rule]) -> tuple[Rule, int | None]:
-    if piece.tensor in rules:
-        return rules[piece.tensor], None
-    *_, layer, rest = piece.tensor.split(".", 3)
-    return rules[f"decoder.layers.{{}}.{rest}"], int(layer)
+def torch_dist_chunk(
+    part: Piece, rules: Mapping[str, Rule], num_layers: int, dtype: str
+) -> tuple[str, torch_dist.ChunkSpec]:
+    """The key under which torch_dist keeps a piece, and the chunk of that key which it is.
 
-
-def _one_range_each(piece: Piece, rule: Rule) -> list[Piece]:
-    """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
-    (b0, b1), rows, columns = piece.box
-    if rule.shard_axis in (None, BY_BLOCKS) or b1 - b0 == 1:
-        return [piece]
-    boxes = [((b, b + 1), rows, columns) for b in range(b0, b1)]
-    return [Piece(piece.tensor, box, rule.shape(box)) for box in boxes]
-
-
-def _chunk_spec(
-    part: Piece, rule: Rule, layer: int | None, num_layers: int, dtype: str
-) -> torch_dist.ChunkSpec:
+    Args:
+        part: one range of the whole tensor's rows, or a part of one row.
+        rules: by their Megatron names.
+        num_layers: of the whole model.
+        dtype: of the chunk.
+    """
+    rule, layer = rule_of(part, rules)
     (block, _), (row, _), (column, _) = part.box
     offsets: tuple[int, ...] = (block * rule.view[1] + row, column)[: len(part.shape)]
     shape = rule.shape(tuple((0, n) for n in rule.view))
     local = part.shape
     if layer is not None:
         offsets, shape, local = (layer, *offsets), (num_layers, *shape), (1, *local)
-    return torch_dist.ChunkSpec(shape, offsets, TensorSpec(local, dtype))
+    spec = torch_dist.ChunkSpec(shape, offsets, TensorSpec(local, dtype))
+    return megatron.torch_dist_key(rule.megatron), spec
+
+
+def rule_of(piece: Piece, rules: Mapping[str, Rule]) -> tuple[Rule, int | None]:
+    """The rule of a piece's tensor, and its layer's number if it has one."""
+    if piece.tensor in rules:
+        return rules[piece.tensor], None
+    *_, layer, rest = piece.tensor.split(".", 3)
+    return rules[f"decoder.layers.{{}}.{rest}"], int(layer)
+
+
+def is_one_range(rule: Rule) -> bool:
+    """Whether several blocks of a rule's view are one range of the whole tensor's rows.
+
+    Gate and up are not: each rank has rows of both.
+    """
+    return rule.shard_axis in (None, BY_BLOCKS) or rule.view[0] == 1
+
+
+def _one_range_each(piece: Piece, rules: Mapping[str, Rule]) -> list[Piece]:
+    """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
+    rule, _ = rule_of(piece, rules)
+    (b0, b1), rows, columns = piece.box
+    if is_one_range(rule):
+        return [piece]
+    boxes = [((b, b + 1), rows, columns) for b in range(b0, b1)]
+    return [Piece(piece.tensor, box, rule.shape(box)) for box in boxes]

@@ -161,9 +161,9 @@ class _Files:
         fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o644)
         try:
             with naming(path):
-                _reserve(fd, self._files[path].total_bytes)
+                reserve(fd, self._files[path].total_bytes)
                 for offset, data in self._files[path].segments:
-                    _pwrite(fd, memoryview(data), offset)
+                    pwrite(fd, memoryview(data), offset)
         except BaseException:
             os.close(fd)
             raise
@@ -179,10 +179,10 @@ class _Files:
             nonlocal pending
             data = memoryview(band.reshape(-1).view(np.uint8).data)
             with naming(path):
-                _pwrite(fd, data, start + position)
+                pwrite(fd, data, start + position)
             pending += len(data)
             if pending >= _WRITEBACK_BYTES:
-                _start_writeback(fd, start + position + len(data) - pending, pending)
+                start_writeback(fd, start + position + len(data) - pending, pending)
                 pending = 0
 
         return put
@@ -200,7 +200,7 @@ class _Files:
             fd = self._fds.get(path)
         if fd is not None:
             # still open: only the file's last tensor closes it, and this one does not count yet
-            _start_writeback(fd, held.stored.offset, held.stored.num_bytes)
+            start_writeback(fd, held.stored.offset, held.stored.num_bytes)
         with self._lock:
             self._left[path] -= 1
             if self._left[path]:
@@ -248,13 +248,14 @@ def _checked(
     return checked
 
 
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+def pwrite(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`."""
     while len(data):
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
 
 
-def _reserve(fd: int, num_bytes: int) -> None:
+def reserve(fd: int, num_bytes: int) -> None:
     """Sets a file's length and takes the space for it: writes cost less and a full disk shows now.
 
     Where the file system cannot, space is taken as it is written. (os.posix_fallocate would write
@@ -269,7 +270,7 @@ def _reserve(fd: int, num_bytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
+def start_writeback(fd: int, offset: int, num_bytes: int) -> None:
     """Asks the kernel to begin writing a range out, so that the final fsync finds little to do."""
     if _sync_file_range is not None:
         _sync_file_range(

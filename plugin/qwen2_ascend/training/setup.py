@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.telemetry.energy import Energy
+    from qwen2_ascend.telemetry.instruments import Instruments
+    from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
@@ -314,7 +316,7 @@ def train_and_report(
     run: TrainingRun,
     identity: CheckpointIdentity,
     say: Say,
-    save: Callable[[], Path] | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> None:
     """Trains to the end or until told to stop, with a log and checkpoints where they are asked for.
 
@@ -322,23 +324,34 @@ def train_and_report(
         run: begins at its progress.
         identity: of its model.
         say: prints a line.
-        save: writes a checkpoint, on every rank; by default one of all weights.
+        checkpointer: writes checkpoints; by default of all weights.
     """
     from qwen2_ascend.telemetry.instruments import Instruments
-    from qwen2_ascend.training.checkpointing import save_checkpoint
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer
+
+    settings = run.settings
+    reporter = _reporter(run, identity.config, identity.padded_vocab_size)
+    instruments = Instruments(run, reporter.tokens_per_step, say)
+    if checkpointer is None and settings.checkpoint.save:
+        checkpointer = megatron_checkpointer(run, identity, reporter.interrupt)
+    with contextlib.ExitStack() as stack:
+        if checkpointer is not None:
+            stack.callback(checkpointer.close)
+            checkpointer.open()
+        _train(run, reporter, instruments, checkpointer, say)
+
+
+def _train(
+    run: TrainingRun,
+    reporter: Reporter,
+    instruments: Instruments,
+    checkpointer: Checkpointer | None,
+    say: Say,
+) -> None:
     from qwen2_ascend.training.loop import train
     from qwen2_ascend.training.signals import StopSignal
 
-    settings = run.settings
-    save = save or partial(save_checkpoint, run, identity, settings.checkpoint)
-    reporter = _reporter(run, identity.config, identity.padded_vocab_size)
-    instruments = Instruments(run, reporter.tokens_per_step, say)
-
-    def save_and_say() -> None:
-        reporter.flush()
-        reporter.say(f"saved {save()}")
-
-    with StopSignal(settings.runtime.exit_signal_handler) as signal:
+    with StopSignal(run.settings.runtime.exit_signal_handler) as signal:
         try:
             reason = train(
                 run,
@@ -346,7 +359,7 @@ def train_and_report(
                     _step(run, result, seconds, instruments.step(seconds))
                 ),
                 on_validation=lambda loss: reporter.validation(run.progress.iteration, loss),
-                save=save_and_say if settings.checkpoint.save else None,
+                checkpointer=checkpointer,
                 stop_wanted=lambda: signal.received,
             )
             instruments.finish()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from qwen2_ascend.errors import UserError, raise_if
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 PT_FILE = "model_optim_rng.pt"
+OPTIMIZER = "optimizer_state"
+"""Where a rank's file of ours has the optimizer's tensors: by model, parameter and kind."""
+MANIFEST_FILE = "qwen2_ascend_manifest.json"
+"""What this project writes into a folder last: with it, the folder is complete."""
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL = re.compile(r"model(\d*)")
@@ -58,23 +62,30 @@ def is_torch_dist(iteration_folder: Path) -> bool:
 def iteration_folder(folder: Path) -> Path:
     """The folder of the iteration that `folder`'s tracker file names, or `folder` if it is one.
 
+    Without a tracker file it is the newest iteration that is complete by its manifest: the run was
+    killed between the two.
+
     Raises:
-        UserError: no tracker file, or it names an iteration that is not there.
+        UserError: there is none, or the tracker names an iteration that is not there.
     """
     if is_iteration_folder(folder):
         return folder
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
-        there = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
-        hint = f" It holds {', '.join(there[-3:])}; give one of them." if there else ""
+        there = sorted(path for path in folder.glob("iter_*") if path.is_dir())
+        if complete := [path for path in there if (path / MANIFEST_FILE).is_file()]:
+            return complete[-1]
+        names = ", ".join(path.name for path in there[-3:])
+        hint = f" It holds {names}; give one of them." if there else ""
         raise UserError(f"{folder}: has no {TRACKER_FILE}, so no complete checkpoint.{hint}")
     said = tracker.read_text(encoding="utf-8", errors="replace").strip()
     name = f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,12}", said) else said
     if not re.fullmatch(r"release|iter_[0-9]+", name):
         raise UserError(f'{tracker}: says {said[:40]!r}, neither a number nor "release".')
-    if not is_iteration_folder(folder / name):
-        raise UserError(f"{tracker}: names {name}, which is missing or holds no checkpoint.")
-    return folder / name
+    for place in (folder / name, folder / f".{name}.replaced"):  # killed between two renames
+        if is_iteration_folder(place):
+            return place
+    raise UserError(f"{tracker}: names {name}, which is missing or holds no checkpoint.")
 
 
 def tracked_folder(folder: Path) -> Path:
@@ -101,6 +112,33 @@ def read_ranks(folder: Path) -> RankFiles:
         for chunk, tensors in models.items():
             shards[Shard(tp_rank, pp_stage, chunk)] = _clean(tensors)
     return RankFiles(shards=shards, args=args)
+
+
+def read_rank_states(
+    folder: Path, kinds: Iterable[str]
+) -> dict[str, dict[Shard, dict[str, StoredTensor]]]:
+    """Where every rank's tensors of the optimizer lie in an mp_rank tree of ours.
+
+    Args:
+        folder: of the iteration.
+        kinds: which of the optimizer's tensors; "" is the weights.
+
+    Raises:
+        UserError: as `read_ranks`, or a rank has no such state.
+    """
+    found: dict[str, dict[Shard, dict[str, StoredTensor]]] = {kind: {} for kind in kinds}
+    for (tp_rank, pp_stage), rank_folder in sorted(_rank_folders(folder).items()):
+        path = rank_folder / PT_FILE
+        state = torch_pt.read(path)
+        try:
+            for key, model in state[OPTIMIZER].items():
+                shard = Shard(tp_rank, pp_stage, _chunk(key))
+                for kind, shards in found.items():
+                    tensors = {name: of[kind] for name, of in model.items()} if kind else state[key]
+                    shards[shard] = _clean(_tensors(path, tensors))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path}: its {OPTIMIZER} is not as it has to be: {error!r}") from None
+    return found
 
 
 def rank_folder_name(tp_rank: int, pp_stage: int, pp: int) -> str:
@@ -200,6 +238,8 @@ def _clean(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 __all__ = [
+    "MANIFEST_FILE",
+    "OPTIMIZER",
     "PT_FILE",
     "TRACKER_FILE",
     "RankFiles",
@@ -209,6 +249,7 @@ __all__ = [
     "model_key",
     "plain_name",
     "rank_folder_name",
+    "read_rank_states",
     "read_ranks",
     "torch_dist",
     "torch_dist_key",
