@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.canonical_state import gather_state
 from distributed.harness import Checks, Run, main
+from distributed.save_once import save_once
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
 if TYPE_CHECKING:
@@ -576,14 +576,7 @@ def save(training: TrainingRun) -> Path:
     from qwen2_ascend.training.setup import checkpoint_identity, find_start
 
     identity = checkpoint_identity(training.settings, find_start(training.settings))
-    folder = training.settings.checkpoint.save
-    assert folder is not None
-    with closing(megatron_checkpointer(training, identity, lambda line: None)) as checkpointer:
-        checkpointer.open()
-        checkpointer.save()
-        checkpointer.finish()
-    training.runtime.barrier()
-    return folder / f"iter_{training.progress.iteration:07d}"
+    return save_once(training, functools.partial(megatron_checkpointer, training, identity))
 
 
 def steps(training: TrainingRun, count: int) -> list[StepResult]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.harness import Checks, Run, main
+from distributed.save_once import save_once
 from finetuning.finetune_worker import (
     FLAGS,
     chats,
@@ -472,7 +473,7 @@ def fp16_is_refused_where_deepspeed_has_none(run: Run) -> str:
 def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Callable[[], Path]]:
     """A run as `launch/finetune_qwen2_deepspeed.py` builds it, and what saves its state."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.deepspeed.finetune import find_begin, prepare, save_checkpoint
+    from qwen2_ascend.finetuning.deepspeed.finetune import checkpointer, find_begin, prepare
     from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
 
     settings = parse([*flags.split(), "--load", str(load or hugging_face_folder(run))])
@@ -484,7 +485,8 @@ def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Call
     runtime.initialize_model_parallel(settings.layout(), config.num_layers)
     run.runtime.seed_all(settings.runtime.seed)
     training, identity = prepare(begin, run.runtime, lambda line: None)
-    return training, functools.partial(save_checkpoint, training, identity, begin)
+    make = functools.partial(checkpointer, training, identity, begin)
+    return training, functools.partial(save_once, training, make)
 
 
 def forget_groups() -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ def _digest(state: State) -> str:
 
 def _ours(work: Work, *, ckpt_format: str = "torch_dist") -> State:
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
-    from qwen2_ascend.training.checkpointing import resume, save_checkpoint
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer, resume
     from qwen2_ascend.training.optimizer import num_updates
     from qwen2_ascend.training.setup import checkpoint_identity, find_start
 
@@ -98,7 +99,10 @@ def _ours(work: Work, *, ckpt_format: str = "torch_dist") -> State:
     kept: Any = replace(run.settings.checkpoint, ckpt_format=ckpt_format)
 
     def save(folder: Path) -> None:
-        save_checkpoint(run, identity, replace(kept, save=folder))
+        run.settings = replace(run.settings, checkpoint=replace(kept, save=folder))
+        with closing(megatron_checkpointer(run, identity, lambda line: None)) as checkpointer:
+            checkpointer.open()
+            checkpointer.save()
 
     def load(folder: Path) -> None:
         again = find_start(replace(run.settings, model=replace(run.settings.model, load=folder)))

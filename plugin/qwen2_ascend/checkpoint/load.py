@@ -101,17 +101,22 @@ def load_tensors(
 
 def load_slices(
     slices: Iterable[tuple[Piece, Run, torch.Tensor]],
-    source: Source,
+    sources: Sequence[Held],
+    vocab_size: int,
+    *,
+    is_sparse: bool = False,
 ) -> None:
-    """Fills runs of tensors' elements from a source, which may be cut otherwise.
+    """Fills runs of tensors' elements from stored ones, which may be cut otherwise.
 
     Args:
         slices: the whole tensor of this rank, which run of its elements is wanted, and the tensor
             that takes them, contiguous and with as many elements.
-        source: its `config.vocab_size` counts the rows that are read; others become zero.
+        sources: what is stored.
+        vocab_size: rows of the vocabulary that are read; others become zero.
+        is_sparse: whether elements that are stored nowhere become zero too.
 
     Raises:
-        UserError: the source holds a tensor twice and differently.
+        UserError: a tensor is stored twice and differently.
     """
     targets, tensors = [], []
     for piece, run, tensor in slices:
@@ -121,7 +126,7 @@ def load_slices(
             targets.append(Held(piece.tensor, Piece(piece.tensor, box, shape), stored))
             within = slice(part.start - run.start, part.stop - run.start)
             tensors.append(tensor.view(-1)[within])
-    plan = make_plan(source.held, targets, source.config.vocab_size)
+    plan = make_plan(sources, targets, vocab_size, is_sparse=is_sparse)
     own = {held.piece.tensor for held in targets}
     check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
     with Reader() as reader:

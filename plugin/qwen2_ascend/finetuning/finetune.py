@@ -32,6 +32,7 @@ from qwen2_ascend.training.setup import (
 if TYPE_CHECKING:
     from qwen2_ascend.data.chat.build import ChatDatasets
     from qwen2_ascend.runtime import Runtime
+    from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.loop import TrainingRun
 
@@ -61,7 +62,7 @@ def finetune(settings: FinetuneSettings) -> None:
     begin = checked_begin(settings, find_begin, validate)
     runtime, say = start_runtime(begin.start.settings, begin.start.config)
     prepared = prepare(begin, runtime, say)
-    train_and_report(prepared.run, prepared.identity, say, prepared.save)
+    train_and_report(prepared.run, prepared.identity, say, prepared.checkpointer)
     export_adapter(prepared, begin)
     runtime.close()
     if runtime.rank == 0:
@@ -166,8 +167,8 @@ class Prepared:
 
     run: TrainingRun
     identity: CheckpointIdentity
-    save: Callable[[], Path] | None
-    """Writes a checkpoint; None is the one of all weights."""
+    checkpointer: Callable[[Say], Checkpointer] | None
+    """Makes what writes checkpoints; None writes all weights."""
 
 
 def prepare(begin: Begin, runtime: Runtime, say: Say) -> Prepared:
@@ -198,14 +199,14 @@ def prepare(begin: Begin, runtime: Runtime, say: Say) -> Prepared:
         prepare_dpo(run, begin, say)
     if begin.lora is None:
         resume_if_saved(run, start, identity, say)
-        return Prepared(run=run, identity=identity, save=None)
-    from qwen2_ascend.finetuning.lora_checkpoint import resume_lora, save_lora_checkpoint
+        return Prepared(run=run, identity=identity, checkpointer=None)
+    from qwen2_ascend.finetuning.lora_checkpoint import lora_checkpointer, resume_lora
 
     if begin.saved is not None:
         notes = resume_lora(run, begin.saved, identity, begin.lora)
         say_resumed(run, begin.saved.folder, notes, say)
-    save = partial(save_lora_checkpoint, run, identity, begin.lora, begin.base)
-    return Prepared(run=run, identity=identity, save=save)
+    make = partial(lora_checkpointer, run, identity, begin.lora, begin.base)
+    return Prepared(run=run, identity=identity, checkpointer=make)
 
 
 def add_adapters(chunks: Sequence[Any], begin: Begin, say: Say) -> None:

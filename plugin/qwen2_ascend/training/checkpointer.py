@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from qwen2_ascend.checkpoint import iteration as iterations
 from qwen2_ascend.checkpoint.formats import megatron
 from qwen2_ascend.checkpoint.staging import FolderLock, partial_folder, write_file
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import Runtime
-from qwen2_ascend.training.saving import Checked, HostCopies, RankPart
+from qwen2_ascend.training.saving import Checked, HostCopies, RankPart, Written, file_checksum
 from qwen2_ascend.training.settings import CheckpointSettings
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.002, 0.25
@@ -45,18 +44,9 @@ class Pending:
 
     part: RankPart
     """This rank's."""
-    finish: Callable[[Path, list[Checked]], Checked] = lambda folder, parts: merged(parts)
-    """Called on rank 0 with the folder and what every rank wrote: writes what belongs to no rank,
-    and returns what the manifest says of all tensors."""
-
-
-def merged(parts: list[Checked]) -> Checked:
-    """What all ranks wrote; they may have shared a file."""
-    tensors: Checked = {}
-    for part in parts:
-        for name, of in part.items():
-            tensors.setdefault(name, {}).update(of)
-    return tensors
+    finish: Callable[[Path], Checked] = lambda folder: {}
+    """Called on rank 0 with the folder when every rank has written its part: writes what belongs
+    to no rank, and returns what the manifest says of the tensors in that."""
 
 
 class Checkpointer:
@@ -183,7 +173,7 @@ class Checkpointer:
             print(f"error: rank {rank}: {flight.error}", file=sys.stderr, flush=True)
         if state == _FAILED:
             return self._give_up(flight.number, "a rank could not write its part")
-        parts = gathered(flight.checked, self._runtime, self._group)
+        parts = gathered(flight.written, self._runtime, self._group)
         try:
             self._on_first(lambda: self._publish(flight, parts), SaveError)
         except SaveError as error:
@@ -194,14 +184,18 @@ class Checkpointer:
         stall = f", of which training waited {flight.stalled:.3f} s"
         self._log(f"saved {target} in {took:.2f} s{stall if self._settings.async_save else ''}")
 
-    def _publish(self, flight: _Flight, parts: list[Checked]) -> None:
-        tensors = flight.pending.finish(flight.folder, parts)
+    def _publish(self, flight: _Flight, parts: list[Written]) -> None:
+        tensors, files = flight.pending.finish(flight.folder), {}
+        for part in parts:
+            files |= part.files
+            for name, of in part.tensors.items():  # ranks may have shared a file
+                tensors.setdefault(name, {}).update(of)
         manifest = {
             "manifest_version": 1,
             "kind": "training",
             **self._about,
             "iteration": flight.number,
-            "files": _file_checksums(flight.folder, parts, tensors),
+            "files": _all_files(flight.folder, files, tensors),
             "tensors": tensors,
         }
         data = (json.dumps(manifest, indent=1) + "\n").encode()
@@ -260,14 +254,14 @@ class _Flight:
         self.begun = time.perf_counter()
         self.stalled = 0.0
         """Seconds that training has waited."""
-        self.checked: Checked = {}
+        self.written = Written({}, {})
         self.error: str | None = None
         self.writer = threading.Thread(target=self._write, daemon=True, name="checkpoint")
         self.writer.start()
 
     def _write(self) -> None:
         try:
-            self.checked = self.pending.part.write(self.folder)
+            self.written = self.pending.part.write(self.folder)
         except Exception as error:
             self.error = str(error) or repr(error)
 
@@ -277,8 +271,8 @@ class _Flight:
         return _WRITTEN if self.error is None else _FAILED
 
 
-def _file_checksums(
-    folder: Path, parts: list[Checked], tensors: Checked
+def _all_files(
+    folder: Path, checksums: Mapping[str, str], tensors: Checked
 ) -> dict[str, dict[str, Any]]:
     """The size of every file, and of those without tensors a checksum of the whole."""
     found = {}
@@ -287,5 +281,5 @@ def _file_checksums(
             name = str(path.relative_to(folder))
             found[name] = {"num_bytes": path.stat().st_size}
             if name not in tensors:
-                found[name]["xxh3_128"] = xxhash.xxh3_128(path.read_bytes()).hexdigest()
+                found[name]["xxh3_128"] = checksums.get(name) or file_checksum(path)
     return found

@@ -27,9 +27,8 @@ from megatron.core import parallel_state
 from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights, load_slices, unwrap
-from qwen2_ascend.checkpoint.plan import volume
-from qwen2_ascend.checkpoint.rules import Piece, Rule, Shard, megatron_pieces, qwen2_rules
-from qwen2_ascend.checkpoint.slices import Run, owners, parts_of, share_of
+from qwen2_ascend.checkpoint.rules import Piece, Rule, megatron_pieces, qwen2_rules
+from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.target import is_one_range, megatron_args, rule_of, torch_dist_chunk
@@ -42,10 +41,10 @@ from qwen2_ascend.training.checkpointer import (
     Pending,
     gathered,
     host_group,
-    merged,
 )
 from qwen2_ascend.training.loop import TrainingRun
 from qwen2_ascend.training.progress import progress_state, restore_progress, with_tensors
+from qwen2_ascend.training.rank_state import RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.saving import DTYPE_NAMES, Checked, RankPart, Store
@@ -86,19 +85,6 @@ class CheckpointIdentity:
 # --- saving --------------------------------------------------------------------------------------
 
 
-class Owned(NamedTuple):
-    """Elements of one tensor of this rank that this rank writes."""
-
-    chunk: int
-    name: str
-    """The parameter's."""
-    kind: str
-    """Of the optimizer's tensors; "" is the weight itself."""
-    piece: Piece
-    """Of the whole parameter."""
-    run: Run
-
-
 def megatron_checkpointer(
     run: TrainingRun, identity: CheckpointIdentity, log: Callable[[str], None]
 ) -> Checkpointer:
@@ -130,70 +116,27 @@ class MegatronWriter:
             folder: what is laid out goes there.
         """
         with gathered_parameters(self._run.chunks):
-            tensors = self._tensors()
+            tensors = self._state.tensors()
         rng = None if self._settings.no_save_rng else rng_state(self._run.runtime)
         if self._settings.ckpt_format == "torch_dist":
             return self._lay_out_torch_dist(tensors, rng)
         return self._lay_out_rank_file(tensors, rng)
 
     @cached_property
-    def _pieces(self) -> dict[Shard, dict[str, Piece]]:
-        identity = self._identity
-        return megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size)
+    def _state(self) -> RankState:
+        identity, run, settings = self._identity, self._run, self._settings
+        return RankState(
+            [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
+            megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
+            None if settings.no_save_optim else run.optimizer,
+            is_stored_once=settings.ckpt_format == "torch_dist",
+        )
 
     @cached_property
     def _rules(self) -> dict[str, Rule]:
         identity = self._identity
         rules = qwen2_rules(identity.config, identity.padded_vocab_size)
         return {rule.megatron: rule for rule in rules}
-
-    @cached_property
-    def _owned(self) -> list[Owned]:
-        """What this rank writes: of tensors that several ranks have, one has them all.
-
-        A file of the mp_rank tree holds all tensors of its tensor/pipeline rank.
-        """
-        own = owners(self._pieces) if self._settings.ckpt_format == "torch_dist" else None
-        pieces = {
-            (index, name): piece
-            for index in range(len(self._run.chunks))
-            for name, piece in self._pieces[_shard(index)].items()
-            if own is None or name in own[_shard(index)]
-        }
-        sizes = {key: volume(piece.box) for key, piece in pieces.items()}
-        share = share_of(sizes, *_replica())
-        owned = [Owned(*key, "", pieces[key], run) for key, run in share.items()]
-        if self._settings.no_save_optim:
-            return owned
-        runs = share
-        if optimizers.is_distributed(self._run.optimizer):
-            updates = optimizers.state_slices(self._run.optimizer)
-            runs = {
-                key: Run(updates[parameter].start, updates[parameter].stop)
-                for key, parameter in _parameters(self._run.chunks).items()
-                if key in pieces and parameter in updates
-            }
-        return owned + [
-            Owned(*key, kind, pieces[key], run) for key, run in runs.items() for kind in self._kinds
-        ]
-
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        """The optimizer's tensors of each parameter."""
-        return optimizers.kinds_of(next(self._run.chunks[0].parameters()))
-
-    def _tensors(self) -> list[torch.Tensor]:
-        """The elements of `_owned`, flat, where they lie."""
-        parameters = _parameters(self._run.chunks)
-        states = optimizers.state_slices(self._run.optimizer)
-        tensors = []
-        for chunk, name, kind, _, run in self._owned:
-            parameter = parameters[chunk, name]
-            start, tensor = 0, parameter.detach()
-            if kind:
-                start, tensor = states[parameter].start, states[parameter].tensors[kind]
-            tensors.append(tensor.reshape(-1)[run.start - start : run.stop - start])
-        return tensors
 
     def _common_state(self) -> dict[str, Any]:
         """What is the same on every rank, in plain values."""
@@ -211,7 +154,6 @@ class MegatronWriter:
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
         )
-        kinds = () if self._settings.no_save_optim else self._kinds
         return {
             "args": args,
             "checkpoint_version": 3.0,
@@ -219,7 +161,10 @@ class MegatronWriter:
             **progress_state(run),
             "optimizer_updates": optimizers.num_updates(run.optimizer),
             "loss_scaler": optimizers.scaler_state(run.optimizer),
-            "contents": {"optimizer": list(kinds), "rng": not self._settings.no_save_rng},
+            "contents": {
+                "optimizer": list(self._state.kinds),
+                "rng": not self._settings.no_save_rng,
+            },
         }
 
     # torch_dist: a file for each rank
@@ -227,9 +172,9 @@ class MegatronWriter:
     @cached_property
     def _chunks(self) -> _Chunks:
         """Where this rank's slices lie in its file, the same at every save."""
-        rank, config = self._run.runtime.rank, self._identity.config
+        state, rank, config = self._state, self._run.runtime.rank, self._identity.config
         file, places = torch_dist.RankFile(f"__{rank}_0.distcp"), []
-        for index, (owned, tensor) in enumerate(zip(self._owned, self._tensors(), strict=True)):
+        for index, (owned, tensor) in enumerate(zip(state.owned, state.tensors(), strict=True)):
             rule, _ = rule_of(owned.piece, self._rules)
             for box, run in parts_of(owned.piece.box, owned.run, joins_blocks=is_one_range(rule)):
                 piece = Piece(owned.piece.tensor, box, rule.shape(box))
@@ -264,10 +209,10 @@ class MegatronWriter:
         entries = gathered(objects.entries, self._run.runtime, self._group)
         entries = [*chunks.entries, *(entry for rank in entries for entry in rank)]
 
-        def finish(folder: Path, parts: list[Checked]) -> Checked:
+        def finish(folder: Path) -> Checked:
             for name, data in torch_dist.small_files(entries, common).items():
                 write_file(folder / name, data)
-            return merged(parts)
+            return {}
 
         return Pending(part=RankPart(files=files, stores=stores), finish=finish)
 
@@ -275,7 +220,7 @@ class MegatronWriter:
         """What is no tensor: a rank's random number generators, and what Megatron-LM asks for."""
         runtime = self._run.runtime
         file = torch_dist.RankFile(f"__{runtime.rank}_1.distcp")
-        if rng is not None and _replica()[0] == 0:
+        if rng is not None and own_replica()[0] == 0:
             data = io.BytesIO()
             torch.save(rng, data)
             file.append_object(_rng_key(), data.getvalue())
@@ -287,14 +232,13 @@ class MegatronWriter:
     # torch: a file for each tensor/pipeline rank, which its data-parallel replicas fill together
 
     def _lay_out_rank_file(self, tensors: list[torch.Tensor], rng: Any) -> Pending:
-        run, replica = self._run, _replica()[0]
+        run, replica = self._run, own_replica()[0]
         names = _model_names(run.chunks)
         state: dict[str, Any] = self._common_state()
         kinds = state["contents"]["optimizer"]
-        parameters = _parameters(run.chunks)
         specs = {
-            key: TensorSpec(tuple(parameter.shape), DTYPE_NAMES[parameter.dtype])
-            for key, parameter in parameters.items()
+            named: TensorSpec(tuple(parameter.shape), DTYPE_NAMES[parameter.dtype])
+            for named, parameter in self._state.parameters.items()
         }
         for index, name in enumerate(names):
             state[name] = OrderedDict((n, spec) for (i, n), spec in specs.items() if i == index)
@@ -315,7 +259,7 @@ class MegatronWriter:
         total_bytes, offsets = offsets
         file = f"{_rank_folder(self._identity.layout)}/{megatron.PT_FILE}"
         stores = []
-        for owned, tensor in zip(self._owned, tensors, strict=True):
+        for owned, tensor in zip(self._state.owned, tensors, strict=True):
             path = (names[owned.chunk], owned.name)
             path = (megatron.OPTIMIZER, *path, owned.kind) if owned.kind else path
             offset = offsets[path] + owned.run.start * tensor.element_size()
@@ -336,9 +280,11 @@ class MegatronWriter:
         """What the first of this rank's data-parallel replicas calls with."""
         values: list[Any] = [None] * self._run.runtime.world_size
         torch.distributed.all_gather_object(
-            values, (_shard(0), value) if _replica()[0] == 0 else None, group=self._group
+            values, (own_shard(0), value) if own_replica()[0] == 0 else None, group=self._group
         )
-        return next(own for told in values if told for shard, own in [told] if shard == _shard(0))
+        return next(
+            own for told in values if told for shard, own in [told] if shard == own_shard(0)
+        )
 
 
 class _Place(NamedTuple):
@@ -372,37 +318,12 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
         chunk.enable_forward_pre_hook()
 
 
-def _shard(chunk: int) -> Shard:
-    return Shard(
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        chunk,
-    )
-
-
-def _replica() -> tuple[int, int]:
-    """Which of the ranks that hold the same weights this is, and how many there are."""
-    return (
-        parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-    )
-
-
-def _parameters(chunks: Sequence[Any]) -> dict[tuple[int, str], torch.nn.Parameter]:
-    """Every parameter by its chunk and its name there."""
-    return {
-        (index, name): parameter
-        for index, chunk in enumerate(chunks)
-        for name, parameter in unwrap(chunk).named_parameters()
-    }
-
-
 def _model_names(chunks: Sequence[Any]) -> list[str]:
     return [megatron.model_key(index, len(chunks)) for index in range(len(chunks))]
 
 
 def _rank_folder(layout: ParallelLayout) -> str:
-    tp_rank, pp_stage, _ = _shard(0)
+    tp_rank, pp_stage, _ = own_shard(0)
     return megatron.rank_folder_name(tp_rank, pp_stage, layout.pp)
 
 
@@ -412,7 +333,7 @@ def _state_key(kind: str, key: str) -> str:
 
 def _rng_key() -> str:
     """One state per tensor/pipeline rank; data-parallel ranks draw alike."""
-    tp_rank, pp_stage, _ = _shard(0)
+    tp_rank, pp_stage, _ = own_shard(0)
     sizes = (
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -498,7 +419,7 @@ def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdent
     sources = _open_states(saved, identity)
     if optimizers.MAIN in sources and next(run.chunks[0].parameters()).dtype == torch.float32:
         # an fp32 run goes on from the fp32 weights of one in 16 bits
-        tp_rank, pp_stage, _ = _shard(0)
+        tp_rank, pp_stage, _ = own_shard(0)
         load_checkpoint_weights(
             run.chunks,
             sources[optimizers.MAIN],
@@ -507,20 +428,16 @@ def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdent
             tp_rank=tp_rank,
             pp_stage=pp_stage,
         )
-    states = optimizers.new_state(run.optimizer, int(saved.common["optimizer_updates"]))
-    pieces = megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size)
-    parameters = _parameters(run.chunks)
-    for kind in optimizers.kinds_of(next(iter(parameters.values()))):
+    state = RankState(
+        [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
+        megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
+        run.optimizer,
+    )
+    updates = int(saved.common["optimizer_updates"])
+    for kind, slices in state.emptied(updates).items():
         # fp32 weights are their own main weights
         source = sources.get(kind) or sources[""]
-        load_slices(
-            (
-                (pieces[_shard(index)][name], Run(state.start, state.stop), state.tensors[kind])
-                for (index, name), parameter in parameters.items()
-                if (state := states.get(parameter)) is not None
-            ),
-            source,
-        )
+        load_slices(slices, source.held, source.config.vocab_size)
     optimizers.load_scaler_state(run.optimizer, saved.common["loss_scaler"])
 
 

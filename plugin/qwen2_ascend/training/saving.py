@@ -39,6 +39,14 @@ Checked = dict[str, dict[str, dict[str, Any]]]
 """By file and name what the manifest says of a tensor: dtype, shape, offset, xxh3_128."""
 
 
+class Written(NamedTuple):
+    """What ranks have written."""
+
+    tensors: Checked
+    files: dict[str, str]
+    """Checksums of whole files, by their places."""
+
+
 class Store(NamedTuple):
     """A tensor and where it goes."""
 
@@ -64,19 +72,22 @@ class RankPart:
     files: Mapping[str, FileLayout]
     """How long each file is, and the bytes between the tensors that this rank writes. Ranks may
     share a file: each makes it if it is not there yet."""
-    stores: Sequence[Store]
+    stores: Sequence[Store] = ()
+    whole: Sequence[str] = ()
+    """Files that are there already, of which this rank makes the checksums."""
 
-    def write(self, folder: Path) -> Checked:
-        """Writes and flushes everything; returns what the manifest says of it.
+    def write(self, folder: Path) -> Written:
+        """Writes and flushes everything.
 
         Raises:
             OSError: a file cannot be written.
         """
-        checked: Checked = {}
+        written = Written({}, {name: file_checksum(folder / name) for name in self.whole})
         for name, layout in self.files.items():
             own = sorted((s for s in self.stores if s.file == name), key=lambda s: s.offset)
-            checked[name] = _write_file(folder / name, layout, own)
-        return checked
+            if checked := _write_file(folder / name, layout, own):
+                written.tensors[name] = checked
+        return written
 
 
 class HostCopies:
@@ -106,6 +117,15 @@ class HostCopies:
             for store, buffer in zip(part.stores, self._buffers, strict=True)
         ]
         return replace(part, stores=stores)
+
+
+def file_checksum(path: Path) -> str:
+    """The xxh3-128 checksum of a file, in hexadecimal."""
+    checksum, band = xxhash.xxh3_128(), bytearray(_BAND_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(band):
+            checksum.update(memoryview(band)[:count])
+    return checksum.hexdigest()
 
 
 def _write_file(path: Path, layout: FileLayout, stores: Sequence[Store]) -> dict[str, Any]:

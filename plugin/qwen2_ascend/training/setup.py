@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -316,7 +317,7 @@ def train_and_report(
     run: TrainingRun,
     identity: CheckpointIdentity,
     say: Say,
-    checkpointer: Checkpointer | None = None,
+    checkpointer: Callable[[Say], Checkpointer] | None = None,
 ) -> None:
     """Trains to the end or until told to stop, with a log and checkpoints where they are asked for.
 
@@ -324,7 +325,8 @@ def train_and_report(
         run: begins at its progress.
         identity: of its model.
         say: prints a line.
-        checkpointer: writes checkpoints; by default of all weights.
+        checkpointer: makes what writes checkpoints, given what prints a line; by default it writes
+            all weights.
     """
     from qwen2_ascend.telemetry.instruments import Instruments
     from qwen2_ascend.training.checkpointing import megatron_checkpointer
@@ -332,13 +334,13 @@ def train_and_report(
     settings = run.settings
     reporter = _reporter(run, identity.config, identity.padded_vocab_size)
     instruments = Instruments(run, reporter.tokens_per_step, say)
-    if checkpointer is None and settings.checkpoint.save:
-        checkpointer = megatron_checkpointer(run, identity, reporter.interrupt)
     with contextlib.ExitStack() as stack:
-        if checkpointer is not None:
-            stack.callback(checkpointer.close)
-            checkpointer.open()
-        _train(run, reporter, instruments, checkpointer, say)
+        opened = None
+        if settings.checkpoint.save:
+            make = checkpointer or partial(megatron_checkpointer, run, identity)
+            opened = stack.enter_context(contextlib.closing(make(reporter.interrupt)))
+            opened.open()
+        _train(run, reporter, instruments, opened, say)
 
 
 def _train(

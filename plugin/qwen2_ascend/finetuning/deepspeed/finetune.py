@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError
@@ -25,6 +24,7 @@ from qwen2_ascend.training.setup import (
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
     from qwen2_ascend.runtime import Runtime
+    from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
 
 
@@ -50,7 +50,7 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
     begin = checked_begin(settings, find_begin, validate)
     runtime, say = start_runtime(begin.start.settings, begin.start.config)
     run, identity = prepare(begin, runtime, say)
-    train_and_report(run, identity, say, partial(save_checkpoint, run, identity, begin))
+    train_and_report(run, identity, say, partial(checkpointer, run, identity, begin))
     export_adapter(run, begin)
     runtime.close()
     if runtime.rank == 0:
@@ -140,14 +140,16 @@ def resume_if_saved(run: ZeroRun, begin: ZeroBegin, identity: CheckpointIdentity
     say_resumed(run, folder, notes, say)
 
 
-def save_checkpoint(run: ZeroRun, identity: CheckpointIdentity, begin: ZeroBegin) -> Path:
-    """Writes the run's state; every rank calls it. Returns the folder of the iteration."""
-    from qwen2_ascend.finetuning.deepspeed.checkpoint import save_zero_checkpoint
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_lora_checkpoint
+def checkpointer(
+    run: ZeroRun, identity: CheckpointIdentity, begin: ZeroBegin, log: Say
+) -> Checkpointer:
+    """What writes the run's checkpoints."""
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import zero_checkpointer
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import lora_checkpointer
 
     if begin.lora is None:
-        return save_zero_checkpoint(run, identity)
-    return save_lora_checkpoint(run, identity, begin.lora, begin.base)
+        return zero_checkpointer(run, identity, log)
+    return lora_checkpointer(run, identity, begin.lora, begin.base, log)
 
 
 def export_adapter(run: ZeroRun, begin: ZeroBegin) -> None:
