@@ -304,6 +304,7 @@ def lora_runs_go_from_one_path_to_the_other(run: Run) -> str:
 
 LORA_FILES = {
     *("adapter_config.json", "adapter_model.safetensors", "run.json"),
+    "qwen2_ascend_manifest.json",
     *("exp_avg.safetensors", "exp_avg_sq.safetensors", "rng_00000.pt", "rng_00001.pt"),
 }
 

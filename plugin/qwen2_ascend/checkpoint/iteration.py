@@ -94,27 +94,16 @@ def remove_older(save: Path, keep: int) -> None:
     Raises:
         OSError: one cannot be removed.
     """
-    for path in complete_iterations(save)[keep:][::-1]:
+    for path in megatron.complete_iterations(save)[keep:][::-1]:
         removed = path.with_name(f".{path.name}.removed")
         os.rename(path, removed)
         shutil.rmtree(removed)
 
 
-def complete_iterations(save: Path) -> list[Path]:
-    """The iterations of a run that are complete by their manifests, the newest first."""
-    found = [
-        path
-        for path in save.glob("iter_*")
-        if re.fullmatch(r"iter_[0-9]{1,12}", path.name)
-        and (path / megatron.MANIFEST_FILE).is_file()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")), reverse=True)
-
-
 def resumable_iterations(save: Path) -> list[Path]:
     """Where a run may go on, the best first: the tracked iteration, then older complete ones."""
     tracked = megatron.tracked_folder(save)
-    complete = complete_iterations(save)
+    complete = megatron.complete_iterations(save)
     if tracked == save or not tracked.is_dir():
         return complete
     return [tracked, *(path for path in complete if path.name < tracked.name)]

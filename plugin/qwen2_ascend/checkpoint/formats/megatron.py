@@ -29,6 +29,8 @@ OPTIMIZER = "optimizer_state"
 MANIFEST_FILE = "qwen2_ascend_manifest.json"
 """What this project writes into a folder last: with it, the folder is complete."""
 
+_PLACES = (("", ""), (".", ".replaced"))
+"""Where an iteration may lie: a run that was killed between two renames left it in the second."""
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL = re.compile(r"model(\d*)")
 _ALIASES = (
@@ -48,7 +50,18 @@ class RankFiles:
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
-    return (folder / TRACKER_FILE).is_file() or is_iteration_folder(folder)
+    is_one = (folder / TRACKER_FILE).is_file() or is_iteration_folder(folder)
+    return is_one or any(is_iteration_folder(path) for path in complete_iterations(folder))
+
+
+def complete_iterations(folder: Path) -> list[Path]:
+    """The iterations in `folder` that are complete by their manifests, the newest first."""
+    found = [
+        path
+        for path in folder.glob("iter_*")
+        if re.fullmatch(r"iter_[0-9]{1,12}", path.name) and (path / MANIFEST_FILE).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")), reverse=True)
 
 
 def is_iteration_folder(folder: Path) -> bool:
@@ -72,29 +85,30 @@ def iteration_folder(folder: Path) -> Path:
         return folder
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
-        there = sorted(path for path in folder.glob("iter_*") if path.is_dir())
-        if complete := [path for path in there if (path / MANIFEST_FILE).is_file()]:
-            return complete[-1]
-        names = ", ".join(path.name for path in there[-3:])
-        hint = f" It holds {names}; give one of them." if there else ""
+        if complete := complete_iterations(folder):
+            return complete[0]
+        there = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
+        hint = f" It holds {', '.join(there[-3:])}; give one of them." if there else ""
         raise UserError(f"{folder}: has no {TRACKER_FILE}, so no complete checkpoint.{hint}")
     said = tracker.read_text(encoding="utf-8", errors="replace").strip()
     name = f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,12}", said) else said
     if not re.fullmatch(r"release|iter_[0-9]+", name):
         raise UserError(f'{tracker}: says {said[:40]!r}, neither a number nor "release".')
-    for place in (folder / name, folder / f".{name}.replaced"):  # killed between two renames
-        if is_iteration_folder(place):
-            return place
+    for dot, end in _PLACES:
+        if is_iteration_folder(folder / f"{dot}{name}{end}"):
+            return folder / f"{dot}{name}{end}"
     raise UserError(f"{tracker}: names {name}, which is missing or holds no checkpoint.")
 
 
 def tracked_folder(folder: Path) -> Path:
-    """The folder that the tracker file names, whatever it holds; `folder` itself without one."""
+    """The folder that the tracker file names, whatever it holds; without one the newest complete
+    iteration, or `folder` itself."""
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
-        return folder
+        return next(iter(complete_iterations(folder)), folder)
     said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    return folder / f"iter_{said.rjust(7, '0')}"
+    tracked, replaced = (folder / f"{dot}iter_{said.rjust(7, '0')}{end}" for dot, end in _PLACES)
+    return replaced if replaced.is_dir() and not tracked.exists() else tracked
 
 
 def read_ranks(folder: Path) -> RankFiles:
