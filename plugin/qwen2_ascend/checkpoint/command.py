@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from qwen2_ascend.checkpoint.progress import size_text
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
@@ -174,4 +174,4 @@ def _print_plan(prepared: Prepared) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
