@@ -35,6 +35,10 @@ class UserError(ValueError):
         return type(self), (self.faults,)
 
 
+class VerificationError(RuntimeError):
+    """What was read or written is not what it should be; going on from it would be wrong."""
+
+
 def printable(text: str) -> str:
     r"""`text` on one line: control, format and unpaired surrogate characters as `\x1b`, `\u202e`.
 

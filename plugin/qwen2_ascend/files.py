@@ -7,6 +7,7 @@ users' files opens them here; a test walks the package for other ways.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -27,7 +28,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     """Opens a regular file for reading, in binary.
 
     Raises:
-        UserError: it is a FIFO, a device, a socket or a folder.
+        UserError: it is a FIFO, a device or a socket.
         OSError: as from `open`.
     """
     return os.fdopen(open_descriptor(path), "rb")
@@ -49,7 +50,7 @@ def require_regular(path: str | Path) -> None:
     """For a library that opens `path` itself.
 
     Raises:
-        UserError: it is a FIFO, a device, a socket or a folder.
+        UserError: it is a FIFO, a device or a socket.
         OSError: as from `open`.
     """
     _check_mode(path, os.stat(path))
@@ -114,15 +115,13 @@ def parse_json(data: bytes, **options: Any) -> Any:
 
 
 def regular_files(path: Path) -> list[Path]:
-    """`path` if it is a file, or the files below the folder `path`; no link to a folder is followed.
+    """`path` if it is a file, or all files below the folder `path`; folders that are links are not.
 
-    Other kinds of file are among them, and are refused when they are opened.
+    FIFOs and their like are among them, and are refused when they are opened.
     """
     if not path.is_dir():
         return [path]
-    return sorted(
-        Path(folder, name) for folder, _, names in os.walk(path) for name in names
-    )
+    return sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
 
 
 def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
@@ -147,6 +146,8 @@ def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
 
 def _check_mode(path: str | Path, status: os.stat_result) -> None:
     kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if kind != stat.S_IFREG:
         raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')}, not a regular file; refused.")
 
@@ -156,7 +157,6 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
 }
 
 

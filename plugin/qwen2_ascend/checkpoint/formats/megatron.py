@@ -21,9 +21,11 @@ from qwen2_ascend.checkpoint.formats import safetensors, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.rules import Shard
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import read_text
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 PT_FILE = "model_optim_rng.pt"
+_MAX_TRACKER_BYTES = 4096
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL = re.compile(r"model(\d*)")
@@ -68,7 +70,7 @@ def iteration_folder(folder: Path) -> Path:
         there = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
         hint = f" It holds {', '.join(there[-3:])}; give one of them." if there else ""
         raise UserError(f"{folder}: has no {TRACKER_FILE}, so no complete checkpoint.{hint}")
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    said = read_text(tracker, "replace", _MAX_TRACKER_BYTES).strip()
     name = f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,12}", said) else said
     if not re.fullmatch(r"release|iter_[0-9]+", name):
         raise UserError(f'{tracker}: says {said[:40]!r}, neither a number nor "release".')
@@ -82,7 +84,7 @@ def tracked_folder(folder: Path) -> Path:
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
         return folder
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    said = read_text(tracker, "replace", _MAX_TRACKER_BYTES).strip()
     return folder / f"iter_{said.rjust(7, '0')}"
 
 

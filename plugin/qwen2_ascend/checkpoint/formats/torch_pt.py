@@ -40,6 +40,7 @@ from qwen2_ascend.checkpoint.formats.stored import (
 )
 from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT, Record, ZipFault, layout_zip, read_zip
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import open_regular
 
 MAX_PICKLE_BYTES = 1 << 24
 """Of a data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
@@ -109,7 +110,7 @@ def read(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             num_bytes = file.seek(0, 2)
             file.seek(0)
             raise_if(f"{path}: {fault}" for fault in _container_faults(file.read(8)))
