@@ -18,6 +18,7 @@ import torch
 from qwen2_ascend.checkpoint.formats import megatron, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.staging import fsync_folder, fsync_tree, partial_folder, write_file
+from qwen2_ascend.files import open_regular
 from qwen2_ascend.training import schedule as schedules
 from qwen2_ascend.training.loop import Progress, TrainingRun
 from qwen2_ascend.training.rng_state import set_rng_state
@@ -138,7 +139,7 @@ def with_tensors(tree: Any) -> Any:
 
 
 def _read_tensor(stored: StoredTensor) -> torch.Tensor:
-    with open(stored.path, "rb") as file:
+    with open_regular(stored.path) as file:
         file.seek(stored.offset)
         data = bytearray(file.read(stored.num_bytes))
     dtype = getattr(torch, NUMPY_DTYPES[stored.dtype].name)
