@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, VerificationError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -29,9 +29,11 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class StagedFolder:
-    """Use as a context manager, then `publish()`; leaving without it removes the partial folder.
+    """Use as a context manager, then `publish()`.
 
-    KeyboardInterrupt keeps the partial folder, so that `resume` can go on from it.
+    Leaving without it keeps the partial folder, so that `resume` can go on from it, unless the
+    exception says that what is there is wrong (VerificationError), or that it was asked for wrongly
+    before anything was complete (UserError).
 
     Attributes:
         target: the folder to be.
@@ -51,7 +53,7 @@ class StagedFolder:
         self._lock = FolderLock(self.target)
         self._resume, self._overwrite = resume, overwrite
         self._made: list[Path] = []
-        self.is_resumed = False
+        self.is_resumed = self._is_complete = False
         self._check()
 
     def _check(self) -> None:
@@ -116,6 +118,7 @@ class StagedFolder:
         Raises:
             UserError: the target came into being meanwhile.
         """
+        self._is_complete = True
         if self._overwrite and self.target.exists() and os.listdir(self.target):
             publish_folder(self.folder, self.target)
         else:
@@ -132,9 +135,9 @@ class StagedFolder:
             fsync_folder(made.parent)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        wrong_options = kind is not None and self.is_resumed and issubclass(kind, UserError)
-        if not (interrupted or wrong_options):
+        useless = kind is None or issubclass(kind, VerificationError)
+        refused = kind is not None and issubclass(kind, UserError)
+        if useless or (refused and not (self.is_resumed or self._is_complete)):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._leave()
 

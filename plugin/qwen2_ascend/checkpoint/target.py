@@ -34,6 +34,7 @@ from qwen2_ascend.checkpoint.rules import (
     qwen2_rules,
 )
 from qwen2_ascend.config import DTYPES, Qwen2Config
+from qwen2_ascend.files import read_bytes, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 ITERATION = 1
@@ -71,12 +72,19 @@ class Target:
 
 
 def hugging_face_target(
-    config: Qwen2Config, dtype: str, max_shard_bytes: int, side_files: Sequence[Path]
+    config: Qwen2Config,
+    dtype: str,
+    max_shard_bytes: int,
+    side_files: Sequence[Path],
+    marks: Mapping[str, str] | None = None,
 ) -> Target:
-    """A Hugging Face folder: safetensors of at most `max_shard_bytes`, index, side files."""
+    """A Hugging Face folder: safetensors of at most `max_shard_bytes`, index, side files.
+
+    `marks` go into the weight files' metadata.
+    """
     pieces = hugging_face_pieces(config)
     specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
-    weights = hugging_face.plan_files(specs, max_shard_bytes)
+    weights = hugging_face.plan_files(specs, max_shard_bytes, marks)
     small = read_side_files(side_files, dtype)
     if (index := hugging_face.index_json(weights)) is not None:
         small[Path(hugging_face.INDEX_FILE)] = index
@@ -106,15 +114,20 @@ def megatron_target(
     dtype: str,
     save_format: str,
     side_files: Sequence[Path],
+    marks: Mapping[str, str] | None = None,
 ) -> Target:
-    """A Megatron folder in one of the formats "megatron", "safetensors", "torch_dist"."""
+    """A Megatron folder in one of the formats "megatron", "safetensors", "torch_dist".
+
+    `marks` go into the training arguments, or into the weight files' metadata.
+    """
     folder = Path(f"iter_{ITERATION:07d}")
     shards = megatron_pieces(config, layout, padded_vocab_size)
     args = megatron_args(config, layout, padded_vocab_size, dtype)
+    vars(args).update(marks or {})
     if save_format == "torch_dist":
         held, files = _torch_dist_files(folder, config, shards, padded_vocab_size, dtype, args)
     elif save_format == "safetensors":
-        held, files = _safetensors_files(folder, layout, shards, dtype)
+        held, files = _safetensors_files(folder, layout, shards, dtype, marks)
     else:
         held, files = _pt_files(folder, layout, shards, dtype, args)
     return Target(
@@ -198,10 +211,8 @@ def read_side_files(side_files: Sequence[Path], dtype: str) -> dict[Path, bytes]
     """The files carried along, byte for byte but for config.json's dtype when that changes."""
     found: dict[Path, bytes] = {}
     for path in side_files:
-        inner = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in inner:
-            if file.is_file():
-                found[file.relative_to(path.parent)] = file.read_bytes()
+        for file in regular_files(path):
+            found[file.relative_to(path.parent)] = read_bytes(file)
     config = Path("config.json")
     if config in found:
         found[config] = _with_dtype(found[config], dtype)
@@ -258,12 +269,13 @@ def _safetensors_files(
     layout: ParallelLayout,
     shards: Mapping[Shard, Mapping[str, Piece]],
     dtype: str,
+    marks: Mapping[str, str] | None,
 ) -> tuple[list[Held], list[TargetFile]]:
     num_chunks = 1 + max(shard.chunk for shard in shards)
     held, files = [], []
     for shard, pieces in shards.items():
         specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
-        header, offsets = safetensors.encode_header(specs, {"format": "pt"})
+        header, offsets = safetensors.encode_header(specs, {"format": "pt", **(marks or {})})
         rank = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
         path = folder / rank / f"{megatron.model_key(shard.chunk, num_chunks)}.safetensors"
         ends = [offsets[name] + spec.num_bytes for name, spec in specs.items()]

@@ -15,11 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, stored_checksum, write_bands
+from qwen2_ascend.checkpoint.copying import (
+    BandBuffers,
+    Reader,
+    SourceChecks,
+    stored_checksum,
+    write_bands,
+)
 from qwen2_ascend.checkpoint.plan import Held, Plan, Write
 from qwen2_ascend.checkpoint.staging import empty_folder, naming
 from qwen2_ascend.checkpoint.target import Target, TargetFile
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_bytes
 
 Checksums = dict[tuple[str, str], str]
 """xxh3-128 by (file, tensor name)."""
@@ -52,7 +59,7 @@ class Journal:
         """
         path = folder / JOURNAL_FILE
         head = json.dumps(identity, sort_keys=True).encode()
-        lines = path.read_bytes().split(b"\n") if resume and path.exists() else []
+        lines = read_bytes(path).split(b"\n") if resume and path.exists() else []
         complete = lines[:-1]  # a line without its end was being written
         self.done: Checksums = {}
         self._lock = threading.Lock()
@@ -89,6 +96,7 @@ def write_target(
     workers: int,
     progress: Callable[[int], object],
     open_reader: Callable[[], Reader] = Reader,
+    checks: SourceChecks | None = None,
 ) -> Checksums:
     """Writes every file of `target` below `folder` and flushes it to disk.
 
@@ -101,6 +109,7 @@ def write_target(
         workers: threads.
         progress: called with the bytes of each tensor that is done.
         open_reader: makes what the sources are read with.
+        checks: what the sources' bytes are checked with while they are read.
 
     Returns:
         The checksum of every tensor.
@@ -118,6 +127,8 @@ def write_target(
         key = (str(held.stored.path), held.name)
         stored = held.stored._replace(path=folder / held.stored.path)
         if key not in before or stored_checksum(stored) != before[key]:
+            if checks is not None:
+                checks.before(write)
             put = _checked(files.putter(held), cancelled)
             journal.record(*key, write_bands(write, reader, buffers, put))
         files.finish(held)

@@ -11,6 +11,7 @@ import torch
 
 from qwen2_ascend.checkpoint.formats import torch_pt
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.files import open_regular
 from qwen2_ascend.training import schedule as schedules
 from qwen2_ascend.training.loop import Progress, TrainingRun
 from qwen2_ascend.training.rng_state import set_rng_state
@@ -69,7 +70,7 @@ def with_tensors(tree: Any) -> Any:
 
 
 def _read_tensor(stored: StoredTensor) -> torch.Tensor:
-    with open(stored.path, "rb") as file:
+    with open_regular(stored.path) as file:
         file.seek(stored.offset)
         data = bytearray(file.read(stored.num_bytes))
     dtype = getattr(torch, NUMPY_DTYPES[stored.dtype].name)

@@ -21,6 +21,7 @@ from qwen2_ascend.checkpoint.formats import safetensors, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.rules import Shard
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import read_text
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 PT_FILE = "model_optim_rng.pt"
@@ -28,6 +29,7 @@ OPTIMIZER = "optimizer_state"
 """Where a rank's file of ours has the optimizer's tensors: by model, parameter and kind."""
 MANIFEST_FILE = "qwen2_ascend_manifest.json"
 """What this project writes into a folder last: with it, the folder is complete."""
+_MAX_TRACKER_BYTES = 4096
 
 _PLACES = (("", ""), (".", ".replaced"))
 """Where an iteration may lie: a run that was killed between two renames left it in the second."""
@@ -90,7 +92,7 @@ def iteration_folder(folder: Path) -> Path:
         there = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
         hint = f" It holds {', '.join(there[-3:])}; give one of them." if there else ""
         raise UserError(f"{folder}: has no {TRACKER_FILE}, so no complete checkpoint.{hint}")
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    said = read_text(tracker, "replace", _MAX_TRACKER_BYTES).strip()
     name = f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,12}", said) else said
     if not re.fullmatch(r"release|iter_[0-9]+", name):
         raise UserError(f'{tracker}: says {said[:40]!r}, neither a number nor "release".')
@@ -106,7 +108,7 @@ def tracked_folder(folder: Path) -> Path:
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
         return next(iter(complete_iterations(folder)), folder)
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    said = read_text(tracker, "replace", _MAX_TRACKER_BYTES).strip()
     tracked, replaced = (folder / f"{dot}iter_{said.rjust(7, '0')}{end}" for dot, end in _PLACES)
     return replaced if replaced.is_dir() and not tracked.exists() else tracked
 

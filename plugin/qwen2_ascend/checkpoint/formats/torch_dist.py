@@ -56,9 +56,10 @@ from qwen2_ascend.checkpoint.formats.pickles import (
 )
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, raise_if, shown
+from qwen2_ascend.files import open_regular, read_bytes, read_json
 
-MAX_METADATA_BYTES = 1 << 28
+MAX_METADATA_BYTES = 1 << 26
 """Of a `.metadata`; a chunk takes about 300 bytes in it."""
 CONFIG = {
     "sharded_backend": "torch_dist",
@@ -174,7 +175,7 @@ def read_object(folder: str | Path, key: str) -> Any:
         raise UserError(f"{folder}: has no {key}; the folder is damaged.")
     raise_if(_file_faults(folder, [info]))
     path = folder / info.file
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return torch_pt.read_part(file, path, info.offset, info.num_bytes)
 
 
@@ -308,18 +309,13 @@ _KNOWN = (
 
 
 def _check_config(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from None
+    config = read_json(path)
     backend = config.get("sharded_backend") if isinstance(config, dict) else None
     version = config.get("sharded_backend_version") if isinstance(config, dict) else None
     if (backend, version) != ("torch_dist", 1):
         raise UserError(
-            f"{path}: sharded_backend={backend!r} version {version!r}; only torch_dist version 1 "
-            "is read. Save the checkpoint again with --ckpt-format torch_dist."
+            f"{path}: sharded_backend={shown(backend)} version {shown(version)}; only torch_dist "
+            "version 1 is read. Save the checkpoint again with --ckpt-format torch_dist."
         )
 
 
@@ -328,9 +324,7 @@ def _read_metadata(
 ) -> tuple[dict[str, _Described], tuple[str, ...], dict[_Index, _StorageInfo]]:
     """The tensors, the other keys, and where each chunk is, from `.metadata`."""
     try:
-        if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
-            raise UserError(f"{path}: {num_bytes} bytes, above {MAX_METADATA_BYTES}; damaged.")
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_METADATA_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
     metadata = read_pickle(data, str(path), _KNOWN)
@@ -380,10 +374,10 @@ def _storage_infos(storage_data: Any) -> Iterator[tuple[_Index, _StorageInfo]]:
         if not isinstance(info, Inert) or info.type_name != f"{_FILESYSTEM}._StorageInfo":
             raise ValueError("a chunk without a _StorageInfo")
         if info.state.get("transform_descriptors"):
-            raise ValueError(f"{index['fqn']} is stored through a transform (compressed)")
+            raise ValueError(f"{shown(index['fqn'])} is stored through a transform (compressed)")
         file, offset, length = (info.state[k] for k in ("relative_path", "offset", "length"))
         if type(file) is not str or "/" in file or file in ("", ".", ".."):
-            raise ValueError(f"{index['fqn']} is in {file!r}, outside of the folder")
+            raise ValueError(f"{shown(index['fqn'])} is in {shown(file)}, outside of the folder")
         _sizes((offset, length))
         offsets = None if index.get("offset") is None else _sizes(index["offset"])
         yield _Index(index["fqn"], offsets), _StorageInfo(file, offset, length)
@@ -391,7 +385,7 @@ def _storage_infos(storage_data: Any) -> Iterator[tuple[_Index, _StorageInfo]]:
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
     if type(numbers) is not tuple or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{numbers!r:.80} instead of sizes")
+        raise ValueError(f"{shown(numbers)} instead of sizes")
     return numbers
 
 
@@ -442,9 +436,13 @@ def _read_tensors(
         by_file.setdefault(info.file, []).append((index, info))
     for name, items in by_file.items():
         path = folder / name
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            end = 0
             for index, info in sorted(items, key=lambda item: item[1].offset):
                 try:
+                    if info.offset < end:  # a small file could be read a million times
+                        raise UserError(f"{path}: .metadata puts two chunks at byte {info.offset}.")
+                    end = info.offset + info.num_bytes
                     tensor = torch_pt.read_part(file, path, info.offset, info.num_bytes)
                     if not isinstance(tensor, StoredTensor):
                         raise UserError(f"{path}: {index.key}: not a tensor at {info.offset}.")
