@@ -35,6 +35,10 @@ class UserError(ValueError):
         return type(self), (self.faults,)
 
 
+class DamagedError(UserError):
+    """A file that is not as it was written; another copy of it, or an older one, may be."""
+
+
 class VerificationError(RuntimeError):
     """What was read or written is not what it should be; going on from it would be wrong."""
 

@@ -210,7 +210,7 @@ def _not_checked(prepared: Prepared) -> Iterator[str]:
     request = prepared.request
     for remark in prepared.comparison.remarks:
         yield f"{remark}; that is not verified"
-    if request.verify and not prepared.comparison.checksums and not prepared.comparison.remarks:
+    if request.verify and not prepared.comparison.parts and not prepared.comparison.remarks:
         yield "it has no manifest; whether its bytes are as they were written is not verified"
 
 
@@ -271,7 +271,8 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
     if journal.done:
         say(f"resuming: {len(journal.done)} of {len(prepared.plan.writes)} tensors are there")
     try:
-        checks = SourceChecks(prepared.comparison.checksums)
+        way_out = " --no-check-source takes it as it is."
+        checks = SourceChecks(prepared.comparison.parts, way_out)
         with Progress("write", prepared.plan.num_bytes) as progress:
             checksums = write_target(
                 staged.folder,
@@ -290,7 +291,7 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
             f"{source.folder}: changed while it was read; convert it when it is at rest."
         )
     checks.finish(source.held)
-    if n := len(prepared.comparison.checksums):
+    if n := len(prepared.comparison.parts):
         files = prepared.comparison.num_files
         say(f"source: {n} tensors have the checksums they were written with, {files} files too")
     for path, data in target.small_files.items():

@@ -21,7 +21,7 @@ import xxhash
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Copy, Held, Write, bands, overlap, volume
 from qwen2_ascend.checkpoint.rules import Box
-from qwen2_ascend.errors import VerificationError, raise_if
+from qwen2_ascend.errors import DamagedError, VerificationError
 from qwen2_ascend.files import open_descriptor
 
 BAND_BYTES = 1 << 20
@@ -174,8 +174,19 @@ class SourceChecks:
     then finds it in the page cache. Threads may share one.
     """
 
-    def __init__(self, expected: Mapping[StoredTensor, str]) -> None:
+    def __init__(
+        self,
+        expected: Mapping[StoredTensor, Sequence[tuple[StoredTensor, str]]],
+        way_out: str = "",
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            expected: the parts that a tensor was written in, with their checksums.
+            way_out: ends the message about a damaged tensor.
+        """
         self._left = dict(expected)
+        self._way_out = way_out
         self._damaged: list[StoredTensor] = []
 
     def before(self, write: Write) -> None:
@@ -187,21 +198,30 @@ class SourceChecks:
         """Checks those of `sources` that no write read (replicas, or of an earlier run).
 
         Raises:
-            UserError: tensors whose bytes changed since they were written, all named.
+            DamagedError: tensors whose bytes changed since they were written, all named.
         """
         sources = tuple(sources)
         for held in sources:
             self._check(held.stored)
-        raise_if(
-            f"{held.stored.path}: {held.name} does not have the checksum it was written with; the "
-            "file is damaged or was changed. --no-check-source takes it as it is."
-            for held in sources
-            if held.stored in self._damaged
-        )
+        self.raise_damaged(sources)
+
+    def raise_damaged(self, sources: Iterable[Held]) -> None:
+        """Ends the work where one of `sources` that was read is not as it was written.
+
+        Raises:
+            DamagedError: all of them named.
+        """
+        if self._damaged:
+            raise DamagedError(
+                f"{held.stored.path}: {held.name} does not have the checksum it was written with; "
+                f"the file is damaged or was changed.{self._way_out}"
+                for held in sources
+                if held.stored in self._damaged
+            )
 
     def _check(self, stored: StoredTensor) -> None:
-        expected = self._left.pop(stored, None)  # whoever takes it checks it
-        if expected is not None and stored_checksum(stored) != expected:
+        parts = self._left.pop(stored, ())  # whoever takes it checks it
+        if any(stored_checksum(part) != expected for part, expected in parts):
             self._damaged.append(stored)
 
 

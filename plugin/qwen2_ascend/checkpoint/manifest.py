@@ -1,4 +1,4 @@
-"""The manifest of a converted checkpoint: what is in it, with a checksum for every tensor and file.
+"""The manifest of a checkpoint: what is in it, with a checksum for every tensor and file.
 
 It is written beside the weights and never read from what it describes. So a later conversion can
 hold against it what the files' own headers say (names, dtypes, shapes, offsets), and the bytes.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +20,14 @@ import xxhash
 
 from qwen2_ascend import __version__
 from qwen2_ascend.checkpoint.formats import safetensors, torch_pt
-from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE, OPTIMIZER
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.plan import Held
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.checkpoint.writing import Checksums
-from qwen2_ascend.errors import UserError, raise_if, shown
-from qwen2_ascend.files import parse_json, read_bytes, regular_files
+from qwen2_ascend.errors import DamagedError, UserError, raise_if, shown
+from qwen2_ascend.files import open_regular, parse_json, read_bytes, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 MARK = {"qwen2_ascend_manifest": MANIFEST_FILE}
@@ -35,6 +36,10 @@ MARK = {"qwen2_ascend_manifest": MANIFEST_FILE}
 _VERSION = 2
 """2 lists small files, which 1 did not."""
 _MOST_FAULTS = 20
+_PART = re.compile(r"\[[0-9]+:[0-9]+\]$")
+"""What a part's name has behind the tensor's."""
+_BESIDES = ("optimizer.", f"{OPTIMIZER}/", "rng_state/")
+"""How the names of what is no weight begin, in torch_dist and in the mp_rank tree."""
 _READ_ON = "--no-check-source reads it all the same"
 
 
@@ -83,6 +88,44 @@ def encode_manifest(
     return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
+def encode_training_manifest(
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    checksums: Mapping[str, str],
+    beside: Mapping[Path, bytes],
+) -> bytes:
+    """The manifest of an iteration that is complete but for it.
+
+    Args:
+        folder: the iteration's.
+        about: the run: plain values by key, which nothing reads.
+        tensors: by file and name what the file holds, as in `encode_manifest`; a tensor that ranks
+            wrote together has a name for each part, `NAME[start:stop]` in elements.
+        checksums: of whole files, where they are known already.
+        beside: what lies in the folder above, by its place there.
+    """
+    sizes, files = {}, {}
+    for path in regular_files(folder):
+        name = _place(path, folder)
+        if name in tensors:
+            sizes[name] = path.stat().st_size
+        else:
+            files[name] = checksums.get(name) or file_checksum(path)
+    manifest = {
+        "manifest_version": _VERSION,
+        "written_by": f"qwen2-ascend {__version__}",
+        "kind": "training",
+        **about,
+        "sizes": sizes,
+        "files": files,
+        "beside": {str(path): xxhash.xxh3_128_hexdigest(data) for path, data in beside.items()},
+        "tensors": tensors,
+    }
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
 def source_identity(source: Source) -> dict[str, Any]:
     """What a source was: its kind and its weight files with their sizes."""
     return {
@@ -118,21 +161,30 @@ class Manifest:
     """Bytes of each weight file."""
     files: Mapping[str, str] | None
     """Checksums of the small files; None where an earlier release did not list them."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Checksums of files in the folder above: a run's config.json and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What came of holding a source against its manifest."""
 
-    checksums: Mapping[StoredTensor, str] = field(default_factory=dict)
-    """What each tensor's bytes must have."""
+    parts: Mapping[StoredTensor, tuple[tuple[StoredTensor, str], ...]] = field(default_factory=dict)
+    """What each tensor's bytes must have, in the parts that it was written in."""
     num_files: int = 0
     """Small files that are as they were written."""
     remarks: tuple[str, ...] = ()
     """What could not be compared, one sentence each."""
 
+    @property
+    def checksums(self) -> dict[StoredTensor, str]:
+        """Of the tensors that were written in one part."""
+        return {stored: parts[0][1] for stored, parts in self.parts.items() if len(parts) == 1}
 
-def compare_with_manifest(source: Source, *, own_config: bool = True) -> Comparison:
+
+def compare_with_manifest(
+    source: Source, *, own_config: bool = True, is_whole: bool = True
+) -> Comparison:
     """Holds what was read of a source's headers, and its small files, against its manifest.
 
     Files that came later (a training run that went on in the same folder) are not in the manifest
@@ -142,9 +194,11 @@ def compare_with_manifest(source: Source, *, own_config: bool = True) -> Compari
         source: opened.
         own_config: whether config.json and the tokenizer lie with the weights; not those that the
             user named elsewhere.
+        is_whole: whether `source` is all weights that the manifest lists; else it is the
+            optimizer's tensors of one kind, and small files are not looked at.
 
     Raises:
-        UserError: everything that is not as the manifest says, or a manifest that is damaged.
+        DamagedError: everything that is not as the manifest says, or a manifest that is damaged.
     """
     manifest = _find(source)
     if manifest is None:
@@ -159,15 +213,18 @@ def compare_with_manifest(source: Source, *, own_config: bool = True) -> Compari
     remarks = [f"its manifest lists nothing of {unlisted} tensors"] if unlisted else []
     if not listed:  # of an earlier iteration, or emptied
         return Comparison(remarks=tuple(remarks))
-    files, unlisted_files = _small_files(source, manifest, own_config)
-    remarks += unlisted_files
-    faults = list(_faults(source, manifest, listed))
-    faults += (fault for file in files for fault in _changed(manifest, file))
-    more = [f"and {len(faults) - _MOST_FAULTS} more faults of this kind."]
-    raise_if(faults if len(faults) <= _MOST_FAULTS else faults[:_MOST_FAULTS] + more)
+    entries = {file: _by_tensor(manifest.tensors[file]) for file in listed}
+    faults = list(_faults(manifest, listed, entries))
+    files: list[str] = []
+    if is_whole:
+        files, unlisted_files = _small_files(source, manifest, own_config)
+        remarks += unlisted_files
+        faults += _unread(source, manifest, listed, entries)
+        faults += (fault for file in files for fault in _changed(manifest, file))
+    _raise_damaged(faults)
     return Comparison(
-        checksums={
-            held.stored: manifest.tensors[file][name].checksum
+        parts={
+            held.stored: tuple(_stored_parts(held.stored.path, entries[file][name]))
             for file, tensors in listed.items()
             for name, held in tensors.items()
         },
@@ -194,30 +251,104 @@ def _is_marked(source: Source) -> bool:
     return isinstance(args, Namespace) and vars(args).items() >= MARK.items()
 
 
+def check_iteration(folder: Path) -> Manifest | None:
+    """Holds the small files of a training checkpoint, and the sizes of all, against its manifest.
+
+    Returns:
+        The manifest, or None where there is none.
+
+    Raises:
+        DamagedError: everything that is not as it was written.
+    """
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
+    try:
+        manifest = read_manifest(folder / MANIFEST_FILE)
+    except UserError as error:
+        raise DamagedError(error.faults) from None
+    faults = [fault for file in manifest.files or () for fault in _changed(manifest, file)]
+    for file, said in manifest.sizes.items():
+        path = folder / file
+        size = path.stat().st_size if path.is_file() else None
+        if size != said:
+            what = "is missing" if size is None else f"has {size} bytes"
+            faults.append(f"{path}: {what}; it was written with {said}.")
+    for file, expected in manifest.beside.items():
+        above = replace(manifest, folder=folder.parent, files={file: expected})
+        faults += _changed(above, file)
+    _raise_damaged(faults)
+    return manifest
+
+
+def _raise_damaged(faults: list[str]) -> None:
+    more = [f"and {len(faults) - _MOST_FAULTS} more faults of this kind."]
+    if faults:
+        raise DamagedError(faults if len(faults) <= _MOST_FAULTS else faults[:_MOST_FAULTS] + more)
+
+
+def _by_tensor(entries: Mapping[str, Entry]) -> dict[str, list[Entry]]:
+    """The entries of every tensor, in the order of its parts."""
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for name, entry in entries.items():
+        found[_PART.sub("", name)].append(entry)
+    return {name: sorted(parts, key=lambda entry: entry.offset) for name, parts in found.items()}
+
+
+def _stored_parts(path: Path, parts: list[Entry]) -> Iterator[tuple[StoredTensor, str]]:
+    for dtype, shape, offset, checksum in parts:
+        yield StoredTensor(path, offset, shape, dtype), checksum
+
+
 def _faults(
-    source: Source, manifest: Manifest, listed: Mapping[str, Mapping[str, Held]]
+    manifest: Manifest,
+    listed: Mapping[str, Mapping[str, Held]],
+    entries: Mapping[str, Mapping[str, list[Entry]]],
 ) -> Iterator[str]:
     """What the headers say otherwise than the manifest, in the files that both know."""
-    for file in manifest.tensors:
-        if file not in listed and _is_below(manifest.folder / file, source.folder):
-            yield f"{manifest.folder / file}: the manifest lists it, but nothing was found in it."
     for file, tensors in listed.items():
-        path, entries = manifest.folder / file, manifest.tensors[file]
+        path = manifest.folder / file
         size, said = path.stat().st_size, manifest.sizes.get(file)
         if size != said:
             yield f"{path}: has {size} bytes; the manifest says {said}. The file is damaged."
-        for name in tensors.keys() - entries.keys():
-            yield f"{path}: holds {name}, which the manifest does not list there; damaged."
-        for name in entries.keys() - tensors.keys():
-            yield f"{path}: lacks {name}, which the manifest lists there; damaged."
-        for name in sorted(tensors.keys() & entries.keys()):
-            _, offset, *spec = tensors[name].stored
-            found, entry = (*spec, offset), entries[name]
-            if found != (entry.shape, entry.dtype, entry.offset):
-                yield (
-                    f"{path}: {name} is {found[0]} {found[1]} at byte {offset}; the manifest says "
-                    f"{entry.shape} {entry.dtype} at byte {entry.offset}. The file is damaged."
-                )
+        for name, held in sorted(tensors.items()):
+            parts = entries[file].get(name)
+            if parts is None:
+                yield f"{path}: holds {name}, which the manifest does not list there; damaged."
+            elif fault := _tensor_fault(held.stored, parts):
+                yield f"{path}: {name} {fault} The file is damaged."
+
+
+def _tensor_fault(stored: StoredTensor, parts: list[Entry]) -> str | None:
+    """How a tensor is not what was written, in one part or in several."""
+    _, offset, shape, dtype = stored
+    end = offset
+    for part in parts:
+        if (part.offset, part.dtype) != (end, dtype):
+            break
+        end += TensorSpec(part.shape, dtype).num_bytes
+    is_equal = end == offset + stored.num_bytes and (len(parts) > 1 or parts[0].shape == shape)
+    if is_equal:
+        return None
+    said = "; ".join(f"{p.shape} {p.dtype} at byte {p.offset}" for p in parts[:3])
+    return f"is {shape} {dtype} at byte {offset}; the manifest says {said}."
+
+
+def _unread(
+    source: Source,
+    manifest: Manifest,
+    listed: Mapping[str, Mapping[str, Held]],
+    entries: Mapping[str, Mapping[str, list[Entry]]],
+) -> Iterator[str]:
+    """What the manifest lists and the headers do not, of the weights."""
+    for file, tensors in manifest.tensors.items():
+        path = manifest.folder / file
+        is_all_besides = all(name.startswith(_BESIDES) for name in tensors)
+        if file not in listed and not is_all_besides and _is_below(path, source.folder):
+            yield f"{path}: the manifest lists it, but nothing was found in it."
+    for file, names in entries.items():
+        for name in names.keys() - listed[file].keys():
+            if not name.startswith(_BESIDES):
+                yield f"{manifest.folder / file}: lacks {name}, which the manifest lists there."
 
 
 def _small_files(
@@ -244,7 +375,7 @@ def _changed(manifest: Manifest, file: str) -> Iterator[str]:
     assert manifest.files is not None
     path = manifest.folder / file
     try:
-        found = xxhash.xxh3_128_hexdigest(read_bytes(path))
+        found = file_checksum(path)
     except FileNotFoundError:
         yield f"{path}: is missing, but was written with the weights."
         return
@@ -253,6 +384,20 @@ def _changed(manifest: Manifest, file: str) -> Iterator[str]:
             f"{path}: is not the file that was written with the weights. If you changed it, name "
             f"its folder: --hf-cfg-dir {path.parent}; if not, it is damaged."
         )
+
+
+def file_checksum(path: Path) -> str:
+    """The xxh3-128 checksum of a regular file, in hexadecimal.
+
+    Raises:
+        UserError: it is none.
+        OSError: it cannot be read.
+    """
+    checksum, band = xxhash.xxh3_128(), bytearray(1 << 20)
+    with open_regular(path) as file:
+        while count := file.readinto(band):  # pyright: ignore[reportAttributeAccessIssue]
+            checksum.update(memoryview(band)[:count])
+    return checksum.hexdigest()
 
 
 def _place(path: Path, folder: Path) -> str:
@@ -284,7 +429,9 @@ def read_manifest(path: Path) -> Manifest:
             f"{path}: manifest_version={version} is of a newer release of qwen2-ascend; this one "
             f"reads up to {_VERSION}. {_READ_ON}."
         )
-    form = _FORM | ({"files": _Each(_is_path, _is_checksum)} if version == 2 else {})
+    checksums = _Each(_is_path, _is_checksum)
+    form = _FORM | ({"files": checksums} if version == 2 else {})
+    form |= {"beside": checksums} if "beside" in raw else {}
     faults = list(_form_faults(raw, form, ""))
     raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:_MOST_FAULTS])
     tensors = {
@@ -294,7 +441,13 @@ def read_manifest(path: Path) -> Manifest:
         }
         for file, entries in raw["tensors"].items()
     }
-    return Manifest(folder=path.parent, tensors=tensors, sizes=raw["sizes"], files=raw.get("files"))
+    return Manifest(
+        folder=path.parent,
+        tensors=tensors,
+        sizes=raw["sizes"],
+        files=raw.get("files"),
+        beside=raw.get("beside", {}),
+    )
 
 
 class _Each(NamedTuple):

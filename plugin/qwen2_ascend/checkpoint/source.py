@@ -148,7 +148,7 @@ def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> 
     """
     if not megatron.is_torch_dist(folder):
         return {
-            kind: _ranks_source(folder, config, (), shards)
+            kind: _ranks_source(folder, config, (), shards, kind)
             for kind, shards in megatron.read_rank_states(folder, kinds).items()
         }
     prefixes = tuple(kinds.values())
@@ -158,7 +158,7 @@ def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> 
         own = {k.removeprefix(prefix): v for k, v in chunks.items() if k.startswith(prefix)}
         own = {key: parts for key, parts in own.items() if _is_model_key(key)}
         where = f"{folder}: {prefix}*"
-        sources[kind] = _torch_dist_source(folder, config, (), own, where)
+        sources[kind] = _torch_dist_source(folder, config, (), own, where, prefix)
     return sources
 
 
@@ -240,7 +240,9 @@ def _ranks_source(
     config: Qwen2Config,
     side_files: tuple[Path, ...],
     shards: Mapping[Shard, Mapping[str, StoredTensor]],
+    kind: str = "",
 ) -> Source:
+    """The source of the ranks' weights, or of the optimizer's tensors of a kind."""
     _check_layer_count(folder, config, sum(map(len, shards.values())))
     layout = _layout_of(folder, shards, config)
     padded = _padded_vocab_size(folder, shards, layout, config)
@@ -250,7 +252,7 @@ def _ranks_source(
     for shard, pieces in megatron_pieces(config, layout, padded).items():
         where = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
         found, wrong = _match(pieces, shards.get(shard, {}))
-        held += (one._replace(name=_name_in_file(one, shard, layout)) for one in found)
+        held += (one._replace(name=_name_in_file(one, shard, layout, kind)) for one in found)
         faults += [f"{folder / where}: {fault}" for fault in wrong]
     if faults and any(OUTPUT in fault for fault in faults):
         tied = str(config.tie_word_embeddings).lower()
@@ -268,11 +270,14 @@ def _ranks_source(
     )
 
 
-def _name_in_file(held: Held, shard: Shard, layout: ParallelLayout) -> str:
+def _name_in_file(held: Held, shard: Shard, layout: ParallelLayout, kind: str) -> str:
     """A .pt holds several models of an interleaved pipeline, whose tensors have the same names."""
     has_chunks = layout.num_layers_per_virtual_pipeline_stage is not None
+    model = f"model{shard.chunk}" if has_chunks else "model"
+    if kind:
+        return f"{megatron.OPTIMIZER}/{model}/{held.name}/{kind}"
     is_pt = held.stored.path.name == megatron.PT_FILE
-    return f"model{shard.chunk}/{held.name}" if has_chunks and is_pt else held.name
+    return f"{model}/{held.name}" if has_chunks and is_pt else held.name
 
 
 def _format_name(held: list[Held]) -> str:
@@ -390,8 +395,12 @@ def _torch_dist_source(
     side_files: tuple[Path, ...],
     chunks: Mapping[str, list[torch_dist.Chunk]],
     where: str,
+    prefix: str = "",
 ) -> Source:
-    """The source of `chunks`, whose keys are weights'; `where` begins every fault."""
+    """The source of `chunks`, whose keys are weights'; in the folder they begin with `prefix`.
+
+    `where` begins every fault.
+    """
     if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
         raise UserError(f"{where}: no {EMBEDDING} in it; not a Qwen2 model.")
     padded = chunks[EMBEDDING][0].global_shape[0]
@@ -409,7 +418,7 @@ def _torch_dist_source(
             for part in parts:
                 wrong = list(_chunk_faults(key, rules[plain], layer, part, config))
                 faults += wrong
-                held += _chunk_held(key, rules[plain], layer, part) if not wrong else ()
+                held += _chunk_held(prefix + key, rules[plain], layer, part) if not wrong else ()
         elif megatron.plain_name(key):
             unexpected.append(key)
     faults = _names("unexpected tensors", unexpected) + _some(faults)

@@ -27,10 +27,10 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import (
 )
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
-from qwen2_ascend.checkpoint.load import load_slices
+from qwen2_ascend.checkpoint.load import Slices, load_slices
 from qwen2_ascend.checkpoint.plan import Held, make_plan
 from qwen2_ascend.checkpoint.rules import Box, Piece
-from qwen2_ascend.checkpoint.slices import Run, parts_of
+from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.staging import fsync_folder, naming, partial_folder, write_file
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
@@ -193,7 +193,7 @@ def load_adapter(
 
 
 def load_adapter_slices(
-    slices: Sequence[tuple[Piece, Run, torch.Tensor]],
+    slices: Slices,
     lora: LoraConfig,
     config: Qwen2Config,
     path: Path,

@@ -8,7 +8,6 @@ a rank that stops answering is found as fast as ever, and training goes on while
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import threading
@@ -23,10 +22,11 @@ import torch
 
 from qwen2_ascend.checkpoint import iteration as iterations
 from qwen2_ascend.checkpoint.formats import megatron
+from qwen2_ascend.checkpoint.manifest import encode_training_manifest
 from qwen2_ascend.checkpoint.staging import FolderLock, partial_folder, write_file
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import Runtime
-from qwen2_ascend.training.saving import Checked, HostCopies, RankPart, Written, file_checksum
+from qwen2_ascend.training.saving import Checked, HostCopies, RankPart, Written
 from qwen2_ascend.training.settings import CheckpointSettings
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.002, 0.25
@@ -190,15 +190,13 @@ class Checkpointer:
             files |= part.files
             for name, of in part.tensors.items():  # ranks may have shared a file
                 tensors.setdefault(name, {}).update(of)
-        manifest = {
-            "manifest_version": 1,
-            "kind": "training",
-            **self._about,
-            "iteration": flight.number,
-            "files": _all_files(flight.folder, files, tensors),
-            "tensors": tensors,
-        }
-        data = (json.dumps(manifest, indent=1) + "\n").encode()
+        data = encode_training_manifest(
+            flight.folder,
+            about={**self._about, "iteration": flight.number},
+            tensors=tensors,
+            checksums=files,
+            beside=self._side_files,
+        )
         write_file(flight.folder / megatron.MANIFEST_FILE, data)
         iterations.publish_iteration(self._save, flight.number, self._side_files)
         if self._settings.keep_last is not None:
@@ -269,17 +267,3 @@ class _Flight:
         if self.writer.is_alive():
             return _WRITING
         return _WRITTEN if self.error is None else _FAILED
-
-
-def _all_files(
-    folder: Path, checksums: Mapping[str, str], tensors: Checked
-) -> dict[str, dict[str, Any]]:
-    """The size of every file, and of those without tensors a checksum of the whole."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = str(path.relative_to(folder))
-            found[name] = {"num_bytes": path.stat().st_size}
-            if name not in tensors:
-                found[name]["xxh3_128"] = checksums.get(name) or file_checksum(path)
-    return found

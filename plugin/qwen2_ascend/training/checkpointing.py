@@ -26,7 +26,8 @@ from megatron.core import parallel_state
 
 from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
-from qwen2_ascend.checkpoint.load import load_checkpoint_weights, load_slices, unwrap
+from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
+from qwen2_ascend.checkpoint.plan import volume
 from qwen2_ascend.checkpoint.rules import Piece, Rule, megatron_pieces, qwen2_rules
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.source import Source, open_states
@@ -263,8 +264,11 @@ class MegatronWriter:
             path = (names[owned.chunk], owned.name)
             path = (megatron.OPTIMIZER, *path, owned.kind) if owned.kind else path
             offset = offsets[path] + owned.run.start * tensor.element_size()
-            name = f"{'/'.join(path)}[{owned.run.start}:{owned.run.stop}]"
-            stores.append(Store(name, file, offset, tuple(tensor.shape), tensor))
+            name = "/".join(path) if owned.kind or len(names) > 1 else owned.name
+            shape = owned.piece.shape
+            if tensor.numel() < volume(owned.piece.box):
+                name, shape = f"{name}[{owned.run.start}:{owned.run.stop}]", tuple(tensor.shape)
+            stores.append(Store(name, file, offset, shape, tensor))
         segments = ()
         if replica == 0:
             segments = layout.segments
@@ -417,27 +421,21 @@ def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
 def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdentity) -> None:
     """Reads this rank's slices of the optimizer's tensors, in place."""
     sources = _open_states(saved, identity)
-    if optimizers.MAIN in sources and next(run.chunks[0].parameters()).dtype == torch.float32:
-        # an fp32 run goes on from the fp32 weights of one in 16 bits
-        tp_rank, pp_stage, _ = own_shard(0)
-        load_checkpoint_weights(
-            run.chunks,
-            sources[optimizers.MAIN],
-            identity.layout,
-            padded_vocab_size=identity.padded_vocab_size,
-            tp_rank=tp_rank,
-            pp_stage=pp_stage,
-        )
     state = RankState(
         [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
         megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
         run.optimizer,
     )
-    updates = int(saved.common["optimizer_updates"])
-    for kind, slices in state.emptied(updates).items():
-        # fp32 weights are their own main weights
-        source = sources.get(kind) or sources[""]
-        load_slices(slices, source.held, source.config.vocab_size)
+
+    def load(kind: str, slices: Slices) -> None:
+        source = sources[kind]
+        checks = checks_of(source, is_whole=False)
+        load_slices(slices, source.held, source.config.vocab_size, checks=checks)
+
+    if optimizers.MAIN in sources and optimizers.MAIN not in state.kinds:
+        load(optimizers.MAIN, state.whole())  # fp32 after 16 bits goes on from the fp32 weights
+    for kind, slices in state.emptied(int(saved.common["optimizer_updates"])).items():
+        load(kind if kind in sources else "", slices)  # fp32 weights are their own main weights
     optimizers.load_scaler_state(run.optimizer, saved.common["loss_scaler"])
 
 

@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
+from qwen2_ascend.checkpoint.manifest import file_checksum
 from qwen2_ascend.checkpoint.staging import naming
 from qwen2_ascend.checkpoint.writing import pwrite, reserve, start_writeback
 
@@ -117,15 +118,6 @@ class HostCopies:
             for store, buffer in zip(part.stores, self._buffers, strict=True)
         ]
         return replace(part, stores=stores)
-
-
-def file_checksum(path: Path) -> str:
-    """The xxh3-128 checksum of a file, in hexadecimal."""
-    checksum, band = xxhash.xxh3_128(), bytearray(_BAND_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(band):
-            checksum.update(memoryview(band)[:count])
-    return checksum.hexdigest()
 
 
 def _write_file(path: Path, layout: FileLayout, stores: Sequence[Store]) -> dict[str, Any]:
