@@ -251,8 +251,13 @@ def _is_marked(source: Source) -> bool:
     return isinstance(args, Namespace) and vars(args).items() >= MARK.items()
 
 
-def check_iteration(folder: Path) -> Manifest | None:
+def check_iteration(folder: Path, share: int = 0, num_shares: int = 1) -> Manifest | None:
     """Holds the small files of a training checkpoint, and the sizes of all, against its manifest.
+
+    Args:
+        folder: the iteration's.
+        share: which of the shares of the files is looked at.
+        num_shares: among as many the files are dealt.
 
     Returns:
         The manifest, or None where there is none.
@@ -266,7 +271,8 @@ def check_iteration(folder: Path) -> Manifest | None:
         manifest = read_manifest(folder / MANIFEST_FILE)
     except UserError as error:
         raise DamagedError(error.faults) from None
-    faults = [fault for file in manifest.files or () for fault in _changed(manifest, file)]
+    own = list(manifest.files or ())[share::num_shares]
+    faults = [fault for file in own for fault in _changed(manifest, file)]
     for file, said in manifest.sizes.items():
         path = folder / file
         size = path.stat().st_size if path.is_file() else None

@@ -38,7 +38,7 @@ from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.rank_state import RankState
-from qwen2_ascend.training.saving import DTYPE_NAMES, Checked, RankPart, Store
+from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 
 __all__ = ["load_adapter", "read_lora_config", "save_adapter"]
 
@@ -103,23 +103,19 @@ def merge_adapter(
     lora: LoraConfig,
     config: Qwen2Config,
     base_model: str | None,
-) -> Checked:
+) -> None:
     """Makes a PEFT folder, with a file for each kind of moments, of all ranks' files; on one rank.
-
-    Returns:
-        What the manifest says of the tensors.
 
     Raises:
         OSError: it cannot be written.
     """
-    checked, pieces = {}, peft_pieces(config, lora)
+    pieces = peft_pieces(config, lora)
     for kind in dict.fromkeys(part.kind for part in parts):
         name = f"{kind}.safetensors" if kind else WEIGHTS_FILE
         sources = [part.held(folder) for part in parts if part.kind == kind]
-        checked[name] = _merge(sources, pieces, folder / name)
+        _merge(sources, pieces, folder / name)
     shutil.rmtree(folder / _RANKS_FOLDER)
     write_file(folder / CONFIG_FILE, encode_config(lora, base_model))
-    return checked
 
 
 def save_adapter(
@@ -213,9 +209,7 @@ def load_adapter_slices(
     load_slices(slices, held_tensors(path, config, lora), config.vocab_size, is_sparse=True)
 
 
-def _merge(
-    sources: Sequence[Held], pieces: Mapping[str, Piece], path: Path
-) -> dict[str, dict[str, Any]]:
+def _merge(sources: Sequence[Held], pieces: Mapping[str, Piece], path: Path) -> None:
     """Writes `path` with all of `pieces` beside its place, and renames it."""
     (dtype,) = {held.stored.dtype for held in sources}
     specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
@@ -226,7 +220,7 @@ def _merge(
         for name, piece in pieces.items()
     ]
     plan = make_plan(sources, targets, vocab_size=0)
-    buffers, checked = BandBuffers(), {}
+    buffers = BandBuffers()
     with Reader() as reader, naming(path), open(beside, "wb") as file:
         file.write(header)
         for write in plan.writes:
@@ -236,16 +230,10 @@ def _merge(
                 file.seek(start + position)
                 file.write(band.reshape(-1).view(np.uint8).data)
 
-            checked[write.target.name] = {
-                "dtype": dtype,
-                "shape": list(write.target.stored.shape),
-                "offset": start,
-                "xxh3_128": write_bands(write, reader, buffers, put),
-            }
+            write_bands(write, reader, buffers, put)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    return checked
 
 
 def _publish(partial: Path, folder: Path) -> None:

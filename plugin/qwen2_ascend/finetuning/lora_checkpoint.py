@@ -28,7 +28,6 @@ from qwen2_ascend.training.loop import TrainingRun
 from qwen2_ascend.training.progress import progress_state, restore_progress, restore_rng
 from qwen2_ascend.training.rank_state import own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state
-from qwen2_ascend.training.saving import Checked
 
 
 def lora_checkpointer(
@@ -63,11 +62,10 @@ def lora_checkpointer(
             part = replace(part, files={**part.files, _rng_file(): rng})
         state = _plain_state(run, identity, base, list(adapters.kinds))
 
-        def finish(folder: Path) -> Checked:
+        def finish(folder: Path) -> None:
             base_model = str(base) if base else None
-            checked = merge_adapter(folder, parts, lora, identity.config, base_model)
+            merge_adapter(folder, parts, lora, identity.config, base_model)
             write_file(folder / RUN_FILE, json.dumps(state, indent=2).encode())
-            return checked
 
         return Pending(part=part, finish=finish)
 
@@ -79,6 +77,7 @@ def lora_checkpointer(
         about={"format": "lora", **identity.about},
         side_files={},
         log=log,
+        is_small=True,
     )
 
 

@@ -44,9 +44,9 @@ class Pending:
 
     part: RankPart
     """This rank's."""
-    finish: Callable[[Path], Checked] = lambda folder: {}
+    finish: Callable[[Path], None] = lambda folder: None
     """Called on rank 0 with the folder when every rank has written its part: writes what belongs
-    to no rank, and returns what the manifest says of the tensors in that."""
+    to no rank."""
 
 
 class Checkpointer:
@@ -62,6 +62,7 @@ class Checkpointer:
         about: Mapping[str, Any],
         side_files: Mapping[Path, bytes],
         log: Callable[[str], None],
+        is_small: bool = False,
     ) -> None:
         """Nothing is written yet.
 
@@ -74,11 +75,13 @@ class Checkpointer:
             about: what the manifest says of the run, in plain values.
             side_files: what lies beside the iterations.
             log: prints a line, on rank 0.
+            is_small: whether checksums are of whole files, not of each tensor.
         """
         assert settings.save is not None
         self._runtime, self._settings, self._save = runtime, settings, settings.save
         self._lay_out, self._iteration = lay_out, iteration
         self._about, self._side_files, self._log = about, side_files, log
+        self._is_small = is_small
         self._copies = HostCopies()
         self._flight: _Flight | None = None
         self._lock = FolderLock(settings.save)
@@ -102,6 +105,17 @@ class Checkpointer:
                 ) from None
 
         self._on_first(take, UserError)
+
+    def move_to(self, save: Path) -> None:
+        """Takes another folder for what is saved from now on.
+
+        Raises:
+            UserError: as `open`.
+        """
+        self.finish()
+        self._lock.release()
+        self._save, self._lock = save, FolderLock(save)
+        self.open()
 
     def save(self) -> None:
         """Writes the run's state; with --async-save it returns when the state is copied.
@@ -185,11 +199,13 @@ class Checkpointer:
         self._log(f"saved {target} in {took:.2f} s{stall if self._settings.async_save else ''}")
 
     def _publish(self, flight: _Flight, parts: list[Written]) -> None:
-        tensors, files = flight.pending.finish(flight.folder), {}
+        flight.pending.finish(flight.folder)
+        tensors: Checked = {}
+        files: dict[str, str] = {}
         for part in parts:
             files |= part.files
-            for name, of in part.tensors.items():  # ranks may have shared a file
-                tensors.setdefault(name, {}).update(of)
+            for name, of in part.tensors.items() if not self._is_small else ():
+                tensors.setdefault(name, {}).update(of)  # ranks may have shared a file
         data = encode_training_manifest(
             flight.folder,
             about={**self._about, "iteration": flight.number},

@@ -48,7 +48,7 @@ from qwen2_ascend.training.progress import progress_state, restore_progress, wit
 from qwen2_ascend.training.rank_state import RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
-from qwen2_ascend.training.saving import DTYPE_NAMES, Checked, RankPart, Store
+from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 from qwen2_ascend.training.settings import CheckpointSettings
 
 RNG = "rng_state"
@@ -210,10 +210,9 @@ class MegatronWriter:
         entries = gathered(objects.entries, self._run.runtime, self._group)
         entries = [*chunks.entries, *(entry for rank in entries for entry in rank)]
 
-        def finish(folder: Path) -> Checked:
+        def finish(folder: Path) -> None:
             for name, data in torch_dist.small_files(entries, common).items():
                 write_file(folder / name, data)
-            return {}
 
         return Pending(part=RankPart(files=files, stores=stores), finish=finish)
 

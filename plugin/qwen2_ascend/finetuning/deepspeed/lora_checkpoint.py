@@ -36,7 +36,7 @@ from qwen2_ascend.training.checkpointing import CheckpointIdentity
 from qwen2_ascend.training.optimizer import MOMENTS
 from qwen2_ascend.training.progress import progress_state, restore_progress, restore_rng
 from qwen2_ascend.training.rng_state import rng_state
-from qwen2_ascend.training.saving import DTYPE_NAMES, Checked, RankPart, Store
+from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 
 
 def lora_checkpointer(
@@ -70,10 +70,9 @@ def lora_checkpointer(
             part = replace(part, files={**part.files, rng_file(run): rng})
         state = _plain_state(run, identity, base, kinds)
 
-        def finish(folder: Path) -> Checked:
+        def finish(folder: Path) -> None:
             write_file(folder / CONFIG_FILE, encode_config(lora, str(base) if base else None))
             write_file(folder / RUN_FILE, json.dumps(state, indent=2).encode())
-            return {}
 
         return Pending(part=part, finish=finish)
 
@@ -85,6 +84,7 @@ def lora_checkpointer(
         about={"format": "lora", **identity.about},
         side_files={},
         log=log,
+        is_small=True,
     )
 
 
