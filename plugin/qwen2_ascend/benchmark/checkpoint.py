@@ -202,7 +202,8 @@ def _faults(options: CheckpointBenchmark) -> list[str]:
 def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[str, Any]) -> None:
     print(
         f"\n{config.num_parameters:,} parameters with AdamW's state, {options.dtype}, "
-        f"{options.processes} CPU process(es); {options.rounds} interleaved rounds, median (lowest-highest)\n"
+        f"{options.processes} CPU process(es); {options.rounds} interleaved rounds, "
+        "median (lowest-highest)\n"
     )
     first = options.sides[0]
     head = ("side", "GB", "", "s", "GB/s", f"{first} over it", "memory besides, MB", "intact")

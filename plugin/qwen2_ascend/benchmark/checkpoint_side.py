@@ -138,13 +138,11 @@ def _ours_torch(work: Work) -> State:
 def _dist_checkpointing(work: Work) -> State:
     """megatron-core's own, as its documentation has it: sharded_state_dict, save, load.
 
-    On several ranks they share the work as Megatron-LM's --ckpt-fully-parallel-save has it.
+    On several ranks they share the writing as Megatron-LM's --ckpt-fully-parallel-save has it.
     """
     import torch
     from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-        FullyParallelLoadStrategyWrapper,
         FullyParallelSaveStrategyWrapper,
     )
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -156,7 +154,7 @@ def _dist_checkpointing(work: Work) -> State:
     prepare_torch_dist()
 
     is_ranked = work.use_distributed_optimizer
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {
         "distrib_optim_sharding_type": "dp_reshardable",
         "chained_optim_avoid_prefix": True,
@@ -180,10 +178,8 @@ def _dist_checkpointing(work: Work) -> State:
         dist_checkpointing.save(sharded(is_loading=False), str(folder), strategy)
 
     def load(folder: Path) -> None:
-        strategy: Any = get_default_load_sharded_strategy(str(folder))
-        if is_ranked:
-            strategy = FullyParallelLoadStrategyWrapper(strategy, group)
-        state: Any = dist_checkpointing.load(sharded(is_loading=True), str(folder), strategy)
+        # its fully parallel loading broadcasts between devices only
+        state: Any = dist_checkpointing.load(sharded(is_loading=True), str(folder))
         made.model.load_state_dict(state["model"])
         made.optimizer.load_state_dict(state["optimizer"])
 
