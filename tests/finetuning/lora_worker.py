@@ -491,7 +491,7 @@ def evaluate(training: TrainingRun) -> float:
 
 def settle(training: TrainingRun) -> None:
     """Waits for weights that are gathered only when the next forward needs them."""
-    from qwen2_ascend.training.checkpointing import gathered_parameters
+    from qwen2_ascend.training.loop import gathered_parameters
 
     with gathered_parameters(training.chunks):
         pass

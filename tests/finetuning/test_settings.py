@@ -65,7 +65,7 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 def test_epochs_are_told_in_steps(epochs: float, samples: int, steps: int) -> None:
     flags = f"{NEEDED} --num-train-epochs {epochs} --global-batch-size 8"
     settings = parse(flags.split()).with_epochs(samples, world_size=1)
-    assert settings.train_iters(1) == steps
+    assert settings.length(1).train_iters == steps
 
 
 def test_help_imports_no_torch() -> None:

@@ -117,14 +117,14 @@ def test_nothing_is_said_that_is_not_the_users_concern(world: World) -> None:
         assert world.runs[name].err == ""
 
 
-def test_a_start_is_found_before_megatron_is_imported(world: World) -> None:
+def test_a_plan_is_made_before_megatron_is_imported(world: World) -> None:
     """MindSpeed and the CPU's redirects have to come before it."""
     code = (
         "import sys\n"
-        "from qwen2_ascend.training.setup import find_start\n"
+        "from qwen2_ascend.training.plan import make_plan\n"
         "from qwen2_ascend.training.settings import parse\n"
-        "start = find_start(parse(sys.argv[1:]))\n"
-        "assert start.saved and start.config.num_layers == 4\n"
+        "plan = make_plan(parse(sys.argv[1:]))\n"
+        "assert plan.saved and plan.config.num_layers == 4\n"
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
     )
     flags = f"--load {world.folder}/parts --mock-data {SIZES}".split()

@@ -12,6 +12,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.training.loop import gathered_parameters
 
 __all__ = [
     "load_adapter",
@@ -59,6 +61,7 @@ def save_adapter(
     folder: str | Path,
     *,
     base_model: str | None = None,
+    also: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Writes the adapter as a folder that `peft` loads; every rank calls it.
 
@@ -71,6 +74,7 @@ def save_adapter(
         layout: how it is cut.
         folder: on a disk that all ranks share.
         base_model: name or folder of the base model, for adapter_config.json.
+        also: contents of other files to write, by name.
 
     Raises:
         OSError: it cannot be written.
@@ -82,8 +86,11 @@ def save_adapter(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    save_adapter_tensors(lora_state(chunks), lora, config, layout, partial / WEIGHTS_FILE)
+    with gathered_parameters(chunks):
+        save_adapter_tensors(lora_state(chunks), lora, config, layout, partial / WEIGHTS_FILE)
     if is_writer:
+        for name, data in also.items():
+            write_file(partial / name, data)
         write_file(partial / CONFIG_FILE, encode_config(lora, base_model))
         _publish(partial, folder)
     torch.distributed.barrier()
@@ -238,7 +245,7 @@ def _rank_file(shard: Shard) -> str:
 
 def _publish(partial: Path, folder: Path) -> None:
     fsync_folder(partial)
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(partial / name, folder / name)
         partial.rmdir()

@@ -23,7 +23,7 @@ from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import optimizer as optimizers
-from qwen2_ascend.training.checkpointing import CheckpointIdentity, gathered_parameters
+from qwen2_ascend.training.checkpointing import CheckpointIdentity
 from qwen2_ascend.training.iterations import (
     begin_iteration,
     progress_state,
@@ -31,7 +31,7 @@ from qwen2_ascend.training.iterations import (
     restore_progress,
     restore_rng,
 )
-from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.rng_state import rng_state
 
 Where = tuple[LoraConfig, Qwen2Config, ParallelLayout]

@@ -13,11 +13,10 @@ layout.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from qwen2_ascend.training.iterations import (
     restore_progress,
     with_tensors,
 )
-from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.settings import CheckpointSettings
@@ -170,17 +169,6 @@ def _save_rank_file(
         torch.save(state, path)
         _fsync(path)
         fsync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
-    """Waits for updated weights that are still to be gathered for the next forward."""
-    hooked = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
-    for chunk in hooked:
-        chunk.disable_forward_pre_hook()
-    yield
-    for chunk in hooked:
-        chunk.enable_forward_pre_hook()
 
 
 def _fsync(path: Path) -> None:

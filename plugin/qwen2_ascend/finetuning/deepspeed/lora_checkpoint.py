@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,8 +69,16 @@ def save_lora_checkpoint(
     return publish_iteration(run, settings.save)
 
 
-def save_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path) -> None:
+def save_adapter(
+    run: ZeroRun,
+    lora: LoraConfig,
+    base: Path | None,
+    folder: Path,
+    also: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Writes the adapters as a PEFT folder, which appears whole; every rank calls it.
+
+    Files of `also` are written beside them, by name.
 
     Raises:
         OSError: it cannot be written.
@@ -80,6 +90,8 @@ def save_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path
     run.runtime.barrier()
     _write_adapter(run, lora, base, partial)
     if run.runtime.rank == 0:
+        for name, data in also.items():
+            write_file(partial / name, data)
         publish(partial, folder)
     run.runtime.barrier()
 
