@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.settings import FinetuneSettings
+from qwen2_ascend.telemetry.settings import folder_fault
 from qwen2_ascend.training.plan import RunPlan
 
 EXPORT_FILE = "qwen2_ascend_export.json"
@@ -103,14 +104,10 @@ def _is_made(plan: RunPlan[FinetuneSettings], folder: Path) -> bool:
 
 def _folder_faults(plan: RunPlan[FinetuneSettings], flag: str, folder: Path) -> list[str]:
     """Why nothing could be written there when the run ends."""
-    faults = []
-    if os.path.lexists(folder) and not folder.is_dir():
-        return [f"{flag} {folder} is there and no folder; name a new one."]
-    if folder.is_dir() and any(folder.iterdir()):
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         return [f"{flag} {folder} is there already; name a new folder, or remove it."]
-    there = next(path for path in folder.absolute().parents if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        faults.append(f"{flag} {folder}: {there} may not be written into.")
+    fault = folder_fault(folder)
+    faults = [f"{flag} {folder}: {fault}."] if fault else []
     real = Path(os.path.realpath(folder))
     read = {"--save": plan.settings.checkpoint.save, "--load": plan.base}
     for other, path in read.items():

@@ -192,9 +192,6 @@ def _adapter_faults(settings: FinetuneSettings) -> list[str]:
         faults.append("--lora-r and --lora-load: give one of them; an adapter has its rank.")
     if export.save_adapter and not lora.is_on:
         faults.append("--save-adapter needs --lora-r or --lora-load: there is no adapter.")
-    for flag, folder in (("--save-hf", export.save_hf), ("--save-adapter", export.save_adapter)):
-        if folder is not None and folder.exists() and any(folder.iterdir()):
-            faults.append(f"{flag} {folder} is there already; name a new folder, or remove it.")
     if export.save_hf and settings.checkpoint.save is None:
         faults.append("--save-hf needs --save: the folder is made from the last checkpoint.")
     if export.save_hf and lora.is_on and not (model.load or model.pretrained_checkpoint):
