@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": commands print it and exit with 2."""
+"""Exceptions whose message says all: a user's mistake (exit 2) and a lost rank (exit 1)."""
 
 from __future__ import annotations
 
@@ -64,6 +64,10 @@ def shown(value: Any) -> str:
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxother = 2, 80
+
+
+class LostRankError(RuntimeError):
+    """Another rank does not answer; the message names it, and no traceback says more."""
 
 
 def raise_if(faults: Iterable[str]) -> None:

@@ -542,40 +542,26 @@ def hugging_face_folder(run: Run, tied: bool) -> Path:
 def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) -> TrainingRun:
     """A run as `launch/pretrain_qwen2.py` builds it, resumed if `load` is a training checkpoint."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.training.checkpointing import resume
-    from qwen2_ascend.training.pretrain import pretraining_data
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.pretrain import prepare
     from qwen2_ascend.training.settings import parse, validate
-    from qwen2_ascend.training.setup import (
-        build_chunks,
-        build_run,
-        checkpoint_identity,
-        find_start,
-    )
 
     load = load or hugging_face_folder(run, tied)
-    settings = parse([*flags.split(), "--load", str(load)])
-    begin = find_start(settings)
-    settings = begin.settings
-    validate(settings, begin.config, run.runtime.world_size)
+    plan = make_plan(parse([*flags.split(), "--load", str(load)]))
+    validate(plan.settings, plan.config, run.runtime.world_size)
     runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(settings.layout(), begin.config.num_layers)
-    run.runtime.seed_all(settings.runtime.seed)
-    train_data, valid_data = pretraining_data(settings, begin, run.runtime.world_size)
-    chunks = build_chunks(settings, begin, run.runtime, lambda line: None)
-    training = build_run(
-        settings, run.runtime, chunks, train_data=train_data, valid_data=valid_data
-    )
-    if begin.saved is not None:
-        resume(training, begin.saved, checkpoint_identity(settings, begin), settings.checkpoint)
-    return training
+    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    run.runtime.seed_all(plan.settings.runtime.seed)
+    return prepare(plan, run.runtime, lambda line: None)
 
 
 def save(training: TrainingRun) -> Path:
     """Writes a checkpoint as `launch/pretrain_qwen2.py` does."""
     from qwen2_ascend.training.checkpointing import megatron_checkpointer
-    from qwen2_ascend.training.setup import checkpoint_identity, find_start
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.setup import checkpoint_identity
 
-    identity = checkpoint_identity(training.settings, find_start(training.settings))
+    identity = checkpoint_identity(make_plan(training.settings))
     return save_once(training, functools.partial(megatron_checkpointer, training, identity))
 
 
@@ -588,7 +574,7 @@ def steps(training: TrainingRun, count: int) -> list[StepResult]:
 
 def settle(training: TrainingRun) -> None:
     """Waits for weights that are gathered only when the next forward needs them."""
-    from qwen2_ascend.training.checkpointing import gathered_parameters
+    from qwen2_ascend.training.loop import gathered_parameters
 
     with gathered_parameters(training.chunks):
         pass

@@ -474,19 +474,17 @@ def fp16_is_refused_where_deepspeed_has_none(run: Run) -> str:
 def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Callable[[], Path]]:
     """A run as `launch/finetune_qwen2_deepspeed.py` builds it, and what saves its state."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.deepspeed.finetune import checkpointer, find_begin, prepare
+    from qwen2_ascend.finetuning.deepspeed.finetune import checkpointer, make_plan, prepare
     from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
 
-    settings = parse([*flags.split(), "--load", str(load or hugging_face_folder(run))])
-    begin = find_begin(settings)
-    config, settings = begin.start.config, begin.start.settings
-    validate(settings, config, run.runtime.world_size)
+    plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
+    validate(plan.settings, plan.config, run.runtime.world_size)
     runtime.destroy_model_parallel()
     forget_groups()
-    runtime.initialize_model_parallel(settings.layout(), config.num_layers)
-    run.runtime.seed_all(settings.runtime.seed)
-    training, identity = prepare(begin, run.runtime, lambda line: None)
-    make = functools.partial(checkpointer, training, identity, begin)
+    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    run.runtime.seed_all(plan.settings.runtime.seed)
+    training, plan = prepare(plan, run.runtime, lambda line: None)
+    make = functools.partial(checkpointer, training, plan)
     return training, functools.partial(save_once, training, make)
 
 

@@ -403,11 +403,9 @@ def start(
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.finetuning.lora import apply_lora
     from qwen2_ascend.model.build import build_model
-    from qwen2_ascend.training.loop import Progress, TrainingRun, wrap_chunks
     from qwen2_ascend.training.mock_data import MockDataset
-    from qwen2_ascend.training.optimizer import build_optimizer
-    from qwen2_ascend.training.schedule import build_schedule
     from qwen2_ascend.training.settings import parse
+    from qwen2_ascend.training.setup import build_run
 
     folder, config = base_folder(run, case), model_config(case)
     settings = parse([*f"{FLAGS} {flags}".split(), "--load", str(folder)])
@@ -435,21 +433,8 @@ def start(
         pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
     )
     apply_lora(chunks, dataclasses.replace(ADAPTERS[case], dropout=dropout), config, layout)
-    wrapped = wrap_chunks(chunks, settings.parallel)
-    optimizer = build_optimizer(wrapped, settings)
     data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, config.vocab_size, seed=1234)
-    return TrainingRun(
-        settings=settings,
-        runtime=run.runtime,
-        chunks=wrapped,
-        optimizer=optimizer,
-        schedule=build_schedule(
-            optimizer, settings.optimizer, train_iters=STEPS, global_batch_size=GLOBAL_BATCH
-        ),
-        train_data=data,
-        valid_data=data,
-        progress=Progress(),
-    )
+    return build_run(settings, run.runtime, chunks, train_data=data, valid_data=data)
 
 
 def train(training: TrainingRun) -> list[Any]:
@@ -473,7 +458,7 @@ def evaluate(training: TrainingRun) -> float:
 
 def settle(training: TrainingRun) -> None:
     """Waits for weights that are gathered only when the next forward needs them."""
-    from qwen2_ascend.training.checkpointing import gathered_parameters
+    from qwen2_ascend.training.loop import gathered_parameters
 
     with gathered_parameters(training.chunks):
         pass

@@ -92,12 +92,14 @@ def _ours(work: Work, *, ckpt_format: str = "torch_dist", is_async: bool = False
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.training.checkpointing import megatron_checkpointer, resume
     from qwen2_ascend.training.optimizer import num_updates
-    from qwen2_ascend.training.setup import checkpoint_identity, find_start
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.saved_run import SavedRun
+    from qwen2_ascend.training.setup import checkpoint_identity
 
-    run, start = build_ours(work)
+    run, plan = build_ours(work)
     run.step(run.batches())
     assert num_updates(run.optimizer) == 1
-    identity = checkpoint_identity(run.settings, start)
+    identity = checkpoint_identity(plan)
     kept: Any = replace(run.settings.checkpoint, ckpt_format=ckpt_format, async_save=is_async)
     run.settings = replace(run.settings, checkpoint=replace(kept, save=Path()))
     checkpointer = megatron_checkpointer(run, identity, lambda line: None)
@@ -112,8 +114,8 @@ def _ours(work: Work, *, ckpt_format: str = "torch_dist", is_async: bool = False
         return waited if is_async else None
 
     def load(folder: Path) -> None:
-        again = find_start(replace(run.settings, model=replace(run.settings.model, load=folder)))
-        assert again.source is not None and again.saved is not None
+        again = make_plan(replace(run.settings, model=replace(run.settings.model, load=folder)))
+        assert again.source is not None and isinstance(again.saved, SavedRun)
         load_checkpoint_weights(
             run.chunks,
             again.source,

@@ -20,7 +20,7 @@ from qwen2_ascend.benchmark.sides import Stopwatch, serve
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.loop import TrainingRun
-    from qwen2_ascend.training.setup import Start
+    from qwen2_ascend.training.plan import RunPlan
 
 SEED = 1234
 
@@ -91,12 +91,13 @@ def _ours(work: Work, *, plain: bool = False) -> Trainer:
     return Trainer(step=lambda: run.step(batches).loss, runtime=run.runtime)
 
 
-def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, Start]:
-    """The run that `launch/pretrain_qwen2.py` makes, and where it starts."""
+def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan]:
+    """The run that `launch/pretrain_qwen2.py` makes, and its plan."""
     from qwen2_ascend.training import settings as s
     from qwen2_ascend.training.fusion import FusionSettings
-    from qwen2_ascend.training.pretrain import pretraining_data
-    from qwen2_ascend.training.setup import build_chunks, build_run, find_start, start_runtime
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.pretrain import prepare
+    from qwen2_ascend.training.setup import start_runtime
 
     off = dict.fromkeys(("rmsnorm", "rotary_pos_emb", "swiglu", "adamw"), True)
     switched_off = {f"no_fused_{name}": value for name, value in off.items()}
@@ -121,11 +122,9 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, Start]:
         data=s.DataSettings(mock_data=True),
         runtime=s.RuntimeSettings(device=work.device, seed=SEED),  # pyright: ignore
     )
-    start = find_start(settings)
-    runtime, _ = start_runtime(settings, start.config)
-    train_data, _ = pretraining_data(settings, start, runtime.world_size)
-    chunks = build_chunks(settings, start, runtime, lambda line: None)
-    return build_run(settings, runtime, chunks, train_data=train_data), start
+    plan = make_plan(settings)
+    runtime, _ = start_runtime(plan)
+    return prepare(plan, runtime, lambda line: None), plan
 
 
 def _ours_plain(work: Work) -> Trainer:

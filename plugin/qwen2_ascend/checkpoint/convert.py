@@ -11,9 +11,10 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import xxhash
 
@@ -150,22 +151,36 @@ def to_hugging_face(
     say: Callable[[str], object],
     *,
     adapter: Path | None = None,
+    dtype: str | None = None,
+    also: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Makes a Hugging Face folder of a checkpoint of any kind, verified.
+
+    What a killed call left unfinished beside the folder is begun again.
 
     Args:
         load_dir: the checkpoint.
         save_dir: a new folder.
         say: prints a line.
         adapter: a PEFT folder to merge on the way.
+        dtype: of the weights; by default the checkpoint's own.
+        also: contents of other files to write, by name.
 
     Raises:
         UserError: whatever does not fit.
     """
     request = Conversion(
-        load_dir=load_dir, save_dir=save_dir, save_model_type="hf", adapter=adapter, verify=True
+        load_dir=load_dir,
+        save_dir=save_dir,
+        save_model_type="hf",
+        adapter=adapter,
+        dtype=dtype,
+        verify=True,
+        overwrite=not save_dir.is_dir() or not any(save_dir.iterdir()),
     )
-    convert(prepare(request), say)
+    prepared = prepare(request)
+    small = {**prepared.target.small_files, **{Path(name): data for name, data in also.items()}}
+    convert(replace(prepared, target=replace(prepared.target, small_files=small)), say)
 
 
 def convert(prepared: Prepared, say: Callable[[str], object]) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from qwen2_ascend.errors import raise_if
 from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.training.loop import gathered_parameters
 from qwen2_ascend.training.rank_state import RankState
 from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 
@@ -126,6 +128,7 @@ def save_adapter(
     folder: str | Path,
     *,
     base_model: str | None = None,
+    also: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Writes the adapter as a folder that `peft` loads; every rank calls it.
 
@@ -138,6 +141,7 @@ def save_adapter(
         layout: how it is cut.
         folder: on a disk that all ranks share.
         base_model: name or folder of the base model, for adapter_config.json.
+        also: contents of other files to write, by name.
 
     Raises:
         OSError: it cannot be written.
@@ -148,11 +152,14 @@ def save_adapter(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    part, own = lay_out_adapter(adapter_state(chunks, lora, config, layout), rank)
-    part.write(partial)
+    with gathered_parameters(chunks):
+        part, own = lay_out_adapter(adapter_state(chunks, lora, config, layout), rank)
+        part.write(partial)
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, own)
     if rank == 0:
+        for name, data in also.items():
+            write_file(partial / name, data)
         merge_adapter(partial, [part for own in parts for part in own], lora, config, base_model)
         _publish(partial, folder)
     torch.distributed.barrier()
@@ -238,7 +245,7 @@ def _merge(sources: Sequence[Held], pieces: Mapping[str, Piece], path: Path) -> 
 
 def _publish(partial: Path, folder: Path) -> None:
     fsync_folder(partial)
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(partial / name, folder / name)
         partial.rmdir()

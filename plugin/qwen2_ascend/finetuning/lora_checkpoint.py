@@ -23,8 +23,8 @@ from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.checkpointer import Checkpointer, Pending, gathered, host_group
-from qwen2_ascend.training.checkpointing import CheckpointIdentity, gathered_parameters
-from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.checkpointing import CheckpointIdentity
+from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.progress import progress_state, restore_progress, restore_rng
 from qwen2_ascend.training.rank_state import own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state

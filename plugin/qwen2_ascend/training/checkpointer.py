@@ -81,7 +81,7 @@ class Checkpointer:
         self._runtime, self._settings, self._save = runtime, settings, settings.save
         self._lay_out, self._iteration = lay_out, iteration
         self._about, self._side_files, self._log = about, side_files, log
-        self._is_small = is_small
+        self._is_small, self._must_succeed = is_small, True
         self._copies = HostCopies()
         self._flight: _Flight | None = None
         self._lock = FolderLock(settings.save)
@@ -117,13 +117,17 @@ class Checkpointer:
         self._save, self._lock = save, FolderLock(save)
         self.open()
 
-    def save(self) -> None:
+    def save(self, *, is_last: bool = False) -> None:
         """Writes the run's state; with --async-save it returns when the state is copied.
+
+        Args:
+            is_last: of the run: without it the run has failed, whatever `on_save_failure` says.
 
         Raises:
             SaveError: it cannot be written, and `on_save_failure` is "stop".
         """
         self.finish()
+        self._must_succeed = is_last or self._settings.on_save_failure == "stop"
         begun = time.perf_counter()
         number = self._iteration()
         folder = partial_folder(iterations.iteration_path(self._save, number))
@@ -224,8 +228,8 @@ class Checkpointer:
             path = iterations.iteration_path(self._save, number)
             shutil.rmtree(partial_folder(path), ignore_errors=True)
         message = f"the checkpoint of iteration {number} was not written: {why}"
-        if self._settings.on_save_failure == "stop":
-            raise SaveError(f"{message}. --on-save-failure continue trains on in such a case.")
+        if self._must_succeed:
+            raise SaveError(message)
         self._log(f"{message}; training goes on (--on-save-failure continue)")
 
     def _on_first(self, work: Callable[[], Any], kind: type[Exception]) -> None:

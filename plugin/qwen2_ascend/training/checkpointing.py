@@ -11,7 +11,6 @@ a rank reads its own slices only.
 
 from __future__ import annotations
 
-import contextlib
 import io
 from argparse import Namespace
 from collections import OrderedDict
@@ -43,7 +42,7 @@ from qwen2_ascend.training.checkpointer import (
     gathered,
     host_group,
 )
-from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.progress import progress_state, restore_progress, with_tensors
 from qwen2_ascend.training.rank_state import RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
@@ -308,17 +307,6 @@ class _Chunks(NamedTuple):
     places: list[_Place]
     entries: list[torch_dist.Entry]
     """Of all ranks; on rank 0."""
-
-
-@contextlib.contextmanager
-def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
-    """Waits for updated weights that are still to be gathered for the next forward."""
-    hooked = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
-    for chunk in hooked:
-        chunk.disable_forward_pre_hook()
-    yield
-    for chunk in hooked:
-        chunk.enable_forward_pre_hook()
 
 
 def _model_names(chunks: Sequence[Any]) -> list[str]:

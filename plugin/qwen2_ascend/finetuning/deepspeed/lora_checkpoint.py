@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,8 +89,16 @@ def lora_checkpointer(
     )
 
 
-def save_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path) -> None:
+def save_adapter(
+    run: ZeroRun,
+    lora: LoraConfig,
+    base: Path | None,
+    folder: Path,
+    also: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Writes the adapters as a PEFT folder, which appears whole; every rank calls it.
+
+    Files of `also` are written beside them, by name.
 
     Raises:
         OSError: it cannot be written.
@@ -99,6 +108,8 @@ def save_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path
         partial = partial_folder(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        for name, data in also.items():
+            write_file(partial / name, data)
         _part({WEIGHTS_FILE: tensors}).write(partial)
         write_file(partial / CONFIG_FILE, encode_config(lora, str(base) if base else None))
         publish_folder(partial, folder)
