@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,7 +37,13 @@ class UserError(ValueError):
 
 
 class DamagedError(UserError):
-    """A file that is not as it was written; another copy of it, or an older one, may be."""
+    """A file that is not as it was written; another copy of it, or an older one, may be.
+
+    Attributes:
+        folder: of the damaged checkpoint, where that is known.
+    """
+
+    folder: Path | None = None
 
 
 class VerificationError(RuntimeError):

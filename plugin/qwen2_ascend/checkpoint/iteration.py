@@ -109,6 +109,12 @@ def resumable_iterations(save: Path) -> list[Path]:
     return [tracked, *(path for path in complete if path.name < tracked.name)]
 
 
+def older_iterations(iteration: Path) -> list[Path]:
+    """The complete iterations before one, in its folder, the newest first."""
+    complete = megatron.complete_iterations(iteration.parent)
+    return [path for path in complete if path.name < iteration.name]
+
+
 def _holds(path: Path, data: bytes) -> bool:
     with contextlib.suppress(OSError):
         return path.stat().st_size == len(data) and path.read_bytes() == data

@@ -251,13 +251,18 @@ def _is_marked(source: Source) -> bool:
     return isinstance(args, Namespace) and vars(args).items() >= MARK.items()
 
 
-def check_iteration(folder: Path, share: int = 0, num_shares: int = 1) -> Manifest | None:
-    """Holds the small files of a training checkpoint, and the sizes of all, against its manifest.
+def check_iteration(
+    folder: Path, *, share: int = 0, num_shares: int = 1, most_bytes: int | None = None
+) -> Manifest | None:
+    """Holds a training checkpoint, but for its tensors' bytes, against its manifest.
+
+    That is the sizes of files of tensors, and the contents of all others.
 
     Args:
         folder: the iteration's.
-        share: which of the shares of the files is looked at.
+        share: which of the shares of the files is read.
         num_shares: among as many the files are dealt.
+        most_bytes: larger files are not read.
 
     Returns:
         The manifest, or None where there is none.
@@ -272,7 +277,7 @@ def check_iteration(folder: Path, share: int = 0, num_shares: int = 1) -> Manife
     except UserError as error:
         raise DamagedError(error.faults) from None
     own = list(manifest.files or ())[share::num_shares]
-    faults = [fault for file in own for fault in _changed(manifest, file)]
+    faults = [f for file in own for f in _changed(manifest, file, most_bytes)]
     for file, said in manifest.sizes.items():
         path = folder / file
         size = path.stat().st_size if path.is_file() else None
@@ -376,11 +381,13 @@ def _small_files(
     return files, [f"its manifest does not list {', '.join(unlisted)}"] if unlisted else []
 
 
-def _changed(manifest: Manifest, file: str) -> Iterator[str]:
-    """Whether a small file is not the one that was written."""
+def _changed(manifest: Manifest, file: str, most_bytes: int | None = None) -> Iterator[str]:
+    """Whether a file is not the one that was written, if it is not longer than `most_bytes`."""
     assert manifest.files is not None
     path = manifest.folder / file
     try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            return
         found = file_checksum(path)
     except FileNotFoundError:
         yield f"{path}: is missing, but was written with the weights."

@@ -29,6 +29,7 @@ from qwen2_ascend.training.setup import (
     build_chunks,
     build_run,
     checkpoint_identity,
+    from_sound_checkpoint,
     resume_if_saved,
     say_resumed,
     train_and_report,
@@ -60,6 +61,10 @@ def finetune(settings: FinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
+    from_sound_checkpoint(settings, _finetune)
+
+
+def _finetune(settings: FinetuneSettings) -> None:
     plan, runtime, say = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
         export_adapter(plan, say, None)

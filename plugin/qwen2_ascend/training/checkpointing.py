@@ -388,7 +388,6 @@ def resume(
         set_rng_state(run.runtime, with_tensors(_read_rng(saved, identity)))
     elif wants_rng:
         notes.append("another layout: the random number generators are seeded anew")
-    run.runtime.barrier()
     return notes
 
 

@@ -22,6 +22,7 @@ from qwen2_ascend.training.setup import (
     Say,
     begin,
     checkpoint_identity,
+    from_sound_checkpoint,
     say_resumed,
     train_and_report,
 )
@@ -53,6 +54,10 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
+    from_sound_checkpoint(settings, _finetune)
+
+
+def _finetune(settings: ZeroFinetuneSettings) -> None:
     plan, runtime, say = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
         export_adapter(plan, say, None)
