@@ -289,7 +289,8 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
         raise VerificationError(
             f"{source.folder}: changed while it was read; convert it when it is at rest."
         )
-    checks.finish(source.held)
+    with Reader() as reader:
+        checks.finish(source.held, reader)
     if n := len(prepared.comparison.checksums):
         files = prepared.comparison.num_files
         say(f"source: {n} tensors have the checksums they were written with, {files} files too")

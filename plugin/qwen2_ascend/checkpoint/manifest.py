@@ -285,7 +285,7 @@ def read_manifest(path: Path) -> Manifest:
             f"reads up to {_VERSION}. {_READ_ON}."
         )
     form = _FORM | ({"files": _Each(_is_path, _is_checksum)} if version == 2 else {})
-    faults = list(_form_faults(raw, form, ""))
+    faults = list(_form_faults(raw, form, "")) or list(_omissions(raw))
     raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:_MOST_FAULTS])
     tensors = {
         file: {
@@ -295,6 +295,14 @@ def read_manifest(path: Path) -> Manifest:
         for file, entries in raw["tensors"].items()
     }
     return Manifest(folder=path.parent, tensors=tensors, sizes=raw["sizes"], files=raw.get("files"))
+
+
+def _omissions(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Weight files of which it lists no tensor: a manifest that was emptied."""
+    if "files" in raw:
+        for file in raw["sizes"]:
+            if not raw["tensors"].get(file) and file not in raw["files"]:
+                yield f"it lists no tensor of {file}"
 
 
 class _Each(NamedTuple):

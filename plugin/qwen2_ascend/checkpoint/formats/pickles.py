@@ -19,7 +19,7 @@ from qwen2_ascend.errors import UserError
 
 MAX_INSTRUCTIONS = 10_000_000
 """About 160,000 tensors."""
-_FREE_BYTES, _BYTES_PER_BYTE = 16 << 20, 48
+_FREE_BYTES, _BYTES_PER_BYTE = 8 << 20, 40
 """What objects may take in memory: a little, and so much for each byte of the file. What torch.save
 writes for models and optimizers takes 13 to 34 for each."""
 MAX_KEY_PARTS = 16
@@ -334,7 +334,7 @@ _CODES: dict[str, tuple[Step, int]] = {
     "0": (_Machine.pop, 8),
     "1": (_Machine.items, 8),
     "2": (lambda m: m.stack.append(m.top()), 8),
-    "(": (_Machine.mark, 64),
+    "(": (_Machine.mark, 90),
     "N": (_pushes(lambda m: None), 8),
     "\x88": (_pushes(lambda m: True), 8),
     "\x89": (_pushes(lambda m: False), 8),
