@@ -127,7 +127,7 @@ class _Machine:
         self.below: list[list[Any]] = []
         """The stacks below each open mark."""
         self.memo: dict[int, Any] = {}
-        self.copies_left = 4 * len(data)
+        self.copies_left = 1000 + 2 * len(data)
 
     def run(self) -> Any:
         """The object that the pickle leaves behind."""
