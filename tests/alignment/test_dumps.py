@@ -292,9 +292,11 @@ def bomb(path: Path, data_pkl: bytes) -> Path:
 
 
 def references(levels: int, leaf: bytes = b"") -> bytes:
-    """Ten references to a list in the next list, and so on."""
-    ten = (b"](" + (b"h" + bytes([i])) * 10 + b"eq" + bytes([i + 1]) + b"0" for i in range(levels))
-    return b"\x80\x02](" + leaf + b"eq\x000" + b"".join(ten) + b"h" + bytes([levels]) + b"."
+    """A list in a list, and nine references to it beside it, and so on."""
+    inner = b"](" + leaf + b"eq\0"
+    for i in range(levels):
+        inner = b"](" + inner + (b"h" + bytes([i])) * 9 + b"eq" + bytes([i + 1])
+    return b"\x80\x02" + inner + b"."
 
 
 @pytest.mark.parametrize("leaf", [b"", b"K\1"])
