@@ -176,6 +176,14 @@ HUGGING_FACE = {
         lambda f: edit_header(f, lambda t: t.replace(b":", b";")),
         ["model.safetensors", "not valid JSON"],
     ),
+    "a number of 5000 digits": (
+        lambda f: (f / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}"),
+        ["config.json: cannot be read as JSON: ", "4300 digits"],
+    ),
+    "a config that is deep": (
+        lambda f: (f / "config.json").write_text("[" * 500_000),
+        ["config.json: cannot be read as JSON: "],
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json", "--hf-cfg-dir"]),
     "a config that is no JSON": (
         lambda f: (f / "config.json").write_text("{"),
@@ -401,6 +409,19 @@ def test_fifos_and_devices_are_refused_at_once(kind, tmp_path):
             path.unlink()
         (tmp_path / "kept").rename(path)
     convert(source, tmp_path / "target", to="hf").require()
+
+
+HUGE = ("config.json", "tokenizer.json", "additional_chat_templates/tool_use.jinja", MANIFEST_FILE)
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_files_that_are_read_whole_have_a_bound(name, tmp_path):
+    source = make_hugging_face_folder(tmp_path / "hf")
+    (source / name).touch()
+    os.truncate(source / name, 1 << 40)  # a hole: it takes no space
+    started = time.monotonic()
+    assert f"{source / name}: " in convert(source, tmp_path / "target").require(2).err
+    assert time.monotonic() - started < 5
 
 
 def test_names_of_a_file_cannot_write_on_the_terminal(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -285,6 +286,18 @@ def test_a_later_iteration_in_the_same_folder_is_said_not_to_be_verified(copied)
     (folder / "generation_config.json").write_text("{}")
     said = read(folder, "--verify")
     assert re.search(r"its manifest lists nothing of \d+ tensors; that is not verified", said)
+
+
+def test_weights_that_a_training_run_put_in_their_place_are_not_held_against_it(copied):
+    """It saved its first iteration into the folder that it was loaded from."""
+    folder = copied("pt")
+    for path in folder.rglob("*.pt"):
+        state = torch.load(path, weights_only=False)
+        del state["args"].qwen2_ascend_manifest
+        state["model"]["decoder.layers.0.mlp.linear_fc2.weight"] += 1
+        torch.save(state | {"optimizer": {"m": torch.ones(5)}}, path)
+    said = read(folder, "--verify")
+    assert "its manifest is of other weights, which were replaced; that is not verified" in said
 
 
 def test_the_manifest_of_a_folder_that_was_moved(copied, tmp_path, monkeypatch):

@@ -30,7 +30,8 @@ from qwen2_ascend.parallel import ParallelLayout
 
 MANIFEST_FILE = "qwen2_ascend_manifest.json"
 MARK = {"qwen2_ascend_manifest": MANIFEST_FILE}
-"""What the weights' own files say, so that a manifest that was lost is missed."""
+"""What the weights' own files say: a manifest that was lost is missed, and one that describes what
+a training run has replaced is not held against the new files."""
 
 _VERSION = 2
 """2 lists small files, which 1 did not."""
@@ -159,6 +160,8 @@ def compare_with_manifest(source: Source, *, own_config: bool = True) -> Compari
     remarks = [f"its manifest lists nothing of {unlisted} tensors"] if unlisted else []
     if not listed:  # of an earlier iteration, or emptied
         return Comparison(remarks=tuple(remarks))
+    if manifest.files is not None and not _is_marked(source):
+        return Comparison(remarks=("its manifest is of other weights, which were replaced",))
     files, unlisted_files = _small_files(source, manifest, own_config)
     remarks += unlisted_files
     faults = list(_faults(source, manifest, listed))
