@@ -125,7 +125,7 @@ def regular_files(path: Path) -> list[Path]:
 
 
 def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
-    """What is wrong with those of `paths` that links lead out of `folder`, one sentence each.
+    """What is wrong with `paths`, and all below them, that links lead out of `folder`.
 
     The folder itself may be a link. A snapshot in a Hugging Face cache may link to its `blobs`.
     """
@@ -135,13 +135,18 @@ def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
         for place in (root, *root.parents)
         if place.parent.name == "snapshots"
     ]
-    for path in paths:
+    left, seen = list(paths), set()
+    while left:
+        path = left.pop()
         real = Path(os.path.realpath(path))
         if not real.is_relative_to(root) and real.parent not in blobs:
             yield (
                 f"{path}: a link that leads out of {folder}, to {real}; refused. Put the file "
                 "itself there if it belongs to the checkpoint."
             )
+        elif real.is_dir() and real not in seen:
+            seen.add(real)
+            left += path.iterdir()
 
 
 def _check_mode(path: str | Path, status: os.stat_result) -> None:
