@@ -437,7 +437,12 @@ def test_names_of_a_file_cannot_write_on_the_terminal(tmp_path):
     said = refused(source)
     assert r"unexpected tensors: a\x1b[2J\nerror: all fine\u202e." in said
     assert all(line.isprintable() for line in said.splitlines())
-    edit_weights(source, lambda w: None)
+    (source / "model.safetensors").unlink()
+    make_hugging_face_folder(source, num_files=2)
+    file = source / "model-00001-of-00002.safetensors"
+    file.rename(source / "a\x1b[2J.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, r"a\u001b[2J.safetensors"))
     for flags in (["--dry-run"], ["--verify"]):
         ended = convert(source, tmp_path / "out", *flags).require()
         assert all(line.isprintable() for line in (ended.err + ended.out).splitlines())
