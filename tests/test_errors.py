@@ -57,6 +57,11 @@ def test_a_long_name_is_cut():
     assert len(fault) < 11_000 and fault.endswith("... (1000000 characters)")
 
 
+def test_of_very_many_faults_the_first_are_said():
+    error = UserError(f"{i}." for i in range(100_000))
+    assert len(error.faults) == 1001 and error.faults[-1] == "and 99000 more faults."
+
+
 def test_values_are_shown_in_part():
     """However deep, wide or shared they are: repr of this list would have 10^9 elements."""
     laughs: list = []

@@ -250,8 +250,8 @@ def _changed(manifest: Manifest, file: str) -> Iterator[str]:
         found = xxhash.xxh3_128_hexdigest(read_bytes(path))
     except FileNotFoundError:
         yield (
-            f"{path}: is missing, but was written with the weights; put it back. If you removed it, "
-            f"name its folder: --hf-cfg-dir {path.parent}."
+            f"{path}: is missing, but was written with the weights; put it back. If you removed "
+            f"it, name its folder: --hf-cfg-dir {path.parent}."
         )
         return
     if found != manifest.files[file]:
