@@ -20,8 +20,8 @@ from qwen2_ascend.errors import UserError
 
 MAX_WHOLE_BYTES = 1 << 28
 """Of a file that is read whole; the largest tokenizer.json is about 11 MB."""
-MAX_JSON_VALUES = 1_000_000
-"""In a JSON text that is parsed: a tenth of a second or so, and at most about 100 MB."""
+MAX_JSON_VALUES = 500_000
+"""In a JSON text that is parsed: a tenth of a second or so, and at most about 50 MB."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
