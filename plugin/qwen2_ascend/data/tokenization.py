@@ -21,6 +21,7 @@ import numpy as np
 
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.pretrained import open_tokenizer
 
 ENDOFTEXT = "<|endoftext|>"
 """What Qwen's pretraining data ends its documents with."""
@@ -62,25 +63,6 @@ class Encoded(NamedTuple):
         return (self.tallies or {}).get(
             "tokens", sum(tokens.size for tokens in self.tokens.values())
         )
-
-
-def open_tokenizer(path: str) -> Any:
-    """The transformers tokenizer at `path`.
-
-    Raises:
-        UserError: no tokenizer there.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        what = f"not a tokenizer: {text}" if os.path.exists(path) else "no such folder"
-        raise UserError(
-            f"--tokenizer-name-or-path {path}: {what}; give the model's Hugging Face folder, with "
-            "its tokenizer.json."
-        ) from error
 
 
 def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
@@ -223,9 +205,7 @@ def _is_encodable(text: str) -> bool:
 def _encode_function(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int]]]:
     """Texts to ids, the same ids as calling the transformers tokenizer gives."""
     if spec.backend is None:
-        from transformers import AutoTokenizer
-
-        slow: Any = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
+        slow = open_tokenizer(spec.path)
         return lambda texts: [slow(text).input_ids for text in texts]
 
     from tokenizers import Tokenizer

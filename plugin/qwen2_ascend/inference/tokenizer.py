@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen2_ascend.chat_template import lost_parts, render, template_for
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.sampling import Sampling
 from qwen2_ascend.inference.settings import SamplingSettings
+from qwen2_ascend.pretrained import open_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_TOP_K = 50
 """transformers', where generation_config.json does not say."""
@@ -28,19 +29,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            # without these transformers 5 makes up a tokenizer that knows no text
-            if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-                raise FileNotFoundError(f"there is none of {', '.join(TOKENIZER_FILES)}")
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{folder}: no tokenizer can be read from it ({reason[:200]}); name the model's "
-                "Hugging Face folder, with its tokenizer.json, with --tokenizer-name-or-path."
-            ) from error
+        self._tokenizer = open_tokenizer(folder)
         self.folder = folder
 
     def encode(self, text: str) -> list[int]:
@@ -53,9 +42,15 @@ class Tokenizer:
         """A chat up to where the assistant is to answer.
 
         Raises:
-            UserError: the tokenizer has no chat template, or that refuses the messages.
+            UserError: the tokenizer has no chat template, or that refuses the messages or leaves a
+                part of them out.
         """
         text = self.render_chat(messages, tools=tools)
+        if lost := lost_parts(text, messages, tools):
+            raise UserError(
+                f"the chat template leaves out {', '.join(lost)}; take it out of the chat, or name "
+                "a folder whose template writes it with --tokenizer-name-or-path."
+            )
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def render_chat(
@@ -70,26 +65,22 @@ class Tokenizer:
         Raises:
             UserError: as `encode_chat`.
         """
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"{self.folder}: its tokenizer has no chat template; give plain prompts, or a "
-                "folder that has one with --tokenizer-name-or-path."
-            )
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages),
+            return render(
+                self._tokenizer,
+                messages,
                 tools=tools,
-                tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"the chat template refuses the messages: {reason}") from error
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
 
     def template(self) -> str:
         """The chat template itself, or nothing."""
-        return self._tokenizer.chat_template or ""
+        return template_for(self._tokenizer, None) if self._tokenizer.chat_template else ""
 
     def decode(self, tokens: list[int]) -> str:
         """Without special tokens, and otherwise as the tokens are."""
@@ -102,10 +93,8 @@ class Tokenizer:
         mark = "answer"
         asked = [{"role": "user", "content": "question"}]
         try:
-            text = self._tokenizer.apply_chat_template(
-                [*asked, {"role": "assistant", "content": mark}], tokenize=False
-            )
-        except Exception:
+            text = render(self._tokenizer, [*asked, {"role": "assistant", "content": mark}])
+        except ValueError:
             return None
         rest = self._tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)
         first = next(iter(rest.input_ids), None)

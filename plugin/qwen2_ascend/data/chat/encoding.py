@@ -15,8 +15,9 @@ from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, Tokens
 from qwen2_ascend.data.chat.rows import where
 from qwen2_ascend.data.chat.stored import IGNORED, SIDES
 from qwen2_ascend.data.inputs import Row
-from qwen2_ascend.data.tokenization import BadRow, Encoded, open_tokenizer
+from qwen2_ascend.data.tokenization import BadRow, Encoded
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.pretrained import open_tokenizer
 
 
 def output_keys(task: str) -> tuple[str, ...]:

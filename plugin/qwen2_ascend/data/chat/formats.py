@@ -155,7 +155,7 @@ class RowFormat:
         value = self._column(row, "tools")
         if isinstance(value, str):
             value = _json(value, repr(self.columns["tools"])) if value.strip() else None
-        if not value:
+        if value is None or value == {}:
             return None
         if isinstance(value, Mapping):
             value = [value]

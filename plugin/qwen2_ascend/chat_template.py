@@ -1,0 +1,281 @@
+"""Chats as a tokenizer's chat template writes them: the same template and text everywhere.
+
+The choice is `apply_chat_template`'s: with tools the template called tool_use, where there is one,
+else the default one. A template is a program by whoever made the folder. transformers' sandbox
+keeps it from files and processes; here it gets so much time, memory and text, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.pretrained import one_line
+
+SECONDS = 2.0
+"""Processor time that one chat may take; a real one takes about a thousandth of a second."""
+BYTES = 128 * 2**20
+"""Memory that one chat may take, besides BYTES_PER_CHARACTER."""
+BYTES_PER_CHARACTER = 64
+CHARACTERS = 4 * 2**20
+"""Longest text of a chat, besides CHARACTERS_PER_CHARACTER."""
+CHARACTERS_PER_CHARACTER = 8
+GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LimitError(UserError):
+    """A chat template takes more than a template may; other chats would meet it, too."""
+
+
+class Rendered(NamedTuple):
+    """A chat's text."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """Where the text between `{% generation %}` markers begins and ends."""
+
+
+def template_for(tokenizer: Any, tools: Sequence[Any] | None, given: str | None = None) -> str:
+    """The template of a chat with these tools: `given`, or the tokenizer's.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given is not None:
+        return given
+    try:
+        return tokenizer.get_chat_template(tools=tools)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template ({one_line(error)}); "
+            "give --chat-template FILE, or the tokenizer of an instruct model."
+        ) from None
+
+
+def all_templates(tokenizer: Any, given: str | None = None) -> dict[str, str]:
+    """Every template that `template_for` chooses from, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given is None and isinstance(tokenizer.chat_template, Mapping):
+        return dict(tokenizer.chat_template)
+    return {"default": template_for(tokenizer, None, given)}
+
+
+def render(
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    tools: Sequence[Any] | None = None,
+    template: str | None = None,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> str:
+    """A chat as `apply_chat_template` writes it, within the limits.
+
+    Raises:
+        LimitError: the template takes too much.
+        ValueError: it refuses the chat.
+    """
+    size = _characters(messages)
+    with _refusals(), _limits(size):
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            chat_template=template_for(tokenizer, tools, template),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        _check_length(text, size)
+    return text
+
+
+def render_marked(
+    tokenizer: Any, messages: Messages, *, tools: Sequence[Any] | None, template: str
+) -> Rendered:
+    """A chat, and where the template says between markers that the assistant speaks.
+
+    transformers gives these places as tokens only, and some of them wrongly: a character of several
+    tokens at a span's end, a span of a single token at the start.
+
+    Raises:
+        LimitError, ValueError: as `render`.
+    """
+    size = _characters(messages)
+    with _refusals(), _limits(size):
+        text, spans = _with_spans(tokenizer, messages, tools, template)
+        _check_length(text, size)
+    return Rendered(text, spans)
+
+
+def _with_spans(
+    tokenizer: Any, messages: Messages, tools: Sequence[Any] | None, template: str
+) -> tuple[str, list[tuple[int, int]]]:
+    from transformers.utils import chat_template_utils as utils
+
+    chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    tools = None if tools is None else list(tools)
+    if hasattr(utils, "render_jinja_template"):
+        texts, spans = utils.render_jinja_template(
+            [chat],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        return texts[0], spans[0]
+    return utils._render_with_assistant_indices(  # before transformers 4.53
+        compiled_template=utils._compile_jinja_template(template),
+        messages=chat,
+        tools=tools,
+        documents=None,
+        add_generation_prompt=False,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def lost_parts(text: str, messages: Messages, tools: Sequence[Any] | None) -> list[str]:
+    """What of a chat is not in its text, in words: the template has left it out."""
+    lost = [f"tool {name}" for name in map(_tool_name, tools or []) if name not in text]
+    for number, message in enumerate(messages, 1):
+        calls = message.get("tool_calls") or []
+        lost += [
+            f"the call of {name} in turn {number}"
+            for name in map(_tool_name, calls)
+            if name not in text
+        ]
+        if not _is_in(message.get("content"), text):
+            lost.append(f"turn {number} ({message.get('role')})")
+    return lost
+
+
+def _is_in(content: Any, text: str) -> bool:
+    """Whether a template has written a message, at least without its reasoning, or as JSON."""
+    if not isinstance(content, str):
+        return True  # parts of a message, which templates write as they like
+    said = content.strip()
+    if said in text:
+        return True
+    return said.split("</think>")[-1].strip() in text or (
+        json.dumps(said, ensure_ascii=False)[1:-1] in text or json.dumps(said)[1:-1] in text
+    )
+
+
+def _tool_name(tool: Any) -> str:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    named = function if isinstance(function, Mapping) else tool
+    name = named.get("name") if isinstance(named, Mapping) else None
+    return name if isinstance(name, str) else ""
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+class _OutOfTime(BaseException):
+    """Raised in the middle of a rendering; no `except Exception` on the way may keep it."""
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns whatever a template ends with into a ValueError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _OutOfTime:
+        raise LimitError(
+            f"the chat template has not finished after {SECONDS:g} seconds of processor time; "
+            "take another tokenizer, or give --chat-template."
+        ) from None
+    except MemoryError:
+        raise LimitError(
+            f"the chat template wants more than {BYTES // 2**20} MB of memory for one chat; take "
+            "another tokenizer, or give --chat-template."
+        ) from None
+    except Exception as error:  # jinja2's, or whatever the template's own code meets
+        raise ValueError(f"the chat template refuses it: {one_line(error)}") from None
+
+
+def _check_length(text: str, size: int) -> None:
+    most = CHARACTERS + CHARACTERS_PER_CHARACTER * size
+    if len(text) > most:
+        raise LimitError(
+            f"the chat template makes {len(text):,} characters of a chat of {size:,}, more than "
+            f"{most:,}; take another tokenizer, or give --chat-template."
+        )
+
+
+def _characters(messages: Messages) -> int:
+    texts = (message.get("content") for message in messages)
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+@contextlib.contextmanager
+def _limits(size: int) -> Iterator[None]:
+    """Ends the block with _OutOfTime or MemoryError where it takes too much.
+
+    For that long the whole process cannot get more address space than that, so nothing else should
+    be under way in it. Time is only measured on the main thread, where Python hears signals.
+    """
+    with _memory(BYTES + BYTES_PER_CHARACTER * size), _time():
+        yield
+
+
+@contextlib.contextmanager
+def _memory(num_bytes: int) -> Iterator[None]:
+    try:
+        import resource
+
+        with open("/proc/self/statm", "rb") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):  # not Linux
+        yield
+        return
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = used + num_bytes
+    if soft != resource.RLIM_INFINITY:
+        wanted = min(wanted, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+_deadline: float | None = None
+"""The thread's processor time at which `_on_tick` ends a rendering."""
+
+
+@contextlib.contextmanager
+def _time() -> Iterator[None]:
+    global _deadline
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGVTALRM) is not _on_tick:
+        # stays, because a tick that comes late would end the process by default
+        signal.signal(signal.SIGVTALRM, _on_tick)
+    _deadline = time.thread_time() + SECONDS
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 0.1)
+    try:
+        yield
+    finally:
+        _deadline = None
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _on_tick(number: int, frame: object) -> None:
+    # the timer counts all threads' time
+    if _deadline is not None and time.thread_time() >= _deadline:
+        raise _OutOfTime
