@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwen2_ascend.errors import UserError
@@ -34,6 +36,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 class LimitError(UserError):
     """A chat template takes more than a template may; other chats would meet it, too."""
+
+
+class ChatError(ValueError):
+    """A chat that its template does not write as it is."""
 
 
 class Rendered(NamedTuple):
@@ -85,10 +91,10 @@ def render(
 
     Raises:
         LimitError: the template takes too much.
-        ValueError: it refuses the chat.
+        ChatError: it refuses the chat.
+        UserError: there is none.
     """
-    size = _characters(messages)
-    with _refusals(), _limits(size):
+    with limited(messages), _refusals():
         text = tokenizer.apply_chat_template(
             list(messages),
             tools=tools,
@@ -97,7 +103,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        _check_length(text, size)
+        _check_length(text, messages)
     return text
 
 
@@ -110,12 +116,11 @@ def render_marked(
     tokens at a span's end, a span of a single token at the start.
 
     Raises:
-        LimitError, ValueError: as `render`.
+        LimitError, ChatError: as `render`.
     """
-    size = _characters(messages)
-    with _refusals(), _limits(size):
+    with limited(messages), _refusals():
         text, spans = _with_spans(tokenizer, messages, tools, template)
-        _check_length(text, size)
+        _check_length(text, messages)
     return Rendered(text, spans)
 
 
@@ -145,18 +150,54 @@ def _with_spans(
     )
 
 
-def lost_parts(text: str, messages: Messages, tools: Sequence[Any] | None) -> list[str]:
-    """What of a chat is not in its text, in words: the template has left it out."""
+def lost_tools(
+    tokenizer: Any,
+    text: str,
+    messages: Messages,
+    tools: Sequence[Any] | None,
+    *,
+    template: str | None = None,
+    add_generation_prompt: bool = False,
+) -> list[str]:
+    """What of a chat's tools and their calls is not in its text, in words.
+
+    That a name is in the text is not enough, because messages may hold it too: with tools or calls
+    of another name the chat has to be another text.
+    """
+    options: dict[str, Any] = {
+        "template": template_for(tokenizer, tools, template),
+        "add_generation_prompt": add_generation_prompt,
+    }
+
+    def is_the_same(messages: Messages, tools: Sequence[Any] | None) -> bool:
+        try:
+            return render(tokenizer, messages, tools=tools, **options) == text
+        except ChatError:
+            return False
+
     lost = [f"tool {name}" for name in map(_tool_name, tools or []) if name not in text]
-    for number, message in enumerate(messages, 1):
-        calls = message.get("tool_calls") or []
-        lost += [
-            f"the call of {name} in turn {number}"
-            for name in map(_tool_name, calls)
-            if name not in text
+    if tools and not lost and is_the_same(messages, [_renamed(tool) for tool in tools]):
+        lost.append("the tools")
+    if any(message.get("tool_calls") for message in messages):
+        others = [
+            {**m, "tool_calls": [_renamed(call) for call in m["tool_calls"]]}
+            if m.get("tool_calls")
+            else m
+            for m in messages
         ]
+        lost += ["the calls of tools"] if is_the_same(others, tools) else []
+    return lost
+
+
+def lost_turns(text: str, messages: Messages, turns: Iterable[int] | None = None) -> list[str]:
+    """The messages, or those of these numbers, that are not in a text, and the calls in them."""
+    lost = []
+    for turn in range(len(messages)) if turns is None else turns:
+        message = messages[turn]
         if not _is_in(message.get("content"), text):
-            lost.append(f"turn {number} ({message.get('role')})")
+            lost.append(f"turn {turn + 1} ({message.get('role')})")
+        names = map(_tool_name, message.get("tool_calls") or [])
+        lost += [f"the call of {name} in turn {turn + 1}" for name in names if name not in text]
     return lost
 
 
@@ -170,6 +211,15 @@ def _is_in(content: Any, text: str) -> bool:
     return said.split("</think>")[-1].strip() in text or (
         json.dumps(said, ensure_ascii=False)[1:-1] in text or json.dumps(said)[1:-1] in text
     )
+
+
+def _renamed(tool: Any) -> Any:
+    """The same tool or call under another name."""
+    if not isinstance(tool, Mapping):
+        return tool
+    if isinstance(tool.get("function"), Mapping):
+        return {**tool, "function": _renamed(tool["function"])}
+    return {**tool, "name": f"{tool.get('name')}_"}
 
 
 def _tool_name(tool: Any) -> str:
@@ -186,13 +236,30 @@ class _OutOfTime(BaseException):
     """Raised in the middle of a rendering; no `except Exception` on the way may keep it."""
 
 
+_is_limited = False
+_deadline: float | None = None
+"""The main thread's processor time at which `_on_tick` ends a rendering."""
+
+
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns whatever a template ends with into a ValueError."""
-    try:
+def limited(messages: Messages) -> Iterator[None]:
+    """Holds all renderings of a chat that are in the block to what one chat may take.
+
+    For that long the whole process cannot get more address space than that, so nothing else should
+    be under way in it. Time is only measured on the main thread, where Python hears signals.
+
+    Raises:
+        LimitError: they take more.
+    """
+    global _is_limited
+    if _is_limited:
         yield
-    except UserError:
-        raise
+        return
+    _is_limited = True
+    before = _limit_memory(BYTES + BYTES_PER_CHARACTER * _characters(messages))
+    try:
+        _start_clock()
+        yield
     except _OutOfTime:
         raise LimitError(
             f"the chat template has not finished after {SECONDS:g} seconds of processor time; "
@@ -203,11 +270,25 @@ def _refusals() -> Iterator[None]:
             f"the chat template wants more than {BYTES // 2**20} MB of memory for one chat; take "
             "another tokenizer, or give --chat-template."
         ) from None
+    finally:
+        _stop_clock()
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        _is_limited = False
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # jinja2's, or whatever the template's own code meets
-        raise ValueError(f"the chat template refuses it: {one_line(error)}") from None
+        raise ChatError(f"the chat template refuses it: {one_line(error)}") from None
 
 
-def _check_length(text: str, size: int) -> None:
+def _check_length(text: str, messages: Messages) -> None:
+    size = _characters(messages)
     most = CHARACTERS + CHARACTERS_PER_CHARACTER * size
     if len(text) > most:
         raise LimitError(
@@ -221,56 +302,37 @@ def _characters(messages: Messages) -> int:
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
-@contextlib.contextmanager
-def _limits(size: int) -> Iterator[None]:
-    """Ends the block with _OutOfTime or MemoryError where it takes too much.
-
-    For that long the whole process cannot get more address space than that, so nothing else should
-    be under way in it. Time is only measured on the main thread, where Python hears signals.
-    """
-    with _memory(BYTES + BYTES_PER_CHARACTER * size), _time():
-        yield
-
-
-@contextlib.contextmanager
-def _memory(num_bytes: int) -> Iterator[None]:
+def _limit_memory(num_bytes: int) -> tuple[int, int] | None:
+    """Lets the process grow by so much; what was allowed before. None where this is not Linux."""
     try:
-        import resource
-
-        with open("/proc/self/statm", "rb") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):  # not Linux
-        yield
-        return
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        used = int(os.read(file, 64).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(file)
     before = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = used + num_bytes
-    if soft != resource.RLIM_INFINITY:
-        wanted = min(wanted, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    if soft == resource.RLIM_INFINITY or wanted < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    return before
 
 
-_deadline: float | None = None
-"""The thread's processor time at which `_on_tick` ends a rendering."""
-
-
-@contextlib.contextmanager
-def _time() -> Iterator[None]:
+def _start_clock() -> None:
     global _deadline
     if threading.current_thread() is not threading.main_thread():
-        yield
         return
     if signal.getsignal(signal.SIGVTALRM) is not _on_tick:
         # stays, because a tick that comes late would end the process by default
         signal.signal(signal.SIGVTALRM, _on_tick)
     _deadline = time.thread_time() + SECONDS
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 0.1)
-    try:
-        yield
-    finally:
+
+
+def _stop_clock() -> None:
+    global _deadline
+    if _deadline is not None:
         _deadline = None
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 

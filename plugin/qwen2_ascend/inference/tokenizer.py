@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.chat_template import lost_parts, render, template_for
+from qwen2_ascend.chat_template import lost_tools, lost_turns, render, template_for
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.sampling import Sampling
 from qwen2_ascend.inference.settings import SamplingSettings
@@ -46,7 +46,9 @@ class Tokenizer:
                 part of them out.
         """
         text = self.render_chat(messages, tools=tools)
-        if lost := lost_parts(text, messages, tools):
+        lost = lost_turns(text, messages)
+        lost += lost_tools(self._tokenizer, text, messages, tools, add_generation_prompt=True)
+        if lost:
             raise UserError(
                 f"the chat template leaves out {', '.join(lost)}; take it out of the chat, or name "
                 "a folder whose template writes it with --tokenizer-name-or-path."

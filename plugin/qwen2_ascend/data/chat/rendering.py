@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwen2_ascend import chat_template as templates
-from qwen2_ascend.chat_template import GENERATION_MARKER, LimitError, lost_parts, template_for
+from qwen2_ascend.chat_template import (
+    GENERATION_MARKER,
+    ChatError,
+    LimitError,
+    lost_tools,
+    lost_turns,
+    template_for,
+)
 from qwen2_ascend.data.chat.formats import Chat
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.pretrained import one_line
@@ -97,7 +104,8 @@ class ChatRenderer:
         for chat in chats:
             try:
                 self._check_texts(chat)
-                results.append(self.cut(chat))
+                with templates.limited(chat.messages):
+                    results.append(self.cut(chat))
             except LimitError as error:
                 results.append(TemplateError(error.faults))
             except ValueError as error:
@@ -148,6 +156,7 @@ class ChatRenderer:
             begin = self._length_of(self.render(chat, turn, ask=True), whole, turn)
             end = self._length_of(self.render(chat, turn + 1), whole, turn + 1)
             said = whole[begin:end]
+            self._check_said(said, chat, (turn,))
             if self._turn_end and (match := self._turn_end.match(said)):
                 said = match[1]
             pieces += [Piece(whole[at:begin], False), Piece(said, True)]
@@ -184,11 +193,7 @@ class ChatRenderer:
             self._tokenizer, chat.messages, tools=chat.tools, template=template
         )
         self._check_whole(chat, whole)
-        said = "".join(whole[begin:end] for begin, end in spans)
-        if lost := lost_parts(said, [chat.messages[i] for i in chat.trained], None):
-            raise ValueError(
-                f"between the chat template's generation markers there is not {', '.join(lost)}"
-            )
+        self._check_said("".join(whole[begin:end] for begin, end in spans), chat, chat.trained)
         pieces, at = [], 0
         for begin, end in sorted(spans):
             begin = max(begin, at)
@@ -197,18 +202,33 @@ class ChatRenderer:
         pieces.append(Piece(whole[at:], False))
         return [piece for piece in pieces if piece.text]
 
+    def _check_said(self, said: str, chat: Chat, turns: Sequence[int]) -> None:
+        """Refuses a text between prompts or markers that is not the assistant's.
+
+        Raises:
+            ChatError: says what is not in it.
+        """
+        if lost := lost_turns(said, chat.messages, turns):
+            raise ChatError(
+                f"the chat template does not write {', '.join(lost)} where the assistant speaks"
+            )
+
     def _check_whole(self, chat: Chat, whole: str) -> None:
         """Refuses a chat that would be trained on as another one.
 
         Raises:
             ValueError: says what the template has left out.
         """
-        messages = chat.messages
-        if self._mask_history:  # a template may leave earlier turns out then
-            last = messages[chat.trained[-1]]
-            messages = [m for m in messages if m["role"] != "assistant" or m is last]
-        if lost := lost_parts(whole, messages, chat.tools):
-            raise ValueError(
+        last = chat.trained[-1]
+        turns = [  # with --mask-history a template may leave earlier answers out
+            turn
+            for turn, message in enumerate(chat.messages)
+            if turn == last or message["role"] != "assistant" or not self._mask_history
+        ]
+        lost = lost_turns(whole, chat.messages, turns)
+        lost += lost_tools(self._tokenizer, whole, chat.messages, chat.tools, template=self._given)
+        if lost:
+            raise ChatError(
                 f"the chat template leaves out {', '.join(lost)}; give --chat-template one that "
                 "writes it, or take it out of the row"
             )
