@@ -201,6 +201,30 @@ def lost_turns(text: str, messages: Messages, turns: Iterable[int] | None = None
     return lost
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The special tokens and their texts, whether tokenizer_config.json has names for them or not.
+
+    Decoding leaves them out of a text.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token_id: str(token) for token_id, token in added if token.special}
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return special | dict(named)
+
+
+def end_of_turn(tokenizer: Any, template: str | None = None) -> int | None:
+    """The special token that the chat template ends an answer with, which chats teach a model."""
+    mark = "answer"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+    try:
+        text = render(tokenizer, chat, template=template)
+        rest = text[text.rindex(mark) + len(mark) :]
+    except ValueError:  # no template, or one that takes no such chat
+        return None
+    first = next(iter(tokenizer(rest, add_special_tokens=False).input_ids), None)
+    return first if first in special_tokens(tokenizer) else None
+
+
 def _is_in(content: Any, text: str) -> bool:
     """Whether a template has written a message, at least without its reasoning, or as JSON."""
     if not isinstance(content, str):

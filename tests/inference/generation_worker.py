@@ -191,7 +191,7 @@ def sampled(tp: int, pp: int, config: Any, run: Run) -> str:
     """The tokens that transformers' logits give with the same draws: the same at any layout."""
     import torch
 
-    from qwen2_ascend.inference.sampling import Sampling, choose, sequence_generator
+    from qwen2_ascend.inference.sampling import Place, Sampling, choose, sequence_generator
 
     sampling = Sampling(
         do_sample=True, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.2
@@ -202,10 +202,11 @@ def sampled(tp: int, pp: int, config: Any, run: Run) -> str:
         model, answers = theirs(run, config), []
         for index, ids in enumerate(tokens):
             random, ids = sequence_generator(77, index), list(ids)
+            process = sampling.processors(Place(prompt=ids, max_new_tokens=16, eos_tokens=[]))
             for _ in range(16):
                 with torch.no_grad():
                     logits = model(torch.tensor([ids])).logits[:, -1]
-                ids += choose(logits, sampling, [set(ids)], [random])
+                ids += choose(logits, sampling, [ids], [process], [random])
             answers.append(ids[-16:])
         return answers
 
