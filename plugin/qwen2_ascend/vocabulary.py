@@ -25,7 +25,7 @@ def unknown_tokens(tokens: Sequence[int], vocab_size: int) -> str:
         return ""
     token = largest if largest >= vocab_size else smallest
     return (
-        f"holds token {token}, and the model's vocabulary ends at {vocab_size - 1} (vocab_size in "
+        f"holds token {token}, the model's vocabulary ends at {vocab_size - 1} (vocab_size in "
         "config.json); the tokens are another tokenizer's, or it has tokens for which the model's "
         "embedding was not resized."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "fingerprint",
+    "largest_token",
     "open_indexed",
     "sample_documents",
 ]
@@ -55,6 +57,15 @@ def fingerprint(prefix: str | Path) -> str:
     for start in range(0, len(index), step):
         hashed.update(index[start : start + SAMPLED_BYTES].tobytes())
     return hashed.hexdigest()
+
+
+def largest_token(prefix: str | Path) -> int | None:
+    """The largest token of a dataset, as the preparation noted it; None where it did not."""
+    try:
+        value = json.loads(Path(f"{prefix}.json").read_bytes())["largest_token"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value if type(value) is int else None
 
 
 def sample_documents(dataset: Any, num_documents: int = 128) -> list[np.ndarray]:

@@ -35,6 +35,8 @@ class TokenizerSpec(NamedTuple):
     """The contents of a tokenizer.json, None when there is no fast backend."""
     split_special_tokens: bool
     vocab_size: int
+    largest_token: int
+    """The largest id that it has; there may be holes below it."""
     eod_token: str | None
     eod: int | None
 
@@ -85,6 +87,7 @@ def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
         backend=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None,
         split_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
         vocab_size=len(tokenizer),
+        largest_token=max(vocabulary.values(), default=0),
         eod_token=token,
         eod=None if token is None else int(vocabulary[token]),
     )
