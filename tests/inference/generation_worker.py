@@ -220,6 +220,50 @@ def sampled(tp: int, pp: int, config: Any, run: Run) -> str:
     return f"{16 * len(tokens)} tokens"
 
 
+def not_finite(tp: int, pp: int, config: Any, run: Run) -> str:
+    """One bad weight, on the last rank: every rank ends with a sentence, greedy or drawing."""
+    import torch
+
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.inference.sampling import Sampling
+
+    for value in (float("nan"), float("inf"), -float("inf")):
+        built = engine(run, tp, pp, config, num_rows=2)
+        if built.is_last and run.runtime.rank == run.runtime.world_size - 1:
+            built.model.output_layer.weight[-1] = value
+        for sampling in (Sampling(), Sampling(do_sample=True, top_k=5)):
+            made = generator(built, eos_tokens=[], sampling=sampling)
+            try:
+                completions(made, prompts()[:2])
+            except UserError as error:
+                assert "logits are not finite in fp32" in str(error)
+            else:
+                raise AssertionError(f"{value} gave a text")
+    torch.distributed.barrier()
+    return "refused on every rank"
+
+
+def a_token_beyond_the_vocabulary(tp: int, pp: int, config: Any, run: Run) -> str:
+    """With a cut embedding it would be zeros in silence."""
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.evaluation.scoring import Scorer
+
+    built = engine(run, tp, pp, config, num_rows=1)
+    unknown = [*prompts()[0], config.vocab_size]
+    for work in (
+        lambda: completions(generator(built, eos_tokens=[]), [unknown]),
+        lambda: Scorer(built).score([unknown], [1]),
+        lambda: Scorer(built).score([[*unknown, 1]], [1]),
+    ):
+        try:
+            work()
+        except UserError as error:
+            assert f"holds token {config.vocab_size}" in str(error)
+        else:
+            raise AssertionError("it was computed with")
+    return "refused on every rank"
+
+
 def a_turn_goes_on(tp: int, pp: int, config: Any, run: Run) -> str:
     """A chat's second turn, whose beginning is in the cache, gives what it gives without one."""
     from qwen2_ascend.inference.generator import Request
@@ -253,7 +297,9 @@ def _add(name: str, function: Any, tp: int, pp: int, config: Any) -> None:
 
 
 for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
-    for function in (greedy, cached_logits, sampled):
+    for function in (
+        greedy, cached_logits, sampled, not_finite, a_token_beyond_the_vocabulary,
+    ):  # fmt: skip
         _add(f"{function.__name__}-tp{tp}-pp{pp}", function, tp, pp, CONFIG)
 _add("a_turn_goes_on-tp1-pp1", a_turn_goes_on, 1, 1, CONFIG)
 _add("a_turn_goes_on-tp1-pp2", a_turn_goes_on, 1, 2, CONFIG)
