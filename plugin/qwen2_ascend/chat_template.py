@@ -175,14 +175,13 @@ def lost_tools(
         except ChatError:
             return False
 
-    lost = [f"tool {name}" for name in map(_tool_name, tools or []) if name not in text]
+    names = map(_tool_name, tools or [])
+    lost = [f"tool {one_line(name, 40)}" for name in names if name not in text]
     if tools and not lost and is_the_same(messages, [_renamed(tool) for tool in tools]):
         lost.append("the tools")
-    if any(message.get("tool_calls") for message in messages):
+    if any(map(_calls, messages)):
         others = [
-            {**m, "tool_calls": [_renamed(call) for call in m["tool_calls"]]}
-            if m.get("tool_calls")
-            else m
+            {**m, "tool_calls": [_renamed(call) for call in calls]} if (calls := _calls(m)) else m
             for m in messages
         ]
         lost += ["the calls of tools"] if is_the_same(others, tools) else []
@@ -195,9 +194,12 @@ def lost_turns(text: str, messages: Messages, turns: Iterable[int] | None = None
     for turn in range(len(messages)) if turns is None else turns:
         message = messages[turn]
         if not _is_in(message.get("content"), text):
-            lost.append(f"turn {turn + 1} ({message.get('role')})")
-        names = map(_tool_name, message.get("tool_calls") or [])
-        lost += [f"the call of {name} in turn {turn + 1}" for name in names if name not in text]
+            lost.append(f"turn {turn + 1} ({one_line(message.get('role'), 40)})")
+        lost += [
+            f"the call of {one_line(name, 40)} in turn {turn + 1}"
+            for name in map(_tool_name, _calls(message))
+            if name not in text
+        ]
     return lost
 
 
@@ -235,6 +237,11 @@ def _is_in(content: Any, text: str) -> bool:
     return said.split("</think>")[-1].strip() in text or (
         json.dumps(said, ensure_ascii=False)[1:-1] in text or json.dumps(said)[1:-1] in text
     )
+
+
+def _calls(message: Mapping[str, Any]) -> list[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else []
 
 
 def _renamed(tool: Any) -> Any:

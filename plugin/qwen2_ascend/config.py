@@ -113,6 +113,8 @@ class Qwen2Config:
         """
         path = Path(folder)
         path = path / "config.json" if path.is_dir() else path
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise UserError(f"{path}: is not a regular file; give a Hugging Face model folder.")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -80,7 +80,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    if not stat.S_ISREG(_mode(path)):
+    if (mode := _mode(path)) and not stat.S_ISREG(mode):
         raise UserError(f"{path}: is not a regular file; put the file itself there.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -230,7 +230,7 @@ def not_finite(tp: int, pp: int, config: Any, run: Run) -> str:
     for value in (float("nan"), float("inf"), -float("inf")):
         built = engine(run, tp, pp, config, num_rows=2)
         if built.is_last and run.runtime.rank == run.runtime.world_size - 1:
-            built.model.output_layer.weight[-1] = value
+            built.model.output_layer.weight[0] = value
         for sampling in (Sampling(), Sampling(do_sample=True, top_k=5)):
             made = generator(built, eos_tokens=[], sampling=sampling)
             try:

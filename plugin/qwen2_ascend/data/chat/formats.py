@@ -302,7 +302,10 @@ def _is_trained(holder: Mapping[str, Any], key: str, where: str) -> bool:
     if value is None:
         return True
     if not isinstance(value, bool | int | float) or value not in (0, 1):
-        raise ValueError(f"{where} has {key}={value!r}; known are 0, 1, false and true")
+        raise ValueError(
+            f"{where} has {key}={value!r}; known are 0, 1, false and true; where the key means "
+            "something else, leave it out"
+        )
     return bool(value)
 
 

@@ -244,7 +244,8 @@ class ChatRenderer:
             for token in self._control:
                 if token in text:
                     raise ValueError(
-                        f"turn {number} holds {token}, which the template writes between turns"
+                        f"turn {number} holds {one_line(token)}, which the template writes "
+                        "between turns"
                     )
         try:
             for message in chat.messages:
