@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +439,12 @@ def test_a_folder_and_its_file_are_read_alike_and_faults_name_the_file(tmp_path:
     with pytest.raises(UserError) as caught:
         Qwen2Config.from_pretrained(tmp_path)
     assert [fault.startswith(f"{path}: ") for fault in caught.value.faults] == [True, True]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: is not a regular file"):
+        Qwen2Config.from_pretrained(tmp_path)
 
 
 JSON_VALUES = st.recursive(

@@ -127,8 +127,9 @@ def render_marked(
 def _with_spans(
     tokenizer: Any, messages: Messages, tools: Sequence[Any] | None, template: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    from transformers.utils import chat_template_utils as utils
+    from transformers.utils import chat_template_utils
 
+    utils: Any = chat_template_utils
     chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
     tools = None if tools is None else list(tools)
     if hasattr(utils, "render_jinja_template"):

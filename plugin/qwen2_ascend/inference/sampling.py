@@ -154,7 +154,8 @@ class Sampling:
         Raises:
             ValueError, TypeError: transformers refuses a value.
         """
-        return lp.LogitsProcessorList(self._made(PROCESSORS, place))
+        made: Any = lp.LogitsProcessorList(self._made(PROCESSORS, place))
+        return made
 
     def warpers(self, device: str) -> list[Any]:
         """What changes the logits of any sequence before a draw.
