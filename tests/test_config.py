@@ -443,7 +443,7 @@ def test_a_folder_and_its_file_are_read_alike_and_faults_name_the_file(tmp_path:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(UserError, match=r"config\.json: is not a regular file"):
+    with pytest.raises(UserError, match=r"config\.json: is a FIFO, not a regular file"):
         Qwen2Config.from_pretrained(tmp_path)
 
 

@@ -6,14 +6,13 @@ refused. Its files must be regular files inside it. Nothing here imports transfo
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import links_out, read_json, require_regular
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -75,17 +74,12 @@ def check_folder(folder: Path, classes: tuple[str, ...]) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a regular file of a Hugging Face folder holds.
+    """The JSON object that a file of a Hugging Face folder holds.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    if (mode := _mode(path)) and not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is not a regular file; put the file itself there.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}.") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not a JSON object.")
     return value
@@ -119,47 +113,24 @@ def _folder(path: str | Path) -> Path:
 
 def _foreign_files(folder: Path) -> Iterator[str]:
     """What is wrong with the kinds of files in `folder`, and with where its links lead."""
+    templates = folder / "additional_chat_templates"
     try:
-        names = sorted(os.listdir(folder))
-        names += [f"{name}/{inner}" for name in names for inner in _templates(folder / name)]
+        paths = sorted(folder.iterdir())
+        if templates.is_dir() and not templates.is_symlink():
+            paths += sorted(templates.iterdir())
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}.") from None
-    home = _home(folder)
-    for name in names:
-        path = folder / name
-        mode = _mode(path)
-        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            yield f"{one_line(path)}: is a {_kind(mode)}, not a file; remove it."
-        elif path.is_symlink() and not name.endswith(WEIGHTS):
-            target = Path(os.path.realpath(path))
-            if not target.is_relative_to(home):
-                yield (
-                    f"{one_line(path)}: is a link to {one_line(target)}, outside its folder; put "
-                    "the file itself there."
-                )
-
-
-def _templates(path: Path) -> list[str]:
-    return sorted(os.listdir(path)) if path.name == "additional_chat_templates" else []
-
-
-def _home(folder: Path) -> Path:
-    """Where links may lead: the folder, or the Hugging Face cache's of that model."""
-    real = Path(os.path.realpath(folder))
-    is_cached = real.parent.name == "snapshots" and (real.parents[1] / "blobs").is_dir()
-    return real.parents[1] if is_cached else real
-
-
-def _mode(path: Path) -> int:
-    try:
-        return path.stat().st_mode
-    except OSError:
-        return 0  # a dangling link, or no file: to transformers both are absent
-
-
-def _kind(mode: int) -> str:
-    kinds = {"pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
-    return next((name for name, test in kinds.items() if test(mode)), "device")
+    for path in paths:
+        try:
+            require_regular(path)
+        except UserError as error:
+            yield from error.faults
+        except OSError:
+            pass  # a folder, or a link to nothing, which is no file to transformers either
+        else:
+            if not path.name.endswith(WEIGHTS):
+                yield from links_out(folder, [path])
+    yield from links_out(folder, [templates])
 
 
 def _own_code(folder: Path, classes: tuple[str, ...]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import xxhash
 
 from qwen2_ascend.data.index_files import check_indexed
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_json
 
 with warnings.catch_warnings():
     # importing megatron.core complains about the absence of CUDA-only packages
@@ -62,8 +63,8 @@ def fingerprint(prefix: str | Path) -> str:
 def largest_token(prefix: str | Path) -> int | None:
     """The largest token of a dataset, as the preparation noted it; None where it did not."""
     try:
-        value = json.loads(Path(f"{prefix}.json").read_bytes())["largest_token"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        value = read_json(f"{prefix}.json")["largest_token"]
+    except (UserError, KeyError, TypeError):
         return None
     return value if type(value) is int else None
 
