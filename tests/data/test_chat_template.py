@@ -84,6 +84,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return open_tokenizer(save_chat_tokenizer(tmp_path_factory.mktemp("chat_template")))
 
 
+# a tick in the middle of another library's gc callback is lost, and the next one counts
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_ended(
     tokenizer, name: str, monkeypatch: pytest.MonkeyPatch
