@@ -345,7 +345,9 @@ def _merge(
     """Makes a Hugging Face folder of the last checkpoint."""
     from qwen2_ascend.checkpoint.convert import to_hugging_face
     from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
+    from qwen2_ascend.finetuning.taught import taught_files
 
+    also = {**also, **taught_files(plan, tokenizer_folder(plan), say)}
     source, adapter = checkpoint, None
     if plan.lora is not None:
         saved = find_saved_lora(checkpoint)
