@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": commands print it and exit with 2."""
+"""Exceptions whose message says all: a user's mistake (exit 2) and a lost rank (exit 1)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ class UserError(ValueError):
     def __init__(self, faults: str | Iterable[str]) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         super().__init__("\n".join(self.faults))
+
+
+class LostRankError(RuntimeError):
+    """Another rank does not answer; the message names it, and no traceback says more."""
 
 
 def raise_if(faults: Iterable[str]) -> None:
