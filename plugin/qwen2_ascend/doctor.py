@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qwen2_ascend.runtime import diagnosis, environment, mindspeed
+from qwen2_ascend.runtime.mindspeed import release as _release
 
 OPTIONAL_PACKAGES = ("torch_npu", "mindspeed", "pyarrow", "matplotlib", "tensorboard", "datasets")
 
@@ -586,11 +587,6 @@ def _fits(version: str, specifier: str) -> bool:
 
 def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _release(version: str) -> str:
-    """2.7.1.post2 and 2.7.1+cpu are release 2.7.1."""
-    return ".".join(version.split("+")[0].split(".")[:3])
 
 
 def _last_line(text: str) -> str:

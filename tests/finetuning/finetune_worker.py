@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.harness import Checks, Run, main
 from helpers import make_tiny_hugging_face_folder, tiny_config
@@ -18,8 +19,9 @@ from helpers import make_tiny_hugging_face_folder, tiny_config
 if TYPE_CHECKING:
     import torch
 
-    from qwen2_ascend.finetuning.finetune import Prepared
+    from qwen2_ascend.finetuning.settings import FinetuneSettings
     from qwen2_ascend.training.loop import TrainingRun
+    from qwen2_ascend.training.plan import RunPlan
 
 TOLERANCE = 5e-7
 STEPS, LENGTH, GLOBAL_BATCH, LR, CLIP = 4, 32, 8, 3e-3, 0.3
@@ -268,20 +270,27 @@ def compared(
     return json.dumps({"losses": losses, "from transformers": max(differences), "norms": worst})
 
 
+class Prepared(NamedTuple):
+    """A run that can begin, its plan, and what writes its checkpoints."""
+
+    run: TrainingRun
+    plan: RunPlan[FinetuneSettings]
+    save: Callable[[], Path] | None
+
+
 def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
     """A run as `launch/finetune_qwen2.py` builds it."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.finetune import find_begin, prepare
+    from qwen2_ascend.finetuning.finetune import checkpoint_saver, make_plan, prepare
     from qwen2_ascend.finetuning.settings import parse, validate
 
-    settings = parse([*flags.split(), "--load", str(load or hugging_face_folder(run))])
-    begin = find_begin(settings)
-    config, settings = begin.start.config, begin.start.settings
-    validate(settings, config, run.runtime.world_size)
+    plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
+    validate(plan.settings, plan.config, run.runtime.world_size)
     runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(settings.layout(), config.num_layers)
-    run.runtime.seed_all(settings.runtime.seed)
-    return prepare(begin, run.runtime, lambda line: None)
+    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    run.runtime.seed_all(plan.settings.runtime.seed)
+    training, plan = prepare(plan, run.runtime, lambda line: None)
+    return Prepared(training, plan, checkpoint_saver(training, plan))
 
 
 def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:

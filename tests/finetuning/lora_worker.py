@@ -245,8 +245,8 @@ def cut_inputs_drop_differently_on_each_rank(run: Run) -> None:
 def only_adapters_are_trained(run: Run) -> str:
     import torch
 
+    from distributed.canonical_state import gather_state
     from qwen2_ascend.finetuning.lora import adapters_disabled, lora_state
-    from qwen2_ascend.training.optimizer import gather_state
 
     for layout in ("tp2-sp", "pp2"):
         training = start(run, "some", LAYOUTS[layout][1])
@@ -322,16 +322,7 @@ def the_chunked_cross_entropy_changes_nothing(run: Run) -> str:
 
 def adapters_go_to_peft_and_back(before: str, after: str, case: str, run: Run) -> str:
     """Bit for bit through another layout; and what is saved there is the same file."""
-    import torch
-
-    from qwen2_ascend.finetuning.adapter import (
-        load_adapter,
-        load_adapter_tensors,
-        read_lora_config,
-        save_adapter,
-        save_adapter_tensors,
-    )
-    from qwen2_ascend.finetuning.lora import lora_state
+    from qwen2_ascend.finetuning.adapter import load_adapter, read_lora_config, save_adapter
 
     lora, config = ADAPTERS[case], model_config(case)
     training = start(run, case, LAYOUTS[before][1])
@@ -353,15 +344,6 @@ def adapters_go_to_peft_and_back(before: str, after: str, case: str, run: Run) -
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
-    moments = [{k: torch.rand_like(v) for k, v in own.items()} for own in lora_state(other.chunks)]
-    path = run.folder / f"{before}-{after}-{case}-moments.safetensors"
-    save_adapter_tensors(moments, lora, config, cut, path)
-    again = [{k: torch.empty_like(v) for k, v in own.items()} for own in moments]
-    load_adapter_tensors(again, lora, config, cut, path)
-    if case == "all":  # else rows that belong to no target are not saved
-        # what every rank has comes from the first one
-        same = [torch.equal(a[k], b[k]) for a, b in zip(moments, again, strict=True) for k in a]
-        assert sum(same) >= len(same) / 2 and (run.runtime.rank or all(same))
     return ""
 
 
@@ -421,11 +403,9 @@ def start(
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.finetuning.lora import apply_lora
     from qwen2_ascend.model.build import build_model
-    from qwen2_ascend.training.loop import Progress, TrainingRun, wrap_chunks
     from qwen2_ascend.training.mock_data import MockDataset
-    from qwen2_ascend.training.optimizer import build_optimizer
-    from qwen2_ascend.training.schedule import build_schedule
     from qwen2_ascend.training.settings import parse
+    from qwen2_ascend.training.setup import build_run
 
     folder, config = base_folder(run, case), model_config(case)
     settings = parse([*f"{FLAGS} {flags}".split(), "--load", str(folder)])
@@ -453,21 +433,8 @@ def start(
         pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
     )
     apply_lora(chunks, dataclasses.replace(ADAPTERS[case], dropout=dropout), config, layout)
-    wrapped = wrap_chunks(chunks, settings.parallel)
-    optimizer = build_optimizer(wrapped, settings)
     data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, config.vocab_size, seed=1234)
-    return TrainingRun(
-        settings=settings,
-        runtime=run.runtime,
-        chunks=wrapped,
-        optimizer=optimizer,
-        schedule=build_schedule(
-            optimizer, settings.optimizer, train_iters=STEPS, global_batch_size=GLOBAL_BATCH
-        ),
-        train_data=data,
-        valid_data=data,
-        progress=Progress(),
-    )
+    return build_run(settings, run.runtime, chunks, train_data=data, valid_data=data)
 
 
 def train(training: TrainingRun) -> list[Any]:
@@ -491,7 +458,7 @@ def evaluate(training: TrainingRun) -> float:
 
 def settle(training: TrainingRun) -> None:
     """Waits for weights that are gathered only when the next forward needs them."""
-    from qwen2_ascend.training.checkpointing import gathered_parameters
+    from qwen2_ascend.training.loop import gathered_parameters
 
     with gathered_parameters(training.chunks):
         pass

@@ -10,7 +10,9 @@ import pytest
 
 from helpers import tiny_config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.exports import find_exports
 from qwen2_ascend.finetuning.settings import parse, validate
+from qwen2_ascend.training.plan import RunPlan
 
 NEEDED = "--config 0.5B --seq-length 32 --lr 1e-5 --data-path chats"
 
@@ -55,8 +57,10 @@ def test_all_faults_are_named_at_once() -> None:
 
 def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
-    flags = f"--train-iters 3 --save {tmp_path}/run --save-hf {tmp_path}"
-    assert "is there already" in faults_of(flags)
+    flags = f"{NEEDED} --train-iters 3 --save {tmp_path}/run --save-hf {tmp_path}"
+    plan = RunPlan(settings=parse(flags.split()), config=tiny_config(), world_size=1, source=None)
+    with pytest.raises(UserError, match="is there already"):
+        find_exports(plan)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 def test_epochs_are_told_in_steps(epochs: float, samples: int, steps: int) -> None:
     flags = f"{NEEDED} --num-train-epochs {epochs} --global-batch-size 8"
     settings = parse(flags.split()).with_epochs(samples, world_size=1)
-    assert settings.train_iters(1) == steps
+    assert settings.length(1).train_iters == steps
 
 
 def test_help_imports_no_torch() -> None:

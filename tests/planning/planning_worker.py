@@ -167,19 +167,19 @@ def start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
     from qwen2_ascend import runtime
     from qwen2_ascend.finetuning.lora import apply_lora
     from qwen2_ascend.lora_config import LoraConfig
+    from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.pretrain import pretraining_data
     from qwen2_ascend.training.settings import parse
-    from qwen2_ascend.training.setup import build_chunks, build_run, find_start
+    from qwen2_ascend.training.setup import build_chunks, build_run
 
-    settings = parse([*flags(cut).split(), "--load", str(folder)])
-    begin = find_start(settings)
+    plan = make_plan(parse([*flags(cut).split(), "--load", str(folder)]))
     runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(settings.layout(), begin.config.num_layers)
-    run.runtime.seed_all(settings.runtime.seed)
-    chunks = build_chunks(settings, begin, run.runtime, lambda line: None)
-    apply_lora(chunks, LoraConfig(rank=cut.job.lora_rank), begin.config, settings.layout())
-    data, _ = pretraining_data(settings, begin, run.runtime.world_size)
-    return build_run(settings, run.runtime, chunks, train_data=data)
+    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    run.runtime.seed_all(plan.settings.runtime.seed)
+    chunks = build_chunks(plan, run.runtime, lambda line: None)
+    apply_lora(chunks, LoraConfig(rank=cut.job.lora_rank), plan.config, plan.layout)
+    data, _ = pretraining_data(plan)
+    return build_run(plan.settings, run.runtime, chunks, train_data=data)
 
 
 def weights(cut: Cut, run: Run) -> Path:

@@ -58,14 +58,15 @@ class Counter:
 def trained(run: Run, name: str, flags: str = "", source: Counter | None = None) -> Trained:
     """Trains six steps as the launchers do."""
     from qwen2_ascend.telemetry.energy import EnergyMeter
-    from qwen2_ascend.training.setup import checkpoint_identity, find_start, train_and_report
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.setup import train_and_report
 
     folder = run.folder / name
     training = start(run, f"{FLAGS} --report-dir {folder} {flags}")
-    identity = checkpoint_identity(training.settings, find_start(training.settings))
+    plan = make_plan(training.settings)
     said: list[str] = []
     with mock.patch.object(EnergyMeter, "idle_seconds", 0.3), powered(source):
-        train_and_report(training, identity, said.append)
+        train_and_report(training, plan, said.append)
     run.runtime.barrier()
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return Trained(said, [json.loads(line) for line in lines])

@@ -109,6 +109,32 @@ def test_a_resumed_run_continues_the_curve(tmp_path: Path) -> None:
     ]
 
 
+def test_metrics_that_cannot_be_written_are_missed_once_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / logging.METRICS_FILE).mkdir()
+    report = reporter([], report_dir=tmp_path, log_interval=1)
+    report.step(step(1))
+    report.step(step(2))
+    told = capsys.readouterr().err
+    assert told.count("metrics.jsonl is not complete: ") == 1 and len(told.splitlines()) == 1
+    (tmp_path / logging.METRICS_FILE).rmdir()
+    report.step(step(3))
+    assert [row["iteration"] for row in rows(tmp_path)] == [3]
+
+
+def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
+    report = reporter([], report_dir=tmp_path, log_interval=1)
+    report.step(step(1))
+    with (tmp_path / logging.METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write('{"iteration": 2, "lo')  # a full disk
+    report.step(step(3))
+    report.close()
+    kept = [row["iteration"] for _, row in logging._rows(tmp_path / logging.METRICS_FILE)]
+    assert kept == [1, 3]
+    assert (tmp_path / logging.PICTURE_FILE).exists()
+
+
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = reporter([], report_dir=tmp_path, tensorboard_dir=tmp_path, silent=True, say=None)
     report.say("hello")

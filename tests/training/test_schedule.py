@@ -9,6 +9,7 @@ import pytest
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime.megatron_compat import megatron_release
+from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.schedule import build_schedule, changed, current_lr
 from qwen2_ascend.training.settings import OptimizerSettings
 
@@ -21,8 +22,7 @@ def learning_rates(**flags) -> list[float]:
     schedule = build_schedule(
         optimizer,
         OptimizerSettings(lr=LR, **{"min_lr": MIN, **flags}),
-        train_iters=ITERS,
-        global_batch_size=BATCH,
+        RunLength(train_iters=ITERS, global_batch_size=BATCH),
     )
     found = []
     for _ in range(ITERS):
@@ -95,8 +95,7 @@ def test_weight_decay_follows_the_groups_multiplier() -> None:
     schedule = build_schedule(
         SimpleNamespace(param_groups=groups),
         OptimizerSettings(lr=LR, weight_decay=0.1),
-        train_iters=2,
-        global_batch_size=1,
+        RunLength(train_iters=2, global_batch_size=1),
     )
     schedule.step(increment=1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
@@ -107,8 +106,7 @@ def test_a_resumed_run_follows_its_command_line_and_says_so() -> None:
         return build_schedule(
             SimpleNamespace(param_groups=[{}]),
             OptimizerSettings(lr=lr, lr_decay_style="constant"),
-            train_iters=ITERS,
-            global_batch_size=BATCH,
+            RunLength(train_iters=ITERS, global_batch_size=BATCH),
         )
 
     before, after = build(1e-3), build(2e-3)

@@ -111,7 +111,7 @@ def test_the_run_is_as_long_as_its_samples() -> None:
     flags = "--mock-data --seq-length 8 --train-samples 50 --lr 1 --micro-batch-size 4"
     chosen = parse(flags.split())
     assert chosen.global_batch_size(world_size=2) == 8
-    assert chosen.train_iters(world_size=2) == 6
+    assert chosen.length(world_size=2).train_iters == 6
 
 
 def test_names_are_accepted_as_megatron_spells_them_either_way() -> None:

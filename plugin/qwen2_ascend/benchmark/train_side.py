@@ -20,7 +20,7 @@ from qwen2_ascend.benchmark.sides import Stopwatch, serve
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.loop import TrainingRun
-    from qwen2_ascend.training.setup import Start
+    from qwen2_ascend.training.plan import RunPlan
 
 SEED = 1234
 
@@ -45,6 +45,8 @@ class Work:
     lr: float = 1e-4
     clip_grad: float = 1.0
     weight_decay: float = 0.01
+    use_distributed_optimizer: bool = False
+    """Over all ranks, which are data-parallel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +91,20 @@ def _ours(work: Work, *, plain: bool = False) -> Trainer:
     return Trainer(step=lambda: run.step(batches).loss, runtime=run.runtime)
 
 
-def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, Start]:
-    """The run that `launch/pretrain_qwen2.py` makes, and where it starts."""
+def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan]:
+    """The run that `launch/pretrain_qwen2.py` makes, and its plan."""
     from qwen2_ascend.training import settings as s
     from qwen2_ascend.training.fusion import FusionSettings
-    from qwen2_ascend.training.pretrain import pretraining_data
-    from qwen2_ascend.training.setup import build_chunks, build_run, find_start, start_runtime
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.pretrain import prepare
+    from qwen2_ascend.training.setup import start_runtime
 
     off = dict.fromkeys(("rmsnorm", "rotary_pos_emb", "swiglu", "adamw"), True)
     switched_off = {f"no_fused_{name}": value for name, value in off.items()}
     fusion = FusionSettings(attention_backend="unfused", **switched_off)
     settings = s.PretrainSettings(
         model=s.ModelSettings(load=Path(work.folder)),
+        parallel=s.ParallelSettings(use_distributed_optimizer=work.use_distributed_optimizer),
         batch=s.BatchSettings(
             micro_batch_size=work.micro_batch_size,
             global_batch_size=work.global_batch_size,
@@ -118,11 +122,9 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, Start]:
         data=s.DataSettings(mock_data=True),
         runtime=s.RuntimeSettings(device=work.device, seed=SEED),  # pyright: ignore
     )
-    start = find_start(settings)
-    runtime, _ = start_runtime(settings, start.config)
-    train_data, _ = pretraining_data(settings, start, runtime.world_size)
-    chunks = build_chunks(settings, start, runtime, lambda line: None)
-    return build_run(settings, runtime, chunks, train_data=train_data), start
+    plan = make_plan(settings)
+    runtime, _ = start_runtime(plan)
+    return prepare(plan, runtime, lambda line: None), plan
 
 
 def _ours_plain(work: Work) -> Trainer:
@@ -200,7 +202,9 @@ def build_megatron_core(work: Work) -> MegatronCore:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     model, config = _megatron_model(work, runtime)
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=work.use_distributed_optimizer
+    )
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(config, ddp_config, model)
     optimizer = _megatron_optimizer(work, wrapped, config.params_dtype)
@@ -275,6 +279,7 @@ def _megatron_optimizer(work: Work, wrapped: Any, params_dtype: Any) -> Any:
         clip_grad=work.clip_grad,
         bf16=work.dtype == "bf16",
         params_dtype=params_dtype,
+        use_distributed_optimizer=work.use_distributed_optimizer,
     )
     settings = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
     return get_megatron_optimizer(settings, [wrapped])

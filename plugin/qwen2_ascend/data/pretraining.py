@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.data.index_files import check_indexed
+from qwen2_ascend.data.sampler import collate
 from qwen2_ascend.errors import Faults, UserError, raise_if
 
 SPLITS = ("train", "valid", "test")
@@ -50,6 +51,31 @@ class EodTokenizer:
         self.eod = eod
         self.vocab_size = vocab_size
         self.unique_identifiers = OrderedDict(eod=eod, data=data)
+
+
+class PositionedRows:
+    """A dataset whose tokens are at the positions that it says, in batches that hold `ends`.
+
+    The rotary embedding counts from the row's start unless a batch says where documents end; here
+    each row is one document, so every token sees all before it in its row, as without this.
+    """
+
+    is_packed = True
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        """BATCH_KEYS, and `ends`, where the rows end."""
+        batch: dict[str, Any] = dict(collate(samples))
+        b, s = batch["tokens"].shape
+        return {**batch, "ends": tuple(range(s, b * s + 1, s))}
 
 
 def build_pretraining_datasets(
@@ -124,7 +150,9 @@ def build_pretraining_datasets(
         settings |= dict(blend_per_split=[_listed(blend) for blend in blends])
     datasets = _build(settings, num_samples)
     _check_lengths(datasets, num_samples)
-    return datasets
+    if not reset_position_ids:
+        return datasets
+    return PretrainingDatasets(*(data and PositionedRows(data) for data in datasets))
 
 
 def check_pretraining_data(

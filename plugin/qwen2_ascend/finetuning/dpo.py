@@ -12,18 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from torch.nn.functional import logsigmoid, relu
 
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.finetuning.settings import TuningSettings
+from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
+from qwen2_ascend.runtime.agreement import made_by_first
 from qwen2_ascend.training.loop import Batch, TrainingRun, forward_only
 from qwen2_ascend.training.setup import Say
 
 if TYPE_CHECKING:
-    from qwen2_ascend.finetuning.finetune import Begin
+    from qwen2_ascend.training.plan import RunPlan
 
 REFERENCE_FILE = "dpo_reference.safetensors"
 METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
@@ -93,7 +95,7 @@ def pair_loss(margin: torch.Tensor, tuning: TuningSettings) -> torch.Tensor:
     return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
 
 
-def prepare_dpo(run: TrainingRun, begin: Begin, say: Say) -> None:
+def prepare_dpo(run: TrainingRun, plan: RunPlan[FinetuneSettings], say: Say) -> None:
     """Gives `run` the objective, with what the model says before the first step as reference.
 
     Raises:
@@ -103,8 +105,8 @@ def prepare_dpo(run: TrainingRun, begin: Begin, say: Say) -> None:
     sources = [data.source for data in (run.train_data, run.valid_data) if data is not None]
     if run.valid_data is not None:
         run.valid_data = _Numbered(run.valid_data, first=len(sources[0]))
-    reference = _reference(run, begin, sources, say)
-    run.objective = DpoObjective(reference.to(run.runtime.device), begin.start.settings.tuning)
+    reference = _reference(run, plan, sources, say)
+    run.objective = DpoObjective(reference.to(run.runtime.device), plan.settings.tuning)
 
 
 class _Numbered:
@@ -125,34 +127,49 @@ class _Numbered:
         return batch
 
 
-def _reference(run: TrainingRun, begin: Begin, sources: list[Any], say: Say) -> torch.Tensor:
-    """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on the host."""
-    start, settings = begin.start, begin.start.settings
-    identity = _identity(begin, sources)
-    resumed = start.saved or begin.saved
-    folders = [resumed.folder.parent] if resumed else []
-    folders += [settings.checkpoint.save] if settings.checkpoint.save else []
-    for folder in dict.fromkeys(folders):
-        if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
-            continue
-        if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
-            say(f"reference log-probabilities: {folder / REFERENCE_FILE}")
-            return kept.log_probs
-    if resumed is not None:
-        raise UserError(
-            f"{resumed.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
-            f"{' or '.join(map(str, folders))}: what the model said at the start is lost. Put the "
-            "file and the data back, or begin a new run with --finetune or --lora-load."
-        )
+def _reference(
+    run: TrainingRun, plan: RunPlan[FinetuneSettings], sources: list[Any], say: Say
+) -> torch.Tensor:
+    """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on every rank."""
+    kept = made_by_first(lambda: _kept_reference(plan, sources))
+    if kept is not None:
+        path, log_probs = kept
+        say(f"reference log-probabilities: {path}")
+        return torch.from_numpy(log_probs)
     parts = []
     for source in sources:
         say(f"reference log-probabilities of {len(source):,} pairs: computing")
         parts.append(reference_log_probs(run, source))
-    log_probs = torch.cat(parts)
-    if run.runtime.rank == 0 and settings.checkpoint.save is not None:
-        settings.checkpoint.save.mkdir(parents=True, exist_ok=True)
-        _Kept(log_probs=log_probs, **identity).write(settings.checkpoint.save / REFERENCE_FILE)
+    log_probs, save = torch.cat(parts), plan.settings.checkpoint.save
+    if run.runtime.rank == 0 and save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        _Kept(log_probs=log_probs, **_identity(plan, sources)).write(save / REFERENCE_FILE)
     return log_probs
+
+
+def _kept_reference(
+    plan: RunPlan[FinetuneSettings], sources: list[Any]
+) -> tuple[Path, np.ndarray] | None:
+    """The file of these pairs and weights and what it says; None where it is to be computed.
+
+    Raises:
+        UserError: a run is resumed whose reference is lost, or was made of other pairs.
+    """
+    identity, resumed, save = _identity(plan, sources), plan.saved, plan.settings.checkpoint.save
+    folders = [resumed.folder.parent] if resumed else []
+    folders += [save] if save else []
+    for folder in dict.fromkeys(folders):
+        if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
+            continue
+        if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
+            return folder / REFERENCE_FILE, kept.log_probs.numpy()
+    if resumed is None:
+        return None
+    raise UserError(
+        f"{resumed.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
+        f"{' or '.join(map(str, folders))}: what the model said at the start is lost. Put the "
+        "file and the data back, or begin a new run with --finetune or --lora-load."
+    )
 
 
 def reference_log_probs(run: TrainingRun, source: Any) -> torch.Tensor:
@@ -209,17 +226,16 @@ def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
     return sums[:, :2] / sums[:, 2:]
 
 
-def _identity(begin: Begin, sources: list[Any]) -> dict[str, str]:
-    """Of the pairs and of the weights that the reference is made with."""
-    start = begin.start
+def _identity(plan: RunPlan[FinetuneSettings], sources: list[Any]) -> dict[str, str]:
+    """Of the pairs and of the weights that the reference is made with, as rank 0 sees them."""
     pairs = xxhash.xxh3_64()
     for row in _rows(sources):
         pairs.update(row)
-    files = [] if start.source is None else list(start.source.files)
-    if begin.start.settings.lora.lora_load is not None:
-        files += sorted(begin.start.settings.lora.lora_load.glob("adapter_*"))
+    files = [] if plan.source is None else list(plan.source.files)
+    if plan.settings.lora.lora_load is not None:
+        files += sorted(plan.settings.lora.lora_load.glob("adapter_*"))
     weights = [(str(path.resolve()), *_stamp(path)) for path in files]
-    seed = None if files else start.settings.runtime.seed
+    seed = None if files else plan.settings.runtime.seed
     return {"pairs": pairs.hexdigest(), "weights": json.dumps([weights, seed])}
 
 

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
-from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.exports import (
+    SAVE_ADAPTER,
+    SAVE_HF,
+    export,
+    find_exports,
+    is_all_done,
+    merged_dtype,
+)
 from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
 from qwen2_ascend.finetuning.settings import F, FinetuneSettings, parse, validate
 from qwen2_ascend.launching import launched
-from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.training import plan as plans
+from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
 from qwen2_ascend.training.setup import (
     Say,
-    Start,
+    begin,
     build_chunks,
     build_run,
     checkpoint_identity,
-    find_start,
     resume_if_saved,
     say_resumed,
-    start_runtime,
     train_and_report,
 )
 
 if TYPE_CHECKING:
     from qwen2_ascend.data.chat.build import ChatDatasets
     from qwen2_ascend.runtime import Runtime
-    from qwen2_ascend.training.checkpointing import CheckpointIdentity
+    from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.loop import TrainingRun
-
-F_co = TypeVar("F_co", bound=FinetuneSettings, covariant=True)
-B = TypeVar("B", bound="Begin")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,95 +60,78 @@ def finetune(settings: FinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    begin = checked_begin(settings, find_begin, validate)
-    runtime, say = start_runtime(begin.start.settings, begin.start.config)
-    prepared = prepare(begin, runtime, say)
-    train_and_report(prepared.run, prepared.identity, say, prepared.save)
-    export_adapter(prepared, begin)
+    plan, runtime, say = begin(settings, make_plan, validate, check_data)
+    if is_all_done(plan):
+        export_adapter(plan, say, None)
+        runtime.close()
+        return
+    run, plan = prepare(plan, runtime, say)
+    is_complete = train_and_report(run, plan, say, checkpointer(run, plan))
+    if is_complete:
+        export_adapter(plan, say, run)
     runtime.close()
-    if runtime.rank == 0:
-        export_hugging_face(begin, say)
+    finish(plan, is_complete, say, runtime.rank)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Begin(Generic[F_co]):
-    """Where a run begins, and with which adapters."""
-
-    start: Start[F_co]
-    lora: LoraConfig | None
-    """None tunes all weights."""
-    saved: SavedLora | None
-    """The LoRA run that is resumed."""
-
-    @property
-    def base(self) -> Path | None:
-        """Where the weights come from."""
-        return self.start.source.folder if self.start.source else None
-
-    @property
-    def adapter(self) -> Path | None:
-        """The PEFT folder that the adapters' values come from; without it they are new."""
-        return self.saved.folder if self.saved else self.start.settings.lora.lora_load
-
-
-def checked_begin(
-    settings: F, find: Callable[[F], B], check: Callable[[F, Qwen2Config, int], None]
-) -> B:
-    """Where a run begins, once all is checked that can be without a process group.
-
-    Args:
-        settings: all flags.
-        find: opens what they name.
-        check: the rules between them, of a model and a number of ranks.
+def check_data(settings: FinetuneSettings) -> None:
+    """What can be said of the data before there is a process group.
 
     Raises:
-        UserError: settings, data or checkpoint are not as they have to be; every fault at once.
+        UserError: every fault at once.
     """
     from qwen2_ascend.data.chat.check import check_chat_data
 
-    faults = Faults()
-    begin = faults.of(lambda: find(settings))
-    if begin is not None:
-        start = begin.start
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        faults.of(lambda: check(start.settings, start.config, world_size))
-    faults.of(
-        lambda: check_chat_data(
-            settings.data,
-            settings.chat,
-            settings.tuning.stage,
-            reads_rows=os.environ.get("RANK", "0") == "0",
-        )
-    )
-    raise_if(faults)
-    assert begin is not None
-    return begin
+    check_chat_data(settings.data, settings.chat, settings.tuning.stage)
 
 
-def find_begin(settings: F) -> Begin[F]:
+def make_plan(settings: F, found: Found | None = None) -> RunPlan[F]:
     """Opens what --load and --lora-load name; reads headers only.
 
+    Args:
+        settings: all flags.
+        found: what rank 0 found on the disk; rank 0 itself looks.
+
     Raises:
-        UserError: nothing usable is there, or it contradicts the flags.
+        UserError: nothing usable is there, it contradicts the flags, or the run's end could not
+            be written.
     """
-    saved = find_saved_lora(settings.model.load)
-    if saved is None:
-        start = find_start(settings)
-        if settings.lora.is_on and start.saved is not None:
+    plan = plan_of_run(settings, found)
+    return with_exports(plan) if found is None else plan
+
+
+def with_exports(plan: RunPlan[F]) -> RunPlan[F]:
+    """The plan with the exports that are there; rank 0 looks.
+
+    Raises:
+        UserError: an export could not be made at the end.
+    """
+    made = find_exports(plan)
+    if plan.settings.export.save_hf is not None and SAVE_HF not in made:
+        _check_conversion(plan)
+    return replace(plan, found=plan.found._replace(exports=made))
+
+
+def plan_of_run(settings: F, found: Found | None) -> RunPlan[F]:
+    """As `make_plan`, but for the exports."""
+    load = settings.model.load
+    saved = find_saved_lora(load and folder_of("load", load, found))
+    if load is None or saved is None:
+        plan = plans.make_plan(settings, found)
+        if settings.lora.is_on and plan.saved is not None:
             raise UserError(
-                f"--load {settings.model.load}: holds a run that tunes all weights; --finetune "
-                "takes its weights alone, to put adapters on them."
+                f"--load {load}: holds a run that tunes all weights; --finetune takes its weights "
+                "alone, to put adapters on them."
             )
         lora = settings.lora_config()
         if settings.lora.lora_load is not None:
             given = read_lora_config(settings.lora.lora_load)
             lora = replace(given, dropout=settings.lora.lora_dropout)
-        return Begin(start=start, lora=lora, saved=None)
+        return replace(plan, lora=lora)
     if settings.lora.is_on and settings.lora_config() != replace(
         saved.lora, dropout=settings.lora.lora_dropout
     ):
         raise UserError(
-            f"--load {settings.model.load}: is a run with LoRA of rank {saved.lora.rank}, alpha "
+            f"--load {load}: is a run with LoRA of rank {saved.lora.rank}, alpha "
             f"{saved.lora.alpha:g} on {', '.join(saved.lora.targets)}; say the same, or nothing."
         )
     base = settings.model.pretrained_checkpoint or saved.base
@@ -155,60 +140,84 @@ def find_begin(settings: F) -> Begin[F]:
             f"{saved.folder}: its base model was {base or 'random'}, which is not there; name it "
             "with --pretrained-checkpoint."
         )
-    model = replace(settings.model, load=base, finetune=True)
-    lora = replace(saved.lora, dropout=settings.lora.lora_dropout)
-    return Begin(start=find_start(replace(settings, model=model)), lora=lora, saved=saved)
+    # the base is opened as --pretrained-checkpoint is
+    model = replace(settings.model, load=None, pretrained_checkpoint=base)
+    plan = plans.make_plan(replace(settings, model=model), found)
+    folders = {**plan.found.folders, "load": within(load, saved.folder)}
+    return replace(
+        plan,
+        saved=saved,
+        lora=replace(saved.lora, dropout=settings.lora.lora_dropout),
+        found=plan.found._replace(folders=folders),
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A run that can begin, and what its checkpoints say."""
+def _check_conversion(plan: RunPlan[FinetuneSettings]) -> None:
+    """What --save-hf with LoRA does at the end, as far as it can be done without the adapter.
 
-    run: TrainingRun
-    identity: CheckpointIdentity
-    save: Callable[[], Path] | None
-    """Writes a checkpoint; None is the one of all weights."""
+    Raises:
+        UserError: what would not fit then.
+    """
+    if plan.lora is None or plan.base is None:
+        return
+    from qwen2_ascend.checkpoint.convert import Conversion, prepare
+
+    folder = plan.settings.export.save_hf
+    assert folder is not None
+    prepare(
+        Conversion(
+            load_dir=plan.base, save_dir=folder, save_model_type="hf", dtype=merged_dtype(plan)
+        )
+    )
 
 
-def prepare(begin: Begin, runtime: Runtime, say: Say) -> Prepared:
-    """Data, model, objective and, when one is resumed, the state of the run.
+def prepare(
+    plan: RunPlan[FinetuneSettings], runtime: Runtime, say: Say
+) -> tuple[TrainingRun, RunPlan[FinetuneSettings]]:
+    """Data, model, objective and, when one is resumed, the state of the run; and its length.
 
     Raises:
         UserError: data or checkpoint are not as they have to be.
     """
-    start = begin.start
-    data = chat_data(start, say)
-    settings = start.settings.with_epochs(data.train.samples_per_epoch, runtime.world_size)
-    num_samples = settings.train_iters(runtime.world_size)
-    num_samples *= settings.global_batch_size(runtime.world_size)
-    chunks = build_chunks(settings, start, runtime, say, **_model_options(settings))
-    if begin.lora is not None:
-        add_adapters(chunks, begin, say)
+    data = chat_data(plan, say)
+    plan = plan.with_epochs(data.train.samples_per_epoch)
+    settings = plan.settings
+    chunks = build_chunks(plan, runtime, say, **_model_options(settings))
+    if plan.lora is not None:
+        add_adapters(chunks, plan, say)
     run = build_run(
         settings,
         runtime,
         chunks,
-        train_data=data.train.with_num_samples(num_samples),
+        train_data=data.train.with_num_samples(plan.length.num_samples),
         valid_data=data.valid,
+        length=plan.length,
     )
-    identity = checkpoint_identity(settings, start)
     if settings.tuning.stage == "dpo":
         from qwen2_ascend.finetuning.dpo import prepare_dpo
 
-        prepare_dpo(run, begin, say)
-    if begin.lora is None:
-        resume_if_saved(run, start, identity, say)
-        return Prepared(run=run, identity=identity, save=None)
-    from qwen2_ascend.finetuning.lora_checkpoint import resume_lora, save_lora_checkpoint
+        prepare_dpo(run, plan, say)
+    resume_if_saved(run, plan, say)
+    if plan.lora is not None and isinstance(plan.saved, SavedLora):
+        from qwen2_ascend.finetuning.lora_checkpoint import resume_lora
 
-    if begin.saved is not None:
-        notes = resume_lora(run, begin.saved, identity, begin.lora)
-        say_resumed(run, begin.saved.folder, notes, say)
-    save = partial(save_lora_checkpoint, run, identity, begin.lora, begin.base)
-    return Prepared(run=run, identity=identity, save=save)
+        notes = resume_lora(run, plan.saved, checkpoint_identity(plan), plan.lora)
+        say_resumed(run, plan.saved.folder, notes, say)
+    return run, plan
 
 
-def add_adapters(chunks: Sequence[Any], begin: Begin, say: Say) -> None:
+def checkpointer(
+    run: TrainingRun, plan: RunPlan[FinetuneSettings]
+) -> Callable[[Say], Checkpointer] | None:
+    """Makes what writes checkpoints; None writes all weights."""
+    if plan.lora is None:
+        return None
+    from qwen2_ascend.finetuning.lora_checkpoint import lora_checkpointer
+
+    return partial(lora_checkpointer, run, checkpoint_identity(plan), plan.lora, plan.base)
+
+
+def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings], say: Say) -> None:
     """Freezes the weights and adds the adapters, new ones or those that are given.
 
     Raises:
@@ -217,16 +226,21 @@ def add_adapters(chunks: Sequence[Any], begin: Begin, say: Say) -> None:
     from qwen2_ascend.finetuning.adapter import load_adapter
     from qwen2_ascend.finetuning.lora import apply_lora
 
-    settings, config, lora = begin.start.settings, begin.start.config, begin.lora
+    config, layout, lora = plan.config, plan.layout, plan.lora
     assert lora is not None
-    apply_lora(chunks, lora, config, settings.layout(), seed=settings.runtime.seed)
-    given = begin.adapter
+    apply_lora(chunks, lora, config, layout, seed=plan.settings.runtime.seed)
+    given = adapter_to_load(plan)
     if given is not None:
-        load_adapter(chunks, lora, config, settings.layout(), given)
+        load_adapter(chunks, lora, config, layout, given)
     say(lora.describe(given))
 
 
-def chat_data(start: Start[FinetuneSettings], say: Say) -> ChatDatasets:
+def adapter_to_load(plan: RunPlan[FinetuneSettings]) -> Path | None:
+    """The PEFT folder that the adapters' values come from; without it they are new."""
+    return plan.saved.folder if isinstance(plan.saved, SavedLora) else plan.settings.lora.lora_load
+
+
+def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
     """Training data of one epoch and as much validation data as is asked for.
 
     Raises:
@@ -234,25 +248,25 @@ def chat_data(start: Start[FinetuneSettings], say: Say) -> ChatDatasets:
     """
     from qwen2_ascend.data.chat.build import build_chat_datasets
 
-    settings = start.settings
-    data, world_size = settings.data, int(os.environ.get("WORLD_SIZE", "1"))
+    settings = plan.settings
+    data, global_batch_size = settings.data, settings.global_batch_size(plan.world_size)
     built = build_chat_datasets(
         seq_length=settings.batch.seq_length,
         seed=settings.runtime.seed,
-        num_samples=(None, data.eval_iters * settings.global_batch_size(world_size)),
+        num_samples=(None, data.eval_iters * global_batch_size),
         task=settings.tuning.stage,
         data_path=data.data_path,
         train_data_path=data.train_data_path,
         valid_data_path=data.valid_data_path,
         split=data.split,
-        tokenizer=tokenizer_folder(start),
+        tokenizer=tokenizer_folder(plan),
         chat=settings.chat,
         on_bad_row=data.on_bad_row,
         pack=data.pack,
         variable_seq_lengths=data.variable_seq_lengths,
         pad_to_multiple_of=data.pad_to_multiple_of,
         shuffle=not data.no_shuffle,
-        vocab_size=start.config.vocab_size,
+        vocab_size=plan.config.vocab_size,
         data_cache_path=data.data_cache_path,
     )
     for note in built.notes:
@@ -260,15 +274,15 @@ def chat_data(start: Start[FinetuneSettings], say: Say) -> ChatDatasets:
     return built
 
 
-def tokenizer_folder(start: Start[FinetuneSettings]) -> str | None:
+def tokenizer_folder(plan: RunPlan[FinetuneSettings]) -> str | None:
     """Where the tokenizer is: named, beside the weights, or beside the config."""
-    if name := start.settings.tuning.tokenizer_name_or_path:
+    if name := plan.settings.tuning.tokenizer_name_or_path:
         return name
-    if start.source is not None:
-        folders = {path.parent for path in start.source.side_files if "token" in path.name}
+    if plan.source is not None:
+        folders = {path.parent for path in plan.source.side_files if "token" in path.name}
         if folders:
             return str(sorted(folders)[0])
-    config = start.settings.model.config
+    config = plan.settings.model.config
     return config if config and Path(config).is_dir() else None
 
 
@@ -280,35 +294,58 @@ def _model_options(settings: FinetuneSettings) -> dict[str, Any]:
     return {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
 
 
-def export_adapter(prepared: Prepared, begin: Begin) -> None:
-    """Writes the PEFT folder that --save-adapter asks for; every rank calls it."""
-    folder = begin.start.settings.export.save_adapter
-    if folder is None or begin.lora is None:
-        return
-    from qwen2_ascend.finetuning.adapter import save_adapter
+def export_adapter(plan: RunPlan[FinetuneSettings], say: Say, run: TrainingRun | None) -> None:
+    """Writes the PEFT folder that --save-adapter asks for; every rank of a complete run calls it.
 
-    identity = prepared.identity
-    base = str(begin.base) if begin.base else None
-    save_adapter(
-        prepared.run.chunks, begin.lora, identity.config, identity.layout, folder, base_model=base
-    )
+    Args:
+        plan: of the run.
+        say: prints a line.
+        run: has the adapters; None where they are written already.
+    """
+
+    def make(folder: Path, also: dict[str, bytes]) -> None:
+        from qwen2_ascend.finetuning.adapter import save_adapter
+
+        assert run is not None and plan.lora is not None
+        base = str(plan.base) if plan.base else None
+        save_adapter(
+            run.chunks, plan.lora, plan.config, plan.layout, folder, base_model=base, also=also
+        )
+
+    export(plan, SAVE_ADAPTER, plan.settings.export.save_adapter, say, make)
 
 
-def export_hugging_face(begin: Begin, say: Say) -> None:
-    """Writes the Hugging Face folder that --save-hf asks for, from the last checkpoint.
+def finish(plan: RunPlan[FinetuneSettings], is_complete: bool, say: Say, rank: int) -> None:
+    """Writes the Hugging Face folder that --save-hf asks for, on rank 0, if the run is complete.
 
     Raises:
         UserError: the folder is in the way.
     """
-    settings = begin.start.settings
-    folder, checkpoint = settings.export.save_hf, settings.checkpoint.save
-    if folder is None or checkpoint is None:
-        return
-    from qwen2_ascend.checkpoint.convert import to_hugging_face
+    asked, checkpoint = plan.settings.export, plan.settings.checkpoint.save
+    if not is_complete:
+        flags = {SAVE_HF: asked.save_hf, SAVE_ADAPTER: asked.save_adapter}
+        if given := " and ".join(flag for flag, folder in flags.items() if folder):
+            say(f"{given}: written when the run is complete; the same command goes on with it")
+    elif rank == 0 and checkpoint is not None:
+        export(plan, SAVE_HF, asked.save_hf, say, partial(_merge, plan, checkpoint, say))
 
-    adapter = None
-    if begin.lora is not None:
+
+def _merge(
+    plan: RunPlan[FinetuneSettings],
+    checkpoint: Path,
+    say: Say,
+    folder: Path,
+    also: dict[str, bytes],
+) -> None:
+    """Makes a Hugging Face folder of the last checkpoint."""
+    from qwen2_ascend.checkpoint.convert import to_hugging_face
+    from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
+
+    source, adapter = checkpoint, None
+    if plan.lora is not None:
         saved = find_saved_lora(checkpoint)
-        assert saved is not None and begin.base is not None
-        checkpoint, adapter = begin.base, saved.folder
-    to_hugging_face(checkpoint, folder, say, adapter=adapter)
+        assert saved is not None and plan.base is not None
+        source, adapter = plan.base, saved.folder
+    elif (zero := find_saved_zero(checkpoint)) is not None:
+        source = zero.folder
+    to_hugging_face(source, folder, say, adapter=adapter, dtype=merged_dtype(plan), also=also)

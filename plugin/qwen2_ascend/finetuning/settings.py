@@ -17,6 +17,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
 
@@ -93,13 +94,27 @@ class FinetuneSettings(TrainingSettings):
     chat: ChatSettings = field(default_factory=ChatSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
 
-    def with_epochs(self: F, samples_per_epoch: int, world_size: int) -> F:
-        """The same with --num-train-epochs told in steps; part of a last step is a step."""
+    def with_epochs(
+        self: F,
+        samples_per_epoch: int,
+        world_size: int,
+        *,
+        iteration: int = 0,
+        consumed_samples: int = 0,
+    ) -> F:
+        """The same with --num-train-epochs told in steps; part of a last step is a step.
+
+        Args:
+            samples_per_epoch: what one pass over the data takes.
+            world_size: number of ranks.
+            iteration: steps that the checkpoint has which is resumed.
+            consumed_samples: samples that those steps took.
+        """
         epochs = self.tuning.num_train_epochs
         if epochs is None:
             return self
-        batch_size = self.global_batch_size(world_size)
-        steps = max(1, -(-round(epochs * samples_per_epoch) // batch_size))
+        left = max(round(epochs * samples_per_epoch), 1) - consumed_samples
+        steps = iteration + max(-(-left // self.global_batch_size(world_size)), 0)
         return replace(self, batch=replace(self.batch, train_iters=steps))
 
     def lora_config(self) -> LoraConfig | None:
@@ -125,13 +140,21 @@ def parse(arguments: Sequence[str] | None = None) -> FinetuneSettings:
     return parse_training_flags(FinetuneSettings, "finetune_qwen2.py", arguments)
 
 
-def validate(settings: FinetuneSettings, config: Qwen2Config, world_size: int) -> None:
+def validate(
+    settings: FinetuneSettings, config: Qwen2Config, world_size: int, made: RunLength | None = None
+) -> None:
     """Checks everything that can be checked before any process group exists.
+
+    Args:
+        settings: all flags.
+        config: the model's shape.
+        world_size: number of ranks.
+        made: where a resumed run is; its flags say what is left.
 
     Raises:
         UserError: all faults at once.
     """
-    faults = shared_faults(settings, config, world_size)
+    faults = shared_faults(settings, config, world_size, made)
     faults += _length_faults(settings) + _tuning_faults(settings) + _adapter_faults(settings)
     faults += _data_faults(settings)
     raise_if(dict.fromkeys(faults))
@@ -169,9 +192,6 @@ def _adapter_faults(settings: FinetuneSettings) -> list[str]:
         faults.append("--lora-r and --lora-load: give one of them; an adapter has its rank.")
     if export.save_adapter and not lora.is_on:
         faults.append("--save-adapter needs --lora-r or --lora-load: there is no adapter.")
-    for flag, folder in (("--save-hf", export.save_hf), ("--save-adapter", export.save_adapter)):
-        if folder is not None and folder.exists() and any(folder.iterdir()):
-            faults.append(f"{flag} {folder} is there already; name a new folder, or remove it.")
     if export.save_hf and settings.checkpoint.save is None:
         faults.append("--save-hf needs --save: the folder is made from the last checkpoint.")
     if export.save_hf and lora.is_on and not (model.load or model.pretrained_checkpoint):

@@ -55,6 +55,7 @@ class ChunkedLossModel(GPTModel):
             self.post_process = True
         is_shared = self.share_embeddings_and_output_weights
         assert self.cross_entropy_chunk_size is not None
+        _wait_for_weights(self.output_layer)
         weight = self.shared_embedding_or_output_weight() if is_shared else self.output_layer.weight
         return chunked_cross_entropy(
             hidden,
@@ -63,6 +64,16 @@ class ChunkedLossModel(GPTModel):
             chunk_size=self.cross_entropy_chunk_size,
             sequence_parallel=self.config.sequence_parallel,
         )
+
+
+def _wait_for_weights(module: torch.nn.Module) -> None:
+    """Does what comes before the module's forward, for whoever reads its weights without it.
+
+    With --overlap-param-gather a hook waits there for the weights that other ranks have updated.
+    """
+    for number, hook in module._forward_pre_hooks.items():
+        if number not in module._forward_pre_hooks_with_kwargs:
+            hook(module, ())
 
 
 def chunked_cross_entropy(

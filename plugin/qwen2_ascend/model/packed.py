@@ -19,7 +19,7 @@ class PackedBatch(PackedSeqParams):
         ends: where each document ends, counted over the rows of the batch one after the other:
             rising, without the leading 0, the last is b * s. No document spans two rows; padding
             is a document too.
-        position_ids: `[b, s]`, from 0 in every document.
+        position_ids: `[b, s]`; of packed documents from 0 in each.
     """
 
     def __init__(self, ends: Sequence[int], position_ids: torch.Tensor) -> None:

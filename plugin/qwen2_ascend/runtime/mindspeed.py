@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import Lines, UserError
 
 
 class Branch(NamedTuple):
@@ -121,7 +121,7 @@ def current_stack(torch_version: str) -> Stack:
         version = str(runpy.run_path(str(info))["__version__"]) if info.is_file() else version
     return Stack(
         megatron_core=version,
-        torch=".".join(torch_version.split("+")[0].split(".")[:3]),
+        torch=release(torch_version),
         has_training=importlib.util.find_spec("megatron.training") is not None,
         missing=tuple(
             name
@@ -129,6 +129,12 @@ def current_stack(torch_version: str) -> Stack:
             if importlib.util.find_spec(name) is None
         ),
     )
+
+
+def release(version: str) -> str:
+    """The numbers that a version begins with, up to three: what releases are matched by."""
+    numbers = re.match(r"\d+(\.\d+){0,2}", version)
+    return numbers[0] if numbers else version
 
 
 def _metadata_version(package: str) -> str | None:
@@ -209,13 +215,15 @@ def choose(
     if installed is None:
         if requested:
             raise UserError(
-                "--mindspeed: MindSpeed is not installed; install it from its source repository "
-                f"(Ascend/MindSpeed), of the branch that fits:\n{table()}"
+                Lines(
+                    "--mindspeed: MindSpeed is not installed; install it from its source "
+                    f"repository (Ascend/MindSpeed), of the branch that fits:\n{table()}"
+                )
             )
         return Choice(False, "is not installed; the layers call torch_npu themselves")
     wrong = fault(installed, stack)
     if wrong and requested:
-        raise UserError(f"--mindspeed: {wrong}")
+        raise UserError(Lines(f"--mindspeed: {wrong}"))
     if wrong:
         return Choice(False, f"is installed and not used: {wrong.splitlines()[0]}")
     known = {

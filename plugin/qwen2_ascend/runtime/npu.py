@@ -150,5 +150,5 @@ def _mend_device_capability() -> None:
 
 
 def release(version: str) -> str:
-    """2.7.1.post2 and 2.7.1+cpu are release 2.7.1."""
-    return ".".join(version.split("+")[0].split(".")[:3])
+    """2.7.1.post2, 2.7.1rc1, 2.7.1a0+git1 and 2.7.1+cpu are of release 2.7.1."""
+    return mindspeed.release(version)

@@ -160,6 +160,8 @@ class EnergyMeter:
             return cls(find_power_source(place, root=root, environ=environ))
         except NoPowerSource as reason:
             return cls(None, str(reason))
+        except Exception as error:  # as in `read_now`: it ends the measuring, never the run
+            return cls(None, f"looking for a power source failed: {error!r}.")
 
     @property
     def name(self) -> str | None:

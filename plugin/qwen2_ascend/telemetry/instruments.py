@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.telemetry.energy import Energy
 from qwen2_ascend.telemetry.profiling import StepProfiler
+from qwen2_ascend.telemetry.reporting import attempt
 from qwen2_ascend.telemetry.training_energy import EnergyLog, Say
 
 if TYPE_CHECKING:
@@ -23,14 +24,12 @@ class Instruments:
         say: prints a line, on rank 0.
 
     Raises:
-        UserError: steps are to be profiled that the run does not have, or on a device without a
-            profiler.
+        UserError: steps are to be profiled on a device without a profiler.
     """
 
     def __init__(self, run: TrainingRun, tokens_per_step: int, say: Say) -> None:
         self._run = run
         self._tokens = tokens_per_step
-        raise_if(run.settings.profile.range_faults(run.train_iters))
         is_to_train = run.progress.iteration < run.train_iters
         is_wanted = is_to_train and not run.settings.report.no_log_energy
         self._energy = EnergyLog.open(run.runtime, say) if is_wanted else None
@@ -49,7 +48,7 @@ class Instruments:
                 end - seconds, end, self._tokens, is_due=is_due, is_last=is_last
             )
         if self._profiler is not None:
-            self._profiler.step_done(iteration)
+            attempt("profiling", self._profiler.step_done, iteration)
         return energy
 
     def finish(self) -> None:
@@ -62,7 +61,7 @@ class Instruments:
         if self._energy is not None:
             self._energy.close()
         if self._profiler is not None:
-            self._profiler.close()
+            attempt("profiling", self._profiler.close)
 
 
 def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
@@ -97,4 +96,4 @@ def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
             level=settings.profile_level,
         )
 
-    return StepProfiler(begin, end, first, opened)
+    return attempt("profiling", StepProfiler, begin, end, first, opened)

@@ -31,15 +31,21 @@ class StepProfiler:
     def step_done(self, iteration: int) -> None:
         """Takes note that so many steps of the run have been made."""
         if self._profiler is not None:
-            self._profiler.step()
+            self._ask("step")
             if iteration >= self._end:
                 self.close()
         elif iteration == self._begin - self._warmup and self._begin < self._end:
             self._profiler = self._open(self._warmup, self._end - self._begin)
-            self._profiler.start()
+            self._ask("start")
 
     def close(self) -> None:
         """Ends the recording, and writes what was not yet written."""
         if self._profiler is not None:
-            self._profiler.stop()
+            self._ask("stop")
             self._profiler = None
+
+    def _ask(self, what: str) -> None:
+        """Calls the profiler, and no more once it has failed."""
+        profiler, self._profiler = self._profiler, None
+        getattr(profiler, what)()
+        self._profiler = profiler

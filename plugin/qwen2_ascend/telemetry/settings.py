@@ -107,7 +107,7 @@ class ProfileSettings:
             faults.append("--profile-ranks: name at least one rank.")
         if (folder := self.folder(save)) is None:
             faults.append("profiling needs --profile-dir, or --save: where would the trace go?")
-        elif fault := _folder_fault(folder):
+        elif fault := folder_fault(folder):
             faults.append(f"--profile-dir {folder}: {fault}.")
         return faults + self.range_faults(train_iters or 0)
 
@@ -120,7 +120,7 @@ def _parse_steps(text: str) -> tuple[int, int] | None:
     return int(begin), int(end)
 
 
-def _folder_fault(folder: Path) -> str | None:
+def folder_fault(folder: Path) -> str | None:
     """Why nothing can be written into a folder that may not be there yet; None when it can."""
     there = folder
     while not there.exists() and there != there.parent:

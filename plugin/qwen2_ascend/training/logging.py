@@ -6,16 +6,19 @@ activations and the optimizer are not counted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.telemetry.energy import Energy, format_energy
+from qwen2_ascend.telemetry.reporting import attempt
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "loss.png"
@@ -97,20 +100,29 @@ class Reporter:
         self.world_size = world_size
         self.silent = silent
         self.report_dir = None if silent else report_dir
-        self._bar = None if silent else _progress_bar(train_iters, first_iteration)
-        self._say = say or self._print
+        self._bar: Any = None
+        self._print_line = say or self._print
         self._steps: list[Step] = []
         self._tensorboard = None
-        if tensorboard_dir and not silent:
-            self._tensorboard = _tensorboard_writer(tensorboard_dir, self._say)
+        if silent:
+            return
+        self._bar = attempt("progress bar", _progress_bar, train_iters, first_iteration)
+        if tensorboard_dir:
+            self._tensorboard = attempt(
+                f"TensorBoard in {tensorboard_dir}", _tensorboard_writer, tensorboard_dir, self._say
+            )
         if self.report_dir:
-            self.report_dir.mkdir(parents=True, exist_ok=True)
-            _forget_after(self.report_dir / METRICS_FILE, first_iteration)
+            attempt(METRICS_FILE, _forget_after, self.report_dir / METRICS_FILE, first_iteration)
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if not self.silent:
             self._say(line)
+
+    def interrupt(self, line: str) -> None:
+        """Reports the steps since the last line, then prints a line of another kind."""
+        self.flush()
+        self.say(line)
 
     def step(self, step: Step) -> None:
         """Takes a step; reports when it ends an interval or the run."""
@@ -118,8 +130,7 @@ class Reporter:
             return
         self._steps.append(step)
         if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(f"loss {step.loss:.4f}", refresh=False)
+            attempt("progress bar", self._advance, step)
         if step.iteration % self.log_interval == 0 or step.iteration >= self.train_iters:
             self.flush()
 
@@ -127,10 +138,10 @@ class Reporter:
         """Reports the steps since the last line."""
         if not self._steps:
             return
-        metrics = self._metrics()
-        self._say(format_line(metrics, self.train_iters, self._steps[-1].metrics))
-        self._write(metrics)
+        metrics, names = self._metrics(), self._steps[-1].metrics
         self._steps.clear()
+        self._say(format_line(metrics, self.train_iters, names))
+        self._write(metrics)
 
     def validation(self, iteration: int, loss: float) -> None:
         """Reports a validation loss."""
@@ -149,12 +160,13 @@ class Reporter:
             return
         self.flush()
         if self._bar is not None:
-            self._bar.close()
+            attempt("progress bar", self._bar.close)
             self._bar = None
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            attempt("TensorBoard", self._tensorboard.close)
         if self.report_dir:
-            draw_loss(self.report_dir / METRICS_FILE, self.report_dir / PICTURE_FILE, self._say)
+            files = (self.report_dir / METRICS_FILE, self.report_dir / PICTURE_FILE)
+            attempt(f"{files[1]} is not drawn", draw_loss, *files, self._say)
 
     def _metrics(self) -> dict[str, Any]:
         steps, last = self._steps, self._steps[-1]
@@ -192,17 +204,23 @@ class Reporter:
 
     def _write(self, metrics: dict[str, Any]) -> None:
         if self.report_dir:
-            # JSON has no NaN: what is not finite is null
-            plain = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in metrics.items()
-            }
-            with (self.report_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain, allow_nan=False) + "\n")
+            file = self.report_dir / METRICS_FILE
+            attempt(f"{file} is not complete", _append, file, metrics)
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                if name != "iteration":
-                    self._tensorboard.add_scalar(f"train/{name}", value, metrics["iteration"])
+            attempt("TensorBoard", self._add_scalars, metrics)
+
+    def _add_scalars(self, metrics: dict[str, Any]) -> None:
+        assert self._tensorboard is not None
+        for name, value in metrics.items():
+            if name != "iteration":
+                self._tensorboard.add_scalar(f"train/{name}", value, metrics["iteration"])
+
+    def _advance(self, step: Step) -> None:
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {step.loss:.4f}", refresh=False)
+
+    def _say(self, line: str) -> None:
+        attempt("the log", self._print_line, line)
 
     def _print(self, line: str) -> None:
         if self._bar is not None:
@@ -239,7 +257,7 @@ def draw_loss(metrics: Path, picture: Path, say: Callable[[str], None]) -> None:
     """Draws the losses and the learning rate that `metrics` holds; says so, or why not."""
     if not metrics.is_file():
         return
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in _rows(metrics)]
     training = [(row["iteration"], row["loss"], row["lr"]) for row in rows if row.get("loss")]
     validation = [
         (row["iteration"], row["validation_loss"]) for row in rows if row.get("validation_loss")
@@ -272,18 +290,40 @@ def draw_loss(metrics: Path, picture: Path, say: Callable[[str], None]) -> None:
     say(f"loss curve: {picture}")
 
 
+def _append(file: Path, metrics: Mapping[str, Any]) -> None:
+    # JSON has no NaN: what is not finite is null
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+    line = json.dumps(plain, allow_nan=False) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as lines:
+        if lines.tell() and not _ends_a_line(lines):
+            lines.write(b"\n")  # a line that a full disk cut short
+        lines.write(line.encode())
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _rows(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines and what they say; not those that were cut short by a kill or a full disk."""
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+                yield line, row
+
+
 def _forget_after(metrics: Path, iteration: int) -> None:
     """Drops what an earlier run wrote beyond the checkpoint that this one goes on from."""
     if not metrics.is_file():
         return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            is_kept = json.loads(line)["iteration"] <= iteration
-        except (ValueError, KeyError, TypeError):
-            is_kept = False  # a line cut short by a kill
-        kept += [line] if is_kept else []
-    metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    kept = [line for line, row in _rows(metrics) if row["iteration"] <= iteration]
+    write_file(metrics, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _progress_bar(total: int, initial: int) -> Any:

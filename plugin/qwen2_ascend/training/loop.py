@@ -7,6 +7,7 @@ depend on how the batch is cut into micro-batches and ranks.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from qwen2_ascend.data.sampler import PretrainingBatchSampler, build_data_iterat
 from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.runtime import Runtime, supported_keywords
 from qwen2_ascend.training import optimizer as optimizers
+from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.schedule import current_lr
 from qwen2_ascend.training.settings import ParallelSettings, TrainingSettings
 
@@ -51,6 +53,14 @@ class Objective(Protocol):
             mean, what it lacks of the sum, the number, and sums of `TrainingRun.metric_names`.
         """
         ...
+
+
+class Saver(Protocol):
+    """What writes checkpoints: `checkpointer.Checkpointer`."""
+
+    def save(self, *, is_last: bool = False) -> None: ...
+    def poll(self) -> None: ...
+    def finish(self) -> None: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -131,6 +141,7 @@ class TrainingRun:
     """Map-style dataset of dicts with `data.sampler.BATCH_KEYS`."""
     valid_data: Any = None
     progress: Progress
+    length: RunLength
     objective: Objective = token_loss
     metric_names: tuple[str, ...] = ()
     """What the objective reports besides its loss."""
@@ -139,11 +150,11 @@ class TrainingRun:
 
     @property
     def global_batch_size(self) -> int:
-        return self.settings.global_batch_size(self.runtime.world_size)
+        return self.length.global_batch_size
 
     @property
     def train_iters(self) -> int:
-        return self.settings.train_iters(self.runtime.world_size)
+        return self.length.train_iters
 
     @property
     def num_microbatches(self) -> int:
@@ -219,12 +230,29 @@ def wrap_chunks(
     return wrapped
 
 
+@contextlib.contextmanager
+def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
+    """The door through which weights are read outside of forward.
+
+    With --overlap-param-gather the last update's weights are gathered by hooks of the next forward;
+    this waits for them. It may be entered within itself, and with chunks that are not wrapped.
+    """
+    hooked = [chunk for chunk in chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+
+
 def train(
     run: TrainingRun,
     *,
     on_step: Callable[[StepResult, float], None],
     on_validation: Callable[[float], None],
-    save: Callable[[], None] | None = None,
+    checkpointer: Saver | None = None,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> str | None:
     """Trains to the end of the run, or until told to stop.
@@ -233,7 +261,7 @@ def train(
         run: begins at `run.progress`, which is kept up to date.
         on_step: called after every step with its result and its duration in seconds.
         on_validation: called with the validation loss.
-        save: writes a checkpoint; called at the interval and at the end.
+        checkpointer: asked for a checkpoint at the interval and at the end.
         stop_wanted: asked once per step; true on any rank ends the run on all.
 
     Returns:
@@ -255,15 +283,18 @@ def train(
             reason = "was told to stop (SIGTERM)"
         elif is_due(progress.iteration, settings.batch.exit_interval):
             reason = f"--exit-interval {settings.batch.exit_interval}"
-        if (
-            save
-            and reason is None
-            and is_due(progress.iteration, settings.checkpoint.save_interval)
-        ):
-            save()
+        if checkpointer is None:
+            continue
+        checkpointer.poll()
+        if reason is None and is_due(progress.iteration, settings.checkpoint.save_interval):
+            checkpointer.save()
             saved_at = progress.iteration
-    if save and saved_at != progress.iteration:
-        save()
+    if checkpointer is not None:
+        if saved_at != progress.iteration:
+            checkpointer.save(is_last=True)
+        checkpointer.finish()
+    with gathered_parameters(run.chunks):
+        pass  # whoever reads the weights from here on finds them whole
     return reason if progress.iteration < run.train_iters else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.runtime.megatron_compat import check_wsd_decay_style
+from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.settings import OptimizerSettings
 
 if TYPE_CHECKING:
@@ -12,15 +13,14 @@ if TYPE_CHECKING:
 
 
 def build_schedule(
-    optimizer: Any, settings: OptimizerSettings, *, train_iters: int, global_batch_size: int
+    optimizer: Any, settings: OptimizerSettings, length: RunLength
 ) -> OptimizerParamScheduler:
     """The scheduler that sets `lr` and `weight_decay` of every parameter group.
 
     Args:
         optimizer: whose `param_groups` it sets.
         settings: what `settings.validate` has checked.
-        train_iters: optimizer steps of the whole run.
-        global_batch_size: sequences per step; `step(increment=global_batch_size)` after each.
+        length: of the run; `step(increment=length.global_batch_size)` after each step.
 
     Raises:
         UserError: the installed megatron-core does not have `lr_wsd_decay_style`.
@@ -29,28 +29,31 @@ def build_schedule(
 
     if settings.lr_decay_style == "WSD":
         check_wsd_decay_style(settings.lr_wsd_decay_style)
-    decay_steps = max(1, settings.lr_decay_iters or train_iters) * global_batch_size
+    decay_iters = max(1, settings.lr_decay_iters or length.train_iters)
+    decay_samples = max(1, length.samples_at(decay_iters))
     if settings.lr_warmup_fraction is not None:
-        warmup_steps = int(settings.lr_warmup_fraction * decay_steps)
+        warmup_samples = int(settings.lr_warmup_fraction * decay_samples)
     else:
-        warmup_steps = min(settings.lr_warmup_iters * global_batch_size, decay_steps - 1)
-    wsd_iters = settings.lr_wsd_decay_iters
+        warmup_samples = min(length.samples_at(settings.lr_warmup_iters), decay_samples - 1)
+    last_samples = None
+    if (last_iters := settings.lr_wsd_decay_iters) is not None:
+        last_samples = decay_samples - length.samples_at(max(decay_iters - last_iters, 0))
     return OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr_warmup_init,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=warmup_steps,
-        lr_decay_steps=decay_steps,
+        lr_warmup_steps=warmup_samples,
+        lr_decay_steps=decay_samples,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=max(1, train_iters) * global_batch_size,
+        wd_incr_steps=length.samples_at(max(1, length.train_iters)),
         wd_incr_style="constant",
         # a resumed run follows its command line; `changed` says what that changes
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=None if wsd_iters is None else wsd_iters * global_batch_size,
+        wsd_decay_steps=last_samples,
         lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )
 

@@ -18,6 +18,7 @@ from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
+from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import Pasted, parse_training_flags, pasted_faults
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -212,7 +213,14 @@ class CheckpointSettings:
     save_interval: int | None = None
     """Steps between two checkpoints."""
     ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
-    """torch_dist resumes at any layout; torch is Megatron's mp_rank tree, for its own layout."""
+    """torch_dist, or torch, Megatron's mp_rank tree; both resume at any layout."""
+    async_save: Flag = False
+    """Train on while files are written; a save then costs the copy of the state to the host."""
+    keep_last: int | None = None
+    """Remove older checkpoints when one is complete, and keep so many; by default all are kept."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written (disk full): end the run, or train on without
+    it."""
     no_save_optim: Flag = False
     """Leave the optimizer out: smaller, but the run cannot be resumed exactly."""
     no_save_rng: Flag = False
@@ -303,11 +311,31 @@ class TrainingSettings:
         given = self.batch.global_batch_size
         return given or self.batch.micro_batch_size * self.data_parallel_size(world_size)
 
-    def train_iters(self, world_size: int) -> int:
-        """Optimizer steps of the whole run."""
-        if self.batch.train_iters is not None:
-            return self.batch.train_iters
-        return (self.batch.train_samples or 0) // self.global_batch_size(world_size)
+    def length(
+        self, world_size: int, *, iteration: int = 0, consumed_samples: int = 0
+    ) -> RunLength:
+        """How long the run is.
+
+        Args:
+            world_size: number of ranks.
+            iteration: steps that the checkpoint has which is resumed.
+            consumed_samples: samples that those steps took.
+        """
+        size = self.global_batch_size(world_size)
+        train_iters = self.batch.train_iters
+        if train_iters is None:
+            left = max((self.batch.train_samples or 0) - consumed_samples, 0)
+            train_iters = iteration + left // size
+        return RunLength(
+            train_iters=train_iters,
+            global_batch_size=size,
+            iteration=iteration,
+            consumed_samples=consumed_samples,
+        )
+
+    def precision_name(self) -> str:
+        """What the model is computed in: fp32, bf16 or fp16."""
+        return "bf16" if self.precision.bf16 else "fp16" if self.precision.fp16 else "fp32"
 
     def layout(self) -> ParallelLayout:
         """How the model is cut.
@@ -362,8 +390,16 @@ def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
     return parse_training_flags(PretrainSettings, "pretrain_qwen2.py", arguments)
 
 
-def validate(settings: PretrainSettings, config: Qwen2Config, world_size: int) -> None:
+def validate(
+    settings: PretrainSettings, config: Qwen2Config, world_size: int, made: RunLength | None = None
+) -> None:
     """Checks everything that can be checked before any process group exists.
+
+    Args:
+        settings: all flags.
+        config: the model's shape.
+        world_size: number of ranks.
+        made: where a resumed run is; its flags say what is left.
 
     Raises:
         UserError: all faults at once.
@@ -373,20 +409,29 @@ def validate(settings: PretrainSettings, config: Qwen2Config, world_size: int) -
         faults.append("give one of --train-iters and --train-samples.")
     if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
         faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
-    raise_if(dict.fromkeys(shared_faults(settings, config, world_size) + faults))
+    raise_if(dict.fromkeys(shared_faults(settings, config, world_size, made) + faults))
 
 
-def shared_faults(settings: TrainingSettings, config: Qwen2Config, world_size: int) -> list[str]:
+def shared_faults(
+    settings: TrainingSettings,
+    config: Qwen2Config,
+    world_size: int,
+    made: RunLength | None = None,
+) -> list[str]:
     """What is wrong with the settings that all kinds of training have."""
     faults = _value_faults(settings)
     faults += _layout_faults(settings, config)
     if not faults:
         faults += _world_faults(settings, world_size)
-    faults += _schedule_faults(settings, world_size) if not faults else []
+    train_iters = settings.batch.train_iters
+    if not faults:
+        iteration, consumed = (made.iteration, made.consumed_samples) if made else (0, 0)
+        length = settings.length(world_size, iteration=iteration, consumed_samples=consumed)
+        train_iters = length.train_iters
+        faults += _schedule_faults(settings.optimizer, train_iters)
+        faults += _recompute_faults(settings, config)
     faults += settings.fusion.faults(settings.runtime.device)
-    faults += settings.profile.faults(
-        world_size, settings.batch.train_iters, settings.checkpoint.save
-    )
+    faults += settings.profile.faults(world_size, train_iters, settings.checkpoint.save)
     faults += pasted_faults(settings, config)
     return faults + _combination_faults(settings, config)
 
@@ -479,8 +524,7 @@ def _world_faults(settings: TrainingSettings, world_size: int) -> list[str]:
     return []
 
 
-def _schedule_faults(settings: TrainingSettings, world_size: int) -> list[str]:
-    optimizer = settings.optimizer
+def _schedule_faults(optimizer: OptimizerSettings, train_iters: int) -> list[str]:
     faults = []
     if optimizer.min_lr > optimizer.lr:
         faults.append(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}.")
@@ -493,7 +537,7 @@ def _schedule_faults(settings: TrainingSettings, world_size: int) -> list[str]:
             faults.append("--lr-warmup-iters and --lr-warmup-fraction: give one of them.")
     if faults:
         return faults
-    decay = optimizer.lr_decay_iters or settings.train_iters(world_size)
+    decay = optimizer.lr_decay_iters or train_iters
     if 0 < decay <= optimizer.lr_warmup_iters:
         faults.append(
             f"--lr-warmup-iters {optimizer.lr_warmup_iters} must be below the {decay} steps in "
@@ -506,6 +550,23 @@ def _schedule_faults(settings: TrainingSettings, world_size: int) -> list[str]:
         elif 0 < decay < last:
             faults.append(f"--lr-wsd-decay-iters {last} is above the {decay} steps of the decay.")
     return faults
+
+
+def _recompute_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
+    """What megatron-core's recomputation cannot do with the layers of some chunk."""
+    method, n = settings.recompute.recompute_method, settings.recompute.recompute_num_layers
+    if method is None or n is None:
+        return []
+    stages = settings.layout().stages(config.num_layers)
+    counts = sorted({len(layers) for stage in stages for layers in stage})
+    if method == "block" or not any(count % n for count in counts):
+        return []
+    fit = [m for m in range(1, counts[0] + 1) if not any(count % m for count in counts)]
+    return [
+        f"--recompute-method uniform: --recompute-num-layers {n} does not divide the "
+        f"{' or '.join(map(str, counts))} layers of each pipeline chunk; use "
+        f"{', '.join(map(str, fit))}."
+    ]
 
 
 def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError, raise_if
+
+T = TypeVar("T")
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".jl", ".parquet")
 CACHE_FOLDER = ".qwen2_ascend_cache"
@@ -49,8 +51,8 @@ def prepared(words: Sequence[str], preparation: Preparation) -> dict[str, str]:
     raise_if(f"--data-path {word}: no such file." for word in files if not os.path.isfile(word))
     if preparation.tokenizer is None:
         raise UserError(f"--data-path {files[0]}: to prepare it, say which tokenizer to take.")
-    prefixes |= {word: str(_cached_prefix(word, preparation)) for word in files}
-    _on_rank_0(lambda: [_prepare(word, prefixes[word], preparation) for word in files])
+    # rank 0 says where: elsewhere the same file may have another time
+    prefixes |= _on_rank_0(lambda: {word: _prepare(word, preparation) for word in files})
     for word in files:
         if not list(Path(prefixes[word]).parent.glob(f"{Path(prefixes[word]).name}_packed_*.idx")):
             raise UserError(
@@ -82,17 +84,19 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _prepare(word: str, prefix: str, preparation: Preparation) -> None:
+def _prepare(word: str, preparation: Preparation) -> str:
+    """Prepares a file, if that has not been done; the prefix of the result."""
     from qwen2_ascend.data.chat.preprocess import preprocess_chats
     from qwen2_ascend.data.command import PreprocessSettings
 
+    prefix = _cached_prefix(word, preparation)
     task: Any = preparation.task
     on_bad_row: Any = preparation.on_bad_row
     preprocess_chats(
         PreprocessSettings(
             task=task,
             input=(word,),
-            output_prefix=Path(prefix),
+            output_prefix=prefix,
             tokenizer_name_or_path=str(preparation.tokenizer),
             chat=preparation.chat,
             on_bad_row=on_bad_row,
@@ -100,10 +104,11 @@ def _prepare(word: str, prefix: str, preparation: Preparation) -> None:
             resume=True,
         )
     )
+    return str(prefix)
 
 
-def _on_rank_0(work: Any) -> None:
-    """Does `work` on rank 0 while the others wait.
+def _on_rank_0(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; the others wait.
 
     Raises:
         UserError: what rank 0 raised, on every rank.
@@ -111,22 +116,23 @@ def _on_rank_0(work: Any) -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        work()
-        return
-    failure: list[Any] = [None]
+        return work()
+    done, failure = None, None
     if dist.get_rank() == 0:
         try:
-            work()
+            done = work()
         except Exception as error:  # told to the others first, who would wait forever
-            failure[0] = error
+            failure = error
     # as text: not every exception survives being sent
-    told = [failure[0] and (isinstance(failure[0], UserError), _faults(failure[0]))]
+    told: list[Any] = [done, failure and (isinstance(failure, UserError), _faults(failure))]
     dist.broadcast_object_list(told, src=0)
-    if failure[0] is not None:
-        raise failure[0]
-    if told[0]:
-        is_users, faults = told[0]
+    if failure is not None:
+        raise failure
+    done, failed = told
+    if failed:
+        is_users, faults = failed
         raise UserError(faults) if is_users else RuntimeError(f"rank 0 failed: {faults[0]}")
+    return done
 
 
 def _faults(error: Exception) -> tuple[str, ...]:

@@ -26,7 +26,6 @@ from qwen2_ascend.finetuning.deepspeed.config import (
 )
 from qwen2_ascend.finetuning.deepspeed.lora import add_adapters, load_adapter
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings
-from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.runtime.deepspeed import import_deepspeed
 from qwen2_ascend.training.loop import (
@@ -44,8 +43,9 @@ from qwen2_ascend.training.loop import (
     read_batches,
 )
 from qwen2_ascend.training.optimizer import is_finite, params_dtype
+from qwen2_ascend.training.plan import RunPlan
 from qwen2_ascend.training.schedule import build_schedule, current_lr
-from qwen2_ascend.training.setup import Say, Start
+from qwen2_ascend.training.setup import Say
 
 INITIALIZER_RANGE = 0.02
 
@@ -158,26 +158,29 @@ class ZeroRun(TrainingRun):
 
 
 def build_zero_run(
-    settings: ZeroFinetuneSettings,
-    start: Start[ZeroFinetuneSettings],
+    plan: RunPlan[ZeroFinetuneSettings],
     runtime: Runtime,
     say: Say,
     *,
     train_data: Any,
     valid_data: Any = None,
-    lora: LoraConfig | None = None,
     adapter: Path | None = None,
 ) -> ZeroRun:
     """Model, weights, optimizer, engine and schedule, at iteration 0.
 
     Args:
-        lora: adapters to tune; None tunes all weights.
+        plan: of the run.
+        runtime: of this rank.
+        say: prints a line.
+        train_data: as long as the run.
+        valid_data: None where its loss is not asked for.
         adapter: a PEFT folder with their values, else they change nothing at first.
 
     Raises:
         UserError: DeepSpeed is not there, its configuration contradicts the flags, or the weights
             do not fit.
     """
+    settings, source, lora = plan.settings, plan.source, plan.lora
     deepspeed = import_deepspeed(runtime)
     if settings.precision.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16: DeepSpeed does not compute in fp16 on a {runtime.name}; --bf16.")
@@ -185,10 +188,10 @@ def build_zero_run(
     stage = zero_stage(config)
     say(f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage}{_offloads(config)}")
     whole: Whole = deepspeed.zero.GatheredParameters if stage == 3 else as_it_is
-    model = _build_model(deepspeed, settings, start.config, runtime, config)
-    if start.source is not None:
-        load_weights(model, start.source, whole, reads=stage < 3 or runtime.rank == 0)
-        say(f"weights: {start.source.describe()}")
+    model = _build_model(deepspeed, settings, plan.config, runtime, config)
+    if source is not None:
+        load_weights(model, source, whole, reads=stage < 3 or runtime.rank == 0)
+        say(f"weights: {source.describe()}")
     else:
         _initialize_weights(model, whole, seed=settings.runtime.seed)
         say(f"weights: random, seed {settings.runtime.seed}")
@@ -196,23 +199,18 @@ def build_zero_run(
         like = {"dtype": params_dtype(settings), "device": runtime.device}
         add_adapters(model, lora, seed=settings.runtime.seed, **like)
         if adapter is not None:
-            load_adapter(model, start.config, lora, adapter)
+            load_adapter(model, plan.config, lora, adapter)
         say(lora.describe(adapter))
     adam = _build_adam(model, settings, config)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=config)
     engine.train()
-    schedule = build_schedule(
-        optimizer,
-        settings.optimizer,
-        train_iters=settings.train_iters(runtime.world_size),
-        global_batch_size=settings.global_batch_size(runtime.world_size),
-    )
     return ZeroRun(
         settings=settings,
         runtime=runtime,
         chunks=[],
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=build_schedule(optimizer, settings.optimizer, plan.length),
+        length=plan.length,
         train_data=train_data,
         valid_data=valid_data,
         progress=Progress(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,20 +12,26 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as megatron_path
 from qwen2_ascend.finetuning.deepspeed.saved import SavedZero, find_saved_zero
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings, parse, validate
-from qwen2_ascend.finetuning.finetune import Begin, chat_data, checked_begin
+from qwen2_ascend.finetuning.exports import SAVE_ADAPTER, export, is_all_done
+from qwen2_ascend.finetuning.finetune import check_data, finish
+from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.launching import launched
+from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
+from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.setup import (
     Say,
+    begin,
     checkpoint_identity,
     say_resumed,
-    start_runtime,
     train_and_report,
 )
 
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
     from qwen2_ascend.runtime import Runtime
-    from qwen2_ascend.training.checkpointing import CheckpointIdentity
+    from qwen2_ascend.training.checkpointer import Checkpointer
+
+Plan = RunPlan[ZeroFinetuneSettings]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,80 +53,77 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    begin = checked_begin(settings, find_begin, validate)
-    runtime, say = start_runtime(begin.start.settings, begin.start.config)
-    run, identity = prepare(begin, runtime, say)
-    train_and_report(run, identity, say, partial(save_checkpoint, run, identity, begin))
-    export_adapter(run, begin)
+    plan, runtime, say = begin(settings, make_plan, validate, check_data)
+    if is_all_done(plan):
+        export_adapter(plan, say, None)
+        runtime.close()
+        return
+    run, plan = prepare(plan, runtime, say)
+    is_complete = train_and_report(run, plan, say, partial(checkpointer, run, plan))
+    if is_complete:
+        export_adapter(plan, say, run)
     runtime.close()
-    if runtime.rank == 0:
-        export_hugging_face(begin, say)
+    finish(plan, is_complete, say, runtime.rank)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ZeroBegin(Begin[ZeroFinetuneSettings]):
-    """Where a run begins; `saved` is the LoRA run that is resumed."""
-
-    saved_zero: SavedZero | None
-    """The run of all weights that is resumed."""
-
-
-def find_begin(settings: ZeroFinetuneSettings) -> ZeroBegin:
+def make_plan(settings: ZeroFinetuneSettings, found: Found | None = None) -> Plan:
     """Opens what --load names; reads headers only.
 
+    Args:
+        settings: all flags.
+        found: what rank 0 found on the disk; rank 0 itself looks.
+
     Raises:
-        UserError: nothing usable is there, or it contradicts the flags.
+        UserError: nothing usable is there, it contradicts the flags, or the run's end could not
+            be written.
     """
     load = settings.model.load
-    saved = find_saved_zero(load)
-    if saved is not None:
+    saved = find_saved_zero(load and folder_of("load", load, found))
+    if load is None or saved is None:
+        plan = megatron_path.plan_of_run(settings, found)
+    else:
         if settings.lora.is_on and not settings.model.finetune:
             raise UserError(
                 f"--load {load}: holds a run that tunes all weights; --finetune takes its weights "
                 "alone, to put adapters on them."
             )
         model = replace(settings.model, load=saved.folder, finetune=True)
-        begin = megatron_path.find_begin(replace(settings, model=model))
-        saved = None if settings.model.finetune else saved
-    else:
-        begin = megatron_path.find_begin(settings)
-    if begin.start.saved is not None:
+        told = found and found._replace(folders={**found.folders, "load": "."})
+        plan = megatron_path.plan_of_run(replace(settings, model=model), told)
+        folders = {**plan.found.folders, "load": within(load, saved.folder)}
+        plan = replace(plan, found=plan.found._replace(folders=folders))
+        plan = plan if settings.model.finetune else replace(plan, saved=saved)
+    if isinstance(plan.saved, SavedRun):
         raise UserError(
             f"--load {load}: holds a run of megatron-core's, which launch/finetune_qwen2.py "
             "resumes; --finetune takes its weights alone."
         )
-    return ZeroBegin(start=begin.start, lora=begin.lora, saved=begin.saved, saved_zero=saved)
+    return megatron_path.with_exports(plan) if found is None else plan
 
 
-def prepare(begin: ZeroBegin, runtime: Runtime, say: Say) -> tuple[ZeroRun, CheckpointIdentity]:
-    """Data, model, engine and, when one is resumed, the state of the run.
+def prepare(plan: Plan, runtime: Runtime, say: Say) -> tuple[ZeroRun, Plan]:
+    """Data, model, engine and, when one is resumed, the state of the run; and its length.
 
     Raises:
         UserError: data or checkpoint are not as they have to be.
     """
     from qwen2_ascend.finetuning.deepspeed.engine import build_zero_run
 
-    start = begin.start
-    data = chat_data(start, say)
-    settings = start.settings.with_epochs(data.train.samples_per_epoch, runtime.world_size)
-    num_samples = settings.train_iters(runtime.world_size)
-    num_samples *= settings.global_batch_size(runtime.world_size)
+    data = megatron_path.chat_data(plan, say)
+    plan = plan.with_epochs(data.train.samples_per_epoch)
     run = build_zero_run(
-        settings,
-        start,
+        plan,
         runtime,
         say,
-        train_data=data.train.with_num_samples(num_samples),
+        train_data=data.train.with_num_samples(plan.length.num_samples),
         valid_data=data.valid,
-        lora=begin.lora,
-        adapter=begin.adapter,
+        adapter=megatron_path.adapter_to_load(plan),
     )
-    identity = checkpoint_identity(settings, start)
-    resume_if_saved(run, begin, identity, say)
-    return run, identity
+    resume_if_saved(run, plan, say)
+    return run, plan
 
 
-def resume_if_saved(run: ZeroRun, begin: ZeroBegin, identity: CheckpointIdentity, say: Say) -> None:
+def resume_if_saved(run: ZeroRun, plan: Plan, say: Say) -> None:
     """Goes on from the checkpoint that --load holds, if there is one.
 
     Raises:
@@ -129,49 +132,40 @@ def resume_if_saved(run: ZeroRun, begin: ZeroBegin, identity: CheckpointIdentity
     from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
     from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import resume_lora
 
-    if begin.saved is not None and begin.lora is not None:
-        folder = begin.saved.folder
-        notes = resume_lora(run, begin.saved, identity, begin.lora)
-    elif begin.saved_zero is not None:
-        folder = begin.saved_zero.folder
-        notes = resume_zero(run, begin.saved_zero)
+    saved = plan.saved
+    if isinstance(saved, SavedLora) and plan.lora is not None:
+        notes = resume_lora(run, saved, checkpoint_identity(plan), plan.lora)
+    elif isinstance(saved, SavedZero):
+        notes = resume_zero(run, saved)
     else:
         return
-    say_resumed(run, folder, notes, say)
+    say_resumed(run, saved.folder, notes, say)
 
 
-def save_checkpoint(run: ZeroRun, identity: CheckpointIdentity, begin: ZeroBegin) -> Path:
-    """Writes the run's state; every rank calls it. Returns the folder of the iteration."""
-    from qwen2_ascend.finetuning.deepspeed.checkpoint import save_zero_checkpoint
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_lora_checkpoint
+def checkpointer(run: ZeroRun, plan: Plan, log: Say) -> Checkpointer:
+    """What writes the run's checkpoints."""
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import zero_checkpointer
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import lora_checkpointer
 
-    if begin.lora is None:
-        return save_zero_checkpoint(run, identity)
-    return save_lora_checkpoint(run, identity, begin.lora, begin.base)
-
-
-def export_adapter(run: ZeroRun, begin: ZeroBegin) -> None:
-    """Writes the PEFT folder that --save-adapter asks for; every rank calls it."""
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
-
-    folder = begin.start.settings.export.save_adapter
-    if folder is not None and begin.lora is not None:
-        save_adapter(run, begin.lora, begin.base, folder)
+    identity = checkpoint_identity(plan)
+    if plan.lora is None:
+        return zero_checkpointer(run, identity, log)
+    return lora_checkpointer(run, identity, plan.lora, plan.base, log)
 
 
-def export_hugging_face(begin: ZeroBegin, say: Say) -> None:
-    """Writes the Hugging Face folder that --save-hf asks for, from the last checkpoint.
+def export_adapter(plan: Plan, say: Say, run: ZeroRun | None) -> None:
+    """Writes the PEFT folder that --save-adapter asks for; every rank of a complete run calls it.
 
-    Raises:
-        UserError: the folder is in the way.
+    Args:
+        plan: of the run.
+        say: prints a line.
+        run: has the adapters; None where they are written already.
     """
-    if begin.lora is not None:
-        megatron_path.export_hugging_face(begin, say)
-        return
-    settings = begin.start.settings
-    folder, saved = settings.export.save_hf, find_saved_zero(settings.checkpoint.save)
-    if folder is None or saved is None:
-        return
-    from qwen2_ascend.checkpoint.convert import to_hugging_face
 
-    to_hugging_face(saved.folder, folder, say)
+    def make(folder: Path, also: dict[str, bytes]) -> None:
+        from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
+
+        assert run is not None and plan.lora is not None
+        save_adapter(run, plan.lora, plan.base, folder, also)
+
+    export(plan, SAVE_ADAPTER, plan.settings.export.save_adapter, say, make)

@@ -23,6 +23,7 @@ from qwen2_ascend.finetuning.settings import (
     TuningSettings,
 )
 from qwen2_ascend.training.fusion import FusionSettings
+from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
@@ -161,13 +162,24 @@ def parse(arguments: Sequence[str] | None = None) -> ZeroFinetuneSettings:
     return parse_training_flags(ZeroFinetuneSettings, "finetune_qwen2_deepspeed.py", arguments)
 
 
-def validate(settings: ZeroFinetuneSettings, config: Qwen2Config, world_size: int) -> None:
+def validate(
+    settings: ZeroFinetuneSettings,
+    config: Qwen2Config,
+    world_size: int,
+    made: RunLength | None = None,
+) -> None:
     """Checks everything that can be checked before any process group exists.
+
+    Args:
+        settings: all flags.
+        config: the model's shape.
+        world_size: number of ranks.
+        made: where a resumed run is; its flags say what is left.
 
     Raises:
         UserError: all faults at once.
     """
     faults = Faults()
-    faults.of(lambda: finetuning.validate(settings, config, world_size))
+    faults.of(lambda: finetuning.validate(settings, config, world_size, made))
     faults.of(lambda: deepspeed_config(settings, world_size, settings.runtime.device))
     raise_if(faults)

@@ -1,0 +1,290 @@
+"""RunPlan: what a run is, settled before anything of it is loaded.
+
+Rank 0 looks at the disk and checks everything, without torch and without the other ranks: a mistake
+ends the run at once. Then it tells the others what it found (which iteration is resumed, which
+exports are there), every rank makes its own plan of that, and all compare them. So no rank decides
+anything alone; only the paths may differ, since nodes may keep copies on disks of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.training.length import RunLength
+from qwen2_ascend.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.finetuning.deepspeed.saved import SavedZero
+    from qwen2_ascend.finetuning.saved_lora import SavedLora
+    from qwen2_ascend.lora_config import LoraConfig
+    from qwen2_ascend.training.saved_run import SavedRun
+
+S = TypeVar("S", bound=TrainingSettings)
+S_co = TypeVar("S_co", bound=TrainingSettings, covariant=True)
+
+OF_EACH_NODE = (
+    "config",
+    "data_path",
+    "train_data_path",
+    "valid_data_path",
+    "tokenizer_name_or_path",
+    "num_workers",
+)
+"""Settings that may differ from rank to rank, besides those that are paths by their type."""
+MAKING = ("optimizer", "precision", "batch", "data", "tuning", "lora", "chat")
+"""Groups of settings that decide what a finished run has learnt."""
+
+
+class Found(NamedTuple):
+    """What rank 0 found on the disk; the other ranks do not look for themselves."""
+
+    folders: Mapping[str, str] = {}
+    """Of --load and --pretrained-checkpoint the folder in it that is opened: an iteration, or
+    "." for the folder itself. What is not named holds no checkpoint."""
+    exports: tuple[str, ...] = ()
+    """Flags of exports that this run has made already."""
+
+
+NOTHING = Found()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(Generic[S_co]):
+    """A run, before anything of it is loaded."""
+
+    settings: S_co
+    """With what the checkpoint settles filled in."""
+    config: Qwen2Config
+    world_size: int
+    source: Source | None
+    """The weights, or None for random ones."""
+    saved: SavedRun | SavedLora | SavedZero | None = None
+    """The training state, where one is resumed."""
+    lora: LoraConfig | None = None
+    """The adapters that are tuned; None tunes all weights."""
+    found: Found = NOTHING
+
+    @property
+    def base(self) -> Path | None:
+        """Where the weights come from."""
+        return self.source.folder if self.source else None
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return self.settings.layout()
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.settings.padded_vocab_size(self.config)
+
+    @property
+    def length(self) -> RunLength:
+        """How long the run is; with --num-train-epochs known after `with_epochs`."""
+        return self.settings.length(self.world_size, **self.made())
+
+    def made(self) -> dict[str, int]:
+        """Steps made and samples consumed by the run that is resumed."""
+        if self.saved is None:
+            return {"iteration": 0, "consumed_samples": 0}
+        state = getattr(self.saved, "common", None) or self.saved.state  # pyright: ignore
+        progress = state["progress"]
+        return {name: int(progress[name]) for name in ("iteration", "consumed_samples")}
+
+    def with_epochs(self, samples_per_epoch: int) -> Self:
+        """The same when it is known what an epoch is; see `FinetuneSettings.with_epochs`.
+
+        Raises:
+            UserError: steps are to be profiled that the run does not have.
+        """
+        settings: Any = self.settings
+        settings = settings.with_epochs(samples_per_epoch, self.world_size, **self.made())
+        plan = replace(self, settings=settings)
+        raise_if(settings.profile.range_faults(plan.length.train_iters))
+        return plan
+
+    def facts(self) -> dict[str, str]:
+        """Everything that has to be the same on all ranks, by its name."""
+        facts = {
+            name: str(value)
+            for name, value in flags(self.settings).items()
+            if not _is_of_each_node(name, value)
+        }
+        return facts | {
+            "the number of ranks": str(self.world_size),
+            "the model's config": str(self.config),
+            "the weights": _fingerprint(self.source),
+            "the training state": str(self.made()),
+            "the adapter": str(self.lora),
+        }
+
+    def identity(self) -> str:
+        """A short hash of what a finished run depends on, wherever and however it is run."""
+        settings: Any = self.settings
+        said = {name: asdict(getattr(settings, name)) for name in MAKING if hasattr(settings, name)}
+        for name in ("num_workers", "eval_iters", "eval_interval", "data_cache_path"):
+            said["data"].pop(name, None)
+        for name in ("micro_batch_size", "exit_interval"):
+            said["batch"].pop(name)
+        if said.get("tuning", {}).get("num_train_epochs") is not None:
+            said["batch"].pop("train_iters")  # `with_epochs` sets it
+        said["model"] = asdict(self.config)
+        said["seed"] = settings.runtime.seed
+        save = settings.checkpoint.save
+        said["save"] = os.path.realpath(save) if save else None
+        return _hash(json.dumps(said, default=str, sort_keys=True))
+
+
+def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
+    """Opens what --load names; reads headers only.
+
+    Args:
+        settings: all flags.
+        found: what rank 0 found on the disk; rank 0 itself looks.
+
+    Raises:
+        UserError: nothing usable is there, or nothing says what the model is.
+    """
+    model = settings.model
+    load, pretrained = model.load, model.pretrained_checkpoint
+    if load is not None and not _holds_checkpoint(load, found):
+        if pretrained is None and load != settings.checkpoint.save:
+            raise UserError(
+                f"--load {load}: there is no checkpoint in it. (That is right only when "
+                "--pretrained-checkpoint says where to start, or when --save is the same folder.)"
+            )
+        load = None
+    folder = load or pretrained
+    world_size = num_ranks()
+    if folder is None:
+        config = _config(model.config)
+        return RunPlan(settings=settings, config=config, world_size=world_size, source=None)
+
+    from qwen2_ascend.checkpoint.source import open_source
+
+    if model.config is not None and not Path(model.config).exists():
+        raise UserError(
+            f"--config {model.config}: no such folder or file; with weights from {folder} give "
+            "their Hugging Face folder, or nothing."
+        )
+    what = "load" if load else "pretrained_checkpoint"
+    source = open_source(folder_of(what, folder, found) or folder, None, model.config)
+    saved = None
+    if load and not model.finetune and source.kind == "mg":
+        from qwen2_ascend.training.saved_run import find_saved_run
+
+        saved = find_saved_run(source.folder)
+    if saved and model.padded_vocab_size is None and model.make_vocab_size_divisible_by is None:
+        # the optimizer's state has as many rows as the weights had
+        model = replace(model, padded_vocab_size=saved.padded_vocab_size)
+    return RunPlan(
+        settings=replace(settings, model=model),
+        config=source.config,
+        world_size=world_size,
+        source=source,
+        saved=saved,
+        found=found or Found({what: within(folder, source.folder)}),
+    )
+
+
+def agree(
+    make: Callable[[Found | None], RunPlan[S]], own: RunPlan[S] | None, timeout_seconds: float
+) -> RunPlan[S]:
+    """This rank's plan, of what rank 0 found, once it is known to be the same on all ranks.
+
+    Args:
+        make: makes a rank's plan of what rank 0 found.
+        own: rank 0's plan, which is made already.
+        timeout_seconds: how long a rank waits for the others.
+
+    Raises:
+        UserError: on every rank, with what is not the same on all of them.
+    """
+    from qwen2_ascend.runtime import agreement, meeting
+
+    meeting.meet(timeout_seconds)
+    found, facts = agreement.made_by_first(lambda: own and (own.found, own.facts())) or ((), {})
+    faults = Faults()
+    plan = own or faults.of(partial(make, found))
+    if plan is not None:
+        mine = plan.facts()
+        faults += [
+            f"{name}: {mine.get(name)}, and {facts.get(name)} on rank 0; start all ranks with "
+            "the same flags and the same files."
+            for name in dict.fromkeys((*facts, *mine))
+            if mine.get(name) != facts.get(name)
+        ]
+    agreement.raise_together(faults)
+    assert plan is not None
+    return plan
+
+
+def flags(settings: Any) -> dict[str, Any]:
+    """Every setting by the flag that sets it."""
+    found: dict[str, Any] = {}
+    for group in fields(settings):
+        value = getattr(settings, group.name)
+        own = fields(value) if is_dataclass(value) else ()
+        found |= {f"--{one.name.replace('_', '-')}": getattr(value, one.name) for one in own}
+    return found
+
+
+def num_ranks() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def folder_of(what: str, folder: Path, found: Found | None) -> Path | None:
+    """Where to look for what `folder` holds; None where rank 0 has found nothing in it."""
+    if found is None:
+        return folder
+    return folder / found.folders[what] if what in found.folders else None
+
+
+def within(folder: Path, opened: Path) -> str:
+    """What `folder_of` needs to find `opened` again on another rank."""
+    return str(opened.relative_to(folder)) if opened.is_relative_to(folder) else str(opened)
+
+
+def _holds_checkpoint(folder: Path, found: Found | None) -> bool:
+    """Even a damaged one; not the folder a run is going to save into, perhaps with its metrics."""
+    if found is not None:
+        return "load" in found.folders
+    if not folder.is_dir():
+        return folder.exists()
+    signs = ("latest_*", "iter_*", "mp_rank_*", "*.safetensors*", "*.bin", "config.json")
+    return any(path for sign in signs for path in folder.glob(sign))
+
+
+def _config(name: str | None) -> Qwen2Config:
+    if name is None:
+        raise UserError("give --load, or --config for random weights: nothing says which model.")
+    return Qwen2Config.from_pretrained(name) if Path(name).exists() else Qwen2Config.named(name)
+
+
+def _is_of_each_node(flag: str, value: Any) -> bool:
+    name = flag[2:].replace("-", "_")
+    return isinstance(value, Path) or name in OF_EACH_NODE
+
+
+def _fingerprint(source: Source | None) -> str:
+    """A hash of the names, shapes and dtypes of all tensors."""
+    if source is None:
+        return "random"
+    rows = [(held.name, held.piece.box, held.stored.dtype) for held in source.held]
+    return f"{len(rows)} tensors, {_hash(repr(sorted(rows)))}"
+
+
+def _hash(text: str) -> str:
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(text.encode())

@@ -1,0 +1,154 @@
+"""Exports are made when the run is complete, once, by the same command however often it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from helpers import make_tiny_hugging_face_folder, tiny_config
+
+RUN_COMMANDS = Path(__file__).parents[1] / "training" / "run_commands.py"
+SIZES = "--seq-length 32 --global-batch-size 4 --lr 1e-2 --device cpu --no-log-energy"
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+    there: list[str]
+    """What was in the folder when the command had ended."""
+
+
+def commands() -> list[tuple[str, str]]:
+    data = f"--data-path {{d}}/chats {SIZES}"
+    lora = f"--load {{d}}/run --pretrained-checkpoint {{d}}/hf --save {{d}}/run --lora-r 2 {data} "
+    lora += "--train-iters 4 --exit-interval 2 --save-adapter {d}/adapter --save-hf {d}/tuned"
+    alone = f"--load {{d}}/hf {data} --lora-r 2 --train-iters 2 --save-adapter {{d}}/alone"
+    sft = f"--load {{d}}/sft --pretrained-checkpoint {{d}}/hf --save {{d}}/sft {data} "
+    sft += "--num-train-epochs 1 --exit-interval 1 --save-hf {d}/sft_hf"
+    return [
+        ("half", lora),
+        ("whole", lora),
+        ("again", lora),
+        ("another run", lora.replace("--train-iters 4", "--train-iters 6")),
+        ("alone", alone),
+        ("alone again", alone),
+        ("alone, another run", f"{alone} --seed 5"),
+        ("sft 1", sft),
+        ("sft 2", sft),
+        ("sft 2 again", sft),
+        ("mixed", f"--load {{d}}/mixed {data} --lora-r 2 --train-iters 1 --save {{d}}/m "
+         "--save-hf {d}/mixed_hf"),
+        ("inside", f"--load {{d}}/hf {data} --train-iters 1 --save {{d}}/i --save-hf {{d}}/i/hf"),
+        ("a file", f"--load {{d}}/hf {data} --train-iters 1 --save {{d}}/i "
+         "--save-hf {d}/file/hf"),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+    from finetuning.finetune_worker import _write
+
+    folder = tmp_path_factory.mktemp("exports")
+    make_tiny_hugging_face_folder(folder / "hf", tiny_config())
+    mixed = make_tiny_hugging_face_folder(folder / "mixed", tiny_config())
+    config = json.loads((mixed / "config.json").read_text())
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    (mixed / "config.json").write_text(json.dumps({**config, key: "bfloat16"}))
+    _write(folder / "chats", "", 8, seed=0)
+    # as a start that was killed while it exported has left it
+    (folder / ".tuned.partial").mkdir()
+    (folder / ".tuned.partial" / "model.safetensors").write_bytes(b"half")
+    (folder / "file").write_text("in the way")
+    listed = [flags.format(d=folder).split() for _, flags in commands()]
+    (folder / "commands.json").write_text(json.dumps(listed), encoding="utf-8")
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(
+        [
+            sys.executable,
+            str(RUN_COMMANDS),
+            str(folder / "commands.json"),
+            str(folder / "results.json"),
+            "qwen2_ascend.finetuning.finetune",
+            str(folder),
+        ],
+        check=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    names = [name for name, _ in commands()]
+    return folder, {n: Ended(**result) for n, result in zip(names, results, strict=True)}
+
+
+World = tuple[Path, dict[str, Ended]]
+
+
+def test_a_run_that_is_stopped_exports_nothing_and_goes_on(world: World) -> None:
+    half, whole = world[1]["half"], world[1]["whole"]
+    assert half.status == 0, half.err
+    assert "--save-hf and --save-adapter: written when the run is complete" in half.out
+    assert not {"adapter", "tuned"} & set(half.there)
+    assert whole.status == 0, whole.err
+    assert "at iteration 2" in whole.out and "iteration 4/4" in whole.out
+    assert {"adapter", "tuned"} <= set(whole.there) and ".tuned.partial" not in whole.there
+
+
+def test_the_exports_are_of_the_last_checkpoint(world: World) -> None:
+    folder, _ = world
+    exported = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    last = folder / "run" / "iter_0000004" / "adapter_model.safetensors"
+    assert exported == last.read_bytes()
+    assert (folder / "tuned" / "model.safetensors").stat().st_size > 100_000
+
+
+def test_a_complete_run_says_what_is_there(world: World) -> None:
+    again = world[1]["again"]
+    assert again.status == 0, again.err
+    assert "nothing is left to do" in again.out
+    for flag in ("--save-adapter", "--save-hf"):
+        assert f"{flag} {world[0]}" in again.out and "is there already, and complete" in again.out
+
+
+def test_another_runs_export_is_in_the_way(world: World) -> None:
+    for name in ("another run", "alone, another run"):
+        ended = world[1][name]
+        assert ended.status == 2 and "is there already; name a new folder" in ended.err, ended
+        assert "Traceback" not in ended.err and "iteration" not in ended.out
+
+
+def test_a_run_without_checkpoints_is_not_trained_twice(world: World) -> None:
+    first, second = world[1]["alone"], world[1]["alone again"]
+    assert first.status == 0 and "iteration 2/2" in first.out, first.err
+    assert second.status == 0 and "is there already, and complete" in second.out, second.err
+    assert "iteration" not in second.out
+
+
+def test_epochs_of_all_weights_too(world: World) -> None:
+    """Two steps of one epoch, each by a start of its own; then there is nothing left."""
+    runs = world[1]
+    assert [runs[name].status for name in ("sft 1", "sft 2", "sft 2 again")] == [0, 0, 0]
+    assert "sft_hf" not in runs["sft 1"].there and "sft_hf" in runs["sft 2"].there
+    assert "is there already, and complete" in runs["sft 2 again"].out
+
+
+def test_a_config_of_another_dtype_than_the_weights_does_not_fail_the_export(world: World) -> None:
+    ended = world[1]["mixed"]
+    assert ended.status == 0, ended.err
+    config = json.loads((world[0] / "mixed_hf" / "config.json").read_text())
+    assert "float32" in (config.get("dtype"), config.get("torch_dtype"))
+
+
+@pytest.mark.parametrize(("name", "words"), [("inside", "lie in each other"), ("a file", "file")])
+def test_an_export_that_cannot_be_made_is_refused_before_the_run(
+    world: World, name: str, words: str
+) -> None:
+    ended = world[1][name]
+    assert ended.status == 2 and words in ended.err, ended
+    assert "Traceback" not in ended.err and "iteration" not in ended.out
