@@ -70,10 +70,6 @@ class LostRankError(RuntimeError):
     """Another rank does not answer; the message names it, and no traceback says more."""
 
 
-class LostRankError(RuntimeError):
-    """Another rank does not answer; the message names it, and no traceback says more."""
-
-
 def raise_if(faults: Iterable[str]) -> None:
     """Raises UserError with all of `faults`, or returns when there is none."""
     if faults := tuple(faults):
