@@ -131,7 +131,8 @@ def _fail(
     watchdog = _watchdog()
     if watchdog is not None and not watchdog.stand_down():
         ending.wait_for_torchrun()  # a thread is ending this process already
-    if not ending.complain(faults, who=who, words=words):
+    of_all = kind == "NonFiniteError"
+    if not ending.complain(faults, who=who, words=words, of_all=of_all):
         ending.wait_for_torchrun()
     start = f"{who}: " if who else ""
     ending.hand_to_torchrun(f"{kind}: {text}" if kind else f"error: {start}{text}")

@@ -20,6 +20,8 @@ from typing import NoReturn
 
 FIRST_SECONDS = 2
 """How long a rank waits for the first of its node to say the same fault."""
+FIRST_OF_ALL_SECONDS = 60
+"""The same where all ranks are known to have it, and the first may have to finish reports."""
 SILENT_SECONDS = 5
 """How long a rank whose fault is said already waits for torchrun to end it, which then counts one
 failure instead of one for each rank."""
@@ -71,18 +73,25 @@ def _after_fork() -> None:
         _end_with(_forking)
 
 
-def complain(faults: Sequence[str], *, who: str | None = None, words: str | None = None) -> bool:
+def complain(
+    faults: Sequence[str],
+    *,
+    who: str | None = None,
+    words: str | None = None,
+    of_all: bool = False,
+) -> bool:
     """Prints what is wrong, unless a rank of this node has printed the same.
 
     Args:
         faults: one line each.
         who: whose fault it is; this rank's without it.
         words: what is printed instead, after "rank N failed:".
+        of_all: whether all ranks are known to have it.
 
     Returns:
         Whether it was printed here.
     """
-    said = _claim("\n".join(faults))
+    said = _claim("\n".join(faults), FIRST_OF_ALL_SECONDS if of_all else FIRST_SECONDS)
     if said and words:
         _write(f"rank {rank()} failed:\n{words}")
     elif said:
@@ -99,14 +108,14 @@ def _write(text: str) -> None:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 
-def _claim(text: str) -> bool:
-    """Whether this rank is the one of its node to say it; the node's first rank has precedence."""
+def _claim(text: str, seconds: float) -> bool:
+    """Whether this rank is the one of its node to say it; the first has precedence for a while."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is None:
         return True
     # torchrun gives each rank a folder in one of the node's and of this start
     mark = Path(error_file).parents[1] / f"said.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    deadline = time.monotonic() + FIRST_SECONDS * (os.environ.get("LOCAL_RANK") != "0")
+    deadline = time.monotonic() + seconds * (os.environ.get("LOCAL_RANK") != "0")
     while time.monotonic() < deadline and not mark.exists():
         time.sleep(0.05)
     try:
