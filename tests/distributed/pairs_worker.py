@@ -12,6 +12,7 @@ from unittest import mock
 from distributed import pairs
 from distributed.harness import Checks, Run, main
 from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.errors import UserError
 
 CHECKS = Checks()
 
@@ -28,9 +29,15 @@ def check_row(kind: str, row: pairs.Row, run: Run) -> str:
     of = pairs.KINDS[kind]
     data = made_data(run)
     name = pairs_name(kind, row)
-    own = play(of, row, run.folder / name, data)
+    try:
+        own = play(of, row, run.folder / name, data)
+    except UserError as error:  # what is known only when the data is there
+        assert str(error).startswith("profiling from step "), error
+        return f"refused: {error}"
     plain = reference(of, row)
     expected = play(of, plain, run.folder / f"{name}-reference", data)
+    if "--log-interval" in row and "--save" in row:
+        own, expected = last_line(own), last_line(expected)
     settings = pairs.settings_of(of, row)
     worst = compared(own, expected, settings.precision_name())
     adapter = row.get("--save-adapter")
@@ -140,6 +147,12 @@ def compared(own: list[dict], expected: list[dict], precision: str) -> float:
             )
             worst = max(worst, off if "loss" in name else 0.0)
     return worst
+
+
+def last_line(metrics: list[dict]) -> list[dict]:
+    """Without means: a checkpoint ends an interval of the log, and so cuts it otherwise."""
+    *_, last = (row for row in metrics if "loss" in row)
+    return [{name: last[name] for name in ("iteration", "grad_norm", "lr")}]
 
 
 def compared_adapters(folder: Path, name: str, precision: str) -> float:

@@ -307,7 +307,7 @@ class TrainingSettings:
     def length(
         self, world_size: int, *, iteration: int = 0, consumed_samples: int = 0
     ) -> RunLength:
-        """How long the run is.
+        """How long the run is; 0 steps where only epochs say it, and the data is not there yet.
 
         Args:
             world_size: number of ranks.
@@ -315,10 +315,9 @@ class TrainingSettings:
             consumed_samples: samples that those steps took.
         """
         size = self.global_batch_size(world_size)
-        train_iters = self.batch.train_iters
-        if train_iters is None:
-            left = max((self.batch.train_samples or 0) - consumed_samples, 0)
-            train_iters = iteration + left // size
+        train_iters, samples = self.batch.train_iters or 0, self.batch.train_samples
+        if samples is not None:
+            train_iters = iteration + max(samples - consumed_samples, 0) // size
         return RunLength(
             train_iters=train_iters,
             global_batch_size=size,

@@ -54,18 +54,27 @@ def begin(
         UserError: settings, data or checkpoint are not as they have to be; every fault at once,
             and those that rank 0 finds before any rank waits for another.
     """
-    plan, faults = None, Faults()
+    own = None
     if is_first_rank():
-        if (plan := faults.of(lambda: make(settings, None))) is not None:
-            made, chosen = plan.made(), plan.settings
-            length = RunLength(train_iters=0, global_batch_size=1, **made)
-            faults.of(lambda: check(chosen, plan.config, plan.world_size, length))
-        faults.of(lambda: check_data(settings))
+        faults = Faults()
+        own = faults.of(partial(_checked_plan, settings, make, check))
+        faults.of(partial(check_data, settings))
         raise_if(faults)
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
-    plan = agree(partial(make, settings), plan, timeout_seconds)
+    plan = agree(partial(make, settings), own, timeout_seconds)
     runtime, say = start_runtime(plan)
     return plan, runtime, say
+
+
+def _checked_plan(
+    settings: S,
+    make: Callable[[S, Found | None], RunPlan[S]],
+    check: Callable[[S, Qwen2Config, int, RunLength | None], None],
+) -> RunPlan[S]:
+    plan = make(settings, None)
+    made = RunLength(train_iters=0, global_batch_size=1, **plan.made())
+    check(plan.settings, plan.config, plan.world_size, made)
+    return plan
 
 
 def _headline(plan: RunPlan, runtime: Runtime) -> str:
