@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -98,9 +99,9 @@ def begin_once(settings: Any) -> bool:
     training, plan = finetune.prepare(plan, running, say)
     saver = finetune.checkpoint_saver(training, plan)
     is_complete = train_and_report(training, plan, say, saver)
-    if is_complete:
-        finetune.export_adapter(plan, say, training)
-    finetune.finish(plan, is_complete, say, running.rank)
+    stays: Any = SimpleNamespace(rank=running.rank, close=lambda: None)
+    write = functools.partial(finetune.write_adapter, training, plan)
+    finetune.finish(plan, stays, say, is_complete, write)
     return is_complete
 
 

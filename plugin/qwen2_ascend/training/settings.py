@@ -83,9 +83,9 @@ class BatchSettings:
     seq_length: int
     """Tokens in a sequence."""
     train_iters: int | None = None
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, those of earlier starts too."""
     train_samples: int | None = None
-    """Sequences of the whole run, instead of --train-iters."""
+    """Sequences of the whole run, instead of --train-iters; what does not fill a batch is left."""
     exit_interval: int | None = None
     """Save and end the run after every so many steps; the next run goes on from there."""
 
