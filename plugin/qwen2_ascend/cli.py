@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from qwen2_ascend import __version__
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, printable
 
 TRACEBACK_VARIABLE = "QWEN2_ASCEND_TRACEBACK"
 
@@ -146,7 +146,7 @@ def _unknown(name: str) -> str:
 
 
 def _failed(error: Exception) -> int:
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     kind = type(error).__name__
     what = f"{kind}: {text}" if text else kind
     wanted = _traceback_if_wanted()

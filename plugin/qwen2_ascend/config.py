@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import read_text
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -114,10 +115,10 @@ class Qwen2Config:
         path = Path(folder)
         path = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_text(path, most=1 << 20))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; give a Hugging Face model folder.") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as JSON: {error}") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path}: holds {type(raw).__name__}, not a JSON object.")

@@ -2,22 +2,75 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_MOST_CHARACTERS = 10_000
+"""Of one fault; a file may give a tensor a name of megabytes."""
+
+
+class Lines(str):
+    """A fault of several lines that are this project's own words, printed as they are."""
 
 
 class UserError(ValueError):
     """A mistake in what was asked for, with the way out in the message.
+
+    Faults quote names and texts that other people's files hold, so whatever could move the cursor,
+    begin a line or turn the direction of writing is escaped here, for every message at once.
 
     Attributes:
         faults: every fault found, one sentence each, so that none is met one at a time.
     """
 
     def __init__(self, faults: str | Iterable[str]) -> None:
-        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        given = (faults,) if isinstance(faults, str) else tuple(faults)
+        self.faults: tuple[str, ...] = tuple(map(printable, given))
         super().__init__("\n".join(self.faults))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.faults,)
+
+
+class DamagedError(UserError):
+    """A file that is not as it was written; another copy of it, or an older one, may be.
+
+    Attributes:
+        folder: of the damaged checkpoint, where that is known.
+    """
+
+    folder: Path | None = None
+
+
+class VerificationError(RuntimeError):
+    """What was read or written is not what it should be; going on from it would be wrong."""
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line: control, format and unpaired surrogate characters as `\x1b`, `\u202e`.
+
+    What is longer than a message can be is cut.
+    """
+    if isinstance(text, Lines):
+        return text
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]}... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value from a file, for a message; it may be deep, cyclic or endless."""
+    return _BRIEF.repr(value)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxother = 2, 80
 
 
 class LostRankError(RuntimeError):

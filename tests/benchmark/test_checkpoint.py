@@ -41,8 +41,9 @@ def test_figures_follow_from_the_seconds() -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [1, 2])
 def test_every_side_gets_back_what_it_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = Qwen2Config(
         num_layers=2,
@@ -60,15 +61,19 @@ def test_every_side_gets_back_what_it_saved(
         checkpoint.CheckpointBenchmark(
             config=str(tmp_path / "config.json"),
             rounds=1,
+            processes=processes,
             directory=tmp_path,
             json=tmp_path / "out.json",
         )
     )
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert set(report) == set(checkpoint.SIDES)
+    assert set(report) == set(checkpoint.SIDES if processes == 1 else checkpoint.RANKED_SIDES)
     for row in report.values():
         assert row["intact"] and row["num_bytes"] > 12 * tiny.num_parameters
-    assert "| torch.save |" in capsys.readouterr().out
+    assert "| ours-async |" in capsys.readouterr().out
+    if processes > 1:
+        own = report["ours"]["rank_bytes"].values()
+        assert len(own) == processes and max(own) < 1.5 * min(own), own
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:

@@ -37,7 +37,9 @@ from checkpoint.toys import (
 )
 from qwen2_ascend.checkpoint import convert as convert_module
 from qwen2_ascend.checkpoint import writing
+from qwen2_ascend.checkpoint.manifest import MANIFEST_FILE
 from qwen2_ascend.checkpoint.staging import StagedFolder
+from qwen2_ascend.errors import VerificationError
 
 TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 RANK = "iter_0000001/mp_rank_00"
@@ -275,13 +277,24 @@ def test_a_bad_index(case, tmp_path):
     assert not [word for word in words if word not in said], said
 
 
+def hub_cache(repository: Path, source: Path) -> Path:
+    """`source` as huggingface_hub stores it; returns the snapshot's folder."""
+    snapshot = repository / "snapshots/0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    for number, path in enumerate(path for path in source.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / f"{number:040}"
+        shutil.copyfile(path, blob)
+        link = snapshot / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
 def test_links_as_in_a_hub_cache_are_followed(tmp_path):
     """Hub caches keep blobs elsewhere and link to them; that is no lead out of the folder."""
-    source = make_hugging_face_folder(tmp_path / "blobs", num_files=2)
-    (tmp_path / "snapshot").mkdir()
-    for path in source.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    convert(tmp_path / "snapshot", tmp_path / "out", to="hf").require()
+    source = make_hugging_face_folder(tmp_path / "hf", num_files=2)
+    snapshot = hub_cache(tmp_path / "hub/models--a--b", source)
+    convert(snapshot, tmp_path / "out", to="hf").require()
     assert load_folder(tmp_path / "out") == load_folder(source)
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
@@ -401,7 +414,7 @@ MEGATRON = {
     ),
     "ranks that disagree": (
         "safetensors",
-        lambda f: rank_weights(f, flip_norm),
+        lambda f: (rank_weights(f, flip_norm), (f / MANIFEST_FILE).unlink()),
         ["decoder.layers.1.input_layernorm.weight differs", "--ignore-replica-mismatch"],
     ),
     "fewer layers in the config": (
@@ -620,9 +633,17 @@ def test_an_empty_target_is_taken(tmp_path):
 def test_parents_are_made_and_removed_again_when_it_fails(tmp_path, monkeypatch):
     source = make_hugging_face_folder(tmp_path / "hf")
     convert(source, tmp_path / "a/b/c").require()
-    monkeypatch.setattr(convert_module, "write_target", failing(OSError(5, "Input/output error")))
+    monkeypatch.setattr(convert_module, "write_target", failing(VerificationError("wrong")))
     convert(source, tmp_path / "d/e/f").require(1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hf"]
+
+
+def finished(source: Path, target: Path, *flags: object) -> None:
+    """Finishes what a failure left: with --resume it becomes what it would have been."""
+    assert [path.name for path in target.parent.iterdir()].count(f".{target.name}.partial") == 1
+    convert(source, target, *flags, "--resume").require()
+    convert(source, target.parent / "again", *(f for f in flags if f != "--overwrite")).require()
+    assert tree(target) == tree(target.parent / "again")
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
@@ -762,17 +783,24 @@ def test_a_disk_that_fills_up_midway(kilobytes, tmp_path, monkeypatch):
     with tiny_disk(tmp_path / "disk", kilobytes) as disk:
         said = convert(source, disk / "target", *tp(2)).require(1).err
         assert "cannot be written: No space left on device; make room" in said
-        assert list(disk.iterdir()) == []
+        assert "finish it by repeating the command with --resume" in said
+        assert [path.name for path in disk.iterdir()] == [".target.partial"]
+        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True, timeout=20)
+        finished(source, disk / "target", *tp(2))
 
 
 def test_a_disk_that_fails_keeps_the_old_state(tmp_path, monkeypatch):
     source = make_hugging_face_folder(tmp_path / "hf")
     convert(source, tmp_path / "target").require()
     before = tree(tmp_path)
-    monkeypatch.setattr(writing.os, "fsync", failing(OSError(5, "Input/output error")))
-    said = convert(source, tmp_path / "target", *tp(2), "--overwrite").require(1).err
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.os, "fsync", failing(OSError(5, "Input/output error")))
+        said = convert(source, tmp_path / "target", *tp(2), "--overwrite").require(1).err
     assert "model_optim_rng.pt: cannot be written: Input/output error" in said
-    assert tree(tmp_path) == before
+    assert "finish it by repeating the command with --resume --overwrite" in said
+    kept = {name for name in tree(tmp_path) if name.startswith(".target.partial")}
+    assert {name: of for name, of in tree(tmp_path).items() if name not in kept} == before
+    finished(source, tmp_path / "target", *tp(2), "--overwrite")
 
 
 def during_the_copy(monkeypatch, act: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.harness import Checks, Run, main
+from distributed.save_once import save_once
 from finetuning.finetune_worker import (
     FLAGS,
     chats,
@@ -303,6 +304,7 @@ def lora_runs_go_from_one_path_to_the_other(run: Run) -> str:
 
 LORA_FILES = {
     *("adapter_config.json", "adapter_model.safetensors", "run.json"),
+    "qwen2_ascend_manifest.json",
     *("exp_avg.safetensors", "exp_avg_sq.safetensors", "rng_00000.pt", "rng_00001.pt"),
 }
 
@@ -472,7 +474,7 @@ def fp16_is_refused_where_deepspeed_has_none(run: Run) -> str:
 def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Callable[[], Path]]:
     """A run as `launch/finetune_qwen2_deepspeed.py` builds it, and what saves its state."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.deepspeed.finetune import make_plan, prepare, save_checkpoint
+    from qwen2_ascend.finetuning.deepspeed.finetune import checkpointer, make_plan, prepare
     from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
 
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
@@ -482,7 +484,8 @@ def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Call
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
     training, plan = prepare(plan, run.runtime, lambda line: None)
-    return training, functools.partial(save_checkpoint, training, plan)
+    make = functools.partial(checkpointer, training, plan)
+    return training, functools.partial(save_once, training, make)
 
 
 def forget_groups() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.harness import Checks, Run, main
+from distributed.save_once import save_once
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ class Prepared(NamedTuple):
 def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
     """A run as `launch/finetune_qwen2.py` builds it."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.finetune import checkpoint_saver, make_plan, prepare
+    from qwen2_ascend.finetuning.finetune import checkpointer, make_plan, prepare
     from qwen2_ascend.finetuning.settings import parse, validate
 
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
@@ -290,7 +291,9 @@ def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
     training, plan = prepare(plan, run.runtime, lambda line: None)
-    return Prepared(training, plan, checkpoint_saver(training, plan))
+    make = checkpointer(training, plan)
+    save = functools.partial(save_once, training, make) if make else None
+    return Prepared(training, plan, save)
 
 
 def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:

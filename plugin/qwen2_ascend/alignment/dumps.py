@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -22,6 +23,7 @@ from qwen2_ascend.alignment.statistics import dtype_name, is_comparable
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ PRECISION = "computed_in"
 """Key of a safetensors file's metadata: bf16, fp32 ..."""
 
 MAX_DEPTH = 64
+MAX_VALUES = 200_000
 """Of containers inside a .pt."""
 
 
@@ -163,7 +166,7 @@ def _read_npy(path: Path) -> list[Stored]:
         return _native(npy.open_memmap(path, mode="r"))
 
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             shape, dtype = _npy_header(file)
         if not dtype.hasobject:
             load()  # its length is that of the header
@@ -189,7 +192,7 @@ def _read_npz(path: Path) -> list[Stored]:
 
     arrays = []
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as whole, zipfile.ZipFile(whole) as archive:
             for member in archive.namelist():
                 with archive.open(member) as file:
                     shape, dtype = _npy_header(file)
@@ -258,7 +261,8 @@ def _read_safetensors(path: Path) -> list[Stored]:
 
 
 def _read_pt(path: Path) -> list[Stored]:
-    return [_stored_tensor(path, name, leaf) for name, leaf in _leaves(_load_pt(path))]
+    walk = _leaves(_load_pt(path), f"{path}: holds more than {MAX_VALUES} values.", count())
+    return [_stored_tensor(path, name, leaf) for name, leaf in walk]
 
 
 def _load_pt(path: Path) -> Any:
@@ -266,7 +270,7 @@ def _load_pt(path: Path) -> Any:
 
     import torch
 
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         is_zip = (
             file.read(4) == b"PK\3\4"
         )  # else written by torch before 1.6, which cannot be mapped
@@ -290,16 +294,26 @@ def _pt_fault(path: Path, error: Exception) -> str:
     return _damaged(path, ".pt file", error)
 
 
-def _leaves(obj: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Tensors and numbers, by the keys and indices that lead to them with dots between."""
+def _leaves(
+    obj: Any, fault: str, visits: Iterator[int], name: str = "", depth: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers, by the keys and indices that lead to them with dots between.
+
+    Raises:
+        UserError: `fault`, where `visits` says that there were too many. A file of 500 bytes can
+            hold a list ten times in a list that is ten times in the next, and so on.
+    """
     import torch
 
+    if next(visits) > MAX_VALUES:
+        raise UserError(fault)
     if isinstance(obj, torch.Tensor | bool | int | float):
         yield name, obj
     elif depth < MAX_DEPTH and isinstance(obj, Mapping | list | tuple):
         items = obj.items() if isinstance(obj, Mapping) else enumerate(obj)
         for key, value in items:
-            yield from _leaves(value, f"{name}.{key}" if name else str(key), depth + 1)
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _leaves(value, fault, visits, inner, depth + 1)
 
 
 def _stored_tensor(path: Path, name: str, leaf: torch.Tensor | bool | int | float) -> Stored:

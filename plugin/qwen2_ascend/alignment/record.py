@@ -24,6 +24,7 @@ from qwen2_ascend.alignment.dumps import PRECISION
 from qwen2_ascend.alignment.sublayers import sublayers
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_text, require_regular
 
 FORMAT = "qwen2-ascend alignment record"
 VERSION = 1
@@ -128,7 +129,7 @@ def load_record(folder: Path) -> Record:
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / "description.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a folder that --dump has written.") from None
     except (OSError, ValueError) as error:
@@ -149,6 +150,7 @@ def _tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
     path = folder / f"{name}.safetensors"
     try:
+        require_regular(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -15,25 +16,31 @@ import tyro
 from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.faults import count_faults, side_faults
 from qwen2_ascend.benchmark.measure import PeakMemory, Spread
-from qwen2_ascend.benchmark.sides import Side, interleaved, running
+from qwen2_ascend.benchmark.sides import RankedSide, interleaved
 from qwen2_ascend.benchmark.train import make_random_model, shape
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 
-SIDES = ("ours", "ours-torch", "dist_checkpointing", "torch.save")
+SIDES = ("ours", "ours-async", "ours-torch", "dist_checkpointing", "torch.save")
+RANKED_SIDES = ("ours", "ours-async", "ours-torch", "dist_checkpointing")
+"""Those that can be measured on several ranks."""
 BYTES_PER_WEIGHT = {"fp32": 12, "bf16": 14}
 """Of weight and AdamW's two moments; with bf16 weights the fp32 ones too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointBenchmark:
-    """Saves and loads the state of a training, on the CPU, one process for each way.
+    """Saves and loads the state of a training, on the CPU, each way in processes of its own.
 
-    ours: this project's checkpoint in torch_dist; ours-torch: the same in Megatron's mp_rank files;
+    ours: this project's checkpoint in torch_dist; ours-async: the same with --async-save, of which
+    the time that training waits is measured; ours-torch: in Megatron's mp_rank files;
     dist_checkpointing: megatron-core's GPTModel, optimizer and dist_checkpointing; torch.save: one
     file of a transformers model's and its optimizer's state_dict. Every way ends with what it wrote
     on the disk, loads it again while the system still has it in memory, and has to arrive at the
     same weights and moments.
+
+    With several processes all are data-parallel with the distributed optimizer, and
+    dist_checkpointing is the fully parallel one (dp_reshardable, its fastest).
     """
 
     config: Annotated[str | None, tyro.conf.arg(metavar="DIR|SIZE")] = None
@@ -41,9 +48,11 @@ class CheckpointBenchmark:
     512, 8 layers, vocabulary 8192)."""
     num_layers: int | None = None
     """So many layers instead."""
-    sides: tuple[str, ...] = SIDES
-    """Of ours, ours-torch, dist_checkpointing and torch.save; the first is what the others are
-    compared with."""
+    sides: tuple[str, ...] = ()
+    """Of ours, ours-async, ours-torch, dist_checkpointing and torch.save; the first is what the
+    others are compared with. By default all that can run on so many processes."""
+    processes: int = 1
+    """Data-parallel ranks of each way."""
     dtype: str = "fp32"
     """fp32, or bf16 with fp32 main weights; torch.save's are fp32 either way."""
     rounds: int = 3
@@ -63,6 +72,7 @@ def run(options: CheckpointBenchmark) -> None:
         UserError: options that cannot be measured, or the disk has no room.
         SystemExit: with 1 when a side did not get back what it had saved.
     """
+    options = replace(options, sides=options.sides or _possible_sides(options))
     raise_if(_faults(options))
     config = shape(options.config, options.num_layers)
     with TemporaryDirectory(dir=options.directory, prefix="qwen2-benchmark-") as name:
@@ -96,6 +106,7 @@ def summarize(
     return {
         side: {
             "num_bytes": answers[side][0]["num_bytes"],
+            "rank_bytes": answers[side][0].get("rank_bytes", {}),
             "intact": all(answer["intact"] for answer in answers[side]),
             **{action: _summary(action, first, answers[side]) for action in ("save", "load")},
         }
@@ -118,33 +129,57 @@ def _summary(
 
 
 def _measure(options: CheckpointBenchmark, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    arguments = {side: [side, str(folder / "hf"), options.dtype] for side in options.sides}
-    with running(
-        "qwen2_ascend.benchmark.checkpoint_side", arguments, threads=options.threads
-    ) as sides:
+    module, processes = "qwen2_ascend.benchmark.checkpoint_side", options.processes
+    with ExitStack() as stack:
+        sides: dict[str, RankedSide] = {}
+        for name in options.sides:
+            words = [name, str(folder / "hf"), options.dtype]
+            side = RankedSide(module, words, threads=options.threads, processes=processes)
+            sides[name] = stack.enter_context(side)
+            side.read()
 
         def measure(side: str) -> dict[str, Any]:
             target = folder / "checkpoint"
             try:
                 answer = {"save": _watched(sides[side], "save", target)}
+                rank_bytes = _rank_bytes(target)
                 answer["load"] = _watched(sides[side], "load", target)
             finally:
                 shutil.rmtree(target, ignore_errors=True)
             told = ", ".join(f"{key} {value['seconds']:.2f} s" for key, value in answer.items())
             print(f"  {side}: {told}", flush=True)
-            sizes = {key: answer["save"][key] for key in ("num_bytes",)}
+            sizes = {"num_bytes": answer["save"]["num_bytes"], "rank_bytes": rank_bytes}
             return {**answer, **sizes, "intact": answer["load"]["intact"]}
 
         return interleaved(options.sides, options.rounds, measure)
 
 
-def _watched(side: Side, action: str, target: Path) -> dict[str, Any]:
-    """The answer, and the anonymous memory at its peak above what was held before."""
-    memory = PeakMemory(side.pid)
-    before = memory.sample()
-    with memory:
-        answer = side.ask([action, str(target)])
-    return {**answer, "memory_bytes": max(memory.num_bytes - before, 0)}
+def _watched(side: RankedSide, action: str, target: Path) -> dict[str, Any]:
+    """What the slowest rank said, and the anonymous memory of the rank that took most, at its peak
+    above what it held before."""
+    memories = [PeakMemory(pid) for pid in side.pids]
+    before = [memory.sample() for memory in memories]
+    with ExitStack() as stack:
+        for memory in memories:
+            stack.enter_context(memory)
+        answers = side.ask([action, str(target)])
+    rises = [memory.num_bytes - held for memory, held in zip(memories, before, strict=True)]
+    slowest = max(answers, key=lambda answer: answer["seconds"])
+    intact = all(answer.get("intact", True) for answer in answers)
+    return {**slowest, "intact": intact, "memory_bytes": max(*rises, 0)}
+
+
+def _rank_bytes(folder: Path) -> dict[str, int]:
+    """What each rank wrote of a torch_dist folder, by rank."""
+    found: dict[str, int] = {}
+    for path in folder.rglob("__*_*.distcp"):
+        rank = path.name.split("_")[2]
+        found[rank] = found.get(rank, 0) + path.stat().st_size
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
+def _possible_sides(options: CheckpointBenchmark) -> tuple[str, ...]:
+    return SIDES if options.processes == 1 else RANKED_SIDES
 
 
 def _faults(options: CheckpointBenchmark) -> list[str]:
@@ -152,7 +187,10 @@ def _faults(options: CheckpointBenchmark) -> list[str]:
     if options.dtype not in BYTES_PER_WEIGHT:
         faults.append(f"--dtype {options.dtype} is not fp32 or bf16.")
     faults += side_faults(options.sides, SIDES)
+    if alone := sorted(set(options.sides) & set(SIDES) - set(_possible_sides(options))):
+        faults.append(f"--processes {options.processes}: {', '.join(alone)} runs on one only.")
     counts = {
+        "--processes": options.processes,
         "--sides": len(options.sides),
         "--rounds": options.rounds,
         "--threads": options.threads,
@@ -163,8 +201,9 @@ def _faults(options: CheckpointBenchmark) -> list[str]:
 
 def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[str, Any]) -> None:
     print(
-        f"\n{config.num_parameters:,} parameters with AdamW's state, {options.dtype}, one CPU "
-        f"process; {options.rounds} interleaved rounds, median (lowest-highest)\n"
+        f"\n{config.num_parameters:,} parameters with AdamW's state, {options.dtype}, "
+        f"{options.processes} CPU process(es); {options.rounds} interleaved rounds, "
+        "median (lowest-highest)\n"
     )
     first = options.sides[0]
     head = ("side", "GB", "", "s", "GB/s", f"{first} over it", "memory besides, MB", "intact")
@@ -178,3 +217,7 @@ def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[st
             cells += [f"{of['memory_bytes'] / 1e6:.0f}", "yes" if row["intact"] else "no"]
             rows.append(cells)
     print(markdown.table(head, rows))
+    for side, row in report.items():
+        if len(row["rank_bytes"]) > 1:
+            megabytes = ", ".join(f"{size / 1e6:.1f}" for size in row["rank_bytes"].values())
+            print(f"{side}: MB written by each rank: {megabytes}")

@@ -26,8 +26,9 @@ from qwen2_ascend.benchmark.train_side import (
 class State:
     """What each side is reduced to."""
 
-    save: Callable[[Path], None]
-    """Into a folder that is not there yet."""
+    save: Callable[[Path], float | None]
+    """Into a folder that is not there yet; the seconds that count, or None for all until what was
+    written is on the disk."""
     load: Callable[[Path], None]
     tensors: Callable[[], list[Any]]
     """All that has to come back: weights and moments."""
@@ -39,6 +40,7 @@ def main(side: str, folder: str, dtype: str) -> None:
 
 
 def _prepared(side: str, folder: str, dtype: str) -> State:
+    processes = int(os.environ["WORLD_SIZE"])
     work = Work(
         side=side,
         folder=folder,
@@ -46,8 +48,9 @@ def _prepared(side: str, folder: str, dtype: str) -> State:
         dtype=dtype,
         seq_length=16,
         micro_batch_size=1,
-        global_batch_size=1,
+        global_batch_size=processes,
         max_steps=1,
+        use_distributed_optimizer=processes > 1,
     )
     return BUILDERS[side](work)
 
@@ -57,9 +60,9 @@ def _answer(state: State, question: tuple[str, str]) -> dict[str, Any]:
     before = _digest(state)
     begun = time.perf_counter()
     if action == "save":
-        state.save(folder)
+        counted = state.save(folder)
         _on_disk(folder)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun if counted is None else counted
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return {"seconds": seconds, "num_bytes": num_bytes}
     for tensor in state.tensors():
@@ -85,9 +88,9 @@ def _digest(state: State) -> str:
     return digest.hexdigest()
 
 
-def _ours(work: Work, *, ckpt_format: str = "torch_dist") -> State:
+def _ours(work: Work, *, ckpt_format: str = "torch_dist", is_async: bool = False) -> State:
     from qwen2_ascend.checkpoint.load import load_checkpoint_weights
-    from qwen2_ascend.training.checkpointing import resume, save_checkpoint
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer, resume
     from qwen2_ascend.training.optimizer import num_updates
     from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.saved_run import SavedRun
@@ -97,10 +100,18 @@ def _ours(work: Work, *, ckpt_format: str = "torch_dist") -> State:
     run.step(run.batches())
     assert num_updates(run.optimizer) == 1
     identity = checkpoint_identity(plan)
-    kept: Any = replace(run.settings.checkpoint, ckpt_format=ckpt_format)
+    kept: Any = replace(run.settings.checkpoint, ckpt_format=ckpt_format, async_save=is_async)
+    run.settings = replace(run.settings, checkpoint=replace(kept, save=Path()))
+    checkpointer = megatron_checkpointer(run, identity, lambda line: None)
 
-    def save(folder: Path) -> None:
-        save_checkpoint(run, identity, replace(kept, save=folder))
+    def save(folder: Path) -> float | None:
+        checkpointer.move_to(folder)
+        begun = time.perf_counter()
+        checkpointer.save()
+        waited = time.perf_counter() - begun
+        checkpointer.finish()
+        checkpointer.close()
+        return waited if is_async else None
 
     def load(folder: Path) -> None:
         again = make_plan(replace(run.settings, model=replace(run.settings.model, load=folder)))
@@ -118,13 +129,25 @@ def _ours(work: Work, *, ckpt_format: str = "torch_dist") -> State:
     return State(save=save, load=load, tensors=lambda: _optimized(run.optimizer, run.chunks[0]))
 
 
+def _ours_async(work: Work) -> State:
+    return _ours(work, is_async=True)
+
+
 def _ours_torch(work: Work) -> State:
     return _ours(work, ckpt_format="torch")
 
 
 def _dist_checkpointing(work: Work) -> State:
-    """megatron-core's own, as its documentation has it: sharded_state_dict, save, load."""
-    from megatron.core import dist_checkpointing
+    """megatron-core's own, as its documentation has it: sharded_state_dict, save, load.
+
+    On several ranks they share the writing as Megatron-LM's --ckpt-fully-parallel-save has it.
+    """
+    import torch
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelSaveStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
 
@@ -132,16 +155,32 @@ def _dist_checkpointing(work: Work) -> State:
     made.step()
     prepare_torch_dist()
 
+    is_ranked = work.use_distributed_optimizer
+    group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {
+        "distrib_optim_sharding_type": "dp_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": group,
+    }
+    keywords = {"metadata": metadata} if is_ranked else {}
+
     def sharded(*, is_loading: bool) -> dict[str, Any]:
-        model = made.model.sharded_state_dict()
-        optimizer = made.optimizer.sharded_state_dict(model, is_loading=is_loading)
+        model = made.model.sharded_state_dict(**keywords)
+        optimizer = made.optimizer.sharded_state_dict(model, is_loading=is_loading, **keywords)
         return {"model": model, "optimizer": optimizer}
 
     def save(folder: Path) -> None:
-        folder.mkdir()
-        dist_checkpointing.save(sharded(is_loading=False), str(folder), ("torch_dist", 1))
+        if torch.distributed.get_rank() == 0:
+            folder.mkdir()
+        torch.distributed.barrier()
+        strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1)
+        if is_ranked:
+            strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+        dist_checkpointing.save(sharded(is_loading=False), str(folder), strategy)
 
     def load(folder: Path) -> None:
+        # its fully parallel loading broadcasts between devices only
         state: Any = dist_checkpointing.load(sharded(is_loading=True), str(folder))
         made.model.load_state_dict(state["model"])
         made.optimizer.load_state_dict(state["optimizer"])
@@ -185,6 +224,7 @@ def _moments(optimizer: Any) -> list[Any]:
 
 BUILDERS: dict[str, Callable[[Work], State]] = {
     "ours": _ours,
+    "ours-async": _ours_async,
     "ours-torch": _ours_torch,
     "dist_checkpointing": _dist_checkpointing,
     "torch.save": _torch_save,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,15 +31,23 @@ class Side:
         module: run by `python -m`; it calls `serve`.
         arguments: of the command line.
         threads: OMP_NUM_THREADS.
+        environment: variables besides those of this process.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], *, threads: int) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environment or {}),
             start_new_session=True,
         )
 
@@ -54,9 +63,9 @@ class Side:
         self.close()
 
     @property
-    def pid(self) -> int:
+    def pids(self) -> list[int]:
         """The process's."""
-        return self._process.pid
+        return [self._process.pid]
 
     def ask(self, question: Any) -> Any:
         """What the process says to `question`.
@@ -64,13 +73,17 @@ class Side:
         Raises:
             UserError: it has ended.
         """
+        self.tell(question)
+        return self.read()
+
+    def tell(self, question: Any) -> None:
+        """Asks, and does not wait for the answer."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended, which reading finds
-        return self.read()
 
     def read(self) -> Any:
         """The next thing that the process says; the first one is that it is ready.
@@ -92,6 +105,64 @@ class Side:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+class RankedSide:
+    """The ranks of one side, asked together; usable with `with`. Its answers are a list.
+
+    Args:
+        module: as of `Side`.
+        arguments: of every rank.
+        threads: of each.
+        processes: how many ranks there are.
+    """
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, threads: int, processes: int
+    ) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        common = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+        }
+        self._ranks: list[Side] = []
+        for rank in range(processes):
+            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._ranks.append(Side(module, arguments, threads=threads, environment=own))
+
+    def __enter__(self) -> RankedSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._ranks:
+            rank.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes', by rank."""
+        return [pid for rank in self._ranks for pid in rank.pids]
+
+    def ask(self, question: Any) -> list[Any]:
+        """What every rank says to `question`.
+
+        Raises:
+            UserError: one has ended.
+        """
+        for rank in self._ranks:
+            rank.tell(question)
+        return self.read()
+
+    def read(self) -> list[Any]:
+        """The next thing that every rank says.
+
+        Raises:
+            UserError: one has ended.
+        """
+        return [rank.read() for rank in self._ranks]
 
 
 def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:

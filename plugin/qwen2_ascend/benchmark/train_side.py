@@ -45,6 +45,8 @@ class Work:
     lr: float = 1e-4
     clip_grad: float = 1.0
     weight_decay: float = 0.01
+    use_distributed_optimizer: bool = False
+    """Over all ranks, which are data-parallel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
     fusion = FusionSettings(attention_backend="unfused", **switched_off)
     settings = s.PretrainSettings(
         model=s.ModelSettings(load=Path(work.folder)),
+        parallel=s.ParallelSettings(use_distributed_optimizer=work.use_distributed_optimizer),
         batch=s.BatchSettings(
             micro_batch_size=work.micro_batch_size,
             global_batch_size=work.global_batch_size,
@@ -199,7 +202,9 @@ def build_megatron_core(work: Work) -> MegatronCore:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     model, config = _megatron_model(work, runtime)
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=work.use_distributed_optimizer
+    )
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(config, ddp_config, model)
     optimizer = _megatron_optimizer(work, wrapped, config.params_dtype)
@@ -274,6 +279,7 @@ def _megatron_optimizer(work: Work, wrapped: Any, params_dtype: Any) -> Any:
         clip_grad=work.clip_grad,
         bf16=work.dtype == "bf16",
         params_dtype=params_dtype,
+        use_distributed_optimizer=work.use_distributed_optimizer,
     )
     settings = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
     return get_megatron_optimizer(settings, [wrapped])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from qwen2_ascend.checkpoint.progress import size_text
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
@@ -68,11 +68,13 @@ class ConvertOptions:
     dry_run: bool = False
     """Print the plan as a table and check it; write nothing."""
     verify: bool = False
-    """Read the result back, every byte, against the source (and a source against its manifest)."""
+    """Read the result back, every byte, against the source and its own new manifest."""
     resume: bool = False
     """Finish a conversion that was killed."""
     overwrite: bool = False
     """Replace a checkpoint in --save-dir; the old one stays until the new one is complete."""
+    check_source: bool = True
+    """Check what is read against the manifest beside it, if there is one (checksums too)."""
     ignore_replica_mismatch: bool = False
     """Accept tensors that ranks hold twice and differently; the first rank's is taken."""
 
@@ -139,6 +141,7 @@ def _conversion(options: ConvertOptions) -> Conversion:
         verify=options.verify,
         resume=options.resume,
         overwrite=options.overwrite,
+        check_source=options.check_source,
         ignore_replica_mismatch=options.ignore_replica_mismatch,
     )
 
@@ -174,4 +177,4 @@ def _print_plan(prepared: Prepared) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ replaced whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections import defaultdict
@@ -18,11 +19,13 @@ from types import MappingProxyType
 import xxhash
 
 from qwen2_ascend.checkpoint.adapter_rules import target_rules
-from qwen2_ascend.checkpoint.copying import Reader
+from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
+from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter, open_adapter
 from qwen2_ascend.checkpoint.manifest import (
-    MANIFEST_FILE,
-    check_against_manifest,
+    MARK,
+    Comparison,
+    compare_with_manifest,
     encode_manifest,
     source_identity,
 )
@@ -40,7 +43,7 @@ from qwen2_ascend.checkpoint.target import (
 )
 from qwen2_ascend.checkpoint.verify import check_replicas, verify
 from qwen2_ascend.checkpoint.writing import JOURNAL_FILE, Journal, write_target
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, VerificationError, raise_if
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 
 SPACE_MARGIN_BYTES = 64 << 20
@@ -68,6 +71,7 @@ class Conversion:
     resume: bool = False
     overwrite: bool = False
     ignore_replica_mismatch: bool = False
+    check_source: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,8 @@ class Prepared:
     plan: Plan
     padded_vocab_size: int | None
     """None for a Hugging Face target, which is never padded."""
+    comparison: Comparison
+    """What the source's manifest says of it."""
     stamps: Mapping[str, tuple[int, int]]
     """Size in bytes and modification time of each source file, when its header was read."""
 
@@ -96,11 +102,14 @@ def prepare(request: Conversion) -> Prepared:
     source = open_source(request.load_dir, request.load_model_type, request.hf_cfg_dir)
     adapter = open_adapter(request.adapter, source.config) if request.adapter else None
     stamps = _stamps(source, adapter)
+    comparison = Comparison()
+    if request.check_source:
+        comparison = compare_with_manifest(source, own_config=request.hf_cfg_dir is None)
     dtype = target_dtype(source, request.dtype)
     padded = None
     if request.save_model_type == "hf":
         target = hugging_face_target(
-            source.config, dtype, request.max_shard_bytes, source.side_files
+            source.config, dtype, request.max_shard_bytes, source.side_files, MARK
         )
     else:
         if request.padded_vocab_size is None and request.make_vocab_size_divisible_by is None:
@@ -113,7 +122,13 @@ def prepare(request: Conversion) -> Prepared:
         )
         request.layout.check(source.config, padded)
         target = megatron_target(
-            source.config, request.layout, padded, dtype, request.save_format, source.side_files
+            source.config,
+            request.layout,
+            padded,
+            dtype,
+            request.save_format,
+            source.side_files,
+            MARK,
         )
     check_files(target)
     plan = make_plan(source.held, target.held, source.config.vocab_size)
@@ -125,6 +140,7 @@ def prepare(request: Conversion) -> Prepared:
         target=target,
         plan=plan,
         padded_vocab_size=padded,
+        comparison=comparison,
         stamps=stamps,
     )
 
@@ -179,21 +195,21 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
         OSError: reading or writing failed; the target is as it was.
         VerificationError: the result is not what it should be; the target is as it was.
     """
-    request, source = prepared.request, prepared.source
+    request = prepared.request
     staged = StagedFolder(request.save_dir, resume=request.resume, overwrite=request.overwrite)
     if not request.ignore_replica_mismatch:
         check_replicas(prepared.plan.replicas)
-    if request.verify and (n := check_against_manifest(source, workers=_workers(request))):
-        say(f"source: {n} tensors have the checksums they were written with")
+    for remark in _not_checked(prepared):
+        say(f"source: {remark}")
     try:
         with staged:
             _check_space(prepared, staged.folder)
             _write(prepared, staged, say)
             if request.verify:
                 _verify(prepared, staged, say)
-            (staged.folder / JOURNAL_FILE).unlink()
-            staged.publish()
-    except KeyboardInterrupt:
+            with _journal_set_aside(staged.folder):
+                staged.publish()
+    except BaseException:
         if staged.folder.is_dir():
             flags = "--resume --overwrite" if request.overwrite else "--resume"
             say(
@@ -202,6 +218,29 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
             )
         raise
     say(f"written: {request.save_dir}")
+
+
+def _not_checked(prepared: Prepared) -> Iterator[str]:
+    """What a reader of the log might think was checked, and was not."""
+    request = prepared.request
+    for remark in prepared.comparison.remarks:
+        yield f"{remark}; that is not verified"
+    if request.verify and not prepared.comparison.parts and not prepared.comparison.remarks:
+        yield "it has no manifest; whether its bytes are as they were written is not verified"
+
+
+@contextlib.contextmanager
+def _journal_set_aside(folder: Path) -> Iterator[None]:
+    """Removes the journal, which is no part of the result, but not if the result is refused."""
+    path = folder / JOURNAL_FILE
+    journal = path.read_bytes()
+    path.unlink()
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir():
+            path.write_bytes(journal)
+        raise
 
 
 def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
@@ -247,6 +286,8 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
     if journal.done:
         say(f"resuming: {len(journal.done)} of {len(prepared.plan.writes)} tensors are there")
     try:
+        way_out = " --no-check-source takes it as it is."
+        checks = SourceChecks(prepared.comparison.parts, way_out)
         with Progress("write", prepared.plan.num_bytes) as progress:
             checksums = write_target(
                 staged.folder,
@@ -256,11 +297,18 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
                 workers=_workers(request),
                 progress=progress,
                 open_reader=_open_reader(prepared),
+                checks=checks,
             )
     finally:
         journal.close()
     if _stamps(source, prepared.adapter) != prepared.stamps:
-        raise OSError(f"{source.folder}: changed while it was read; convert it when it is at rest.")
+        raise VerificationError(
+            f"{source.folder}: changed while it was read; convert it when it is at rest."
+        )
+    checks.finish(source.held)
+    if n := len(prepared.comparison.parts):
+        files = prepared.comparison.num_files
+        say(f"source: {n} tensors have the checksums they were written with, {files} files too")
     for path, data in target.small_files.items():
         write_file(staged.folder / path, data)
     layout = request.layout if target.kind == "mg" else None
@@ -280,10 +328,15 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
 
 def _verify(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object]) -> None:
     written = open_source(staged.folder, prepared.target.kind)
+    try:
+        comparison = compare_with_manifest(written)
+    except UserError as error:
+        raise VerificationError(str(error)) from None
     with Progress("verify", prepared.plan.num_bytes) as progress:
         verify(
             prepared.source,
             written,
+            checksums=comparison.checksums,
             workers=_workers(prepared.request),
             progress=progress,
             open_reader=_open_reader(prepared),
@@ -330,6 +383,8 @@ def _workers(request: Conversion) -> int:
 
 def _request_faults(request: Conversion) -> Iterator[str]:
     """What can be said before anything is opened."""
+    if request.verify and not request.check_source:
+        yield "--verify checks the source too; leave out --no-check-source."
     if request.save_model_type == "hf":
         shard_flags = {
             "--target-tensor-parallel-size": request.layout.tp != 1,

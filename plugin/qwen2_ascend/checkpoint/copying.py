@@ -12,7 +12,7 @@ import mmap
 import os
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ import xxhash
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Copy, Held, Write, bands, overlap, volume
 from qwen2_ascend.checkpoint.rules import Box
+from qwen2_ascend.errors import DamagedError, VerificationError
+from qwen2_ascend.files import open_descriptor
 
 BAND_BYTES = 1 << 20
 
@@ -47,7 +49,7 @@ class Reader:
     def _open(self, path: Path) -> tuple[int, mmap.mmap]:
         with self._lock:
             if path not in self._files:
-                fd = os.open(path, os.O_RDONLY)
+                fd = open_descriptor(path)
                 self._files[path] = (fd, mmap.mmap(fd, 0, prot=mmap.PROT_READ))
             return self._files[path]
 
@@ -55,7 +57,8 @@ class Reader:
         """`box` (of the tensor's view) as a `[blocks, rows, columns]` array over the file.
 
         Raises:
-            OSError: the file has become shorter; touching its lost pages would kill the process.
+            VerificationError: the file has become shorter; touching its lost pages would kill the
+                process.
         """
         fd, mapped = self._open(held.stored.path)
         if os.fstat(fd).st_size < held.stored.offset + held.stored.num_bytes:
@@ -71,7 +74,8 @@ class Reader:
         """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype).
 
         Raises:
-            OSError: the file cannot be read, or ends too soon.
+            OSError: the file cannot be read.
+            VerificationError: it ends too soon.
         """
         fd, _ = self._open(held.stored.path)
         start = _run_start(held, box)
@@ -149,16 +153,76 @@ def stored_checksum(stored: StoredTensor) -> str:
     if not stored.path.exists():
         return "file is missing"
     checksum, raw = xxhash.xxh3_128(), memoryview(bytearray(BAND_BYTES))
-    with open(stored.path, "rb", buffering=0) as file:
-        file.seek(stored.offset)
-        left = stored.num_bytes
-        while left:
-            n = file.readinto(raw[: min(left, BAND_BYTES)])
+    fd = open_descriptor(stored.path)
+    try:
+        at, end = stored.offset, stored.offset + stored.num_bytes
+        while at < end:
+            n = os.preadv(fd, [raw[: end - at]], at)
             if not n:
                 return "file ends early"
             checksum.update(raw[:n])
-            left -= n
+            at += n
+    finally:
+        os.close(fd)
     return checksum.hexdigest()
+
+
+class SourceChecks:
+    """Compares source tensors with the checksums they were written with, each of them once.
+
+    A tensor is read for it just before its first use, so that the disk is read once: the copying
+    then finds it in the page cache. Threads may share one.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[StoredTensor, Sequence[tuple[StoredTensor, str]]],
+        way_out: str = "",
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            expected: the parts that a tensor was written in, with their checksums.
+            way_out: ends the message about a damaged tensor.
+        """
+        self._left = dict(expected)
+        self._way_out = way_out
+        self._damaged: list[StoredTensor] = []
+
+    def before(self, write: Write) -> None:
+        """Checks the tensors that `write` is the first to read."""
+        for copy in write.copies:
+            self._check(copy.source.stored)
+
+    def finish(self, sources: Iterable[Held]) -> None:
+        """Checks those of `sources` that no write read (replicas, or of an earlier run).
+
+        Raises:
+            DamagedError: tensors whose bytes changed since they were written, all named.
+        """
+        sources = tuple(sources)
+        for held in sources:
+            self._check(held.stored)
+        self.raise_damaged(sources)
+
+    def raise_damaged(self, sources: Iterable[Held]) -> None:
+        """Ends the work where one of `sources` that was read is not as it was written.
+
+        Raises:
+            DamagedError: all of them named.
+        """
+        if self._damaged:
+            raise DamagedError(
+                f"{held.stored.path}: {held.name} does not have the checksum it was written with; "
+                f"the file is damaged or was changed.{self._way_out}"
+                for held in sources
+                if held.stored in self._damaged
+            )
+
+    def _check(self, stored: StoredTensor) -> None:
+        parts = self._left.pop(stored, ())  # whoever takes it checks it
+        if any(stored_checksum(part) != expected for part, expected in parts):
+            self._damaged.append(stored)
 
 
 def allow_many_open_files() -> None:
@@ -169,8 +233,8 @@ def allow_many_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _ended(held: Held) -> OSError:
-    return OSError(
+def _ended(held: Held) -> VerificationError:
+    return VerificationError(
         f"{held.stored.path} became shorter while it was read ({held.name} is gone); something "
         "else is writing it."
     )

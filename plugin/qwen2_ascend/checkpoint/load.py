@@ -6,18 +6,20 @@ peak is its parameters and what of the source it has mapped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_ascend.checkpoint.copying import Reader
+from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
 from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.checkpoint.manifest import compare_with_manifest
 from qwen2_ascend.checkpoint.merging import MergingReader
 from qwen2_ascend.checkpoint.plan import Held, Write, make_plan, volume
-from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
+from qwen2_ascend.checkpoint.rules import Piece, Shard, megatron_pieces
+from qwen2_ascend.checkpoint.slices import Run, parts_of
 from qwen2_ascend.checkpoint.source import Source, open_source
 from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.errors import UserError
@@ -26,6 +28,8 @@ from qwen2_ascend.parallel import ParallelLayout
 if TYPE_CHECKING:
     import torch
 
+Slices = Iterable[tuple[Piece, Run, "torch.Tensor"]]
+"""A tensor of this rank, which run of its elements, and the tensor that takes them."""
 _IN_MEMORY = Path("memory")
 
 
@@ -83,6 +87,7 @@ def load_tensors(
     """
     layout.check(source.config, padded_vocab_size)
     pieces = megatron_pieces(source.config, layout, padded_vocab_size)
+    checks = checks_of(source)
     with MergingReader(adapter, source.config) if adapter else Reader() as reader:
         for chunk, tensors in enumerate(chunks):
             expected = pieces[Shard(tp_rank, pp_stage, chunk)]
@@ -95,7 +100,65 @@ def load_tensors(
             own = {piece.tensor for piece in expected.values()}
             check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
             for write in plan.writes:
+                checks.before(write)
                 fill(tensors[write.target.name], write, reader)
+            checks.raise_damaged(source.held)
+
+
+def checks_of(source: Source, *, is_whole: bool = True) -> SourceChecks:
+    """What holds the shards that are read against their manifest, where they have one.
+
+    Args:
+        source: opened.
+        is_whole: see `compare_with_manifest`.
+
+    Raises:
+        DamagedError: their headers are not as the manifest says.
+    """
+    if source.kind != "mg":
+        return SourceChecks({})
+    return SourceChecks(compare_with_manifest(source, own_config=False, is_whole=is_whole).parts)
+
+
+def load_slices(
+    slices: Slices,
+    sources: Sequence[Held],
+    vocab_size: int,
+    *,
+    checks: SourceChecks | None = None,
+    is_sparse: bool = False,
+) -> None:
+    """Fills runs of tensors' elements from stored ones, which may be cut otherwise.
+
+    Args:
+        slices: what is filled; each tensor is contiguous and has as many elements as its run.
+        sources: what is stored.
+        vocab_size: rows of the vocabulary that are read; others become zero.
+        checks: what the sources are held against.
+        is_sparse: whether elements that are stored nowhere become zero too.
+
+    Raises:
+        UserError: a tensor is stored twice and differently.
+        DamagedError: one is not as it was written.
+    """
+    targets, tensors = [], []
+    for piece, run, tensor in slices:
+        for box, part in parts_of(piece.box, run, joins_blocks=True):
+            shape = tuple(stop - start for start, stop in box)
+            stored = StoredTensor(_IN_MEMORY, 0, shape, "fp32")
+            targets.append(Held(piece.tensor, Piece(piece.tensor, box, shape), stored))
+            within = slice(part.start - run.start, part.stop - run.start)
+            tensors.append(tensor.view(-1)[within])
+    plan = make_plan(sources, targets, vocab_size, is_sparse=is_sparse)
+    own = {held.piece.tensor for held in targets}
+    check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
+    with Reader() as reader:
+        for tensor, write in zip(tensors, plan.writes, strict=True):
+            if checks is not None:
+                checks.before(write)
+            fill(tensor, write, reader)
+    if checks is not None:
+        checks.raise_damaged(sources)
 
 
 def fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:

@@ -1,24 +1,49 @@
-"""The manifest of a converted checkpoint: what is in it, with a checksum for every tensor."""
+"""The manifest of a checkpoint: what is in it, with a checksum for every tensor and file.
+
+It is written beside the weights and never read from what it describes. So a later conversion can
+hold against it what the files' own headers say (names, dtypes, shapes, offsets), and the bytes.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+import os
+import re
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import xxhash
 
 from qwen2_ascend import __version__
-from qwen2_ascend.checkpoint.copying import stored_checksum
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor
+from qwen2_ascend.checkpoint.formats import safetensors, torch_pt
+from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE, OPTIMIZER
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.plan import Held
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.checkpoint.writing import Checksums
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import DamagedError, UserError, raise_if, shown
+from qwen2_ascend.files import open_regular, parse_json, read_bytes, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
-MANIFEST_FILE = "qwen2_ascend_manifest.json"
+MARK = {"qwen2_ascend_manifest": MANIFEST_FILE}
+"""What the weights' own files say, so that a manifest that was lost is missed."""
+
+_VERSION = 2
+"""2 lists small files, which 1 did not."""
+_MOST_FAULTS = 20
+_PART = re.compile(r"\[[0-9]+:[0-9]+\]$")
+"""What a part's name has behind the tensor's."""
+_BESIDES = ("optimizer.", f"{OPTIMIZER}/", "rng_state/")
+"""How the names of what is no weight begin, in torch_dist and in the mp_rank tree."""
+_READ_ON = "--no-check-source reads it all the same"
+
+
+# -- writing
 
 
 def encode_manifest(
@@ -33,17 +58,21 @@ def encode_manifest(
 
     Names are relative to the folder; no path of this machine.
     """
-    files: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = defaultdict(dict)
     for held in target.held:
         path, stored = str(held.stored.path), held.stored
-        files.setdefault(path, {})[held.name] = {
+        tensors[path][held.name] = {
             "dtype": stored.dtype,
             "shape": list(stored.shape),
             "offset": stored.offset,
             "xxh3_128": checksums[path, held.name],
         }
+    small = {str(path): data for path, data in target.small_files.items()}
+    for file in target.files:  # those of a torch_dist folder that hold no tensors
+        if str(file.path) not in tensors:
+            small[str(file.path)] = b"".join(data for _, data in file.segments)
     manifest = {
-        "manifest_version": 1,
+        "manifest_version": _VERSION,
         "written_by": f"qwen2-ascend {__version__}",
         "kind": target.kind,
         "format": target.format,
@@ -53,7 +82,46 @@ def encode_manifest(
         "source": source_identity(source),
         "adapter": adapter,
         "sizes": {str(file.path): file.total_bytes for file in target.files},
-        "tensors": files,
+        "files": {path: xxhash.xxh3_128_hexdigest(data) for path, data in small.items()},
+        "tensors": tensors,
+    }
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
+def encode_training_manifest(
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    checksums: Mapping[str, str],
+    beside: Mapping[Path, bytes],
+) -> bytes:
+    """The manifest of an iteration that is complete but for it.
+
+    Args:
+        folder: the iteration's.
+        about: the run: plain values by key, which nothing reads.
+        tensors: by file and name what the file holds, as in `encode_manifest`; a tensor that ranks
+            wrote together has a name for each part, `NAME[start:stop]` in elements.
+        checksums: of whole files, where they are known already.
+        beside: what lies in the folder above, by its place there.
+    """
+    sizes, files = {}, {}
+    for path in regular_files(folder):
+        name = _place(path, folder)
+        if name in tensors:
+            sizes[name] = path.stat().st_size
+        else:
+            files[name] = checksums.get(name) or file_checksum(path)
+    manifest = {
+        "manifest_version": _VERSION,
+        "written_by": f"qwen2-ascend {__version__}",
+        "kind": "training",
+        **about,
+        "sizes": sizes,
+        "files": files,
+        "beside": {str(path): xxhash.xxh3_128_hexdigest(data) for path, data in beside.items()},
+        "tensors": tensors,
     }
     return (json.dumps(manifest, indent=1) + "\n").encode()
 
@@ -70,48 +138,399 @@ def source_identity(source: Source) -> dict[str, Any]:
     }
 
 
-def check_against_manifest(source: Source, *, workers: int) -> int:
-    """Reads every tensor of a source that its manifest lists and compares checksums.
+# -- reading
+
+
+class Entry(NamedTuple):
+    """One tensor as the manifest lists it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a manifest lists; files by their place below `folder`."""
+
+    folder: Path
+    tensors: Mapping[str, Mapping[str, Entry]]
+    """By file and name."""
+    sizes: Mapping[str, int]
+    """Bytes of each weight file."""
+    files: Mapping[str, str] | None
+    """Checksums of the small files; None where an earlier release did not list them."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Checksums of files in the folder above: a run's config.json and tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What came of holding a source against its manifest."""
+
+    parts: Mapping[StoredTensor, tuple[tuple[StoredTensor, str], ...]] = field(default_factory=dict)
+    """What each tensor's bytes must have, in the parts that it was written in."""
+    num_files: int = 0
+    """Small files that are as they were written."""
+    remarks: tuple[str, ...] = ()
+    """What could not be compared, one sentence each."""
+
+    @property
+    def checksums(self) -> dict[StoredTensor, str]:
+        """Of the tensors that were written in one part."""
+        return {stored: parts[0][1] for stored, parts in self.parts.items() if len(parts) == 1}
+
+
+def compare_with_manifest(
+    source: Source, *, own_config: bool = True, is_whole: bool = True
+) -> Comparison:
+    """Holds what was read of a source's headers, and its small files, against its manifest.
 
     Files that came later (a training run that went on in the same folder) are not in the manifest
     and not compared.
 
-    Returns:
-        The number of tensors compared; 0 where there is no manifest.
+    Args:
+        source: opened.
+        own_config: whether config.json and the tokenizer lie with the weights; not those that the
+            user named elsewhere.
+        is_whole: whether `source` is all weights that the manifest lists; else it is the
+            optimizer's tensors of one kind, and small files are not looked at.
 
     Raises:
-        UserError: tensors whose bytes changed since they were written, all named.
+        DamagedError: everything that is not as the manifest says, or a manifest that is damaged.
     """
-    places = (source.folder, source.folder.parent)  # shards: the folder of the iterations
-    path = next((p / MANIFEST_FILE for p in places if (p / MANIFEST_FILE).is_file()), None)
-    if path is None:
-        return 0
-    entries = [entry for entry in _entries(path) if entry[1].path in set(source.files)]
-    with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda entry: stored_checksum(entry[1]), entries)
-        raise_if(
-            f"{stored.path}: {name} does not have the checksum it was written with; the file is "
-            "damaged or was changed."
-            for (name, stored, expected), checksum in zip(entries, found, strict=True)
-            if checksum != expected
-        )
-    return len(entries)
+    manifest = _find(source)
+    if manifest is None:
+        lost = f"its {MANIFEST_FILE}, which was written with it, is missing"
+        remarks = (lost,) if _is_marked(source) else ()
+        return Comparison(remarks=remarks)
+    read: dict[str, dict[str, Held]] = defaultdict(dict)
+    for held in source.held:
+        read[_place(held.stored.path, manifest.folder)][held.name] = held
+    listed = {file: tensors for file, tensors in read.items() if file in manifest.tensors}
+    unlisted = len(source.held) - sum(map(len, listed.values()))
+    remarks = [f"its manifest lists nothing of {unlisted} tensors"] if unlisted else []
+    if not listed:  # of an earlier iteration, or emptied
+        return Comparison(remarks=tuple(remarks))
+    entries = {file: _by_tensor(manifest.tensors[file]) for file in listed}
+    faults = list(_faults(manifest, listed, entries))
+    files: list[str] = []
+    if is_whole:
+        files, unlisted_files = _small_files(source, manifest, own_config)
+        remarks += unlisted_files
+        faults += _unread(source, manifest, listed, entries)
+        faults += (fault for file in files for fault in _changed(manifest, file))
+    _raise_damaged(faults)
+    return Comparison(
+        parts={
+            held.stored: tuple(_stored_parts(held.stored.path, entries[file][name]))
+            for file, tensors in listed.items()
+            for name, held in tensors.items()
+        },
+        num_files=len(files),
+        remarks=tuple(remarks),
+    )
 
 
-def _entries(path: Path) -> list[tuple[str, StoredTensor, str]]:
-    """(name, where it lies, checksum) of every tensor that a manifest lists."""
+def _find(source: Source) -> Manifest | None:
+    folder = Path(os.path.abspath(source.folder))
+    # of shards it lies beside the iterations
+    places = (folder, folder.parent) if source.kind == "mg" else (folder,)
+    path = next((p / MANIFEST_FILE for p in places if os.path.lexists(p / MANIFEST_FILE)), None)
+    return None if path is None else read_manifest(path)
+
+
+def _is_marked(source: Source) -> bool:
+    """Whether the files say that they were written with a manifest."""
+    first = source.files[0]
+    if source.format == "safetensors":
+        return safetensors.read_header(first).metadata.items() >= MARK.items()
+    state = torch_pt.read(source.folder / "common.pt" if source.format == "torch_dist" else first)
+    args = state.get("args")
+    return isinstance(args, Namespace) and vars(args).items() >= MARK.items()
+
+
+def check_iteration(
+    folder: Path, *, share: int = 0, num_shares: int = 1, most_bytes: int | None = None
+) -> Manifest | None:
+    """Holds a training checkpoint, but for its tensors' bytes, against its manifest.
+
+    That is the sizes of files of tensors, and the contents of all others.
+
+    Args:
+        folder: the iteration's.
+        share: which of the shares of the files is read.
+        num_shares: among as many the files are dealt.
+        most_bytes: larger files are not read.
+
+    Returns:
+        The manifest, or None where there is none.
+
+    Raises:
+        DamagedError: everything that is not as it was written.
+    """
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
     try:
-        files: Mapping[str, Mapping[str, Any]] = json.loads(path.read_bytes())["tensors"]
-        return [
-            (
-                name,
-                StoredTensor(
-                    path.parent / file, entry["offset"], tuple(entry["shape"]), entry["dtype"]
-                ),
-                entry["xxh3_128"],
-            )
-            for file, tensors in files.items()
-            for name, entry in tensors.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a manifest of qwen2-ascend: {error!r}") from None
+        manifest = read_manifest(folder / MANIFEST_FILE)
+    except UserError as error:
+        raise DamagedError(error.faults) from None
+    own = list(manifest.files or ())[share::num_shares]
+    faults = [f for file in own for f in _changed(manifest, file, most_bytes)]
+    for file, said in manifest.sizes.items():
+        path = folder / file
+        size = path.stat().st_size if path.is_file() else None
+        if size != said:
+            what = "is missing" if size is None else f"has {size} bytes"
+            faults.append(f"{path}: {what}; it was written with {said}.")
+    for file, expected in manifest.beside.items():
+        above = replace(manifest, folder=folder.parent, files={file: expected})
+        faults += _changed(above, file)
+    _raise_damaged(faults)
+    return manifest
+
+
+def _raise_damaged(faults: list[str]) -> None:
+    more = [f"and {len(faults) - _MOST_FAULTS} more faults of this kind."]
+    if faults:
+        raise DamagedError(faults if len(faults) <= _MOST_FAULTS else faults[:_MOST_FAULTS] + more)
+
+
+def _by_tensor(entries: Mapping[str, Entry]) -> dict[str, list[Entry]]:
+    """The entries of every tensor, in the order of its parts."""
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for name, entry in entries.items():
+        found[_PART.sub("", name)].append(entry)
+    return {name: sorted(parts, key=lambda entry: entry.offset) for name, parts in found.items()}
+
+
+def _stored_parts(path: Path, parts: list[Entry]) -> Iterator[tuple[StoredTensor, str]]:
+    for dtype, shape, offset, checksum in parts:
+        yield StoredTensor(path, offset, shape, dtype), checksum
+
+
+def _faults(
+    manifest: Manifest,
+    listed: Mapping[str, Mapping[str, Held]],
+    entries: Mapping[str, Mapping[str, list[Entry]]],
+) -> Iterator[str]:
+    """What the headers say otherwise than the manifest, in the files that both know."""
+    for file, tensors in listed.items():
+        path = manifest.folder / file
+        size, said = path.stat().st_size, manifest.sizes.get(file)
+        if size != said:
+            yield f"{path}: has {size} bytes; the manifest says {said}. The file is damaged."
+        for name, held in sorted(tensors.items()):
+            parts = entries[file].get(name)
+            if parts is None:
+                yield f"{path}: holds {name}, which the manifest does not list there; damaged."
+            elif fault := _tensor_fault(held.stored, parts):
+                yield f"{path}: {name} {fault} The file is damaged."
+
+
+def _tensor_fault(stored: StoredTensor, parts: list[Entry]) -> str | None:
+    """How a tensor is not what was written, in one part or in several."""
+    _, offset, shape, dtype = stored
+    end = offset
+    for part in parts:
+        if (part.offset, part.dtype) != (end, dtype):
+            break
+        end += TensorSpec(part.shape, dtype).num_bytes
+    is_equal = end == offset + stored.num_bytes and (len(parts) > 1 or parts[0].shape == shape)
+    if is_equal:
+        return None
+    said = "; ".join(f"{p.shape} {p.dtype} at byte {p.offset}" for p in parts[:3])
+    return f"is {shape} {dtype} at byte {offset}; the manifest says {said}."
+
+
+def _unread(
+    source: Source,
+    manifest: Manifest,
+    listed: Mapping[str, Mapping[str, Held]],
+    entries: Mapping[str, Mapping[str, list[Entry]]],
+) -> Iterator[str]:
+    """What the manifest lists and the headers do not, of the weights."""
+    for file, tensors in manifest.tensors.items():
+        path = manifest.folder / file
+        is_all_besides = all(name.startswith(_BESIDES) for name in tensors)
+        if file not in listed and not is_all_besides and _is_below(path, source.folder):
+            yield f"{path}: the manifest lists it, but nothing was found in it."
+    for file, names in entries.items():
+        for name in names.keys() - listed[file].keys():
+            if not name.startswith(_BESIDES):
+                yield f"{manifest.folder / file}: lacks {name}, which the manifest lists there."
+
+
+def _small_files(
+    source: Source, manifest: Manifest, own_config: bool
+) -> tuple[list[str], list[str]]:
+    """Those of the manifest's small files that belong to what is read; what is not listed."""
+    if manifest.files is None:
+        return [], ["its manifest, of an earlier release, lists no config and tokenizer files"]
+    inner = (file for path in source.side_files for file in regular_files(path))
+    own = [_place(path, manifest.folder) for path in inner]
+    with_weights = own_config and os.path.dirname(own[0]) == ""
+    files = [
+        file
+        for file in manifest.files
+        if _is_below(manifest.folder / file, source.folder)
+        or (with_weights and not file.startswith("iter_"))
+    ]
+    unlisted = [file for file in own if with_weights and file not in manifest.files]
+    return files, [f"its manifest does not list {', '.join(unlisted)}"] if unlisted else []
+
+
+def _changed(manifest: Manifest, file: str, most_bytes: int | None = None) -> Iterator[str]:
+    """Whether a file is not the one that was written, if it is not longer than `most_bytes`."""
+    assert manifest.files is not None
+    path = manifest.folder / file
+    try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            return
+        found = file_checksum(path)
+    except FileNotFoundError:
+        yield f"{path}: is missing, but was written with the weights."
+        return
+    if found != manifest.files[file]:
+        yield (
+            f"{path}: is not the file that was written with the weights. If you changed it, name "
+            f"its folder: --hf-cfg-dir {path.parent}; if not, it is damaged."
+        )
+
+
+def file_checksum(path: Path) -> str:
+    """The xxh3-128 checksum of a regular file, in hexadecimal.
+
+    Raises:
+        UserError: it is none.
+        OSError: it cannot be read.
+    """
+    checksum, band = xxhash.xxh3_128(), bytearray(1 << 20)
+    with open_regular(path) as file:
+        while count := file.readinto(band):  # pyright: ignore[reportAttributeAccessIssue]
+            checksum.update(memoryview(band)[:count])
+    return checksum.hexdigest()
+
+
+def _place(path: Path, folder: Path) -> str:
+    return os.path.relpath(os.path.abspath(path), folder)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.is_relative_to(os.path.abspath(folder))
+
+
+# -- the file's form
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+        UserError: it is none; every fault at once.
+    """
+    try:
+        raw = parse_json(read_bytes(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except UserError as error:
+        raise UserError(f"{path}: not a manifest of qwen2-ascend: {error}") from None
+    version = raw.get("manifest_version") if isinstance(raw, dict) else None
+    if type(version) is int and version > _VERSION:
+        raise UserError(
+            f"{path}: manifest_version={version} is of a newer release of qwen2-ascend; this one "
+            f"reads up to {_VERSION}. {_READ_ON}."
+        )
+    checksums = _Each(_is_path, _is_checksum)
+    form = _FORM | ({"files": checksums} if version == 2 else {})
+    form |= {"beside": checksums} if "beside" in raw else {}
+    faults = list(_form_faults(raw, form, ""))
+    raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:_MOST_FAULTS])
+    tensors = {
+        file: {
+            name: Entry(e["dtype"], tuple(e["shape"]), e["offset"], e["xxh3_128"])
+            for name, e in entries.items()
+        }
+        for file, entries in raw["tensors"].items()
+    }
+    return Manifest(
+        folder=path.parent,
+        tensors=tensors,
+        sizes=raw["sizes"],
+        files=raw.get("files"),
+        beside=raw.get("beside", {}),
+    )
+
+
+class _Each(NamedTuple):
+    """The form of an object with keys of any number."""
+
+    key: Callable[[Any], bool]
+    value: Any
+
+
+def _form_faults(value: Any, form: Any, where: str) -> Iterator[str]:
+    """Where a JSON value lacks a form: a condition, keys with a form each, or _Each."""
+    if callable(form):
+        if not form(value):
+            yield f"{where or 'it'} is {shown(value)}"
+    elif not isinstance(value, dict):
+        yield f"{where or 'it'} is {shown(value)}, not a JSON object"
+    elif isinstance(form, _Each):
+        for key, inner in value.items():
+            if not form.key(key):
+                yield f"{where} has the key {shown(key)}"
+            yield from _form_faults(inner, form.value, f"{where}.{key}")
+    else:
+        for key, inner in form.items():
+            if key in value:
+                yield from _form_faults(value[key], inner, f"{where}.{key}".lstrip("."))
+            else:
+                yield f"{where or 'it'} has no {key}"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(map(_is_size, value))
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and value in NUMPY_DTYPES
+
+
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 32 and set(value) <= set("0123456789abcdef")
+
+
+def _is_path(value: Any) -> bool:
+    """A file's place below the folder, written in one way only."""
+    inside = value not in ("", ".") and "\0" not in value and not os.path.isabs(value)
+    return inside and os.path.normpath(value) == value and not value.startswith("..")
+
+
+_FORM = {
+    "manifest_version": lambda value: type(value) is int and value in (1, _VERSION),
+    "written_by": _is_text,
+    "sizes": _Each(_is_path, _is_size),
+    "tensors": _Each(
+        _is_path,
+        _Each(
+            _is_text,
+            {
+                "dtype": _is_dtype,
+                "shape": _is_shape,
+                "offset": _is_size,
+                "xxh3_128": _is_checksum,
+            },
+        ),
+    ),
+}
+"""What is read of a manifest; the rest is for people."""

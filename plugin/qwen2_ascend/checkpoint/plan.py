@@ -71,13 +71,20 @@ class Plan:
         return sum(write.target.stored.num_bytes for write in self.writes)
 
 
-def make_plan(sources: Iterable[Held], targets: Sequence[Held], vocab_size: int) -> Plan:
+def make_plan(
+    sources: Iterable[Held],
+    targets: Sequence[Held],
+    vocab_size: int,
+    *,
+    is_sparse: bool = False,
+) -> Plan:
     """Plans how `sources` fill `targets`, and checks it.
 
     Args:
         sources: all source tensors; replicas are recognized by their equal boxes.
         targets: the tensors to fill: all of a model, or one rank's.
         vocab_size: rows of the vocabulary that are real; padding beyond them is never copied.
+        is_sparse: whether a target may have elements that no source has.
 
     Raises:
         PlanError: a target byte has no source or two, or a source that is needed for no target.
@@ -92,7 +99,7 @@ def make_plan(sources: Iterable[Held], targets: Sequence[Held], vocab_size: int)
             replicas.append((twin, held))
     writes = tuple(_plan_write(t, by_tensor[t.piece.tensor], vocab_size) for t in targets)
     for write in writes:
-        _check_write(write, vocab_size)
+        _check_write(write, vocab_size, is_sparse)
     return Plan(writes=writes, replicas=tuple(replicas))
 
 
@@ -150,11 +157,11 @@ def _plan_write(target: Held, sources: Sequence[Held], vocab_size: int) -> Write
     return Write(target=target, copies=tuple(c for c in copies if volume(c.box)))
 
 
-def _check_write(write: Write, vocab_size: int) -> None:
+def _check_write(write: Write, vocab_size: int, is_sparse: bool) -> None:
     boxes = [copy.box for copy in write.copies]
     twice = any(volume(overlap(a, b)) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
     expected = volume(clip(write.target.piece, vocab_size))
-    if twice or sum(map(volume, boxes)) != expected:
+    if twice or (sum(map(volume, boxes)) != expected and not is_sparse):
         found = "written twice" if twice else f"{sum(map(volume, boxes))} of {expected} elements"
         raise PlanError(f"{write.target.stored.path}: {write.target.name}: {found}")
 

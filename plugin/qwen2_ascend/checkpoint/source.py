@@ -27,7 +27,8 @@ from qwen2_ascend.checkpoint.rules import (
     qwen2_rules,
 )
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, printable, raise_if
+from qwen2_ascend.files import links_out, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
@@ -67,7 +68,7 @@ class Source:
             cut = f", TP{self.layout.tp} PP{self.layout.pp}"
             if n := self.layout.num_layers_per_virtual_pipeline_stage:
                 cut += f", {n} layers per virtual stage"
-        return (
+        return printable(
             f"{self.folder}: {'Hugging Face' if self.kind == 'hf' else 'Megatron shards'} "
             f"({self.format}){cut}, {len(self.held)} tensors, {size} {'/'.join(self.dtypes)}"
         )
@@ -117,8 +118,12 @@ def open_source(
     kind = kind or detect(folder)
     iteration = megatron.iteration_folder(folder) if kind == "mg" else folder
     config_folder = _config_folder(folder, iteration, hf_cfg_dir)
-    config = Qwen2Config.from_pretrained(config_folder)
     side_files = hugging_face.side_files(config_folder)
+    inner = (path for side_file in side_files for path in regular_files(side_file))
+    raise_if(
+        (*links_out(config_folder, inner), *links_out(folder, _weight_files(folder, iteration)))
+    )
+    config = Qwen2Config.from_pretrained(config_folder)
     if kind == "hf":
         return _open_hugging_face(folder, config, side_files)
     if megatron.is_torch_dist(iteration):
@@ -126,30 +131,34 @@ def open_source(
     return _open_ranks(iteration, config, side_files)
 
 
-def open_torch_dist_states(
-    folder: Path, config: Qwen2Config, prefixes: Iterable[str]
-) -> dict[str, Source]:
-    """What a torch_dist folder holds beside every weight, such as Adam's moments.
+def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> dict[str, Source]:
+    """What an iteration holds beside every weight, such as Adam's moments.
 
     Args:
-        folder: of one iteration.
+        folder: of the iteration.
         config: the model's; rows from its vocab_size on are padding and are not loaded.
-        prefixes: what the keys of each kind have before the weight's own; "" is the weights.
+        kinds: what is wanted, "" for the weights, each with what its keys in a torch_dist folder
+            have before the weight's own.
 
     Returns:
-        By prefix, a source that `load.load_tensors` reads as if its tensors were weights.
+        By kind, a source that is read as if its tensors were weights.
 
     Raises:
         UserError: as `open_source`.
     """
-    prefixes = tuple(prefixes)
+    if not megatron.is_torch_dist(folder):
+        return {
+            kind: _ranks_source(folder, config, (), shards, kind)
+            for kind, shards in megatron.read_rank_states(folder, kinds).items()
+        }
+    prefixes = tuple(kinds.values())
     chunks = torch_dist.read(folder, wanted=lambda key: key.startswith(prefixes)).chunks
     sources = {}
-    for prefix in prefixes:
+    for kind, prefix in kinds.items():
         own = {k.removeprefix(prefix): v for k, v in chunks.items() if k.startswith(prefix)}
         own = {key: parts for key, parts in own.items() if _is_model_key(key)}
         where = f"{folder}: {prefix}*"
-        sources[prefix] = _torch_dist_source(folder, config, (), own, where)
+        sources[kind] = _torch_dist_source(folder, config, (), own, where, prefix)
     return sources
 
 
@@ -172,6 +181,14 @@ def target_dtype(source: Source, wanted: str | None) -> str:
             f"say --dtype {found} to keep them or --dtype {source.config.dtype} to cast them."
         )
     return found
+
+
+def _weight_files(folder: Path, iteration: Path) -> Iterator[Path]:
+    """What may be read besides config.json and its like, before any of it is opened."""
+    yield from folder.glob("*.safetensors*")
+    yield folder / megatron.TRACKER_FILE
+    if iteration != folder or not hugging_face.is_model_folder(folder):
+        yield from regular_files(iteration)
 
 
 def _config_folder(folder: Path, iteration: Path, given: str | Path | None) -> Path:
@@ -215,7 +232,17 @@ def _open_hugging_face(folder: Path, config: Qwen2Config, side_files: tuple[Path
 
 
 def _open_ranks(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-    shards = megatron.read_ranks(folder).shards
+    return _ranks_source(folder, config, side_files, megatron.read_ranks(folder).shards)
+
+
+def _ranks_source(
+    folder: Path,
+    config: Qwen2Config,
+    side_files: tuple[Path, ...],
+    shards: Mapping[Shard, Mapping[str, StoredTensor]],
+    kind: str = "",
+) -> Source:
+    """The source of the ranks' weights, or of the optimizer's tensors of a kind."""
     _check_layer_count(folder, config, sum(map(len, shards.values())))
     layout = _layout_of(folder, shards, config)
     padded = _padded_vocab_size(folder, shards, layout, config)
@@ -225,7 +252,7 @@ def _open_ranks(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...])
     for shard, pieces in megatron_pieces(config, layout, padded).items():
         where = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
         found, wrong = _match(pieces, shards.get(shard, {}))
-        held += found
+        held += (one._replace(name=_name_in_file(one, shard, layout, kind)) for one in found)
         faults += [f"{folder / where}: {fault}" for fault in wrong]
     if faults and any(OUTPUT in fault for fault in faults):
         tied = str(config.tie_word_embeddings).lower()
@@ -241,6 +268,16 @@ def _open_ranks(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...])
         layout=layout,
         padded_vocab_size=padded,
     )
+
+
+def _name_in_file(held: Held, shard: Shard, layout: ParallelLayout, kind: str) -> str:
+    """A .pt holds several models of an interleaved pipeline, whose tensors have the same names."""
+    has_chunks = layout.num_layers_per_virtual_pipeline_stage is not None
+    model = f"model{shard.chunk}" if has_chunks else "model"
+    if kind:
+        return f"{megatron.OPTIMIZER}/{model}/{held.name}/{kind}"
+    is_pt = held.stored.path.name == megatron.PT_FILE
+    return f"{model}/{held.name}" if has_chunks and is_pt else held.name
 
 
 def _format_name(held: list[Held]) -> str:
@@ -358,8 +395,12 @@ def _torch_dist_source(
     side_files: tuple[Path, ...],
     chunks: Mapping[str, list[torch_dist.Chunk]],
     where: str,
+    prefix: str = "",
 ) -> Source:
-    """The source of `chunks`, whose keys are weights'; `where` begins every fault."""
+    """The source of `chunks`, whose keys are weights'; in the folder they begin with `prefix`.
+
+    `where` begins every fault.
+    """
     if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
         raise UserError(f"{where}: no {EMBEDDING} in it; not a Qwen2 model.")
     padded = chunks[EMBEDDING][0].global_shape[0]
@@ -377,7 +418,7 @@ def _torch_dist_source(
             for part in parts:
                 wrong = list(_chunk_faults(key, rules[plain], layer, part, config))
                 faults += wrong
-                held += _chunk_held(rules[plain], layer, part) if not wrong else ()
+                held += _chunk_held(prefix + key, rules[plain], layer, part) if not wrong else ()
         elif megatron.plain_name(key):
             unexpected.append(key)
     faults = _names("unexpected tensors", unexpected) + _some(faults)
@@ -434,7 +475,7 @@ def _chunk_faults(
         yield f"{key}: {error}."
 
 
-def _chunk_held(rule: Rule, layer: int | None, chunk: torch_dist.Chunk) -> Iterator[Held]:
+def _chunk_held(key: str, rule: Rule, layer: int | None, chunk: torch_dist.Chunk) -> Iterator[Held]:
     """The held tensors of one chunk; more than one where it spans layers."""
     tensor, offsets = chunk.tensor, chunk.offsets
     first, count, shape = layer or 0, 1, tensor.shape
@@ -448,7 +489,9 @@ def _chunk_held(rule: Rule, layer: int | None, chunk: torch_dist.Chunk) -> Itera
     for i in range(count):
         name = rule.megatron.format(first + i)
         stored = tensor._replace(offset=tensor.offset + i * size, shape=tuple(shape))
-        yield Held(name, Piece(name, box, tuple(shape)), stored)
+        start = (chunk.offsets[0] + i, *chunk.offsets[1:])
+        in_file = f"{key}[{','.join(map(str, start))}]"
+        yield Held(in_file, Piece(name, box, tuple(shape)), stored)
 
 
 def _coverage_faults(

@@ -3,6 +3,10 @@
 Work goes into `.NAME.partial` beside the target NAME, under a lock on `.NAME.lock`. When all is
 written and flushed it is renamed to NAME; with an old NAME in place the two are exchanged in one
 step. Killed at any moment, NAME is the old state or the new one.
+
+`StagedFolder` does this for a converted checkpoint. A training run locks its --save folder with the
+same `FolderLock` for as long as it runs, and publishes each iteration with the same
+`publish_folder`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, VerificationError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -25,9 +29,11 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class StagedFolder:
-    """Use as a context manager, then `publish()`; leaving without it removes the partial folder.
+    """Use as a context manager, then `publish()`.
 
-    KeyboardInterrupt keeps the partial folder, so that `resume` can go on from it.
+    Leaving without it keeps the partial folder, so that `resume` can go on from it, unless the
+    exception says that what is there is wrong (VerificationError), or that it was asked for wrongly
+    before anything was complete (UserError).
 
     Attributes:
         target: the folder to be.
@@ -44,12 +50,10 @@ class StagedFolder:
         """
         self.target = Path(os.path.abspath(target))
         self.folder = partial_folder(self.target)
-        self._lock_file = self.target.parent / f".{self.target.name}.lock"
-        self._replaced = self.target.parent / f".{self.target.name}.replaced"
+        self._lock = FolderLock(self.target)
         self._resume, self._overwrite = resume, overwrite
-        self._fd: int | None = None
         self._made: list[Path] = []
-        self.is_resumed = False
+        self.is_resumed = self._is_complete = False
         self._check()
 
     def _check(self) -> None:
@@ -92,9 +96,8 @@ class StagedFolder:
     def _enter(self) -> None:
         try:
             self._make_parents()
-            self._lock()
-            if self._replaced.is_dir() and not os.path.lexists(self.target):
-                os.rename(self._replaced, self.target)  # killed between publish's two renames
+            self._lock.acquire()
+            restore_replaced(self.target)
             self._check()  # again: another conversion may have come in between
             self.is_resumed = self._resume and self.folder.is_dir()
             self.folder.mkdir(exist_ok=True)
@@ -109,36 +112,17 @@ class StagedFolder:
             path.mkdir(exist_ok=True)
             self._made.append(path)
 
-    def _lock(self) -> None:
-        while self._fd is None:
-            fd = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                raise UserError(
-                    f"{self.target}: another conversion is writing it; wait for that one, or "
-                    "choose another --save-dir."
-                ) from None
-            except OSError as error:  # a network file system without locks
-                if error.errno not in _NO_LOCKS:
-                    os.close(fd)
-                    raise
-            if _is_still(fd, self._lock_file):
-                self._fd = fd
-            else:  # whoever had it removed it just now
-                os.close(fd)
-
     def publish(self) -> None:
         """Flushes the folder's entries and makes it the target in one step.
 
         Raises:
             UserError: the target came into being meanwhile.
         """
-        fsync_tree(self.folder)
+        self._is_complete = True
         if self._overwrite and self.target.exists() and os.listdir(self.target):
-            self._replace_target()
+            publish_folder(self.folder, self.target)
         else:
+            fsync_tree(self.folder)
             try:
                 os.rename(self.folder, self.target)  # over an empty folder, if need be
             except OSError as error:
@@ -149,51 +133,113 @@ class StagedFolder:
                 ) from None
         for made in (self.target, *reversed(self._made)):
             fsync_folder(made.parent)
-        self._remove_old()
-
-    def _replace_target(self) -> None:
-        if not _exchange(self.folder, self.target):
-            # not on this file system: the old state lies beside for a moment
-            shutil.rmtree(self._replaced, ignore_errors=True)
-            os.rename(self.target, self._replaced)
-            try:
-                os.rename(self.folder, self.target)
-            except OSError:
-                os.rename(self._replaced, self.target)
-                raise
-
-    def _remove_old(self) -> None:
-        for old in (self.folder, self._replaced):
-            if old.is_dir():
-                try:
-                    shutil.rmtree(old)
-                except OSError as error:
-                    raise OSError(
-                        f"{self.target} is complete, but what it replaced could not be removed "
-                        f"from {old}: {error.strerror}."
-                    ) from None
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        wrong_options = kind is not None and self.is_resumed and issubclass(kind, UserError)
-        if not (interrupted or wrong_options):
+        useless = kind is None or issubclass(kind, VerificationError)
+        refused = kind is not None and issubclass(kind, UserError)
+        if useless or (refused and not (self.is_resumed or self._is_complete)):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._leave()
 
     def _leave(self) -> None:
-        if self._fd is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._lock_file)
-            os.close(self._fd)
-            self._fd = None
+        self._lock.release()
         for path in reversed(self._made):
             with contextlib.suppress(OSError):  # not empty: used
                 path.rmdir()
 
 
+class FolderLock:
+    """Says on `.NAME.lock` beside a folder NAME that one process writes it; it dies with that."""
+
+    def __init__(self, target: Path) -> None:
+        target = Path(os.path.abspath(target))
+        self._target = target
+        self._file = target.parent / f".{target.name}.lock"
+        self._fd: int | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock, which this process holds until `release`.
+
+        Raises:
+            UserError: another process has it.
+            OSError: the folder's parent cannot be written.
+        """
+        while self._fd is None:
+            fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise UserError(
+                    f"{self._target}: another process is writing it; wait until that has ended, "
+                    "or choose another folder."
+                ) from None
+            except OSError as error:  # a network file system without locks
+                if error.errno not in _NO_LOCKS:
+                    os.close(fd)
+                    raise
+            if _is_still(fd, self._file):
+                self._fd = fd
+            else:  # whoever had it removed it just now
+                os.close(fd)
+
+    def release(self) -> None:
+        """Gives the lock back, if this process has it."""
+        if self._fd is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._file)
+            os.close(self._fd)
+            self._fd = None
+
+
 def partial_folder(target: Path) -> Path:
     """Where a target is written until it is complete."""
     return target.parent / f".{target.name}.partial"
+
+
+def publish_folder(folder: Path, target: Path) -> None:
+    """Flushes a finished folder and makes it the target; what was there before is removed.
+
+    Killed at any moment, `target` is the old state or the new one, or, on a file system that cannot
+    exchange two folders, what `restore_replaced` finds.
+
+    Raises:
+        OSError: it cannot be renamed, or what it replaced cannot be removed.
+    """
+    fsync_tree(folder)
+    replaced = _replaced_folder(target)
+    if not os.path.lexists(target):
+        os.rename(folder, target)
+    elif not _exchange(folder, target):
+        # not on this file system: the old state lies beside for a moment
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(target, replaced)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            os.rename(replaced, target)
+            raise
+    fsync_folder(target.parent)
+    for old in (folder, replaced):
+        if old.is_dir():
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                raise OSError(
+                    f"{target} is complete, but what it replaced could not be removed from {old}: "
+                    f"{error.strerror}."
+                ) from None
+
+
+def restore_replaced(target: Path) -> None:
+    """Puts back what a process killed between the two renames of `publish_folder` left beside."""
+    replaced = _replaced_folder(target)
+    if replaced.is_dir() and not os.path.lexists(target):
+        os.rename(replaced, target)
+
+
+def _replaced_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
 
 
 def fsync_folder(folder: Path) -> None:

@@ -34,6 +34,7 @@ from qwen2_ascend.checkpoint.rules import (
     qwen2_rules,
 )
 from qwen2_ascend.config import DTYPES, Qwen2Config
+from qwen2_ascend.files import read_bytes, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 ITERATION = 1
@@ -71,12 +72,19 @@ class Target:
 
 
 def hugging_face_target(
-    config: Qwen2Config, dtype: str, max_shard_bytes: int, side_files: Sequence[Path]
+    config: Qwen2Config,
+    dtype: str,
+    max_shard_bytes: int,
+    side_files: Sequence[Path],
+    marks: Mapping[str, str] | None = None,
 ) -> Target:
-    """A Hugging Face folder: safetensors of at most `max_shard_bytes`, index, side files."""
+    """A Hugging Face folder: safetensors of at most `max_shard_bytes`, index, side files.
+
+    `marks` go into the weight files' metadata.
+    """
     pieces = hugging_face_pieces(config)
     specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
-    weights = hugging_face.plan_files(specs, max_shard_bytes)
+    weights = hugging_face.plan_files(specs, max_shard_bytes, marks)
     small = read_side_files(side_files, dtype)
     if (index := hugging_face.index_json(weights)) is not None:
         small[Path(hugging_face.INDEX_FILE)] = index
@@ -106,15 +114,20 @@ def megatron_target(
     dtype: str,
     save_format: str,
     side_files: Sequence[Path],
+    marks: Mapping[str, str] | None = None,
 ) -> Target:
-    """A Megatron folder in one of the formats "megatron", "safetensors", "torch_dist"."""
+    """A Megatron folder in one of the formats "megatron", "safetensors", "torch_dist".
+
+    `marks` go into the training arguments, or into the weight files' metadata.
+    """
     folder = Path(f"iter_{ITERATION:07d}")
     shards = megatron_pieces(config, layout, padded_vocab_size)
     args = megatron_args(config, layout, padded_vocab_size, dtype)
+    vars(args).update(marks or {})
     if save_format == "torch_dist":
         held, files = _torch_dist_files(folder, config, shards, padded_vocab_size, dtype, args)
     elif save_format == "safetensors":
-        held, files = _safetensors_files(folder, layout, shards, dtype)
+        held, files = _safetensors_files(folder, layout, shards, dtype, marks)
     else:
         held, files = _pt_files(folder, layout, shards, dtype, args)
     return Target(
@@ -198,10 +211,8 @@ def read_side_files(side_files: Sequence[Path], dtype: str) -> dict[Path, bytes]
     """The files carried along, byte for byte but for config.json's dtype when that changes."""
     found: dict[Path, bytes] = {}
     for path in side_files:
-        inner = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in inner:
-            if file.is_file():
-                found[file.relative_to(path.parent)] = file.read_bytes()
+        for file in regular_files(path):
+            found[file.relative_to(path.parent)] = read_bytes(file)
     config = Path("config.json")
     if config in found:
         found[config] = _with_dtype(found[config], dtype)
@@ -258,12 +269,13 @@ def _safetensors_files(
     layout: ParallelLayout,
     shards: Mapping[Shard, Mapping[str, Piece]],
     dtype: str,
+    marks: Mapping[str, str] | None,
 ) -> tuple[list[Held], list[TargetFile]]:
     num_chunks = 1 + max(shard.chunk for shard in shards)
     held, files = [], []
     for shard, pieces in shards.items():
         specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
-        header, offsets = safetensors.encode_header(specs, {"format": "pt"})
+        header, offsets = safetensors.encode_header(specs, {"format": "pt", **(marks or {})})
         rank = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
         path = folder / rank / f"{megatron.model_key(shard.chunk, num_chunks)}.safetensors"
         ends = [offsets[name] + spec.num_bytes for name, spec in specs.items()]
@@ -290,13 +302,11 @@ def _torch_dist_files(
     pieces: dict[str, list[Piece]] = {}
     seen: set[tuple[str, Box]] = set()
     for piece in (piece for shard in shards.values() for piece in shard.values()):
-        rule, layer = _rule_of(piece, rules)
-        for part in _one_range_each(piece, rule):
+        for part in _one_range_each(piece, rules):
             if (part.tensor, part.box) in seen:
                 continue
             seen.add((part.tensor, part.box))
-            key = megatron.torch_dist_key(rule.megatron)
-            spec = _chunk_spec(part, rule, layer, config.num_layers, dtype)
+            key, spec = torch_dist_chunk(part, rules, config.num_layers, dtype)
             chunks.setdefault(key, []).append(spec)
             pieces.setdefault(key, []).append(part)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
@@ -320,29 +330,49 @@ def _torch_dist_files(
     return held, files
 
 
-def _rule_of(piece: Piece, rules: Mapping[str, Rule]) -> tuple[Rule, int | None]:
-    if piece.tensor in rules:
-        return rules[piece.tensor], None
-    *_, layer, rest = piece.tensor.split(".", 3)
-    return rules[f"decoder.layers.{{}}.{rest}"], int(layer)
+def torch_dist_chunk(
+    part: Piece, rules: Mapping[str, Rule], num_layers: int, dtype: str
+) -> tuple[str, torch_dist.ChunkSpec]:
+    """The key under which torch_dist keeps a piece, and the chunk of that key which it is.
 
-
-def _one_range_each(piece: Piece, rule: Rule) -> list[Piece]:
-    """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
-    (b0, b1), rows, columns = piece.box
-    if rule.shard_axis in (None, BY_BLOCKS) or b1 - b0 == 1:
-        return [piece]
-    boxes = [((b, b + 1), rows, columns) for b in range(b0, b1)]
-    return [Piece(piece.tensor, box, rule.shape(box)) for box in boxes]
-
-
-def _chunk_spec(
-    part: Piece, rule: Rule, layer: int | None, num_layers: int, dtype: str
-) -> torch_dist.ChunkSpec:
+    Args:
+        part: one range of the whole tensor's rows, or a part of one row.
+        rules: by their Megatron names.
+        num_layers: of the whole model.
+        dtype: of the chunk.
+    """
+    rule, layer = rule_of(part, rules)
     (block, _), (row, _), (column, _) = part.box
     offsets: tuple[int, ...] = (block * rule.view[1] + row, column)[: len(part.shape)]
     shape = rule.shape(tuple((0, n) for n in rule.view))
     local = part.shape
     if layer is not None:
         offsets, shape, local = (layer, *offsets), (num_layers, *shape), (1, *local)
-    return torch_dist.ChunkSpec(shape, offsets, TensorSpec(local, dtype))
+    spec = torch_dist.ChunkSpec(shape, offsets, TensorSpec(local, dtype))
+    return megatron.torch_dist_key(rule.megatron), spec
+
+
+def rule_of(piece: Piece, rules: Mapping[str, Rule]) -> tuple[Rule, int | None]:
+    """The rule of a piece's tensor, and its layer's number if it has one."""
+    if piece.tensor in rules:
+        return rules[piece.tensor], None
+    *_, layer, rest = piece.tensor.split(".", 3)
+    return rules[f"decoder.layers.{{}}.{rest}"], int(layer)
+
+
+def is_one_range(rule: Rule) -> bool:
+    """Whether several blocks of a rule's view are one range of the whole tensor's rows.
+
+    Gate and up are not: each rank has rows of both.
+    """
+    return rule.shard_axis in (None, BY_BLOCKS) or rule.view[0] == 1
+
+
+def _one_range_each(piece: Piece, rules: Mapping[str, Rule]) -> list[Piece]:
+    """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
+    rule, _ = rule_of(piece, rules)
+    (b0, b1), rows, columns = piece.box
+    if is_one_range(rule):
+        return [piece]
+    boxes = [((b, b + 1), rows, columns) for b in range(b0, b1)]
+    return [Piece(piece.tensor, box, rule.shape(box)) for box in boxes]

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from qwen2_ascend.checkpoint.copying import BAND_BYTES, BandBuffers, Reader
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Held, Write, bands, make_plan
 from qwen2_ascend.checkpoint.source import Source
-from qwen2_ascend.errors import raise_if
-
-
-class VerificationError(RuntimeError):
-    """What was written is not what it should be."""
+from qwen2_ascend.errors import VerificationError, raise_if
+from qwen2_ascend.files import open_descriptor
 
 
 def verify(
     source: Source,
     written: Source,
     *,
+    checksums: Mapping[StoredTensor, str],
     workers: int,
     progress: Callable[[int], object],
     open_reader: Callable[[], Reader] = Reader,
@@ -36,6 +35,7 @@ def verify(
     Args:
         source: what was converted.
         written: the result.
+        checksums: what the result's manifest says of each of its tensors.
         workers: threads.
         progress: called with the bytes of each tensor that was compared.
         open_reader: makes what the source is read with.
@@ -50,7 +50,8 @@ def verify(
     with open_reader() as reader, ThreadPoolExecutor(workers) as pool:
 
         def differs(write: Write) -> str | None:
-            equal = _equals_source(write, reader, expected, found)
+            checksum = _checksum_if_equal(write, reader, expected, found)
+            equal = checksum is not None and checksum == checksums.get(write.target.stored)
             progress(write.target.stored.num_bytes)
             return None if equal else f"{write.target.stored.path}: {write.target.name}"
 
@@ -78,10 +79,11 @@ def check_replicas(replicas: Iterable[tuple[Held, Held]]) -> None:
     raise_if(faults)
 
 
-def _equals_source(
+def _checksum_if_equal(
     write: Write, reader: Reader, expected_bands: BandBuffers, found_bands: BandBuffers
-) -> bool:
-    target = write.target
+) -> str | None:
+    """The checksum of a written tensor, or None where it is not what its sources make."""
+    target, checksum = write.target, xxhash.xxh3_128()
     dtype = NUMPY_DTYPES[target.stored.dtype]
     for box in bands(target.piece.box, BAND_BYTES // dtype.itemsize):
         expected, found = expected_bands.take(box, dtype), found_bands.take(box, dtype)
@@ -90,8 +92,9 @@ def _equals_source(
         reader.fill(expected, box, write.copies)
         reader.read_run(target, box, found)
         if not _same_bytes(expected, found):
-            return False
-    return True
+            return None
+        checksum.update(found.reshape(-1).view(np.uint8).data)
+    return checksum.hexdigest()
 
 
 def _equal_tensors(one: Held, other: Held, reader: Reader) -> bool:
@@ -108,7 +111,7 @@ def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _drop_cache(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    fd = open_descriptor(path)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:

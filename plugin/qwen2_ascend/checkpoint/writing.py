@@ -15,11 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, stored_checksum, write_bands
+from qwen2_ascend.checkpoint.copying import (
+    BandBuffers,
+    Reader,
+    SourceChecks,
+    stored_checksum,
+    write_bands,
+)
 from qwen2_ascend.checkpoint.plan import Held, Plan, Write
 from qwen2_ascend.checkpoint.staging import empty_folder, naming
 from qwen2_ascend.checkpoint.target import Target, TargetFile
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_bytes
 
 Checksums = dict[tuple[str, str], str]
 """xxh3-128 by (file, tensor name)."""
@@ -52,7 +59,7 @@ class Journal:
         """
         path = folder / JOURNAL_FILE
         head = json.dumps(identity, sort_keys=True).encode()
-        lines = path.read_bytes().split(b"\n") if resume and path.exists() else []
+        lines = read_bytes(path).split(b"\n") if resume and path.exists() else []
         complete = lines[:-1]  # a line without its end was being written
         self.done: Checksums = {}
         self._lock = threading.Lock()
@@ -89,6 +96,7 @@ def write_target(
     workers: int,
     progress: Callable[[int], object],
     open_reader: Callable[[], Reader] = Reader,
+    checks: SourceChecks | None = None,
 ) -> Checksums:
     """Writes every file of `target` below `folder` and flushes it to disk.
 
@@ -101,6 +109,7 @@ def write_target(
         workers: threads.
         progress: called with the bytes of each tensor that is done.
         open_reader: makes what the sources are read with.
+        checks: what the sources' bytes are checked with while they are read.
 
     Returns:
         The checksum of every tensor.
@@ -118,6 +127,8 @@ def write_target(
         key = (str(held.stored.path), held.name)
         stored = held.stored._replace(path=folder / held.stored.path)
         if key not in before or stored_checksum(stored) != before[key]:
+            if checks is not None:
+                checks.before(write)
             put = _checked(files.putter(held), cancelled)
             journal.record(*key, write_bands(write, reader, buffers, put))
         files.finish(held)
@@ -161,9 +172,9 @@ class _Files:
         fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o644)
         try:
             with naming(path):
-                _reserve(fd, self._files[path].total_bytes)
+                reserve(fd, self._files[path].total_bytes)
                 for offset, data in self._files[path].segments:
-                    _pwrite(fd, memoryview(data), offset)
+                    pwrite(fd, memoryview(data), offset)
         except BaseException:
             os.close(fd)
             raise
@@ -179,10 +190,10 @@ class _Files:
             nonlocal pending
             data = memoryview(band.reshape(-1).view(np.uint8).data)
             with naming(path):
-                _pwrite(fd, data, start + position)
+                pwrite(fd, data, start + position)
             pending += len(data)
             if pending >= _WRITEBACK_BYTES:
-                _start_writeback(fd, start + position + len(data) - pending, pending)
+                start_writeback(fd, start + position + len(data) - pending, pending)
                 pending = 0
 
         return put
@@ -200,7 +211,7 @@ class _Files:
             fd = self._fds.get(path)
         if fd is not None:
             # still open: only the file's last tensor closes it, and this one does not count yet
-            _start_writeback(fd, held.stored.offset, held.stored.num_bytes)
+            start_writeback(fd, held.stored.offset, held.stored.num_bytes)
         with self._lock:
             self._left[path] -= 1
             if self._left[path]:
@@ -248,13 +259,14 @@ def _checked(
     return checked
 
 
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+def pwrite(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`."""
     while len(data):
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
 
 
-def _reserve(fd: int, num_bytes: int) -> None:
+def reserve(fd: int, num_bytes: int) -> None:
     """Sets a file's length and takes the space for it: writes cost less and a full disk shows now.
 
     Where the file system cannot, space is taken as it is written. (os.posix_fallocate would write
@@ -269,7 +281,7 @@ def _reserve(fd: int, num_bytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
+def start_writeback(fd: int, offset: int, num_bytes: int) -> None:
     """Asks the kernel to begin writing a range out, so that the final fsync finds little to do."""
     if _sync_file_range is not None:
         _sync_file_range(

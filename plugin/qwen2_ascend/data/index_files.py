@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import open_regular
 
 HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the dtype, number of sequences, number of documents and one."""
@@ -29,7 +30,7 @@ def check_indexed(prefix: str | Path) -> None:
         if not path.is_file():
             raise UserError(f"{path}: no such file; {_prefix_hint(prefix)}")
     try:
-        with open(paths[0], "rb"):
+        with open_regular(paths[0]):
             found = paths[0].stat().st_size
         if found == 0:
             raise UserError(f"{prefix}.bin is empty; preprocess the data again.")
@@ -49,7 +50,7 @@ def _described_bytes(path: Path) -> int:
     Raises:
         UserError: it is no index, is cut short, or holds nothing.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         header = file.read(HEADER.size)
         whole = len(header) == HEADER.size
         magic, version, code, sequences, documents = HEADER.unpack(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import open_regular, require_regular
 
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jl")
 TEXT_SUFFIXES = (".txt", ".text")
@@ -236,7 +237,8 @@ def damaged_gzip(file: InputFile) -> Iterator[None]:
 
 def opened(file: InputFile) -> IO[bytes]:
     """The file's bytes, unpacked."""
-    return gzip.open(file.path, "rb") if file.is_gzip else open(file.path, "rb")  # pyright: ignore
+    require_regular(file.path)
+    return gzip.open(file.path, "rb") if file.is_gzip else open_regular(file.path)  # pyright: ignore
 
 
 def _stream_rows(

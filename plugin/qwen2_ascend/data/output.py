@@ -17,6 +17,7 @@ from typing import Any
 from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
 from qwen2_ascend.data.parts import State, remove_unfinished
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_bytes
 
 
 class Output:
@@ -38,7 +39,7 @@ class Output:
             return False
         for key in self.keys:
             try:
-                raw = json.loads(Path(f"{self.dataset(key)}.json").read_bytes())
+                raw = json.loads(read_bytes(f"{self.dataset(key)}.json"))
             except (OSError, ValueError):
                 return False
             if raw.get("settings") != deciding or not Path(f"{self.dataset(key)}.idx").exists():

@@ -24,6 +24,7 @@ from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
 from qwen2_ascend.data.inputs import Position, Row
 from qwen2_ascend.data.tokenization import BadRow, Encoded
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_bytes
 
 STATE = "state.json"
 
@@ -79,7 +80,7 @@ class State:
         if not path.exists():
             return None
         try:
-            raw = json.loads(path.read_bytes())
+            raw = json.loads(read_bytes(path))
             raw["counts"] = {key: Counts(**counts) for key, counts in raw["counts"].items()}
             raw["position"] = Position(*raw["position"])
             return cls(**raw)
@@ -220,7 +221,7 @@ def join(folder: Path, state: State, names: Mapping[str, str], bad_rows_name: st
         _fsync(f"{joined}.idx")
     if state.bad_rows:
         lists = [Path(f"{part}_bad_rows.tsv") for part in parts]
-        whole = b"".join(path.read_bytes() for path in lists if path.exists())
+        whole = b"".join(read_bytes(path) for path in lists if path.exists())
         write_file(folder / bad_rows_name, whole)
     state.is_joined = True
     state.save(folder)

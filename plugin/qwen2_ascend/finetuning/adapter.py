@@ -1,24 +1,21 @@
 """LoRA adapters to PEFT folders and back, at any layout, through the mapping table.
 
-Saving: each rank writes its own parameters to a file of its own, as shards are; one rank then
-merges these as the splitter does. Loading: each rank reads just its bytes. Optimizer moments take
-the same way, since they have the parameters' shapes.
+Saving: each rank writes its own elements to a file of its own; one rank then merges these as the
+splitter does. Loading: each rank reads just its bytes. Optimizer moments take the same way, since
+they have the parameters' shapes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
-from safetensors.torch import save_file
 
 from qwen2_ascend.checkpoint.adapter_rules import adapter_pieces, peft_pieces
 from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, write_bands
@@ -29,28 +26,98 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import (
     held_tensors,
     read_lora_config,
 )
-from qwen2_ascend.checkpoint.formats.safetensors import encode_header, read_header
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
-from qwen2_ascend.checkpoint.plan import Copy, Held, make_plan, overlap, volume
-from qwen2_ascend.checkpoint.rules import Piece, Shard
+from qwen2_ascend.checkpoint.formats.safetensors import encode_header
+from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.load import Slices, load_slices
+from qwen2_ascend.checkpoint.plan import Held, make_plan
+from qwen2_ascend.checkpoint.rules import Box, Piece
+from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.staging import fsync_folder, naming, partial_folder, write_file
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import raise_if
 from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.loop import gathered_parameters
+from qwen2_ascend.training.rank_state import RankState
+from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 
-__all__ = [
-    "load_adapter",
-    "load_adapter_tensors",
-    "read_lora_config",
-    "save_adapter",
-    "save_adapter_tensors",
-]
+__all__ = ["load_adapter", "read_lora_config", "save_adapter"]
 
-Tensors = Sequence[Mapping[str, torch.Tensor]]
-"""For each of this rank's chunks, tensors by adapter parameters' names, of their shapes."""
+_RANKS_FOLDER = ".ranks"
+
+
+def adapter_state(
+    chunks: Sequence[Any],
+    lora: LoraConfig,
+    config: Qwen2Config,
+    layout: ParallelLayout,
+    optimizer: Any = None,
+) -> RankState:
+    """This rank's adapters, and the optimizer's tensors of them.
+
+    Args:
+        chunks: this rank's model chunks, with adapters.
+        lora: what `apply_lora` got.
+        config: the model's shape.
+        layout: how it is cut.
+        optimizer: None leaves its tensors out.
+    """
+    return RankState(lora_state(chunks), adapter_pieces(config, lora, layout), optimizer)
+
+
+class Part(NamedTuple):
+    """A box of an adapter's tensor in the file of the rank that has it."""
+
+    kind: str
+    """Of the optimizer's tensors; "" is the adapter itself."""
+    tensor: str
+    box: Box
+    file: str
+    offset: int
+    dtype: str
+
+    def held(self, folder: Path) -> Held:
+        """As a source of what is merged."""
+        shape = tuple(stop - start for start, stop in self.box)
+        stored = StoredTensor(folder / self.file, self.offset, shape, self.dtype)
+        return Held(self.tensor, Piece(self.tensor, self.box, shape), stored)
+
+
+def lay_out_adapter(state: RankState, rank: int) -> tuple[RankPart, list[Part]]:
+    """This rank's file of its own elements, and what lies where in it."""
+    file, end = f"{_RANKS_FOLDER}/{rank:05d}", 0
+    parts, stores = [], []
+    for owned, tensor in zip(state.owned, state.tensors(), strict=True):
+        start = owned.run.start
+        for box, run in parts_of(owned.piece.box, owned.run, joins_blocks=True):
+            own = tensor[run.start - start : run.stop - start]
+            dtype = DTYPE_NAMES[tensor.dtype]
+            parts.append(Part(owned.kind, owned.piece.tensor, box, file, end, dtype))
+            stores.append(Store(f"{owned.kind}{owned.name}{box}", file, end, tuple(own.shape), own))
+            end += stores[-1].num_bytes
+    return RankPart(files={file: FileLayout(total_bytes=end, segments=())}, stores=stores), parts
+
+
+def merge_adapter(
+    folder: Path,
+    parts: Sequence[Part],
+    lora: LoraConfig,
+    config: Qwen2Config,
+    base_model: str | None,
+) -> None:
+    """Makes a PEFT folder, with a file for each kind of moments, of all ranks' files; on one rank.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    pieces = peft_pieces(config, lora)
+    for kind in dict.fromkeys(part.kind for part in parts):
+        name = f"{kind}.safetensors" if kind else WEIGHTS_FILE
+        sources = [part.held(folder) for part in parts if part.kind == kind]
+        _merge(sources, pieces, folder / name)
+    shutil.rmtree(folder / _RANKS_FOLDER)
+    write_file(folder / CONFIG_FILE, encode_config(lora, base_model))
 
 
 def save_adapter(
@@ -80,18 +147,20 @@ def save_adapter(
         OSError: it cannot be written.
     """
     folder = Path(folder)
-    partial = partial_folder(folder)
-    is_writer = torch.distributed.get_rank() == 0
-    if is_writer:
+    partial, rank = partial_folder(folder), torch.distributed.get_rank()
+    if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     with gathered_parameters(chunks):
-        save_adapter_tensors(lora_state(chunks), lora, config, layout, partial / WEIGHTS_FILE)
-    if is_writer:
+        part, own = lay_out_adapter(adapter_state(chunks, lora, config, layout), rank)
+        part.write(partial)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    if rank == 0:
         for name, data in also.items():
             write_file(partial / name, data)
-        write_file(partial / CONFIG_FILE, encode_config(lora, base_model))
+        merge_adapter(partial, [part for own in parts for part in own], lora, config, base_model)
         _publish(partial, folder)
     torch.distributed.barrier()
 
@@ -122,77 +191,29 @@ def load_adapter(
         for name in ("rank", "alpha", "targets", "use_rslora")
         if getattr(found, name) != getattr(lora, name)
     )
-    load_adapter_tensors(lora_state(chunks), lora, config, layout, Path(folder) / WEIGHTS_FILE)
+    state = adapter_state(chunks, lora, config, layout)
+    load_adapter_slices(state.whole(), lora, config, Path(folder) / WEIGHTS_FILE)
 
 
-def save_adapter_tensors(
-    tensors: Tensors, lora: LoraConfig, config: Qwen2Config, layout: ParallelLayout, path: Path
+def load_adapter_slices(
+    slices: Slices,
+    lora: LoraConfig,
+    config: Qwen2Config,
+    path: Path,
 ) -> None:
-    """Writes one file of an adapter's tensors, whole, under PEFT's names; every rank calls it.
+    """Fills runs of adapters' elements from a file of `merge_adapter`, or PEFT; values are cast.
 
     Args:
-        tensors: this rank's, of the adapter parameters' names and shapes; data-parallel ranks
-            have the same, and all have one dtype.
+        slices: as `checkpoint.load.load_slices` takes them.
         lora: what `apply_lora` got.
         config: the model's shape.
-        layout: how it is cut.
-        path: the file, in a folder that exists and that all ranks share.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    pieces = adapter_pieces(config, lora, layout)
-    beside = path.parent / f".{path.name}.ranks"
-    is_writer = torch.distributed.get_rank() == 0
-    if is_writer:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-    torch.distributed.barrier()
-    if parallel_state.get_data_parallel_rank() == 0:
-        for chunk, own in enumerate(tensors):
-            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
-            save_file(whole, beside / _rank_file(_shard(chunk)))
-    torch.distributed.barrier()
-    if is_writer:
-        _merge(_held_by_ranks(beside, pieces), peft_pieces(config, lora), path)
-        shutil.rmtree(beside)
-    torch.distributed.barrier()
-
-
-def load_adapter_tensors(
-    tensors: Tensors, lora: LoraConfig, config: Qwen2Config, layout: ParallelLayout, path: Path
-) -> None:
-    """Fills tensors from a file that `save_adapter_tensors` wrote, or PEFT; values are cast.
-
-    Args:
-        tensors: this rank's, to be filled.
-        lora: what `apply_lora` got.
-        config: the model's shape.
-        layout: how it is cut.
         path: the file.
 
     Raises:
         UserError: the file's tensors are not those of this adapter and model.
     """
-    pieces = adapter_pieces(config, lora, layout)
-    sources: dict[str, list[Held]] = defaultdict(list)
-    for held in held_tensors(path, config, lora):
-        sources[held.piece.tensor].append(held)
-    with Reader() as reader:
-        for chunk, own in enumerate(tensors):
-            expected = pieces[_shard(chunk)]
-            if own.keys() != expected.keys():
-                raise UserError(f"{path}: the model has other adapters than it; apply_lora first.")
-            for name, tensor in own.items():
-                _fill(tensor.detach(), expected[name], sources[expected[name].tensor], reader)
-
-
-def _fill(tensor: torch.Tensor, piece: Piece, sources: Iterable[Held], reader: Reader) -> None:
-    copies = [Copy(held, overlap(held.piece.box, piece.box)) for held in sources]
-    # fp32 holds every stored dtype exactly; what no source covers belongs to no target
-    values = np.zeros([stop - start for start, stop in piece.box], np.float32)
-    reader.fill(values, piece.box, [copy for copy in copies if volume(copy.box)])
-    tensor.copy_(torch.from_numpy(values).reshape(piece.shape))
+    # rows of lora_B that belong to no target are stored nowhere
+    load_slices(slices, held_tensors(path, config, lora), config.vocab_size, is_sparse=True)
 
 
 def _merge(sources: Sequence[Held], pieces: Mapping[str, Piece], path: Path) -> None:
@@ -220,27 +241,6 @@ def _merge(sources: Sequence[Held], pieces: Mapping[str, Piece], path: Path) -> 
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-
-
-def _held_by_ranks(folder: Path, pieces: Mapping[Shard, Mapping[str, Piece]]) -> list[Held]:
-    held = []
-    for shard, expected in pieces.items():
-        stored = read_header(folder / _rank_file(shard)).tensors
-        assert stored.keys() == expected.keys(), f"{shard} has other adapters than the table"
-        held += [Held(name, piece, stored[name]) for name, piece in expected.items()]
-    return held
-
-
-def _shard(chunk: int) -> Shard:
-    return Shard(
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        chunk,
-    )
-
-
-def _rank_file(shard: Shard) -> str:
-    return f"{shard.tp_rank}.{shard.pp_stage}.{shard.chunk}.safetensors"
 
 
 def _publish(partial: Path, folder: Path) -> None:

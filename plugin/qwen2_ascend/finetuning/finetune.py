@@ -22,6 +22,7 @@ from qwen2_ascend.training.setup import (
     build_chunks,
     build_run,
     checkpoint_identity,
+    from_sound_checkpoint,
     resume_if_saved,
     say_resumed,
     train_and_report,
@@ -30,6 +31,7 @@ from qwen2_ascend.training.setup import (
 if TYPE_CHECKING:
     from qwen2_ascend.data.chat.build import ChatDatasets
     from qwen2_ascend.runtime import Runtime
+    from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.loop import TrainingRun
 
 
@@ -52,12 +54,16 @@ def finetune(settings: FinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
+    from_sound_checkpoint(settings, _finetune)
+
+
+def _finetune(settings: FinetuneSettings) -> None:
     plan, runtime, say = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
         finish(plan, runtime, say, True, write_adapter=lambda *_: None)
         return
     run, plan = prepare(plan, runtime, say)
-    is_complete = train_and_report(run, plan, say, checkpoint_saver(run, plan))
+    is_complete = train_and_report(run, plan, say, checkpointer(run, plan))
     finish(plan, runtime, say, is_complete, partial(write_adapter, run, plan))
 
 
@@ -172,15 +178,15 @@ def prepare(
     return run, plan
 
 
-def checkpoint_saver(
+def checkpointer(
     run: TrainingRun, plan: RunPlan[FinetuneSettings]
-) -> Callable[[], Path] | None:
-    """What writes a checkpoint; None is the one of all weights."""
+) -> Callable[[Say], Checkpointer] | None:
+    """Makes what writes checkpoints; None writes all weights."""
     if plan.lora is None:
         return None
-    from qwen2_ascend.finetuning.lora_checkpoint import save_lora_checkpoint
+    from qwen2_ascend.finetuning.lora_checkpoint import lora_checkpointer
 
-    return partial(save_lora_checkpoint, run, checkpoint_identity(plan), plan.lora, plan.base)
+    return partial(lora_checkpointer, run, checkpoint_identity(plan), plan.lora, plan.base)
 
 
 def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings], say: Say) -> None:

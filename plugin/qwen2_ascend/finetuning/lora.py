@@ -14,7 +14,7 @@ In `finetuning/adapter.py`, called by every rank:
     save_adapter(chunks, lora, config, layout, folder)     a PEFT folder
     load_adapter(chunks, lora, config, layout, folder)     into what apply_lora made;
                               `read_lora_config(folder)` says what `lora` has to be
-    save_adapter_tensors, load_adapter_tensors             Adam's moments, in the same form
+    lay_out_adapter, merge_adapter, load_adapter_slices    also Adam's moments, for checkpoints
 
 Files are merged without a model by `qwen2-ascend convert --load-dir BASE --adapter FOLDER ...`.
 

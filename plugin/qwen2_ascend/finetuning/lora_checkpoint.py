@@ -2,69 +2,83 @@
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
-from qwen2_ascend.checkpoint.load import unwrap
+from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.staging import write_file
-from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.finetuning.adapter import (
-    load_adapter_tensors,
-    save_adapter,
-    save_adapter_tensors,
+    adapter_state,
+    lay_out_adapter,
+    load_adapter_slices,
+    merge_adapter,
 )
-from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
-from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import optimizer as optimizers
+from qwen2_ascend.training.checkpointer import Checkpointer, Pending, gathered, host_group
 from qwen2_ascend.training.checkpointing import CheckpointIdentity
-from qwen2_ascend.training.iterations import (
-    begin_iteration,
-    progress_state,
-    publish_iteration,
-    restore_progress,
-    restore_rng,
-)
 from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
+from qwen2_ascend.training.progress import progress_state, restore_progress, restore_rng
+from qwen2_ascend.training.rank_state import own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state
 
-Where = tuple[LoraConfig, Qwen2Config, ParallelLayout]
-"""What of which model, and how it is cut."""
 
-
-def save_lora_checkpoint(
-    run: TrainingRun, identity: CheckpointIdentity, lora: LoraConfig, base: Path | None
-) -> Path:
-    """Writes the run's state; every rank calls it. Returns the folder of the iteration.
+def lora_checkpointer(
+    run: TrainingRun,
+    identity: CheckpointIdentity,
+    lora: LoraConfig,
+    base: Path | None,
+    log: Callable[[str], None],
+) -> Checkpointer:
+    """What writes the checkpoints of a LoRA run, by its settings' `checkpoint`.
 
     Args:
         run: its chunks have adapters.
         identity: of the base model.
         lora: what the adapters are.
         base: where the base model was loaded from.
-
-    Raises:
-        OSError: it cannot be written; the folder holds the last checkpoint.
+        log: prints a line.
     """
-    settings = run.settings.checkpoint
-    assert settings.save is not None
-    partial = begin_iteration(run, settings.save)
-    where: Where = (lora, identity.config, identity.layout)
-    with gathered_parameters(run.chunks):
-        save_adapter(run.chunks, *where, partial, base_model=str(base) if base else None)
-        kinds = [] if settings.no_save_optim else _save_moments(run, where, partial)
-    if not settings.no_save_rng and parallel_state.get_data_parallel_rank() == 0:
-        torch.save(rng_state(run.runtime), partial / _rng_file())
-    if run.runtime.rank == 0:
-        state = _plain_state(run, identity, base, kinds)
-        write_file(partial / RUN_FILE, json.dumps(state, indent=2).encode())
-    return publish_iteration(run, settings.save)
+    group = host_group(run.runtime)
+
+    def lay_out(folder: Path) -> Pending:
+        settings = run.settings.checkpoint
+        optimizer = None if settings.no_save_optim else run.optimizer
+        with gathered_parameters(run.chunks):
+            adapters = adapter_state(run.chunks, lora, identity.config, identity.layout, optimizer)
+            part, own = lay_out_adapter(adapters, run.runtime.rank)
+        parts = [part for of_rank in gathered(own, run.runtime, group) for part in of_rank]
+        if not settings.no_save_rng and own_replica()[0] == 0:
+            data = io.BytesIO()
+            torch.save(rng_state(run.runtime), data)
+            rng = FileLayout(total_bytes=data.tell(), segments=((0, data.getvalue()),))
+            part = replace(part, files={**part.files, _rng_file(): rng})
+        state = _plain_state(run, identity, base, list(adapters.kinds))
+
+        def finish(folder: Path) -> None:
+            base_model = str(base) if base else None
+            merge_adapter(folder, parts, lora, identity.config, base_model)
+            write_file(folder / RUN_FILE, json.dumps(state, indent=2).encode())
+
+        return Pending(part=part, finish=finish)
+
+    return Checkpointer(
+        run.runtime,
+        run.settings.checkpoint,
+        lay_out=lay_out,
+        iteration=lambda: run.progress.iteration,
+        about={"format": "lora", **identity.about},
+        side_files={},
+        log=log,
+        is_small=True,
+    )
 
 
 def resume_lora(
@@ -82,7 +96,7 @@ def resume_lora(
     notes = restore_progress(run, state)
     if not settings.no_load_optim:
         if state["optimizer"]:
-            _load_moments(run, saved, (lora, identity.config, identity.layout))
+            _load_moments(run, saved, identity, lora)
         else:
             notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
     if not settings.no_load_rng and state["rng"]:
@@ -107,37 +121,21 @@ def _plain_state(
     }
 
 
-def _save_moments(run: TrainingRun, where: Where, folder: Path) -> list[str]:
-    """Writes a file for each kind of the optimizer's tensors; the kinds."""
-    chunks = [unwrap(chunk) for chunk in run.chunks]
-    by_kind: dict[str, list[dict[str, torch.Tensor]]] = {}
-    for index, name, values in optimizers.gather_state(run.optimizer, chunks):
-        for kind, value in values.items():
-            by_kind.setdefault(kind, [{} for _ in chunks])[index][name] = value
-    for kind, tensors in by_kind.items():
-        save_adapter_tensors(tensors, *where, folder / f"{kind}.safetensors")
-    return list(by_kind)
-
-
-def _load_moments(run: TrainingRun, saved: SavedLora, where: Where) -> None:
+def _load_moments(
+    run: TrainingRun, saved: SavedLora, identity: CheckpointIdentity, lora: LoraConfig
+) -> None:
     saved.check_optimizer(optimizers.MOMENTS)
-    parameters = lora_state(run.chunks)
-    state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {
-        parameter: {} for own in parameters for parameter in own.values()
-    }
-    for kind in saved.state["optimizer"]:
-        tensors = [
-            {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in own.items()}
-            for own in parameters
-        ]
-        load_adapter_tensors(tensors, *where, saved.folder / f"{kind}.safetensors")
-        for own, read in zip(parameters, tensors, strict=True):
-            for name, parameter in own.items():
-                state[parameter][kind] = read[name]
-    optimizers.load_state(run.optimizer, state, int(saved.state["optimizer_updates"]))
+    adapters = adapter_state(run.chunks, lora, identity.config, identity.layout, run.optimizer)
+    stored = {kind: saved.folder / f"{kind}.safetensors" for kind in saved.state["optimizer"]}
+    if optimizers.MAIN in stored and optimizers.MAIN not in adapters.kinds:
+        # fp32 adapters go on from the fp32 weights of those in 16 bits
+        load_adapter_slices(adapters.whole(), lora, identity.config, stored[optimizers.MAIN])
+    for kind, slices in adapters.emptied(int(saved.state["optimizer_updates"])).items():
+        if kind in stored:
+            load_adapter_slices(slices, lora, identity.config, stored[kind])
     optimizers.load_scaler_state(run.optimizer, saved.state["loss_scaler"])
 
 
 def _rng_file() -> str:
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    return f"rng_{tp_rank:02d}_{parallel_state.get_pipeline_model_parallel_rank():03d}.pt"
+    tp_rank, pp_stage, _ = own_shard(0)
+    return f"rng_{tp_rank:02d}_{pp_stage:03d}.pt"

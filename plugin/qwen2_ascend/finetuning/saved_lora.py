@@ -20,6 +20,7 @@ from typing import Any
 from qwen2_ascend.checkpoint.formats import megatron
 from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, read_lora_config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_bytes
 from qwen2_ascend.lora_config import LoraConfig
 
 RUN_FILE = "run.json"
@@ -66,7 +67,7 @@ def find_saved_lora(folder: Path | None) -> SavedLora | None:
         return None
     path = iteration / RUN_FILE
     try:
-        state = json.loads(path.read_bytes())
+        state = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); the adapter beside it can be the start of a new "

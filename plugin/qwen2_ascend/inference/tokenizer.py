@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_text
 from qwen2_ascend.inference.sampling import Sampling
 from qwen2_ascend.inference.settings import SamplingSettings
 
@@ -127,7 +128,7 @@ class Defaults:
         if not self._path.exists():
             self._path = folder / "config.json"
         try:
-            raw = json.loads(self._path.read_text(encoding="utf-8"))
+            raw = json.loads(read_text(self._path, most=1 << 20))
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path}: cannot be read as JSON: {error}") from None
         self._raw = {k: v for k, v in raw.items() if v is not None}

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import Lines, UserError
 
 
 class Branch(NamedTuple):
@@ -215,13 +215,15 @@ def choose(
     if installed is None:
         if requested:
             raise UserError(
-                "--mindspeed: MindSpeed is not installed; install it from its source repository "
-                f"(Ascend/MindSpeed), of the branch that fits:\n{table()}"
+                Lines(
+                    "--mindspeed: MindSpeed is not installed; install it from its source "
+                    f"repository (Ascend/MindSpeed), of the branch that fits:\n{table()}"
+                )
             )
         return Choice(False, "is not installed; the layers call torch_npu themselves")
     wrong = fault(installed, stack)
     if wrong and requested:
-        raise UserError(f"--mindspeed: {wrong}")
+        raise UserError(Lines(f"--mindspeed: {wrong}"))
     if wrong:
         return Choice(False, f"is installed and not used: {wrong.splitlines()[0]}")
     known = {

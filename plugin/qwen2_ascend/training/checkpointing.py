@@ -1,53 +1,55 @@
 """Training checkpoints: everything a run needs to go on as if it had not stopped.
 
-    SAVE/config.json, tokenizer files ...          so that merging needs this folder alone
-    SAVE/iter_0000100/                             torch_dist, or the mp_rank tree (`torch`)
-    SAVE/latest_checkpointed_iteration.txt         written last, by rename
+    SAVE/iter_0000100/     torch_dist, or Megatron's mp_rank tree (`torch`)
 
-The weights of either format are read by `checkpoint.load`, as any other source's are. Here is the
-rest: the optimizer in the canonical form of `training.optimizer`, and, by `training.iterations`,
-random number generators, schedule and progress. `torch_dist` resumes at any layout. `torch` holds a
-file per tensor/pipeline rank with tensors, plain containers and a Namespace, and resumes at its own
-layout.
+Every rank writes its own slices (`saving`), when and how `checkpointer` says. What a rank writes of
+the weights is an equal share of what its data-parallel replicas hold; of the optimizer it is what
+it updates, or, without the distributed optimizer, an equal share again. Each slice is a few boxes
+of the mapping table's views, so both formats resume at any layout, through the splitter's plan, and
+a rank reads its own slices only.
 """
 
 from __future__ import annotations
 
-import os
+import io
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core import parallel_state
 
 from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
-from qwen2_ascend.checkpoint.load import load_tensors, unwrap
-from qwen2_ascend.checkpoint.source import open_torch_dist_states
-from qwen2_ascend.checkpoint.staging import fsync_folder
-from qwen2_ascend.checkpoint.target import megatron_args
+from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
+from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
+from qwen2_ascend.checkpoint.plan import volume
+from qwen2_ascend.checkpoint.rules import Piece, Rule, megatron_pieces, qwen2_rules
+from qwen2_ascend.checkpoint.slices import parts_of
+from qwen2_ascend.checkpoint.source import Source, open_states
+from qwen2_ascend.checkpoint.staging import write_file
+from qwen2_ascend.checkpoint.target import is_one_range, megatron_args, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
-from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist, virtual_stage
 from qwen2_ascend.training import optimizer as optimizers
-from qwen2_ascend.training.iterations import (
-    begin_iteration,
-    progress_state,
-    publish_iteration,
-    restore_progress,
-    with_tensors,
+from qwen2_ascend.training.checkpointer import (
+    Checkpointer,
+    Pending,
+    gathered,
+    host_group,
 )
 from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
+from qwen2_ascend.training.progress import progress_state, restore_progress, with_tensors
+from qwen2_ascend.training.rank_state import RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
+from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 from qwen2_ascend.training.settings import CheckpointSettings
 
-OPTIMIZER = "optimizer_state"
 RNG = "rng_state"
 PLACES = (
     "tensor_model_parallel_size",
@@ -70,117 +72,241 @@ class CheckpointIdentity:
     side_files: Mapping[Path, bytes]
     """config.json, tokenizer and chat template files, by their place in the checkpoint folder."""
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "layout": asdict(self.layout),
+            "padded_vocab_size": self.padded_vocab_size,
+            "config": asdict(self.config),
+        }
+
 
 # --- saving --------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    run: TrainingRun, identity: CheckpointIdentity, settings: CheckpointSettings
-) -> Path:
-    """Writes the run's state; every rank calls it. Returns the folder of the iteration.
-
-    Raises:
-        OSError: it cannot be written; the folder holds the last checkpoint.
-    """
-    assert settings.save is not None
-    partial = begin_iteration(run, settings.save)
-    common = _common_state(run, identity)
-    with gathered_parameters(run.chunks):
-        if settings.ckpt_format == "torch_dist":
-            _save_torch_dist(run, common, partial, settings)
-        else:
-            _save_rank_file(run, common, partial, settings, identity.layout)
-    return publish_iteration(run, settings.save, identity.side_files)
-
-
-def _common_state(run: TrainingRun, identity: CheckpointIdentity) -> dict[str, Any]:
-    """What is the same on every rank, in plain values."""
-    args = megatron_args(
-        identity.config, identity.layout, identity.padded_vocab_size, identity.dtype
+def megatron_checkpointer(
+    run: TrainingRun, identity: CheckpointIdentity, log: Callable[[str], None]
+) -> Checkpointer:
+    """What writes the checkpoints of a run of all weights, by its settings' `checkpoint`."""
+    writer = MegatronWriter(run, identity)
+    return Checkpointer(
+        run.runtime,
+        run.settings.checkpoint,
+        lay_out=writer.lay_out,
+        iteration=lambda: run.progress.iteration,
+        about={"format": run.settings.checkpoint.ckpt_format, **identity.about},
+        side_files=identity.side_files,
+        log=log,
     )
-    vars(args).update(
-        iteration=run.progress.iteration,
-        consumed_train_samples=run.progress.consumed_samples,
-        seq_length=run.settings.batch.seq_length,
-        micro_batch_size=run.settings.batch.micro_batch_size,
-        global_batch_size=run.global_batch_size,
-        use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
-        sequence_parallel=run.settings.parallel.sequence_parallel,
-        seed=run.settings.runtime.seed,
-    )
-    return {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": run.progress.iteration,
-        **progress_state(run),
-        "optimizer_updates": optimizers.num_updates(run.optimizer),
-        "loss_scaler": optimizers.scaler_state(run.optimizer),
-    }
 
 
-def _save_torch_dist(
-    run: TrainingRun, common: dict[str, Any], folder: Path, settings: CheckpointSettings
-) -> None:
-    models = _sharded_models(run.chunks)
-    state: dict[str, Any] = {**common, **models}
-    if not settings.no_save_optim:
-        sharded = _sharded_optimizer(run, models)
-        # the other data-parallel ranks only helped to gather it
-        state[OPTIMIZER] = sharded if parallel_state.get_data_parallel_rank() == 0 else {}
-    if not settings.no_save_rng:
-        state[RNG] = _sharded_rng(rng_state(run.runtime))
-    kinds = _kinds(run.chunks) if not settings.no_save_optim else ()
-    state["contents"] = {"optimizer": list(kinds), "rng": not settings.no_save_rng}
-    prepare_torch_dist()
-    dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
-    own = list(folder.glob(f"__{run.runtime.rank}_*.distcp"))
-    if run.runtime.rank == 0:
-        own += [path for path in folder.iterdir() if path.suffix != ".distcp"]
-    for path in own:
-        _fsync(path)
+class MegatronWriter:
+    """Lays out the checkpoints of a run of all weights, in either format."""
 
+    def __init__(self, run: TrainingRun, identity: CheckpointIdentity) -> None:
+        self._run, self._identity = run, identity
+        self._settings = run.settings.checkpoint
+        self._group = host_group(run.runtime)
 
-def _save_rank_file(
-    run: TrainingRun,
-    common: dict[str, Any],
-    folder: Path,
-    settings: CheckpointSettings,
-    layout: ParallelLayout,
-) -> None:
-    names = _model_names(run.chunks)
-    state: dict[str, Any] = dict(common)
-    for name, chunk in zip(names, run.chunks, strict=True):
-        state[name] = OrderedDict(
-            (key, value.detach().cpu().clone())
-            for key, value in unwrap(chunk).named_parameters()
-            if megatron.plain_name(key)
+    def lay_out(self, folder: Path) -> Pending:
+        """This rank's part of the state as it is now; every rank calls it.
+
+        Args:
+            folder: what is laid out goes there.
+        """
+        with gathered_parameters(self._run.chunks):
+            tensors = self._state.tensors()
+        rng = None if self._settings.no_save_rng else rng_state(self._run.runtime)
+        if self._settings.ckpt_format == "torch_dist":
+            return self._lay_out_torch_dist(tensors, rng)
+        return self._lay_out_rank_file(tensors, rng)
+
+    @cached_property
+    def _state(self) -> RankState:
+        identity, run, settings = self._identity, self._run, self._settings
+        return RankState(
+            [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
+            megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
+            None if settings.no_save_optim else run.optimizer,
+            is_stored_once=settings.ckpt_format == "torch_dist",
         )
-    if not settings.no_save_optim:
-        state[OPTIMIZER] = {name: {} for name in names}
-        for index, key, values in optimizers.gather_state(run.optimizer, _modules(run.chunks)):
-            state[OPTIMIZER][names[index]][key] = values
-    if not settings.no_save_rng:
-        state[RNG] = rng_state(run.runtime)
-    kinds = _kinds(run.chunks) if not settings.no_save_optim else ()
-    state["contents"] = {"optimizer": list(kinds), "rng": not settings.no_save_rng}
-    if parallel_state.get_data_parallel_rank() == 0:
-        path = folder / _rank_folder(layout) / megatron.PT_FILE
-        path.parent.mkdir()
-        torch.save(state, path)
-        _fsync(path)
-        fsync_folder(path.parent)
+
+    @cached_property
+    def _rules(self) -> dict[str, Rule]:
+        identity = self._identity
+        rules = qwen2_rules(identity.config, identity.padded_vocab_size)
+        return {rule.megatron: rule for rule in rules}
+
+    def _common_state(self) -> dict[str, Any]:
+        """What is the same on every rank, in plain values."""
+        run, identity = self._run, self._identity
+        args = megatron_args(
+            identity.config, identity.layout, identity.padded_vocab_size, identity.dtype
+        )
+        vars(args).update(
+            iteration=run.progress.iteration,
+            consumed_train_samples=run.progress.consumed_samples,
+            seq_length=run.settings.batch.seq_length,
+            micro_batch_size=run.settings.batch.micro_batch_size,
+            global_batch_size=run.global_batch_size,
+            use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
+            sequence_parallel=run.settings.parallel.sequence_parallel,
+            seed=run.settings.runtime.seed,
+        )
+        return {
+            "args": args,
+            "checkpoint_version": 3.0,
+            "iteration": run.progress.iteration,
+            **progress_state(run),
+            "optimizer_updates": optimizers.num_updates(run.optimizer),
+            "loss_scaler": optimizers.scaler_state(run.optimizer),
+            "contents": {
+                "optimizer": list(self._state.kinds),
+                "rng": not self._settings.no_save_rng,
+            },
+        }
+
+    # torch_dist: a file for each rank
+
+    @cached_property
+    def _chunks(self) -> _Chunks:
+        """Where this rank's slices lie in its file, the same at every save."""
+        state, rank, config = self._state, self._run.runtime.rank, self._identity.config
+        file, places = torch_dist.RankFile(f"__{rank}_0.distcp"), []
+        for index, (owned, tensor) in enumerate(zip(state.owned, state.tensors(), strict=True)):
+            rule, _ = rule_of(owned.piece, self._rules)
+            for box, run in parts_of(owned.piece.box, owned.run, joins_blocks=is_one_range(rule)):
+                piece = Piece(owned.piece.tensor, box, rule.shape(box))
+                dtype = DTYPE_NAMES[tensor.dtype]
+                key, chunk = torch_dist_chunk(piece, self._rules, config.num_layers, dtype)
+                key = _state_key(owned.kind, key)
+                place = file.append_tensor(key, chunk)
+                name = f"{key}[{','.join(map(str, chunk.offsets))}]"
+                within = slice(run.start - owned.run.start, run.stop - owned.run.start)
+                places.append(_Place(index, within, name, place.offset, piece.shape))
+        entries = gathered(file.entries, self._run.runtime, self._group)
+        return _Chunks(file.name, file.layout(), places, [e for rank in entries for e in rank])
+
+    def _lay_out_torch_dist(self, tensors: list[torch.Tensor], rng: Any) -> Pending:
+        chunks, objects = self._chunks, self._objects(rng)
+        stores = [
+            Store(
+                place.name,
+                chunks.file,
+                place.offset,
+                place.shape,
+                tensors[place.owned][place.within],
+            )
+            for place in chunks.places
+        ]
+        files = {
+            file: layout
+            for file, layout in ((chunks.file, chunks.layout), (objects.name, objects.layout()))
+            if layout.total_bytes
+        }
+        common = self._common_state()
+        entries = gathered(objects.entries, self._run.runtime, self._group)
+        entries = [*chunks.entries, *(entry for rank in entries for entry in rank)]
+
+        def finish(folder: Path) -> None:
+            for name, data in torch_dist.small_files(entries, common).items():
+                write_file(folder / name, data)
+
+        return Pending(part=RankPart(files=files, stores=stores), finish=finish)
+
+    def _objects(self, rng: Any) -> torch_dist.RankFile:
+        """What is no tensor: a rank's random number generators, and what Megatron-LM asks for."""
+        runtime = self._run.runtime
+        file = torch_dist.RankFile(f"__{runtime.rank}_1.distcp")
+        if rng is not None and own_replica()[0] == 0:
+            data = io.BytesIO()
+            torch.save(rng, data)
+            file.append_object(_rng_key(), data.getvalue())
+        if runtime.rank == 0:
+            for key in torch_dist.extra_states(self._identity.config.num_layers):
+                file.append_object(key)
+        return file
+
+    # torch: a file for each tensor/pipeline rank, which its data-parallel replicas fill together
+
+    def _lay_out_rank_file(self, tensors: list[torch.Tensor], rng: Any) -> Pending:
+        run, replica = self._run, own_replica()[0]
+        names = _model_names(run.chunks)
+        state: dict[str, Any] = self._common_state()
+        kinds = state["contents"]["optimizer"]
+        specs = {
+            named: TensorSpec(tuple(parameter.shape), DTYPE_NAMES[parameter.dtype])
+            for named, parameter in self._state.parameters.items()
+        }
+        for index, name in enumerate(names):
+            state[name] = OrderedDict((n, spec) for (i, n), spec in specs.items() if i == index)
+        if kinds:
+            state[megatron.OPTIMIZER] = {
+                name: {
+                    n: dict.fromkeys(kinds, TensorSpec(spec.shape, "fp32"))
+                    for (i, n), spec in specs.items()
+                    if i == index
+                }
+                for index, name in enumerate(names)
+            }
+        if rng is not None:
+            state[RNG] = _with_specs(rng)
+        layout = torch_pt.layout_pt(state, name="model_optim_rng")
+        # the generators of the first replica are written, and their text has its own length
+        offsets = self._of_first_replica((layout.total_bytes, layout.offsets))
+        total_bytes, offsets = offsets
+        file = f"{_rank_folder(self._identity.layout)}/{megatron.PT_FILE}"
+        stores = []
+        for owned, tensor in zip(self._state.owned, tensors, strict=True):
+            path = (names[owned.chunk], owned.name)
+            path = (megatron.OPTIMIZER, *path, owned.kind) if owned.kind else path
+            offset = offsets[path] + owned.run.start * tensor.element_size()
+            name = "/".join(path) if owned.kind or len(names) > 1 else owned.name
+            shape = owned.piece.shape
+            if tensor.numel() < volume(owned.piece.box):
+                name, shape = f"{name}[{owned.run.start}:{owned.run.stop}]", tuple(tensor.shape)
+            stores.append(Store(name, file, offset, shape, tensor))
+        segments = ()
+        if replica == 0:
+            segments = layout.segments
+            if rng is not None:
+                stores += (
+                    Store("/".join(map(str, path)), file, offsets[path], tuple(t.shape), t)
+                    for path, t in _tensors_in(rng, (RNG,))
+                )
+        files = {file: FileLayout(total_bytes=total_bytes, segments=segments)}
+        return Pending(part=RankPart(files=files, stores=stores))
+
+    def _of_first_replica(self, value: Any) -> Any:
+        """What the first of this rank's data-parallel replicas calls with."""
+        values: list[Any] = [None] * self._run.runtime.world_size
+        torch.distributed.all_gather_object(
+            values, (own_shard(0), value) if own_replica()[0] == 0 else None, group=self._group
+        )
+        return next(
+            own for told in values if told for shard, own in [told] if shard == own_shard(0)
+        )
 
 
-def _fsync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+class _Place(NamedTuple):
+    """Where a part of one of `_owned` lies."""
+
+    owned: int
+    within: slice
+    name: str
+    offset: int
+    shape: tuple[int, ...]
 
 
-# --- what a checkpoint holds ---------------------------------------------------------------------
+class _Chunks(NamedTuple):
+    """A rank's file of tensors in torch_dist."""
 
-
-def _modules(chunks: Sequence[Any]) -> list[Any]:
-    return [unwrap(chunk) for chunk in chunks]
+    file: str
+    layout: FileLayout
+    places: list[_Place]
+    entries: list[torch_dist.Entry]
+    """Of all ranks; on rank 0."""
 
 
 def _model_names(chunks: Sequence[Any]) -> list[str]:
@@ -188,69 +314,43 @@ def _model_names(chunks: Sequence[Any]) -> list[str]:
 
 
 def _rank_folder(layout: ParallelLayout) -> str:
-    return megatron.rank_folder_name(
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        layout.pp,
-    )
+    tp_rank, pp_stage, _ = own_shard(0)
+    return megatron.rank_folder_name(tp_rank, pp_stage, layout.pp)
 
 
-def _kinds(chunks: Sequence[Any]) -> tuple[str, ...]:
-    """The optimizer's tensors of each parameter."""
-    dtype = next(chunks[0].parameters()).dtype
-    moments = optimizers.MOMENTS
-    return moments if dtype == torch.float32 else (*moments, optimizers.MAIN)
+def _state_key(kind: str, key: str) -> str:
+    return f"optimizer.state.{kind}.{key}" if kind else key
 
 
-def _sharded_models(chunks: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """The weights as megatron-core's sharded tensors, by chunk and local name."""
-    models = {}
-    for index, (name, chunk) in enumerate(zip(_model_names(chunks), chunks, strict=True)):
-        with virtual_stage(index if len(chunks) > 1 else None):
-            sharded = unwrap(chunk).sharded_state_dict(prefix="")
-        models[name] = {key: value for key, value in sharded.items() if megatron.plain_name(key)}
-    return models
-
-
-def _state_key(kind: str, weight: str) -> str:
-    return f"optimizer.state.{kind}.{weight}"
-
-
-def _sharded_optimizer(run: TrainingRun, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The optimizer's tensors, cut as the weights are, under Megatron's names."""
-    names = list(models)
-    state: dict[str, Any] = {name: {} for name in names}
-    for index, key, values in optimizers.gather_state(run.optimizer, _modules(run.chunks)):
-        weight = models[names[index]][key]
-        state[names[index]][key] = {
-            kind: _like(weight, kind, value) for kind, value in values.items()
-        }
-    return state
-
-
-def _like(weight: Any, kind: str, value: torch.Tensor) -> Any:
-    """A sharded tensor, or a factory of some, with other contents."""
-    changes: dict[str, Any] = {"key": _state_key(kind, weight.key), "data": value}
-    if isinstance(weight, ShardedTensor):
-        changes["dtype"] = value.dtype
-    return replace(weight, **changes)
-
-
-def _sharded_rng(state: Any) -> ShardedObject:
+def _rng_key() -> str:
     """One state per tensor/pipeline rank; data-parallel ranks draw alike."""
-    return ShardedObject(
-        RNG,
-        state,
-        (
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        ),
-        (
-            parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_rank(),
-        ),
-        replica_id=parallel_state.get_data_parallel_rank(),
+    tp_rank, pp_stage, _ = own_shard(0)
+    sizes = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
     )
+    return f"{RNG}/shard_{pp_stage}.{tp_rank}_{sizes[0]}.{sizes[1]}"
+
+
+def _with_specs(tree: Any) -> Any:
+    """The same containers with a TensorSpec for every tensor."""
+    if isinstance(tree, torch.Tensor):
+        return TensorSpec(tuple(tree.shape), DTYPE_NAMES[tree.dtype])
+    if isinstance(tree, Mapping):
+        return {key: _with_specs(value) for key, value in tree.items()}
+    return [_with_specs(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _tensors_in(tree: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
+    """Every tensor with its path."""
+    if isinstance(tree, torch.Tensor):
+        yield path, tree.contiguous()
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors_in(value, (*path, key))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from _tensors_in(value, (*path, index))
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -268,13 +368,10 @@ def resume(
         What is not as it was, in words for the log.
 
     Raises:
-        UserError: the checkpoint's optimizer does not fit this layout.
+        UserError: the checkpoint's optimizer does not fit the model.
     """
     common = saved.common
     notes = restore_progress(run, common)
-    same_layout = all(
-        getattr(common["args"], name, None) == value for name, value in _places(identity).items()
-    )
     wants_optimizer = not settings.no_load_optim and saved.has_optimizer
     wants_rng = not settings.no_load_rng and common["contents"]["rng"]
     if wants_optimizer and saved.padded_vocab_size != identity.padded_vocab_size:
@@ -283,121 +380,54 @@ def resume(
             f"not {identity.padded_vocab_size}; leave the padding flags out, or take the weights "
             "alone with --no-load-optim."
         )
-    if not saved.has_optimizer and not settings.no_load_optim:
-        notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
-    if wants_rng and not same_layout:
-        notes.append("another layout: the random number generators are seeded anew")
-    if megatron.is_torch_dist(saved.folder):
-        state, rng = _read_torch_dist(
-            run, saved, identity, wants_optimizer, wants_rng and same_layout
-        )
-    else:
-        if wants_optimizer and not same_layout:
-            raise UserError(_other_layout(saved, common["args"]))
-        state, rng = _read_rank_file(run, saved, identity, wants_rng and same_layout)
     if wants_optimizer:
-        updates = int(common["optimizer_updates"])
-        optimizers.load_state(run.optimizer, _by_parameter(run.chunks, state), updates)
-        optimizers.load_scaler_state(run.optimizer, common["loss_scaler"])
-    if rng is not None:
-        set_rng_state(run.runtime, rng)
-    torch.distributed.barrier()
+        _load_optimizer(run, saved, identity)
+    elif not settings.no_load_optim:
+        notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
+    if wants_rng and _is_same_layout(common["args"], identity):
+        set_rng_state(run.runtime, with_tensors(_read_rng(saved, identity)))
+    elif wants_rng:
+        notes.append("another layout: the random number generators are seeded anew")
     return notes
 
 
-def _places(identity: CheckpointIdentity) -> dict[str, Any]:
-    args = megatron_args(
+def _is_same_layout(args: Namespace, identity: CheckpointIdentity) -> bool:
+    own = megatron_args(
         identity.config, identity.layout, identity.padded_vocab_size, identity.dtype
     )
-    return {name: getattr(args, name) for name in PLACES}
+    return all(getattr(args, name, None) == getattr(own, name) for name in PLACES)
 
 
-def _other_layout(saved: SavedRun, args: Namespace) -> str:
-    was = ", ".join(f"{name}={getattr(args, name, None)}" for name in PLACES)
-    return (
-        f"{saved.folder}: was saved with --ckpt-format torch, whose optimizer state fits only the "
-        f"layout it was saved at ({was}); resume at that layout, or take the weights alone with "
-        "--no-load-optim. --ckpt-format torch_dist can be resumed at any layout."
+def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
+    if megatron.is_torch_dist(saved.folder):
+        return torch_dist.read_object(saved.folder, _rng_key())
+    return torch_pt.read(saved.folder / _rank_folder(identity.layout) / megatron.PT_FILE)[RNG]
+
+
+def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdentity) -> None:
+    """Reads this rank's slices of the optimizer's tensors, in place."""
+    sources = _open_states(saved, identity)
+    state = RankState(
+        [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
+        megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
+        run.optimizer,
     )
 
+    def load(kind: str, slices: Slices) -> None:
+        source = sources[kind]
+        checks = checks_of(source, is_whole=False)
+        load_slices(slices, source.held, source.config.vocab_size, checks=checks)
 
-def _read_torch_dist(
-    run: TrainingRun,
-    saved: SavedRun,
-    identity: CheckpointIdentity,
-    wants_optimizer: bool,
-    wants_rng: bool,
-) -> tuple[dict[str, Any], Any]:
-    """The optimizer's state and the generators', read without megatron-core.
-
-    Its `load` unpickles what it finds: with `weights_only=False` before 0.14, and the folder's
-    `.metadata` in every release.
-    """
-    rng = None
-    if wants_rng:
-        key = _sharded_rng(None).unique_key
-        rng = with_tensors(torch_dist.read_object(saved.folder, key)[0])
-    return (_read_moments(run, saved, identity) if wants_optimizer else {}), rng
+    if optimizers.MAIN in sources and optimizers.MAIN not in state.kinds:
+        load(optimizers.MAIN, state.whole())  # fp32 after 16 bits goes on from the fp32 weights
+    for kind, slices in state.emptied(int(saved.common["optimizer_updates"])).items():
+        load(kind if kind in sources else "", slices)  # fp32 weights are their own main weights
+    optimizers.load_scaler_state(run.optimizer, saved.common["loss_scaler"])
 
 
-def _read_moments(
-    run: TrainingRun, saved: SavedRun, identity: CheckpointIdentity
-) -> dict[str, Any]:
-    """The optimizer's tensors, cut for this rank, by chunk, parameter and kind."""
-    found = saved.common["contents"]["optimizer"]
-    kinds = dict.fromkeys([*found, *_kinds(run.chunks)])
-    # fp32 weights are their own main weights
-    prefixes = {kind: _state_key(kind, "") if kind in found else "" for kind in kinds}
+def _open_states(saved: SavedRun, identity: CheckpointIdentity) -> dict[str, Source]:
+    """A source for each kind of the optimizer's tensors, and for "", the weights."""
     # padding has moments too: here its rows count as the vocabulary's
     config = replace(identity.config, vocab_size=identity.padded_vocab_size)
-    sources = open_torch_dist_states(saved.folder, config, prefixes.values())
-    modules = _modules(run.chunks)
-    state: dict[str, Any] = {name: {} for name in _model_names(run.chunks)}
-    for kind, prefix in prefixes.items():
-        tensors = [
-            {
-                name: torch.empty(parameter.shape, dtype=torch.float32)
-                for name, parameter in module.named_parameters()
-            }
-            for module in modules
-        ]
-        load_tensors(
-            tensors,
-            sources[prefix],
-            identity.layout,
-            padded_vocab_size=identity.padded_vocab_size,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
-        )
-        for values, model in zip(tensors, state.values(), strict=True):
-            for name, value in values.items():
-                model.setdefault(name, {})[kind] = value
-    return state
-
-
-def _read_rank_file(
-    run: TrainingRun, saved: SavedRun, identity: CheckpointIdentity, wants_rng: bool
-) -> tuple[dict[str, Any], Any]:
-    path = saved.folder / _rank_folder(identity.layout) / megatron.PT_FILE
-    if not path.is_file():
-        return {}, None  # another layout, and neither optimizer nor generators are wanted
-    state: Any = torch_pt.read(path)
-    rng = with_tensors(state[RNG]) if wants_rng else None
-    optimizer = with_tensors(state.get(OPTIMIZER, {}))
-    found = saved.common["contents"]["optimizer"]
-    if optimizers.MAIN in _kinds(run.chunks) and optimizers.MAIN not in found:
-        # fp32 weights are their own main weights
-        for name, model in optimizer.items():
-            for key, values in model.items():
-                values[optimizers.MAIN] = with_tensors(state[name][key])
-    return optimizer, rng
-
-
-def _by_parameter(
-    chunks: Sequence[Any], state: Mapping[str, Mapping[str, Any]]
-) -> dict[torch.nn.Parameter, Mapping[str, torch.Tensor]]:
-    return {
-        parameter: state[name][key]
-        for name, chunk in zip(_model_names(chunks), chunks, strict=True)
-        for key, parameter in unwrap(chunk).named_parameters()
-    }
+    kinds = ["", *saved.common["contents"]["optimizer"]]
+    return open_states(saved.folder, config, {kind: _state_key(kind, "") for kind in kinds})

@@ -119,6 +119,11 @@ class Reporter:
         if not self.silent:
             self._say(line)
 
+    def interrupt(self, line: str) -> None:
+        """Reports the steps since the last line, then prints a line of another kind."""
+        self.flush()
+        self.say(line)
+
     def step(self, step: Step) -> None:
         """Takes a step; reports when it ends an interval or the run."""
         if self.silent:

@@ -55,6 +55,14 @@ class Objective(Protocol):
         ...
 
 
+class Saver(Protocol):
+    """What writes checkpoints: `checkpointer.Checkpointer`."""
+
+    def save(self, *, is_last: bool = False) -> None: ...
+    def poll(self) -> None: ...
+    def finish(self) -> None: ...
+
+
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm is infinite or not a number; the weights are as before."""
 
@@ -243,7 +251,7 @@ def train(
     *,
     on_step: Callable[[StepResult, float], None],
     on_validation: Callable[[float], None],
-    save: Callable[[], None] | None = None,
+    checkpointer: Saver | None = None,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> str | None:
     """Trains to the end of the run, or until told to stop.
@@ -252,7 +260,7 @@ def train(
         run: begins at `run.progress`, which is kept up to date.
         on_step: called after every step with its result and its duration in seconds.
         on_validation: called with the validation loss.
-        save: writes a checkpoint; called at the interval and at the end.
+        checkpointer: asked for a checkpoint at the interval and at the end.
         stop_wanted: asked once per step; true on any rank ends the run on all.
 
     Returns:
@@ -274,15 +282,16 @@ def train(
             reason = "was told to stop (SIGTERM)"
         elif is_due(progress.iteration, settings.batch.exit_interval):
             reason = f"--exit-interval {settings.batch.exit_interval}"
-        if (
-            save
-            and reason is None
-            and is_due(progress.iteration, settings.checkpoint.save_interval)
-        ):
-            save()
+        if checkpointer is None:
+            continue
+        checkpointer.poll()
+        if reason is None and is_due(progress.iteration, settings.checkpoint.save_interval):
+            checkpointer.save()
             saved_at = progress.iteration
-    if save and saved_at != progress.iteration:
-        save()
+    if checkpointer is not None:
+        if saved_at != progress.iteration:
+            checkpointer.save(is_last=True)
+        checkpointer.finish()
     with gathered_parameters(run.chunks):
         pass  # whoever reads the weights from here on finds them whole
     return reason if progress.iteration < run.train_iters else None

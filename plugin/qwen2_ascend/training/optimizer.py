@@ -1,11 +1,11 @@
 """AdamW over a pipeline stage's model chunks, and its state in a form that fits any layout.
 
 megatron-core keeps the optimizer's state in three shapes: beside fp32 weights, beside fp32 copies
-of 16-bit weights, or as slices of those over the data-parallel ranks. `gather_state` and
-`load_state` translate each to and from one canonical form: for every parameter of this
-tensor/pipeline rank `exp_avg`, `exp_avg_sq` and, for 16-bit weights, `fp32_param`, all fp32 and of
-the parameter's shape. A checkpoint holds nothing else, so it can be resumed at another layout,
-with or without the distributed optimizer, and by fp32 and bf16 runs alike.
+of 16-bit weights, or as slices of those over the data-parallel ranks. `state_slices` and
+`new_state` give each in one canonical form: for every parameter that this rank updates, which run
+of its elements, and of that run `exp_avg`, `exp_avg_sq` and, for 16-bit weights, `fp32_param`, all
+fp32. A checkpoint holds nothing else, so it can be resumed at another layout, with or without the
+distributed optimizer, and by fp32 and bf16 runs alike; and no rank needs more than its own slices.
 """
 
 from __future__ import annotations
@@ -35,8 +35,15 @@ class Slice(NamedTuple):
     start: int
     stop: int
     optimizer: torch.optim.Optimizer
-    data_parallel_group: Any
-    """The ranks that share the parameter, or None where each has all of it."""
+
+
+class StateSlice(NamedTuple):
+    """The optimizer's tensors of elements start..stop of one parameter, flattened."""
+
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor]
+    """By kind, of MOMENTS and MAIN: fp32, in place wherever the optimizer has them."""
 
 
 def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> MegatronOptimizer:
@@ -170,61 +177,60 @@ def num_updates(optimizer: MegatronOptimizer) -> int:
     return 0
 
 
-@torch.no_grad()
-def gather_state(
-    optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]
-) -> Iterator[tuple[int, str, dict[str, torch.Tensor]]]:
-    """Yields (chunk, parameter name, canonical state on the host) of every parameter.
+def kinds_of(parameter: torch.nn.Parameter) -> tuple[str, ...]:
+    """The optimizer's tensors of a parameter; fp32 weights are their own main weights."""
+    return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MAIN)
 
-    All ranks of a data-parallel group must exhaust it together; each gets the same.
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether data-parallel ranks have different slices."""
+    return any(hasattr(part, "model_param_group_index_map") for part in _parts(optimizer))
+
+
+@torch.no_grad()
+def state_slices(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, StateSlice]:
+    """What this rank keeps of every parameter that it updates any of; nothing is copied.
+
+    Before the first update the moments are zeros.
     """
-    slices = dict(_slices(optimizer))
-    group = _shared_group(optimizer)
-    for index, chunk in enumerate(chunks):
-        for name, parameter in chunk.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            piece = slices.get(parameter)
-            kinds = (*MOMENTS, MAIN) if parameter.dtype != torch.float32 else MOMENTS
-            state = {kind: _whole(kind, parameter, piece, group) for kind in kinds}
-            yield index, name, state
+    states = {}
+    for parameter, own in _slices(optimizer):
+        state = own.optimizer.state.get(own.main, {})
+        tensors = {
+            kind: state[kind] if kind in state else torch.zeros_like(own.main, dtype=torch.float32)
+            for kind in MOMENTS
+        }
+        if MAIN in kinds_of(parameter):
+            tensors[MAIN] = own.main.detach()
+        states[parameter] = StateSlice(own.start, own.stop, tensors)
+    return states
 
 
 @torch.no_grad()
-def load_state(
-    optimizer: MegatronOptimizer,
-    states: Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]],
-    num_updates: int,
-) -> None:
-    """Puts canonical states back; the weights themselves must have been loaded before.
+def new_state(
+    optimizer: MegatronOptimizer, num_updates: int
+) -> dict[torch.nn.Parameter, StateSlice]:
+    """The state after `num_updates` updates, with zero moments, in place and to be filled.
+
+    The weights must have been loaded before: the main weights are taken from them.
 
     Args:
         optimizer: built by `build_optimizer`, as yet without state.
-        states: for every parameter its moments and, where the weights are not to be taken for
-            it, `fp32_param`.
-        num_updates: what `num_updates` said when they were gathered.
+        num_updates: what `num_updates` said when the moments were saved.
     """
-    for parameter, saved in states.items():
-        if MAIN in saved:
-            # all of it: what other ranks update is gathered only after the next update
-            parameter.copy_(saved[MAIN].reshape(parameter.shape))
     optimizer.reload_model_params()
-    for parameter, piece in _slices(optimizer):
-        saved = states[parameter]
-        state = {kind: torch.zeros_like(piece.main, dtype=torch.float32) for kind in MOMENTS}
-        for kind in MOMENTS:
-            _copy_slice(state[kind], saved[kind], piece)
-        if MAIN in saved:
-            _copy_slice(piece.main, saved[MAIN], piece)
-        if _counts_per_parameter(piece.optimizer):
+    for _, own in _slices(optimizer):
+        state = {kind: torch.zeros_like(own.main, dtype=torch.float32) for kind in MOMENTS}
+        if _counts_per_parameter(own.optimizer):
             # a tensor of its own: Adam adds to it in place
-            device = piece.main.device if _is_fused(piece.optimizer) else None
+            device = own.main.device if _is_fused(own.optimizer) else None
             state["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=device)
-        piece.optimizer.state[piece.main] = state
+        own.optimizer.state[own.main] = state
     for part in _parts(optimizer):
         if not _counts_per_parameter(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = num_updates
+    return state_slices(optimizer)
 
 
 def scaler_state(optimizer: MegatronOptimizer) -> dict[str, float]:
@@ -265,14 +271,6 @@ def _is_fused(inner: torch.optim.Optimizer) -> bool:
     return any(group.get("fused") for group in inner.param_groups)
 
 
-def _shared_group(optimizer: Any) -> Any:
-    """The data-parallel group that the distributed optimizer slices over, else None."""
-    for part in _parts(optimizer):
-        if hasattr(part, "model_param_group_index_map"):
-            return part.data_parallel_group
-    return None
-
-
 def _slices(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
     """Every parameter of which this rank updates anything, with what it updates."""
     for part in _parts(optimizer):
@@ -288,43 +286,14 @@ def _slices(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
                 pairs += zip(models, mains, strict=True)
             pairs += [(p, p) for group in part.fp32_from_fp32_groups for p in group]
         for parameter, main in pairs:
-            yield parameter, Slice(main, 0, parameter.numel(), part.optimizer, None)
+            yield parameter, Slice(main, 0, parameter.numel(), part.optimizer)
 
 
 def _distributed_slices(part: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
     for parameter, (group, place) in part.model_param_group_index_map.items():
         held = part._get_model_param_range_map(parameter)["param"]
         main = part.optimizer.param_groups[group]["params"][place]
-        yield (
-            parameter,
-            Slice(main, held.start, held.end, part.optimizer, part.data_parallel_group),
-        )
-
-
-def _whole(
-    kind: str, parameter: torch.nn.Parameter, piece: Slice | None, group: Any
-) -> torch.Tensor:
-    """One state tensor of the parameter's shape, on the host, put together from all slices."""
-    if group is None:
-        assert piece is not None
-        return _held(kind, piece).reshape(parameter.shape).cpu()
-    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    if piece is not None:
-        whole[piece.start : piece.stop].copy_(_held(kind, piece).flatten())
-    torch.distributed.all_reduce(whole, group=group)
-    return whole.reshape(parameter.shape).cpu()
-
-
-def _held(kind: str, piece: Slice) -> torch.Tensor:
-    if kind == MAIN:
-        return piece.main.detach()
-    state = piece.optimizer.state.get(piece.main, {})
-    return state[kind] if kind in state else torch.zeros_like(piece.main)
-
-
-def _copy_slice(target: torch.Tensor, whole: torch.Tensor, piece: Slice) -> None:
-    part = whole.flatten()[piece.start : piece.stop]
-    target.copy_(part.reshape(target.shape))
+        yield parameter, Slice(main, held.start, held.end, part.optimizer)
 
 
 def is_finite(*values: float) -> bool:

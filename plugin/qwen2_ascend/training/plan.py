@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.settings import TrainingSettings
@@ -56,6 +57,8 @@ class Found(NamedTuple):
 
 
 NOTHING = Found()
+MOST_BYTES_CHECKED = 1 << 26
+"""Larger files of a checkpoint are not read by rank 0 alone before the run begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,10 +244,50 @@ def num_ranks() -> int:
 
 
 def folder_of(what: str, folder: Path, found: Found | None) -> Path | None:
-    """Where to look for what `folder` holds; None where rank 0 has found nothing in it."""
+    """Where to look for what `folder` holds; None where rank 0 has found nothing in it.
+
+    Raises:
+        DamagedError: it holds damaged iterations only; rank 0 looks.
+    """
     if found is None:
-        return folder
+        return newest_sound(folder)
     return folder / found.folders[what] if what in found.folders else None
+
+
+def newest_sound(folder: Path) -> Path:
+    """The iteration in a run's folder to go on from, or any other folder itself.
+
+    Of each, what can be checked without reading the tensors is held against its manifest.
+
+    Raises:
+        DamagedError: all are damaged.
+    """
+    from qwen2_ascend.checkpoint.iteration import resumable_iterations
+    from qwen2_ascend.checkpoint.manifest import check_iteration
+
+    iterations = resumable_iterations(folder) or [folder]
+    damaged: DamagedError | None = None
+    for iteration in iterations:
+        try:
+            check_iteration(iteration, most_bytes=MOST_BYTES_CHECKED)
+        except DamagedError as error:
+            damaged = damaged or error
+            warn(iteration, error)
+        else:
+            return iteration
+    assert damaged is not None
+    raise damaged
+
+
+def warn(iteration: Path, error: UserError) -> None:
+    """Says loudly, on rank 0, that a checkpoint is not used."""
+    for fault in error.faults[:3]:
+        print(f"WARNING: {fault}", file=sys.stderr)
+    print(
+        f"WARNING: {iteration} is damaged and NOT used; an older checkpoint is looked for.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def within(folder: Path, opened: Path) -> str:
@@ -258,7 +301,8 @@ def _holds_checkpoint(folder: Path, found: Found | None) -> bool:
         return "load" in found.folders
     if not folder.is_dir():
         return folder.exists()
-    signs = ("latest_*", "iter_*", "mp_rank_*", "*.safetensors*", "*.bin", "config.json")
+    # a run that was killed before its first checkpoint may have left its config.json
+    signs = ("latest_*", "iter_*", ".iter_*.replaced", "mp_rank_*", "*.safetensors*", "*.bin")
     return any(path for sign in signs for path in folder.glob(sign))
 
 

@@ -20,6 +20,7 @@ from qwen2_ascend.training.setup import (
     begin,
     build_chunks,
     build_run,
+    from_sound_checkpoint,
     resume_if_saved,
     run_side_files,
     train_and_report,
@@ -49,6 +50,10 @@ def pretrain(settings: PretrainSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
+    from_sound_checkpoint(settings, _pretrain)
+
+
+def _pretrain(settings: PretrainSettings) -> None:
     plan, runtime, say = begin(settings, make_plan, validate, check_data)
     train_and_report(prepare(plan, runtime, say), plan, say)
     runtime.close()

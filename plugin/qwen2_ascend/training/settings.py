@@ -213,7 +213,14 @@ class CheckpointSettings:
     save_interval: int | None = None
     """Steps between two checkpoints."""
     ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
-    """torch_dist resumes at any layout; torch is Megatron's mp_rank tree, for its own layout."""
+    """torch_dist, or torch, Megatron's mp_rank tree; both resume at any layout."""
+    async_save: Flag = False
+    """Train on while files are written; a save then costs the copy of the state to the host."""
+    keep_last: int | None = None
+    """Remove older checkpoints when one is complete, and keep so many; by default all are kept."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written (disk full): end the run, or train on without
+    it."""
     no_save_optim: Flag = False
     """Leave the optimizer out: smaller, but the run cannot be resumed exactly."""
     no_save_rng: Flag = False

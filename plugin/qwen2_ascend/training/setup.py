@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,24 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import Faults, raise_if
+from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
 from qwen2_ascend.telemetry import reporting
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import pasted_notes
-from qwen2_ascend.training.plan import Found, RunPlan, agree
+from qwen2_ascend.training.plan import Found, RunPlan, agree, warn
 from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.telemetry.energy import Energy
+    from qwen2_ascend.telemetry.instruments import Instruments
+    from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
 
 Say = Callable[[str], None]
 S = TypeVar("S", bound=TrainingSettings)
+T = TypeVar("T")
 
 
 def is_first_rank() -> bool:
@@ -54,6 +58,8 @@ def begin(
         UserError: settings, data or checkpoint are not as they have to be; every fault at once,
             and those that rank 0 finds before any rank waits for another.
     """
+    from qwen2_ascend.checkpoint.manifest import check_iteration
+
     own = None
     if is_first_rank():
         faults = Faults()
@@ -63,6 +69,10 @@ def begin(
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
     plan = agree(partial(make, settings), own, timeout_seconds)
     runtime, say = start_runtime(plan)
+    if plan.saved is not None and not hasattr(plan.saved, "common"):
+        # DeepSpeed and peft read whole files, and check nothing
+        share = {"share": runtime.rank, "num_shares": runtime.world_size}
+        undamaged(plan.saved.folder, partial(check_iteration, plan.saved.folder, **share))
     return plan, runtime, say
 
 
@@ -75,6 +85,74 @@ def _checked_plan(
     made = RunLength(train_iters=0, global_batch_size=1, **plan.made())
     check(plan.settings, plan.config, plan.world_size, made)
     return plan
+
+
+def undamaged(folder: Path, load: Callable[[], T]) -> T:
+    """What `load` gives, once no rank has found anything damaged; every rank calls it.
+
+    Args:
+        folder: of the checkpoint.
+        load: reads some of it; it must not wait for other ranks.
+
+    Raises:
+        DamagedError: on every rank.
+    """
+    from qwen2_ascend.runtime import agreement
+
+    faults: Sequence[str] = ()
+    loaded: Any = None
+    try:
+        loaded = load()
+    except DamagedError as error:
+        faults = error.faults
+    try:
+        agreement.raise_together(faults)
+    except UserError as error:
+        damaged = DamagedError(error.faults)
+        damaged.folder = folder
+        raise damaged from None
+    return loaded
+
+
+def from_sound_checkpoint(settings: S, run: Callable[[S], None]) -> None:
+    """Runs, and where the checkpoint to go on from proves damaged, runs from the one before.
+
+    Args:
+        settings: all flags.
+        run: does everything; it raises DamagedError on all ranks or on none.
+
+    Raises:
+        DamagedError: there is no other one.
+    """
+    while True:
+        try:
+            return run(settings)
+        except DamagedError as error:
+            older = _older(settings, error)
+        settings = replace(settings, model=replace(settings.model, load=older))
+
+
+def _older(settings: TrainingSettings, error: DamagedError) -> Path:
+    """The sound checkpoint before a damaged one, as rank 0 finds it.
+
+    Raises:
+        DamagedError: there is none.
+    """
+    from qwen2_ascend.checkpoint.iteration import older_iterations
+    from qwen2_ascend.runtime import agreement
+    from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel
+
+    if error.folder is None or settings.model.load is None:
+        raise error
+    damaged = error.folder
+    names = agreement.made_by_first(lambda: [path.name for path in older_iterations(damaged)])
+    if is_first_rank():
+        warn(damaged, error)
+    if not names:
+        raise error
+    error.__traceback__ = None  # whose frames hold the model
+    destroy_model_parallel()
+    return damaged.parent / names[0]
 
 
 def _headline(plan: RunPlan, runtime: Runtime) -> str:
@@ -171,7 +249,8 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
         **model_options,
     )
     if source is not None:
-        load_checkpoint_weights(
+        load = partial(
+            load_checkpoint_weights,
             chunks,
             _with_padding(plan, source),
             layout,
@@ -179,6 +258,7 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
         )
+        undamaged(source.folder, load)
         say(f"weights: {source.describe()}")
     else:
         say(f"weights: random, seed {settings.runtime.seed}")
@@ -241,7 +321,8 @@ def resume_if_saved(run: TrainingRun, plan: RunPlan, say: Say) -> None:
 
     if not isinstance(plan.saved, SavedRun):
         return
-    notes = resume(run, plan.saved, checkpoint_identity(plan), run.settings.checkpoint)
+    load = partial(resume, run, plan.saved, checkpoint_identity(plan), run.settings.checkpoint)
+    notes = undamaged(plan.saved.folder, load)
     say_resumed(run, plan.saved.folder, notes, say)
 
 
@@ -285,7 +366,10 @@ def run_side_files(plan: RunPlan) -> Mapping[Path, bytes]:
 
 
 def train_and_report(
-    run: TrainingRun, plan: RunPlan, say: Say, save: Callable[[], Path] | None = None
+    run: TrainingRun,
+    plan: RunPlan,
+    say: Say,
+    checkpointer: Callable[[Say], Checkpointer] | None = None,
 ) -> bool:
     """Trains to the end or until told to stop, with a log and checkpoints where they are asked for.
 
@@ -293,26 +377,38 @@ def train_and_report(
         run: begins at its progress.
         plan: of the run.
         say: prints a line.
-        save: writes a checkpoint, on every rank; by default one of all weights.
+        checkpointer: makes what writes checkpoints, given what prints a line; by default it writes
+            all weights.
 
     Returns:
         Whether the run is complete.
     """
     from qwen2_ascend.telemetry.instruments import Instruments
-    from qwen2_ascend.training.checkpointing import save_checkpoint
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer
+
+    with contextlib.ExitStack() as stack:
+        opened = None
+        if run.settings.checkpoint.save:
+            make = checkpointer or partial(megatron_checkpointer, run, checkpoint_identity(plan))
+            opened = stack.enter_context(contextlib.closing(make(lambda line: log(line))))
+            opened.open()
+        reporter = _reporter(run, plan.config, plan.padded_vocab_size)
+        log = reporter.interrupt
+        instruments = Instruments(run, reporter.tokens_per_step, say)
+        return _train(run, reporter, instruments, opened, say)
+
+
+def _train(
+    run: TrainingRun,
+    reporter: Reporter,
+    instruments: Instruments,
+    checkpointer: Checkpointer | None,
+    say: Say,
+) -> bool:
     from qwen2_ascend.training.loop import train
     from qwen2_ascend.training.signals import StopSignal
 
-    settings = run.settings
-    save = save or partial(save_checkpoint, run, checkpoint_identity(plan), settings.checkpoint)
-    reporter = _reporter(run, plan.config, plan.padded_vocab_size)
-    instruments = Instruments(run, reporter.tokens_per_step, say)
-
-    def save_and_say() -> None:
-        reporter.flush()
-        reporter.say(f"saved {save()}")
-
-    with StopSignal(settings.runtime.exit_signal_handler) as signal:
+    with StopSignal(run.settings.runtime.exit_signal_handler) as signal:
         try:
             reason = train(
                 run,
@@ -320,7 +416,7 @@ def train_and_report(
                     _step(run, result, seconds, instruments.step(seconds))
                 ),
                 on_validation=lambda loss: reporter.validation(run.progress.iteration, loss),
-                save=save_and_say if settings.checkpoint.save else None,
+                checkpointer=checkpointer,
                 stop_wanted=lambda: signal.received,
             )
             instruments.finish()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header, read_header
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -78,10 +79,12 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     return _read_indexed(folder, weight_map)
 
 
-def plan_files(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple[WeightFile, ...]:
+def plan_files(
+    tensors: Mapping[str, TensorSpec], max_shard_bytes: int, marks: Mapping[str, str] | None = None
+) -> tuple[WeightFile, ...]:
     """Cuts tensors, in their order, into files of at most `max_shard_bytes` as transformers does.
 
-    A tensor larger than that gets a file of its own.
+    A tensor larger than that gets a file of its own. `marks` are added to each file's metadata.
     """
     groups: list[dict[str, TensorSpec]] = [{}]
     used = 0
@@ -91,7 +94,7 @@ def plan_files(tensors: Mapping[str, TensorSpec], max_shard_bytes: int) -> tuple
             used = 0
         groups[-1][name] = spec
         used += spec.num_bytes
-    return tuple(_weight_file(group, i, len(groups)) for i, group in enumerate(groups, 1))
+    return tuple(_weight_file(group, i, len(groups), marks) for i, group in enumerate(groups, 1))
 
 
 def index_json(files: tuple[WeightFile, ...]) -> bytes | None:
@@ -104,9 +107,11 @@ def index_json(files: tuple[WeightFile, ...]) -> bytes | None:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _weight_file(tensors: Mapping[str, TensorSpec], number: int, count: int) -> WeightFile:
+def _weight_file(
+    tensors: Mapping[str, TensorSpec], number: int, count: int, marks: Mapping[str, str] | None
+) -> WeightFile:
     name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-    header, offsets = encode_header(tensors, {"format": "pt"})
+    header, offsets = encode_header(tensors, {"format": "pt", **(marks or {})})
     return WeightFile(name, header, {n: (offsets[n], spec) for n, spec in tensors.items()})
 
 
@@ -116,15 +121,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise_if(f"{index}: key {k!r} stands in it {n} times." for k, n in counts.items() if n > 1)
         return dict(pairs)
 
-    try:
-        raw = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-        weight_map = raw["weight_map"]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: not a safetensors index: {error!r}") from None
+    raw = read_json(index, object_pairs_hook=no_duplicates)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UserError(f"{index}: weight_map is not a table of tensor names and file names.")
+        raise UserError(
+            f"{index}: not a safetensors index: it has no weight_map, a table of tensor names and "
+            "file names."
+        )
     return weight_map
 
 

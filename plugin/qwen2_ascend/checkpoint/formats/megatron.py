@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,18 @@ from qwen2_ascend.checkpoint.formats import safetensors, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.rules import Shard
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import read_text
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 PT_FILE = "model_optim_rng.pt"
+OPTIMIZER = "optimizer_state"
+"""Where a rank's file of ours has the optimizer's tensors: by model, parameter and kind."""
+MANIFEST_FILE = "qwen2_ascend_manifest.json"
+"""What this project writes into a folder last: with it, the folder is complete."""
+_MAX_TRACKER_BYTES = 4096
 
+_PLACES = (("", ""), (".", ".replaced"))
+"""Where an iteration may lie: a run that was killed between two renames left it in the second."""
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL = re.compile(r"model(\d*)")
 _ALIASES = (
@@ -44,7 +52,18 @@ class RankFiles:
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
-    return (folder / TRACKER_FILE).is_file() or is_iteration_folder(folder)
+    is_one = (folder / TRACKER_FILE).is_file() or is_iteration_folder(folder)
+    return is_one or any(is_iteration_folder(path) for path in complete_iterations(folder))
+
+
+def complete_iterations(folder: Path) -> list[Path]:
+    """The iterations in `folder` that are complete by their manifests, the newest first."""
+    found = [
+        path
+        for path in folder.glob("iter_*")
+        if re.fullmatch(r"iter_[0-9]{1,12}", path.name) and (path / MANIFEST_FILE).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")), reverse=True)
 
 
 def is_iteration_folder(folder: Path) -> bool:
@@ -58,32 +77,40 @@ def is_torch_dist(iteration_folder: Path) -> bool:
 def iteration_folder(folder: Path) -> Path:
     """The folder of the iteration that `folder`'s tracker file names, or `folder` if it is one.
 
+    Without a tracker file it is the newest iteration that is complete by its manifest: the run was
+    killed between the two.
+
     Raises:
-        UserError: no tracker file, or it names an iteration that is not there.
+        UserError: there is none, or the tracker names an iteration that is not there.
     """
     if is_iteration_folder(folder):
         return folder
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
+        if complete := complete_iterations(folder):
+            return complete[0]
         there = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
         hint = f" It holds {', '.join(there[-3:])}; give one of them." if there else ""
         raise UserError(f"{folder}: has no {TRACKER_FILE}, so no complete checkpoint.{hint}")
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    said = read_text(tracker, "replace", _MAX_TRACKER_BYTES).strip()
     name = f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,12}", said) else said
     if not re.fullmatch(r"release|iter_[0-9]+", name):
         raise UserError(f'{tracker}: says {said[:40]!r}, neither a number nor "release".')
-    if not is_iteration_folder(folder / name):
-        raise UserError(f"{tracker}: names {name}, which is missing or holds no checkpoint.")
-    return folder / name
+    for dot, end in _PLACES:
+        if is_iteration_folder(folder / f"{dot}{name}{end}"):
+            return folder / f"{dot}{name}{end}"
+    raise UserError(f"{tracker}: names {name}, which is missing or holds no checkpoint.")
 
 
 def tracked_folder(folder: Path) -> Path:
-    """The folder that the tracker file names, whatever it holds; `folder` itself without one."""
+    """The folder that the tracker file names, whatever it holds; without one the newest complete
+    iteration, or `folder` itself."""
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
-        return folder
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    return folder / f"iter_{said.rjust(7, '0')}"
+        return next(iter(complete_iterations(folder)), folder)
+    said = read_text(tracker, "replace", _MAX_TRACKER_BYTES).strip()
+    tracked, replaced = (folder / f"{dot}iter_{said.rjust(7, '0')}{end}" for dot, end in _PLACES)
+    return replaced if replaced.is_dir() and not tracked.exists() else tracked
 
 
 def read_ranks(folder: Path) -> RankFiles:
@@ -101,6 +128,33 @@ def read_ranks(folder: Path) -> RankFiles:
         for chunk, tensors in models.items():
             shards[Shard(tp_rank, pp_stage, chunk)] = _clean(tensors)
     return RankFiles(shards=shards, args=args)
+
+
+def read_rank_states(
+    folder: Path, kinds: Iterable[str]
+) -> dict[str, dict[Shard, dict[str, StoredTensor]]]:
+    """Where every rank's tensors of the optimizer lie in an mp_rank tree of ours.
+
+    Args:
+        folder: of the iteration.
+        kinds: which of the optimizer's tensors; "" is the weights.
+
+    Raises:
+        UserError: as `read_ranks`, or a rank has no such state.
+    """
+    found: dict[str, dict[Shard, dict[str, StoredTensor]]] = {kind: {} for kind in kinds}
+    for (tp_rank, pp_stage), rank_folder in sorted(_rank_folders(folder).items()):
+        path = rank_folder / PT_FILE
+        state = torch_pt.read(path)
+        try:
+            for key, model in state[OPTIMIZER].items():
+                shard = Shard(tp_rank, pp_stage, _chunk(key))
+                for kind, shards in found.items():
+                    tensors = {name: of[kind] for name, of in model.items()} if kind else state[key]
+                    shards[shard] = _clean(_tensors(path, tensors))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path}: its {OPTIMIZER} is not as it has to be: {error!r}") from None
+    return found
 
 
 def rank_folder_name(tp_rank: int, pp_stage: int, pp: int) -> str:
@@ -200,6 +254,8 @@ def _clean(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 __all__ = [
+    "MANIFEST_FILE",
+    "OPTIMIZER",
     "PT_FILE",
     "TRACKER_FILE",
     "RankFiles",
@@ -209,6 +265,7 @@ __all__ = [
     "model_key",
     "plain_name",
     "rank_folder_name",
+    "read_rank_states",
     "read_ranks",
     "torch_dist",
     "torch_dist_key",

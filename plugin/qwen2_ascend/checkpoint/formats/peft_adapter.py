@@ -17,6 +17,7 @@ from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import Held
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import read_json
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
@@ -131,12 +132,9 @@ def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Hel
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a PEFT adapter folder.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a PEFT adapter folder.")
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds {type(raw).__name__}, not a JSON object.")
     return raw

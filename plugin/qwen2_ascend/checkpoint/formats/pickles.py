@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import struct
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qwen2_ascend.errors import UserError
 
 MAX_INSTRUCTIONS = 10_000_000
-"""About 160,000 tensors; bounds what a hostile file can make us allocate."""
+"""About 160,000 tensors."""
+_FREE_BYTES, _BYTES_PER_BYTE = 16 << 20, 48
+"""What objects may take in memory: a little, and so much for each byte of the file. What torch.save
+writes for models and optimizers takes 13 to 34 for each."""
 MAX_KEY_PARTS = 16
 """Of a tuple that is a dictionary's key."""
 
@@ -87,10 +90,10 @@ def read_pickle(
     Raises:
         UserError: it uses other names (all of them are given), or it is damaged.
     """
-    machine = _Machine(known, persistent)
+    machine = _Machine(data, known, persistent)
     fault, result = None, None
     try:
-        result = machine.run(data)
+        result = machine.run()
     except (ValueError, IndexError, TypeError, struct.error) as error:
         fault = f"{what}: not a pickle that torch.save writes, or a damaged one: {_short(error)}."
     if machine.refused:
@@ -111,210 +114,119 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-class _Mark:
-    """Separates the items of a container on the stack."""
-
-
-_MARK = _Mark()
-_FIXED = {
-    0x80: ("PROTO", "<B"),
-    0x95: ("FRAME", "<Q"),
-    ord("K"): ("BININT1", "<B"),
-    ord("M"): ("BININT2", "<H"),
-    ord("J"): ("BININT", "<i"),
-    ord("G"): ("BINFLOAT", ">d"),
-    ord("q"): ("BINPUT", "<B"),
-    ord("r"): ("LONG_BINPUT", "<I"),
-    ord("h"): ("BINGET", "<B"),
-    ord("j"): ("LONG_BINGET", "<I"),
-}
-"""Instructions with a number of fixed size."""
-_COUNTED = {
-    ord("X"): ("BINUNICODE", "<I"),
-    0x8C: ("SHORT_BINUNICODE", "<B"),
-    0x8D: ("BINUNICODE8", "<Q"),
-    ord("B"): ("BINBYTES", "<I"),
-    ord("C"): ("SHORT_BINBYTES", "<B"),
-    0x8E: ("BINBYTES8", "<Q"),
-    0x96: ("BYTEARRAY8", "<Q"),
-    0x8A: ("LONG1", "<B"),
-}
-"""Instructions with a length and as many bytes."""
-_BARE = {
-    ord(code): name
-    for code, name in {
-        "(": "MARK", ".": "STOP", "0": "POP", "1": "POP_MARK", "2": "DUP",
-        "N": "NONE", "\x88": "NEWTRUE", "\x89": "NEWFALSE",
-        "}": "EMPTY_DICT", "]": "EMPTY_LIST", ")": "EMPTY_TUPLE", "\x8f": "EMPTY_SET",
-        "t": "TUPLE", "\x85": "TUPLE1", "\x86": "TUPLE2", "\x87": "TUPLE3",
-        "a": "APPEND", "e": "APPENDS", "s": "SETITEM", "u": "SETITEMS",
-        "\x90": "ADDITEMS", "\x91": "FROZENSET", "\x94": "MEMOIZE", "\x93": "STACK_GLOBAL",
-        "R": "REDUCE", "\x81": "NEWOBJ", "\x92": "NEWOBJ_EX", "b": "BUILD", "Q": "BINPERSID",
-    }.items()
-}  # fmt: skip
-_LINES = {ord("c"): "GLOBAL", ord("i"): "INST"}
-"""Instructions with two lines of text."""
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {"BININT", "BININT1", "BININT2", "BINFLOAT", *(name for name, _ in _COUNTED.values())}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
-_MEMO_PUTS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
-_MEMO_GETS = {"BINGET", "LONG_BINGET"}
-
-
-def _instructions(data: bytes) -> Iterator[tuple[str, Any]]:
-    """(name, argument) of each instruction up to STOP."""
-    at, name = 0, ""
-    while name != "STOP":
-        if at >= len(data):
-            raise PickleFault("it ends in the middle")
-        code, argument = data[at], None
-        at += 1
-        if code in _BARE:
-            name = _BARE[code]
-        elif code in _FIXED:
-            name, form = _FIXED[code]
-            (argument,) = struct.unpack_from(form, data, at)
-            at += struct.calcsize(form)
-        elif code in _COUNTED:
-            name, form = _COUNTED[code]
-            (count,) = struct.unpack_from(form, data, at)
-            at += struct.calcsize(form)
-            if at + count > len(data):
-                raise PickleFault("it ends in the middle")
-            argument = _literal(name, data[at : at + count])
-            at += count
-        elif code in _LINES:
-            name = _LINES[code]
-            first = data.index(b"\n", at)
-            second = data.index(b"\n", first + 1)
-            argument = (data[at:first].decode(), data[first + 1 : second].decode())
-            at = second + 1
-        else:
-            raise PickleFault(f"it uses the instruction {bytes([code])!r}")
-        yield name, argument
-
-
-def _literal(name: str, raw: bytes) -> Any:
-    if "UNICODE" in name:
-        return raw.decode("utf-8", "surrogatepass")
-    if name == "LONG1":
-        return int.from_bytes(raw, "little", signed=True)
-    return bytearray(raw) if name == "BYTEARRAY8" else raw
-
-
 class _Machine:
-    """The stack machine. Each instruction with an effect of its own is a method `_NAME`."""
+    """The stack machine. What an instruction does is a method, or a function of the machine."""
 
-    def __init__(self, known: Known, persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(self, data: bytes, known: Known, persistent: Callable[[Any], Any] | None) -> None:
+        self.data = data
+        self.at = 0
         self.known = known
         self.persistent = persistent
         self.refused: set[str] = set()
         self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        """The stacks below each open mark."""
         self.memo: dict[int, Any] = {}
-        self.copies_left = 0
-
-    def run(self, data: bytes) -> Any:
         self.copies_left = 4 * len(data)
-        for count, (name, arg) in enumerate(_instructions(data)):
-            if count >= MAX_INSTRUCTIONS:
-                raise PickleFault(f"it has more than {MAX_INSTRUCTIONS} instructions")
-            self._step(name, arg)
-        if len(self.stack) != 1 or self.stack[0] is _MARK:
+
+    def run(self) -> Any:
+        """The object that the pickle leaves behind."""
+        left = _FREE_BYTES + _BYTES_PER_BYTE * len(self.data)
+        for _ in range(MAX_INSTRUCTIONS):
+            (code,) = self.take(1)
+            if code == _STOP:
+                break
+            if code not in _STEPS:
+                raise PickleFault(f"it uses the instruction {bytes([code])!r}")
+            step, cost = _STEPS[code]
+            step(self)
+            left -= cost
+            if left < 0:
+                raise PickleFault("it makes far more objects than a file of its size describes")
+        else:
+            raise PickleFault(f"it has more than {MAX_INSTRUCTIONS} instructions")
+        if len(self.stack) != 1 or self.below:
             raise PickleFault("it does not end with one object")
         return self.stack[0]
 
-    def _step(self, name: str, arg: Any) -> None:
-        if name in _MEMO_PUTS:
-            self.memo[len(self.memo) if arg is None else arg] = self._top()
-        elif name in _LITERALS:
-            self.stack.append(arg)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name])
-        elif name in _MEMO_GETS:
-            if arg not in self.memo:
-                raise PickleFault(f"it recalls an object {arg} that it never stored")
-            self.stack.append(self.memo[arg])
-        elif name in _EMPTY:
-            self.stack.append(_EMPTY[name]())
-        else:
-            getattr(self, f"_{name}")(arg)
+    # -- the bytes
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if end > len(self.data):
+            raise PickleFault("it ends in the middle")
+        raw = self.data[self.at : end]
+        self.at = end
+        return raw
+
+    def number(self, form: struct.Struct) -> Any:
+        return form.unpack(self.take(form.size))[0]
+
+    def line(self) -> str:
+        end = self.data.index(b"\n", self.at)
+        return self.take(end + 1 - self.at)[:-1].decode()
 
     # -- the stack
 
-    def _top(self) -> Any:
-        if not self.stack or self.stack[-1] is _MARK:
+    def top(self) -> Any:
+        if not self.stack:
             raise PickleFault("it takes from an empty stack")
         return self.stack[-1]
 
-    def _pop(self) -> Any:
-        value = self._top()
-        self.stack.pop()
-        return value
+    def pop(self) -> Any:
+        self.top()
+        return self.stack.pop()
 
-    def _items(self) -> list[Any]:
+    def mark(self) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def items(self) -> list[Any]:
         """Everything above the topmost mark, which goes too."""
-        for at in range(len(self.stack) - 1, -1, -1):
-            if self.stack[at] is _MARK:
-                items = self.stack[at + 1 :]
-                del self.stack[at:]
-                return items
-        raise PickleFault("it closes a container that it never opened")
+        if not self.below:
+            raise PickleFault("it closes a container that it never opened")
+        items, self.stack = self.stack, self.below.pop()
+        return items
 
-    def _PROTO(self, version: int) -> None:
-        if not 2 <= version <= 5:
+    def proto(self) -> None:
+        if not 2 <= (version := self.number(_U8)) <= 5:
             raise PickleFault(f"it has protocol {version}; 2 to 5 are read")
 
-    def _FRAME(self, num_bytes: int) -> None:
-        pass
+    def put(self, index: int) -> None:
+        self.memo[index] = self.top()
 
-    def _STOP(self, _: None) -> None:
-        pass
-
-    def _MARK(self, _: None) -> None:
-        self.stack.append(_MARK)
-
-    def _POP(self, _: None) -> None:
-        self._pop()
-
-    def _POP_MARK(self, _: None) -> None:
-        self._items()
-
-    def _DUP(self, _: None) -> None:
-        self.stack.append(self._top())
+    def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise PickleFault(f"it recalls an object {index} that it never stored")
+        self.stack.append(self.memo[index])
 
     # -- containers
 
-    def _TUPLE(self, _: None) -> None:
-        self.stack.append(tuple(self._items()))
+    def tuple_of(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise PickleFault("it takes from an empty stack")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
 
-    def _TUPLE1(self, _: None) -> None:
-        self.stack.append((self._pop(),))
+    def container(self, kind: type) -> Any:
+        value = self.top()
+        if type(value) is not kind:
+            raise PickleFault(f"it fills a {type(value).__name__} as a {kind.__name__}")
+        return value
 
-    def _TUPLE2(self, _: None) -> None:
-        second, first = self._pop(), self._pop()
-        self.stack.append((first, second))
+    def append(self) -> None:
+        value = self.pop()
+        self.container(list).append(value)
 
-    def _TUPLE3(self, _: None) -> None:
-        third, second, first = self._pop(), self._pop(), self._pop()
-        self.stack.append((first, second, third))
+    def extend(self) -> None:
+        items = self.items()
+        self.container(list).extend(items)
 
-    def _APPEND(self, _: None) -> None:
-        value = self._pop()
-        self._container(list).append(value)
+    def set_item(self) -> None:
+        value, key = self.pop(), self.pop()
+        self.set_items([key, value])
 
-    def _APPENDS(self, _: None) -> None:
-        items = self._items()
-        self._container(list).extend(items)
-
-    def _SETITEM(self, _: None) -> None:
-        value, key = self._pop(), self._pop()
-        self._set_items([key, value])
-
-    def _SETITEMS(self, _: None) -> None:
-        self._set_items(self._items())
-
-    def _set_items(self, items: list[Any]) -> None:
-        target = self._container(dict)
+    def set_items(self, items: list[Any]) -> None:
+        target = self.container(dict)
         if len(items) % 2:
             raise PickleFault("it gives a dictionary a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -322,35 +234,26 @@ class _Machine:
                 raise PickleFault(f"it gives a dictionary the key {_short(key)!r} twice")
             target[key] = value
 
-    def _ADDITEMS(self, _: None) -> None:
-        items = self._items()
-        self._container(set).update(map(_key, items))
-
-    def _FROZENSET(self, _: None) -> None:
-        self.stack.append(frozenset(map(_key, self._items())))
-
-    def _container(self, kind: type) -> Any:
-        value = self._top()
-        if type(value) is not kind:
-            raise PickleFault(f"it fills a {type(value).__name__} as a {kind.__name__}")
-        return value
+    def add_items(self) -> None:
+        items = self.items()
+        self.container(set).update(map(_key, items))
 
     # -- names, and what a real unpickler would call
 
-    def _GLOBAL(self, arg: tuple[str, str]) -> None:
-        self.stack.append(self._resolve(*arg))
+    def global_by_lines(self) -> None:
+        self.stack.append(self.resolve(self.line(), self.line()))
 
-    def _STACK_GLOBAL(self, _: None) -> None:
-        name, module = self._pop(), self._pop()
+    def global_by_stack(self) -> None:
+        name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise PickleFault("it asks for a global whose name is not a string")
-        self.stack.append(self._resolve(module, name))
+        self.stack.append(self.resolve(module, name))
 
-    def _INST(self, arg: tuple[str, str]) -> None:
-        self._resolve(*arg)
+    def instance(self) -> None:
+        self.resolve(self.line(), self.line())
         raise PickleFault("it uses the instruction INST of protocol 0")
 
-    def _resolve(self, module: str, name: str) -> Any:
+    def resolve(self, module: str, name: str) -> Any:
         # Python 2's names, which protocol 2 keeps writing
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         type_name = f"{module}.{name}"
@@ -359,47 +262,124 @@ class _Machine:
         self.refused.add(type_name)
         return Maker(type_name, _record_maker(type_name))
 
-    def _REDUCE(self, _: None) -> None:
-        args, maker = self._pop(), self._pop()
-        self._make(maker, args)
-
-    _NEWOBJ = _REDUCE
-
-    def _NEWOBJ_EX(self, _: None) -> None:
-        keywords, args, maker = self._pop(), self._pop(), self._pop()
-        if keywords != {}:
-            raise PickleFault("it makes an object with keyword arguments")
-        self._make(maker, args)
-
-    def _make(self, maker: Any, args: Any) -> None:
+    def call(self) -> None:
+        args, maker = self.pop(), self.pop()
         if not isinstance(maker, Maker) or type(args) is not tuple:
             raise PickleFault(f"it calls a {type(maker).__name__}")
         for arg in args:
-            self._charge(arg)
+            self.charge(arg)
         self.stack.append(maker.make(*args))
 
-    def _charge(self, value: Any) -> None:
+    def call_with_keywords(self) -> None:
+        if self.pop() != {}:
+            raise PickleFault("it makes an object with keyword arguments")
+        self.call()
+
+    def charge(self, value: Any) -> None:
         """Bounds copying: a small file can ask to copy one large object a million times."""
         self.copies_left -= len(value) if hasattr(value, "__len__") else 0
         if self.copies_left < 0:
             raise PickleFault("it makes many copies of large objects")
 
-    def _BUILD(self, _: None) -> None:
-        state, target = self._pop(), self._top()
+    def build(self) -> None:
+        state, target = self.pop(), self.top()
         if isinstance(target, (Inert, InertKey)):
             target.state = state
         elif isinstance(target, argparse.Namespace):
-            self._charge(state)
+            self.charge(state)
             if type(state) is not dict or not all(type(key) is str for key in state):
                 raise PickleFault("it gives a Namespace attributes without names")
             vars(target).update(state)
         elif type(target) is not dict:  # an OrderedDict's own attributes (`_metadata`) are dropped
             raise PickleFault(f"it gives a {type(target).__name__} attributes")
 
-    def _BINPERSID(self, _: None) -> None:
+    def persistent_id(self) -> None:
         if self.persistent is None:
             raise PickleFault("it refers to objects outside of itself")
-        self.stack.append(self.persistent(self._pop()))
+        self.stack.append(self.persistent(self.pop()))
+
+
+Step = Callable[[_Machine], Any]
+_U8, _U16, _U32, _U64 = map(struct.Struct, ("<B", "<H", "<I", "<Q"))
+_STOP = ord(".")
+
+
+def _pushes(make: Step) -> Step:
+    def step(machine: _Machine) -> None:
+        value = make(machine)  # which may change the stack
+        machine.stack.append(value)
+
+    return step
+
+
+def _number(form: struct.Struct) -> Step:
+    return lambda machine: machine.stack.append(machine.number(form))
+
+
+def _counted(form: struct.Struct, decode: Callable[[bytes], Any]) -> Step:
+    return lambda machine: machine.stack.append(decode(machine.take(machine.number(form))))
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def _long(raw: bytes) -> int:
+    return int.from_bytes(raw, "little", signed=True)
+
+
+_CODES: dict[str, tuple[Step, int]] = {
+    "\x80": (_Machine.proto, 0),
+    "\x95": (lambda m: m.number(_U64), 0),  # FRAME
+    "0": (_Machine.pop, 8),
+    "1": (_Machine.items, 8),
+    "2": (lambda m: m.stack.append(m.top()), 8),
+    "(": (_Machine.mark, 64),
+    "N": (_pushes(lambda m: None), 8),
+    "\x88": (_pushes(lambda m: True), 8),
+    "\x89": (_pushes(lambda m: False), 8),
+    "K": (_number(_U8), 8),
+    "M": (_number(_U16), 40),
+    "J": (_number(struct.Struct("<i")), 40),
+    "G": (_number(struct.Struct(">d")), 40),
+    "\x8a": (_counted(_U8, _long), 60),
+    "X": (_counted(_U32, _text), 60),
+    "\x8c": (_counted(_U8, _text), 60),
+    "\x8d": (_counted(_U64, _text), 60),
+    "B": (_counted(_U32, bytes), 40),
+    "C": (_counted(_U8, bytes), 40),
+    "\x8e": (_counted(_U64, bytes), 40),
+    "\x96": (_counted(_U64, bytearray), 60),
+    "q": (lambda m: m.put(m.number(_U8)), 100),
+    "r": (lambda m: m.put(m.number(_U32)), 100),
+    "\x94": (lambda m: m.put(len(m.memo)), 100),
+    "h": (lambda m: m.get(m.number(_U8)), 8),
+    "j": (lambda m: m.get(m.number(_U32)), 8),
+    "}": (_pushes(lambda m: {}), 240),
+    "]": (_pushes(lambda m: []), 100),
+    "\x8f": (_pushes(lambda m: set()), 240),
+    ")": (_pushes(lambda m: ()), 8),
+    "\x85": (lambda m: m.tuple_of(1), 60),
+    "\x86": (lambda m: m.tuple_of(2), 60),
+    "\x87": (lambda m: m.tuple_of(3), 60),
+    "t": (_pushes(lambda m: tuple(m.items())), 60),
+    "\x91": (_pushes(lambda m: frozenset(map(_key, m.items()))), 240),
+    "a": (_Machine.append, 8),
+    "e": (_Machine.extend, 8),
+    "s": (_Machine.set_item, 60),
+    "u": (lambda m: m.set_items(m.items()), 8),
+    "\x90": (_Machine.add_items, 8),
+    "c": (_Machine.global_by_lines, 120),
+    "\x93": (_Machine.global_by_stack, 120),
+    "i": (_Machine.instance, 0),
+    "R": (_Machine.call, 300),
+    "\x81": (_Machine.call, 300),
+    "\x92": (_Machine.call_with_keywords, 300),
+    "b": (_Machine.build, 8),
+    "Q": (_Machine.persistent_id, 120),
+}
+"""Every instruction that is read: what it does, and about how many bytes it takes."""
+_STEPS = {ord(code): step for code, step in _CODES.items()}
 
 
 def _key(key: Any) -> Hashable:
@@ -422,8 +402,21 @@ def _key(key: Any) -> Hashable:
 def _dict(items: Any = ()) -> dict[Any, Any]:
     """An OrderedDict, which is pickled empty and then filled."""
     if type(items) is not tuple or items:
-        raise PickleFault("it makes an OrderedDict of something")
+        raise PickleFault("it makes a dictionary of something")
     return {}
+
+
+def _default_dict(factory: Any = None) -> dict[Any, Any]:
+    """A defaultdict, which is pickled empty and then filled; what it makes by itself is dropped."""
+    if factory is not None and factory not in (PLAIN["builtins.dict"], PLAIN["builtins.list"]):
+        raise PickleFault("it makes a defaultdict of something other than dicts or lists")
+    return {}
+
+
+def _list(items: Any = ()) -> list[Any]:
+    if type(items) not in (list, tuple):
+        raise PickleFault("it makes a list of something else")
+    return list(items)
 
 
 def _keys(items: Any) -> Iterable[Hashable]:
@@ -450,6 +443,9 @@ PLAIN: dict[str, Any] = {
     for maker in (
         Maker("argparse.Namespace", lambda: argparse.Namespace()),
         Maker("collections.OrderedDict", _dict),
+        Maker("collections.defaultdict", _default_dict),
+        Maker("builtins.dict", _dict),
+        Maker("builtins.list", _list),
         Maker("_codecs.encode", _encode),
         Maker("builtins.bytearray", _bytearray),
         Maker("builtins.set", lambda items=(): set(_keys(items))),

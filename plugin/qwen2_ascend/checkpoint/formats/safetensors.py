@@ -16,6 +16,7 @@ from typing import Any
 
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own bound."""
@@ -111,7 +112,7 @@ def encode_header(
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header's JSON object, the offset of the data, and the file's size in bytes."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file_bytes = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
@@ -122,11 +123,9 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
     if not text.startswith(b"{"):
         raise UserError(f"{path}: its header starts with {text[:1]!r}, not '{{'; not safetensors.")
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
+        raw = parse_json(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its header is not valid JSON: {error}.") from None
+        raise UserError(f"{path}: its header: {fault}" for fault in error.faults) from None
     return raw, 8 + length, file_bytes
 
 
@@ -151,7 +150,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = {key: None for key, _ in pairs if key in seen or seen.add(key)}
-        raise UserError(f"the header holds {key!r} more than once." for key in twice)
+        raise UserError(f"holds {key!r} more than once." for key in twice)
     return result
 
 

@@ -56,9 +56,10 @@ from qwen2_ascend.checkpoint.formats.pickles import (
 )
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, raise_if, shown
+from qwen2_ascend.files import open_regular, read_bytes, read_json
 
-MAX_METADATA_BYTES = 1 << 28
+MAX_METADATA_BYTES = 1 << 26
 """Of a `.metadata`; a chunk takes about 300 bytes in it."""
 CONFIG = {
     "sharded_backend": "torch_dist",
@@ -174,7 +175,7 @@ def read_object(folder: str | Path, key: str) -> Any:
         raise UserError(f"{folder}: has no {key}; the folder is damaged.")
     raise_if(_file_faults(folder, [info]))
     path = folder / info.file
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return torch_pt.read_part(file, path, info.offset, info.num_bytes)
 
 
@@ -209,26 +210,31 @@ def layout_torch_dist(
         objects: keys of objects that are [None]; see `extra_states`.
     """
     flat = [(key, chunk) for key, parts in chunks.items() for chunk in parts]
-    assert all(_is_inside(chunk) for _, chunk in flat), "a chunk lies outside of its tensor"
-    writers = [_DistcpFile(f"__{i}_0.distcp") for i in range(num_files)]
-    stored: dict[_Index, _StorageInfo] = {}
+    writers = [RankFile(f"__{i}_0.distcp") for i in range(num_files)]
     for key in objects:
-        stored[_Index(key, None)] = writers[0].append_object()
+        writers[0].append_object(key)
     places: dict[str, list[ChunkPlace]] = {key: [] for key in chunks}
     files = _spread([chunk.tensor.num_bytes for _, chunk in flat], num_files)
     for (key, chunk), file in zip(flat, files, strict=True):
-        index = _Index(key, tuple(chunk.offsets))
-        assert index not in stored, f"two chunks of {key} at {chunk.offsets}"
-        stored[index], place = writers[file].append_tensor(chunk.tensor)
-        places[key].append(place)
-    small = {
+        places[key].append(writers[file].append_tensor(key, chunk))
+    entries = [entry for writer in writers for entry in writer.entries]
+    layouts = {writer.name: writer.layout() for writer in writers if writer.entries}
+    layouts |= {name: _whole_file(data) for name, data in small_files(entries, common).items()}
+    return TorchDistLayout(files=layouts, places=places)
+
+
+def small_files(entries: Iterable[Entry], common: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a folder that belong to no rank: common.pt, .metadata and metadata.json.
+
+    Args:
+        entries: of every rank's file; the chunks of each tensor must tile its global shape.
+        common: what goes into common.pt; no tensors.
+    """
+    return {
         "common.pt": _small_pt(dict(common)),
-        ".metadata": _encode_metadata(chunks, stored),
+        ".metadata": _encode_metadata(entries),
         "metadata.json": json.dumps(CONFIG).encode(),
     }
-    layouts = {writer.name: writer.layout() for writer in writers if writer.segments}
-    layouts |= {name: _whole_file(data) for name, data in small.items()}
-    return TorchDistLayout(files=layouts, places=places)
 
 
 # -- what .metadata says
@@ -247,6 +253,14 @@ class _StorageInfo(NamedTuple):
     file: str
     offset: int
     num_bytes: int
+
+
+class Entry(NamedTuple):
+    """What a rank's file holds: a chunk of the tensor `key`, or, without one, an object."""
+
+    key: str
+    chunk: ChunkSpec | None
+    info: _StorageInfo
 
 
 class _Described(NamedTuple):
@@ -295,18 +309,13 @@ _KNOWN = (
 
 
 def _check_config(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from None
+    config = read_json(path)
     backend = config.get("sharded_backend") if isinstance(config, dict) else None
     version = config.get("sharded_backend_version") if isinstance(config, dict) else None
     if (backend, version) != ("torch_dist", 1):
         raise UserError(
-            f"{path}: sharded_backend={backend!r} version {version!r}; only torch_dist version 1 "
-            "is read. Save the checkpoint again with --ckpt-format torch_dist."
+            f"{path}: sharded_backend={shown(backend)} version {shown(version)}; only torch_dist "
+            "version 1 is read. Save the checkpoint again with --ckpt-format torch_dist."
         )
 
 
@@ -315,9 +324,7 @@ def _read_metadata(
 ) -> tuple[dict[str, _Described], tuple[str, ...], dict[_Index, _StorageInfo]]:
     """The tensors, the other keys, and where each chunk is, from `.metadata`."""
     try:
-        if (num_bytes := path.stat().st_size) > MAX_METADATA_BYTES:
-            raise UserError(f"{path}: {num_bytes} bytes, above {MAX_METADATA_BYTES}; damaged.")
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_METADATA_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
     metadata = read_pickle(data, str(path), _KNOWN)
@@ -367,10 +374,10 @@ def _storage_infos(storage_data: Any) -> Iterator[tuple[_Index, _StorageInfo]]:
         if not isinstance(info, Inert) or info.type_name != f"{_FILESYSTEM}._StorageInfo":
             raise ValueError("a chunk without a _StorageInfo")
         if info.state.get("transform_descriptors"):
-            raise ValueError(f"{index['fqn']} is stored through a transform (compressed)")
+            raise ValueError(f"{shown(index['fqn'])} is stored through a transform (compressed)")
         file, offset, length = (info.state[k] for k in ("relative_path", "offset", "length"))
         if type(file) is not str or "/" in file or file in ("", ".", ".."):
-            raise ValueError(f"{index['fqn']} is in {file!r}, outside of the folder")
+            raise ValueError(f"{shown(index['fqn'])} is in {shown(file)}, outside of the folder")
         _sizes((offset, length))
         offsets = None if index.get("offset") is None else _sizes(index["offset"])
         yield _Index(index["fqn"], offsets), _StorageInfo(file, offset, length)
@@ -378,7 +385,7 @@ def _storage_infos(storage_data: Any) -> Iterator[tuple[_Index, _StorageInfo]]:
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
     if type(numbers) is not tuple or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{numbers!r:.80} instead of sizes")
+        raise ValueError(f"{shown(numbers)} instead of sizes")
     return numbers
 
 
@@ -429,9 +436,13 @@ def _read_tensors(
         by_file.setdefault(info.file, []).append((index, info))
     for name, items in by_file.items():
         path = folder / name
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            end = 0
             for index, info in sorted(items, key=lambda item: item[1].offset):
                 try:
+                    if info.offset < end:  # a small file could be read a million times
+                        raise UserError(f"{path}: .metadata puts two chunks at byte {info.offset}.")
+                    end = info.offset + info.num_bytes
                     tensor = torch_pt.read_part(file, path, info.offset, info.num_bytes)
                     if not isinstance(tensor, StoredTensor):
                         raise UserError(f"{path}: {index.key}: not a tensor at {info.offset}.")
@@ -444,33 +455,46 @@ def _read_tensors(
 # -- writing
 
 
-class _DistcpFile:
-    """A .distcp file in the making."""
+class RankFile:
+    """A .distcp file in the making.
+
+    Attributes:
+        name: the file's.
+        entries: what it holds.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.segments: list[tuple[int, bytes]] = []
-        self.end = 0
+        self.entries: list[Entry] = []
+        self._segments: list[tuple[int, bytes]] = []
+        self._end = 0
 
-    def append_tensor(self, spec: TensorSpec) -> tuple[_StorageInfo, ChunkPlace]:
-        info, layout = self._append(spec)
-        return info, ChunkPlace(self.name, info.offset + layout.offsets[()])
+    def append_tensor(self, key: str, chunk: ChunkSpec) -> ChunkPlace:
+        """Makes room for a chunk of the tensor `key`; returns where its bytes go."""
+        assert _is_inside(chunk), f"a chunk of {key} lies outside of its tensor"
+        layout = torch_pt.layout_pt(chunk.tensor)
+        info = self._append(layout.total_bytes, layout.segments)
+        self.entries.append(Entry(key, chunk, info))
+        return ChunkPlace(self.name, info.offset + layout.offsets[()])
 
-    def append_object(self) -> _StorageInfo:
-        return self._append([None])[0]
+    def append_object(self, key: str, data: bytes | None = None) -> None:
+        """Appends an object: what torch.save made of it, or [None]."""
+        if data is None:
+            data = _small_pt([None], "archive")
+        self.entries.append(Entry(key, None, self._append(len(data), [(0, data)])))
 
-    def _append(self, obj: Any) -> tuple[_StorageInfo, torch_pt.PtLayout]:
+    def _append(self, num_bytes: int, segments: Iterable[tuple[int, bytes]]) -> _StorageInfo:
         """Each torch.save starts at a multiple of 64 bytes, so that its tensor does too."""
-        start = self.end + -self.end % ALIGNMENT
-        if start > self.end:
-            self.segments.append((self.end, bytes(start - self.end)))
-        layout = torch_pt.layout_pt(obj)
-        self.segments += ((start + offset, data) for offset, data in layout.segments)
-        self.end = start + layout.total_bytes
-        return _StorageInfo(self.name, start, layout.total_bytes), layout
+        start = self._end + -self._end % ALIGNMENT
+        if start > self._end:
+            self._segments.append((self._end, bytes(start - self._end)))
+        self._segments += ((start + offset, data) for offset, data in segments)
+        self._end = start + num_bytes
+        return _StorageInfo(self.name, start, num_bytes)
 
     def layout(self) -> FileLayout:
-        return FileLayout(total_bytes=self.end, segments=tuple(self.segments))
+        """The file's length, and its bytes between the tensors."""
+        return FileLayout(total_bytes=self._end, segments=tuple(self._segments))
 
 
 def _spread(sizes: Sequence[int], num_files: int) -> Iterator[int]:
@@ -481,8 +505,8 @@ def _spread(sizes: Sequence[int], num_files: int) -> Iterator[int]:
         yield min(middle * num_files // total, num_files - 1)
 
 
-def _small_pt(obj: Any) -> bytes:
-    layout = torch_pt.layout_pt(obj, "common")
+def _small_pt(obj: Any, name: str = "common") -> bytes:
+    layout = torch_pt.layout_pt(obj, name)
     assert not layout.offsets, f"common state with tensors: {list(layout.offsets)}"
     return b"".join(data for _, data in layout.segments)
 
@@ -491,15 +515,21 @@ def _whole_file(data: bytes) -> FileLayout:
     return FileLayout(total_bytes=len(data), segments=((0, data),))
 
 
-def _encode_metadata(
-    chunks: Mapping[str, Sequence[ChunkSpec]], stored: Mapping[_Index, _StorageInfo]
-) -> bytes:
+def _encode_metadata(entries: Iterable[Entry]) -> bytes:
     """`.metadata` as torch.distributed.checkpoint's FileSystemReader unpickles it."""
-    objects = [index.key for index in stored if index.offsets is None]
-    entries = {key: _tensor_record(parts) for key, parts in chunks.items()}
-    entries |= {key: Record(Name(_METADATA, "BytesStorageMetadata"), {}) for key in objects}
+    chunks: dict[str, list[ChunkSpec]] = {}
+    described: dict[str, Record] = {}
+    stored: dict[_Index, _StorageInfo] = {}
+    for key, chunk, info in entries:
+        index = _Index(key, None if chunk is None else tuple(chunk.offsets))
+        assert index not in stored, f"two chunks of {key} at {index.offsets}"
+        stored[index] = info
+        if chunk is None:
+            described[key] = Record(Name(_METADATA, "BytesStorageMetadata"), {})
+        else:
+            chunks.setdefault(key, []).append(chunk)
     state = {
-        "state_dict_metadata": entries,
+        "state_dict_metadata": {k: _tensor_record(v) for k, v in chunks.items()} | described,
         "planner_data": None,
         "storage_data": DictItems(
             [(_index_record(index), _info_record(info)) for index, info in stored.items()]

@@ -13,6 +13,7 @@ torch.load merely logs.
 from __future__ import annotations
 
 import argparse
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -39,8 +40,9 @@ from qwen2_ascend.checkpoint.formats.stored import (
 )
 from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT, Record, ZipFault, layout_zip, read_zip
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import open_regular
 
-MAX_PICKLE_BYTES = 1 << 27
+MAX_PICKLE_BYTES = 1 << 24
 """Of a data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
 MAX_AXES = 64
 
@@ -108,7 +110,7 @@ def read(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             num_bytes = file.seek(0, 2)
             file.seek(0)
             raise_if(f"{path}: {fault}" for fault in _container_faults(file.read(8)))
@@ -253,7 +255,10 @@ def _read(file: BinaryIO, record: Record, limit: int) -> bytes:
     if record.num_bytes > limit:
         raise ZipFault(f"has a record of {record.num_bytes} bytes where at most {limit} are read")
     file.seek(record.offset)
-    return file.read(record.num_bytes)
+    data = file.read(record.num_bytes)
+    if record.crc and zlib.crc32(data) != record.crc:
+        raise ZipFault("is damaged: a record does not have the checksum it was written with")
+    return data
 
 
 class _Storage(NamedTuple):

@@ -1,7 +1,9 @@
 """PyTorch's zip container, byte for byte: where each record lies, and a file's bytes around them.
 
-Reading is strict: stored (never deflated) records that lie inside the file, apart from each other,
-under the names their own headers repeat, so that no two readers can see two different files.
+Reading is strict: stored (never deflated) records that follow each other without a gap, under the
+names their own headers repeat, each ended by the sizes that the directory says. So no two readers
+can see two different files, and a flipped bit in any length shows: data that would begin elsewhere
+would end elsewhere.
 Writing gives the layout of torch 2.13's own writer: each record's data at a multiple of 64 bytes
 behind a padding field "FB", a data descriptor after it, zip64 fields from 4 GiB on. Only the CRCs
 differ: they are zero, as after `torch.serialization.set_crc32_options(False)`, since the records'
@@ -19,7 +21,7 @@ from qwen2_ascend.checkpoint.formats.stored import FileLayout
 
 ALIGNMENT = 64
 """Bytes; what torch.save aligns the data of every record to."""
-MAX_DIRECTORY_BYTES = 1 << 28
+MAX_DIRECTORY_BYTES = 1 << 23
 """Of a central directory that is read; a record takes about 60 bytes there."""
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
@@ -27,6 +29,7 @@ _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
 _END64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<4sIQI")
+_DESCRIPTORS = struct.Struct("<4sIII"), struct.Struct("<4sIQQ")
 _U32 = 0xFFFFFFFF
 _U16 = 0xFFFF
 _ZIP64_FIELD = 1
@@ -45,6 +48,8 @@ class Record(NamedTuple):
     offset: int
     """From the start of the file (of all the file, where the zip is only a part of it)."""
     num_bytes: int
+    crc: int = 0
+    """CRC-32 of the bytes; 0 where it was not known when the record was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +73,38 @@ def read_zip(file: BinaryIO, start: int, num_bytes: int) -> dict[str, Record]:
         if entry.name in records:
             raise ZipFault(f"holds the record {entry.name!r} twice")
         data = _data_offset(file, start, entry)
-        records[entry.name] = Record(start + data, entry.num_bytes)
-        spans.append((entry.header, data + entry.num_bytes, entry.name))
-    end, previous = 0, ""
-    limit = entries[0].directory if entries else 0
-    for begin, stop, name in sorted(spans):
-        if begin < end:
-            raise ZipFault(f"has overlapping records {previous!r} and {name!r}")
-        if stop > limit:
-            raise ZipFault(f"is damaged: record {name!r} ends at byte {stop}, beyond {limit}")
-        end, previous = stop, name
+        records[entry.name] = Record(start + data, entry.num_bytes, entry.crc)
+        spans.append((entry.header, data, entry))
+    _check_gapless(file, start, sorted(spans, key=lambda span: span[0]))
     return records
+
+
+def _check_gapless(file: BinaryIO, start: int, spans: list[tuple[int, int, _Entry]]) -> None:
+    """Raises ZipFault unless each record begins where the one before it and its descriptor end."""
+    end, previous = 0, ""
+    for begin, data, entry in spans:
+        if begin < end:
+            raise ZipFault(f"has overlapping records {previous!r} and {entry.name!r}")
+        if begin > end:
+            raise ZipFault(f"is damaged: {begin - end} bytes before record {entry.name!r} are lost")
+        stop = data + entry.num_bytes
+        if stop > entry.directory:
+            limit = entry.directory
+            raise ZipFault(f"is damaged: record {entry.name!r} ends at byte {stop}, beyond {limit}")
+        end, previous = stop + _descriptor_bytes(file, start + stop, entry), entry.name
+    if spans and end != (limit := spans[0][2].directory):
+        raise ZipFault(f"is damaged: record {previous!r} ends at byte {end}, not at {limit}")
+
+
+def _descriptor_bytes(file: BinaryIO, at: int, entry: _Entry) -> int:
+    """The length of what follows a record's data and repeats its sizes."""
+    if not entry.flags & _DESCRIPTOR_FOLLOWS:
+        return 0
+    expected = (b"PK\7\x08", entry.crc, entry.num_bytes, entry.num_bytes)
+    for form in _DESCRIPTORS[entry.num_bytes > _U32 :]:
+        if form.unpack(_read(file, at, form.size)) == expected:
+            return form.size
+    raise ZipFault(f"is damaged: what follows record {entry.name!r} does not repeat its sizes")
 
 
 def layout_zip(records: Mapping[str, bytes | int]) -> ZipLayout:
@@ -110,6 +136,8 @@ class _Entry(NamedTuple):
     name: str
     header: int
     num_bytes: int
+    crc: int
+    flags: int
     directory: int
     """Where the central directory starts."""
 
@@ -180,7 +208,7 @@ def _entries(directory: bytes, count: int, directory_at: int) -> Iterator[_Entry
         size, stored, header = _zip64_values(extra, [size, stored, header], name)
         if size != stored:
             raise ZipFault(f"is damaged: record {name!r} has two sizes, {size} and {stored}")
-        yield _Entry(name, header, size, directory_at)
+        yield _Entry(name, header, size, fields[7], flags, directory_at)
     if cursor != len(directory):
         raise ZipFault("is damaged: its directory holds more than its end says")
 
@@ -213,6 +241,10 @@ def _data_offset(file: BinaryIO, start: int, entry: _Entry) -> int:
     name_bytes, extra_bytes = fields[9], fields[10]
     raw_name = entry.name.encode()
     sound = fields[0] == b"PK\3\4" and name_bytes == len(raw_name) and not fields[3]
+    sound = sound and fields[2] == entry.flags
+    # with a descriptor the header may leave them zero, or say that zip64's field has them
+    sound = sound and fields[6] in (0, entry.crc)
+    sound = sound and all(n in (0, _U32, entry.num_bytes) for n in fields[7:9])
     if not sound or _read(file, start + entry.header + _LOCAL.size, name_bytes) != raw_name:
         raise ZipFault(f"is damaged: the header of record {entry.name!r} contradicts the directory")
     return entry.header + _LOCAL.size + name_bytes + extra_bytes

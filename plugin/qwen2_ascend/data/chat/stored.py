@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import read_bytes
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -151,7 +152,7 @@ class _Part:
         """What decided about one dataset, as the preparation noted it."""
         path = Path(f"{dataset_path(self.prefix, key)}.json")
         try:
-            return dict(json.loads(path.read_bytes())["settings"])
+            return dict(json.loads(read_bytes(path))["settings"])
         except (OSError, ValueError, KeyError, TypeError):
             return {}  # written by MindSpeed-LLM
 

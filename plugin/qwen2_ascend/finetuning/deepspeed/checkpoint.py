@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +26,53 @@ from qwen2_ascend.checkpoint.transformers_model import save_hugging_face
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.saved import RUN_FILE, SavedZero
+from qwen2_ascend.training.checkpointer import Checkpointer, Pending
 from qwen2_ascend.training.checkpointing import CheckpointIdentity
-from qwen2_ascend.training.iterations import (
-    begin_iteration,
-    progress_state,
-    publish_iteration,
-    restore_progress,
-    restore_rng,
-)
+from qwen2_ascend.training.progress import progress_state, restore_progress, restore_rng
 from qwen2_ascend.training.rng_state import rng_state
+from qwen2_ascend.training.saving import RankPart
 
 TAG = "zero"
 
 
-def save_zero_checkpoint(run: ZeroRun, identity: CheckpointIdentity) -> Path:
-    """Writes the run's state; every rank calls it. Returns the folder of the iteration.
+def zero_checkpointer(
+    run: ZeroRun, identity: CheckpointIdentity, log: Callable[[str], None]
+) -> Checkpointer:
+    """What writes the checkpoints of a ZeRO run of all weights, by its settings' `checkpoint`."""
 
-    Raises:
-        OSError: it cannot be written; the folder holds the last checkpoint.
-    """
-    settings, is_first = run.settings.checkpoint, run.runtime.rank == 0
-    assert settings.save is not None
-    partial = begin_iteration(run, settings.save)
-    save_hugging_face(
-        run.model,
-        identity.config,
-        partial,
-        run.whole,
-        dtype=identity.dtype,
-        side_files=identity.side_files,
-        writes=is_first,
+    def lay_out(folder: Path) -> Pending:
+        """DeepSpeed writes here and now; what is left is to make the checksums."""
+        settings, rank = run.settings.checkpoint, run.runtime.rank
+        save_hugging_face(
+            run.model,
+            identity.config,
+            folder,
+            run.whole,
+            dtype=identity.dtype,
+            side_files=identity.side_files,
+            writes=rank == 0,
+        )
+        if not settings.no_save_optim:
+            run.engine.save_checkpoint(str(folder), tag=TAG)
+        if not settings.no_save_rng:
+            torch.save(rng_state(run.runtime), folder / rng_file(run))
+        if rank == 0:
+            write_file(folder / RUN_FILE, json.dumps(_plain_state(run), indent=2).encode())
+        run.runtime.barrier()
+        files = sorted(
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+        )
+        return Pending(part=RankPart(files={}, whole=files[rank :: run.runtime.world_size]))
+
+    return Checkpointer(
+        run.runtime,
+        run.settings.checkpoint,
+        lay_out=lay_out,
+        iteration=lambda: run.progress.iteration,
+        about={"format": "zero", **identity.about},
+        side_files={},
+        log=log,
     )
-    if not settings.no_save_optim:
-        run.engine.save_checkpoint(str(partial), tag=TAG)
-    if not settings.no_save_rng:
-        torch.save(rng_state(run.runtime), partial / rng_file(run))
-    if is_first:
-        write_file(partial / RUN_FILE, json.dumps(_plain_state(run), indent=2).encode())
-    return publish_iteration(run, settings.save)
 
 
 def resume_zero(run: ZeroRun, saved: SavedZero) -> list[str]:

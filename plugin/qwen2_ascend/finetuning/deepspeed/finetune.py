@@ -22,6 +22,7 @@ from qwen2_ascend.training.setup import (
     Say,
     begin,
     checkpoint_identity,
+    from_sound_checkpoint,
     say_resumed,
     train_and_report,
 )
@@ -29,6 +30,7 @@ from qwen2_ascend.training.setup import (
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
     from qwen2_ascend.runtime import Runtime
+    from qwen2_ascend.training.checkpointer import Checkpointer
 
 Plan = RunPlan[ZeroFinetuneSettings]
 
@@ -52,12 +54,16 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
+    from_sound_checkpoint(settings, _finetune)
+
+
+def _finetune(settings: ZeroFinetuneSettings) -> None:
     plan, runtime, say = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
         finish(plan, runtime, say, True, write_adapter=lambda *_: None)
         return
     run, plan = prepare(plan, runtime, say)
-    is_complete = train_and_report(run, plan, say, partial(save_checkpoint, run, plan))
+    is_complete = train_and_report(run, plan, say, partial(checkpointer, run, plan))
     finish(plan, runtime, say, is_complete, partial(write_adapter, run, plan))
 
 
@@ -137,14 +143,15 @@ def resume_if_saved(run: ZeroRun, plan: Plan, say: Say) -> None:
     say_resumed(run, saved.folder, notes, say)
 
 
-def save_checkpoint(run: ZeroRun, plan: Plan) -> Path:
-    """Writes the run's state; every rank calls it. Returns the folder of the iteration."""
-    from qwen2_ascend.finetuning.deepspeed.checkpoint import save_zero_checkpoint
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_lora_checkpoint
+def checkpointer(run: ZeroRun, plan: Plan, log: Say) -> Checkpointer:
+    """What writes the run's checkpoints."""
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import zero_checkpointer
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import lora_checkpointer
 
+    identity = checkpoint_identity(plan)
     if plan.lora is None:
-        return save_zero_checkpoint(run, checkpoint_identity(plan))
-    return save_lora_checkpoint(run, checkpoint_identity(plan), plan.lora, plan.base)
+        return zero_checkpointer(run, identity, log)
+    return lora_checkpointer(run, identity, plan.lora, plan.base, log)
 
 
 def write_adapter(run: ZeroRun, plan: Plan, folder: Path, also: Mapping[str, bytes]) -> None:

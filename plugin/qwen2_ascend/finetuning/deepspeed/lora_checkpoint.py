@@ -6,19 +6,22 @@ other's. Only the random number generators, one file a rank here, belong to as m
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, encode_config
-from qwen2_ascend.checkpoint.staging import partial_folder, write_file
+from qwen2_ascend.checkpoint.formats.safetensors import encode_header
+from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
+from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder, write_file
 from qwen2_ascend.finetuning.deepspeed.checkpoint import rng_file
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.lora import adapter_parameters, read_adapter_tensors
@@ -29,44 +32,61 @@ from qwen2_ascend.finetuning.deepspeed.optimizer_state import (
 )
 from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.training.checkpointer import Checkpointer, Pending
 from qwen2_ascend.training.checkpointing import CheckpointIdentity
-from qwen2_ascend.training.iterations import (
-    begin_iteration,
-    progress_state,
-    publish,
-    publish_iteration,
-    restore_progress,
-    restore_rng,
-)
 from qwen2_ascend.training.optimizer import MOMENTS
+from qwen2_ascend.training.progress import progress_state, restore_progress, restore_rng
 from qwen2_ascend.training.rng_state import rng_state
+from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 
 
-def save_lora_checkpoint(
-    run: ZeroRun, identity: CheckpointIdentity, lora: LoraConfig, base: Path | None
-) -> Path:
-    """Writes the run's state; every rank calls it. Returns the folder of the iteration.
+def lora_checkpointer(
+    run: ZeroRun,
+    identity: CheckpointIdentity,
+    lora: LoraConfig,
+    base: Path | None,
+    log: Callable[[str], None],
+) -> Checkpointer:
+    """What writes the checkpoints of a LoRA run, by its settings' `checkpoint`.
 
     Args:
         run: its model has adapters.
         identity: of the base model.
         lora: what the adapters are.
         base: where the base model was loaded from.
-
-    Raises:
-        OSError: it cannot be written; the folder holds the last checkpoint.
+        log: prints a line.
     """
-    settings = run.settings.checkpoint
-    assert settings.save is not None
-    partial = begin_iteration(run, settings.save)
-    _write_adapter(run, lora, base, partial)
-    kinds = [] if settings.no_save_optim else _write_optimizer(run, partial)
-    if not settings.no_save_rng:
-        torch.save(rng_state(run.runtime), partial / rng_file(run))
-    if run.runtime.rank == 0:
+
+    def lay_out(folder: Path) -> Pending:
+        settings, rank = run.settings.checkpoint, run.runtime.rank
+        by_file = {WEIGHTS_FILE: whole_adapters(run)}
+        if not settings.no_save_optim:
+            by_file |= _whole_optimizer(run)
+        kinds = [Path(name).stem for name in by_file if name != WEIGHTS_FILE]
+        part = _part(by_file) if rank == 0 else RankPart(files={})
+        if not settings.no_save_rng:
+            data = io.BytesIO()
+            torch.save(rng_state(run.runtime), data)
+            rng = FileLayout(total_bytes=data.tell(), segments=((0, data.getvalue()),))
+            part = replace(part, files={**part.files, rng_file(run): rng})
         state = _plain_state(run, identity, base, kinds)
-        write_file(partial / RUN_FILE, json.dumps(state, indent=2).encode())
-    return publish_iteration(run, settings.save)
+
+        def finish(folder: Path) -> None:
+            write_file(folder / CONFIG_FILE, encode_config(lora, str(base) if base else None))
+            write_file(folder / RUN_FILE, json.dumps(state, indent=2).encode())
+
+        return Pending(part=part, finish=finish)
+
+    return Checkpointer(
+        run.runtime,
+        run.settings.checkpoint,
+        lay_out=lay_out,
+        iteration=lambda: run.progress.iteration,
+        about={"format": "lora", **identity.about},
+        side_files={},
+        log=log,
+        is_small=True,
+    )
 
 
 def save_adapter(
@@ -83,16 +103,16 @@ def save_adapter(
     Raises:
         OSError: it cannot be written.
     """
-    partial = partial_folder(folder)
+    tensors = whole_adapters(run)
     if run.runtime.rank == 0:
+        partial = partial_folder(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    run.runtime.barrier()
-    _write_adapter(run, lora, base, partial)
-    if run.runtime.rank == 0:
         for name, data in also.items():
             write_file(partial / name, data)
-        publish(partial, folder)
+        _part({WEIGHTS_FILE: tensors}).write(partial)
+        write_file(partial / CONFIG_FILE, encode_config(lora, str(base) if base else None))
+        publish_folder(partial, folder)
     run.runtime.barrier()
 
 
@@ -141,25 +161,39 @@ def _layout(run: ZeroRun) -> dict[str, int]:
     return {"zero_world_size": run.runtime.world_size}
 
 
-def _write_adapter(run: ZeroRun, lora: LoraConfig, base: Path | None, folder: Path) -> None:
+def whole_adapters(run: ZeroRun) -> dict[str, Tensor]:
+    """The adapters under PEFT's names, on the host; every rank calls it."""
     tensors = {}
     for name, parameter in adapter_parameters(run.model).items():
         with run.whole([parameter]):
             tensors[name] = parameter.detach().cpu().clone()
-    if run.runtime.rank == 0:
-        write_file(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
-        write_file(folder / CONFIG_FILE, encode_config(lora, str(base) if base else None))
+    return tensors
 
 
-def _write_optimizer(run: ZeroRun, folder: Path) -> list[str]:
-    """A file for each kind of the optimizer's tensors; the kinds."""
-    by_kind: dict[str, dict[str, Tensor]] = {}
+def _whole_optimizer(run: ZeroRun) -> dict[str, dict[str, Tensor]]:
+    """A file for each kind of the optimizer's tensors."""
+    by_file: dict[str, dict[str, Tensor]] = {}
     for kind, name, values in gather_state(run, adapter_parameters(run.model)):
-        by_kind.setdefault(kind, {})[name] = values.contiguous()
-    if run.runtime.rank == 0:
-        for kind, tensors in by_kind.items():
-            write_file(folder / f"{kind}.safetensors", save(tensors, {"format": "pt"}))
-    return list(by_kind)
+        by_file.setdefault(f"{kind}.safetensors", {})[name] = values.contiguous()
+    return by_file
+
+
+def _part(by_file: Mapping[str, Mapping[str, Tensor]]) -> RankPart:
+    """Files of whole tensors, which one rank writes."""
+    files, stores = {}, []
+    for file, tensors in by_file.items():
+        specs = {
+            name: TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+            for name, tensor in tensors.items()
+        }
+        header, offsets = encode_header(specs, {"format": "pt"})
+        end = max(offsets[name] + spec.num_bytes for name, spec in specs.items())
+        files[file] = FileLayout(total_bytes=end, segments=((0, header),))
+        stores += (
+            Store(name, file, offsets[name], tuple(tensor.shape), tensor)
+            for name, tensor in tensors.items()
+        )
+    return RankPart(files=files, stores=stores)
 
 
 def _read_optimizer(

@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen2_ascend.checkpoint.formats import megatron
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_bytes
 
 RUN_FILE = "zero.json"
 
@@ -37,7 +38,7 @@ def find_saved_zero(folder: Path | None) -> SavedZero | None:
     if not path.exists():
         return None
     try:
-        return SavedZero(folder=iteration, state=json.loads(path.read_bytes()))
+        return SavedZero(folder=iteration, state=json.loads(read_bytes(path)))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); --finetune --load {iteration} starts from its "

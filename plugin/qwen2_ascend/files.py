@@ -1,0 +1,164 @@
+"""Opens the files that a folder's content names: regular ones only, and never more than a bound.
+
+A folder that somebody else made may hold a FIFO, on which opening waits for ever, a device, a link
+to another part of the disk, or a file that takes gigabytes once it is parsed. Whatever reads
+users' files opens them here; a test walks the package for other ways.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qwen2_ascend.errors import UserError
+
+MAX_WHOLE_BYTES = 1 << 28
+"""Of a file that is read whole; the largest tokenizer.json is about 11 MB."""
+MAX_JSON_VALUES = 1_000_000
+"""In a JSON text that is parsed: a tenth of a second or so, and at most about 100 MB."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading, in binary.
+
+    Raises:
+        UserError: it is a FIFO, a device or a socket.
+        OSError: as from `open`.
+    """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: str | Path) -> int:
+    """As `open_regular`, as a file descriptor."""
+    require_regular(path)  # before it is opened, which does something to some devices
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_mode(path, os.fstat(fd))  # again: this is the file that is read
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def require_regular(path: str | Path) -> None:
+    """For a library that opens `path` itself.
+
+    Raises:
+        UserError: it is a FIFO, a device or a socket.
+        OSError: as from `open`.
+    """
+    _check_mode(path, os.stat(path))
+
+
+def read_bytes(path: str | Path, most: int = MAX_WHOLE_BYTES) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        UserError: it is not one, or longer than `most` bytes.
+        OSError: as from `open`.
+    """
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise UserError(f"{path}: longer than the {most} bytes that are read of such a file.")
+    return data
+
+
+def read_text(path: str | Path, errors: str = "strict", most: int = MAX_WHOLE_BYTES) -> str:
+    """The UTF-8 text of a regular file; line ends become newlines.
+
+    Raises:
+        UserError: as `read_bytes`.
+        OSError: as from `open`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    data = io.BytesIO(read_bytes(path, most))
+    return io.TextIOWrapper(data, encoding="utf-8", errors=errors).read()
+
+
+def read_json(path: str | Path, **options: Any) -> Any:
+    """The value of a regular JSON file; `options` go to `json.loads`.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or is too large to be parsed.
+    """
+    try:
+        return parse_json(read_bytes(path), **options)
+    except UserError as error:
+        raise UserError(_located(path, fault) for fault in error.faults) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+
+
+def parse_json(data: bytes, **options: Any) -> Any:
+    """The value of a JSON text in UTF-8; `options` go to `json.loads`.
+
+    Raises:
+        UserError: it is not JSON, or holds so many values that parsing would take long.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise UserError(f"it holds more than {MAX_JSON_VALUES} values.")
+    try:
+        return json.loads(data.decode("utf-8"), **options)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError("not valid JSON: it is nested too deeply.") from None
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}.") from None
+
+
+def regular_files(path: Path) -> list[Path]:
+    """`path` if it is a file, or all files below the folder `path`; folders that are links are not.
+
+    FIFOs and their like are among them, and are refused when they are opened.
+    """
+    if not path.is_dir():
+        return [path]
+    return sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+
+
+def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
+    """What is wrong with those of `paths` that links lead out of `folder`, one sentence each.
+
+    The folder itself may be a link. A snapshot in a Hugging Face cache may link to its `blobs`.
+    """
+    root = Path(os.path.realpath(folder))
+    blobs = [
+        place.parent.parent / "blobs"
+        for place in (root, *root.parents)
+        if place.parent.name == "snapshots"
+    ]
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        if not real.is_relative_to(root) and real.parent not in blobs:
+            yield (
+                f"{path}: a link that leads out of {folder}, to {real}; refused. Put the file "
+                "itself there if it belongs to the checkpoint."
+            )
+
+
+def _check_mode(path: str | Path, status: os.stat_result) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if kind != stat.S_IFREG:
+        raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')}, not a regular file; refused.")
+
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _located(path: str | Path, fault: str) -> str:
+    return fault if fault.startswith(str(path)) else f"{path}: {fault}"

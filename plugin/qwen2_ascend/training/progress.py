@@ -1,0 +1,77 @@
+"""What checkpoints of every kind have in common: progress, schedule, random number generators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen2_ascend.checkpoint.formats import torch_pt
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
+from qwen2_ascend.files import open_regular
+from qwen2_ascend.training import schedule as schedules
+from qwen2_ascend.training.loop import Progress, TrainingRun
+from qwen2_ascend.training.rng_state import set_rng_state
+
+
+def progress_state(run: TrainingRun) -> dict[str, Any]:
+    """What `restore_progress` puts back, in plain values."""
+    return {
+        "progress": asdict(run.progress),
+        "opt_param_scheduler": run.schedule.state_dict(),
+    }
+
+
+def restore_progress(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
+    """Puts progress and schedule back.
+
+    Returns:
+        What of the schedule is not as it was, in words for the log.
+    """
+    run.progress = Progress(**state["progress"])
+    was = dict(state["opt_param_scheduler"])
+    changes = schedules.changed(run.schedule, was)
+    run.schedule.load_state_dict(was)
+    return [f"schedule: {change}" for change in changes]
+
+
+def restore_rng(run: TrainingRun, file: Path, *, unlike: str | None) -> list[str]:
+    """Puts this rank's random number generators back, where they fit.
+
+    Args:
+        run: the run.
+        file: what `torch.save` made of `rng_state`.
+        unlike: how the run differs from that which was saved, so that they do not fit.
+
+    Returns:
+        That they were left alone, in words for the log, if they were.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if unlike:
+        return [f"{unlike}: the random number generators are seeded anew"]
+    set_rng_state(run.runtime, with_tensors(torch_pt.read(file)))
+    return []
+
+
+def with_tensors(tree: Any) -> Any:
+    """The same containers with the stored tensors read."""
+    if isinstance(tree, StoredTensor):
+        return _read_tensor(tree)
+    if isinstance(tree, Mapping):
+        return {key: with_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [with_tensors(value) for value in tree]
+    return tree
+
+
+def _read_tensor(stored: StoredTensor) -> torch.Tensor:
+    with open_regular(stored.path) as file:
+        file.seek(stored.offset)
+        data = bytearray(file.read(stored.num_bytes))
+    dtype = getattr(torch, NUMPY_DTYPES[stored.dtype].name)
+    return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)
