@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -256,6 +258,22 @@ def resumed_losses(run: Run, name: str, before: str, after: str, tolerance: floa
     assert difference <= tolerance, (expected, losses)
     assert max(expected) - min(expected) > 1e-4, expected
     return f"{difference:.1e}"
+
+
+@CHECKS.add(world_size=2)
+def ranks_take_one_reference_for_all_copies_of_the_weights(run: Run) -> str:
+    """Each node has a copy with a time of its own: whether the kept reference fits, rank 0 says."""
+    import torch
+
+    model, own = hugging_face_folder(run), run.folder / f"node{run.runtime.rank}"
+    shutil.copytree(model, own)
+    os.utime(own / "model.safetensors", (10**9, 10**9 + run.runtime.rank))
+    torch.distributed.barrier()
+    flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)} "
+    flags += f"--save {run.folder}/kept"
+    computed, kept = (start(run, flags, load=own).run.objective for _ in range(2))
+    assert torch.equal(computed._reference, kept._reference)
+    return str(tuple(kept._reference.shape))
 
 
 # --- shared --------------------------------------------------------------------------------------

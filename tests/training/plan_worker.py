@@ -58,20 +58,16 @@ def a_model_that_one_node_lacks_ends_all_ranks(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def rank_0_says_which_iteration_is_resumed(run: Run) -> str:
     """The other rank's copy has a later one that rank 0 does not know of."""
-    from distributed.train_worker import start, steps
-    from qwen2_ascend.training.checkpointing import save_checkpoint
-    from qwen2_ascend.training.plan import make_plan
-    from qwen2_ascend.training.setup import checkpoint_identity
+    from distributed.train_worker import save, start, steps
 
     model = node_copy(run, "model")
-    save = run.folder / "saved"
-    training = start(run, f"{FLAGS} --global-batch-size 2 --save {save}", load=model)
-    identity = checkpoint_identity(make_plan(training.settings))
+    saved = run.folder / "saved"
+    training = start(run, f"{FLAGS} --global-batch-size 2 --save {saved}", load=model)
     for _ in range(2):
         steps(training, 1)
-        save_checkpoint(training, identity, training.settings.checkpoint)
+        save(training)
     own = run.folder / f"node{run.runtime.rank}-saved"
-    shutil.copytree(save, own)
+    shutil.copytree(saved, own)
     if run.runtime.rank == 0:
         (own / "latest_checkpointed_iteration.txt").write_text("1")
     plan = agreed(f"--load {own} --global-batch-size 2")
