@@ -528,6 +528,30 @@ def the_validation_loss_is_that_of_transformers(run: Run) -> str:
 # --- building ------------------------------------------------------------------------------------
 
 
+@CHECKS.add(world_size=1)
+def the_last_checkpoint_is_said_to_be_the_last(run: Run) -> str:
+    """Also where its step is one of --save-interval's: it must succeed, exports are made of it."""
+    from qwen2_ascend.training.loop import train
+
+    training = start(run, f"{FLAGS} --save {run.folder}/last --save-interval 1")
+    saved = []
+
+    class Saver:
+        def poll(self) -> None: ...
+        def finish(self) -> None: ...
+        def save(self, *, is_last: bool = False) -> None:
+            saved.append((training.progress.iteration, is_last))
+
+    train(
+        training,
+        on_step=lambda *_: None,
+        on_validation=lambda _: None,
+        checkpointer=Saver(),
+    )
+    assert saved == [(number, number == STEPS) for number in range(1, STEPS + 1)], saved
+    return str(saved)
+
+
 # --- positions -----------------------------------------------------------------------------------
 
 

@@ -81,7 +81,10 @@ def finish(
     for flag in made:
         say(f"{flag} {asked[flag]}: is there already, and complete")
     if asked and not is_complete:
-        say(f"{' and '.join(asked)}: written when the run is complete; the same command goes on")
+        goes_on = "the same command goes on with it"
+        if plan.settings.checkpoint.save is None:
+            goes_on = "without --save it cannot be gone on with"
+        say(f"{' and '.join(asked)}: written when the run is complete; {goes_on}")
     also = {EXPORT_FILE: _export_file(plan)} if due else {}
     if SAVE_ADAPTER in due:
         write_adapter(due[SAVE_ADAPTER], also)

@@ -285,7 +285,8 @@ def train(
         if checkpointer is None:
             continue
         checkpointer.poll()
-        if reason is None and is_due(progress.iteration, settings.checkpoint.save_interval):
+        is_last = reason is not None or progress.iteration >= run.train_iters
+        if not is_last and is_due(progress.iteration, settings.checkpoint.save_interval):
             checkpointer.save()
             saved_at = progress.iteration
     if checkpointer is not None:
