@@ -528,6 +528,66 @@ def the_validation_loss_is_that_of_transformers(run: Run) -> str:
 # --- building ------------------------------------------------------------------------------------
 
 
+@CHECKS.add(world_size=1)
+def the_last_checkpoint_is_said_to_be_the_last(run: Run) -> str:
+    """Also where its step is one of --save-interval's: it must succeed, exports are made of it."""
+    from qwen2_ascend.training.loop import train
+
+    training = start(run, f"{FLAGS} --save {run.folder}/last --save-interval 1")
+    saved = []
+
+    class Saver:
+        def poll(self) -> None: ...
+        def finish(self) -> None: ...
+        def save(self, *, is_last: bool = False) -> None:
+            saved.append((training.progress.iteration, is_last))
+
+    train(
+        training,
+        on_step=lambda *_: None,
+        on_validation=lambda _: None,
+        checkpointer=Saver(),
+    )
+    assert saved == [(number, number == STEPS) for number in range(1, STEPS + 1)], saved
+    return str(saved)
+
+
+# --- positions -----------------------------------------------------------------------------------
+
+
+@CHECKS.add(world_size=1)
+def positions_that_start_anew_are_where_tokens_are_rotated_to(run: Run) -> str:
+    """Attention still goes over the whole row; the reference is given positions and mask."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from distributed.pairs_worker import write_corpus
+    from qwen2_ascend.training.loop import train_batches, train_step
+
+    write_corpus(run.folder / "documents")
+    flags = f"--data-path {run.folder}/documents --split 100,0,0 --eod-token 0 --seq-length 32 "
+    flags += "--micro-batch-size 4 --train-iters 1 --lr 1e-3 --reset-position-ids --device cpu"
+    training = start(run, flags)
+    (batch,) = train_batches(training)
+    assert batch is not None
+    position_ids = batch["position_ids"]
+    assert (position_ids == 0).sum() > len(position_ids), "some documents begin inside of a row"
+    model = AutoModelForCausalLM.from_pretrained(
+        hugging_face_folder(run, tied=False), attn_implementation="eager"
+    ).float()
+    s = position_ids.shape[1]
+    causal = torch.full((s, s), -torch.inf).triu(1).expand(len(position_ids), 1, s, s)
+    logits = model(
+        input_ids=batch["tokens"], position_ids=position_ids, attention_mask=causal
+    ).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten()
+    ).item()
+    found = train_step(training, train_batches(training)).loss
+    assert abs(found - expected) < 1e-5, (found, expected)
+    return f"{abs(found - expected):.1e}"
+
+
 def hugging_face_folder(run: Run, tied: bool) -> Path:
     """Weights with random biases and norms; written by the first rank that asks."""
     import torch

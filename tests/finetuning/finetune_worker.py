@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.harness import Checks, Run, main
+from distributed.save_once import save_once
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
 if TYPE_CHECKING:
@@ -257,6 +260,22 @@ def resumed_losses(run: Run, name: str, before: str, after: str, tolerance: floa
     return f"{difference:.1e}"
 
 
+@CHECKS.add(world_size=2)
+def ranks_take_one_reference_for_all_copies_of_the_weights(run: Run) -> str:
+    """Each node has a copy with a time of its own: whether the kept reference fits, rank 0 says."""
+    import torch
+
+    model, own = hugging_face_folder(run), run.folder / f"node{run.runtime.rank}"
+    shutil.copytree(model, own)
+    os.utime(own / "model.safetensors", (10**9, 10**9 + run.runtime.rank))
+    torch.distributed.barrier()
+    flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)} "
+    flags += f"--save {run.folder}/kept"
+    computed, kept = (start(run, flags, load=own).run.objective for _ in range(2))
+    assert torch.equal(computed._reference, kept._reference)
+    return str(tuple(kept._reference.shape))
+
+
 # --- shared --------------------------------------------------------------------------------------
 
 
@@ -281,7 +300,7 @@ class Prepared(NamedTuple):
 def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
     """A run as `launch/finetune_qwen2.py` builds it."""
     from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.finetune import checkpoint_saver, make_plan, prepare
+    from qwen2_ascend.finetuning.finetune import checkpointer, make_plan, prepare
     from qwen2_ascend.finetuning.settings import parse, validate
 
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
@@ -290,7 +309,9 @@ def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
     training, plan = prepare(plan, run.runtime, lambda line: None)
-    return Prepared(training, plan, checkpoint_saver(training, plan))
+    make = checkpointer(training, plan)
+    save = functools.partial(save_once, training, make) if make else None
+    return Prepared(training, plan, save)
 
 
 def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:

@@ -93,7 +93,7 @@ World = tuple[Path, dict[str, Ended]]
 def test_a_run_that_is_stopped_exports_nothing_and_goes_on(world: World) -> None:
     half, whole = world[1]["half"], world[1]["whole"]
     assert half.status == 0, half.err
-    assert "--save-hf and --save-adapter: written when the run is complete" in half.out
+    assert "--save-adapter and --save-hf: written when the run is complete" in half.out
     assert not {"adapter", "tuned"} & set(half.there)
     assert whole.status == 0, whole.err
     assert "at iteration 2" in whole.out and "iteration 4/4" in whole.out

@@ -61,6 +61,22 @@ def test_npu_with_another_release_names_both(torch_npu: types.SimpleNamespace) -
     assert select_device() != "npu"
 
 
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        ("2.7.1", "2.7.1"),
+        ("2.7.1rc1", "2.7.1"),
+        ("2.10.0rc2", "2.10.0"),
+        ("2.7.1.post2", "2.7.1"),
+        ("2.7.1.dev20250724", "2.7.1"),
+        ("2.9.0a0+git1234", "2.9.0"),
+        ("2.13.0+cpu", "2.13.0"),
+    ],
+)
+def test_a_release_is_the_numbers_that_a_version_begins_with(version: str, numbers: str) -> None:
+    assert npu.release(version) == numbers
+
+
 def test_a_post_release_is_the_same_release(torch_npu: types.SimpleNamespace) -> None:
     torch_npu.version += ".post2"
     assert select_device("npu") == "npu"

@@ -187,6 +187,15 @@ def test_without_a_source_there_is_a_reason_and_no_figure(tmp_path) -> None:
     assert "/sys/class/powercap is not there" in (meter.reason or "")
 
 
+def test_a_search_that_fails_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("qwen2_ascend.telemetry.energy.find_power_source", broken)
+    meter = EnergyMeter.find(Place(device="cpu"))
+    assert meter.is_lost and "not yours" in (meter.reason or "")
+
+
 def test_moments_outside_of_the_readings_have_no_figure() -> None:
     clock = Clock()
     meter = EnergyMeter(Source(clock, lambda t: 10.0), clock=clock)

@@ -55,6 +55,21 @@ def test_the_first_step_of_a_run_is_kept_without_warming_up() -> None:
     assert found.calls == [("start", 0), ("step", 1), ("stop", 1)]
 
 
+def test_a_profiler_that_fails_is_asked_no_more() -> None:
+    class Full(Recorder):
+        def step(self) -> None:
+            super().step()
+            raise OSError("no space left")
+
+    recorder = Full()
+    profiler = StepProfiler(0, 3, 0, recorder.open)
+    with pytest.raises(OSError, match="no space left"):
+        profiler.step_done(1)
+    profiler.step_done(2)
+    profiler.close()
+    assert recorder.calls == [("start", 0), ("step", 0)]
+
+
 @pytest.mark.parametrize(
     ("first", "opened", "started"),
     [(2, [(1, 2)], 2), (3, [(0, 2)], 3), (4, [(0, 1)], 4), (5, [], None), (7, [], None)],

@@ -60,7 +60,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def _commands() -> dict[str, str]:
     data = f"--data-path {{d}}/corpus --split 80,20,0 --eval-interval 2 --eval-iters 1 {SIZES}"
     parts = "--load {d}/parts --pretrained-checkpoint {d}/hf --save {d}/parts --exit-interval 2"
+    other = "--load {d}/%s --pretrained-checkpoint {d}/hf --save {d}/%s --data-path {d}/corpus "
+    other += "--split 80,20,0 --seq-length 16 --micro-batch-size 2 --lr 1e-3 "
+    samples, steps = (other % (name, name) for name in ("by_samples", "by_steps"))
+    samples, steps = f"{samples} --train-samples 24", f"{steps} --train-iters 4"
     return {
+        "samples, batch 4": f"{samples} --global-batch-size 4 --exit-interval 2",
+        "samples, batch 8": f"{samples} --global-batch-size 8",
+        "steps, batch 8": f"{steps} --global-batch-size 8 --exit-interval 2",
+        "steps, batch 4": f"{steps} --global-batch-size 4",
         "whole": f"--load {{d}}/hf --save {{d}}/whole {data}",
         "first": f"{parts} {data}",
         "second": f"{parts} {data}",
@@ -113,6 +121,21 @@ def test_a_run_in_two_parts_is_a_run_in_one(world: World) -> None:
     assert metrics(world.folder / "parts") == whole
     assert [row["iteration"] for row in whole if "loss" in row] == [1, 2, 3, 4]
     assert [row["iteration"] for row in whole if "validation_loss" in row] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "commands", "samples"),
+    [
+        ("by_samples", ("samples, batch 4", "samples, batch 8"), [4, 8, 16, 24]),
+        ("by_steps", ("steps, batch 8", "steps, batch 4"), [8, 16, 20, 24]),
+    ],
+)
+def test_a_run_goes_on_with_another_batch_to_the_end_that_was_asked_for(
+    world: World, name: str, commands: tuple[str, str], samples: list[int]
+) -> None:
+    for command in commands:
+        assert world.runs[command].status == 0, world.runs[command].err
+    assert [row["consumed_samples"] for row in metrics(world.folder / name)] == samples
 
 
 def test_nothing_is_said_that_is_not_the_users_concern(world: World) -> None:

@@ -102,6 +102,25 @@ def test_interleaving_needs_whole_rounds_of_micro_batches() -> None:
     assert "is a multiple of 2." in faults(f"{VPP} --global-batch-size 3", 2)[0]
 
 
+@pytest.mark.parametrize(
+    ("layout", "world_size", "n", "fit"),
+    [
+        ("", 1, 3, "1, 2, 4"),
+        ("--pipeline-model-parallel-size 2 --num-layer-list 3,1", 2, 3, "1"),
+        (VPP, 2, 2, "1"),
+    ],
+)
+def test_uniform_recomputation_needs_a_number_that_divides_each_chunk(
+    layout: str, world_size: int, n: int, fit: str
+) -> None:
+    """megatron-core asks for layers behind the last one otherwise."""
+    recompute = "--recompute-granularity full --recompute-method {} --recompute-num-layers {}"
+    uniform = recompute.format("uniform", n)
+    (found,) = faults(f"{layout} --global-batch-size 4 {uniform}", world_size)
+    assert f"--recompute-num-layers {n} does not divide" in found and f"use {fit}." in found
+    assert not faults(f"{layout} --global-batch-size 4 {recompute.format('block', n)}", world_size)
+
+
 def test_all_faults_come_at_once() -> None:
     found = faults("--bf16 --fp16 --lr 0 --tensor-model-parallel-size 3 --save-interval 0")
     assert len(found) == 5, found

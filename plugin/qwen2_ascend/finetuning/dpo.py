@@ -131,7 +131,7 @@ def _reference(
     run: TrainingRun, plan: RunPlan[FinetuneSettings], sources: list[Any], say: Say
 ) -> torch.Tensor:
     """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on every rank."""
-    kept = made_by_first(lambda: _kept_reference(plan, sources))
+    identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
     if kept is not None:
         path, log_probs = kept
         say(f"reference log-probabilities: {path}")
@@ -143,14 +143,14 @@ def _reference(
     log_probs, save = torch.cat(parts), plan.settings.checkpoint.save
     if run.runtime.rank == 0 and save is not None:
         save.mkdir(parents=True, exist_ok=True)
-        _Kept(log_probs=log_probs, **_identity(plan, sources)).write(save / REFERENCE_FILE)
+        _Kept(log_probs=log_probs, **identity).write(save / REFERENCE_FILE)
     return log_probs
 
 
 def _kept_reference(
     plan: RunPlan[FinetuneSettings], sources: list[Any]
-) -> tuple[Path, np.ndarray] | None:
-    """The file of these pairs and weights and what it says; None where it is to be computed.
+) -> tuple[dict[str, str], tuple[Path, np.ndarray] | None]:
+    """What pairs and weights these are; and their file with what it says, if there is one.
 
     Raises:
         UserError: a run is resumed whose reference is lost, or was made of other pairs.
@@ -162,9 +162,9 @@ def _kept_reference(
         if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
             continue
         if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
-            return folder / REFERENCE_FILE, kept.log_probs.numpy()
+            return identity, (folder / REFERENCE_FILE, kept.log_probs.numpy())
     if resumed is None:
-        return None
+        return identity, None
     raise UserError(
         f"{resumed.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
         f"{' or '.join(map(str, folders))}: what the model said at the start is lost. Put the "

@@ -11,15 +11,22 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.finetuning.settings import FinetuneSettings
 from qwen2_ascend.telemetry.settings import folder_fault
 from qwen2_ascend.training.plan import RunPlan
 
+if TYPE_CHECKING:
+    from qwen2_ascend.runtime import Runtime
+
+Say = Callable[[str], None]
+WriteAdapter = Callable[[Path, Mapping[str, bytes]], None]
 EXPORT_FILE = "qwen2_ascend_export.json"
 SAVE_HF, SAVE_ADAPTER = "--save-hf", "--save-adapter"
 
@@ -32,18 +39,17 @@ def find_exports(plan: RunPlan[FinetuneSettings]) -> tuple[str, ...]:
     """
     export = plan.settings.export
     asked = {SAVE_HF: export.save_hf, SAVE_ADAPTER: export.save_adapter}
-    made, faults = [], []
+    made, faults = [], Faults()
     for flag, folder in asked.items():
-        if folder is None:
-            continue
-        if _is_made(plan, folder):
+        if folder is not None and _is_made(plan, folder):
             made.append(flag)
-        else:
+        elif folder is not None:
             faults += _folder_faults(plan, flag, folder)
     if export.save_hf and export.save_hf == export.save_adapter:
         faults.append(f"{SAVE_HF} and {SAVE_ADAPTER} name the same folder {export.save_hf}.")
-    if faults:
-        raise UserError(faults)
+    if export.save_hf and SAVE_HF not in made and not faults:
+        faults.of(partial(_check_conversion, plan, export.save_hf))
+    raise_if(faults)
     return tuple(made)
 
 
@@ -52,34 +58,84 @@ def is_all_done(plan: RunPlan[FinetuneSettings]) -> bool:
     return bool(plan.found.exports) and plan.settings.checkpoint.save is None
 
 
-def export(
+def finish(
     plan: RunPlan[FinetuneSettings],
-    flag: str,
-    folder: Path | None,
-    say: Callable[[str], None],
-    make: Callable[[Path, dict[str, bytes]], object],
+    runtime: Runtime,
+    say: Say,
+    is_complete: bool,
+    write_adapter: WriteAdapter,
 ) -> None:
-    """Makes an export of a complete run, if it is asked for and not there.
+    """Makes the exports of a complete run and parts the ranks; every rank calls it.
 
     Args:
-        plan: of the run.
-        flag: that asks for it.
-        folder: where it goes.
+        plan: of the run, with its length.
+        runtime: of this rank, which is closed.
         say: prints a line.
-        make: writes the folder, with the files that it is given by name.
+        is_complete: whether the run is; if not, nothing is exported.
+        write_adapter: writes a PEFT folder, on every rank.
     """
-    if folder is None:
-        return
-    if flag in plan.found.exports:
-        say(f"{flag} {folder}: is there already, and complete")
-        return
+    export, made = plan.settings.export, plan.found.exports
+    flags = {SAVE_ADAPTER: export.save_adapter, SAVE_HF: export.save_hf}
+    asked = {flag: folder for flag, folder in flags.items() if folder is not None}
+    due = {flag: folder for flag, folder in asked.items() if flag not in made and is_complete}
+    for flag in made:
+        say(f"{flag} {asked[flag]}: is there already, and complete")
+    if asked and not is_complete:
+        goes_on = "the same command goes on with it"
+        if plan.settings.checkpoint.save is None:
+            goes_on = "without --save it cannot be gone on with"
+        say(f"{' and '.join(asked)}: written when the run is complete; {goes_on}")
+    also = {EXPORT_FILE: _export_file(plan)} if due else {}
+    if SAVE_ADAPTER in due:
+        write_adapter(due[SAVE_ADAPTER], also)
+    runtime.close()
+    if SAVE_HF in due and runtime.rank == 0:
+        _write_hugging_face(plan, due[SAVE_HF], say, also)
+
+
+def _export_file(plan: RunPlan[FinetuneSettings]) -> bytes:
+    """What `_is_made` knows this run's export by."""
     length = plan.length
     told = {
         "run": plan.identity(),
         "iteration": length.train_iters,
         "consumed_samples": length.num_samples,
     }
-    make(folder, {EXPORT_FILE: (json.dumps(told, indent=2) + "\n").encode()})
+    return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def _write_hugging_face(
+    plan: RunPlan[FinetuneSettings], folder: Path, say: Say, also: Mapping[str, bytes]
+) -> None:
+    """Makes a Hugging Face folder of the last checkpoint, adapters merged into it."""
+    from qwen2_ascend.checkpoint.convert import to_hugging_face
+    from qwen2_ascend.checkpoint.formats.megatron import tracked_folder
+    from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
+    from qwen2_ascend.finetuning.taught import taught_files
+
+    also = {**also, **taught_files(plan, say)}
+    checkpoint, adapter = plan.settings.checkpoint.save, None
+    assert checkpoint is not None
+    if plan.lora is not None:
+        assert plan.base is not None
+        checkpoint, adapter = plan.base, tracked_folder(checkpoint)
+    elif (zero := find_saved_zero(checkpoint)) is not None:
+        checkpoint = zero.folder
+    dtype = merged_dtype(plan)
+    to_hugging_face(checkpoint, folder, say, adapter=adapter, dtype=dtype, also=also)
+
+
+def _check_conversion(plan: RunPlan[FinetuneSettings], folder: Path) -> None:
+    """What --save-hf with LoRA does at the end, as far as it can be done without the adapter.
+
+    Raises:
+        UserError: what would not fit then.
+    """
+    from qwen2_ascend.checkpoint.convert import Conversion, prepare
+
+    if plan.lora is not None and plan.base is not None:
+        request = Conversion(load_dir=plan.base, save_dir=folder, save_model_type="hf")
+        prepare(replace(request, dtype=merged_dtype(plan)))
 
 
 def merged_dtype(plan: RunPlan[FinetuneSettings]) -> str | None:

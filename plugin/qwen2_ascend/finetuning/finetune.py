@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.finetuning.exports import (
-    SAVE_ADAPTER,
-    SAVE_HF,
-    export,
-    find_exports,
-    is_all_done,
-    merged_dtype,
-)
+from qwen2_ascend.finetuning.exports import find_exports, finish, is_all_done
 from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
 from qwen2_ascend.finetuning.settings import F, FinetuneSettings, parse, validate
 from qwen2_ascend.launching import launched
@@ -67,15 +60,11 @@ def finetune(settings: FinetuneSettings) -> None:
 def _finetune(settings: FinetuneSettings) -> None:
     plan, runtime, say = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
-        export_adapter(plan, say, None)
-        runtime.close()
+        finish(plan, runtime, say, True, write_adapter=lambda *_: None)
         return
     run, plan = prepare(plan, runtime, say)
     is_complete = train_and_report(run, plan, say, checkpointer(run, plan))
-    if is_complete:
-        export_adapter(plan, say, run)
-    runtime.close()
-    finish(plan, is_complete, say, runtime.rank)
+    finish(plan, runtime, say, is_complete, partial(write_adapter, run, plan))
 
 
 def check_data(settings: FinetuneSettings) -> None:
@@ -110,10 +99,7 @@ def with_exports(plan: RunPlan[F]) -> RunPlan[F]:
     Raises:
         UserError: an export could not be made at the end.
     """
-    made = find_exports(plan)
-    if plan.settings.export.save_hf is not None and SAVE_HF not in made:
-        _check_conversion(plan)
-    return replace(plan, found=plan.found._replace(exports=made))
+    return replace(plan, found=plan.found._replace(exports=find_exports(plan)))
 
 
 def plan_of_run(settings: F, found: Found | None) -> RunPlan[F]:
@@ -154,25 +140,6 @@ def plan_of_run(settings: F, found: Found | None) -> RunPlan[F]:
         saved=saved,
         lora=replace(saved.lora, dropout=settings.lora.lora_dropout),
         found=plan.found._replace(folders=folders),
-    )
-
-
-def _check_conversion(plan: RunPlan[FinetuneSettings]) -> None:
-    """What --save-hf with LoRA does at the end, as far as it can be done without the adapter.
-
-    Raises:
-        UserError: what would not fit then.
-    """
-    if plan.lora is None or plan.base is None:
-        return
-    from qwen2_ascend.checkpoint.convert import Conversion, prepare
-
-    folder = plan.settings.export.save_hf
-    assert folder is not None
-    prepare(
-        Conversion(
-            load_dir=plan.base, save_dir=folder, save_model_type="hf", dtype=merged_dtype(plan)
-        )
     )
 
 
@@ -252,6 +219,7 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
         UserError: the data is not there, damaged or too little.
     """
     from qwen2_ascend.data.chat.build import build_chat_datasets
+    from qwen2_ascend.finetuning.taught import tokenizer_folder
 
     settings = plan.settings
     data, global_batch_size = settings.data, settings.global_batch_size(plan.world_size)
@@ -279,18 +247,6 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
     return built
 
 
-def tokenizer_folder(plan: RunPlan[FinetuneSettings]) -> str | None:
-    """Where the tokenizer is: named, beside the weights, or beside the config."""
-    if name := plan.settings.tuning.tokenizer_name_or_path:
-        return name
-    if plan.source is not None:
-        folders = {path.parent for path in plan.source.side_files if "token" in path.name}
-        if folders:
-            return str(sorted(folders)[0])
-    config = plan.settings.model.config
-    return config if config and Path(config).is_dir() else None
-
-
 def _model_options(settings: FinetuneSettings) -> dict[str, Any]:
     """Fields of megatron-core's configuration that chats need."""
     if not settings.data.variable_seq_lengths:
@@ -299,60 +255,13 @@ def _model_options(settings: FinetuneSettings) -> dict[str, Any]:
     return {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
 
 
-def export_adapter(plan: RunPlan[FinetuneSettings], say: Say, run: TrainingRun | None) -> None:
-    """Writes the PEFT folder that --save-adapter asks for; every rank of a complete run calls it.
-
-    Args:
-        plan: of the run.
-        say: prints a line.
-        run: has the adapters; None where they are written already.
-    """
-
-    def make(folder: Path, also: dict[str, bytes]) -> None:
-        from qwen2_ascend.finetuning.adapter import save_adapter
-
-        assert run is not None and plan.lora is not None
-        base = str(plan.base) if plan.base else None
-        save_adapter(
-            run.chunks, plan.lora, plan.config, plan.layout, folder, base_model=base, also=also
-        )
-
-    export(plan, SAVE_ADAPTER, plan.settings.export.save_adapter, say, make)
-
-
-def finish(plan: RunPlan[FinetuneSettings], is_complete: bool, say: Say, rank: int) -> None:
-    """Writes the Hugging Face folder that --save-hf asks for, on rank 0, if the run is complete.
-
-    Raises:
-        UserError: the folder is in the way.
-    """
-    asked, checkpoint = plan.settings.export, plan.settings.checkpoint.save
-    if not is_complete:
-        flags = {SAVE_HF: asked.save_hf, SAVE_ADAPTER: asked.save_adapter}
-        if given := " and ".join(flag for flag, folder in flags.items() if folder):
-            say(f"{given}: written when the run is complete; the same command goes on with it")
-    elif rank == 0 and checkpoint is not None:
-        export(plan, SAVE_HF, asked.save_hf, say, partial(_merge, plan, checkpoint, say))
-
-
-def _merge(
-    plan: RunPlan[FinetuneSettings],
-    checkpoint: Path,
-    say: Say,
-    folder: Path,
-    also: dict[str, bytes],
+def write_adapter(
+    run: TrainingRun, plan: RunPlan[FinetuneSettings], folder: Path, also: Mapping[str, bytes]
 ) -> None:
-    """Makes a Hugging Face folder of the last checkpoint."""
-    from qwen2_ascend.checkpoint.convert import to_hugging_face
-    from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
-    from qwen2_ascend.finetuning.taught import taught_files
+    """Writes the adapters as a PEFT folder, with files of `also`; every rank calls it."""
+    from qwen2_ascend.finetuning.adapter import save_adapter
 
-    also = {**also, **taught_files(plan, tokenizer_folder(plan), say)}
-    source, adapter = checkpoint, None
-    if plan.lora is not None:
-        saved = find_saved_lora(checkpoint)
-        assert saved is not None and plan.base is not None
-        source, adapter = plan.base, saved.folder
-    elif (zero := find_saved_zero(checkpoint)) is not None:
-        source = zero.folder
-    to_hugging_face(source, folder, say, adapter=adapter, dtype=merged_dtype(plan), also=also)
+    assert plan.lora is not None
+    base = str(plan.base) if plan.base else None
+    where = (plan.lora, plan.config, plan.layout)
+    save_adapter(run.chunks, *where, folder, base_model=base, also=also)

@@ -71,7 +71,7 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What is written at the end besides the last checkpoint."""
+    """What is written besides the last checkpoint, once, when the run is complete."""
 
     save_hf: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write the tuned model there as a Hugging Face folder, adapters merged into it."""
@@ -145,11 +145,7 @@ def validate(
 ) -> None:
     """Checks everything that can be checked before any process group exists.
 
-    Args:
-        settings: all flags.
-        config: the model's shape.
-        world_size: number of ranks.
-        made: where a resumed run is; its flags say what is left.
+    The arguments are those of `training.settings.validate`.
 
     Raises:
         UserError: all faults at once.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.chat_template import end_of_turn
@@ -20,25 +21,23 @@ from qwen2_ascend.training.plan import RunPlan
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def taught_files(
-    plan: RunPlan[FinetuneSettings], tokenizer_folder: str | None, say: Callable[[str], None]
-) -> dict[str, bytes]:
+def taught_files(plan: RunPlan[FinetuneSettings], say: Callable[[str], None]) -> dict[str, bytes]:
     """Files of the exported folder that differ from the base model's, by name.
 
     Args:
         plan: of the run.
-        tokenizer_folder: of the tokenizer that the chats were prepared with.
         say: told of what is added.
 
     Raises:
         UserError: --chat-template cannot be read.
     """
-    if tokenizer_folder is None or plan.source is None:
+    folder = tokenizer_folder(plan)
+    if folder is None or plan.source is None:
         return {}
     template = read_template(plan.settings.chat.chat_template)
     files = {} if template is None else {"chat_template.jinja": template.encode()}
     try:
-        token = end_of_turn(open_tokenizer(tokenizer_folder), template)
+        token = end_of_turn(open_tokenizer(folder), template)
     except UserError:
         return files  # the chats were prepared somewhere else
     generation = _generation_config(plan)
@@ -50,6 +49,18 @@ def taught_files(
     generation["eos_token_id"] = [token, *eos]
     files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
     return files
+
+
+def tokenizer_folder(plan: RunPlan[FinetuneSettings]) -> str | None:
+    """Where the tokenizer is: named, beside the weights, or beside the config."""
+    if name := plan.settings.tuning.tokenizer_name_or_path:
+        return name
+    if plan.source is not None:
+        folders = {path.parent for path in plan.source.side_files if "token" in path.name}
+        if folders:
+            return str(sorted(folders)[0])
+    config = plan.settings.model.config
+    return config if config and Path(config).is_dir() else None
 
 
 def _generation_config(plan: RunPlan[FinetuneSettings]) -> dict[str, Any]:

@@ -286,7 +286,8 @@ def train(
         if checkpointer is None:
             continue
         checkpointer.poll()
-        if reason is None and is_due(progress.iteration, settings.checkpoint.save_interval):
+        is_last = reason is not None or progress.iteration >= run.train_iters
+        if not is_last and is_due(progress.iteration, settings.checkpoint.save_interval):
             checkpointer.save()
             saved_at = progress.iteration
     if checkpointer is not None:
@@ -311,7 +312,7 @@ def train_step(
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = _forward_backward(run, list(islice(batches, run.num_microbatches)))
+    losses = _forward_backward(run, take(run, batches))
     agreed = agree(run, losses, stop_wanted)
     may_overflow = optimizers.can_lower_loss_scale(optimizer)
     overflow = optimizer.prepare_grads()
@@ -337,7 +338,7 @@ def evaluate(run: TrainingRun) -> float:
     batches = _batches(run, run.valid_data, consumed_samples=0)
     total, num_tokens = 0.0, 0
     for _ in range(run.settings.data.eval_iters):
-        taken = list(islice(batches, run.num_microbatches))
+        taken = take(run, batches)
         agreed = agree(run, _forward_backward(run, taken, forward_only=True), False)
         total += agreed.loss * agreed.num_tokens
         num_tokens += agreed.num_tokens
@@ -360,7 +361,7 @@ def forward_only(run: TrainingRun, dataset: Any) -> Iterator[MicroBatchLoss]:
         chunk.eval()
     batches = _batches(run, dataset, consumed_samples=0)
     for _ in range(len(dataset) // run.global_batch_size):
-        taken = list(islice(batches, run.num_microbatches))
+        taken = take(run, batches)
         yield from _forward_backward(run, taken, forward_only=True)
     for chunk in run.chunks:
         chunk.train()
@@ -369,6 +370,13 @@ def forward_only(run: TrainingRun, dataset: Any) -> Iterator[MicroBatchLoss]:
 def train_batches(run: TrainingRun) -> Iterator[Batch | None]:
     """This rank's micro-batches from `run.progress` on; None for stages that read no data."""
     return _batches(run, run.train_data, run.progress.consumed_samples)
+
+
+def take(run: TrainingRun, batches: Iterator[Batch | None]) -> list[Batch | None]:
+    """The micro-batches of a step; a dataset is as long as its run, so they are there."""
+    taken = list(islice(batches, run.num_microbatches))
+    assert len(taken) == run.num_microbatches, f"the data ended at {run.progress}"
+    return taken
 
 
 def is_due(iteration: int, interval: int | None) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=TrainingSettings)
 S_co = TypeVar("S_co", bound=TrainingSettings, covariant=True)
 
-OF_EACH_NODE = (
-    "config",
-    "data_path",
-    "train_data_path",
-    "valid_data_path",
-    "tokenizer_name_or_path",
-    "num_workers",
+PATHS = (
+    "--config",
+    "--data-path",
+    "--train-data-path",
+    "--valid-data-path",
+    "--tokenizer-name-or-path",
 )
-"""Settings that may differ from rank to rank, besides those that are paths by their type."""
+"""Flags with paths, which nodes may have of their own, besides those that are paths by their type;
+a number of workers may be a node's own too."""
 MAKING = ("optimizer", "precision", "batch", "data", "tuning", "lora", "chat")
 """Groups of settings that decide what a finished run has learnt."""
 
@@ -103,7 +103,7 @@ class RunPlan(Generic[S_co]):
         progress = state["progress"]
         return {name: int(progress[name]) for name in ("iteration", "consumed_samples")}
 
-    def with_epochs(self, samples_per_epoch: int) -> Self:
+    def with_epochs(self, samples_per_epoch: int) -> RunPlan[S_co]:
         """The same when it is known what an epoch is; see `FinetuneSettings.with_epochs`.
 
         Raises:
@@ -117,11 +117,7 @@ class RunPlan(Generic[S_co]):
 
     def facts(self) -> dict[str, str]:
         """Everything that has to be the same on all ranks, by its name."""
-        facts = {
-            name: str(value)
-            for name, value in flags(self.settings).items()
-            if not _is_of_each_node(name, value)
-        }
+        facts = {name: _fact(name, value) for name, value in flags(self.settings).items()}
         return facts | {
             "the number of ranks": str(self.world_size),
             "the model's config": str(self.config),
@@ -133,7 +129,8 @@ class RunPlan(Generic[S_co]):
     def identity(self) -> str:
         """A short hash of what a finished run depends on, wherever and however it is run."""
         settings: Any = self.settings
-        said = {name: asdict(getattr(settings, name)) for name in MAKING if hasattr(settings, name)}
+        groups = [name for name in MAKING if hasattr(settings, name)]
+        said: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in groups}
         for name in ("num_workers", "eval_iters", "eval_interval", "data_cache_path"):
             said["data"].pop(name, None)
         for name in ("micro_batch_size", "exit_interval"):
@@ -215,7 +212,7 @@ def agree(
     from qwen2_ascend.runtime import agreement, meeting
 
     meeting.meet(timeout_seconds)
-    found, facts = agreement.made_by_first(lambda: own and (own.found, own.facts())) or ((), {})
+    found, facts = agreement.broadcast_from_first((own.found, own.facts()) if own else (None, {}))
     faults = Faults()
     plan = own or faults.of(partial(make, found))
     if plan is not None:
@@ -315,9 +312,12 @@ def _config(name: str | None) -> Qwen2Config:
     return Qwen2Config.from_pretrained(name) if Path(name).exists() else Qwen2Config.named(name)
 
 
-def _is_of_each_node(flag: str, value: Any) -> bool:
-    name = flag[2:].replace("-", "_")
-    return isinstance(value, Path) or name in OF_EACH_NODE
+def _fact(flag: str, value: Any) -> str:
+    """What of a flag's value has to be the same on all ranks."""
+    if flag == "--num-workers":
+        return ""
+    is_path = isinstance(value, Path) or flag in PATHS
+    return "a path" if is_path and value else str(value)
 
 
 def _fingerprint(source: Source | None) -> str:

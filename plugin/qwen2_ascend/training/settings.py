@@ -83,9 +83,9 @@ class BatchSettings:
     seq_length: int
     """Tokens in a sequence."""
     train_iters: int | None = None
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, those of earlier starts too."""
     train_samples: int | None = None
-    """Sequences of the whole run, instead of --train-iters."""
+    """Sequences of the whole run, instead of --train-iters; what does not fill a batch is left."""
     exit_interval: int | None = None
     """Save and end the run after every so many steps; the next run goes on from there."""
 
@@ -314,7 +314,7 @@ class TrainingSettings:
     def length(
         self, world_size: int, *, iteration: int = 0, consumed_samples: int = 0
     ) -> RunLength:
-        """How long the run is.
+        """How long the run is; 0 steps where only epochs say it, and the data is not there yet.
 
         Args:
             world_size: number of ranks.
@@ -322,10 +322,9 @@ class TrainingSettings:
             consumed_samples: samples that those steps took.
         """
         size = self.global_batch_size(world_size)
-        train_iters = self.batch.train_iters
-        if train_iters is None:
-            left = max((self.batch.train_samples or 0) - consumed_samples, 0)
-            train_iters = iteration + left // size
+        train_iters, samples = self.batch.train_iters or 0, self.batch.train_samples
+        if samples is not None:
+            train_iters = iteration + max(samples - consumed_samples, 0) // size
         return RunLength(
             train_iters=train_iters,
             global_batch_size=size,

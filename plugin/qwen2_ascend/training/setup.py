@@ -60,22 +60,31 @@ def begin(
     """
     from qwen2_ascend.checkpoint.manifest import check_iteration
 
-    plan, faults = None, Faults()
+    own = None
     if is_first_rank():
-        if (plan := faults.of(lambda: make(settings, None))) is not None:
-            made, chosen = plan.made(), plan.settings
-            length = RunLength(train_iters=0, global_batch_size=1, **made)
-            faults.of(lambda: check(chosen, plan.config, plan.world_size, length))
-        faults.of(lambda: check_data(settings))
+        faults = Faults()
+        own = faults.of(partial(_checked_plan, settings, make, check))
+        faults.of(partial(check_data, settings))
         raise_if(faults)
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
-    plan = agree(partial(make, settings), plan, timeout_seconds)
+    plan = agree(partial(make, settings), own, timeout_seconds)
     runtime, say = start_runtime(plan)
     if plan.saved is not None and not hasattr(plan.saved, "common"):
         # DeepSpeed and peft read whole files, and check nothing
         share = {"share": runtime.rank, "num_shares": runtime.world_size}
         undamaged(plan.saved.folder, partial(check_iteration, plan.saved.folder, **share))
     return plan, runtime, say
+
+
+def _checked_plan(
+    settings: S,
+    make: Callable[[S, Found | None], RunPlan[S]],
+    check: Callable[[S, Qwen2Config, int, RunLength | None], None],
+) -> RunPlan[S]:
+    plan = make(settings, None)
+    made = RunLength(train_iters=0, global_batch_size=1, **plan.made())
+    check(plan.settings, plan.config, plan.world_size, made)
+    return plan
 
 
 def undamaged(folder: Path, load: Callable[[], T]) -> T:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from qwen2_ascend.training.loop import (
     on_device,
     on_host,
     read_batches,
+    take,
 )
 from qwen2_ascend.training.optimizer import is_finite, params_dtype
 from qwen2_ascend.training.plan import RunPlan
@@ -111,7 +111,7 @@ class ZeroRun(TrainingRun):
 
     def _taken(self, batches: Iterator[Batch | None]) -> list[Batch]:
         """The micro-batches of one step."""
-        read = islice(batches, self.num_microbatches)
+        read = take(self, batches)
         return [on_device(batch, self.runtime) for batch in read if batch is not None]
 
     def _num_tokens(self, batches: Sequence[Batch]) -> int:

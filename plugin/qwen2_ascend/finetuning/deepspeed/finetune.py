@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,8 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as megatron_path
 from qwen2_ascend.finetuning.deepspeed.saved import SavedZero, find_saved_zero
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings, parse, validate
-from qwen2_ascend.finetuning.exports import SAVE_ADAPTER, export, is_all_done
-from qwen2_ascend.finetuning.finetune import check_data, finish
+from qwen2_ascend.finetuning.exports import finish, is_all_done
+from qwen2_ascend.finetuning.finetune import check_data
 from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.launching import launched
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
@@ -60,15 +60,11 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
 def _finetune(settings: ZeroFinetuneSettings) -> None:
     plan, runtime, say = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
-        export_adapter(plan, say, None)
-        runtime.close()
+        finish(plan, runtime, say, True, write_adapter=lambda *_: None)
         return
     run, plan = prepare(plan, runtime, say)
     is_complete = train_and_report(run, plan, say, partial(checkpointer, run, plan))
-    if is_complete:
-        export_adapter(plan, say, run)
-    runtime.close()
-    finish(plan, is_complete, say, runtime.rank)
+    finish(plan, runtime, say, is_complete, partial(write_adapter, run, plan))
 
 
 def make_plan(settings: ZeroFinetuneSettings, found: Found | None = None) -> Plan:
@@ -158,19 +154,9 @@ def checkpointer(run: ZeroRun, plan: Plan, log: Say) -> Checkpointer:
     return lora_checkpointer(run, identity, plan.lora, plan.base, log)
 
 
-def export_adapter(plan: Plan, say: Say, run: ZeroRun | None) -> None:
-    """Writes the PEFT folder that --save-adapter asks for; every rank of a complete run calls it.
+def write_adapter(run: ZeroRun, plan: Plan, folder: Path, also: Mapping[str, bytes]) -> None:
+    """Writes the adapters as a PEFT folder, with files of `also`; every rank calls it."""
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
 
-    Args:
-        plan: of the run.
-        say: prints a line.
-        run: has the adapters; None where they are written already.
-    """
-
-    def make(folder: Path, also: dict[str, bytes]) -> None:
-        from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
-
-        assert run is not None and plan.lora is not None
-        save_adapter(run, plan.lora, plan.base, folder, also)
-
-    export(plan, SAVE_ADAPTER, plan.settings.export.save_adapter, say, make)
+    assert plan.lora is not None
+    save_adapter(run, plan.lora, plan.base, folder, also)

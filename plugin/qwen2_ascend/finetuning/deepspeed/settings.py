@@ -170,11 +170,7 @@ def validate(
 ) -> None:
     """Checks everything that can be checked before any process group exists.
 
-    Args:
-        settings: all flags.
-        config: the model's shape.
-        world_size: number of ranks.
-        made: where a resumed run is; its flags say what is left.
+    The arguments are those of `training.settings.validate`.
 
     Raises:
         UserError: all faults at once.
