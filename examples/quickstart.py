@@ -159,8 +159,9 @@ def transformers_loss(folder: Path, text: str) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
+    safely = {"local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(folder, **safely).eval()
+    tokens = AutoTokenizer.from_pretrained(folder, **safely)(text, return_tensors="pt").input_ids[0]
     windows = tokens[: len(tokens) // SEQ_LENGTH * SEQ_LENGTH].view(-1, SEQ_LENGTH)[:32]
     with torch.no_grad():
         return model(windows, labels=windows).loss.item()

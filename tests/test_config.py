@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import tiny_config
@@ -205,6 +206,83 @@ def test_yarn_scales_as_transformers_does(scaling: dict[str, Any], spelling) -> 
     assert rotary.inv_freq.tolist() == pytest.approx(frequencies, rel=1e-5)
 
 
+ROPES = st.one_of(
+    st.none(),
+    st.just({}),
+    st.fixed_dictionaries(
+        {}, optional={"rope_type": st.just("default"), "rope_theta": st.just(5000.0)}
+    ),
+    st.builds(
+        lambda name, rest: {name: "yarn", **rest},
+        st.sampled_from(["rope_type", "type"]),
+        st.fixed_dictionaries(
+            {"factor": st.sampled_from([1.0, 2, 4.0, 7.5])},
+            optional={
+                "original_max_position_embeddings": st.sampled_from([64, 128, 4096]),
+                "rope_theta": st.sampled_from([10000, 2e5]),
+                "attention_factor": st.sampled_from([None, 0.5, 1.3]),
+                "beta_fast": st.sampled_from([None, 16, 40.0]),
+                "beta_slow": st.sampled_from([None, 2]),
+                "truncate": st.booleans(),
+            },
+        ),
+    ),
+)
+"""What files have under rope_parameters or rope_scaling, and what cards tell people to add."""
+SPELLINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "rope_theta": st.sampled_from([10000.0, 1_000_000]),
+        "rope_parameters": ROPES,
+        "rope_scaling": ROPES,
+        "original_max_position_embeddings": st.sampled_from([32, 256, 8192]),
+        "max_position_embeddings": st.sampled_from([512, 32768]),
+        "dtype": st.sampled_from([None, "float16", "bfloat16"]),
+        "torch_dtype": st.sampled_from([None, "float32", "bfloat16"]),
+        "head_dim": st.sampled_from([8, 12]),
+        "num_key_value_heads": st.sampled_from([None, 1, 2]),
+        "tie_word_embeddings": st.booleans(),
+        "rms_norm_eps": st.sampled_from([1e-5, 1e-6]),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SPELLINGS)
+def test_every_spelling_means_what_transformers_makes_of_it(changes: dict[str, Any]) -> None:
+    """Property: sizes, dtype and rotary frequencies of any mixture of old and new keys."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    from qwen2_ascend.model.rotary_embedding import inverse_frequencies
+
+    plain = {k: v for k, v in TINY.items() if k not in ("dtype", "torch_dtype", "rope_theta")}
+    raw = {**plain, **changes}
+    found, theirs = Qwen2Config.from_dict(raw), transformers_config(json.loads(json.dumps(raw)))
+    rotary = Qwen2RotaryEmbedding(theirs)
+    scale = found.yarn.attention_factor if found.yarn else 1.0
+    assert scale == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    assert inverse_frequencies(found).tolist() == pytest.approx(rotary.inv_freq.tolist(), rel=1e-6)
+    assert found.num_query_groups == theirs.num_key_value_heads
+    assert found.tie_word_embeddings == theirs.tie_word_embeddings
+    assert found.norm_epsilon == theirs.rms_norm_eps
+    dtype = str(theirs.dtype or "torch.float32").removeprefix("torch.")
+    assert found.dtype == DTYPES[dtype]
+
+
+def test_what_users_add_to_a_file_of_transformers_5_counts() -> None:
+    """YaRN as Qwen's cards write it, beside the dictionary that save_pretrained wrote."""
+    raw = as_transformers_5(published(*SHAPES["0.5B"]))
+    assert "rope_parameters" in raw
+    assert Qwen2Config.from_dict(raw).yarn is None
+    yarn = Qwen2Config.from_dict({**raw, "rope_scaling": YARN}).yarn
+    assert yarn is not None and yarn.factor == 4.0
+    beside = {"original_max_position_embeddings": 4096}
+    yarn = Qwen2Config.from_dict({**raw, "rope_scaling": YARN, **beside}).yarn
+    assert yarn is not None and yarn.original_max_position_embeddings == 4096
+    both = {**raw, "dtype": "float16", "torch_dtype": "bfloat16"}
+    assert Qwen2Config.from_dict(both).dtype == "fp16"
+
+
 def yarn_frequencies(yarn: YarnScaling, *, base: float, width: int) -> list[float]:
     """Inverse frequencies from the paper's section 3.2, pair by pair."""
 
@@ -361,6 +439,12 @@ def test_a_folder_and_its_file_are_read_alike_and_faults_name_the_file(tmp_path:
     with pytest.raises(UserError) as caught:
         Qwen2Config.from_pretrained(tmp_path)
     assert [fault.startswith(f"{path}: ") for fault in caught.value.faults] == [True, True]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: is a FIFO, not a regular file"):
+        Qwen2Config.from_pretrained(tmp_path)
 
 
 JSON_VALUES = st.recursive(

@@ -139,6 +139,8 @@ class Qwen2Config:
                 f'model_type={raw.get("model_type")!r} is not "qwen2"; '
                 "this project trains Qwen2 and Qwen2.5 dense models only."
             )
+        if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
+            raw = {**raw, "num_key_value_heads": raw.get("num_attention_heads")}
         raise_if(_wrong_types(raw))
         raw = _with_defaults(raw)
         raise_if(_unimplemented(raw))
@@ -261,7 +263,7 @@ def _wrong_types(raw: Mapping[str, Any]) -> list[str]:
     given = {key: value for key, value in raw.items() if value is not None}
     for key, default in _HF_DEFAULTS.items():
         faults += _wrong_type(key, given.get(key, default), type(default))
-    for key in ("sliding_window", "head_dim"):
+    for key in ("sliding_window", "head_dim", "original_max_position_embeddings"):
         faults += _wrong_type(key, given.get(key, 0), int)
     layer_types = given.get("layer_types", [])
     faults += _wrong_type("layer_types", layer_types, list)
@@ -317,9 +319,15 @@ def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 says `rope_parameters`, transformers 4 `rope_scaling` (null when unused)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    return {key: value for key, value in rope.items() if value is not None}
+    """transformers 5 says `rope_parameters`, transformers 4 `rope_scaling` (null when unused).
+
+    Where both are there the latter counts, all of it: users add it to a file that has the former.
+    Likewise a length beside the dictionary goes before the one in it.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    beside = {"original_max_position_embeddings": raw.get("original_max_position_embeddings")}
+    both = [*rope.items(), *beside.items()]
+    return {key: value for key, value in both if value is not None}
 
 
 def _rope_type(raw: Mapping[str, Any]) -> str:
@@ -345,7 +353,7 @@ def _yarn(raw: Mapping[str, Any]) -> YarnScaling | None:
 
 
 def _dtype_name(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def _unimplemented(raw: Mapping[str, Any]) -> list[str]:

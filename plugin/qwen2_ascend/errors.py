@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 _MOST_CHARACTERS = 10_000
 """Of one fault; a file may give a tensor a name of megabytes."""
+_MOST_FAULTS = 1000
+"""A file may hold a fault for each of its bytes."""
 
 
 class Lines(str):
@@ -24,11 +26,14 @@ class UserError(ValueError):
     begin a line or turn the direction of writing is escaped here, for every message at once.
 
     Attributes:
-        faults: every fault found, one sentence each, so that none is met one at a time.
+        faults: every fault found (of very many, the first), one sentence each, so that none is met
+            one at a time.
     """
 
     def __init__(self, faults: str | Iterable[str]) -> None:
         given = (faults,) if isinstance(faults, str) else tuple(faults)
+        if len(given) > _MOST_FAULTS:
+            given = (*given[:_MOST_FAULTS], f"and {len(given) - _MOST_FAULTS} more faults.")
         self.faults: tuple[str, ...] = tuple(map(printable, given))
         super().__init__("\n".join(self.faults))
 

@@ -20,8 +20,8 @@ from qwen2_ascend.errors import UserError
 
 MAX_WHOLE_BYTES = 1 << 28
 """Of a file that is read whole; the largest tokenizer.json is about 11 MB."""
-MAX_JSON_VALUES = 1_000_000
-"""In a JSON text that is parsed: a tenth of a second or so, and at most about 100 MB."""
+MAX_JSON_VALUES = 500_000
+"""In a JSON text that is parsed: a tenth of a second or so, and at most about 50 MB."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -125,7 +125,7 @@ def regular_files(path: Path) -> list[Path]:
 
 
 def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
-    """What is wrong with those of `paths` that links lead out of `folder`, one sentence each.
+    """What is wrong with `paths`, and all below them, that links lead out of `folder`.
 
     The folder itself may be a link. A snapshot in a Hugging Face cache may link to its `blobs`.
     """
@@ -135,13 +135,18 @@ def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
         for place in (root, *root.parents)
         if place.parent.name == "snapshots"
     ]
-    for path in paths:
+    left, seen = list(paths), set()
+    while left:
+        path = left.pop()
         real = Path(os.path.realpath(path))
         if not real.is_relative_to(root) and real.parent not in blobs:
             yield (
                 f"{path}: a link that leads out of {folder}, to {real}; refused. Put the file "
                 "itself there if it belongs to the checkpoint."
             )
+        elif real.is_dir() and real not in seen:
+            seen.add(real)
+            left += path.iterdir()
 
 
 def _check_mode(path: str | Path, status: os.stat_result) -> None:

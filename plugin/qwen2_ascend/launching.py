@@ -7,12 +7,17 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 from qwen2_ascend.cli import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime import ending
+from qwen2_ascend.runtime.diagnosis import has_timed_out, is_lost_connection
+
+if TYPE_CHECKING:
+    from qwen2_ascend.runtime.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -38,46 +43,109 @@ def parse_flags(kind: type[T], program: str, arguments: Sequence[str] | None) ->
         program: the launcher's file name.
         arguments: the flags; sys.argv's without it.
     """
-    return tyro.cli(
-        kind,
-        prog=program,
-        description=kind.__doc__,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    try:
+        return tyro.cli(
+            kind,
+            prog=program,
+            description=kind.__doc__,
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=ending.rank() == 0,
+        )
+    except SystemExit as end:
+        if end.code:
+            ending.hand_to_torchrun("error: the flags are wrong; what is wrong stands above.")
+            if ending.rank():
+                ending.wait_for_torchrun()
+        raise
 
 
 def launched(command: Callable[[], None]) -> int:
     """Calls `command` as one rank of torchrun's or as a process alone.
 
     Returns:
-        0; 2 for a mistake in what was asked for; 1 for a failure. What is wrong is printed by
-        rank 0, and handed to torchrun, which puts the first failure of any rank under its own
-        lines.
+        0; 2 for a mistake in what was asked for; 1 for a failure; 130 for Ctrl-C. What is wrong is
+        printed once on each node, by the rank it happened on, and handed to torchrun, which shows
+        the first failure of any rank under its own lines.
     """
+    ending.end_with_parent()
+    try:
+        status = _status(command)
+    except KeyboardInterrupt:
+        if ending.rank() == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        status = EXIT_INTERRUPTED
+    if status and _watchdog() is not None:
+        # the interpreter's own end would close process groups, and wait for ranks that are lost
+        ending.end_now(status)
+    return status
+
+
+def _status(command: Callable[[], None]) -> int:
     try:
         command()
     except UserError as error:
-        _hand_to_torchrun(error)
-        _complain(error.faults)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return _fail(error.faults, EXIT_USER_ERROR)
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except Exception as error:
-        _hand_to_torchrun(error)
-        if type(error).__name__ == "NonFiniteError":
-            _complain([str(error)])
-        else:
-            rank = os.environ.get("RANK", "0")
-            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            if told := _explained(error):
-                print(f"error: rank {rank}: {told}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE
+        return _failed(error)
     return 0
+
+
+def _failed(error: Exception) -> int:
+    name, watchdog = type(error).__name__, _watchdog()
+    if watchdog is not None and is_lost_connection(error):
+        if ending.stop_received:
+            return EXIT_FAILURE
+        if (cause := watchdog.cause(has_timed_out(error))) is not None:
+            return _fail([cause.message], EXIT_FAILURE, who=cause.who)
+    if name in ("NonFiniteError", "LostRankError"):
+        return _fail([str(error)], EXIT_FAILURE, kind=name)
+    words, text = traceback.format_exc(), str(error)
+    if told := _explained(error):
+        words += f"error: rank {ending.rank()}: {told}\n"
+        text += f"\n{told}"
+    return _fail([text], EXIT_FAILURE, kind=name, words=words)
+
+
+def _fail(
+    faults: Sequence[str],
+    status: int,
+    *,
+    who: str | None = None,
+    kind: str | None = None,
+    words: str | None = None,
+) -> int:
+    """Says why this process ends, to the user, torchrun and the other ranks.
+
+    Args:
+        faults: one line each.
+        status: the exit status.
+        who: the other rank that failed; "" where the fault names it.
+        kind: of an exception, for torchrun.
+        words: what is printed instead of the faults.
+    """
+    text = "\n".join(faults)
+    watchdog = _watchdog()
+    if watchdog is not None and not watchdog.stand_down():
+        ending.wait_for_torchrun()  # a thread is ending this process already
+    of_all = kind == "NonFiniteError"
+    if not ending.complain(faults, who=who, words=words, of_all=of_all):
+        ending.wait_for_torchrun()
+    start = f"{who}: " if who else ""
+    ending.hand_to_torchrun(f"{kind}: {text}" if kind else f"error: {start}{text}")
+    if watchdog is not None and who is None and kind != "LostRankError":
+        watchdog.report(f"{kind}: {text}" if words else text)
+    return status
+
+
+def _watchdog() -> Watchdog | None:
+    """What looks after the other ranks, once they have met; without torch they have not."""
+    module = sys.modules.get("qwen2_ascend.runtime.meeting")
+    meeting = module.current() if module is not None else None
+    return meeting.watchdog if meeting is not None else None
 
 
 def silence_foreign_warnings() -> None:
@@ -90,20 +158,6 @@ def _explained(error: BaseException) -> str | None:
     """What an error of the device's software means, where a device had been started."""
     startup = sys.modules.get("qwen2_ascend.runtime.startup")
     return startup.explain(error) if startup is not None else None
-
-
-def _hand_to_torchrun(error: BaseException) -> None:
-    """torchrun shows the first failing rank's error after its own lines."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
-
-
-def _complain(faults: Sequence[str]) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        for fault in faults:
-            print(f"error: {fault}", file=sys.stderr, flush=True)
 
 
 def voice(rank: int) -> Callable[[str], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -281,3 +282,45 @@ def test_what_is_no_dump(tmp_path, name, message) -> None:
     torch.save({"a": "b"}, tmp_path / "strings.pt")
     with pytest.raises(UserError, match=message):
         open_dump(tmp_path / name)
+
+
+def bomb(path: Path, data_pkl: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/data.pkl", data_pkl)
+        file.writestr("x/version", "3\n")
+    return path
+
+
+def references(levels: int, leaf: bytes = b"") -> bytes:
+    """A list in a list, and nine references to it beside it, and so on."""
+    inner = b"](" + leaf + b"eq\0"
+    for i in range(levels):
+        inner = b"](" + inner + (b"h" + bytes([i])) * 9 + b"eq" + bytes([i + 1])
+    return b"\x80\x02" + inner + b"."
+
+
+@pytest.mark.parametrize("leaf", [b"", b"K\1"])
+def test_a_list_that_is_met_ten_times_ten_times_over(tmp_path, leaf) -> None:
+    path = bomb(tmp_path / "x.pt", references(9, leaf))
+    assert path.stat().st_size < 700
+    started = time.process_time()
+    with pytest.raises(UserError, match="holds more than 200000 values"):
+        open_dump(path)
+    assert time.process_time() - started < 3
+    few = open_dump(bomb(tmp_path / "few.pt", references(3, b"K\1")))
+    assert len(few.arrays) == 1000
+
+
+def test_a_pickle_that_makes_more_than_its_size_allows(tmp_path) -> None:
+    sets = b"\x80\x04(" + b"\x8f" * 1_000_000 + b"t."
+    (tmp_path / "bare.pt").write_bytes(b"\x80\x02K\1." + sets)  # as torch before 1.6
+    for path in (bomb(tmp_path / "zip.pt", sets), tmp_path / "bare.pt"):
+        with pytest.raises(UserError, match="far more objects than a file of its size"):
+            open_dump(path)
+
+
+def test_fifos_are_refused(tmp_path) -> None:
+    for suffix in (".npy", ".npz", ".pt", ".safetensors"):
+        os.mkfifo(tmp_path / f"x{suffix}")
+        with pytest.raises(UserError, match="a FIFO, not a regular file"):
+            open_dump(tmp_path / f"x{suffix}")

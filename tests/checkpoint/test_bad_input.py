@@ -36,7 +36,7 @@ from checkpoint.toys import (
     tree,
 )
 from qwen2_ascend.checkpoint import convert as convert_module
-from qwen2_ascend.checkpoint import writing
+from qwen2_ascend.checkpoint import copying, staging, writing
 from qwen2_ascend.checkpoint.manifest import MANIFEST_FILE
 from qwen2_ascend.checkpoint.staging import StagedFolder
 from qwen2_ascend.errors import VerificationError
@@ -176,6 +176,14 @@ HUGGING_FACE = {
         lambda f: edit_header(f, lambda t: t.replace(b":", b";")),
         ["model.safetensors", "not valid JSON"],
     ),
+    "a number of 5000 digits": (
+        lambda f: (f / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}"),
+        ["config.json: cannot be read as JSON: ", "4300 digits"],
+    ),
+    "a config that is deep": (
+        lambda f: (f / "config.json").write_text("[" * 500_000),
+        ["config.json: cannot be read as JSON: "],
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json", "--hf-cfg-dir"]),
     "a config that is no JSON": (
         lambda f: (f / "config.json").write_text("{"),
@@ -297,6 +305,147 @@ def test_links_as_in_a_hub_cache_are_followed(tmp_path):
     convert(snapshot, tmp_path / "out", to="hf").require()
     assert load_folder(tmp_path / "out") == load_folder(source)
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def leads_to(where: str, name: str) -> Callable[[Path], object]:
+    def link(folder: Path) -> None:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.symlink_to(where)
+
+    return link
+
+
+def outside(name: str) -> Callable[[Path], object]:
+    """Moves a file out of the folder and leaves a link."""
+
+    def move(folder: Path) -> None:
+        shutil.move(folder / name, folder.parent / "outside")
+        (folder / name).symlink_to(folder.parent / "outside")
+
+    return move
+
+
+LINKS = {
+    "templates": leads_to("/etc", "additional_chat_templates"),
+    "a template": leads_to("/etc/passwd", "additional_chat_templates/x.jinja"),
+    "a tokenizer": leads_to("../../../../../../../etc/passwd", "vocab.json"),
+    "config": outside("config.json"),
+    "a folder of templates": leads_to("/etc", "additional_chat_templates/more"),
+    "weights": outside("model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_links_that_lead_out_of_the_folder_are_refused(case, tmp_path):
+    source = make_hugging_face_folder(tmp_path / "hf")
+    LINKS[case](source)
+    assert "a link that leads out of" in refused(source)
+
+
+@pytest.mark.parametrize("save_format", ["megatron", "safetensors", "torch_dist"])
+def test_links_out_of_shards_are_refused(save_format, tmp_path):
+    convert(
+        make_hugging_face_folder(tmp_path / "hf"), tmp_path / "mg", "--save-format", save_format
+    )
+    for path in sorted(
+        path for path in (tmp_path / "mg/iter_0000001").rglob("*") if path.is_file()
+    ):
+        name = str(path.relative_to(tmp_path / "mg"))
+        outside(name)(tmp_path / "mg")
+        assert "a link that leads out of" in refused(tmp_path / "mg", to="hf")
+        path.unlink()
+        shutil.move(tmp_path / "outside", path)
+    convert(tmp_path / "mg", tmp_path / "out", to="hf").require()
+    outside("latest_checkpointed_iteration.txt")(tmp_path / "mg")
+    assert "a link that leads out of" in refused(tmp_path / "mg", to="hf")
+    (tmp_path / "outside").unlink()
+    (tmp_path / "mg/latest_checkpointed_iteration.txt").unlink()
+    (tmp_path / "mg/latest_checkpointed_iteration.txt").write_text("1")
+    outside("iter_0000001")(tmp_path / "mg")
+    assert "a link that leads out of" in refused(tmp_path / "mg", to="hf")
+
+
+def test_an_adapter_of_links_is_refused_too(tmp_path):
+    source = make_hugging_face_folder(tmp_path / "hf")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").symlink_to("/etc/hostname")
+    said = refused(source, "--adapter", tmp_path / "adapter", to="hf")
+    assert "a link that leads out of" in said
+
+
+def test_links_inside_the_folder_are_followed(tmp_path):
+    source = make_hugging_face_folder(tmp_path / "hf")
+    (source / "real").mkdir()
+    for name in ("model.safetensors", "config.json", "additional_chat_templates"):
+        shutil.move(source / name, source / "real" / name)
+        (source / name).symlink_to(f"real/{name}")
+    convert(source, tmp_path / "out", to="hf").require()
+    assert (
+        tmp_path / "out/additional_chat_templates/tool_use.jinja"
+    ).read_bytes() == b"{{ tools }}"
+
+
+FIFOS = {
+    "hf": ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json"),
+    "pt": (f"{RANK}/model_optim_rng.pt", "latest_checkpointed_iteration.txt", MANIFEST_FILE),
+    "torch_dist": tuple(
+        f"iter_0000001/{name}"
+        for name in ("common.pt", "metadata.json", "__0_0.distcp", ".metadata")
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FIFOS)
+def test_fifos_and_devices_are_refused_at_once(kind, tmp_path):
+    """Opening a FIFO waits until somebody writes into it; a device never ends."""
+    hf = make_hugging_face_folder(tmp_path / "hf")
+    form = ["--save-format", "torch_dist"] if kind == "torch_dist" else tp(2)
+    source = hf if kind == "hf" else tmp_path / "mg"
+    if kind != "hf":
+        convert(hf, source, *form).require()
+    for name in FIFOS[kind]:
+        path = source / name
+        path.rename(tmp_path / "kept")
+        for make in (os.mkfifo, lambda path: os.mknod(path, 0o020666, os.makedev(1, 5))):
+            make(path)
+            started = time.monotonic()
+            convert(source, tmp_path / "target", to="hf").require(2)
+            assert time.monotonic() - started < 3
+            path.unlink()
+        (tmp_path / "kept").rename(path)
+    convert(source, tmp_path / "target", to="hf").require()
+
+
+HUGE = ("config.json", "tokenizer.json", "additional_chat_templates/tool_use.jinja", MANIFEST_FILE)
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_files_that_are_read_whole_have_a_bound(name, tmp_path):
+    source = make_hugging_face_folder(tmp_path / "hf")
+    (source / name).touch()
+    os.truncate(source / name, 1 << 40)  # a hole: it takes no space
+    started = time.monotonic()
+    assert f"{source / name}: " in convert(source, tmp_path / "target").require(2).err
+    assert time.monotonic() - started < 5
+
+
+def test_names_of_a_file_cannot_write_on_the_terminal(tmp_path):
+    source = make_hugging_face_folder(tmp_path / "hf\x1b[2J")
+    evil = "a\x1b[2J\nerror: all fine\u202e"
+    edit_weights(source, lambda w: w.update({evil: w["model.norm.weight"]}))
+    said = refused(source)
+    assert r"unexpected tensors: a\x1b[2J\nerror: all fine\u202e." in said
+    assert all(line.isprintable() for line in said.splitlines())
+    (source / "model.safetensors").unlink()
+    make_hugging_face_folder(source, num_files=2)
+    file = source / "model-00001-of-00002.safetensors"
+    file.rename(source / "a\x1b[2J.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, r"a\u001b[2J.safetensors"))
+    for flags in (["--dry-run"], ["--verify"]):
+        ended = convert(source, tmp_path / "out", *flags).require()
+        assert all(line.isprintable() for line in (ended.err + ended.out).splitlines())
 
 
 def test_nan_payloads_are_kept(tmp_path):
@@ -803,6 +952,27 @@ def test_a_disk_that_fails_keeps_the_old_state(tmp_path, monkeypatch):
     finished(source, tmp_path / "target", *tp(2), "--overwrite")
 
 
+def test_publishing_that_fails_can_be_repeated(tmp_path, monkeypatch):
+    """All tensors were written, and none has to be written again."""
+    source = make_hugging_face_folder(tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "fsync_tree", failing(OSError(5, "Input/output error")))
+        convert(source, tmp_path / "target", to="hf").require(1)
+    said = convert(source, tmp_path / "target", "--resume", to="hf").require().err
+    assert "resuming: 27 of 27 tensors are there" in said
+    assert load_folder(tmp_path / "target") == load_folder(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "target"]
+
+
+def test_a_source_that_cannot_be_read_at_one_place(tmp_path, monkeypatch):
+    source = make_hugging_face_folder(tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(copying.os, "preadv", failing(OSError(5, "Input/output error")))
+        said = convert(source, tmp_path / "target", *tp(2)).require(1).err
+    assert "model.safetensors: cannot be read" in said and "Input/output error" in said
+    finished(source, tmp_path / "target", *tp(2))
+
+
 def during_the_copy(monkeypatch, act: Callable[[], object]) -> None:
     """Does something behind the conversion's back, after the source was opened."""
     genuine = convert_module.write_target
@@ -854,6 +1024,11 @@ def test_a_target_that_appears_meanwhile_is_left_alone(tmp_path, monkeypatch):
     said = convert(source, tmp_path / "target", to="hf").require(2).err
     assert "something else was written there meanwhile" in said
     assert tree(tmp_path / "target") == tree(theirs)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "target")  # the work was complete, and is not lost
+    said = convert(source, tmp_path / "target", "--resume", to="hf").require().err
+    assert "resuming: 27 of 27 tensors are there" in said
+    assert load_folder(tmp_path / "target") == load_folder(source)
 
 
 def test_processes_that_race_for_one_target(tmp_path):

@@ -337,3 +337,61 @@ def test_reasons_of_bad_pairs(row, reason) -> None:
 def test_faults_of_map_keys(text, message) -> None:
     with pytest.raises(UserError, match=message):
         parse_map_keys(text)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "loss_mask", "train", "training", "trainable"])
+@pytest.mark.parametrize("no", [0, False, 0.0])
+def test_every_key_that_says_not_this_one_is_obeyed(key: str, no: object) -> None:
+    """OpenAI's, ms-swift's, slime's, verl's and axolotl's."""
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", key: no},
+        {"role": "user", "content": "c", key: no},
+        {"role": "assistant", "content": "d", key: 1},
+        {"role": "user", "content": "e", key: None},
+        {"role": "assistant", "content": "f"},
+    ]
+    (chat,) = row_format("openai", "sft", {}).chats({"messages": turns})
+    assert chat.trained == (3, 5)
+    assert all(key not in message for message in chat.messages)
+    from_tags = [{"from": t["role"], "value": t["content"], key: t.get(key)} for t in turns]
+    (chat,) = row_format("sharegpt", "sft", {}).chats({"conversations": from_tags})
+    assert chat.trained == (3, 5)
+    with pytest.raises(ValueError, match=rf"says {key}={no!r} of itself, so it is not trained on"):
+        row_format("openai", "sft", {}).chats({"messages": turns, key: no})
+    assert row_format("openai", "sft", {}).chats({"messages": turns, key: True})
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "reason"),
+    [
+        ("assistant", 0.5, r"turn 2 \(assistant\) has loss=0.5; known are 0, 1, false and true"),
+        ("assistant", [1, 0], r"has loss=\[1, 0\]; known are"),
+        ("assistant", "false", "has loss='false'; known are"),
+        ("assistant", 2, "has loss=2; known are"),
+        ("user", True, r"turn 2 \(user\) asks to be trained on"),
+    ],
+)
+def test_what_cannot_be_obeyed_of_such_a_key_is_refused(role, value, reason) -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": role, "content": "b", "loss": value},
+        {"role": "assistant", "content": "c"},
+    ]
+    with pytest.raises(ValueError, match=reason):
+        row_format("openai", "sft", {}).chats({"messages": turns})
+
+
+def test_keys_that_mean_nothing_are_found() -> None:
+    messages = [
+        {"role": "user", "content": "a", "mask": 1, "tool_call_id": "x"},
+        {"role": "assistant", "content": "b", "weight": 1, "logprobs": []},
+    ]
+    row = {"messages": messages, "tools": None, "source": "web", "loss": True}
+    found = row_format("openai", "sft", {}).unknown_keys(row)
+    assert found == {"'source'", "'mask' of a message", "'logprobs' of a message"}
+    row = {"instruction": "a", "output": "b", "score": 1, "history": [["a", "b"]]}
+    assert row_format("alpaca", "sft", {}).unknown_keys(row) == {"'score'"}
+    row = {"prompt": "a", "chosen": messages[1:], "rejected": "c", "margin": 1}
+    found = row_format("preference", "dpo", {}).unknown_keys(row)
+    assert found == {"'margin'", "'logprobs' of a message"}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from chats import TOOL_TURNS, TOOLS, chat_rows, said, save_chat_tokenizer, write_rows
 
+from qwen2_ascend.cli import main
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.data.command import PreprocessSettings
 from qwen2_ascend.data.preprocess import preprocess
@@ -338,3 +339,18 @@ def test_mindspeeds_command_line_is_understood(tokenizer, tmp_path: Path) -> Non
         --log-interval 1000 --prompt-type qwen --seq-length 64 --pack --neat-pack"""
     main(words.split())
     assert {len(row) for row in stored(tmp_path / "a", "input_ids")} == {64}
+
+
+def test_unused_keys_are_listed_once_with_counts(tmp_path: Path, capsys) -> None:
+    rows = chat_rows(30, seed=4)
+    for row in rows[:20]:
+        row["source"] = "web"
+    rows[3]["messages"][1]["mood"] = "\x1b[2Jgood"
+    rows[4]["a\x1b[2J"] = 1
+    path = write_rows(tmp_path / "c.jsonl", rows)
+    tokenizer = save_chat_tokenizer(tmp_path / "hf")
+    words = ["preprocess", "--task", "sft", "--input", path, "--output-prefix", tmp_path / "o"]
+    assert main([*map(str, words), "--tokenizer-name-or-path", str(tokenizer)]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if "keys not used" in x)
+    assert line.startswith("  keys not used    'source' (20 rows), ")
+    assert "'mood' of a message (1 rows)" in line and "'a\\x1b[2J' (1 rows)" in line

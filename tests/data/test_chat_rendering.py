@@ -178,6 +178,89 @@ def test_generation_markers_give_the_same_turns(small_tokenizer, chat) -> None:
     assert trained_runs(marked) == [(begin - 1, end) for begin, end in trained_runs(plain)]
 
 
+SIMPLE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("said_first", ["h", "hello 😀", "語", "é", "<|im_end|>"])
+def test_markers_mask_exactly_what_is_between_them(small_tokenizer, said_first) -> None:
+    """At a span's end a character of several tokens; a first span of a single token.
+
+    transformers' own mask leaves out all of the last character's tokens but the first, and lets
+    such a first span run on into the next turn.
+    """
+    turns = [
+        said("user", ""),
+        said("assistant", said_first),
+        said("user", "and then"),
+        said("assistant", "naïve 日本"),
+    ]
+    template = SIMPLE.replace("{{ m.content }}{% else", "{{ m.content }}<|im_end|>{% else")
+    chat = chat_of(turns if said_first != "<|im_end|>" else turns[2:])
+    (tokens,) = ChatRenderer(small_tokenizer, chat_template=template)([chat])
+    texts = [small_tokenizer.decode(tokens.ids[a:b]) for a, b in trained_runs(tokens)]
+    assert texts == [chat.messages[i]["content"] for i in chat.trained]
+    whole = small_tokenizer.apply_chat_template(
+        chat.messages, chat_template=template, tokenize=False
+    )
+    assert small_tokenizer.decode(tokens.ids) == whole
+
+
+def test_markers_around_something_else_are_bad_rows(small_tokenizer) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% generation %}!{% endgeneration %}{% endfor %}"
+    )
+    (bad,) = ChatRenderer(small_tokenizer, chat_template=template)([CHATS[0]])
+    assert "the chat template does not write turn 2 (assistant) where the assistant speaks" in str(
+        bad
+    )
+
+
+WITHOUT_TOOLS = (
+    "{% for m in messages %}{% if m.role != 'system' %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"train_on_prompt": True}, {"mask_history": True}])
+def test_a_chat_whose_text_lacks_a_part_is_a_bad_row(small_tokenizer, options) -> None:
+    """It would be trained on as another chat, and nothing would show it."""
+    system = chat_of([said("system", "Be brief."), *TURNS[0]])
+    lone = chat_of([TURNS[0][0], said("assistant", "gone")])
+    render = ChatRenderer(small_tokenizer, chat_template=WITHOUT_TOOLS, **options)
+    good, *bad = render([CHATS[0], system, chat_of(TOOL_TURNS, TOOLS)])
+    assert len(good.ids)
+    assert "the chat template leaves out turn 1 (system); give --chat-template" in str(bad[0])
+    assert "leaves out the tools, the calls of tools; give" in str(bad[1])
+    mute = WITHOUT_TOOLS.replace("m.content", "m.content | replace('gone', '')")
+    (lost,) = ChatRenderer(small_tokenizer, chat_template=mute, **options)([lone])
+    assert "leaves out turn 2 (assistant)" in str(lost)
+
+
+def test_chats_with_tools_are_written_by_the_template_for_tools(small_tokenizer, tmp_path) -> None:
+    """As apply_chat_template chooses, chat by chat."""
+    from transformers import AutoTokenizer
+
+    small_tokenizer.save_pretrained(tmp_path)
+    many = AutoTokenizer.from_pretrained(tmp_path)
+    many.chat_template = {"default": WITHOUT_TOOLS, "tool_use": CHATML}
+    with_tools, plain = chat_of(TOOL_TURNS, TOOLS), CHATS[0]
+    render = ChatRenderer(many)
+    for chat, tokens in zip((with_tools, plain), render([with_tools, plain]), strict=True):
+        whole = many.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False)
+        assert many.decode(tokens.ids) == whole
+        assert len(trained_runs(tokens)) == len(chat.trained)
+
+
+def test_a_template_that_takes_too_much_ends_the_run(small_tokenizer) -> None:
+    (error,) = ChatRenderer(small_tokenizer, chat_template="{{ 'a' * 10**10 }}")([CHATS[0]])
+    assert isinstance(error, TemplateError)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_a_way_out(small_tokenizer) -> None:
     thought = [
         said("user", "q"),

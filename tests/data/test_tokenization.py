@@ -98,7 +98,7 @@ def test_the_end_of_document_token_can_be_named(tmp_path: Path) -> None:
 def test_no_tokenizer_there_is_said_without_asking_the_network(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(str(tmp_path / "nothing"), None)
-    with pytest.raises(UserError, match="not a tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer can be read from it"):
         load_tokenizer(str(tmp_path), None)
 
 

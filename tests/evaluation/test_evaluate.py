@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -68,6 +69,8 @@ metric_list:
   - metric: bits_per_byte
 """,
 }
+TOKENIZERS = ("adds_bos", "knows_bos", "other_eos")
+"""As DeepSeek-R1-Distill-Qwen's; with a bos token that is not added; with an eos of its own."""
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra 'eval')"
 )
@@ -82,11 +85,13 @@ class World(NamedTuple):
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("evaluate")
     model_with_tokenizer(folder / "hf")
+    for name in TOKENIZERS:
+        other_tokenizer(folder / "hf", folder / name, name)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "empty.txt").write_text("", encoding="utf-8")
     (folder / "tasks").mkdir()
     rows = [
-        {**row, "continuation": continuation(folder, row["question"]), "long": TEXT}
+        {**row, "continuation": continuation(folder, row["question"]), "long": 2 * TEXT}
         for row in QUESTIONS
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -99,6 +104,29 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         for name, flags in _commands().items()
     }
     return World(folder, run_commands(folder, commands))
+
+
+def other_tokenizer(source: Path, folder: Path, name: str) -> None:
+    """Copies the model with a tokenizer of another kind."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    shutil.copytree(source, folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    if name == "other_eos":
+        tokenizer.eos_token = "<|im_end|>"
+        tokenizer.save_pretrained(folder)
+        generation = {"eos_token_id": [0, 2], "repetition_penalty": 1.1}
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        return
+    tokenizer.bos_token = "<|im_start|>"
+    if name == "adds_bos":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+        )
+    tokenizer.save_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert (loaded("be").input_ids[0] == loaded.bos_token_id) == (name == "adds_bos")
 
 
 def continuation(folder: Path, text: str) -> str:
@@ -131,6 +159,11 @@ def _commands() -> dict[str, str]:
     }
     if find_spec("lm_eval") is None:
         return commands | {"no lm-eval": own}
+    for name in TOKENIZERS:
+        commands[name] = f"--load {{d}}/{name} --include-path {{d}}/tasks --tasks " + " ".join(
+            TASKS
+        )
+        commands[name] += f" --output-json {{d}}/{name}.json"
     return commands | {
         "tasks": f"{own} own_generate own_rolling --output-json {{d}}/tasks.json",
         "unknown task": f"{own}_of_nobody",
@@ -204,6 +237,10 @@ def test_missing_lm_eval_is_said(world: World) -> None:
 
 @pytest.fixture(scope="module")
 def hugging_face(world: World) -> dict[tuple[str, str], float]:
+    return by_hf_model(world, "hf")
+
+
+def by_hf_model(world: World, name: str) -> dict[tuple[str, str], float]:
     """(task, metric) to value, by lm-eval's `hf` model."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -212,7 +249,7 @@ def hugging_face(world: World) -> dict[tuple[str, str], float]:
         warnings.simplefilter("ignore")
         found: Any = simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(world.folder / "hf"), "dtype": "float32"},
+            model_args={"pretrained": str(world.folder / name), "dtype": "float32"},
             device="cpu",
             batch_size=1,
             tasks=list(TASKS),
@@ -237,6 +274,18 @@ def test_tasks_of_local_files(world: World, hugging_face: dict[tuple[str, str], 
     assert found["own_choice", "acc"] == pytest.approx(expected_accuracy(world))
     assert found["own_generate", "exact_match"] == 1.0
     assert "| own_choice | acc |" in run.out
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_scores_are_those_of_the_hf_model_with_every_tokenizer(world: World, name: str) -> None:
+    """To rounding: bos, what stands before a text, how long windows are, what ends an answer."""
+    run = world.runs[name]
+    assert run.status == 0, run.err
+    found = metrics(world.folder / f"{name}.json")
+    assert found == pytest.approx(by_hf_model(world, name), rel=1e-5)
+    if name != "other_eos":
+        assert found != pytest.approx(metrics(world.folder / "tasks.json"), rel=1e-4)
 
 
 @needs_lm_eval

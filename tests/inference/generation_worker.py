@@ -191,7 +191,7 @@ def sampled(tp: int, pp: int, config: Any, run: Run) -> str:
     """The tokens that transformers' logits give with the same draws: the same at any layout."""
     import torch
 
-    from qwen2_ascend.inference.sampling import Sampling, choose, sequence_generator
+    from qwen2_ascend.inference.sampling import Place, Sampling, choose, sequence_generator
 
     sampling = Sampling(
         do_sample=True, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.2
@@ -202,10 +202,11 @@ def sampled(tp: int, pp: int, config: Any, run: Run) -> str:
         model, answers = theirs(run, config), []
         for index, ids in enumerate(tokens):
             random, ids = sequence_generator(77, index), list(ids)
+            process = sampling.processors(Place(prompt=ids, max_new_tokens=16, eos_tokens=[]))
             for _ in range(16):
                 with torch.no_grad():
                     logits = model(torch.tensor([ids])).logits[:, -1]
-                ids += choose(logits, sampling, [set(ids)], [random])
+                ids += choose(logits, sampling, [ids], [process], [random])
             answers.append(ids[-16:])
         return answers
 
@@ -217,6 +218,50 @@ def sampled(tp: int, pp: int, config: Any, run: Run) -> str:
     found = [done.tokens[:16] for done in completions(made, tokens)]
     assert found == expected
     return f"{16 * len(tokens)} tokens"
+
+
+def not_finite(tp: int, pp: int, config: Any, run: Run) -> str:
+    """One bad weight, on the last rank: every rank ends with a sentence, greedy or drawing."""
+    import torch
+
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.inference.sampling import Sampling
+
+    for value in (float("nan"), float("inf"), -float("inf")):
+        built = engine(run, tp, pp, config, num_rows=2)
+        if built.is_last and run.runtime.rank == run.runtime.world_size - 1:
+            built.model.output_layer.weight[0] = value
+        for sampling in (Sampling(), Sampling(do_sample=True, top_k=5)):
+            made = generator(built, eos_tokens=[], sampling=sampling)
+            try:
+                completions(made, prompts()[:2])
+            except UserError as error:
+                assert "logits are not finite in fp32" in str(error)
+            else:
+                raise AssertionError(f"{value} gave a text")
+    torch.distributed.barrier()
+    return "refused on every rank"
+
+
+def a_token_beyond_the_vocabulary(tp: int, pp: int, config: Any, run: Run) -> str:
+    """With a cut embedding it would be zeros in silence."""
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.evaluation.scoring import Scorer
+
+    built = engine(run, tp, pp, config, num_rows=1)
+    unknown = [*prompts()[0], config.vocab_size]
+    for work in (
+        lambda: completions(generator(built, eos_tokens=[]), [unknown]),
+        lambda: Scorer(built).score([unknown], [1]),
+        lambda: Scorer(built).score([[*unknown, 1]], [1]),
+    ):
+        try:
+            work()
+        except UserError as error:
+            assert f"holds token {config.vocab_size}" in str(error)
+        else:
+            raise AssertionError("it was computed with")
+    return "refused on every rank"
 
 
 def a_turn_goes_on(tp: int, pp: int, config: Any, run: Run) -> str:
@@ -252,7 +297,9 @@ def _add(name: str, function: Any, tp: int, pp: int, config: Any) -> None:
 
 
 for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
-    for function in (greedy, cached_logits, sampled):
+    for function in (
+        greedy, cached_logits, sampled, not_finite, a_token_beyond_the_vocabulary,
+    ):  # fmt: skip
         _add(f"{function.__name__}-tp{tp}-pp{pp}", function, tp, pp, CONFIG)
 _add("a_turn_goes_on-tp1-pp1", a_turn_goes_on, 1, 1, CONFIG)
 _add("a_turn_goes_on-tp1-pp2", a_turn_goes_on, 1, 2, CONFIG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "bad.jsonl").write_text("\n".join(bad), encoding="utf-8")
     (folder / "bare").mkdir()
     for name in ("config.json", "model.safetensors"):
-        (folder / "bare" / name).symlink_to(folder / "hf" / name)
+        shutil.copyfile(folder / "hf" / name, folder / "bare" / name)
     (folder / "stopped.jsonl.part").write_text(_first_results(lines), encoding="utf-8")
     (folder / "foreign.jsonl.part").write_text('{"prompt": "x", "response": "y"}\n')
     commands = {name: _command(flags, folder) for name, flags in _commands().items()}

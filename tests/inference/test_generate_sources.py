@@ -110,6 +110,18 @@ def test_texts_are_those_of_transformers_from_any_source(
     assert world.runs["from hf"].out != world.runs["from run"].out != world.runs["from lora"].out
 
 
+def test_an_export_ends_its_answers_as_the_chats_have_taught(world: World) -> None:
+    """The base model ends with token 0 alone; transformers' users find both in the folder."""
+    base, tuned = (
+        json.loads((world.folder / name / "generation_config.json").read_text())
+        for name in ("hf", "lora_hf")
+    )
+    assert base["eos_token_id"] == [0]
+    assert tuned == {**base, "eos_token_id": [2, 0]}
+    run = world.runs["lora"]
+    assert "answers end with token 2 too, as the chats have taught" in run.out + run.err
+
+
 def test_the_log_names_the_adapter_and_two_are_refused(world: World) -> None:
     assert f"with the adapter in {world.folder}/lora/iter_0000002" in world.runs["from lora"].err
     refused = world.runs["two adapters"]

@@ -82,3 +82,49 @@ def test_what_may_become_a_stop_string_is_held_back() -> None:
     assert stream.add(ord(":")) == ""
     assert stream.stopped == "\nUser:"
     assert stream.text == "Hello\nUsage"
+
+
+SPECIAL = {1000: "<|end|>", 1001: "<|a|>"}
+
+
+def shown(tokens: list[int], stop: list[str]) -> tuple[str, str | None]:
+    def decode(ids: list[int]) -> str:
+        return "".join(chr(i) for i in ids if i < 1000)
+
+    stream = TextStream(decode, stop, SPECIAL)
+    pieces = []
+    for token in tokens:
+        pieces.append(stream.add(token))
+        if stream.stopped is not None:
+            break
+    pieces.append(stream.end())
+    assert "".join(pieces) == stream.text
+    return stream.text, stream.stopped
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "stopped"),
+    [
+        (["<|end|>"], "abc", "<|end|>"),
+        (["c<|end|>x"], "ab", "c<|end|>x"),
+        (["nd|>"], "abc", "nd|>"),
+        (["<|end|><|end|>"], "abcxyz", None),
+        (["<|a|>", "z"], "abcxy", "z"),
+        (["xy"], "abc", "xy"),
+        ([], "abcxyz", None),
+    ],
+)
+def test_stop_strings_see_special_tokens_which_the_text_does_not_hold(stop, text, stopped) -> None:
+    tokens = [*map(ord, "abc"), 1000, *map(ord, "xyz")]
+    assert shown(tokens, stop) == (text, stopped)
+
+
+def test_special_tokens_cut_no_other_text(tokenizer: Any) -> None:
+    """Half a character before a special token is no character."""
+    ids = tokenizer("a🤖").input_ids
+    special = {2: "<|im_end|>"}
+    stream = TextStream(decoder(tokenizer), ["never"], special)
+    for token in [*ids[:-1], 2, *tokenizer("b").input_ids]:
+        stream.add(token)
+    stream.end()
+    assert stream.text.replace(UNFINISHED, "") == "ab"

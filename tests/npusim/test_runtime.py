@@ -41,18 +41,16 @@ ONE_CARD = """
 """
 
 ABSENT_RANK = """
-    import os, time, torch
+    import os, time
     from qwen2_ascend import runtime
     from qwen2_ascend.errors import UserError
+    from qwen2_ascend.runtime import startup
     if os.environ["RANK"] == "1":
-        import torch_npu
-        torch.distributed.init_process_group("hccl")
-        time.sleep(25)
-    else:
-        try:
-            runtime.start("npu", mindspeed=False, timeout_seconds=20)
-        except UserError as error:
-            print("REFUSED", error, flush=True)
+        startup._connect_cards = lambda runtime: time.sleep(25)
+    try:
+        runtime.start("npu", mindspeed=False, timeout_seconds=20)
+    except UserError as error:
+        print("REFUSED", error, flush=True)
 """
 
 TOO_MANY = """

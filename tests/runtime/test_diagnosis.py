@@ -166,3 +166,22 @@ def test_a_right_choice_of_devices() -> None:
 def test_a_driver_is_seen_by_its_devices(machine) -> None:
     assert not diagnosis.has_driver(machine())
     assert diagnosis.has_driver(machine("/dev/davinci_manager"))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost", "has_timed_out"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer"), True, False),
+        (RuntimeError("[gloo/..] Timed out waiting 6000ms for recv operation"), True, True),
+        (RuntimeError("Gloo connectFullMesh failed with Connection refused"), True, False),
+        (RuntimeError("EI0002: the wait execution of the Notify register times out"), True, True),
+        (RuntimeError("Watchdog caught collective operation timeout"), True, True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
+        (ValueError("gloo"), False, False),
+    ],
+)
+def test_an_error_that_may_come_of_another_rank(
+    error: Exception, is_lost: bool, has_timed_out: bool
+) -> None:
+    assert diagnosis.is_lost_connection(error) == is_lost
+    assert diagnosis.has_timed_out(error) == has_timed_out

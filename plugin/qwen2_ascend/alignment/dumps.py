@@ -22,6 +22,7 @@ from numpy.lib import format as npy
 from qwen2_ascend.alignment.statistics import dtype_name, is_comparable
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.checkpoint.formats.torch_pt import check_size
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import open_regular
 
@@ -270,10 +271,10 @@ def _load_pt(path: Path) -> Any:
 
     import torch
 
+    check_size(path)
     with open_regular(path) as file:
-        is_zip = (
-            file.read(4) == b"PK\3\4"
-        )  # else written by torch before 1.6, which cannot be mapped
+        # else written by torch before 1.6, which cannot be mapped
+        is_zip = file.read(4) == b"PK\3\4"
     try:
         # Namespaces are Megatron's arguments beside the weights; they hold no code
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -28,6 +28,7 @@ from qwen2_ascend.alignment.sublayers import (
     full_name,
 )
 from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.pretrained import open_pretrained
 
 Compute = Callable[..., Tensor]
 """A sublayer: from its parents' outputs to its own."""
@@ -79,16 +80,17 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
     if folder is None and source.kind == "hf":
         folder = source.folder
     if folder is not None:
-        config = AutoConfig.from_pretrained(folder)
-        model = Qwen2ForCausalLM.from_pretrained(
-            folder, config=config, attn_implementation="sdpa", **_loading_dtype(torch.float32)
+        config = open_pretrained(AutoConfig, folder)
+        loading = _loading_dtype(torch.float32)
+        model = open_pretrained(
+            Qwen2ForCausalLM, folder, config=config, attn_implementation="sdpa", **loading
         )
         return _rounded(model, dtype).train()
 
     from qwen2_ascend.checkpoint.transformers_model import load_weights
 
     path = next(path for path in source.side_files if path.name == "config.json")
-    config = AutoConfig.from_pretrained(path.parent)
+    config = open_pretrained(AutoConfig, path.parent)
     config._attn_implementation = "sdpa"
     model = Qwen2ForCausalLM(config)
     model = model.float()

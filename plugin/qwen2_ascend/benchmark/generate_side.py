@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen2_ascend.benchmark.generate import TEXTS
 from qwen2_ascend.benchmark.sides import serve
+from qwen2_ascend.pretrained import open_pretrained, open_tokenizer
 
 
 def main(side: str, folder: str, dtype: str, new_tokens: str) -> None:
@@ -28,9 +29,7 @@ def _measured(run: Callable[[list[str]], list[list[int]]], num_texts: int) -> di
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    return open_tokenizer(folder, padding_side="left")
 
 
 def _ours(folder: Path, dtype: str, new_tokens: int) -> Callable[[list[str]], list[list[int]]]:
@@ -72,7 +71,7 @@ def _transformers(
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     tokenizer = _tokenizer(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype]).eval()
+    model: Any = open_pretrained(AutoModelForCausalLM, folder, dtype=dtypes[dtype]).eval()
     model.generation_config.eos_token_id = None
 
     def run(texts: list[str]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen2_ascend.benchmark.sides import serve
+from qwen2_ascend.pretrained import open_pretrained
 
 
 def main(folder: str) -> None:
@@ -19,7 +20,9 @@ def _made(folder: str) -> Callable[[Any], Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_config(
+        open_pretrained(AutoConfig, folder), trust_remote_code=False
+    )
     with torch.no_grad():  # biases of zero and norms of one would hide a side that leaves them out
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.benchmark.device import refuse_simulated, started_runtime
 from qwen2_ascend.benchmark.sides import Stopwatch, serve
+from qwen2_ascend.pretrained import open_pretrained
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
@@ -146,8 +147,8 @@ def build_transformers(work: Work) -> tuple[Trainer, Any, Any]:
     from transformers import AutoModelForCausalLM
 
     runtime = started_runtime(work.device)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        work.folder, dtype=torch.float32, attn_implementation="sdpa"
+    model: Any = open_pretrained(
+        AutoModelForCausalLM, work.folder, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.to(runtime.device).train()
     parameters = list(model.parameters())

@@ -169,7 +169,7 @@ def _print_plan(prepared: Prepared) -> None:
         print(f"{file}  {sizes[file]} bytes")
         for _, *cells, sources in group:
             padded = [cell.ljust(n) for cell, n in zip(cells, widths, strict=True)]
-            print("  ".join(["", *padded, sources])[:width])
+            print(printable("  ".join(["", *padded, sources]))[:width])
     print(
         f"{len(rows)} tensors in {len(prepared.target.files)} files, "
         f"{prepared.target.total_bytes} bytes; every byte has one source. Nothing was written."

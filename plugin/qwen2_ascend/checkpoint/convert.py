@@ -20,7 +20,8 @@ import xxhash
 
 from qwen2_ascend.checkpoint.adapter_rules import target_rules
 from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
-from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
+from qwen2_ascend.checkpoint.formats.hugging_face import INDEX_FILE
+from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE, TRACKER_FILE
 from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter, open_adapter
 from qwen2_ascend.checkpoint.manifest import (
     MARK,
@@ -44,6 +45,7 @@ from qwen2_ascend.checkpoint.target import (
 from qwen2_ascend.checkpoint.verify import check_replicas, verify
 from qwen2_ascend.checkpoint.writing import JOURNAL_FILE, Journal, write_target
 from qwen2_ascend.errors import UserError, VerificationError, raise_if
+from qwen2_ascend.files import links_out, read_bytes
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 
 SPACE_MARGIN_BYTES = 64 << 20
@@ -100,6 +102,7 @@ def prepare(request: Conversion) -> Prepared:
     """
     raise_if(_request_faults(request))
     source = open_source(request.load_dir, request.load_model_type, request.hf_cfg_dir)
+    raise_if(links_out(request.load_dir, _read_paths(request.load_dir, source)))
     adapter = open_adapter(request.adapter, source.config) if request.adapter else None
     stamps = _stamps(source, adapter)
     comparison = Comparison()
@@ -201,8 +204,10 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
         check_replicas(prepared.plan.replicas)
     for remark in _not_checked(prepared):
         say(f"source: {remark}")
+    begun = False
     try:
         with staged:
+            begun = True
             _check_space(prepared, staged.folder)
             _write(prepared, staged, say)
             if request.verify:
@@ -210,7 +215,7 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
             with _journal_set_aside(staged.folder):
                 staged.publish()
     except BaseException:
-        if staged.folder.is_dir():
+        if begun and staged.folder.is_dir():
             flags = "--resume --overwrite" if request.overwrite else "--resume"
             say(
                 f"what is written so far stays in {staged.folder}; finish it by repeating the "
@@ -218,6 +223,16 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
             )
         raise
     say(f"written: {request.save_dir}")
+
+
+def _read_paths(folder: Path, source: Source) -> Iterator[Path]:
+    """What is read of a source besides its side files."""
+    if source.kind == "hf":
+        yield from source.files
+        yield folder / INDEX_FILE
+    else:
+        yield source.folder
+        yield folder / TRACKER_FILE
 
 
 def _not_checked(prepared: Prepared) -> Iterator[str]:
@@ -233,7 +248,7 @@ def _not_checked(prepared: Prepared) -> Iterator[str]:
 def _journal_set_aside(folder: Path) -> Iterator[None]:
     """Removes the journal, which is no part of the result, but not if the result is refused."""
     path = folder / JOURNAL_FILE
-    journal = path.read_bytes()
+    journal = read_bytes(path)
     path.unlink()
     try:
         yield
@@ -305,7 +320,8 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
         raise VerificationError(
             f"{source.folder}: changed while it was read; convert it when it is at rest."
         )
-    checks.finish(source.held)
+    with Reader() as reader:
+        checks.finish(source.held, reader)
     if n := len(prepared.comparison.parts):
         files = prepared.comparison.num_files
         say(f"source: {n} tensors have the checksums they were written with, {files} files too")

@@ -100,7 +100,7 @@ def load_tensors(
             own = {piece.tensor for piece in expected.values()}
             check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
             for write in plan.writes:
-                checks.before(write)
+                checks.before(write, reader)
                 fill(tensors[write.target.name], write, reader)
             checks.raise_damaged(source.held)
 
@@ -155,7 +155,7 @@ def load_slices(
     with Reader() as reader:
         for tensor, write in zip(tensors, plan.writes, strict=True):
             if checks is not None:
-                checks.before(write)
+                checks.before(write, reader)
             fill(tensor, write, reader)
     if checks is not None:
         checks.raise_damaged(sources)

@@ -31,7 +31,8 @@ from qwen2_ascend.files import open_regular, parse_json, read_bytes, regular_fil
 from qwen2_ascend.parallel import ParallelLayout
 
 MARK = {"qwen2_ascend_manifest": MANIFEST_FILE}
-"""What the weights' own files say, so that a manifest that was lost is missed."""
+"""What the weights' own files say: a manifest that was lost is missed, and one that describes what
+a training run has replaced is not held against the new files."""
 
 _VERSION = 2
 """2 lists small files, which 1 did not."""
@@ -163,6 +164,8 @@ class Manifest:
     """Checksums of the small files; None where an earlier release did not list them."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """Checksums of files in the folder above: a run's config.json and tokenizer."""
+    is_replaceable: bool = False
+    """Whether other weights may have come into its place: it did not appear at once with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +216,8 @@ def compare_with_manifest(
     remarks = [f"its manifest lists nothing of {unlisted} tensors"] if unlisted else []
     if not listed:  # of an earlier iteration, or emptied
         return Comparison(remarks=tuple(remarks))
+    if manifest.is_replaceable and not _is_marked(source):
+        return Comparison(remarks=("its manifest is of other weights, which were replaced",))
     entries = {file: _by_tensor(manifest.tensors[file]) for file in listed}
     faults = list(_faults(manifest, listed, entries))
     files: list[str] = []
@@ -390,7 +395,10 @@ def _changed(manifest: Manifest, file: str, most_bytes: int | None = None) -> It
             return
         found = file_checksum(path)
     except FileNotFoundError:
-        yield f"{path}: is missing, but was written with the weights."
+        yield (
+            f"{path}: is missing, but was written with the weights; put it back. If you removed "
+            f"it, name its folder: --hf-cfg-dir {path.parent}."
+        )
         return
     if found != manifest.files[file]:
         yield (
@@ -445,7 +453,7 @@ def read_manifest(path: Path) -> Manifest:
     checksums = _Each(_is_path, _is_checksum)
     form = _FORM | ({"files": checksums} if version == 2 else {})
     form |= {"beside": checksums} if "beside" in raw else {}
-    faults = list(_form_faults(raw, form, ""))
+    faults = list(_form_faults(raw, form, "")) or list(_omissions(raw))
     raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:_MOST_FAULTS])
     tensors = {
         file: {
@@ -460,7 +468,16 @@ def read_manifest(path: Path) -> Manifest:
         sizes=raw["sizes"],
         files=raw.get("files"),
         beside=raw.get("beside", {}),
+        is_replaceable="files" in raw and "beside" not in raw,
     )
+
+
+def _omissions(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Weight files of which it lists no tensor: a manifest that was emptied."""
+    if "files" in raw:
+        for file in raw["sizes"]:
+            if not raw["tensors"].get(file) and file not in raw["files"]:
+                yield f"it lists no tensor of {file}"
 
 
 class _Each(NamedTuple):

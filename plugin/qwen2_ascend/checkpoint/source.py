@@ -28,7 +28,6 @@ from qwen2_ascend.checkpoint.rules import (
 )
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, printable, raise_if
-from qwen2_ascend.files import links_out, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
@@ -118,12 +117,8 @@ def open_source(
     kind = kind or detect(folder)
     iteration = megatron.iteration_folder(folder) if kind == "mg" else folder
     config_folder = _config_folder(folder, iteration, hf_cfg_dir)
-    side_files = hugging_face.side_files(config_folder)
-    inner = (path for side_file in side_files for path in regular_files(side_file))
-    raise_if(
-        (*links_out(config_folder, inner), *links_out(folder, _weight_files(folder, iteration)))
-    )
     config = Qwen2Config.from_pretrained(config_folder)
+    side_files = hugging_face.side_files(config_folder)
     if kind == "hf":
         return _open_hugging_face(folder, config, side_files)
     if megatron.is_torch_dist(iteration):
@@ -181,14 +176,6 @@ def target_dtype(source: Source, wanted: str | None) -> str:
             f"say --dtype {found} to keep them or --dtype {source.config.dtype} to cast them."
         )
     return found
-
-
-def _weight_files(folder: Path, iteration: Path) -> Iterator[Path]:
-    """What may be read besides config.json and its like, before any of it is opened."""
-    yield from folder.glob("*.safetensors*")
-    yield folder / megatron.TRACKER_FILE
-    if iteration != folder or not hugging_face.is_model_folder(folder):
-        yield from regular_files(iteration)
 
 
 def _config_folder(folder: Path, iteration: Path, given: str | Path | None) -> Path:

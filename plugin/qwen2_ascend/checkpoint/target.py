@@ -34,7 +34,8 @@ from qwen2_ascend.checkpoint.rules import (
     qwen2_rules,
 )
 from qwen2_ascend.config import DTYPES, Qwen2Config
-from qwen2_ascend.files import read_bytes, regular_files
+from qwen2_ascend.errors import raise_if
+from qwen2_ascend.files import links_out, read_bytes, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 ITERATION = 1
@@ -208,8 +209,13 @@ def megatron_args(
 
 
 def read_side_files(side_files: Sequence[Path], dtype: str) -> dict[Path, bytes]:
-    """The files carried along, byte for byte but for config.json's dtype when that changes."""
+    """The files carried along, byte for byte but for config.json's dtype when that changes.
+
+    Raises:
+        UserError: one is a link that leads out of its folder, which would be copied from there.
+    """
     found: dict[Path, bytes] = {}
+    raise_if(fault for path in side_files for fault in links_out(path.parent, (path,)))
     for path in side_files:
         for file in regular_files(path):
             found[file.relative_to(path.parent)] = read_bytes(file)

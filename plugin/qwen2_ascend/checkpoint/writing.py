@@ -128,7 +128,7 @@ def write_target(
         stored = held.stored._replace(path=folder / held.stored.path)
         if key not in before or stored_checksum(stored) != before[key]:
             if checks is not None:
-                checks.before(write)
+                checks.before(write, reader)
             put = _checked(files.putter(held), cancelled)
             journal.record(*key, write_bands(write, reader, buffers, put))
         files.finish(held)

@@ -10,6 +10,8 @@ import numpy as np
 import xxhash
 
 from qwen2_ascend.data.index_files import check_indexed
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_json
 
 with warnings.catch_warnings():
     # importing megatron.core complains about the absence of CUDA-only packages
@@ -25,6 +27,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "fingerprint",
+    "largest_token",
     "open_indexed",
     "sample_documents",
 ]
@@ -55,6 +58,15 @@ def fingerprint(prefix: str | Path) -> str:
     for start in range(0, len(index), step):
         hashed.update(index[start : start + SAMPLED_BYTES].tobytes())
     return hashed.hexdigest()
+
+
+def largest_token(prefix: str | Path) -> int | None:
+    """The largest token of a dataset, as the preparation noted it; None where it did not."""
+    try:
+        value = read_json(f"{prefix}.json")["largest_token"]
+    except (UserError, KeyError, TypeError):
+        return None
+    return value if type(value) is int else None
 
 
 def sample_documents(dataset: Any, num_documents: int = 128) -> list[np.ndarray]:

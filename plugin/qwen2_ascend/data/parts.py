@@ -37,9 +37,11 @@ class Counts:
     tokens: int = 0
     shortest: int = 0
     longest: int = 0
+    largest_token: int = 0
+    """The largest id; a model with fewer rows in its embedding cannot take the data."""
 
-    def add(self, lengths: np.ndarray) -> None:
-        """Counts documents of these lengths, in tokens."""
+    def add(self, lengths: np.ndarray, tokens: np.ndarray) -> None:
+        """Counts documents of these lengths, in tokens, and their tokens."""
         if not lengths.size:
             return
         shortest, longest = int(lengths.min()), int(lengths.max())
@@ -47,6 +49,7 @@ class Counts:
         self.longest = max(self.longest, longest)
         self.documents += lengths.size
         self.tokens += int(lengths.sum())
+        self.largest_token = max(self.largest_token, int(tokens.max(initial=0)))
 
 
 @dataclass(kw_only=True)
@@ -145,7 +148,7 @@ class Parts:
             for end, length in zip(ends.tolist(), lengths.tolist(), strict=True):
                 document: Any = tokens[end - length : end]
                 builder.add_document(document, [length])
-            self._counts[key].add(lengths)
+            self._counts[key].add(lengths, tokens)
         self._bad_rows += encoded.bad_rows
         self._tallies.update(encoded.tallies or {})
         self._position = batch.end

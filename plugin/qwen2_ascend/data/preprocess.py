@@ -128,7 +128,7 @@ def _deciding_settings(
         "tokenizer": xxhash.xxh3_64(backend.encode()).hexdigest(),
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod if settings.append_eod else None,
-        "dtype": DType.optimal_dtype(tokenizer.vocab_size).__name__,
+        "dtype": DType.optimal_dtype(tokenizer.largest_token + 1).__name__,
     }
 
 

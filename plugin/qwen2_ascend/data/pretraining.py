@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from qwen2_ascend.data.index_files import check_indexed
 from qwen2_ascend.data.sampler import collate
 from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.vocabulary import unknown_tokens
 
 SPLITS = ("train", "valid", "test")
 
@@ -111,7 +112,8 @@ def build_pretraining_datasets(
         valid_data_path: the same, for validation.
         test_data_path: the same, for testing.
         split: shares of train, valid and test in `data_path`, by documents.
-        vocab_size: rows of the model's embedding; a sample of the tokens is checked against it.
+        vocab_size: rows of the model's embedding; the data's largest token is checked against it
+            where the preparation noted that, else a sample of the tokens, and later every batch.
         data_cache_path: where the sample indices go, on storage that all nodes share; beside the
             data when None.
         reset_position_ids: count positions from each document's start.
@@ -149,6 +151,8 @@ def build_pretraining_datasets(
     else:
         settings |= dict(blend_per_split=[_listed(blend) for blend in blends])
     datasets = _build(settings, num_samples)
+    for dataset in filter(None, datasets):
+        dataset.vocab_size = vocab_size  # for `build_data_iterator`
     _check_lengths(datasets, num_samples)
     if not reset_position_ids:
         return datasets
@@ -304,12 +308,11 @@ def _token_faults(
 
     faults = []
     documents = indexed.sample_documents(dataset)
-    largest = max((int(tokens.max(initial=0)) for tokens in documents), default=0)
-    if vocab_size is not None and largest >= vocab_size:
-        faults.append(
-            f"{prefix} holds token {largest}, the model's vocabulary ends at {vocab_size - 1}; "
-            "the data was written with another tokenizer."
-        )
+    largest = indexed.largest_token(prefix)
+    if largest is None:
+        largest = max((int(tokens.max(initial=0)) for tokens in documents), default=0)
+    if vocab_size is not None and (unknown := unknown_tokens([largest], vocab_size)):
+        faults.append(f"{prefix} {unknown}")
     if eod_token is not None and not any(d.size and d[-1] == eod_token for d in documents):
         faults.append(
             f"{prefix}: no document ends with the end-of-document token {eod_token}, which "

@@ -8,11 +8,12 @@ size that divides its global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,8 @@ def build_data_iterator(
 
     Args:
         dataset: gives dicts that hold at least BATCH_KEYS, each `[s]`; or has its own way to make
-            a batch of what it gives, as a method `collate`.
+            a batch of what it gives, as a method `collate`. Where it has a `vocab_size`, no batch
+            is given with a token that is not below it.
         consumed_samples: samples that all data-parallel ranks together have read before.
         micro_batch_size: samples in one rank's micro-batch.
         dp_rank: this rank's place in the data-parallel group.
@@ -78,7 +80,8 @@ def build_data_iterator(
         that ends with the dataset. It does not draw from torch's global random generator.
 
     Raises:
-        UserError: the dataset has not one micro-batch per rank left.
+        UserError: the dataset has not one micro-batch per rank left; later, a batch holds a token
+            that the model does not have.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -103,7 +106,20 @@ def build_data_iterator(
         collate_fn=getattr(dataset, "collate", collate),
         generator=torch.Generator(),  # a loader draws its workers' seed, even without workers
     )
-    return iter(loader)
+    return _known_tokens(loader, getattr(dataset, "vocab_size", None))
+
+
+def _known_tokens(
+    batches: Iterable[dict[str, Tensor]], vocab_size: int | None
+) -> Iterator[dict[str, Tensor]]:
+    """The batches, each after a look at its tokens: on the host, where that costs microseconds."""
+    for batch in batches:
+        if vocab_size is not None:
+            for key in ("tokens", "labels"):
+                smallest, largest = batch[key].aminmax()
+                if unknown := unknown_tokens([int(smallest), int(largest)], vocab_size):
+                    raise UserError(f"a batch of the data {unknown}")
+        yield batch
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.pretrained import open_tokenizer
 
 ENDOFTEXT = "<|endoftext|>"
 """What Qwen's pretraining data ends its documents with."""
@@ -34,6 +35,8 @@ class TokenizerSpec(NamedTuple):
     """The contents of a tokenizer.json, None when there is no fast backend."""
     split_special_tokens: bool
     vocab_size: int
+    largest_token: int
+    """The largest id that it has; there may be holes below it."""
     eod_token: str | None
     eod: int | None
 
@@ -64,25 +67,6 @@ class Encoded(NamedTuple):
         )
 
 
-def open_tokenizer(path: str) -> Any:
-    """The transformers tokenizer at `path`.
-
-    Raises:
-        UserError: no tokenizer there.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        what = f"not a tokenizer: {text}" if os.path.exists(path) else "no such folder"
-        raise UserError(
-            f"--tokenizer-name-or-path {path}: {what}; give the model's Hugging Face folder, with "
-            "its tokenizer.json."
-        ) from error
-
-
 def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
     """Reads a Hugging Face tokenizer.
 
@@ -103,6 +87,7 @@ def load_tokenizer(path: str, eod_token: str | None) -> TokenizerSpec:
         backend=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None,
         split_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
         vocab_size=len(tokenizer),
+        largest_token=max(vocabulary.values(), default=0),
         eod_token=token,
         eod=None if token is None else int(vocabulary[token]),
     )
@@ -223,9 +208,7 @@ def _is_encodable(text: str) -> bool:
 def _encode_function(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int]]]:
     """Texts to ids, the same ids as calling the transformers tokenizer gives."""
     if spec.backend is None:
-        from transformers import AutoTokenizer
-
-        slow: Any = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
+        slow = open_tokenizer(spec.path)
         return lambda texts: [slow(text).input_ids for text in texts]
 
     from tokenizers import Tokenizer

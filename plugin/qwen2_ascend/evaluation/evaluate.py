@@ -23,10 +23,12 @@ from qwen2_ascend.inference.generate import (
     tokenizer_folder,
 )
 from qwen2_ascend.launching import launched
+from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.tokenizer import Defaults, Tokenizer
+    from qwen2_ascend.inference.generation_config import Defaults
+    from qwen2_ascend.inference.tokenizer import Tokenizer
 
 Rows = list[dict[str, Any]]
 
@@ -47,16 +49,17 @@ def evaluate(settings: EvaluateSettings) -> None:
     if settings.lm_eval.tasks and find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-eval; install it with: pip install 'qwen2-ascend[eval]'.")
 
-    from qwen2_ascend.inference.tokenizer import Defaults, Tokenizer
+    from qwen2_ascend.inference.generation_config import Defaults
+    from qwen2_ascend.inference.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tokenizer_folder(settings.model, source))
     defaults = Defaults(config_folder(source))
-    if settings.lm_eval.tasks and not defaults.eos_tokens:
+    if settings.lm_eval.tasks and tokenizer.eos_token is None and not defaults.eos_tokens:
         raise UserError(
-            f"{config_folder(source)}: neither generation_config.json nor config.json has an "
-            "eos_token_id, which --tasks needs."
+            f"{config_folder(source)}: neither the tokenizer nor generation_config.json nor "
+            "config.json has an end of text (eos_token_id), which --tasks needs."
         )
-    texts = _read_texts(settings.perplexity.text_file, tokenizer)
+    texts = _read_texts(settings.perplexity.text_file, tokenizer, source.config.vocab_size)
     runtime, engine, say = start_engine(settings.model, source, num_rows=settings.batch_size)
     rows = _perplexities(settings, engine, texts)
     details: dict[str, Any] = {}
@@ -84,7 +87,9 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[tuple[Path, list[int], int]]:
+def _read_texts(
+    paths: Sequence[Path], tokenizer: Tokenizer, vocab_size: int
+) -> list[tuple[Path, list[int], int]]:
     """(file, its tokens, its bytes)."""
     texts, faults = [], []
     for path in paths:
@@ -96,6 +101,8 @@ def _read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[tuple[Path,
             continue
         if len(tokens) < 2:
             faults.append(f"--text-file {path}: has {len(tokens)} token(s); two are the least.")
+        if unknown := unknown_tokens(tokens, vocab_size):
+            faults.append(f"--text-file {path}: {unknown}")
         texts.append((path, tokens, len(raw)))
     raise_if(faults)
     return texts

@@ -6,6 +6,8 @@ The answers are those of lm-eval's own `hf` model, which obeys generation_config
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]  # an extra
@@ -14,13 +16,16 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
+from qwen2_ascend.errors import UserError
 from qwen2_ascend.evaluation.scoring import Scorer
 from qwen2_ascend.inference.generator import Generator, Request
+from qwen2_ascend.inference.sampling import NAMES, Place
 from qwen2_ascend.inference.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.tokenizer import Defaults, Tokenizer
+    from qwen2_ascend.inference.generation_config import Defaults
+    from qwen2_ascend.inference.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
 """lm-eval's own default, where a task does not say."""
@@ -35,8 +40,7 @@ class Qwen2LM(TemplateLM):
         engine: this rank's.
         tokenizer: the model's.
         defaults: what the model's folder says of generation: how tokens are chosen where a task
-            does not say, and which end a text. The first of these also stands before a text that
-            has nothing before it.
+            does not say, and which end a text.
         seed: of the draws, where a task samples.
     """
 
@@ -57,7 +61,15 @@ class Qwen2LM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._defaults.eos_tokens[0]
+        """The tokenizer's own end of text, where it has one, as with lm-eval's `hf` model."""
+        token = self._tokenizer.eos_token
+        return self._defaults.eos_tokens[0] if token is None else token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it."""
+        token = self._tokenizer.bos_token
+        return self.eot_token_id if token is None else token
 
     @property
     def max_length(self) -> int:
@@ -74,23 +86,32 @@ class Qwen2LM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self._tokenizer.render_chat(
-            chat_history, add_generation_prompt=add_generation_prompt
-        )
+        render = partial(self._tokenizer.render_chat, add_generation_prompt=add_generation_prompt)
+        try:
+            return render(chat_history)
+        except UserError:
+            without_system = [message for message in chat_history if message["role"] != "system"]
+            if len(without_system) == len(chat_history):
+                raise
+            warnings.warn("the chat template refuses the system's message; left out", stacklevel=2)
+            return render(without_system)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self._tokenizer.encode(string)
+        if add_special_tokens is None:
+            prefix = self._tokenizer.token_text(self.prefix_token_id)
+            add_special_tokens = not string.startswith(prefix)
+        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         """Of (texts, context's tokens, continuation's tokens): log-probability, and whether greedy.
 
-        A context that is too long loses its beginning.
+        A context that is too long loses its beginning; the last token is only asked for.
         """
         sequences, firsts = [], []
         for _texts, context, continuation in requests:
-            tokens = [*context, *continuation][-self.max_length :]
+            tokens = [*context, *continuation][-(self.max_length + 1) :]
             sequences.append(tokens)
             firsts.append(len(tokens) - len(continuation))
         return [
@@ -106,30 +127,51 @@ class Qwen2LM(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continues texts up to a stop string."""
         answers: list[str] = [""] * len(requests)
-        groups: dict[SamplingSettings, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(_asked(request.args[1]), []).append(index)
-        for asked, indices in groups.items():
-            sampling, _ = self._defaults.sampling(asked)
-            generator = Generator(
-                self._engine,
-                decode=self._tokenizer.decode,
-                eos_tokens=self._defaults.eos_tokens,
-                sampling=sampling,
-                seed=self._seed,
-            )
+            groups.setdefault(repr(_options(request.args[1])), []).append(index)
+        for indices in groups.values():
             wanted = [self._request(index, *requests[index].args) for index in indices]
+            generator = self._generator(requests[indices[0]].args[1], wanted[0])
             for done in generator.run(wanted):
-                answers[done.index] = done.text
+                text = self._tokenizer.decode_as_configured(done.tokens)
+                for stop in filter(None, wanted[indices.index(done.index)].stop):
+                    text = text.split(stop)[0]
+                answers[done.index] = text
         return answers
+
+    def _generator(self, options: dict[str, Any], first: Request) -> Generator:
+        """What continues texts with a task's options, tried on the first of them."""
+        options = _options(options)
+        if unknown := options.keys() - set(NAMES):
+            raise UserError(f"generation_kwargs: {', '.join(sorted(unknown))}: not implemented.")
+        heat = float(options.pop("temperature", None) or 0.0)
+        drawing = heat > 0 and options.pop("do_sample", None) is not False
+        options |= {"temperature": heat} if drawing else {}
+        asked = SamplingSettings(greedy=not drawing, do_sample=drawing)
+        sampling, _ = self._defaults.sampling(asked, options)
+        eos_tokens = {*self._defaults.eos_tokens, self.eot_token_id}
+        place = Place(prompt=first.tokens, max_new_tokens=1, eos_tokens=sorted(eos_tokens))
+        self._defaults.check(sampling, place, self._engine.config.vocab_size)
+        return Generator(
+            self._engine,
+            decode=self._tokenizer.decode,
+            eos_tokens=eos_tokens,
+            sampling=sampling,
+            special_tokens=self._tokenizer.special_tokens(),
+            seed=self._seed,
+        )
 
     def _request(self, index: int, text: str, options: dict[str, Any]) -> Request:
         given = (options[name] for name in LIMITS if options.get(name) is not None)
         most = min(int(next(given, MAX_NEW_TOKENS)), self.max_length - 1)
         until = options.get("until") or []
+        bos = self._tokenizer.bos_token
+        has_bos = bos is not None and text.startswith(self._tokenizer.token_text(bos))
+        tokens = self._tokenizer.encode(text, add_special_tokens=not has_bos)
         return Request(
             index=index,
-            tokens=self._tokenizer.encode(text)[-(self.max_length - most) :],
+            tokens=tokens[-(self.max_length - most) :],
             max_new_tokens=most,
             stop=[until] if isinstance(until, str) else until,
         )
@@ -138,7 +180,7 @@ class Qwen2LM(TemplateLM):
         pairs = get_rolling_token_windows(
             token_list=self.tok_encode(text),
             prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length - 1,
+            max_seq_len=self.max_length,
             context_len=1,
         )
         requests = [(("", ""), *pair) for pair in map(make_disjoint_window, pairs)]
@@ -154,16 +196,6 @@ class Qwen2LM(TemplateLM):
         return results
 
 
-def _asked(options: dict[str, Any]) -> SamplingSettings:
-    """lm-eval's generation options, which are transformers' names; greedy unless they say."""
-    penalty = options.get("repetition_penalty")
-    heat = float(options.get("temperature") or 0.0)
-    if not (heat > 0 and options.get("do_sample") is not False):
-        return SamplingSettings(greedy=True, repetition_penalty=penalty)
-    return SamplingSettings(
-        do_sample=True,
-        temperature=heat,
-        top_k=options.get("top_k"),
-        top_p=options.get("top_p"),
-        repetition_penalty=penalty,
-    )
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's generation options, which are transformers' names, without the limits."""
+    return {k: v for k, v in sorted(given.items()) if k not in (*LIMITS, "until")}

@@ -12,9 +12,11 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference import communication
-from qwen2_ascend.inference.engine import Engine
+from qwen2_ascend.inference.engine import Engine, not_finite
 from qwen2_ascend.model.kv_cache import NewTokens
+from qwen2_ascend.vocabulary import check_tokens
 
 LOGITS_AT_ONCE = 256
 """Positions whose logits exist at once: 160 MB in fp32 at 152,064 words."""
@@ -41,14 +43,17 @@ class Scorer:
         """Of each sequence the tokens from its `first` on, given all that stand before them.
 
         Args:
-            sequences: tokens, at least two, at most the model's context.
+            sequences: tokens, at least two, at most one more than the model's context.
             firsts: of each, the place of the first token to score, at least 1.
 
         Returns:
             On every rank the same.
+
+        Raises:
+            UserError: a token that the model does not have, or logits that are not finite.
         """
         results: list[list[Scored]] = []
-        self.engine.reserve(max(map(len, sequences), default=0))
+        self.engine.reserve(max(map(len, sequences), default=1) - 1)
         num_rows = self.engine.cache.num_rows
         for at in range(0, len(sequences), num_rows):
             batch = slice(at, at + num_rows)
@@ -63,12 +68,15 @@ class Scorer:
         counts = [len(sequence) - 1 for sequence in sequences]
         new = NewTokens(range(len(sequences)), [0] * len(sequences), counts)
         flat = [token for sequence in sequences for token in sequence[:-1]]
+        check_tokens([sequence[-1] for sequence in sequences], self.engine.config.vocab_size)
         hidden = self.engine.hidden_states(flat, new)
         sizes = [len(s) - first for s, first in zip(sequences, firsts, strict=True)]
         pairs = None
         if hidden is not None:
             pairs = self._pairs(hidden.squeeze(1), sequences, firsts)
         pairs = self._to_all(pairs, sum(sizes), flat)
+        if not pairs.isfinite().all():
+            raise UserError(not_finite(self.engine.dtype))
         scored = (Scored(value, bool(best)) for value, best in pairs.tolist())
         return [[next(scored) for _ in range(size)] for size in sizes]
 

@@ -111,7 +111,9 @@ def _write_hugging_face(
     from qwen2_ascend.checkpoint.convert import to_hugging_face
     from qwen2_ascend.checkpoint.formats.megatron import tracked_folder
     from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
+    from qwen2_ascend.finetuning.taught import taught_files
 
+    also = {**also, **taught_files(plan, say)}
     checkpoint, adapter = plan.settings.checkpoint.save, None
     assert checkpoint is not None
     if plan.lora is not None:

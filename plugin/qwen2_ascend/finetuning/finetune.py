@@ -219,6 +219,7 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
         UserError: the data is not there, damaged or too little.
     """
     from qwen2_ascend.data.chat.build import build_chat_datasets
+    from qwen2_ascend.finetuning.taught import tokenizer_folder
 
     settings = plan.settings
     data, global_batch_size = settings.data, settings.global_batch_size(plan.world_size)
@@ -244,18 +245,6 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
     for note in built.notes:
         say(note)
     return built
-
-
-def tokenizer_folder(plan: RunPlan[FinetuneSettings]) -> str | None:
-    """Where the tokenizer is: named, beside the weights, or beside the config."""
-    if name := plan.settings.tuning.tokenizer_name_or_path:
-        return name
-    if plan.source is not None:
-        folders = {path.parent for path in plan.source.side_files if "token" in path.name}
-        if folders:
-            return str(sorted(folders)[0])
-    config = plan.settings.model.config
-    return config if config and Path(config).is_dir() else None
 
 
 def _model_options(settings: FinetuneSettings) -> dict[str, Any]:

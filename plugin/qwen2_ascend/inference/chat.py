@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.inference.communication import from_rank_zero
@@ -17,7 +18,10 @@ PROMPT = "> "
 
 
 def chat(
-    generator: Generator, tokenizer: Tokenizer, settings: GenerateSettings, *, max_new_tokens: int
+    generator: Generator,
+    tokenizer: Tokenizer,
+    settings: GenerateSettings,
+    max_new_tokens: Callable[[int], int],
 ) -> None:
     """Answers each line of rank 0's standard input, until it ends or says /exit.
 
@@ -38,6 +42,7 @@ def chat(
         messages.append({"role": "user", "content": line})
         tokens = tokenizer.encode_chat(messages)
         room = generator.engine.config.max_position_embeddings - len(tokens)
+        room = min(room, max_new_tokens(len(tokens)))
         if room < 1:
             _show(
                 f"[the chat has {len(tokens)} tokens, more than the model's context; "
@@ -45,7 +50,7 @@ def chat(
             )
             messages.pop()
             continue
-        request = Request(index=turn, tokens=tokens, max_new_tokens=min(max_new_tokens, room))
+        request = Request(index=turn, tokens=tokens, max_new_tokens=room)
         answer = _answer(generator, request)
         messages.append({"role": "assistant", "content": answer.text})
         turn += 1

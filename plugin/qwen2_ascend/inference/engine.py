@@ -19,12 +19,14 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference import communication
 from qwen2_ascend.model.build import build_model
 from qwen2_ascend.model.kv_cache import KVCache, NewTokens
 from qwen2_ascend.model.modules import column_linear
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 from qwen2_ascend.runtime import current
+from qwen2_ascend.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -32,8 +34,21 @@ if TYPE_CHECKING:
 ROUND_UP = 256
 """Tokens by which the cache grows."""
 
+NOT_FINITE = -1
+"""Stands for the token of a sequence whose logits are infinite or no numbers."""
+
 Choose = Callable[[Tensor], list[int]]
 """From logits `[n, vocabulary]` in fp32 to n tokens."""
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """What to say where logits are infinite or no numbers."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
+    way_out = "compute in --bf16 or --fp32" if name == "fp16" else "look for a step that diverged"
+    return (
+        f"the model's logits are not finite in {name}: its weights hold infinities or NaNs, or "
+        f"what is computed from them overflows; {way_out}."
+    )
 
 
 def load_engine(
@@ -100,7 +115,7 @@ class Engine:
         self.config = config
         self.is_first: bool = model.pre_process
         self.is_last: bool = model.post_process
-        self._dtype = next(model.parameters()).dtype
+        self.dtype = next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         tp = parallel_state.get_tensor_model_parallel_world_size()
         self.cache = KVCache(
@@ -108,7 +123,7 @@ class Engine:
             num_rows=num_rows,
             num_groups=max(config.num_query_groups // tp, 1),
             width=config.kv_channels,
-            dtype=self._dtype,
+            dtype=self.dtype,
             device=self.device,
         )
 
@@ -127,12 +142,18 @@ class Engine:
             tokens: the newest tokens, one sequence's after the other's.
             new: where they go in the cache.
             choose: picks from the logits; the largest without it. It is called on one rank only.
+
+        Raises:
+            UserError: logits are not finite, so there is nothing to choose from.
         """
         logits = self._last_logits(tokens, new)
         found = None
         if logits is not None:
             found = self._largest(logits) if choose is None else self._chosen(logits, choose)
-        return communication.from_last_stage(found, len(new.rows), self.device)
+        chosen = communication.from_last_stage(found, len(new.rows), self.device)
+        if NOT_FINITE in chosen:
+            raise UserError(not_finite(self.dtype))
+        return chosen
 
     @torch.inference_mode()
     def last_logits(self, tokens: Sequence[int], new: NewTokens) -> Tensor | None:
@@ -170,12 +191,13 @@ class Engine:
     def _layers(self, tokens: Sequence[int], new: NewTokens) -> Tensor:
         """`[s, b, h]` out of this stage's layers, which the next stage has been sent."""
         s, b = new.shape
+        check_tokens(tokens, self.config.vocab_size)
         if self.is_first:
             ids = torch.tensor(tokens, device=self.device).view(s, b)
             hidden = self.model.embedding.word_embeddings(ids)
         else:
             shape = (s, b, self.config.hidden_size)
-            hidden = communication.from_previous_stage(shape, self._dtype, self.device)
+            hidden = communication.from_previous_stage(shape, self.dtype, self.device)
         cos_sin = new.cos_sin(self.model.rotary_pos_emb(self.cache.capacity))
         layers = self.model.decoder.layers
         for layer, cache in zip(layers, self.cache.layers(new), strict=True):
@@ -189,12 +211,18 @@ class Engine:
     def _largest(self, logits: Tensor) -> list[int]:
         """argmax over the whole vocabulary of which each rank has its columns."""
         values, indices = logits.max(dim=-1)
+        is_finite = logits.isfinite().all(dim=-1)
+        # such a row wins over all ranks
+        values = values.where(is_finite, torch.inf)
+        indices = indices.where(is_finite, NOT_FINITE - self.first_column)
         return communication.best_over_ranks(values, indices, self.first_column).tolist()
 
     def _chosen(self, logits: Tensor, choose: Choose) -> list[int] | None:
         """What `choose` picks on the first tensor parallel rank; None on the others."""
         whole = self._whole(logits)
-        return choose(whole) if parallel_state.get_tensor_model_parallel_rank() == 0 else None
+        if parallel_state.get_tensor_model_parallel_rank() > 0:
+            return None
+        return choose(whole) if whole.isfinite().all() else [NOT_FINITE] * len(whole)
 
     def _whole(self, logits: Tensor) -> Tensor:
         """`[n, vocabulary]` from each rank's columns."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +18,19 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
 from qwen2_ascend.inference.settings import (
     GenerateSettings,
+    SamplingSettings,
     ServedModelSettings,
     parse,
     validate,
 )
 from qwen2_ascend.launching import launched, silence_foreign_warnings
+from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.inference.engine import Engine
+    from qwen2_ascend.inference.generation_config import Defaults
     from qwen2_ascend.inference.generator import Generator, Request
     from qwen2_ascend.inference.sampling import Sampling
     from qwen2_ascend.inference.tokenizer import Tokenizer
@@ -56,17 +59,19 @@ def generate(settings: GenerateSettings) -> None:
 
     tokenizer = Tokenizer(tokenizer_folder(settings.model, source))
     text = _text_settings(settings, source, tokenizer, prompts)
-    requests = _requests(prompts, tokenizer, source, text.max_new_tokens)
+    requests = _requests(prompts, tokenizer, source, text)
+    text.check(requests, source.config.vocab_size)
     num_done = output.num_done if output else 0
 
     num_rows = 1 if settings.prompts.chat else min(settings.prompts.batch_size, len(requests))
     runtime, engine, say = start_engine(settings.model, source, num_rows=num_rows)
-    say(text.describe())
-    generator = text.generator(engine, tokenizer, settings)
+    for line in text.describe():
+        say(line)
+    generator = text.generator(engine, tokenizer)
     if settings.prompts.chat:
         from qwen2_ascend.inference.chat import chat
 
-        chat(generator, tokenizer, settings, max_new_tokens=text.max_new_tokens)
+        chat(generator, tokenizer, settings, text.max_new_tokens)
     else:
         if num_done:
             say(f"{num_done} of {len(requests)} results are there already")
@@ -158,24 +163,47 @@ def start_engine(
 class _TextSettings:
     """What flags, generation_config.json and tokenizer together say about the texts."""
 
+    settings: SamplingSettings
+    defaults: Defaults
     sampling: Sampling
-    max_new_tokens: int
     eos_tokens: tuple[int, ...]
     said: str
-    seed: int
 
-    def describe(self) -> str:
-        """One line for the log."""
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a text."""
+        return (*self.settings.stop, *self.defaults.stop)
+
+    def max_new_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens to add at most to such a prompt."""
+        return self.defaults.max_new_tokens(self.settings, num_prompt_tokens)
+
+    def check(self, requests: Sequence[Request], vocab_size: int) -> None:
+        """Tries the options that change logits.
+
+        Raises:
+            UserError: one has a value that cannot be used.
+        """
+        from qwen2_ascend.inference.sampling import Place
+
+        prompt = requests[0].tokens if requests else [0]
+        place = Place(prompt=prompt, max_new_tokens=1, eos_tokens=self.eos_tokens)
+        self.defaults.check(self.sampling, place, vocab_size)
+
+    def describe(self) -> Iterator[str]:
+        """Lines for the log."""
         eos = ", ".join(map(str, self.eos_tokens)) or "none"
         words = self.sampling.describe()
         if self.sampling.do_sample:
-            words += f", seed {self.seed}"
+            words += f", seed {self.settings.seed}"
         said = f" ({self.said})" if self.said else ""
-        return f"{words}{said}, at most {self.max_new_tokens} new tokens, eos {eos}"
+        yield f"{words}{said}, {self.defaults.describe_length(self.settings)}, eos {eos}"
+        if self.defaults.stop:
+            yield f"texts end before the stop_strings of the model, {list(self.defaults.stop)}"
+        if unused := self.defaults.unused():
+            yield unused
 
-    def generator(
-        self, engine: Engine, tokenizer: Tokenizer, settings: GenerateSettings
-    ) -> Generator:
+    def generator(self, engine: Engine, tokenizer: Tokenizer) -> Generator:
         from qwen2_ascend.inference.generator import Generator
 
         return Generator(
@@ -183,15 +211,16 @@ class _TextSettings:
             decode=tokenizer.decode,
             eos_tokens=self.eos_tokens,
             sampling=self.sampling,
-            stop=settings.sampling.stop,
-            seed=self.seed,
+            stop=self.stop,
+            special_tokens=tokenizer.special_tokens(),
+            seed=self.settings.seed,
         )
 
 
 def _text_settings(
     settings: GenerateSettings, source: Source, tokenizer: Tokenizer, prompts: Sequence[Prompt]
 ) -> _TextSettings:
-    from qwen2_ascend.inference.tokenizer import Defaults
+    from qwen2_ascend.inference.generation_config import Defaults
 
     defaults = Defaults(config_folder(source))
     sampling, said = defaults.sampling(settings.sampling)
@@ -201,11 +230,11 @@ def _text_settings(
     if is_chat and (end_of_turn := tokenizer.end_of_turn()) is not None:
         eos[end_of_turn] = None
     return _TextSettings(
+        settings=settings.sampling,
+        defaults=defaults,
         sampling=sampling,
-        max_new_tokens=defaults.max_new_tokens(settings.sampling),
         eos_tokens=tuple(eos),
         said=said,
-        seed=settings.sampling.seed,
     )
 
 
@@ -217,7 +246,7 @@ def _output_file(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Outpu
 
 
 def _requests(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, source: Source, max_new_tokens: int
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, source: Source, text: _TextSettings
 ) -> list[Request]:
     """The tokenized prompts.
 
@@ -242,7 +271,14 @@ def _requests(
                 f"(max_position_embeddings) is {context}; shorten it, or raise that in the "
                 "config, with YaRN rope scaling."
             )
-        room = min(max_new_tokens, context - len(tokens))
+        elif text.max_new_tokens(len(tokens)) < 1:
+            faults.append(
+                f"{prompt.where}: has {len(tokens)} tokens, and generation_config.json says "
+                "max_length; say how many to add with --max-new-tokens."
+            )
+        if unknown := unknown_tokens(tokens, source.config.vocab_size):
+            faults.append(f"{prompt.where}: {unknown}")
+        room = min(text.max_new_tokens(len(tokens)), context - len(tokens))
         requests.append(Request(index=index, tokens=tokens, max_new_tokens=room))
     if len(faults) > MOST_NAMED:
         faults[MOST_NAMED:] = [f"... and {len(faults) - MOST_NAMED} more prompts."]

@@ -6,11 +6,11 @@ Every rank runs the same loop over the same numbers: the engine gives each of th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qwen2_ascend.inference.sampling import Sampling, choose, sequence_generator
+from qwen2_ascend.inference.sampling import Place, Sampling, choose, sequence_generator
 from qwen2_ascend.inference.text import TextStream
 from qwen2_ascend.model.kv_cache import NewTokens
 
@@ -59,7 +59,7 @@ class _Sequence:
     request: Request
     stream: TextStream
     random: torch.Generator
-    seen: set[int]
+    process: Callable[[Tensor, Tensor], Tensor]
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -77,6 +77,7 @@ class Generator:
         eos_tokens: those that end a sequence.
         sampling: how a token is chosen.
         stop: strings that end the text.
+        special_tokens: those that `decode` leaves out, and what they are called in `stop`.
         seed: of the draws.
     """
 
@@ -88,6 +89,7 @@ class Generator:
         eos_tokens: Collection[int],
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        special_tokens: Mapping[int, str] | None = None,
         seed: int = 1234,
     ) -> None:
         self.engine = engine
@@ -95,6 +97,7 @@ class Generator:
         self._decode = decode
         self._eos_tokens = frozenset(eos_tokens)
         self._stop = tuple(stop)
+        self._special_tokens = special_tokens or {}
         self._seed = seed
         self._held: list[int] = []
         """What row 0 holds, while it is the only one: the beginning of the next turn of a chat."""
@@ -137,14 +140,23 @@ class Generator:
                 break
             request = pending.popleft()
             assert request.tokens and request.max_new_tokens > 0, request
-            sequence = _Sequence(
-                request=request,
-                stream=TextStream(self._decode, (*self._stop, *request.stop)),
-                random=sequence_generator(self._seed, request.index),
-                seen=set(request.tokens),
-            )
-            admitted.append(sequence)
+            admitted.append(self._sequence(request))
         return admitted
+
+    def _sequence(self, request: Request) -> _Sequence:
+        place = Place(
+            prompt=request.tokens,
+            max_new_tokens=request.max_new_tokens,
+            eos_tokens=sorted(self._eos_tokens),
+            device=str(self.engine.device),
+        )
+        stop = (*self._stop, *request.stop)
+        return _Sequence(
+            request=request,
+            stream=TextStream(self._decode, stop, self._special_tokens),
+            random=sequence_generator(self._seed, request.index),
+            process=self.sampling.processors(place),
+        )
 
     def _prefill(self, admitted: list[_Sequence], first_row: int) -> list[int]:
         prompts = [sequence.request.tokens for sequence in admitted]
@@ -167,8 +179,9 @@ class Generator:
             return self.engine.next_tokens(tokens, new)
 
         def chosen(logits: Tensor) -> list[int]:
-            seen = [sequence.seen for sequence in sequences]
-            return choose(logits, self.sampling, seen, [s.random for s in sequences])
+            held = [[*s.request.tokens, *s.tokens] for s in sequences]
+            processors = [s.process for s in sequences]
+            return choose(logits, self.sampling, held, processors, [s.random for s in sequences])
 
         return self.engine.next_tokens(tokens, new, chosen)
 
@@ -176,7 +189,6 @@ class Generator:
         """Takes the sequence's next token; what became of it if that was the last."""
         request, stream = sequence.request, sequence.stream
         sequence.tokens.append(token)
-        sequence.seen.add(token)
         reason = None
         piece = ""
         if token in self._eos_tokens:

@@ -7,10 +7,10 @@ the text of `--help`. Nothing here imports torch, so `--help` answers at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -148,9 +148,12 @@ class SamplingSettings:
     repetition_penalty: float | None = None
     """Above 1 makes tokens less likely that the text has already."""
     stop: Annotated[Repeated[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
-    """A string that ends the text, and is left out of it; may be given several times."""
+    """A string that ends the text, and is left out of it; may be given several times. Special
+    tokens count as the text that the tokenizer has for them."""
     seed: int = 1234
-    """Seed of the draws; a prompt's text does not depend on the others."""
+    """Seed of the draws, which depend on the prompt's number and the position alone. What is drawn
+    from does not quite: with another --batch-size bf16 and fp16 round otherwise, and a text may
+    part from what it was where two tokens are as likely as a rounding apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,22 +188,48 @@ def validate(settings: GenerateSettings, config: Qwen2Config, world_size: int) -
     raise_if(dict.fromkeys(faults))
 
 
+class Number(NamedTuple):
+    """What an option of generation may be, as a flag or in generation_config.json."""
+
+    kind: type
+    allows: Callable[[Any], bool]
+    rule: str
+
+
+def _is_positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+NUMBERS = {
+    "max_new_tokens": Number(int, lambda v: v >= 1, "must be at least 1"),
+    "max_length": Number(int, lambda v: v >= 1, "must be at least 1"),
+    "temperature": Number(
+        float,
+        _is_positive,
+        "must be above zero and finite; for the likeliest token say --greedy",
+    ),
+    "repetition_penalty": Number(float, _is_positive, "must be above zero and finite; 1 is none"),
+    "top_k": Number(int, lambda v: v >= 0, "must not be below zero; 0 draws from all"),
+    "top_p": Number(float, lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
+    "min_p": Number(float, lambda v: 0 <= v <= 1, "must be from 0 to 1"),
+    "typical_p": Number(float, lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
+    "epsilon_cutoff": Number(float, lambda v: 0 <= v < 1, "must be from 0 to below 1"),
+    "eta_cutoff": Number(float, lambda v: 0 <= v < 1, "must be from 0 to below 1"),
+    "encoder_repetition_penalty": Number(float, _is_positive, "must be above zero and finite"),
+    "no_repeat_ngram_size": Number(int, lambda v: v >= 0, "must not be below zero"),
+    "encoder_no_repeat_ngram_size": Number(int, lambda v: v >= 0, "must not be below zero"),
+    "min_length": Number(int, lambda v: v >= 0, "must not be below zero"),
+    "min_new_tokens": Number(int, lambda v: v >= 0, "must not be below zero"),
+}
+
+
 def sampling_faults(sampling: SamplingSettings) -> list[str]:
     """Values that no sampling can have, and flags that exclude each other."""
-    faults = []
-    if (count := sampling.max_new_tokens) is not None and count < 1:
-        faults.append(f"--max-new-tokens {count} must be at least 1.")
-    if (heat := sampling.temperature) is not None and not 0 < heat < math.inf:
-        faults.append(
-            f"--temperature {heat} must be above zero and finite; for the likeliest token say "
-            "--greedy."
-        )
-    if (penalty := sampling.repetition_penalty) is not None and not 0 < penalty < math.inf:
-        faults.append(f"--repetition-penalty {penalty} must be above zero and finite; 1 is none.")
-    if sampling.top_k is not None and sampling.top_k < 0:
-        faults.append(f"--top-k {sampling.top_k} must not be below zero; 0 draws from all.")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        faults.append(f"--top-p {sampling.top_p} must be above 0 and at most 1.")
+    faults = [
+        f"--{name.replace('_', '-')} {value} {number.rule}."
+        for name, number in NUMBERS.items()
+        if (value := getattr(sampling, name, None)) is not None and not number.allows(value)
+    ]
     if not 0 <= sampling.seed < 2**63:
         faults.append(f"--seed {sampling.seed} must be from 0 to below 2^63.")
     if "" in sampling.stop:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 UNFINISHED = "\ufffd"
 """What a decoder gives for the first bytes of a character whose others are in later tokens."""
@@ -19,11 +19,20 @@ class TextStream:
         decode: token ids to text; that of a piece of a sequence is a piece of its text, but for
             characters that are cut.
         stop: strings that end the text, which ends before the one that is complete first.
+        special_tokens: those that `decode` leaves out, with what stands for them in `stop`.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        special_tokens: Mapping[int, str] | None = None,
+    ) -> None:
         self._decode = decode
         self._stop = [text for text in stop if text]
+        self._special_tokens = (special_tokens or {}) if self._stop else {}
+        self._hidden: list[tuple[int, int]] = []
+        """Where special tokens are in `_text`, which are searched and not given."""
         self._tokens: list[int] = []
         self._text = ""
         self._given = 0
@@ -34,12 +43,21 @@ class TextStream:
     @property
     def text(self) -> str:
         """All that was given so far."""
-        return self._text[: self._given]
+        return self._shown(0, self._given)
 
     def add(self, token: int) -> str:
         """Takes a token; what is now certain of the text after what was given before."""
+        special = self._special_tokens.get(token)
+        if special is not None:
+            self._extend(final=True)
         self._tokens.append(token)
-        self._extend()
+        if special is None:
+            self._extend()
+        elif self.stopped is None:
+            start = len(self._text)
+            self._hidden.append((start, start + len(special)))
+            self._begin = self._settled = len(self._tokens)
+            self._append(special)
         return self._give(len(self._text) - self._held_back())
 
     def end(self) -> str:
@@ -60,9 +78,13 @@ class TextStream:
         waiting = len(self._tokens) - self._settled
         if now.endswith(UNFINISHED) and waiting < LONGEST_WAIT and not final:
             return
-        searched = max(0, len(self._text) - max(map(len, self._stop), default=1) + 1)
-        self._text += now[len(before) :]
         self._begin, self._settled = self._settled, len(self._tokens)
+        self._append(now[len(before) :])
+
+    def _append(self, piece: str) -> None:
+        """Adds to the text, which ends before a stop string that is complete now."""
+        searched = max(0, len(self._text) - max(map(len, self._stop), default=1) + 1)
+        self._text += piece
         places = [(self._text.find(stop, searched), stop) for stop in self._stop]
         if ends := [(at + len(stop), at, stop) for at, stop in places if at >= 0]:
             _, at, self.stopped = min(ends)
@@ -81,6 +103,14 @@ class TextStream:
         return longest
 
     def _give(self, up_to: int) -> str:
-        piece = self._text[self._given : up_to]
+        piece = self._shown(self._given, up_to)
         self._given = max(self._given, up_to)
         return piece
+
+    def _shown(self, start: int, end: int) -> str:
+        """The text from `start` to `end` without special tokens."""
+        pieces = []
+        for first, last in self._hidden:
+            pieces.append(self._text[start : max(start, min(first, end))])
+            start = max(start, last)
+        return "".join([*pieces, self._text[start:end]])

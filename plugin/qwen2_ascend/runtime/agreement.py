@@ -52,12 +52,13 @@ def made_by_first(make: Callable[[], T]) -> T:
     return _told_by_first(lambda meeting, key: _made(make))
 
 
-def require_equal(what: str, value: object) -> None:
+def require_equal(what: str, value: object, note: str = "") -> None:
     """Compares `repr(value)` over all ranks.
 
     Args:
         what: names it in the message: "the run plan".
         value: with a repr that depends on nothing but what is compared.
+        note: why this rank has it, for the message; not compared.
 
     Raises:
         UserError: on every rank, naming the ranks that differ from rank 0 and their values.
@@ -67,18 +68,18 @@ def require_equal(what: str, value: object) -> None:
         text = f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def differing(told: Sequence[Any]) -> tuple[str, ...]:
-        (own, host), *others = told
-        found = {rank: row for rank, row in enumerate(others, 1) if row[0] != own}
+        found = [rank for rank, row in enumerate(told) if row[0] != told[0][0]]
         if not found:
             return ()
-        named = [f"rank {rank} on {row[1]}: {row[0]}" for rank, row in _first(found)]
-        named += [f"and {len(found) - MOST_NAMED} more ranks"] * (len(found) > MOST_NAMED)
+        named = [_value(rank, *told[rank]) for rank in (0, *found[:MOST_NAMED])]
+        if (rest := len(found) - MOST_NAMED) > 0:
+            named.append(f"{rest} more ranks differ")
         return (
-            f"{what} is not the same on all ranks: rank 0 on {host}: {own}; {'; '.join(named)}. "
-            "Start every rank with the same flags, files, environment and packages.",
+            f"{what} is not the same on all ranks: {'; '.join(named)}. Start every rank with the "
+            "same flags, files, environment and packages.",
         )
 
-    _gather((text, socket.gethostname()), differing)
+    _gather((text, socket.gethostname(), note), differing)
 
 
 def raise_together(faults: Sequence[str]) -> None:
@@ -153,5 +154,5 @@ def _told_by_first(answer: Callable[[Meeting, str], _Answer], own: Any = None) -
     return answered.value
 
 
-def _first(found: dict[int, Any]) -> list[tuple[int, Any]]:
-    return list(found.items())[:MOST_NAMED]
+def _value(rank: int, text: str, host: str, note: str) -> str:
+    return f"rank {rank} on {host} has {text}" + (f" ({note.rstrip('.')})" if note else "")

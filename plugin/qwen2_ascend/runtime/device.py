@@ -12,6 +12,7 @@ import torch
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import diagnosis, npu
+from qwen2_ascend.runtime import meeting as meetings
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
@@ -107,6 +108,12 @@ class Runtime:
             return int(torch.get_device_module(self.device).utilization())
         except (AttributeError, ImportError, RuntimeError):  # cuda's wants pynvml
             return None
+
+    def reached(self, step: int) -> None:
+        """Lets the other ranks know how far this one is, should it be lost."""
+        meeting = meetings.current()
+        if meeting is not None and meeting.watchdog is not None:
+            meeting.watchdog.reached(step)
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -199,6 +199,29 @@ def _cann_fault(library: str, environ: Mapping[str, str], root: Path) -> str:
     )
 
 
+_LOST_CONNECTION = re.compile(
+    r"gloo|nccl|hccl|connection (?:was )?(?:closed|reset|refused|aborted)|broken pipe|"
+    r"time[sd]? ?out|EI000[26]",
+    re.IGNORECASE,
+)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error may come of another rank that does not answer.
+
+    torch's own exceptions for it are known by name here, and by their texts those of the backends.
+    """
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" in names:
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
+
+
+def has_timed_out(error: BaseException) -> bool:
+    """Whether an error of communication came after its time-out, not at once."""
+    return bool(re.search(r"time[sd]? ?out", str(error), re.IGNORECASE))
+
+
 def set_env_scripts(environ: Mapping[str, str], root: Path = Path("/")) -> list[str]:
     """Every set_env.sh of a CANN in its usual places."""
     home = environ.get("HOME", "/root")

@@ -12,15 +12,18 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from qwen2_ascend.errors import LostRankError, UserError
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
+DEFAULT_SECONDS = 600.0
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -39,59 +42,90 @@ class Meeting:
     """Host and port of who keeps the store; None of a process alone."""
     word: str = ""
     """The name of this start in the store."""
+    watchdog: Watchdog | None = None
+    """Looks after the other ranks; None of a process alone."""
 
-    def clone(self) -> Any:
+    def clone(self, seconds: float) -> Any:
         """The same store by a connection of its own, for a thread that must not wait for others."""
         assert self.server is not None
-        return dist.PrefixStore(self.word, _connect(self.server, self.timeout_seconds))
+        return PrefixStore(self.word, _connect(self.server, seconds))
 
 
 _current: Meeting | None = None
 
 
-def meet(timeout_seconds: float = 600) -> Meeting:
+def meet(timeout_seconds: float | None = None) -> Meeting:
     """Waits until all ranks are there; called again it returns the same Meeting.
 
+    Args:
+        timeout_seconds: how long a rank waits for the others, here and from here on; None leaves
+            it as it is, at first 10 minutes.
+
     Raises:
-        UserError: torchrun's environment is incomplete.
-        LostRankError: some rank does not come; the message names it.
+        UserError: torchrun's environment is incomplete, or some rank does not come, which the
+            message names.
     """
     global _current
     if _current is None:
-        _current = _met(timeout_seconds)
+        _current = _met(timeout_seconds or DEFAULT_SECONDS)
+    elif timeout_seconds not in (None, _current.timeout_seconds):
+        _current = replace(_current, timeout_seconds=timeout_seconds)
+        if _current.watchdog is not None:
+            _current.watchdog.allow(timeout_seconds)
     return _current
 
 
-def forget() -> None:
-    """Lets `meet` be called again."""
+def current() -> Meeting | None:
+    """The meeting this process is in."""
+    return _current
+
+
+def leave() -> None:
+    """Ends the watch over the other ranks, and lets `meet` be called again."""
     global _current
+    if _current is not None and _current.watchdog is not None:
+        _current.watchdog.close()
     _current = None
 
 
 def _met(timeout_seconds: float) -> Meeting:
     rank, world_size, local_rank = place()
-    common = dict(world_size=world_size, local_rank=local_rank, timeout_seconds=timeout_seconds)
-    if "WORLD_SIZE" not in os.environ:
-        # A process alone talks to nobody: no port to pick, none to be taken.
-        return Meeting(rank=rank, store=dist.HashStore(), **common)  # pyright: ignore[reportPrivateImportUsage]
+    alone = Meeting(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        timeout_seconds=timeout_seconds,
+        store=HashStore(),
+    )
+    if world_size == 1:  # it talks to nobody: no port to pick, none to be taken
+        return alone
     server = _server()
+    store, word = _found(server, rank, world_size, timeout_seconds)
+    met = replace(alone, store=PrefixStore(word, store), server=server, word=word)
+    watchdog = Watchdog(met)
+    watchdog.start()
+    return replace(met, watchdog=watchdog)
+
+
+def _found(
+    server: tuple[str, int], rank: int, world_size: int, timeout_seconds: float
+) -> tuple[Any, str]:
+    """The store, and the word of this start in it."""
     deadline = time.monotonic() + timeout_seconds
-    store = _host(server, timeout_seconds) if _hosts_store(rank) else None
+    hosts = _hosts_store(rank)
     while True:
         try:
-            store = store or _connect(server, max(deadline - time.monotonic(), 1))
-            word = (_call if rank == 0 else _answer)(store, rank, world_size, deadline)
-            break
-        except dist.DistNetworkError as error:  # who kept the store is restarted too
-            if time.monotonic() > deadline or _hosts_store(rank):
-                raise LostRankError(
-                    f"the store at {server[0]}:{server[1]} cannot be reached: {error}"
+            left = max(deadline - time.monotonic(), 1)
+            store = _host(server, left) if hosts else _connect(server, left)
+            return store, (_call if rank == 0 else _answer)(store, rank, world_size, deadline)
+        except dist.DistNetworkError as error:  # who kept the store may be restarted too
+            if hosts or time.monotonic() > deadline:
+                raise UserError(
+                    f"the ranks cannot be joined: their store at {server[0]}:{server[1]} cannot be "
+                    "reached; way out: check that rank 0's machine can be reached under this "
+                    f"address, and that no firewall closes the port. ({str(error).splitlines()[0]})"
                 ) from error
-            store = None
             time.sleep(POLL_SECONDS)
-    return Meeting(
-        rank=rank, store=dist.PrefixStore(word, store), server=server, word=word, **common
-    )
 
 
 def place() -> tuple[int, int, int]:
@@ -128,7 +162,7 @@ def _hosts_store(rank: int) -> bool:
 
 
 def _host(server: tuple[str, int], timeout_seconds: float) -> Any:
-    return dist.TCPStore(
+    return TCPStore(
         *server,
         is_master=True,
         timeout=timedelta(seconds=timeout_seconds),
@@ -138,7 +172,7 @@ def _host(server: tuple[str, int], timeout_seconds: float) -> Any:
 
 
 def _connect(server: tuple[str, int], timeout_seconds: float) -> Any:
-    return dist.TCPStore(*server, is_master=False, timeout=timedelta(seconds=timeout_seconds))
+    return TCPStore(*server, is_master=False, timeout=timedelta(seconds=timeout_seconds))
 
 
 def _call(store: Any, rank: int, world_size: int, deadline: float) -> str:
@@ -151,7 +185,7 @@ def _call(store: Any, rank: int, world_size: int, deadline: float) -> str:
         for other in come:
             store.set(f"{word}/to/{other}", store.get(answers.pop(other)))
         if answers and time.monotonic() > deadline:
-            raise LostRankError(f"{_ranks(list(answers))} did not start within the time-out.")
+            raise _absent(_ranks(list(answers)))
         if not come:
             time.sleep(POLL_SECONDS)
     return word
@@ -170,7 +204,15 @@ def _answer(store: Any, rank: int, world_size: int, deadline: float) -> str:
             if store.check([reply := f"{word}/to/{rank}"]) and store.get(reply) == own:
                 return word
         time.sleep(POLL_SECONDS)
-    raise LostRankError("rank 0 did not start, or other ranks did not, within the time-out.")
+    raise _absent("rank 0, or another one that it waits for,")
+
+
+def _absent(who: str) -> UserError:
+    return UserError(
+        f"the ranks cannot be joined: {who} did not start within the time-out; way out: see what "
+        "it says itself and whether its machine can be reached, or raise "
+        "--distributed-timeout-minutes."
+    )
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -11,7 +11,6 @@ import functools
 import importlib
 import inspect
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,7 +121,8 @@ def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(layout, num_layers),
-        distributed_timeout_minutes=max(1, math.ceil(runtime.timeout_seconds / 60)),
+        # a number of any kind: it goes into a timedelta
+        distributed_timeout_minutes=runtime.timeout_seconds / 60,  # pyright: ignore[reportArgumentType]
     )
     _prepare_buckets()
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import Faults, UserError
 from qwen2_ascend.runtime import cpu, diagnosis, environment, mindspeed, npu
+from qwen2_ascend.runtime.agreement import raise_together, require_equal
 from qwen2_ascend.runtime.device import BACKENDS, Runtime, select_device
+from qwen2_ascend.runtime.ledger import Patch, apply
+from qwen2_ascend.runtime.meeting import Meeting, leave, meet
 from qwen2_ascend.runtime.megatron_compat import silence_known_notes
 
 _current: Runtime | None = None
@@ -45,16 +48,16 @@ def start(
         if device not in (None, _current.name):
             raise UserError(f"device={device}: this process already runs on {_current.name}.")
         return _current
-    place = _place()
+    meeting = meet(timeout_seconds)
     notes = _prepare_environment(device, timeout_seconds, deterministic)
-    name = select_device(device)
+    name = _agreed_device(device)
     if device is None and name != "npu" and (warning := npu.warning(name)):
         notes = [warning]
     elif name != "npu":
         notes = []
     silence_known_notes()
     notes += _redirect(name, mindspeed, megatron_arguments or {})
-    _current = _started(name, place, timeout_seconds, deterministic, notes)
+    _current = _started(name, meeting, timeout_seconds, deterministic, notes)
     return _current
 
 
@@ -69,11 +72,23 @@ def forget(runtime: Runtime) -> None:
     global _current
     if _current is runtime:
         _current = None
+        leave()
 
 
 def explain(error: BaseException) -> str | None:
     """What an error of the device's software means and what to do; None when it is unknown."""
     return _current.explain(error) if _current is not None else None
+
+
+def _agreed_device(requested: str | None) -> str:
+    """`select_device` on every rank; where one cannot, or chooses another, no rank goes on."""
+    faults = Faults()
+    name = faults.of(lambda: select_device(requested))
+    raise_together(faults)
+    assert name is not None
+    missing = npu.missing() if requested is None and name != "npu" else None
+    require_equal(f"what --device {requested or 'auto'} gives", name, note=missing or "")
+    return name
 
 
 def _prepare_environment(
@@ -107,49 +122,33 @@ def _redirect(
 
 def _started(
     name: str,
-    place: tuple[int, int, int],
+    meeting: Meeting,
     timeout_seconds: float,
     deterministic: bool,
     notes: list[str],
 ) -> Runtime:
-    rank, world_size, local_rank = place
     group_seconds = timeout_seconds
     if name == "npu":
         group_seconds = environment.group_timeout_seconds(timeout_seconds, os.environ)
     runtime = Runtime(
         name=name,
         backend=BACKENDS[name],
-        device=_own_device(name, local_rank),
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
+        device=_own_device(name, meeting.local_rank),
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        local_rank=meeting.local_rank,
         timeout_seconds=group_seconds,
         simulated=name == "npu" and npu.is_simulated(),
         notes=tuple(notes),
     )
     torch.use_deterministic_algorithms(deterministic)
     try:
-        _join(runtime)
+        _join(runtime, meeting)
     except (RuntimeError, torch.distributed.DistError) as error:
         if told := diagnosis.explain(str(error), os.environ):
-            raise UserError(f"the ranks cannot be joined: {told}\n{error}") from error
+            raise UserError([f"the ranks cannot be joined: {told}", str(error)]) from error
         raise
     return runtime
-
-
-def _place() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun, or of a single process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    values = [os.environ.get(name) for name in names]
-    if values[1] is None:
-        return 0, 1, 0
-    if missing := [name for name, value in zip(names, values, strict=True) if value is None]:
-        raise UserError(
-            f"WORLD_SIZE={values[1]} is set but {', '.join(missing)} is not; start with torchrun, "
-            "or unset WORLD_SIZE for a single process."
-        )
-    rank, world_size, local_rank = (int(value) for value in values if value is not None)
-    return rank, world_size, local_rank
 
 
 def _own_device(name: str, local_rank: int) -> torch.device:
@@ -169,23 +168,41 @@ def _own_device(name: str, local_rank: int) -> torch.device:
     return torch.device(name, local_rank)
 
 
-def _join(runtime: Runtime) -> None:
+def _join(runtime: Runtime, meeting: Meeting) -> None:
     if torch.distributed.is_initialized():
         return
-    timeout = timedelta(seconds=runtime.timeout_seconds)
-    if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group(runtime.backend, timeout=timeout)
-        if runtime.name != "cpu":
-            _meet(runtime)
-        return
-    # A process alone talks to nobody: no port to pick, none to be taken.
-    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    _limit_default_timeouts()
     torch.distributed.init_process_group(
-        runtime.backend, store=store, rank=0, world_size=1, timeout=timeout
+        runtime.backend,
+        store=meeting.store,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        timeout=timedelta(seconds=runtime.timeout_seconds),
+    )
+    if runtime.world_size > 1 and runtime.name != "cpu":
+        _connect_cards(runtime)
+
+
+def _limit_default_timeouts() -> None:
+    apply(
+        Patch(
+            target="torch.distributed.distributed_c10d:_get_default_timeout",
+            why="groups that are made without a time-out (DeepSpeed's, torch's own) wait 10 or 30 "
+            "minutes for a rank that is lost, whatever --distributed-timeout-minutes says",
+            how="gives the time-out of this run",
+            until="torch lets the default time-out be set",
+        ),
+        lambda original: (
+            lambda backend: (
+                original(backend)
+                if _current is None
+                else timedelta(seconds=_current.timeout_seconds)
+            )
+        ),
     )
 
 
-def _meet(runtime: Runtime) -> None:
+def _connect_cards(runtime: Runtime) -> None:
     """The first collective: only now the cards connect, and this is where that can be explained."""
     count = torch.ones(1, device=runtime.device)
     torch.distributed.all_reduce(count)

@@ -178,6 +178,7 @@ class TrainingRun:
     ) -> StepResult:
         """Counts a step that has been made, or left out; what it did."""
         self.progress.iteration += 1
+        self.runtime.reached(self.progress.iteration)
         self.progress.consumed_samples += self.global_batch_size
         self.progress.skipped_iterations += not updated
         return StepResult(

@@ -6,6 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+from qwen2_ascend.runtime import ending
+
 
 class StopSignal:
     """While it is entered, SIGTERM is remembered rather than obeyed; a second one is obeyed.
@@ -34,5 +36,5 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received = ending.stop_received = True
         signal.signal(signal.SIGTERM, self._before)

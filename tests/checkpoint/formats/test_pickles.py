@@ -1,11 +1,15 @@
 """No pickle makes us import or call anything, run for long, or fill the memory."""
 
+import collections
+import contextlib
 import io
 import os
 import pickle
 import pickletools
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +277,46 @@ def test_bombs_end_soon_and_in_bounded_memory(tmp_path, case):
     assert ("many copies of large objects" in result.stdout) is copies
 
 
+ABOUT_BYTES = {
+    "empty sets": lambda n: b"(" + b"\x8f" * n + b"t",
+    "empty dicts": lambda n: b"(" + b"}" * n + b"t",
+    "dicts of one": lambda n: b"(" + b"}NNs" * (n // 4) + b"t",
+    "empty lists": lambda n: b"(" + b"]" * n + b"t",
+    "memo": lambda n: b"(" + b"N\x94" * (n // 2) + b"t",
+    "memo of tuples": lambda n: b"(" + b")\x94" * (n // 2) + b"t",
+    "memo far away": lambda n: b"N" + b"r\xff\xff\xff\xff" * (n // 5),
+    "lists in each other": lambda n: b"]" * (n // 2) + b"a" * (n // 2 - 1),
+    "marks over items": lambda n: b"(" + b"N" * (n // 50) + b"(1" * (n // 2) + b"t",
+    "marks": lambda n: b"(" * (n // 2) + b"t" * (n // 2),
+    "tuples of one": lambda n: b"(" + b"K\1\x85" * (n // 3) + b"t",
+    "nothing": lambda n: b"(" + b"N0" * (n // 2) + b"t",
+    "copies of the top": lambda n: b"(N" + b"2" * n + b"t",
+    "frozen sets": lambda n: b"(" + b"(\x91" * (n // 2) + b"t",
+    "records": lambda n: b"ctorch\nSize\nq\0(" + b"h\0)R" * (n // 4) + b"t",
+    "numbers": lambda n: b"(" + b"J\1\2\3\4" * (n // 5) + b"t",
+    "refused names": lambda n: b"(" + b"".join(b"ca\n%d\n" % i for i in range(n // 9)) + b"t",
+}
+
+
+def read_bomb(case: str, size: int) -> None:
+    data = b"\x80\x04" + ABOUT_BYTES[case](size) + b"."
+    assert len(data) < 1.1 * size
+    with contextlib.suppress(UserError):
+        read_pickle(data, "bomb", PLAIN | torch_pt.TORCH_VALUES)
+
+
+@pytest.mark.parametrize("case", ABOUT_BYTES)
+def test_a_megabyte_takes_megabytes_and_less_than_a_second(case):
+    started = time.process_time()
+    read_bomb(case, 1_000_000)
+    assert time.process_time() - started < 2  # a second where nothing else runs
+    tracemalloc.start()
+    read_bomb(case, 100_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20, peak
+
+
 def test_the_number_of_instructions_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_INSTRUCTIONS", 1000)
     with pytest.raises(UserError, match="more than 1000 instructions"):
@@ -347,3 +391,37 @@ def test_what_we_write_python_reads(value):
 @given(values, st.sampled_from([2, 3, 4, 5]))
 def test_what_python_writes_we_read(value, protocol):
     assert read_pickle(pickle.dumps(value, protocol), "theirs", PLAIN) == value
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_containers_that_make_their_own_items_are_plain_ones(tmp_path, protocol):
+    """MindSpeed-LLM saves its model as a defaultdict of dicts."""
+    tree = collections.defaultdict(dict)
+    tree["model"]["w"] = torch.ones(2)
+    tree["lists"] = collections.defaultdict(list, {"a": [1, 2]})
+    tree["none"] = collections.defaultdict(None, {"a": 1})
+    torch.save(tree, tmp_path / "x.pt", pickle_protocol=protocol)
+    found = torch_pt.read(tmp_path / "x.pt")
+    assert type(found) is dict and found["model"]["w"].shape == (2,)
+    assert found["lists"] == {"a": [1, 2]} and found["none"] == {"a": 1}
+    torch.save(collections.defaultdict(os.getcwd), tmp_path / "x.pt", pickle_protocol=protocol)
+    with pytest.raises(UserError, match=r"asks for posix\.getcwd"):
+        torch_pt.read(tmp_path / "x.pt")
+
+
+def test_values_beside_the_weights_are_read(tmp_path):
+    tree = {
+        "size": torch.ones(2, 3).size(),
+        "device": torch.device("cpu"),
+        "buffer": io.BytesIO(b"abc"),
+        "scalar": np.float64(0.5),
+        "loss": np.float32(1),
+        "count": np.int64(3),
+    }
+    torch.save(tree, tmp_path / "x.pt")
+    found = torch_pt.read(tmp_path / "x.pt")
+    assert found["size"] == (2, 3)
+    assert (
+        found["device"].type_name == "torch.device" and found["buffer"].type_name == "_io.BytesIO"
+    )
+    assert all("scalar" in found[key].type_name for key in ("scalar", "loss", "count"))

@@ -137,3 +137,38 @@ def test_stored_zips_of_other_writers_are_read():
     data = python_zip()
     record = read_zip(io.BytesIO(data), 0, len(data))["archive/data.pkl"]
     assert data[record.offset :][: record.num_bytes] == b"0" * 50
+
+
+@pytest.fixture(scope="module")
+def torch_saved(tmp_path_factory):
+    """torch.save's own zip with checksums, and ours without."""
+    folder = tmp_path_factory.mktemp("flips")
+    torch.save({"a": torch.arange(40), "b": torch.ones(3)}, folder / "torch.pt")
+    records = {"x/data.pkl": b"pickle", "x/data/0": 100, "x/data/1": 0, "x/version": b"3\n"}
+    write_layout(layout_zip(records), folder / "ours.pt")
+    return {name: (folder / f"{name}.pt").read_bytes() for name in ("torch", "ours")}
+
+
+def places(records):
+    return {name: (record.offset, record.num_bytes) for name, record in records.items()}
+
+
+@pytest.mark.parametrize("name", ["torch", "ours"])
+def test_no_flipped_bit_moves_a_record(name, torch_saved):
+    """Whatever bit of the container is flipped: it is refused, or says what it said before."""
+    data = bytearray(torch_saved[name])
+    good = read_zip(io.BytesIO(data), 0, len(data))
+    inside = {at for r in good.values() for at in range(r.offset, r.offset + r.num_bytes)}
+    found = {"refused": 0, "equal": 0}
+    for at in sorted(set(range(len(data))) - inside):
+        for bit in range(8):
+            data[at] ^= 1 << bit
+            try:
+                records = read_zip(io.BytesIO(data), 0, len(data))
+            except ZipFault:
+                found["refused"] += 1
+            else:
+                assert places(records) == places(good), (at, bit)
+                found["equal"] += 1
+            data[at] ^= 1 << bit
+    assert found["refused"] > 1000, found  # times, versions and padding may be anything

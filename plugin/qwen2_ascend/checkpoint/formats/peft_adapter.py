@@ -17,7 +17,7 @@ from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import Held
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import read_json
+from qwen2_ascend.files import links_out, read_json
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
@@ -76,6 +76,7 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
         UserError: no adapter is there, or one that is not implemented; every fault at once.
     """
     folder = Path(folder)
+    raise_if(links_out(folder, (folder / CONFIG_FILE, folder / WEIGHTS_FILE)))
     raw = _read_config(folder / CONFIG_FILE)
     faults = [] if raw.get("peft_type") == "LORA" else [f"peft_type={raw.get('peft_type')!r}"]
     faults += [

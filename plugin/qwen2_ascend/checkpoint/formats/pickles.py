@@ -10,18 +10,26 @@ torch.distributed.checkpoint Python's default), the text instructions of protoco
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import pickletools
 import struct
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from qwen2_ascend.errors import UserError
 
 MAX_INSTRUCTIONS = 10_000_000
 """About 160,000 tensors."""
-_FREE_BYTES, _BYTES_PER_BYTE = 16 << 20, 48
+_FREE_BYTES, _BYTES_PER_BYTE = 8 << 20, 40
 """What objects may take in memory: a little, and so much for each byte of the file. What torch.save
 writes for models and optimizers takes 13 to 34 for each."""
+_UNKNOWN_COST = 300
+_MOST_PICKLES = 5
+"""One after the other in a file; torch before 1.6 wrote so many, then the tensors' bytes."""
+_TOO_MUCH = "it makes far more objects than a file of its size describes"
 MAX_KEY_PARTS = 16
 """Of a tuple that is a dictionary's key."""
 
@@ -109,6 +117,27 @@ def read_pickle(
     return result
 
 
+def check_size(data: bytes, what: str) -> None:
+    """For a pickle that another reader will read: whether it makes no more than its size allows.
+
+    Raises:
+        UserError: it makes far more. Whatever else is wrong with it is left to the other reader.
+    """
+    left, stream = _allowance(data), io.BytesIO(data)
+    pickles = (pickletools.genops(stream) for _ in range(_MOST_PICKLES))
+    with contextlib.suppress(ValueError):  # damaged, or what follows the last one
+        for instruction, _, _ in chain.from_iterable(pickles):
+            left -= _CODES[instruction.code][1] if instruction.code in _CODES else _UNKNOWN_COST
+            if left < 0:
+                break
+    if left < 0:
+        raise UserError(f"{what}: {_TOO_MUCH}.")
+
+
+def _allowance(data: bytes) -> int:
+    return _FREE_BYTES + _BYTES_PER_BYTE * len(data)
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 200 else text[:197] + "..."
@@ -127,11 +156,11 @@ class _Machine:
         self.below: list[list[Any]] = []
         """The stacks below each open mark."""
         self.memo: dict[int, Any] = {}
-        self.copies_left = 4 * len(data)
+        self.copies_left = 1000 + 2 * len(data)
 
     def run(self) -> Any:
         """The object that the pickle leaves behind."""
-        left = _FREE_BYTES + _BYTES_PER_BYTE * len(self.data)
+        left = _allowance(self.data)
         for _ in range(MAX_INSTRUCTIONS):
             (code,) = self.take(1)
             if code == _STOP:
@@ -142,7 +171,7 @@ class _Machine:
             step(self)
             left -= cost
             if left < 0:
-                raise PickleFault("it makes far more objects than a file of its size describes")
+                raise PickleFault(_TOO_MUCH)
         else:
             raise PickleFault(f"it has more than {MAX_INSTRUCTIONS} instructions")
         if len(self.stack) != 1 or self.below:
@@ -334,7 +363,7 @@ _CODES: dict[str, tuple[Step, int]] = {
     "0": (_Machine.pop, 8),
     "1": (_Machine.items, 8),
     "2": (lambda m: m.stack.append(m.top()), 8),
-    "(": (_Machine.mark, 64),
+    "(": (_Machine.mark, 90),
     "N": (_pushes(lambda m: None), 8),
     "\x88": (_pushes(lambda m: True), 8),
     "\x89": (_pushes(lambda m: False), 8),

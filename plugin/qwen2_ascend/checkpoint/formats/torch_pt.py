@@ -20,6 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from qwen2_ascend.checkpoint.formats import pickles
 from qwen2_ascend.checkpoint.formats.pickles import (
     PLAIN,
     Call,
@@ -136,6 +137,23 @@ def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
     faults = (f"{what}: tensor {name}: {leaf.reason}." for name, leaf in _unreadable(obj))
     raise_if(faults)
     return obj
+
+
+def check_size(path: str | Path) -> None:
+    """For a file that torch.load will read: whether its pickle makes no more than its size allows.
+
+    Raises:
+        UserError: it makes far more. Whatever else is wrong with it is left to torch.load.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        num_bytes = file.seek(0, 2)
+        try:
+            data = _data_pkl(file, read_zip(file, 0, num_bytes))[1]
+        except ZipFault:  # perhaps one bare pickle, as torch wrote before 1.6
+            file.seek(0)
+            data = file.read(MAX_PICKLE_BYTES)
+    pickles.check_size(data, str(path))
 
 
 def layout_pt(obj: Any, name: str = "archive") -> PtLayout:

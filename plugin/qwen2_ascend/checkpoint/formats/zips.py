@@ -21,7 +21,7 @@ from qwen2_ascend.checkpoint.formats.stored import FileLayout
 
 ALIGNMENT = 64
 """Bytes; what torch.save aligns the data of every record to."""
-MAX_DIRECTORY_BYTES = 1 << 23
+MAX_DIRECTORY_BYTES = 1 << 21
 """Of a central directory that is read; a record takes about 60 bytes there."""
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")

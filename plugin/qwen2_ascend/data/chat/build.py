@@ -16,6 +16,7 @@ from qwen2_ascend.data.chat.prepare import Preparation, prepared
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.data.chat.stored import SIDES, StoredChats
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.vocabulary import unknown_tokens
 
 SHOWN_BAD_ROWS = 20
 
@@ -77,7 +78,8 @@ def build_chat_datasets(
         variable_seq_lengths: pad a micro-batch to its longest chat only; not with `pack`.
         pad_to_multiple_of: with `variable_seq_lengths`, the batch's length is a multiple of it.
         shuffle: give every epoch an order of its own.
-        vocab_size: rows of the model's embedding; a sample of the tokens is checked against it.
+        vocab_size: rows of the model's embedding; the data's largest token is checked against it
+            where the preparation noted that, else a sample of the tokens, and later every batch.
         data_cache_path: where files are prepared, on storage that all nodes share; a folder
             `.qwen2_ascend_cache` beside each file when None.
         workers: processes that prepare; by default as many as there are cores.
@@ -109,7 +111,9 @@ def build_chat_datasets(
             )
         dataset = None
         if source is not None:
-            dataset = EpochDataset(source, num_samples=wanted, seed=seed, shuffle=shuffle)
+            dataset = EpochDataset(
+                source, num_samples=wanted, seed=seed, shuffle=shuffle, vocab_size=vocab_size
+            )
         built.append(dataset)
     train, valid = built
     if train is None:
@@ -169,11 +173,8 @@ class _Making:
                 "without --pack and pack them at start."
             )
         largest = max(side.largest_token() for side in sides)
-        if self.vocab_size is not None and largest >= self.vocab_size:
-            faults.append(
-                f"{words} holds token {largest}, the model's vocabulary ends at "
-                f"{self.vocab_size - 1}; the data was written with another tokenizer."
-            )
+        if self.vocab_size is not None and (unknown := unknown_tokens([largest], self.vocab_size)):
+            faults.append(f"{words} {unknown}")
         raise_if(faults)
 
     def _usable(self, name: str, sides: Sequence[StoredChats], rows: np.ndarray) -> np.ndarray:
@@ -202,9 +203,12 @@ class _Making:
 
     def _dataset(self, sides: Sequence[StoredChats], rows: np.ndarray) -> Any:
         # any valid id does: no loss is on it, and no token that has one sees it
+        pad_token = sides[0].pad_token or 0
+        if self.vocab_size is not None and pad_token >= self.vocab_size:
+            pad_token = 0
         keywords: dict[str, Any] = dict(
             seq_length=self.seq_length,
-            pad_token=sides[0].pad_token or 0,
+            pad_token=pad_token,
             variable_seq_lengths=self.variable_seq_lengths,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )

@@ -189,10 +189,20 @@ class EpochDataset:
     """
 
     def __init__(
-        self, source: SampleSource, *, num_samples: int | None, seed: int, shuffle: bool = True
+        self,
+        source: SampleSource,
+        *,
+        num_samples: int | None,
+        seed: int,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
-        """Repeats `source` until there are `num_samples`; None is one epoch."""
+        """Repeats `source` until there are `num_samples`; None is one epoch.
+
+        With `vocab_size` every batch is looked at for tokens that the model does not have.
+        """
         self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.vocab_size = vocab_size
         self.num_samples = len(source) if num_samples is None else num_samples
 
     @property
@@ -208,7 +218,11 @@ class EpochDataset:
     def with_num_samples(self, num_samples: int) -> EpochDataset:
         """The same data and order, of another length."""
         return EpochDataset(
-            self.source, num_samples=num_samples, seed=self.seed, shuffle=self.shuffle
+            self.source,
+            num_samples=num_samples,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            vocab_size=self.vocab_size,
         )
 
     def __len__(self) -> int:

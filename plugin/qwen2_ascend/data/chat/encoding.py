@@ -15,8 +15,13 @@ from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, Tokens
 from qwen2_ascend.data.chat.rows import where
 from qwen2_ascend.data.chat.stored import IGNORED, SIDES
 from qwen2_ascend.data.inputs import Row
-from qwen2_ascend.data.tokenization import BadRow, Encoded, open_tokenizer
+from qwen2_ascend.data.tokenization import BadRow, Encoded
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.pretrained import open_tokenizer
+
+UNUSED = "rows with the unused key "
+"""What the tally of a key begins with that means nothing here."""
+MOST_UNUSED = 100
 
 
 def output_keys(task: str) -> tuple[str, ...]:
@@ -49,6 +54,7 @@ class ChatEncoder:
             mask_history=mask_history,
         )
         self._formats, self._task = formats, task
+        self._unused: set[str] = set()
         self._seq_length, self._max_row_bytes = seq_length, max_row_bytes
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
@@ -57,7 +63,10 @@ class ChatEncoder:
         chats = {}
         for i, row in enumerate(rows):
             try:
-                chats[i] = self._formats[row.path].chats(self._parsed(row))
+                values = self._parsed(row)
+                chats[i] = self._formats[row.path].chats(values)
+                unknown = self._formats[row.path].unknown_keys(values)
+                tallies.update({UNUSED + self._counted(key) for key in unknown})
             except ValueError as error:
                 bad[i] = str(error)
         rendered = iter(self._render([chat for pair in chats.values() for chat in pair]))
@@ -89,6 +98,12 @@ class ChatEncoder:
             bad_rows=[BadRow(where(rows[i]), bad[i]) for i in sorted(bad)],
             tallies=dict(tallies),
         )
+
+    def _counted(self, key: str) -> str:
+        """The key, or what all keys are counted as when a file has more than anyone would read."""
+        if len(self._unused) < MOST_UNUSED:
+            self._unused.add(key)
+        return key if key in self._unused else "others"
 
     def _parsed(self, row: Row) -> Any:
         if row.raw is None:

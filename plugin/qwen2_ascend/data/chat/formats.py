@@ -63,6 +63,17 @@ ROLES = {
 """What roles are called in files, and the role; a function_call becomes an assistant's."""
 
 
+TRAINED = ("weight", "loss", "loss_mask", "train", "training", "trainable")
+"""Keys by which OpenAI, ms-swift, slime, verl and axolotl say whether a message is trained on."""
+MESSAGE_KEYS = frozenset(
+    (
+        *("role", "content", "tool_calls", "function_call", "name", "tool_call_id", "id"),
+        *("reasoning_content", "reasoning", "thinking", *TRAINED),
+    )
+)
+"""Keys of a message that mean something here, or to a chat template."""
+
+
 class Chat(NamedTuple):
     """A conversation."""
 
@@ -92,10 +103,24 @@ class RowFormat:
         """
         if not isinstance(row, Mapping):
             raise ValueError(f"is a {type(row).__name__}, not an object")
+        for key in TRAINED:
+            if key not in self.columns.values() and not _is_trained(row, key, "the row"):
+                raise ValueError(f"says {key}={row[key]!r} of itself, so it is not trained on")
         if self.task == "dpo":
             return self._pair(row)
         messages = self._alpaca(row) if self.kind == "alpaca" else self._messages(row)
         return [_chat(messages, self._tools(row), 0)]
+
+    def unknown_keys(self, row: Row) -> set[str]:
+        """What the row and its messages have that means nothing here, for a list of such keys."""
+        unknown = {repr(key) for key in row if key not in (*self.columns.values(), *TRAINED)}
+        known = {self.tags["content_tag"], self.tags["role_tag"], *MESSAGE_KEYS}
+        for column in self.columns.values():
+            value = row.get(column)
+            for turn in value if isinstance(value, list) else [value]:
+                if isinstance(turn, Mapping) and self.tags["role_tag"] in turn:
+                    unknown |= {f"{key!r} of a message" for key in turn if key not in known}
+        return unknown
 
     def describe(self) -> str:
         """The format and the columns, as a file's headline says them."""
@@ -155,7 +180,7 @@ class RowFormat:
         value = self._column(row, "tools")
         if isinstance(value, str):
             value = _json(value, repr(self.columns["tools"])) if value.strip() else None
-        if not value:
+        if value is None or value == {}:
             return None
         if isinstance(value, Mapping):
             value = [value]
@@ -246,7 +271,7 @@ class RowFormat:
 def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, start: int) -> Chat:
     """The chat, when it is one; the loss is on what the assistant says from turn `start` on.
 
-    A message with OpenAI's `weight` 0 is not trained on.
+    A message that says so, by one of the keys TRAINED, is not trained on.
     """
     trained = []
     messages = [dict(message) for message in messages]  # the sides of a pair share some
@@ -254,11 +279,34 @@ def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, start: in
         role = message["role"]
         if role in ("user", "assistant") and not (message["content"] or message.get("tool_calls")):
             raise ValueError(f"turn {i + 1} ({role}) is empty")
-        if message.pop("weight", 1) and role == "assistant" and i >= start:
+        where = f"turn {i + 1} ({role})"
+        is_trained = all([_is_trained(message, key, where) for key in TRAINED])
+        if role != "assistant" and any(message.get(key) for key in TRAINED):
+            raise ValueError(f"{where} asks to be trained on, which only an assistant's can be")
+        if is_trained and role == "assistant" and i >= start:
             trained.append(i)
+        for key in TRAINED:
+            message.pop(key, None)
     if not trained:
         raise ValueError("the assistant says nothing to train on")
     return Chat(messages, tools, tuple(trained))
+
+
+def _is_trained(holder: Mapping[str, Any], key: str, where: str) -> bool:
+    """What a key of TRAINED says, yes where it is absent.
+
+    Raises:
+        ValueError: neither yes nor no.
+    """
+    value = holder.get(key)
+    if value is None:
+        return True
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise ValueError(
+            f"{where} has {key}={value!r}; known are 0, 1, false and true; where the key means "
+            "something else, leave it out"
+        )
+    return bool(value)
 
 
 def _said(role: str, text: Any) -> Message:

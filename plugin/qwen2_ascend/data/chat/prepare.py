@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".jl", ".parquet")
 CACHE_FOLDER = ".qwen2_ascend_cache"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json")
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 
 
 class Preparation(NamedTuple):
@@ -66,7 +66,10 @@ def _cached_prefix(word: str, preparation: Preparation) -> Path:
     """Where the result is kept; other settings or a changed file mean another place."""
     folder = preparation.data_cache_path or Path(word).parent / CACHE_FOLDER
     tokenizer = Path(str(preparation.tokenizer))
-    read = [Path(word), *(tokenizer / name for name in TOKENIZER_FILES)]
+    read = [
+        Path(word),
+        *(path for name in TOKENIZER_FILES for path in sorted(tokenizer.glob(name))),
+    ]
     if preparation.chat.chat_template:
         read.append(preparation.chat.chat_template)
     deciding = [

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from qwen2_ascend.chat_template import all_templates
 from qwen2_ascend.data.chat.check import find_formats
 from qwen2_ascend.data.chat.encoding import (
     ChatEncoder,
@@ -22,7 +23,7 @@ from qwen2_ascend.data.chat.encoding import (
 )
 from qwen2_ascend.data.chat.formats import RowFormat
 from qwen2_ascend.data.chat.packing import best_fit_decreasing
-from qwen2_ascend.data.chat.rendering import load_template, read_template
+from qwen2_ascend.data.chat.rendering import read_template
 from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows
 from qwen2_ascend.data.chat.stored import IGNORED
 from qwen2_ascend.data.chat.summary import Summary
@@ -31,7 +32,7 @@ from qwen2_ascend.data.inputs import InputFile
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Counts, State, join
 from qwen2_ascend.data.preprocess import num_cores, write_parts
-from qwen2_ascend.data.tokenization import open_tokenizer
+from qwen2_ascend.pretrained import open_tokenizer
 
 BYTES_PER_WORKER = 4 * 2**20
 """A worker takes seconds to start, so small files are not worth many."""
@@ -118,7 +119,7 @@ def _deciding_settings(
     template: str | None,
 ) -> dict[str, Any]:
     # also finds out whether there is a template before any work begins
-    template = load_template(tokenizer, template)
+    templates = all_templates(tokenizer, template)
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.name_or_path
     pad_token = tokenizer.pad_token_id
     deciding = {
@@ -127,7 +128,7 @@ def _deciding_settings(
         "formats": [asdict(found) for found in formats.values()],
         "max_document_bytes": settings.max_document_bytes,
         "tokenizer": xxhash.xxh3_64(backend.encode()).hexdigest(),
-        "chat_template": xxhash.xxh3_64(template.encode()).hexdigest(),
+        "chat_template": xxhash.xxh3_64("\0".join(templates.values()).encode()).hexdigest(),
         "vocab_size": len(tokenizer),
         "pad_token": pad_token if pad_token is not None else tokenizer.eos_token_id or 0,
         "train_on_prompt": settings.chat.train_on_prompt,

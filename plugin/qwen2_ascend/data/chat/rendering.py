@@ -6,6 +6,7 @@ The loss is on what the model would say itself: from behind the generation promp
 generation has stopped there. Where each turn begins and ends is asked of the template itself, by
 rendering the chat up to that turn. That is right if such a rendering is how the whole chat's
 begins, which is checked; a template with `{% generation %}` markers is asked for those instead.
+A chat of which the text lacks a part is refused: it would be trained on as another one.
 
 Text is tokenized piece by piece, cut where the loss begins and ends, because that is how the
 model meets it: the generation prompt is complete before the first token of the answer.
@@ -20,10 +21,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen2_ascend import chat_template as templates
+from qwen2_ascend.chat_template import (
+    GENERATION_MARKER,
+    ChatError,
+    LimitError,
+    lost_tools,
+    lost_turns,
+    template_for,
+)
 from qwen2_ascend.data.chat.formats import Chat
 from qwen2_ascend.errors import UserError
-
-GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+from qwen2_ascend.pretrained import one_line
 
 
 class TemplateError(UserError):
@@ -69,18 +78,18 @@ class ChatRenderer:
             UserError: there is no template.
         """
         self._tokenizer = tokenizer
-        self._template = load_template(tokenizer, chat_template)
+        self._given = chat_template
+        texts = templates.all_templates(tokenizer, chat_template).values()
         self._train_on_prompt, self._mask_history = train_on_prompt, mask_history
         if tokenizer.is_fast:
             self._backend = tokenizer.backend_tokenizer
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._has_markers = bool(GENERATION_MARKER.search(self._template))
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special and token.content.strip()}
         special |= set(tokenizer.all_special_tokens)
         # what the template writes between turns; in a text it would end the turn there
-        self._control = sorted(token for token in special if token in self._template)
+        self._control = sorted(token for token in special if any(token in t for t in texts))
         # up to the last special token, when nothing but white space follows
         tokens = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._turn_end = re.compile(rf"(?s)(.*(?:{tokens}))\s*\Z") if tokens else None
@@ -95,7 +104,10 @@ class ChatRenderer:
         for chat in chats:
             try:
                 self._check_texts(chat)
-                results.append(self._marked(chat) if self._takes_markers(chat) else self.cut(chat))
+                with templates.limited(chat.messages):
+                    results.append(self.cut(chat))
+            except LimitError as error:
+                results.append(TemplateError(error.faults))
             except ValueError as error:
                 results.append(error)
         texts = [piece.text for r in results if isinstance(r, list) for piece in r]
@@ -118,25 +130,25 @@ class ChatRenderer:
         Raises:
             ValueError: the template refuses the chat.
         """
-        try:
-            return self._tokenizer.apply_chat_template(
-                chat.messages[:end],
-                tools=chat.tools,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=ask,
-            )
-        except Exception as error:  # jinja2's, or whatever the template's own code meets
-            raise ValueError(f"the chat template refuses it: {_one_line(error)}") from None
+        return templates.render(
+            self._tokenizer,
+            chat.messages[:end],
+            tools=chat.tools,
+            template=self._given,
+            add_generation_prompt=ask,
+        )
 
     def cut(self, chat: Chat) -> list[Piece]:
         """The rendered chat, cut where the loss begins and ends.
 
         Raises:
-            ValueError: the template refuses the chat.
+            ValueError: the template refuses the chat, or leaves a part of it out.
             TemplateError: its beginning is rendered differently from the whole.
         """
+        if self._takes_markers(chat):
+            return self._marked(chat)
         whole = self.render(chat)
+        self._check_whole(chat, whole)
         if self._train_on_prompt:
             return [Piece(whole, True)]
         pieces, at = [], 0
@@ -144,6 +156,7 @@ class ChatRenderer:
             begin = self._length_of(self.render(chat, turn, ask=True), whole, turn)
             end = self._length_of(self.render(chat, turn + 1), whole, turn + 1)
             said = whole[begin:end]
+            self._check_said(said, chat, (turn,))
             if self._turn_end and (match := self._turn_end.match(said)):
                 said = match[1]
             pieces += [Piece(whole[at:begin], False), Piece(said, True)]
@@ -166,28 +179,59 @@ class ChatRenderer:
 
     def _takes_markers(self, chat: Chat) -> bool:
         """Whether the markers' turns are the ones that are trained on."""
-        if not self._has_markers or self._train_on_prompt or self._mask_history:
+        if self._train_on_prompt or self._mask_history:
+            return False
+        if not GENERATION_MARKER.search(template_for(self._tokenizer, chat.tools, self._given)):
             return False
         said = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         return list(chat.trained) == said
 
-    def _marked(self, chat: Chat) -> Tokens:
-        """The tokens that transformers finds between the template's markers."""
-        try:
-            found = self._tokenizer.apply_chat_template(
-                chat.messages,
-                tools=chat.tools,
-                chat_template=self._template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except Exception as error:
-            raise ValueError(f"the chat template refuses it: {_one_line(error)}") from None
-        return Tokens(
-            np.array(found["input_ids"], dtype=np.int32),
-            np.array(found["assistant_masks"], dtype=bool),
+    def _marked(self, chat: Chat) -> list[Piece]:
+        """The rendered chat, cut at the template's markers."""
+        template = template_for(self._tokenizer, chat.tools, self._given)
+        whole, spans = templates.render_marked(
+            self._tokenizer, chat.messages, tools=chat.tools, template=template
         )
+        self._check_whole(chat, whole)
+        self._check_said("".join(whole[begin:end] for begin, end in spans), chat, chat.trained)
+        pieces, at = [], 0
+        for begin, end in sorted(spans):
+            begin = max(begin, at)
+            pieces += [Piece(whole[at:begin], False), Piece(whole[begin:end], True)]
+            at = max(at, end)
+        pieces.append(Piece(whole[at:], False))
+        return [piece for piece in pieces if piece.text]
+
+    def _check_said(self, said: str, chat: Chat, turns: Sequence[int]) -> None:
+        """Refuses a text between prompts or markers that is not the assistant's.
+
+        Raises:
+            ChatError: says what is not in it.
+        """
+        if lost := lost_turns(said, chat.messages, turns):
+            raise ChatError(
+                f"the chat template does not write {', '.join(lost)} where the assistant speaks"
+            )
+
+    def _check_whole(self, chat: Chat, whole: str) -> None:
+        """Refuses a chat that would be trained on as another one.
+
+        Raises:
+            ValueError: says what the template has left out.
+        """
+        last = chat.trained[-1]
+        turns = [  # with --mask-history a template may leave earlier answers out
+            turn
+            for turn, message in enumerate(chat.messages)
+            if turn == last or message["role"] != "assistant" or not self._mask_history
+        ]
+        lost = lost_turns(whole, chat.messages, turns)
+        lost += lost_tools(self._tokenizer, whole, chat.messages, chat.tools, template=self._given)
+        if lost:
+            raise ChatError(
+                f"the chat template leaves out {', '.join(lost)}; give --chat-template one that "
+                "writes it, or take it out of the row"
+            )
 
     def _check_texts(self, chat: Chat) -> None:
         """Refuses texts that would end their turn, or are no text.
@@ -200,7 +244,8 @@ class ChatRenderer:
             for token in self._control:
                 if token in text:
                     raise ValueError(
-                        f"turn {number} holds {token}, which the template writes between turns"
+                        f"turn {number} holds {one_line(token)}, which the template writes "
+                        "between turns"
                     )
         try:
             for message in chat.messages:
@@ -218,23 +263,6 @@ class ChatRenderer:
         return [encoding.ids for encoding in encodings]
 
 
-def load_template(tokenizer: Any, chat_template: str | None) -> str:
-    """The Jinja template that chats are rendered with.
-
-    Raises:
-        UserError: there is none.
-    """
-    if chat_template is not None:
-        return chat_template
-    try:
-        return tokenizer.get_chat_template()
-    except Exception as error:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template ({_one_line(error)}); "
-            "give --chat-template FILE, or the tokenizer of an instruct model."
-        ) from None
-
-
 def read_template(path: Path | None) -> str | None:
     """The text of --chat-template.
 
@@ -246,14 +274,10 @@ def read_template(path: Path | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {path}: cannot be read: {_one_line(error)}.") from None
+        raise UserError(f"--chat-template {path}: cannot be read: {one_line(error)}.") from None
 
 
 def _joined(pieces: list[tuple[list[int], bool]]) -> Tokens:
     ids = np.array([i for piece, _ in pieces for i in piece], dtype=np.int32)
     trained = np.repeat([trained for _, trained in pieces], [len(piece) for piece, _ in pieces])
     return Tokens(ids, trained)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

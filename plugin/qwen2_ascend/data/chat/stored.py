@@ -93,7 +93,7 @@ class StoredChats:
         return f"row {row} of {self._parts[part].prefix}"
 
     def largest_token(self) -> int:
-        """The largest id among some rows spread evenly over the data."""
+        """The largest id, or that of some rows spread evenly over data prepared elsewhere."""
         return max(part.largest_token() for part in self._parts)
 
     def num_trained(self, row: int, limit: int) -> int:
@@ -105,7 +105,7 @@ class _Part:
     def __init__(self, prefix: str | Path, side: str) -> None:
         from qwen2_ascend.data.indexed import open_indexed
 
-        self.prefix = prefix
+        self.prefix, self._side = prefix, side
         self._ids = open_indexed(dataset_path(prefix, f"{side}input_ids"))
         self._labels = open_indexed(dataset_path(prefix, f"{side}labels"))
         masks = dataset_path(prefix, "attention_mask")
@@ -143,7 +143,11 @@ class _Part:
         return []
 
     def largest_token(self) -> int:
-        return max(int(self._ids[row].max()) for row in self._sampled())
+        """Of all rows where the preparation noted it, else of some."""
+        from qwen2_ascend.data.indexed import largest_token
+
+        noted = largest_token(dataset_path(self.prefix, f"{self._side}input_ids"))
+        return noted if noted is not None else max(int(self._ids[r].max()) for r in self._sampled())
 
     def _sampled(self, count: int = 64) -> range:
         return range(0, len(self.lengths), -(-len(self.lengths) // count))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from qwen2_ascend.data.chat.encoding import UNUSED
 from qwen2_ascend.data.command import PreprocessSettings
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import State
+from qwen2_ascend.pretrained import one_line
+
+MOST_KEYS = 20
+"""Keys that are named one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,8 @@ class Summary:
     """Tokens of each chat; of pairs of both sides."""
     trained_tokens: int
     truncated: int
+    unused_keys: Mapping[str, int]
+    """Keys that mean nothing here, and in how many rows they are."""
     packs: int | None = None
 
     @classmethod
@@ -39,6 +46,11 @@ class Summary:
             lengths=np.concatenate(lengths),
             trained_tokens=state.tallies.get("trained_tokens", 0),
             truncated=state.tallies.get("truncated", 0),
+            unused_keys={
+                key.removeprefix(UNUSED): count
+                for key, count in sorted(state.tallies.items(), key=lambda item: -item[1])
+                if key.startswith(UNUSED)
+            },
         )
 
     def print(self, output: Output, settings: PreprocessSettings, seconds: float) -> None:
@@ -57,6 +69,10 @@ class Summary:
             if self.packs is not None:
                 full = tokens / (self.packs * seq_length)
                 print(f"  packs            {self.packs:,} of {seq_length:,}, {full:.1%} full")
+        if self.unused_keys:
+            shown = [f"{one_line(k, 40)} ({n:,} rows)" for k, n in self.unused_keys.items()]
+            more = f" and {len(shown) - MOST_KEYS} more" if len(shown) > MOST_KEYS else ""
+            print(f"  keys not used    {', '.join(shown[:MOST_KEYS])}{more}")
         listed = f", listed in {output.bad_rows}" if self.bad_rows else ""
         print(f"bad rows  {self.bad_rows:,}{listed}")
         print(f"time      {seconds:,.1f} s")
