@@ -1016,7 +1016,7 @@ def test_a_lock_keeps_a_second_conversion_out(tmp_path):
         (staged.folder / "work").write_text("in progress")
         for flags in ([], ["--overwrite"], ["--resume"]):
             ended = convert(source, tmp_path / "target", *flags).require(2)
-            assert "another conversion is writing it" in ended.err or not flags
+            assert "another process is writing it" in ended.err or not flags
         assert (staged.folder / "work").read_text() == "in progress"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
