@@ -199,6 +199,7 @@ def code_in_a_checkpoint_is_not_run(run: Run) -> str:
     flags = f"{FLAGS} --zero-stage 2 --micro-batch-size 8 --data-path {chats(run)} --save {folder}"
     _, saved = steps_and_save(run, flags)
     assert start(run, flags, load=folder)[0].progress.iteration == 2
+    (saved / "qwen2_ascend_manifest.json").unlink()  # whose checksums would refuse it already
     for path in (saved / "zero").glob("*.pt"):
         path.write_bytes(pickle.dumps(Hostile(str(mark)), protocol=2))
         try:
