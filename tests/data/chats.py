@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from corpora import save_tokenizer
+from data.corpora import save_tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -115,7 +115,7 @@ def chat_rows(count: int, *, seed: int = 0, longest: int = 30) -> list[dict]:
     """Rows of OpenAI messages with one to three turns of the assistant."""
     import random
 
-    from corpora import documents
+    from data.corpora import documents
 
     draw = random.Random(seed)
     texts = iter(documents(count * 6, seed=seed, longest=longest))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 from distributed.harness import Checks, Run, main
-from distributed.train_worker import FLAGS, save, start, steps
+from distributed.train_worker import FLAGS, LAYOUTS, save, start, state_of, steps
 
 CHECKS = Checks()
 
@@ -74,6 +75,131 @@ for _poison in (in_the_generators, in_the_metadata, in_the_common_part):
     CHECKS.add(world_size=1, name=f"refuses-a-pickle-{_poison.__name__}")(
         functools.partial(a_pickle_is_refused, _poison)
     )
+
+
+@CHECKS.add(world_size=2)
+def megatron_core_reads_what_every_rank_has_written(run: Run) -> str:
+    """Its own dist_checkpointing, into its own sharded tensors: the weights, and Adam's moments."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from qwen2_ascend.checkpoint.load import unwrap
+    from qwen2_ascend.runtime.megatron_compat import virtual_stage
+
+    for layout in ("dp2-distributed-optimizer", "tp2", "pp2-vpp2"):
+        folder = run.folder / f"for-megatron-{layout}"
+        training = start(run, f"{FLAGS} {LAYOUTS[layout][1]} --save {folder}")
+        steps(training, 2)
+        iteration = save(training)
+        expected = {k: v for k, v in state_of(training).items()}
+        for index, chunk in enumerate(training.chunks):
+            with virtual_stage(index if len(training.chunks) > 1 else None):
+                wanted = unwrap(chunk).sharded_state_dict(prefix="")
+            found = dist_checkpointing.load(dict(wanted), str(iteration))
+            for name, parameter in unwrap(chunk).named_parameters():
+                assert torch.equal(found[name], expected[f"{index}.{name}"]), (layout, name)
+                assert parameter.shape == found[name].shape
+            with virtual_stage(index if len(training.chunks) > 1 else None):
+                wanted = unwrap(chunk).sharded_state_dict(prefix="")
+            moments = {
+                name: dataclasses.replace(tensor, key=f"optimizer.state.exp_avg.{tensor.key}")
+                for name, tensor in wanted.items()
+                if isinstance(tensor, dist_checkpointing.ShardedTensor)
+            }
+            found = dist_checkpointing.load(moments, str(iteration))
+            assert len(moments) > 5
+            for name in moments:
+                own = expected[f"{index}.{name}.exp_avg"]
+                assert torch.equal(found[name], own), (layout, name)
+    return ""
+
+
+@CHECKS.add(world_size=4)
+def every_rank_writes_its_share(run: Run) -> str:
+    """Four data-parallel ranks, with and without the distributed optimizer."""
+    import json
+
+    for name, flags in (("plain", ""), ("distributed", "--use-distributed-optimizer")):
+        folder = run.folder / f"shares-{name}"
+        training = start(run, f"{FLAGS} --micro-batch-size 1 {flags} --save {folder}")
+        steps(training, 1)
+        iteration = save(training)
+        if run.runtime.rank == 0:
+            sizes = json.loads((iteration / "qwen2_ascend_manifest.json").read_bytes())["sizes"]
+            assert sorted(sizes) == [f"__{rank}_0.distcp" for rank in range(4)]
+            assert max(sizes.values()) < 1.1 * sum(sizes.values()) / 4, (name, sizes)
+    return ""
+
+
+@CHECKS.add(world_size=1)
+def no_flipped_bit_is_taken(run: Run) -> str:
+    """Whatever file it is in: refused in words, or what was saved comes back all the same."""
+    import random
+    import shutil
+
+    from qwen2_ascend.errors import UserError
+
+    refused = 0
+    for form in ("torch_dist", "torch"):
+        folder = run.folder / f"flips-{form}"
+        training = start(run, f"{FLAGS} --ckpt-format {form} --save {folder}")
+        steps(training, 1)
+        iteration = save(training)
+        expected = state_of(training)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        generator = random.Random(form)
+        for number in range(40):
+            path = files[number % len(files)]
+            whole = path.read_bytes()
+            spoilt = bytearray(whole)
+            spoilt[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+            path.write_bytes(bytes(spoilt))
+            try:
+                again = start(run, f"{FLAGS} --ckpt-format {form}", load=folder)
+            except UserError:
+                refused += 1
+            else:
+                found = state_of(again)
+                assert again.progress.iteration == 1, path
+                same = all((found[name] == value).all() for name, value in expected.items())
+                assert same, f"{path} was damaged and taken"
+            path.write_bytes(whole)
+        shutil.rmtree(folder)
+        assert iteration.name == "iter_0000001"
+    assert refused > 60, refused
+    return f"{refused} of 80 refused"
+
+
+@CHECKS.add(world_size=2)
+def a_disk_that_fails_on_one_rank_is_said_by_all(run: Run) -> str:
+    """The run ends, or goes on without the checkpoint, as --on-save-failure says."""
+    from qwen2_ascend.training import saving
+    from qwen2_ascend.training.checkpointer import SaveError
+
+    whole = saving.pwrite
+
+    def full(fd: int, data: object, offset: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    for policy in ("stop", "continue"):
+        folder = run.folder / f"failing-{policy}"
+        flags = f"{FLAGS} --use-distributed-optimizer --save {folder} --on-save-failure {policy}"
+        training = start(run, flags)
+        steps(training, 1)
+        saving.pwrite = full if run.runtime.rank == 1 else whole
+        try:
+            save(training)
+        except SaveError as error:
+            assert policy == "stop" and "iteration 1" in str(error), error
+        else:
+            assert policy == "continue"
+        finally:
+            saving.pwrite = whole
+        run.runtime.barrier()
+        assert not list(folder.glob("*iter_*")), list(folder.iterdir())
+        steps(training, 1)
+        assert save(training).is_dir()
+    return ""
 
 
 if __name__ == "__main__":

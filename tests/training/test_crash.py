@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from data.chats import chat_rows, save_chat_tokenizer, write_rows
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
 SEED = int(os.environ.get("QWEN2_CRASH_SEED", "0"))
@@ -24,7 +25,7 @@ ALL = os.environ.get("QWEN2_CRASH_POINTS") == "all"
 KILLED = -9
 PRETRAIN, FINETUNE = "qwen2_ascend.training.pretrain", "qwen2_ascend.finetuning.finetune"
 COMMON = (
-    "--seq-length 16 --global-batch-size 2 --train-iters 4 --lr 1e-3 --save-interval 2 "
+    "--seq-length 64 --global-batch-size 2 --train-iters 4 --lr 1e-3 --save-interval 2 "
     "--device cpu --no-log-energy"
 )
 KINDS = {
@@ -38,12 +39,14 @@ KINDS = {
 class Driver:
     """The process that runs and kills launchers."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._log = open(folder / "log", "w")  # noqa: SIM115
+        self._lines = open(folder / "log")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("crash_driver.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._log,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
@@ -55,14 +58,20 @@ class Driver:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
+    def said(self) -> str:
+        """Everything that has been printed since the last time."""
+        return self._lines.read()
+
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._log.close()
+        self._lines.close()
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    started = Driver()
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    started = Driver(tmp_path_factory.mktemp("driver"))
     yield started
     started.close()
 
@@ -70,14 +79,11 @@ def driver() -> Iterator[Driver]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("crash")
-    make_tiny_hugging_face_folder(folder / "hf", tiny_config(tie_word_embeddings=True))
-    rows = [{"messages": [message("user", i), message("assistant", i + 1)]} for i in range(16)]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = tiny_config(tie_word_embeddings=True, vocab_size=400)
+    make_tiny_hugging_face_folder(folder / "hf", config)
+    save_chat_tokenizer(folder / "hf")
+    write_rows(folder / "chats.jsonl", chat_rows(16))
     return folder
-
-
-def message(role: str, number: int) -> dict[str, str]:
-    return {"role": role, "content": f"{number} " * 2}
 
 
 def flags_of(kind: str, world: Path, save: Path, load: Path | None = None) -> tuple[str, str]:
@@ -96,6 +102,13 @@ def state(iteration: Path) -> dict[str, Any]:
     }
     whole = {f: c for f, c in manifest["files"].items() if f.endswith(".safetensors")}
     return tensors | whole
+
+
+def data_offset(iteration: Path, file: str) -> int:
+    """A byte of some tensor's in a file."""
+    manifest = json.loads((iteration / "qwen2_ascend_manifest.json").read_bytes())
+    entries = manifest["tensors"].get(file)
+    return next(iter(entries.values()))["offset"] if entries else 1000
 
 
 def losses(save: Path) -> dict[int, float]:
@@ -134,8 +147,49 @@ def test_a_killed_run_goes_on(kind: str, world: Path, driver: Driver, tmp_path: 
         assert again["status"] == 0, (point, announced)
         assert state(save / "iter_0000004") == expected, point
         assert losses(save) == losses(tmp_path / "whole"), point
+        assert (save / "iter_0000002").exists() == (kind != "async"), "--keep-last 1"
         assert is_clean(save), (point, sorted(path.name for path in save.iterdir()))
         shutil.rmtree(save)
+
+
+@pytest.mark.parametrize("kind", ["torch_dist", "lora"])
+@pytest.mark.parametrize("where", ["data", "small file", "manifest"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    kind: str, where: str, world: Path, driver: Driver, tmp_path: Path
+) -> None:
+    """Loudly; and the run arrives where it would have."""
+    module, flags = flags_of(kind, world, tmp_path / "run")
+    assert driver.run(module, flags)["status"] == 0
+    newest = tmp_path / "run" / "iter_0000004"
+    expected = state(newest)
+    weights = "__0_0.distcp" if kind == "torch_dist" else "adapter_model.safetensors"
+    small = "common.pt" if kind == "torch_dist" else "run.json"
+    names = {"data": weights, "small file": small, "manifest": "qwen2_ascend_manifest.json"}
+    path = newest / names[where]
+    spoilt = bytearray(path.read_bytes())
+    spoilt[data_offset(newest, weights) if where == "data" else 4] ^= 0x10
+    path.write_bytes(bytes(spoilt))
+    again = driver.run(module, flags)
+    assert again["status"] == 0
+    assert state(newest) == expected
+    said = driver.said()
+    assert "iter_0000004 is damaged and NOT used" in said
+    assert "iter_0000002 at iteration 2" in said
+    for iteration in (tmp_path / "run").glob("iter_*"):
+        (iteration / names["small file"]).write_bytes(b"no more")
+    assert driver.run(module, flags)["status"] == 2, "all are damaged"
+
+
+def test_a_folder_belongs_to_one_run(world: Path, driver: Driver, tmp_path: Path) -> None:
+    from qwen2_ascend.checkpoint.staging import FolderLock
+
+    module, flags = flags_of("torch_dist", world, tmp_path / "run")
+    lock = FolderLock(tmp_path / "run")
+    lock.acquire()
+    assert driver.run(module, flags)["status"] == 2
+    assert "another process is writing it" in driver.said()
+    lock.release()
+    assert driver.run(module, flags)["status"] == 0
 
 
 @pytest.mark.timeout(1200)
@@ -157,6 +211,7 @@ def test_the_tracked_iteration_may_be_written_again(
     )
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     calls = driver.run(module, flags)["calls"]
+    assert "iter_0000002 at iteration 2" in driver.said()
     points = places(calls, 13)
     assert len(points) > 2
     for point in points:

@@ -302,7 +302,8 @@ def _holds_checkpoint(folder: Path, found: Found | None) -> bool:
     if not folder.is_dir():
         return folder.exists()
     # a run that was killed before its first checkpoint may have left its config.json
-    signs = ("latest_*", "iter_*", ".iter_*.replaced", "mp_rank_*", "*.safetensors*", "*.bin")
+    signs = ("latest_*", "iter_*", ".iter_*.replaced", "mp_rank_*", ".metadata")
+    signs += ("*.safetensors*", "*.bin")
     return any(path for sign in signs for path in folder.glob(sign))
 
 
