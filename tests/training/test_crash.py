@@ -25,14 +25,13 @@ ALL = os.environ.get("QWEN2_CRASH_POINTS") == "all"
 KILLED = -9
 PRETRAIN, FINETUNE = "qwen2_ascend.training.pretrain", "qwen2_ascend.finetuning.finetune"
 COMMON = (
-    "--seq-length 64 --global-batch-size 2 --train-iters 4 --lr 1e-3 --save-interval 2 "
-    "--device cpu --no-log-energy"
+    "--global-batch-size 2 --train-iters 4 --lr 1e-3 --save-interval 2 --device cpu --no-log-energy"
 )
 KINDS = {
-    "torch_dist": (PRETRAIN, "--mock-data"),
-    "torch": (PRETRAIN, "--mock-data --ckpt-format torch --bf16"),
-    "async": (PRETRAIN, "--mock-data --async-save --keep-last 1"),
-    "lora": (FINETUNE, "--data-path {d}/chats.jsonl --lora-r 2 --lora-alpha 4"),
+    "torch_dist": (PRETRAIN, "--mock-data --seq-length 16"),
+    "torch": (PRETRAIN, "--mock-data --seq-length 16 --ckpt-format torch --bf16"),
+    "async": (PRETRAIN, "--mock-data --seq-length 16 --async-save --keep-last 1"),
+    "lora": (FINETUNE, "--data-path {d}/chats.jsonl --seq-length 288 --lora-r 2 --lora-alpha 4"),
 }
 
 
@@ -79,7 +78,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("crash")
-    config = tiny_config(tie_word_embeddings=True, vocab_size=400)
+    config = tiny_config(tie_word_embeddings=True, vocab_size=400, max_position_embeddings=512)
     make_tiny_hugging_face_folder(folder / "hf", config)
     save_chat_tokenizer(folder / "hf")
     write_rows(folder / "chats.jsonl", chat_rows(16))
