@@ -105,13 +105,23 @@ def parse_json(data: bytes, **options: Any) -> Any:
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise UserError(f"it holds more than {MAX_JSON_VALUES} values.")
     try:
-        return json.loads(data.decode("utf-8"), **options)
+        return json_value(data.decode("utf-8"), **options)
     except UserError:
         raise
-    except RecursionError:
-        raise UserError("not valid JSON: it is nested too deeply.") from None
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}.") from None
+
+
+def json_value(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text of anybody's; `options` go to `json.loads`.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than the parser goes (RecursionError there).
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def regular_files(path: Path) -> list[Path]:
