@@ -21,7 +21,7 @@ import numpy as np
 
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import json_value
+from qwen2_ascend.files import json_kind, json_value
 from qwen2_ascend.pretrained import is_encodable, open_tokenizer
 
 ENDOFTEXT = "<|endoftext|>"
@@ -169,7 +169,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"is JSON but a {type(values).__name__}, not an object")
+        raise ValueError(f"is JSON but a {json_kind(values)}, not an object")
     return values
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import json_value
+from qwen2_ascend.files import json_kind, json_value
 from qwen2_ascend.inference.settings import PromptSettings
 
 MOST_NAMED = 8
@@ -79,7 +79,7 @@ def _row(line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}.") from None
     if not isinstance(row, dict):
-        raise ValueError(f"is a JSON {type(row).__name__}, not an object.")
+        raise ValueError(f"is a JSON {json_kind(row)}, not an object.")
     if ("prompt" in row) == ("messages" in row):
         keys = ", ".join(map(repr, row)) or "none"
         raise ValueError(f'needs one of the keys "prompt" and "messages"; it has {keys}.')

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qwen2_ascend.errors import UserError, shown
-from qwen2_ascend.files import json_value
+from qwen2_ascend.files import json_kind, json_value
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -102,7 +102,7 @@ class RowFormat:
             ValueError: it is none; the message is the reason.
         """
         if not isinstance(row, Mapping):
-            raise ValueError(f"is a {type(row).__name__}, not an object")
+            raise ValueError(f"is a {json_kind(row)}, not an object")
         for key in TRAINED:
             if key not in self.columns.values() and not _is_trained(row, key, "the row"):
                 raise ValueError(f"says {key}={row[key]!r} of itself, so it is not trained on")
@@ -368,6 +368,8 @@ def _json(text: str, what: str) -> Any:
 
 
 def _no_column(row: Row, name: str) -> str:
+    if name in row:
+        return f"{name!r} is {shown(row[name])}, which is nothing to train on"
     return f"has no {name!r}; it has {', '.join(map(repr, list(row)[:8])) or 'nothing'}"
 
 
@@ -419,7 +421,7 @@ def detect_format(row: Any, task: str, map_keys: Mapping[str, Any]) -> RowFormat
         ValueError: in none; the message says what is missing.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"is a {type(row).__name__}, not an object")
+        raise ValueError(f"is a {json_kind(row)}, not an object")
     chosen = [map_keys.get(name, name) for name in ("chosen", "rejected")]
     has_pair = all(row.get(name) is not None for name in chosen)
     names = [map_keys["messages"]] if "messages" in map_keys else ["messages", "conversations"]
