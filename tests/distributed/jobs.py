@@ -81,7 +81,11 @@ class Job(NamedTuple):
         self.wait_until(reached)
 
     def wait_for_text(self, text: str) -> None:
-        self.wait_until(lambda: text in self.log)
+        def said() -> bool:
+            assert text in self.log or self.process.poll() is None, self.log[-3000:]
+            return text in self.log
+
+        self.wait_until(said)
 
     def wait(self, seconds: float = LONGEST_SECONDS) -> list[int]:
         """The exit statuses of all torchruns."""

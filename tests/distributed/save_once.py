@@ -16,7 +16,7 @@ def save_once(training: Any, make: Callable[[Callable[[str], None]], Any]) -> Pa
     """
     folder = training.settings.checkpoint.save
     with closing(make(lambda line: None)) as checkpointer:
-        checkpointer.open()
+        checkpointer.claim()
         checkpointer.save()
         checkpointer.finish()
     training.runtime.barrier()

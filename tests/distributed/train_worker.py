@@ -568,7 +568,7 @@ def positions_that_start_anew_are_where_tokens_are_rotated_to(run: Run) -> str:
     flags = f"--data-path {run.folder}/documents --split 100,0,0 --eod-token 0 --seq-length 32 "
     flags += "--micro-batch-size 4 --train-iters 1 --lr 1e-3 --reset-position-ids --device cpu"
     training = start(run, flags)
-    (batch,) = train_batches(training)
+    batch = next(train_batches(training))
     assert batch is not None
     position_ids = batch["position_ids"]
     assert (position_ids == 0).sum() > len(position_ids), "some documents begin inside of a row"

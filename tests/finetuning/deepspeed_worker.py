@@ -164,7 +164,7 @@ def a_checkpoint_goes_to_shards_and_back(run: Run) -> str:
             load_dir=source, save_dir=target, save_model_type=kind, layout=to, verify=True
         )
         convert.convert(convert.prepare(request), lambda line: None)
-    assert (back / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    assert data_of(back) == data_of(saved)
     return "bf16, TP2 PP2, bit-equal"
 
 
@@ -199,6 +199,7 @@ def code_in_a_checkpoint_is_not_run(run: Run) -> str:
     flags = f"{FLAGS} --zero-stage 2 --micro-batch-size 8 --data-path {chats(run)} --save {folder}"
     _, saved = steps_and_save(run, flags)
     assert start(run, flags, load=folder)[0].progress.iteration == 2
+    (saved / "qwen2_ascend_manifest.json").unlink()  # whose checksums would refuse it already
     for path in (saved / "zero").glob("*.pt"):
         path.write_bytes(pickle.dumps(Hostile(str(mark)), protocol=2))
         try:
@@ -486,6 +487,12 @@ def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Call
     training, plan = prepare(plan, run.runtime, lambda line: None)
     make = functools.partial(checkpointer, training, plan)
     return training, functools.partial(save_once, training, make)
+
+
+def data_of(folder: Path) -> bytes:
+    """All tensors of a folder's only file, in its order; its header also says who wrote it."""
+    written = (folder / "model.safetensors").read_bytes()
+    return written[8 + int.from_bytes(written[:8], "little") :]
 
 
 def forget_groups() -> None:

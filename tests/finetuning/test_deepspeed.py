@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from distributed.harness import Check, Launches
-from finetuning.deepspeed_worker import CHECKS
+from finetuning.deepspeed_worker import CHECKS, data_of
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.deepspeed.config import deepspeed_config
@@ -193,8 +193,8 @@ def test_a_run_from_the_command_line_to_a_hugging_face_folder(tmp_path: Path) ->
     metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3, 4]
     saved = tmp_path / "out" / "iter_0000004" / "model.safetensors"
-    assert (tmp_path / "tuned" / "model.safetensors").read_bytes() == saved.read_bytes()
-    assert saved.read_bytes() != (model / "model.safetensors").read_bytes()
+    assert data_of(tmp_path / "tuned") == data_of(saved.parent)
+    assert data_of(saved.parent) != data_of(model)
 
 
 @needs_deepspeed
@@ -220,9 +220,8 @@ def test_a_lora_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     last = tmp_path / "two" / "iter_0000004" / "adapter_model.safetensors"
     assert adapter == last.read_bytes()
-    tuned = (tmp_path / "tuned" / "model.safetensors").read_bytes()
-    assert len(tuned) == len((model / "model.safetensors").read_bytes())
-    assert tuned != (model / "model.safetensors").read_bytes()
+    assert len(data_of(tmp_path / "tuned")) == len(data_of(model))
+    assert data_of(tmp_path / "tuned") != data_of(model)
 
 
 def losses_of(folder: Path) -> list[float]:

@@ -12,23 +12,40 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import IO
 
 
 def run(main: Callable[[list[str]], int], flags: list[str]) -> dict[str, object]:
     from qwen2_ascend.runtime import startup
 
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), written_to_stderr() as err:
         try:
             status = main(flags)
         except SystemExit as exit_:
             status = exit_.code
     if startup._current is not None:
         startup._current.close()  # a failed run leaves this to the end of its process
-    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+    err.seek(0)
+    return {"status": status, "out": out.getvalue(), "err": err.read().decode()}
+
+
+@contextlib.contextmanager
+def written_to_stderr() -> Iterator[IO[bytes]]:
+    """A file with all that is written there: an end in words is written past Python's buffers."""
+    file, kept = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 - read by the caller
+    sys.stderr.flush()
+    os.dup2(file.fileno(), 2)
+    try:
+        yield file
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 if __name__ == "__main__":

@@ -104,21 +104,8 @@ class Reader:
             raw, start = raw[n:], start + n
 
     def checksum(self, held: Held) -> str:
-        """The xxh3-128 checksum of a stored tensor's bytes, in hexadecimal.
-
-        What is in memory already is hashed in place, at twice the speed. What is not is read,
-        since a disk that fails under a memory map kills the process instead of raising.
-        """
-        fd, mapped = self._open(held.stored.path)
-        if not _is_in_memory(fd, held.stored):
-            return _read_checksum(fd, held.stored)
-        checksum = xxhash.xxh3_128()
-        checksum.update(self.view(held, held.piece.box).reshape(-1).view(np.uint8).data)
-        start = held.stored.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        end = held.stored.offset + held.stored.num_bytes
-        if end > start and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED, start, end - start)  # ours no more, still cached
-        return checksum.hexdigest()
+        """The xxh3-128 checksum of a stored tensor's bytes, in hexadecimal."""
+        return _read_checksum(self._open(held.stored.path)[0], held.stored)
 
     def fill(self, out: np.ndarray, box: Box, copies: Sequence[Copy]) -> None:
         """Fills `out`, a `[blocks, rows, columns]` array of `box`, from the sources.
@@ -197,25 +184,15 @@ def _read_checksum(fd: int, stored: StoredTensor) -> str:
     checksum, raw = xxhash.xxh3_128(), memoryview(bytearray(BAND_BYTES))
     at, end = stored.offset, stored.offset + stored.num_bytes
     while at < end:
-        n = os.preadv(fd, [raw[: end - at]], at)
+        try:
+            n = os.preadv(fd, [raw[: end - at]], at)
+        except OSError as error:
+            raise OSError(f"{stored.path}: cannot be read: {error.strerror}.") from None
         if not n:
             return "file ends early"
         checksum.update(raw[:n])
         at += n
     return checksum.hexdigest()
-
-
-def _is_in_memory(fd: int, stored: StoredTensor) -> bool:
-    """Whether a byte of each band of a tensor is in the page cache, and so probably all are."""
-    no_wait = getattr(os, "RWF_NOWAIT", None)  # Linux
-    if no_wait is None:
-        return False
-    try:
-        for at in range(stored.offset, stored.offset + stored.num_bytes, BAND_BYTES):
-            os.preadv(fd, [bytearray(1)], at, no_wait)
-    except OSError:  # BlockingIOError, or a file system that cannot say
-        return False
-    return True
 
 
 class SourceChecks:

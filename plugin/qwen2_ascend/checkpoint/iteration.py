@@ -26,6 +26,8 @@ from qwen2_ascend.checkpoint.staging import (
     restore_replaced,
     write_file,
 )
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import read_bytes
 
 _PLACE = re.compile(r"\.(iter_[0-9]+)\.(partial|replaced|removed)")
 
@@ -116,6 +118,6 @@ def older_iterations(iteration: Path) -> list[Path]:
 
 
 def _holds(path: Path, data: bytes) -> bool:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size == len(data) and path.read_bytes() == data
+    with contextlib.suppress(OSError, UserError):
+        return path.stat().st_size == len(data) and read_bytes(path) == data
     return False

@@ -452,7 +452,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     checksums = _Each(_is_path, _is_checksum)
     form = _FORM | ({"files": checksums} if version == 2 else {})
-    form |= {"beside": checksums} if "beside" in raw else {}
+    form |= {"beside": checksums} if isinstance(raw, dict) and "beside" in raw else {}
     faults = list(_form_faults(raw, form, "")) or list(_omissions(raw))
     raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:_MOST_FAULTS])
     tensors = {

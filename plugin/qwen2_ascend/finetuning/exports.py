@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.errors import Faults, raise_if
+from qwen2_ascend.files import parse_json, read_bytes
 from qwen2_ascend.finetuning.settings import FinetuneSettings
 from qwen2_ascend.telemetry.settings import folder_fault
 from qwen2_ascend.training.plan import RunPlan
@@ -149,7 +150,7 @@ def merged_dtype(plan: RunPlan[FinetuneSettings]) -> str | None:
 def _is_made(plan: RunPlan[FinetuneSettings], folder: Path) -> bool:
     """Whether `folder` is this run's export; one with checkpoints must also have ended there."""
     try:
-        told: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_bytes())
+        told: dict[str, Any] = parse_json(read_bytes(folder / EXPORT_FILE))
         if told["run"] != plan.identity():
             return False
         made = {name: told[name] for name in ("iteration", "consumed_samples")}

@@ -115,7 +115,7 @@ def _gather(own: Any, judge: Callable[[Sequence[Any]], tuple[str, ...]]) -> None
     def judged(meeting: Meeting, key: str) -> _Answer:
         keys = [f"{key}/{rank}" for rank in range(1, meeting.world_size)]
         try:
-            meeting.store.wait(keys, timedelta(seconds=meeting.timeout_seconds))
+            meeting.store.wait(keys, timedelta(seconds=meeting.patience_seconds))
         except dist.DistStoreError:
             silent = [rank for rank, k in enumerate(keys, 1) if not meeting.store.check([k])]
             return _Answer(None, lost=f"rank(s) {', '.join(map(str, silent))} did not answer.")
@@ -143,7 +143,7 @@ def _told_by_first(answer: Callable[[Meeting, str], _Answer], own: Any = None) -
         if own is not None:
             meeting.store.set(f"{key}/{meeting.rank}", pickle.dumps(own))
         try:
-            wait = timedelta(seconds=meeting.timeout_seconds + _MARGIN_SECONDS)
+            wait = timedelta(seconds=meeting.patience_seconds + _MARGIN_SECONDS)
             meeting.store.wait([f"{key}/answer"], wait)
         except dist.DistStoreError as error:
             raise LostRankError("rank 0 did not answer within the time-out.") from error

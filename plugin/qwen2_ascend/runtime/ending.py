@@ -104,6 +104,9 @@ def complain(
 
 def _write(text: str) -> None:
     """Writes past Python's buffers: whoever holds their lock may never let go."""
+    if sys.stderr is not sys.__stderr__:  # somebody collects what is printed
+        print(text, end="", file=sys.stderr, flush=True)
+        return
     with suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 

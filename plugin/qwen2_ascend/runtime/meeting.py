@@ -24,6 +24,9 @@ from qwen2_ascend.runtime.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
 DEFAULT_SECONDS = 600.0
+START_SECONDS = 30.0
+"""What ranks are given at least to start and to agree: imports take some longer than others. Who is
+lost meanwhile is found by its heart, which does stop after the time-out."""
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -44,6 +47,11 @@ class Meeting:
     """The name of this start in the store."""
     watchdog: Watchdog | None = None
     """Looks after the other ranks; None of a process alone."""
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a rank that lives may take to say what it is asked."""
+        return max(self.timeout_seconds, START_SECONDS)
 
     def clone(self, seconds: float) -> Any:
         """The same store by a connection of its own, for a thread that must not wait for others."""
@@ -111,7 +119,7 @@ def _found(
     server: tuple[str, int], rank: int, world_size: int, timeout_seconds: float
 ) -> tuple[Any, str]:
     """The store, and the word of this start in it."""
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + max(timeout_seconds, START_SECONDS)
     hosts = _hosts_store(rank)
     while True:
         try:
@@ -209,9 +217,9 @@ def _answer(store: Any, rank: int, world_size: int, deadline: float) -> str:
 
 def _absent(who: str) -> UserError:
     return UserError(
-        f"the ranks cannot be joined: {who} did not start within the time-out; way out: see what "
-        "it says itself and whether its machine can be reached, or raise "
-        "--distributed-timeout-minutes."
+        f"the ranks cannot be joined: {who} did not start within the time-out (at least "
+        f"{START_SECONDS:g} s); way out: see what it says itself and whether its machine can be "
+        "reached, or raise --distributed-timeout-minutes."
     )
 
 

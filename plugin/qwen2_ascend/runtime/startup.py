@@ -130,10 +130,14 @@ def _started(
     group_seconds = timeout_seconds
     if name == "npu":
         group_seconds = environment.group_timeout_seconds(timeout_seconds, os.environ)
+    faults = Faults()
+    device = faults.of(lambda: _own_device(name, meeting.local_rank))
+    raise_together(faults)
+    assert device is not None
     runtime = Runtime(
         name=name,
         backend=BACKENDS[name],
-        device=_own_device(name, meeting.local_rank),
+        device=device,
         rank=meeting.rank,
         world_size=meeting.world_size,
         local_rank=meeting.local_rank,

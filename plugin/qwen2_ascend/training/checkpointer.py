@@ -87,7 +87,7 @@ class Checkpointer:
         self._lock = FolderLock(settings.save)
         self._group = host_group(runtime)
 
-    def open(self) -> None:
+    def claim(self) -> None:
         """Takes the folder, so that no other run saves into it, and puts right what a kill left.
 
         Raises:
@@ -110,12 +110,12 @@ class Checkpointer:
         """Takes another folder for what is saved from now on.
 
         Raises:
-            UserError: as `open`.
+            UserError: as `claim`.
         """
         self.finish()
         self._lock.release()
         self._save, self._lock = save, FolderLock(save)
-        self.open()
+        self.claim()
 
     def save(self, *, is_last: bool = False) -> None:
         """Writes the run's state; with --async-save it returns when the state is copied.

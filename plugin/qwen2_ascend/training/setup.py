@@ -392,7 +392,7 @@ def train_and_report(
         if run.settings.checkpoint.save:
             make = checkpointer or partial(megatron_checkpointer, run, checkpoint_identity(plan))
             opened = stack.enter_context(contextlib.closing(make(lambda line: log(line))))
-            opened.open()
+            opened.claim()
         reporter = _reporter(run, plan.config, plan.padded_vocab_size)
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step, say)
