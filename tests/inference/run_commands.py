@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 PROGRAMS = {
     "generate": "qwen2_ascend.inference.generate",
@@ -32,33 +29,14 @@ def run(command: dict[str, Any]) -> dict[str, object]:
     main = import_module(PROGRAMS[command["program"]]).main
     out, err = io.StringIO(), io.StringIO()
     sys.stdin = io.StringIO(command.get("stdin", ""))
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        _descriptor_of_stderr() as complaints,
-    ):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main(command["flags"])
         except SystemExit as exit_:
             status = exit_.code
-        complaints.seek(0)
-        last_words = complaints.read().decode(errors="replace")
     if startup._current is not None:
         startup._current.close()  # a failed run leaves this to the end of its process
-    return {"status": status, "out": out.getvalue(), "err": err.getvalue() + last_words}
-
-
-@contextlib.contextmanager
-def _descriptor_of_stderr() -> Iterator[BinaryIO]:
-    """A file that takes what is written to descriptor 2 itself, as launchers' last words are."""
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield file
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 
 if __name__ == "__main__":

@@ -81,13 +81,13 @@ class CastLosses:
 
     def remarks(self) -> Iterator[str]:
         """A sentence about the numbers that became infinite, and one about those now zero."""
-        for kind, word in (("infinite", "infinite"), ("zero", "zero")):
+        for kind in Lost._fields:
             counts = {held: self._count(held, kind) for held in self._lost}
             counts = {held: n for held, n in counts.items() if n}
             if counts:
                 most = max(counts, key=lambda held: counts[held])
                 yield (
-                    f"{sum(counts.values())} numbers became {word} in {self._dtypes_text()}, in "
+                    f"{sum(counts.values())} numbers became {kind} in {self._dtypes_text()}, in "
                     f"{len(counts)} tensors; most of them, {counts[most]} of "
                     f"{volume(most.piece.box)}, in {most.name}"
                 )
