@@ -25,7 +25,7 @@ MAX_JSON_VALUES = 500_000
 
 MAX_DIGITS = 4300
 """Of a whole number in a JSON text, which is Python's own bound."""
-_KINDS = {
+_KINDS: dict[type, str] = {
     bool: "boolean",
     int: "number",
     float: "number",
@@ -194,7 +194,7 @@ def _check_mode(path: str | Path, status: os.stat_result) -> None:
         raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')}, not a regular file; refused.")
 
 
-_KINDS = {
+_KINDS: dict[type, str] = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
