@@ -25,7 +25,7 @@ MAX_JSON_VALUES = 500_000
 
 MAX_DIGITS = 4300
 """Of a whole number in a JSON text, which is Python's own bound."""
-_KINDS: dict[type, str] = {
+_JSON_KINDS: dict[type, str] = {
     bool: "boolean",
     int: "number",
     float: "number",
@@ -143,7 +143,7 @@ def json_value(text: str | bytes, **options: Any) -> Any:
 
 def json_kind(value: Any) -> str:
     """What JSON calls the kind of a value, for a message."""
-    return _KINDS.get(type(value), type(value).__name__)
+    return _JSON_KINDS.get(type(value), type(value).__name__)
 
 
 def missing(path: str | Path) -> str:
@@ -194,7 +194,7 @@ def _check_mode(path: str | Path, status: os.stat_result) -> None:
         raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')}, not a regular file; refused.")
 
 
-_KINDS: dict[type, str] = {
+_JSON_KINDS: dict[type, str] = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
