@@ -194,7 +194,7 @@ def _check_mode(path: str | Path, status: os.stat_result) -> None:
         raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')}, not a regular file; refused.")
 
 
-_JSON_KINDS: dict[type, str] = {
+_KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
