@@ -6,15 +6,14 @@ table (`checkpoint/rules.py`) and nowhere else. Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import read_text
+from qwen2_ascend.errors import UserError, raise_if, shown
+from qwen2_ascend.files import json_value, read_text
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -115,10 +114,10 @@ class Qwen2Config:
         path = Path(folder)
         path = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(read_text(path, most=1 << 20))
+            raw = json_value(read_text(path, most=1 << 20))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; give a Hugging Face model folder.") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as JSON: {error}") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path}: holds {type(raw).__name__}, not a JSON object.")
@@ -272,6 +271,11 @@ def _wrong_types(raw: Mapping[str, Any]) -> list[str]:
         faults += _wrong_type(name, rope, dict)
         if isinstance(rope, dict):
             faults += _wrong_rope_types(name, rope)
+    if "hidden_act" in raw and raw["hidden_act"] is None:
+        faults.append("hidden_act is null; it must be a string.")
+    eos = given.get("eos_token_id", [])
+    if not all(type(token) is int for token in (eos if isinstance(eos, list) else [eos])):
+        faults.append(f"eos_token_id={shown(eos)} must be a whole number or a list of them.")
     layers = raw.get("num_hidden_layers")
     if not faults and layer_types and len(layer_types) != layers:
         faults.append(f"layer_types names {len(layer_types)} layers, num_hidden_layers={layers}.")

@@ -23,6 +23,17 @@ MAX_WHOLE_BYTES = 1 << 28
 MAX_JSON_VALUES = 500_000
 """In a JSON text that is parsed: a tenth of a second or so, and at most about 50 MB."""
 
+MAX_DIGITS = 4300
+"""Of a whole number in a JSON text, which is Python's own bound."""
+_JSON_KINDS: dict[type, str] = {
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "string",
+    dict: "object",
+    type(None): "null",
+}
+
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a regular file for reading, in binary.
@@ -105,13 +116,39 @@ def parse_json(data: bytes, **options: Any) -> Any:
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise UserError(f"it holds more than {MAX_JSON_VALUES} values.")
     try:
-        return json.loads(data.decode("utf-8"), **options)
+        return json_value(data.decode("utf-8"), **options)
     except UserError:
         raise
-    except RecursionError:
-        raise UserError("not valid JSON: it is nested too deeply.") from None
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}.") from None
+
+
+def json_value(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text of anybody's; `options` go to `json.loads`.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than the parser goes (RecursionError there).
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise  # of `options`
+        raise ValueError(f"a whole number of more than {MAX_DIGITS} digits") from None
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls the kind of a value, for a message."""
+    return _JSON_KINDS.get(type(value), type(value).__name__)
+
+
+def missing(path: str | Path) -> str:
+    """Why there is no file at `path`, for a message."""
+    return "is a folder, name the file in it" if os.path.isdir(path) else "no such file"
 
 
 def regular_files(path: Path) -> list[Path]:

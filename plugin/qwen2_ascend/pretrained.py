@@ -7,6 +7,7 @@ refused. Its files must be regular files inside it. Nothing here imports transfo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def open_tokenizer(path: str | Path, **keywords: Any) -> Any:
         # without these transformers 5 makes up a tokenizer that knows no text
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise FileNotFoundError(f"there is none of {', '.join(TOKENIZER_FILES)}")
-        return open_pretrained(AutoTokenizer, folder, **keywords)
+        tokenizer = open_pretrained(AutoTokenizer, folder, **keywords)
     except UserError:
         raise
     except Exception as error:
@@ -58,6 +59,8 @@ def open_tokenizer(path: str | Path, **keywords: Any) -> Any:
             f"{folder}: no tokenizer can be read from it ({one_line(error)}); name the model's "
             "Hugging Face folder, with its tokenizer.json, with --tokenizer-name-or-path."
         ) from error
+    _check_templates(folder, tokenizer.chat_template)
+    return tokenizer
 
 
 def check_folder(folder: Path, classes: tuple[str, ...]) -> None:
@@ -85,11 +88,41 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_encodable(text: str) -> bool:
+    """Whether a text can be tokenized: JSON and command lines may hold halves of characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_line(text: object, limit: int = SHOWN) -> str:
-    """A text from elsewhere for a message: on one line, printable, not endless."""
-    words = " ".join(str(text).split())[: limit + 1]
+    """A text from elsewhere for a message: on one line, printable, not endless.
+
+    Libraries quote exceptions in their own; their names say nothing to a user.
+    """
+    words = " ".join(_EXCEPTION_NAME.sub("", str(text)).split())[: limit + 1]
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return shown if len(words) <= limit else shown[:limit] + "..."
+
+
+_EXCEPTION_NAME = re.compile(r"\b(?:[A-Z]\w*\.)*[A-Z]\w*(?:Error|Exception): ")
+
+
+def _check_templates(folder: Path, templates: Any) -> None:
+    """What transformers takes as it is, and fails on when it renders.
+
+    Raises:
+        UserError: a chat template is no text.
+    """
+    named = templates if isinstance(templates, Mapping) else {"chat_template": templates}
+    for name, template in named.items():
+        if not isinstance(template, str | None):
+            raise UserError(
+                f"{folder}: its chat template {one_line(name)} is {one_line(repr(template), 40)}, "
+                "not a text."
+            )
 
 
 def _folder(path: str | Path) -> Path:

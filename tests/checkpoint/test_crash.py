@@ -182,9 +182,9 @@ def interrupt_after(num_tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when so many tensors are complete."""
     genuine, count = writing.Journal.record, 0
 
-    def record(self, *entry):
+    def record(self, *entry, **options):
         nonlocal count
-        genuine(self, *entry)
+        genuine(self, *entry, **options)
         count += 1
         if count == num_tensors:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -276,7 +276,7 @@ def other_source(folder: Path) -> None:
 OTHERS = {
     "TP": (tp(4), None),
     "format": ([*tp(2), "--save-format", "safetensors"], None),
-    "dtype": ([*tp(2), "--dtype", "fp16"], None),
+    "dtype": ([*tp(2), "--dtype", "fp32"], None),
     "padding": ([*tp(2), "--padded-vocab-size", 128], None),
     "source": (tp(2), other_source),
     "side file": (tp(2), lambda f: (f / "hf/tokenizer.json").write_text("{}")),

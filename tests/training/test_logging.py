@@ -143,17 +143,21 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
+def test_tensorboard_has_the_losses_each_under_its_own_name(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report = reporter([], tensorboard_dir=tmp_path)
     report.step(step(1))
     report.step(step(2))
+    report.validation(2, 1.5)
     report.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     (loss,) = events.Scalars("train/loss")
     assert (loss.step, loss.value) == (2, 3.0)
+    (loss,) = events.Scalars("validation/loss")
+    assert (loss.step, loss.value) == (2, 1.5)
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("train/validation")]
 
 
 def test_without_the_report_extra_one_line_says_so(

@@ -24,7 +24,7 @@ from qwen2_ascend.alignment.dumps import PRECISION
 from qwen2_ascend.alignment.sublayers import sublayers
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import read_text, require_regular
+from qwen2_ascend.files import json_value, read_text, require_regular
 
 FORMAT = "qwen2-ascend alignment record"
 VERSION = 1
@@ -129,7 +129,7 @@ def load_record(folder: Path) -> Record:
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / "description.json"
     try:
-        found = json.loads(read_text(path))
+        found = json_value(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a folder that --dump has written.") from None
     except (OSError, ValueError) as error:

@@ -61,6 +61,8 @@ class ConvertOptions:
     """Pad it to a multiple of this times the tensor-parallel size (Megatron's default is 128)."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Cast the weights; without it they are kept bit for bit."""
+    allow_overflow: bool = False
+    """Write numbers that are too large for --dtype as infinite, instead of refusing them."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of a Hugging Face result."""
     workers: int = 0
@@ -136,6 +138,7 @@ def _conversion(options: ConvertOptions) -> Conversion:
         padded_vocab_size=options.padded_vocab_size,
         make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
         dtype=options.dtype,
+        allow_overflow=options.allow_overflow,
         max_shard_bytes=parse_size(options.max_shard_size),
         workers=options.workers,
         verify=options.verify,

@@ -19,6 +19,7 @@ from types import MappingProxyType
 import xxhash
 
 from qwen2_ascend.checkpoint.adapter_rules import target_rules
+from qwen2_ascend.checkpoint.casting import CastLosses
 from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
 from qwen2_ascend.checkpoint.formats.hugging_face import INDEX_FILE
 from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE, TRACKER_FILE
@@ -74,6 +75,7 @@ class Conversion:
     overwrite: bool = False
     ignore_replica_mismatch: bool = False
     check_source: bool = True
+    allow_overflow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +305,10 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
     try:
         way_out = " --no-check-source takes it as it is."
         checks = SourceChecks(prepared.comparison.parts, way_out)
+        losses = CastLosses(
+            " --dtype chooses; --allow-overflow writes them as infinite.",
+            allow_overflow=request.allow_overflow,
+        )
         with Progress("write", prepared.plan.num_bytes) as progress:
             checksums = write_target(
                 staged.folder,
@@ -311,11 +317,13 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
                 journal,
                 workers=_workers(request),
                 progress=progress,
-                open_reader=_open_reader(prepared),
+                open_reader=_open_reader(prepared, losses),
                 checks=checks,
             )
     finally:
         journal.close()
+    for remark in losses.remarks():
+        say(f"cast: {remark}")
     if _stamps(source, prepared.adapter) != prepared.stamps:
         raise VerificationError(
             f"{source.folder}: changed while it was read; convert it when it is at rest."
@@ -355,16 +363,17 @@ def _verify(prepared: Prepared, staged: StagedFolder, say: Callable[[str], objec
             checksums=comparison.checksums,
             workers=_workers(prepared.request),
             progress=progress,
-            open_reader=_open_reader(prepared),
+            # what the casts lose was refused or said while writing
+            open_reader=_open_reader(prepared, CastLosses(allow_overflow=True)),
         )
     merged = "" if prepared.adapter is None else " merged with the adapter"
     say(f"verified: every byte was read back and equals the source{merged}")
 
 
-def _open_reader(prepared: Prepared) -> Callable[[], Reader]:
+def _open_reader(prepared: Prepared, losses: CastLosses) -> Callable[[], Reader]:
     if prepared.adapter is None:
-        return Reader
-    return partial(MergingReader, prepared.adapter, prepared.source.config)
+        return partial(Reader, losses)
+    return partial(MergingReader, prepared.adapter, prepared.source.config, losses)
 
 
 def _identity(prepared: Prepared) -> Mapping[str, object]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from qwen2_ascend.checkpoint.casting import CastLosses, assign
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Copy, Held, Write, bands, overlap, volume
 from qwen2_ascend.checkpoint.rules import Box, Piece
@@ -29,9 +30,17 @@ BAND_BYTES = 1 << 20
 
 
 class Reader:
-    """Reads stored tensors; keeps files open and mapped until closed. Threads may share one."""
+    """Reads stored tensors; keeps files open and mapped until closed. Threads may share one.
 
-    def __init__(self) -> None:
+    Leaving its block raises UserError where casts lost what `losses` does not allow, so that no
+    reader can forget to look.
+
+    Attributes:
+        losses: what the casts lost.
+    """
+
+    def __init__(self, losses: CastLosses | None = None) -> None:
+        self.losses = losses or CastLosses()
         self._files: dict[Path, tuple[int, mmap.mmap]] = {}
         self._lock = threading.Lock()
         allow_many_open_files()
@@ -39,13 +48,15 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         for fd, mapped in self._files.values():
             # an exception on its way out may hold arrays over the map: it goes with them then
             with contextlib.suppress(BufferError):
                 mapped.close()
             os.close(fd)
         self._files.clear()
+        if kind is None:
+            self.losses.check()
 
     def _open(self, path: Path) -> tuple[int, mmap.mmap]:
         with self._lock:
@@ -69,7 +80,7 @@ class Reader:
         flat = np.frombuffer(
             mapped, NUMPY_DTYPES[held.stored.dtype], count=count, offset=held.stored.offset
         )
-        return flat.reshape(shape)[_within(box, held.piece.box)]
+        return flat.reshape(shape)[within(box, held.piece.box)]
 
     def read_run(self, held: Held, box: Box, out: np.ndarray) -> None:
         """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype).
@@ -99,7 +110,7 @@ class Reader:
     def fill(self, out: np.ndarray, box: Box, copies: Sequence[Copy]) -> None:
         """Fills `out`, a `[blocks, rows, columns]` array of `box`, from the sources.
 
-        Casts to `out`'s dtype (round to nearest even); leaves what no copy covers untouched.
+        Casts to `out`'s dtype and counts what that loses; leaves what no copy covers untouched.
         """
         for copy in copies:
             common = overlap(copy.box, box)
@@ -109,7 +120,12 @@ class Reader:
             if common == box and dtype == out.dtype and _is_run(copy.source, common):
                 self.read_run(copy.source, common, out)
             else:
-                assign(out[_within(common, box)], self.view(copy.source, common))
+                values = self.view(copy.source, common)
+                self.cast(out[within(common, box)], values, copy.source, common)
+
+    def cast(self, out: np.ndarray, values: np.ndarray, source: Held, box: Box) -> None:
+        """Casts `values`, which are made of `box` of `source`, and counts what that loses."""
+        self.losses.add(source, box, assign(out, values), out.dtype)
 
 
 class BandBuffers(threading.local):
@@ -254,22 +270,11 @@ def _ended(held: Held) -> VerificationError:
     )
 
 
-def assign(out: np.ndarray, values: np.ndarray) -> None:
-    """Copies or casts; an overflow to infinity is the cast's answer, as torch gives it."""
-    if out.dtype == values.dtype:
-        # moved as plain integers: ml_dtypes' element-wise loops are slower, and NaNs stay as is
-        raw = np.dtype(f"u{out.dtype.itemsize}")
-        out.view(raw)[...] = values.view(raw)
-    else:
-        with np.errstate(over="ignore", invalid="ignore"):
-            out[...] = values.astype(out.dtype)
-
-
 def _extent(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
-def _within(box: Box, outer: Box) -> tuple[slice, ...]:
+def within(box: Box, outer: Box) -> tuple[slice, ...]:
     """Index of `box` into an array that holds `outer`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))
 

@@ -6,7 +6,8 @@ peak is its parameters and what of the source it has mapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def load_checkpoint_weights(
     tp_rank: int,
     pp_stage: int,
     adapter: PeftAdapter | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> None:
     """Fills this rank's parameters; vocabulary padding becomes zero.
 
@@ -54,10 +56,11 @@ def load_checkpoint_weights(
         tp_rank: this rank's tensor-parallel rank.
         pp_stage: this rank's pipeline stage.
         adapter: to merge into the weights.
+        say: prints how many numbers became zero in the model's dtype; by default to stderr.
 
     Raises:
-        UserError: the source does not fit its config, holds a tensor twice and differently, or the
-            model is another one.
+        UserError: the source does not fit its config, holds a tensor twice and differently, has
+            numbers that are too large for the model's dtype, or the model is another one.
     """
     load_tensors(
         [_parameters(chunk) for chunk in chunks],
@@ -67,6 +70,7 @@ def load_checkpoint_weights(
         tp_rank=tp_rank,
         pp_stage=pp_stage,
         adapter=adapter,
+        say=say,
     )
 
 
@@ -79,6 +83,7 @@ def load_tensors(
     tp_rank: int,
     pp_stage: int,
     adapter: PeftAdapter | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> None:
     """As `load_checkpoint_weights`, into tensors that have a parameter's name and shape each.
 
@@ -103,6 +108,16 @@ def load_tensors(
                 checks.before(write, reader)
                 fill(tensors[write.target.name], write, reader)
             checks.raise_damaged(source.held)
+    say_losses(reader, say)
+
+
+def say_losses(reader: Reader, say: Callable[[str], object] | None = None) -> None:
+    """Says, by default on stderr, how many of the numbers read became zero in the casts."""
+    for remark in reader.losses.remarks():
+        if say is None:
+            print(f"weights: {remark}", file=sys.stderr, flush=True)
+        else:
+            say(f"weights: {remark}")
 
 
 def checks_of(source: Source, *, is_whole: bool = True) -> SourceChecks:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen2_ascend.checkpoint.adapter_rules import peft_name, target_rules
-from qwen2_ascend.checkpoint.copying import Reader, assign
+from qwen2_ascend.checkpoint.casting import CastLosses
+from qwen2_ascend.checkpoint.copying import Reader, within
 from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
 from qwen2_ascend.checkpoint.plan import Copy, overlap, volume
 from qwen2_ascend.checkpoint.rules import Box
@@ -47,8 +48,10 @@ class _Product(NamedTuple):
 class MergingReader(Reader):
     """Reads weights as if they had been stored merged with an adapter."""
 
-    def __init__(self, adapter: PeftAdapter, config: Qwen2Config) -> None:
-        super().__init__()
+    def __init__(
+        self, adapter: PeftAdapter, config: Qwen2Config, losses: CastLosses | None = None
+    ) -> None:
+        super().__init__(losses)
         self._products: dict[str, list[_Product]] = defaultdict(list)
         matrices: dict[str, np.ndarray] = {}
         for held in adapter.held:
@@ -70,4 +73,8 @@ class MergingReader(Reader):
         super().fill(values, box, copies)
         for product in products:
             product.add_to(values, box)
-        assign(out, values)
+        for copy in copies:
+            common = overlap(copy.box, box)
+            if volume(common):
+                inner = within(common, box)
+                self.cast(out[inner], values[inner], copy.source, common)

@@ -17,7 +17,7 @@ import torch
 
 from qwen2_ascend.checkpoint.copying import Reader
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.load import fill
+from qwen2_ascend.checkpoint.load import fill, say_losses
 from qwen2_ascend.checkpoint.plan import Held, make_plan
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
 from qwen2_ascend.checkpoint.source import Source
@@ -50,7 +50,8 @@ def load_weights(
         reads: whether this rank's values count.
 
     Raises:
-        UserError: the source holds a tensor twice and differently.
+        UserError: the source holds a tensor twice and differently, or numbers that are too large
+            for the model's dtype.
     """
     parameters = _checked_parameters(model, source.config)
     targets = [
@@ -65,6 +66,7 @@ def load_weights(
             with whole([parameter], modifier_rank=0):
                 if reads:
                     fill(parameter.detach(), write, reader)
+    say_losses(reader)
 
 
 def save_hugging_face(

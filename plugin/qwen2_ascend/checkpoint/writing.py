@@ -78,10 +78,12 @@ class Journal:
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
-    def record(self, file: str, name: str, checksum: str) -> None:
+    def record(self, file: str, name: str, checksum: str, *, is_kept: bool = True) -> None:
+        """Takes a complete tensor; a run that resumes sees it where it is kept."""
         with self._lock, naming(self._path):
             self.done[file, name] = checksum
-            self._file.write(json.dumps([file, name, checksum]).encode() + b"\n")
+            if is_kept:
+                self._file.write(json.dumps([file, name, checksum]).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()
@@ -116,6 +118,7 @@ def write_target(
 
     Raises:
         OSError: the disk is full or failing.
+        UserError: numbers are too large for the target's dtype.
     """
     before = dict(journal.done)
     files = _Files(folder, target.files, plan.writes, keep_contents=bool(before))
@@ -130,7 +133,10 @@ def write_target(
             if checks is not None:
                 checks.before(write, reader)
             put = _checked(files.putter(held), cancelled)
-            journal.record(*key, write_bands(write, reader, buffers, put))
+            checksum = write_bands(write, reader, buffers, put)
+            # what casts lost is not in the journal: a run that resumes counts it again
+            loses = any(copy.source in reader.losses for copy in write.copies)
+            journal.record(*key, checksum, is_kept=not loses)
         files.finish(held)
         progress(held.stored.num_bytes)
 

@@ -63,13 +63,17 @@ def _described_bytes(path: Path) -> int:
             raise UserError(
                 f"{path} has {found} bytes and should have {expected}; it was cut short."
             )
-        if not sequences:
+        if not sequences or not documents:
             raise UserError(f"{path} holds no document.")
         # all lengths, then all pointers: the last of each
         file.seek(HEADER.size + (sequences - 1) * LENGTH.size)
         (length,) = LENGTH.unpack(file.read(LENGTH.size))
         file.seek((sequences - 1) * POINTER.size, 1)
         (pointer,) = POINTER.unpack(file.read(POINTER.size))
+        file.seek((documents - 1) * POINTER.size, 1)
+        (end,) = POINTER.unpack(file.read(POINTER.size))
+    if end != sequences:
+        raise UserError(f"{path} is damaged: it has {sequences} sequences, its documents {end}.")
     return pointer + length * DTYPE_BYTES[code]
 
 

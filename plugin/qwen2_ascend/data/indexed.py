@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 SAMPLED_BLOCKS, SAMPLED_BYTES = 64, 4096
+CHECKED_SEQUENCES = 1 << 20
 
 
 def open_indexed(prefix: str | Path) -> Any:
@@ -42,7 +43,29 @@ def open_indexed(prefix: str | Path) -> Any:
         UserError: a file is missing, is not what it should be, or does not fit the other.
     """
     check_indexed(prefix)
-    return IndexedDataset(str(prefix))
+    dataset = IndexedDataset(str(prefix))
+    _check_places(prefix, dataset)
+    return dataset
+
+
+def _check_places(prefix: str | Path, dataset: Any) -> None:
+    """Whether each sequence lies in the .bin; block by block, since an index may be large.
+
+    Raises:
+        UserError: one does not.
+    """
+    end, itemsize = Path(f"{prefix}.bin").stat().st_size, dataset.index.dtype_size
+    for start in range(0, len(dataset), CHECKED_SEQUENCES):
+        block = slice(start, start + CHECKED_SEQUENCES)
+        lengths = dataset.index.sequence_lengths[block].astype(np.int64)
+        pointers = dataset.index.sequence_pointers[block]
+        inside = (lengths >= 0) & (pointers >= 0) & (pointers <= end - lengths * itemsize)
+        if not inside.all():
+            i = int(np.argmin(inside))
+            raise UserError(
+                f"{prefix}.idx is damaged: sequence {start + i} has {lengths[i]} tokens at byte "
+                f"{pointers[i]} of {end}; preprocess the data again, or copy it again."
+            )
 
 
 def fingerprint(prefix: str | Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
-import json
 import os
 import zlib
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import open_regular, require_regular
+from qwen2_ascend.files import json_value, open_regular, require_regular
 
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jl")
 TEXT_SUFFIXES = (".txt", ".text")
@@ -166,7 +165,7 @@ def _jsonl_faults(file: InputFile) -> list[str]:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        json_value(line)
     except ValueError:
         return False
     return True

@@ -21,7 +21,8 @@ import numpy as np
 
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.pretrained import open_tokenizer
+from qwen2_ascend.files import json_kind, json_value
+from qwen2_ascend.pretrained import is_encodable, open_tokenizer
 
 ENDOFTEXT = "<|endoftext|>"
 """What Qwen's pretraining data ends its documents with."""
@@ -160,14 +161,15 @@ class Encoder:
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
+    text = _utf8(raw)
     try:
-        values = json.loads(_utf8(raw))
+        values = json_value(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"is JSON but a {type(values).__name__}, not an object")
+        raise ValueError(f"is JSON but a {json_kind(values)}, not an object")
     return values
 
 
@@ -181,7 +183,7 @@ def _text(values: dict[str, Any], key: str, kind: str) -> str:
     elif not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
         raise ValueError(f"{key!r} is {found}, not a string")
-    elif kind == "jsonl" and not _is_encodable(value):
+    elif kind == "jsonl" and not is_encodable(value):
         raise ValueError(f"{key!r} holds half of a surrogate pair, which is no character")
     if not value:
         raise ValueError("is empty" if kind == "text" else f"{key!r} is empty")
@@ -195,14 +197,6 @@ def _utf8(raw: bytes) -> str:
         raise ValueError(
             f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
         ) from None
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _encode_function(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int]]]:

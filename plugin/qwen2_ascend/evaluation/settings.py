@@ -14,6 +14,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
+from qwen2_ascend.files import missing
 from qwen2_ascend.inference.settings import Flag, ServedModelSettings
 from qwen2_ascend.launching import parse_flags
 
@@ -90,7 +91,7 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
     files, tasks = settings.perplexity.text_file, settings.lm_eval
     if not files and not tasks.tasks:
         faults.append("give --text-file, --tasks or both.")
-    faults += [f"--text-file {path}: no such file." for path in files if not path.is_file()]
+    faults += [f"--text-file {path}: {missing(path)}." for path in files if not path.is_file()]
     window, context = settings.window(config), config.max_position_embeddings
     if not 2 <= window <= context:
         faults.append(

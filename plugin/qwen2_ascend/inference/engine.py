@@ -60,6 +60,7 @@ def load_engine(
     num_rows: int = 1,
     config: Qwen2Config | None = None,
     adapter: PeftAdapter | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Engine:
     """The engine of this rank, with its weights read from a checkpoint of any kind.
 
@@ -73,9 +74,10 @@ def load_engine(
         num_rows: sequences at once.
         config: the model's shape; needed with a folder only.
         adapter: to merge into the weights.
+        say: prints a line about the weights; by default to stderr.
 
     Raises:
-        UserError: the checkpoint does not fit.
+        UserError: the checkpoint does not fit, the model or `dtype`.
     """
     config = source.config if isinstance(source, Source) else config
     assert config is not None, "with a folder give its config"
@@ -97,6 +99,7 @@ def load_engine(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
         adapter=adapter,
+        say=say,
     )
     return Engine(chunks[0].to(current().device), config, num_rows=num_rows)
 

@@ -152,7 +152,13 @@ def start_engine(
     start = time.monotonic()
     adapter = open_model(model).adapter
     engine = load_engine(
-        source, layout, dtype=dtype, backend=backend, num_rows=max(num_rows, 1), adapter=adapter
+        source,
+        layout,
+        dtype=dtype,
+        backend=backend,
+        num_rows=max(num_rows, 1),
+        adapter=adapter,
+        say=say,
     )
     merged = f" with the adapter in {adapter.folder}" if adapter else ""
     say(f"weights: {source.describe()}{merged}, loaded in {time.monotonic() - start:.1f} s")

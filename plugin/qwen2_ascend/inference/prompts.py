@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import json_kind, json_value
 from qwen2_ascend.inference.settings import PromptSettings
 
 MOST_NAMED = 8
@@ -46,7 +47,7 @@ def read_prompts(settings: PromptSettings) -> list[Prompt]:
 
 def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"--prompt-file {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -74,11 +75,11 @@ def _row(line: str) -> dict[str, Any]:
         ValueError: it is none.
     """
     try:
-        row = json.loads(line)
+        row = json_value(line)
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}.") from None
     if not isinstance(row, dict):
-        raise ValueError(f"is a JSON {type(row).__name__}, not an object.")
+        raise ValueError(f"is a JSON {json_kind(row)}, not an object.")
     if ("prompt" in row) == ("messages" in row):
         keys = ", ".join(map(repr, row)) or "none"
         raise ValueError(f'needs one of the keys "prompt" and "messages"; it has {keys}.')
@@ -175,7 +176,7 @@ class OutputFile:
             raise UserError(self._another_run(len(self._prompts)))
         for number, line in enumerate(lines):
             try:
-                found = json.loads(line)
+                found = json_value(line)
             except ValueError:
                 found = None
             wanted = self._prompts[number].row

@@ -15,7 +15,7 @@ from qwen2_ascend.chat_template import (
     template_for,
 )
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.pretrained import open_tokenizer
+from qwen2_ascend.pretrained import is_encodable, open_tokenizer
 
 
 class Tokenizer:
@@ -33,7 +33,13 @@ class Tokenizer:
         self.folder = folder
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """As transformers gives them to a model, with a bos token where the tokenizer adds one."""
+        """As transformers gives them to a model, with a bos token where the tokenizer adds one.
+
+        Raises:
+            UserError: the text holds what is no character.
+        """
+        if not is_encodable(text):
+            raise UserError("holds half of a surrogate pair or a byte that is not UTF-8.")
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def encode_chat(
@@ -53,7 +59,7 @@ class Tokenizer:
                 f"the chat template leaves out {', '.join(lost)}; take it out of the chat, or name "
                 "a folder whose template writes it with --tokenizer-name-or-path."
             )
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return self.encode(text, add_special_tokens=False)
 
     def render_chat(
         self,

@@ -152,7 +152,7 @@ class Reporter:
             f"iteration {iteration}/{self.train_iters} | validation loss {loss:.4f} | "
             f"perplexity {perplexity:.4g}"
         )
-        self._write({"iteration": iteration, "validation_loss": loss})
+        self._write({"iteration": iteration, "validation_loss": loss}, "validation")
 
     def close(self) -> None:
         """Reports what is left and draws the picture."""
@@ -202,18 +202,19 @@ class Reporter:
             figures |= energy._asdict()
         return figures
 
-    def _write(self, metrics: dict[str, Any]) -> None:
+    def _write(self, metrics: dict[str, Any], group: str = "train") -> None:
         if self.report_dir:
             file = self.report_dir / METRICS_FILE
             attempt(f"{file} is not complete", _append, file, metrics)
         if self._tensorboard is not None:
-            attempt("TensorBoard", self._add_scalars, metrics)
+            attempt("TensorBoard", self._add_scalars, metrics, group)
 
-    def _add_scalars(self, metrics: dict[str, Any]) -> None:
+    def _add_scalars(self, metrics: dict[str, Any], group: str) -> None:
         assert self._tensorboard is not None
         for name, value in metrics.items():
             if name != "iteration":
-                self._tensorboard.add_scalar(f"train/{name}", value, metrics["iteration"])
+                label = f"{group}/{name.removeprefix(f'{group}_')}"
+                self._tensorboard.add_scalar(label, value, metrics["iteration"])
 
     def _advance(self, step: Step) -> None:
         self._bar.update(1)

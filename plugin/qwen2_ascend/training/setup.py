@@ -257,6 +257,7 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
             padded_vocab_size=padded,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
+            say=say,
         )
         undamaged(source.folder, load)
         say(f"weights: {source.describe()}")

@@ -16,7 +16,7 @@ from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import Held
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import links_out, read_json
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 
@@ -96,7 +96,10 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
     except UserError as error:
         raise UserError(f"{folder}: {fault}" for fault in error.faults) from None
     except TypeError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: {error}") from None
+        told = ", ".join(
+            f"{key}={shown(raw.get(key))}" for key in ("r", "lora_alpha", "lora_dropout")
+        )
+        raise UserError(f"{folder / CONFIG_FILE}: {told}: {error}.") from None
 
 
 def open_adapter(folder: str | Path, config: Qwen2Config) -> PeftAdapter:

@@ -18,6 +18,7 @@ from qwen2_ascend.data.chat.stored import SIDES, dataset_path
 from qwen2_ascend.data.index_files import check_indexed
 from qwen2_ascend.data.inputs import InputFile, Position, Reading
 from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.files import missing
 
 ROWS_TO_DETECT = 100
 MAX_ROW_BYTES = 16 * 2**20
@@ -52,7 +53,7 @@ def check_chat_data(
                 for key in ("input_ids", "labels"):
                     faults.of(partial(check_indexed, dataset_path(word, f"{side}{key}")))
         elif not os.path.isfile(word):
-            faults.append(f"{flag} {word}: no such file.")
+            faults.append(f"{flag} {word}: {missing(word)}.")
         elif reads_rows:
             faults.of(partial(_check_file, word, chat, task))
     raise_if(faults)

@@ -17,6 +17,7 @@ from qwen2_ascend.data.chat.stored import IGNORED, SIDES
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.data.tokenization import BadRow, Encoded
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import json_value
 from qwen2_ascend.pretrained import open_tokenizer
 
 UNUSED = "rows with the unused key "
@@ -154,12 +155,12 @@ def parse_row(raw: bytes) -> Any:
         ValueError: it is none; the message is the reason.
     """
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json_value(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None

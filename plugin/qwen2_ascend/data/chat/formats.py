@@ -7,12 +7,12 @@ tags are MindSpeed-LLM's and LLaMA-Factory's (`--map-keys`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, shown
+from qwen2_ascend.files import json_kind, json_value
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -102,7 +102,7 @@ class RowFormat:
             ValueError: it is none; the message is the reason.
         """
         if not isinstance(row, Mapping):
-            raise ValueError(f"is a {type(row).__name__}, not an object")
+            raise ValueError(f"is a {json_kind(row)}, not an object")
         for key in TRAINED:
             if key not in self.columns.values() and not _is_trained(row, key, "the row"):
                 raise ValueError(f"says {key}={row[key]!r} of itself, so it is not trained on")
@@ -205,11 +205,12 @@ class RowFormat:
         if not isinstance(turn, Mapping) or role_tag not in turn:
             raise ValueError(f"turn {number} of {where!r} has no {role_tag!r}")
         named = {self.tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in self.tags}
-        role = (ROLES | named).get(turn[role_tag])
+        given = turn[role_tag]
+        role = (ROLES | named).get(given) if isinstance(given, str) else None
         if role is None:
             known = ", ".join(dict.fromkeys([*named, *ROLES]))
             raise ValueError(
-                f"turn {number} of {where!r} is from {turn[role_tag]!r}; known are {known}"
+                f"turn {number} of {where!r} is from {shown(given)}; known are {known}"
             )
         rest = {
             key: value
@@ -361,12 +362,14 @@ def _common_turns(chosen: list[Message], rejected: list[Message]) -> int:
 
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return json_value(text)
+    except ValueError:
         raise ValueError(f"{what} is not JSON") from None
 
 
 def _no_column(row: Row, name: str) -> str:
+    if name in row:
+        return f"{name!r} is {shown(row[name])}, which is nothing to train on"
     return f"has no {name!r}; it has {', '.join(map(repr, list(row)[:8])) or 'nothing'}"
 
 
@@ -382,7 +385,7 @@ def parse_map_keys(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        given = json.loads(text)
+        given = json_value(text)
     except ValueError as error:
         raise UserError(f"--map-keys {text}: is not JSON ({error}).") from None
     if not isinstance(given, dict):
@@ -418,7 +421,7 @@ def detect_format(row: Any, task: str, map_keys: Mapping[str, Any]) -> RowFormat
         ValueError: in none; the message says what is missing.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"is a {type(row).__name__}, not an object")
+        raise ValueError(f"is a {json_kind(row)}, not an object")
     chosen = [map_keys.get(name, name) for name in ("chosen", "rejected")]
     has_pair = all(row.get(name) is not None for name in chosen)
     names = [map_keys["messages"]] if "messages" in map_keys else ["messages", "conversations"]
@@ -454,7 +457,7 @@ def _turn_kind(value: Any, map_keys: Mapping[str, Any]) -> str | None:
     """sharegpt or openai, by the tags in the first of the turns."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = json_value(value)
         except ValueError:
             return None
     turn = value[0] if isinstance(value, list) and value else value

@@ -12,6 +12,7 @@ import xxhash
 
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import missing
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def prepared(words: Sequence[str], preparation: Preparation) -> dict[str, str]:
     prefixes = {word: word for word in words}
     if not files:
         return prefixes
-    raise_if(f"--data-path {word}: no such file." for word in files if not os.path.isfile(word))
+    raise_if(f"--data-path {word}: {missing(word)}." for word in files if not os.path.isfile(word))
     if preparation.tokenizer is None:
         raise UserError(f"--data-path {files[0]}: to prepare it, say which tokenizer to take.")
     # rank 0 says where: elsewhere the same file may have another time

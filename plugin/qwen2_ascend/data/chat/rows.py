@@ -20,6 +20,7 @@ from qwen2_ascend.data.inputs import (
     read_rows,
 )
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import json_value
 
 
 def find_chat_files(
@@ -100,13 +101,15 @@ def _is_array(file: InputFile) -> bool:
 def _array_rows(file: InputFile) -> tuple[int, Iterator[bytes]]:
     try:
         with damaged_gzip(file), opened(file) as stream:
-            values = json.loads(stream.read().removeprefix(BOM))
+            values = json_value(stream.read().removeprefix(BOM))
     except UnicodeDecodeError as error:
         raise UserError(f"{file.path}: is not UTF-8 at byte {error.start + 1}.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file.path}:{error.lineno}: is not JSON: {error.msg} at column {error.colno}."
         ) from None
+    except ValueError as error:
+        raise UserError(f"{file.path}: is not JSON: {error}.") from None
     return len(values), (_dumped(value) for value in values)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.files import json_value
 
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings
@@ -167,7 +168,7 @@ def _zero_faults(settings: ZeroFinetuneSettings, merged: Dotted) -> Iterator[str
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_bytes())
+        read = json_value(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed-config {path}: cannot be read ({error}).") from None
     if not isinstance(read, dict):
