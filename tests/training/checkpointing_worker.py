@@ -7,9 +7,13 @@ import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distributed.harness import Checks, Run, main
 from distributed.train_worker import FLAGS, LAYOUTS, save, start, state_of, steps
+
+if TYPE_CHECKING:
+    from qwen2_ascend.training.loop import TrainingRun
 
 CHECKS = Checks()
 
@@ -77,40 +81,44 @@ for _poison in (in_the_generators, in_the_metadata, in_the_common_part):
     )
 
 
+def sharded_tensors(training: TrainingRun) -> dict[str, Any]:
+    """megatron-core's sharded tensors of this rank's parameters, by chunk and name."""
+    from qwen2_ascend.checkpoint.load import unwrap
+    from qwen2_ascend.runtime.megatron_compat import virtual_stage
+
+    found = {}
+    for index, chunk in enumerate(training.chunks):
+        with virtual_stage(index if len(training.chunks) > 1 else None):
+            state = unwrap(chunk).sharded_state_dict(prefix="")
+        names = dict(unwrap(chunk).named_parameters())
+        found |= {f"{index}.{name}": state[name] for name in names}
+    return found
+
+
 @CHECKS.add(world_size=2)
 def megatron_core_reads_what_every_rank_has_written(run: Run) -> str:
     """Its own dist_checkpointing, into its own sharded tensors: the weights, and Adam's moments."""
     import torch
     from megatron.core import dist_checkpointing
 
-    from qwen2_ascend.checkpoint.load import unwrap
-    from qwen2_ascend.runtime.megatron_compat import virtual_stage
-
     for layout in ("dp2-distributed-optimizer", "tp2", "pp2-vpp2"):
         folder = run.folder / f"for-megatron-{layout}"
         training = start(run, f"{FLAGS} {LAYOUTS[layout][1]} --save {folder}")
         steps(training, 2)
         iteration = save(training)
-        expected = {k: v for k, v in state_of(training).items()}
-        for index, chunk in enumerate(training.chunks):
-            with virtual_stage(index if len(training.chunks) > 1 else None):
-                wanted = unwrap(chunk).sharded_state_dict(prefix="")
-            found = dist_checkpointing.load(dict(wanted), str(iteration))
-            for name, parameter in unwrap(chunk).named_parameters():
-                assert torch.equal(found[name], expected[f"{index}.{name}"]), (layout, name)
-                assert parameter.shape == found[name].shape
-            with virtual_stage(index if len(training.chunks) > 1 else None):
-                wanted = unwrap(chunk).sharded_state_dict(prefix="")
-            moments = {
-                name: dataclasses.replace(tensor, key=f"optimizer.state.exp_avg.{tensor.key}")
-                for name, tensor in wanted.items()
-                if isinstance(tensor, dist_checkpointing.ShardedTensor)
-            }
-            found = dist_checkpointing.load(moments, str(iteration))
-            assert len(moments) > 5
-            for name in moments:
-                own = expected[f"{index}.{name}.exp_avg"]
-                assert torch.equal(found[name], own), (layout, name)
+        expected = state_of(training)
+        found = dist_checkpointing.load(sharded_tensors(training), str(iteration))
+        for name in found:
+            assert torch.equal(found[name], expected[name]), (layout, name)
+        moments = {
+            name: dataclasses.replace(tensor, key=f"optimizer.state.exp_avg.{tensor.key}")
+            for name, tensor in sharded_tensors(training).items()
+            if isinstance(tensor, dist_checkpointing.ShardedTensor)
+        }
+        assert len(moments) > 5
+        found = dist_checkpointing.load(dict(moments), str(iteration))
+        for name in moments:
+            assert torch.equal(found[name], expected[f"{name}.exp_avg"]), (layout, name)
     return ""
 
 
