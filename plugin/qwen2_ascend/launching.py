@@ -101,7 +101,7 @@ def _failed(error: Exception) -> int:
             return EXIT_FAILURE
         if (cause := watchdog.cause(has_timed_out(error))) is not None:
             return _fail([cause.message], EXIT_FAILURE, who=cause.who)
-    if name in ("NonFiniteError", "LostRankError"):
+    if name in ("NonFiniteError", "LostRankError", "SaveError"):
         return _fail([str(error)], EXIT_FAILURE, kind=name)
     words, text = traceback.format_exc(), str(error)
     if told := _explained(error):
@@ -131,7 +131,7 @@ def _fail(
     watchdog = _watchdog()
     if watchdog is not None and not watchdog.stand_down():
         ending.wait_for_torchrun()  # a thread is ending this process already
-    of_all = kind == "NonFiniteError"
+    of_all = kind in ("NonFiniteError", "SaveError")
     if not ending.complain(faults, who=who, words=words, of_all=of_all):
         ending.wait_for_torchrun()
     start = f"{who}: " if who else ""

@@ -220,7 +220,7 @@ class Checkpointer:
         write_file(flight.folder / megatron.MANIFEST_FILE, data)
         iterations.publish_iteration(self._save, flight.number, self._side_files)
         if self._settings.keep_last is not None:
-            iterations.remove_older(self._save, self._settings.keep_last)
+            iterations.remove_older(self._save, self._settings.keep_last, flight.number)
 
     def _give_up(self, number: int, why: str) -> None:
         """Takes an unfinished iteration away, and ends the run if that is wanted."""
