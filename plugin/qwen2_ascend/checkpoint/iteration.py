@@ -91,8 +91,8 @@ def publish_iteration(save: Path, iteration: int, side_files: Mapping[Path, byte
 def remove_older(save: Path, keep: int, last: int) -> None:
     """Removes the complete iterations before the `keep` that end with `last`, the oldest first.
 
-    Later ones, of a run that went further, stay until they are written again. Each is renamed before
-    its files go, so that none looks whole that is not.
+    Later ones, of a run that went further, stay until they are written again. Each is renamed
+    before its files go, so that none looks whole that is not.
 
     Raises:
         OSError: one cannot be removed.
