@@ -27,16 +27,13 @@ MAX_ARRAY_BYTES = 64 * 2**20
 """Of a JSON array that is read for it, which is only possible whole; the preparation reads any."""
 
 
-def check_chat_data(
-    data: ChatDataSettings, chat: ChatSettings, task: str, *, reads_rows: bool = True
-) -> None:
-    """What can be said of the data before there is a process group.
+def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> None:
+    """What can be said of the data before there is a process group; rank 0 asks.
 
     Args:
         data: names prefixes and files.
         chat: how files are read.
         task: sft or dpo.
-        reads_rows: whether to look into files of chats; one rank does.
 
     Raises:
         UserError: data that is missing, unreadable, empty, damaged or in no known format, or
@@ -54,7 +51,7 @@ def check_chat_data(
                     faults.of(partial(check_indexed, dataset_path(word, f"{side}{key}")))
         elif not os.path.isfile(word):
             faults.append(f"{flag} {word}: {missing(word)}.")
-        elif reads_rows:
+        else:
             faults.of(partial(_check_file, word, chat, task))
     raise_if(faults)
 
