@@ -183,7 +183,8 @@ def _dist_checkpointing(work: Work) -> State:
         # its fully parallel loading broadcasts between devices only
         state: Any = dist_checkpointing.load(sharded(is_loading=True), str(folder))
         made.model.load_state_dict(state["model"])
-        made.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            made.optimizer.load_state_dict(state["optimizer"])
 
     return State(save=save, load=load, tensors=lambda: _optimized(made.optimizer, made.model))
 
