@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -27,7 +27,6 @@ from qwen2_ascend.checkpoint.staging import FolderLock, partial_folder, write_fi
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.training.saving import Checked, HostCopies, RankPart, Written
-from qwen2_ascend.training.settings import CheckpointSettings
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.002, 0.25
 """Seconds between two rounds of asking whether all have written their parts."""
@@ -36,6 +35,14 @@ _WRITING, _WRITTEN, _FAILED = range(3)
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the folder holds the ones before."""
+
+
+class Run(Protocol):
+    """What is saved: a TrainingRun, or DeepSpeed's."""
+
+    settings: Any
+    runtime: Runtime
+    progress: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +61,9 @@ class Checkpointer:
 
     def __init__(
         self,
-        runtime: Runtime,
-        settings: CheckpointSettings,
+        run: Run,
         *,
         lay_out: Callable[[Path], Pending],
-        iteration: Callable[[], int],
         about: Mapping[str, Any],
         side_files: Mapping[Path, bytes],
         log: Callable[[str], None],
@@ -67,19 +72,18 @@ class Checkpointer:
         """Nothing is written yet.
 
         Args:
-            runtime: of this process.
-            settings: `save` is set.
+            run: what is saved, by its settings' `checkpoint`, whose `save` is set.
             lay_out: lays out the state of the run, which is to be written into a folder that is
                 there and empty; every rank calls it together.
-            iteration: how far the run is.
             about: what the manifest says of the run, in plain values.
             side_files: what lies beside the iterations.
             log: prints a line, on rank 0.
             is_small: whether checksums are of whole files, not of each tensor.
         """
+        settings, runtime = run.settings.checkpoint, run.runtime
         assert settings.save is not None
+        self._run, self._lay_out = run, lay_out
         self._runtime, self._settings, self._save = runtime, settings, settings.save
-        self._lay_out, self._iteration = lay_out, iteration
         self._about, self._side_files, self._log = about, side_files, log
         self._is_small, self._must_succeed = is_small, True
         self._copies = HostCopies()
@@ -129,7 +133,7 @@ class Checkpointer:
         self.finish()
         self._must_succeed = is_last or self._settings.on_save_failure == "stop"
         begun = time.perf_counter()
-        number = self._iteration()
+        number = self._run.progress.iteration
         folder = partial_folder(iterations.iteration_path(self._save, number))
         try:
             self._on_first(lambda: iterations.begin_iteration(self._save, number), SaveError)

@@ -91,10 +91,8 @@ def megatron_checkpointer(
     """What writes the checkpoints of a run of all weights, by its settings' `checkpoint`."""
     writer = MegatronWriter(run, identity)
     return Checkpointer(
-        run.runtime,
-        run.settings.checkpoint,
+        run,
         lay_out=writer.lay_out,
-        iteration=lambda: run.progress.iteration,
         about={"format": run.settings.checkpoint.ckpt_format, **identity.about},
         side_files=identity.side_files,
         log=log,

@@ -65,10 +65,8 @@ def zero_checkpointer(
         return Pending(part=RankPart(files={}, whole=files[rank :: run.runtime.world_size]))
 
     return Checkpointer(
-        run.runtime,
-        run.settings.checkpoint,
+        run,
         lay_out=lay_out,
-        iteration=lambda: run.progress.iteration,
         about={"format": "zero", **identity.about},
         side_files={},
         log=log,

@@ -78,10 +78,8 @@ def lora_checkpointer(
         return Pending(part=part, finish=finish)
 
     return Checkpointer(
-        run.runtime,
-        run.settings.checkpoint,
+        run,
         lay_out=lay_out,
-        iteration=lambda: run.progress.iteration,
         about={"format": "lora", **identity.about},
         side_files={},
         log=log,
