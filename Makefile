@@ -33,7 +33,7 @@ WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real \
   tests/finetuning/test_deepspeed.py \
   tests/alignment/test_compare.py tests/alignment/test_dumps.py tests/alignment/test_statistics.py \
   tests/distributed/test_harness.py tests/distributed/test_train_job.py \
-  tests/distributed/test_failures.py tests/distributed/test_pairs.py tests/training/test_crash.py \
+  tests/distributed/test_failures.py tests/distributed/test_pairs.py tests/training/test_killed_runs.py \
   tests/benchmark/test_attention.py tests/benchmark/test_checkpoint.py \
   tests/benchmark/test_energy.py tests/planning/test_planning.py \
   tests/runtime/test_power*.py tests/telemetry/test_energy.py

@@ -42,7 +42,7 @@ class Driver:
         self._log = open(folder / "log", "w")  # noqa: SIM115
         self._lines = open(folder / "log")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("crash_driver.py"))],
+            [sys.executable, str(Path(__file__).with_name("killed_runs_driver.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,4 +1,4 @@
-"""Runs launchers that kill themselves, each in a forked child; started by test_crash.py.
+"""Runs launchers that kill themselves, each in a forked child; started by test_killed_runs.py.
 
 Reads one JSON object per line: "module" and "argv" of a launcher, and "point", the number of the
 call, among those that change the disk, before which the child sends itself SIGKILL; null runs to
