@@ -130,6 +130,8 @@ def is_clean(save: Path) -> bool:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on(kind: str, world: Path, driver: Driver, tmp_path: Path) -> None:
+    if KINDS[kind][0] == FINETUNE:
+        driver.run(*flags_of(kind, world, tmp_path / "first"))  # prepares the chats
     module, flags = flags_of(kind, world, tmp_path / "whole")
     undisturbed = driver.run(module, flags)
     assert undisturbed["status"] == 0
