@@ -9,8 +9,9 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import settings as finetuning
 from qwen2_ascend.finetuning.deepspeed import settings as deepspeed
+from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.training import settings as pretraining
-from qwen2_ascend.training.megatron_flags import pasted_notes
+from qwen2_ascend.training.megatron_flags import training_flags
 
 PATHS = "--save out --load in --data-path data"
 MODEL_72B = """
@@ -91,7 +92,8 @@ def test_a_pasted_script_starts(module, flags: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "64")
     whole = f"{PATHS} {MODEL_72B} {TRAINING} {flags}"
     assert faults(module, whole) == []
-    notes = "\n".join(pasted_notes(module.parse(whole.split())))
+    settings = module.parse(whole.split())
+    notes = "\n".join(pasted_notes(settings.pasted, training_flags(type(settings))))
     for word in ("--num-layers 80", "--no-masked-softmax-fusion", "--swiglu", "--log-throughput"):
         assert word in notes
     for own in ("--tensor-model-parallel-size", "--lr ", "--bf16", "--lora-r", "--sparse-mode 3"):

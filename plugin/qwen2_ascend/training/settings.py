@@ -16,10 +16,11 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.pasted_flags import Pasted, pasted_faults
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
-from qwen2_ascend.training.megatron_flags import Pasted, parse_training_flags, pasted_faults
+from qwen2_ascend.training.megatron_flags import parse_training_flags, training_flags
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -431,7 +432,8 @@ def shared_faults(
         faults += _recompute_faults(settings, config)
     faults += settings.fusion.faults(settings.runtime.device)
     faults += settings.profile.faults(world_size, train_iters, settings.checkpoint.save)
-    faults += pasted_faults(settings, config)
+    table = training_flags(type(settings))
+    faults += pasted_faults(settings.pasted, table, settings, config)
     return faults + _combination_faults(settings, config)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
+from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.telemetry import reporting
 from qwen2_ascend.training.length import RunLength
-from qwen2_ascend.training.megatron_flags import pasted_notes
+from qwen2_ascend.training.megatron_flags import training_flags
 from qwen2_ascend.training.plan import Found, RunPlan, agree, warn
 from qwen2_ascend.training.settings import TrainingSettings
 
@@ -194,7 +195,8 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
         require_power_source(runtime)
     say(_headline(plan, runtime))
     say(settings.fusion.describe(runtime.name))
-    for note in (*pasted_notes(settings), *runtime.notes):
+    pasted = pasted_notes(settings.pasted, training_flags(type(settings)))
+    for note in (*pasted, *runtime.notes):
         say(note)
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
