@@ -166,7 +166,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     folder = load or pretrained
     world_size = num_ranks()
     if folder is None:
-        config = _config(model.config)
+        config = settings.config_of_run(_config(model.config))
         return RunPlan(settings=settings, config=config, world_size=world_size, source=None)
 
     from qwen2_ascend.checkpoint.source import open_source
@@ -188,7 +188,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         model = replace(model, padded_vocab_size=saved.padded_vocab_size)
     return RunPlan(
         settings=replace(settings, model=model),
-        config=source.config,
+        config=settings.config_of_run(source.config),
         world_size=world_size,
         source=source,
         saved=saved,
