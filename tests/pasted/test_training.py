@@ -26,9 +26,6 @@ from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.training import settings as pretraining
 from qwen2_ascend.training.megatron_flags import training_flags
 
-sys.path.insert(0, str(Path(__file__).parent))
-from command_lines import CommandLine, command_lines
-
 MODULES: dict[str, ModuleType] = {"pretrain": pretraining, "finetune": finetuning}
 LINES = [line for kind in MODULES for line in command_lines(kind)]
 CUT_SHORT = "pretrain_qwen25_coder_7b_32k_ptd"
