@@ -204,7 +204,7 @@ class Qwen2Config:
     ) -> Qwen2Config:
         """The same with YaRN scaling, and at least as many positions as that makes."""
         yarn = YarnScaling(
-            factor=factor,
+            factor=float(factor),
             original_max_position_embeddings=original_max_position_embeddings,
             beta_fast=beta_fast,
             beta_slow=beta_slow,

@@ -127,5 +127,20 @@ def each_node_writes_the_index_of_its_own_disk(run: Run) -> str:
     return f"{len(written)} files"
 
 
+@CHECKS.add(world_size=2)
+def a_folder_of_checkpoints_must_be_shared(run: Run) -> str:
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.training.setup import require_shared
+
+    require_shared(run.folder / "save")
+    (run.folder / f"{run.runtime.rank}").mkdir()
+    try:
+        require_shared(run.folder / f"{run.runtime.rank}" / "save")
+    except UserError as error:
+        assert "rank 1" in str(error) and "is not seen here" in str(error)
+        return str(error)
+    raise AssertionError("rank 1 does not see what rank 0 writes")
+
+
 if __name__ == "__main__":
     main(CHECKS)
