@@ -566,7 +566,7 @@ APART = {
 }
 
 
-def documents_are_trained_as_alone(name: str, flags: str, run: Run) -> str:
+def documents_are_trained_as_alone(name: str, flags: str, run: Run, *, device: str = "cpu") -> str:
     """The loss of each token, and the gradient, are those of transformers with one document."""
     import torch
 
@@ -575,7 +575,7 @@ def documents_are_trained_as_alone(name: str, flags: str, run: Run) -> str:
     has_eod = "without-eod" not in name
     prefix, folder = write_documents(run, name, has_eod), hugging_face_folder(run, tied=False)
     flags += f" --data-path {prefix} --split 100,0,0 --seq-length 48 --global-batch-size 4"
-    flags += " --train-iters 1 --lr 1e-3 --clip-grad 0 --device cpu"
+    flags += f" --train-iters 1 --lr 1e-3 --clip-grad 0 --device {device}"
     training = start(run, flags + (" --eod-token 0" if has_eod else ""))
     kept: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
@@ -590,7 +590,9 @@ def documents_are_trained_as_alone(name: str, flags: str, run: Run) -> str:
     rows = [
         (tokens, labels, row)
         for losses, batch in kept
-        for tokens, labels, row in zip(batch["tokens"], batch["labels"], losses, strict=True)
+        for tokens, labels, row in zip(
+            batch["tokens"].cpu(), batch["labels"].cpu(), losses.cpu(), strict=True
+        )
     ]
     expected, norm = trained_alone(folder, rows, has_eod)
     apart = max((own - alone)[~alone.isnan()].abs().max().item() for own, alone in expected)
