@@ -131,7 +131,8 @@ class RunPlan(Generic[S_co]):
         settings: Any = self.settings
         groups = [name for name in MAKING if hasattr(settings, name)]
         said: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in groups}
-        for name in ("num_workers", "eval_iters", "eval_interval", "data_cache_path"):
+        where = ("data_cache_path", "no_shared_storage")
+        for name in ("num_workers", "eval_iters", "eval_interval", *where):
             said["data"].pop(name, None)
         for name in ("micro_batch_size", "exit_interval"):
             said["batch"].pop(name)
