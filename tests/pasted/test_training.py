@@ -255,8 +255,9 @@ def test_yarn_and_manual_gc_run(paths: dict[str, Path]) -> None:
 def test_documents_that_see_themselves_alone_run(paths: dict[str, Path]) -> None:
     """The loss is another than that of the same line without the flag."""
     line = by_name("master/qwen25/pretrain_qwen25_72b_4k_pack")
-    run(line, paths, 1)
+    log = run(line, paths, 1)
     apart = losses(paths)
+    assert "a document sees only itself" in log and "after token 0" in log
     others = {**paths, "--save": paths["--save"].with_name("across")}
     flags = [word for word in line.flags if word != "--reset-attention-mask"]
     run(line._replace(flags=flags), others, 1)
@@ -267,7 +268,8 @@ def test_documents_that_see_themselves_alone_run(paths: dict[str, Path]) -> None
 def test_chats_that_are_not_padded_to_the_length_run(paths: dict[str, Path]) -> None:
     """Sequence parallelism, without --pad-to-multiple-of."""
     line = by_name("master/qwen25/tune_qwen25_72b_4k_full_ptd")
-    run(line, {**paths, "--data-path": paths["--save"].with_name("chats")}, 2)
+    log = run(line, {**paths, "--data-path": paths["--save"].with_name("chats")}, 2)
+    assert "batches are padded to a multiple of 2 tokens" in log
     assert len(losses(paths)) == 2
 
 

@@ -83,6 +83,10 @@ def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime, say: Say) -> Trai
         UserError: data or checkpoint are not as they have to be.
     """
     train_data, valid_data = pretraining_data(plan)
+    if plan.settings.data.keep_documents_apart:
+        token = _eod_token(plan)
+        ends = "where the data says so" + ("" if token is None else f" and after token {token}")
+        say(f"a document sees only itself, its positions count from its start; it ends {ends}")
     chunks = build_chunks(plan, runtime, say)
     run = build_run(
         plan.settings,
