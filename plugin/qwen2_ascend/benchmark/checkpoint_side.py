@@ -21,7 +21,6 @@ from qwen2_ascend.benchmark.train_side import (
     build_transformers,
 )
 
-
 STEP_SECONDS = 1.0
 """Of forward and backward between an asynchronous save and the update that waits for its copy."""
 
