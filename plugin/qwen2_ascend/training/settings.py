@@ -328,6 +328,11 @@ class TrainingSettings:
     pasted: tyro.conf.Fixed[tyro.conf.Suppress[Pasted]] = ()
     """Others' flags that set nothing here; see megatron_flags.py."""
 
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """What --tokenizer-name-or-path names."""
+        return dict(self.pasted).get("--tokenizer-name-or-path")
+
     def config_of_run(self, config: Qwen2Config) -> Qwen2Config:
         """The model's config, with what pasted flags add to it."""
         return config_of_run(config, self.pasted)
