@@ -104,6 +104,16 @@ def with_exports(plan: RunPlan[F]) -> RunPlan[F]:
 
 def plan_of_run(settings: F, found: Found | None) -> RunPlan[F]:
     """As `make_plan`, but for the exports."""
+    plan = _opened(settings, found)
+    if plan.lora is not None and plan.source is not None and plan.config != plan.source.config:
+        raise UserError(
+            "--rope-scaling-type yarn: an adapter does not say how its base model counts "
+            f"positions; write rope_scaling into the config.json of {plan.base} instead."
+        )
+    return plan
+
+
+def _opened(settings: F, found: Found | None) -> RunPlan[F]:
     load = settings.model.load
     saved = find_saved_lora(load and folder_of("load", load, found))
     if load is None or saved is None:

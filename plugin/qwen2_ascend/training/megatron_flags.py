@@ -118,12 +118,6 @@ def _yarn_type(value: str | None, settings: Any, config: Qwen2Config) -> str | N
     needed = ("--rope-scaling-factor", "--rope-scaling-original-max-position-embeddings")
     if missing := [flag for flag in needed if flag not in given]:
         return f"needs {' and '.join(missing)}"
-    lora = getattr(settings, "lora", None)
-    if lora is not None and lora.is_on:
-        return (
-            "an adapter does not say how its base model counts positions; write rope_scaling into "
-            "the base model's config.json instead"
-        )
     return None
 
 
