@@ -251,6 +251,7 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
         shuffle=not data.no_shuffle,
         vocab_size=plan.config.vocab_size,
         data_cache_path=data.data_cache_path,
+        keep_chats_apart=settings.keep_chats_apart,
     )
     for note in built.notes:
         say(note)

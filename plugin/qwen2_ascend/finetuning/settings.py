@@ -24,6 +24,9 @@ from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
 
 F = TypeVar("F", bound="FinetuneSettings")
 
+RESETS = ("--reset-attention-mask", "--reset-position-ids")
+"""Flags of Megatron-LM's and MindSpeed-LLM's that part what is in one sample."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSettings:
@@ -122,6 +125,12 @@ class FinetuneSettings(TrainingSettings):
     @property
     def tokenizer_folder(self) -> str | None:
         return self.tuning.tokenizer_name_or_path
+
+    @property
+    def keep_chats_apart(self) -> bool:
+        """Whether flags say that a chat sees only itself, in packs that were prepared too."""
+        given = {flag for flag, _ in self.pasted}
+        return self.data.pack or not given.isdisjoint(RESETS)
 
     @property
     def pad_to_multiple_of(self) -> int:

@@ -50,6 +50,7 @@ def build_chat_datasets(
     vocab_size: int | None = None,
     data_cache_path: str | Path | None = None,
     workers: int | None = None,
+    keep_chats_apart: bool = False,
 ) -> ChatDatasets:
     """Builds the training and validation datasets of chats. Every rank calls this.
 
@@ -83,6 +84,7 @@ def build_chat_datasets(
         data_cache_path: where files are prepared, on storage that all nodes share; a folder
             `.qwen2_ascend_cache` beside each file when None.
         workers: processes that prepare; by default as many as there are cores.
+        keep_chats_apart: refuse packs whose chats see one another.
 
     Raises:
         UserError: data that is missing, damaged or too little, or settings that contradict.
@@ -97,7 +99,14 @@ def build_chat_datasets(
     prefixes = prepared(list(dict.fromkeys(chain.from_iterable(given.values()))), preparation)
     shares = _shares(split) if data_path else ((0.0, 1.0), (0.0, 1.0))
     making = _Making(
-        seq_length, seed, on_bad_row, pack, variable_seq_lengths, pad_to_multiple_of, vocab_size
+        seq_length,
+        seed,
+        on_bad_row,
+        pack,
+        variable_seq_lengths,
+        pad_to_multiple_of,
+        vocab_size,
+        keep_chats_apart,
     )
     built: list[EpochDataset | None] = []
     for (name, words), share, wanted in zip(given.items(), shares, num_samples, strict=True):
@@ -138,6 +147,7 @@ class _Making:
     variable_seq_lengths: bool
     pad_to_multiple_of: int
     vocab_size: int | None
+    keep_chats_apart: bool
     notes: list[str] = field(default_factory=list)
 
     def source(
@@ -175,6 +185,11 @@ class _Making:
         largest = max(side.largest_token() for side in sides)
         if self.vocab_size is not None and (unknown := unknown_tokens([largest], self.vocab_size)):
             faults.append(f"{words} {unknown}")
+        if self.keep_chats_apart and sides[0].mixing:
+            faults.append(
+                f"{' '.join(sides[0].mixing)}: was packed so that the chats of a pack see one "
+                "another, and they are not to; prepare it with --neat-pack."
+            )
         raise_if(faults)
 
     def _usable(self, name: str, sides: Sequence[StoredChats], rows: np.ndarray) -> np.ndarray:

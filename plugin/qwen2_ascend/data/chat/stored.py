@@ -71,6 +71,11 @@ class StoredChats:
         return len(self.lengths)
 
     @property
+    def mixing(self) -> tuple[str, ...]:
+        """Prefixes of packs whose chats see one another: prepared by --pack without --neat-pack."""
+        return tuple(str(part.prefix) for part in self._parts if part.mixes_chats)
+
+    @property
     def pad_token(self) -> int | None:
         """What the preparation noted as the tokenizer's; None when it was not ours."""
         return next((p.pad_token for p in self._parts if p.pad_token is not None), None)
@@ -123,6 +128,7 @@ class _Part:
         pad_token = about.get("pad_token")
         self.pad_token = pad_token if isinstance(pad_token, int) else None
         self.is_packed = bool(about.get("pack")) or self._has_packs()
+        self.mixes_chats = self.is_packed and not about.get("neat_pack") and not self._has_packs()
 
     def _faults(self) -> list[str]:
         for name, other in (("labels", self._labels), ("attention_mask", self._masks)):
