@@ -59,6 +59,15 @@ NEUTRAL: dict[str, list[Any]] = {
     "--recompute-num-layers": [
         {**FULL, "--recompute-method": "uniform", "--recompute-num-layers": 2},
     ],
+    "--recompute-activation-function": [True],
+    "--recompute-activation-function-num-layers": [
+        {
+            "--recompute-activation-function": True,
+            "--recompute-activation-function-num-layers": 1,
+        },
+    ],
+    "--recompute-norm": [True],
+    "--recompute-norm-num-layers": [{"--recompute-norm": True, "--recompute-norm-num-layers": 1}],
     "--cross-entropy-chunk-size": [16],
     "--attention-backend": ["unfused", "local", "flash"],
     "--use-flash-attn": [True],

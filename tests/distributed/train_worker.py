@@ -419,6 +419,10 @@ def recomputing_changes_nothing(run: Run) -> str:
         "--recompute-granularity selective",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
+        "--recompute-activation-function --recompute-norm",
+        "--recompute-granularity selective --recompute-norm --recompute-norm-num-layers 2",
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 1 "
+        "--recompute-activation-function --recompute-activation-function-num-layers 2",
     ):
         losses = [result.loss for result in steps(start(run, f"{FLAGS} {flags}"), 3)]
         assert losses == plain, f"{flags}: {losses} instead of {plain}"

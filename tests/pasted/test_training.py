@@ -38,8 +38,6 @@ ELSEWHERE = {
     "--context-parallel-size",
     "--reuse-fp32-param",
     "--swap-attention",
-    "--recompute-activation-function",
-    "--recompute-activation-function-num-layers",
     "--use-ascend-coc",
     "--coc-fused-kernel",
     "--coc-parallel-num",

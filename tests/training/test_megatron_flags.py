@@ -52,8 +52,6 @@ PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
     "--reuse-fp32-param": "leave it out",
     "--swap-attention": "--recompute-granularity",
-    "--recompute-activation-function": "--recompute-granularity",
-    "--recompute-activation-function-num-layers 4": "--recompute-granularity",
     "--use-ascend-mc2": "leave it out",
     "--use-ascend-coc": "leave it out",
     "--coc-fused-kernel": "leave it out",

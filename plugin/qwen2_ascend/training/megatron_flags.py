@@ -265,10 +265,6 @@ SHARED: Table = {
     # refused
     "--reuse-fp32-param": Meaning(SPEED, refused=True),
     "--swap-attention": Meaning("recompute instead: --recompute-granularity", refused=True),
-    "--recompute-activation-function": Meaning("recompute more: --recompute-granularity", (), True),
-    "--recompute-activation-function-num-layers": Meaning(
-        "recompute more: --recompute-granularity", None, True
-    ),
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
     "--use-ascend-coc": Meaning(SPEED, refused=True),

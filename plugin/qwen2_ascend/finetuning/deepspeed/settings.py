@@ -91,6 +91,10 @@ class ZeroRecomputeSettings(RecomputeSettings):
     """With full: uniform, for every layer."""
     recompute_num_layers: Literal[1] | None = None
     """With full: 1."""
+    recompute_activation_function: Absent[bool] = False
+    recompute_activation_function_num_layers: Absent[int | None] = None
+    recompute_norm: Absent[bool] = False
+    recompute_norm_num_layers: Absent[int | None] = None
     cross_entropy_chunk_size: Absent[int | None] = None
 
 
