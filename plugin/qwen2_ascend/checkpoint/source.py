@@ -12,7 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen2_ascend.checkpoint.formats import hugging_face, megatron, torch_dist
+from qwen2_ascend.checkpoint.formats import (
+    hugging_face,
+    megatron,
+    megatron_optimizer,
+    torch_dist,
+)
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Held, volume
 from qwen2_ascend.checkpoint.progress import size_text
@@ -144,7 +149,7 @@ def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> 
     if not megatron.is_torch_dist(folder):
         return {
             kind: _ranks_source(folder, config, (), shards, kind)
-            for kind, shards in megatron.read_rank_states(folder, kinds).items()
+            for kind, shards in megatron_optimizer.read_rank_states(folder, kinds).items()
         }
     prefixes = tuple(kinds.values())
     chunks = torch_dist.read(folder, wanted=lambda key: key.startswith(prefixes)).chunks
@@ -262,7 +267,7 @@ def _name_in_file(held: Held, shard: Shard, layout: ParallelLayout, kind: str) -
     has_chunks = layout.num_layers_per_virtual_pipeline_stage is not None
     model = f"model{shard.chunk}" if has_chunks else "model"
     if kind:
-        return f"{megatron.OPTIMIZER}/{model}/{held.name}/{kind}"
+        return f"{megatron_optimizer.KEY}/{model}/{held.name}/{kind}"
     is_pt = held.stored.path.name == megatron.PT_FILE
     return f"{model}/{held.name}" if has_chunks and is_pt else held.name
 
