@@ -243,7 +243,7 @@ class MegatronWriter:
         file = torch_dist.RankFile(f"__{runtime.rank}_1.distcp")
         if rng is not None and own_replica()[0] == 0:
             data = io.BytesIO()
-            torch.save([rng], data)
+            torch.save([[rng]], data)
             file.append_object(_rng_key(), data.getvalue())
         if runtime.rank == 0:
             for key in torch_dist.extra_states(self._identity.config.num_layers):

@@ -164,7 +164,7 @@ def read(
 
 
 def read_object(folder: str | Path, key: str) -> Any:
-    """What `torch_pt.read` makes of an entry that is not a tensor.
+    """What `torch_pt.read` makes of an entry that is not a tensor, which is a list of one.
 
     Raises:
         UserError: it is missing or damaged, or its pickle asks for anything unknown.
@@ -176,7 +176,10 @@ def read_object(folder: str | Path, key: str) -> Any:
     raise_if(_file_faults(folder, [info]))
     path = folder / info.file
     with open_regular(path) as file:
-        return torch_pt.read_part(file, path, info.offset, info.num_bytes)
+        objects = torch_pt.read_part(file, path, info.offset, info.num_bytes)
+    if type(objects) is not list or len(objects) != 1:
+        raise UserError(f"{path}: {key} is no object of megatron-core's.")
+    return objects[0]
 
 
 def extra_states(num_layers: int) -> list[str]:
@@ -483,7 +486,7 @@ class RankFile:
         return ChunkPlace(self.name, info.offset + layout.offsets[()])
 
     def append_object(self, key: str, data: bytes | None = None) -> None:
-        """Appends an object: what torch.save made of it, or [None]."""
+        """Appends an object: what torch.save made of a list of it alone; by default [None]."""
         if data is None:
             data = _small_pt([None], "archive")
         self.entries.append(Entry(key, None, self._append(len(data), [(0, data)])))
