@@ -9,14 +9,11 @@ import functools
 import random
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distributed.harness import Checks, Run, main
 from distributed.train_worker import FLAGS, LAYOUTS, save, settle, start, state_of, steps
 from interop import megatron_core_files
-
-if TYPE_CHECKING:
-    from qwen2_ascend.training.loop import TrainingRun
 
 CHECKS = Checks()
 
@@ -40,6 +37,13 @@ SAME = [
     ("dp2-distributed-optimizer", "torch", "", "", True),
     ("dp2-distributed-optimizer", "torch_dist", "fully_reshardable", "--bf16", False),
     ("dp2-distributed-optimizer", "torch_dist", "fully_reshardable", "", True),
+]
+ONLY_THEIRS = [
+    ("dp2-distributed-optimizer", "torch_dist", "dp_reshardable", "--bf16", False),
+    ("dp2-distributed-optimizer", "torch_dist", "dp_reshardable", "", True),
+    ("dp2-distributed-optimizer", "torch_dist", "dp_zero_gather_scatter", "--bf16", True),
+    ("tp2-pp2-vpp2-distributed-optimizer", "torch_dist", "dp_reshardable", "--bf16", True),
+    ("dp2-pp2-vpp2-distributed-optimizer", "torch", "", "--bf16", True),
 ]
 
 
@@ -80,11 +84,11 @@ def to_theirs(layout: str, form: str, sharding_type: str, flags: str, tied: bool
     return _equal(steps(loading, 2), through)
 
 
-for _case in SAME:
+for _case in (*SAME, *ONLY_THEIRS):
     _layout, _form, _sharding, _flags, _tied = _case
     _words = [_layout, _form, _sharding, *_flags.split()[:1]]
     _name = "-".join(word.strip("-") for word in _words if word)
-    for _direction in (from_theirs, to_theirs):
+    for _direction in (from_theirs, to_theirs) if _case in SAME else (from_theirs,):
         CHECKS.add(world_size=LAYOUTS[_layout][0], name=f"{_direction.__name__}-{_name}")(
             functools.partial(_direction, *_case)
         )

@@ -38,7 +38,7 @@ from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.target import is_one_range, megatron_args, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import DamagedError, UserError
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import megatron_state
 from qwen2_ascend.training import optimizer as optimizers
@@ -57,6 +57,7 @@ from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 from qwen2_ascend.training.settings import CheckpointSettings
 
 RNG = "rng_state"
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PLACES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -503,11 +504,35 @@ def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdent
         checks = checks_of(source, is_whole=False)
         load_slices(slices, source.held, source.config.vocab_size, checks=checks)
 
+    if saved.sharding_type in megatron_optimizer.BY_BUCKETS:
+        _check_places(saved.folder, state, sources)
     if optimizers.MAIN in sources and optimizers.MAIN not in state.kinds:
         load(optimizers.MAIN, state.whole())  # fp32 after 16 bits goes on from the fp32 weights
     for kind, slices in state.emptied(int(saved.common["optimizer_updates"])).items():
         load(kind if kind in sources else "", slices)  # fp32 weights are their own main weights
     optimizers.load_scaler_state(run.optimizer, saved.common["loss_scaler"])
+
+
+def _check_places(folder: Path, state: RankState, sources: Mapping[str, Source]) -> None:
+    """Each fp32 weight in a bucket, rounded, must be the weight: else they lie otherwise.
+
+    Raises:
+        DamagedError: one is not.
+    """
+    weights, mains = sources[""], sources[optimizers.MAIN].held
+    (dtype,) = {DTYPES[name] for name in weights.dtypes}
+    for piece, run, weight in state.whole():
+        main = torch.empty(weight.shape)
+        own = [held for held in mains if held.piece.tensor == piece.tensor]
+        load_slices([(piece, run, main)], own, weights.config.vocab_size)
+        if not torch.equal(main.to(dtype).to(weight.dtype), weight.cpu()):
+            raise DamagedError(
+                [
+                    f"{folder}: {piece.tensor} does not lie in the distributed optimizer's buckets "
+                    "where its args put it; save with --ckpt-format torch or with "
+                    "--dist-ckpt-optim-fully-reshardable, or take the weights with --no-load-optim."
+                ]
+            )
 
 
 def _open_states(saved: SavedRun, identity: CheckpointIdentity) -> dict[str, Source]:
@@ -516,4 +541,10 @@ def _open_states(saved: SavedRun, identity: CheckpointIdentity) -> dict[str, Sou
     config = replace(identity.config, vocab_size=identity.padded_vocab_size)
     kinds = ["", *saved.common["contents"]["optimizer"]]
     prefixes = {kind: _state_key(kind, "", saved.sharding_type) for kind in kinds}
-    return open_states(saved.folder, config, prefixes)
+    return open_states(
+        saved.folder,
+        config,
+        prefixes,
+        args=saved.common["args"],
+        sharding_type=saved.sharding_type,
+    )

@@ -21,7 +21,9 @@ distributed one have too, or they are the buckets again, by the value of
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -29,9 +31,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen2_ascend.checkpoint.formats import megatron, torch_pt
+from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.checkpoint.rules import EMBEDDING, OUTPUT, Shard
+from qwen2_ascend.checkpoint.rules import EMBEDDING, FINAL_NORM, OUTPUT, Shard
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import open_regular
 
@@ -179,13 +181,14 @@ def flat_tensors(
             "--ckpt-convert-update-legacy-dist-opt-format renews it"
         )
     found: OfRank = {kind: {} for kind in FLAT_KINDS}
+    num_parameters = sum(prod(weight.shape) for weight in weights.values())
     for chunk in sorted({chunk for chunk, _ in weights}):
         (tensors,) = stored[chunk].values()
         own = {name: weight.shape for (c, name), weight in weights.items() if c == chunk}
         starts, total = flat_starts(
             {name: prod(shape) for name, shape in own.items()},
             alone=own_buckets(args, pp),
-            bucket_size=bucket_size(args, pp_stage, chunk),
+            bucket_size=bucket_size(args, pp_stage, chunk, num_parameters),
         )
         for kind, key in FLAT_KINDS.items():
             whole = tensors[key]
@@ -229,15 +232,23 @@ def own_buckets(args: Namespace, pp: int) -> tuple[str, ...]:
     return (EMBEDDING, OUTPUT) if is_tied and pp > 1 else ()
 
 
-def bucket_size(args: Namespace, pp_stage: int, chunk: int) -> int | None:
-    """Elements at which a bucket of a rank's model chunk is full; None where it never is."""
+def bucket_size(args: Namespace, pp_stage: int, chunk: int, num_parameters: int) -> int | None:
+    """Elements at which a bucket of a rank's model chunk is full; None where it never is.
+
+    Args:
+        args: of the run that wrote the buckets.
+        pp_stage: of the rank.
+        chunk: of the rank's model chunks.
+        num_parameters: of all of them.
+    """
     if not getattr(args, "overlap_grad_reduce", False) or pp_stage > 0 or chunk > 0:
         return None
-    if getattr(args, "ddp_num_buckets", None):
-        raise _Unfit("--ddp-num-buckets is not implemented")
+    if number := getattr(args, "ddp_num_buckets", None):
+        return num_parameters // number
+    if said := getattr(args, "ddp_bucket_size", None):
+        return said
     replicas = args.data_parallel_size * getattr(args, "context_parallel_size", 1)
-    said = getattr(args, "ddp_bucket_size", None)
-    return said or max(_LEAST_BUCKET, _BUCKET_PER_RANK * replicas)
+    return max(_LEAST_BUCKET, _BUCKET_PER_RANK * replicas)
 
 
 def _check_places(mains: Mapping[Name, StoredTensor], weights: Mapping[Name, StoredTensor]) -> None:
@@ -263,6 +274,125 @@ def _ends(stored: StoredTensor) -> Iterator[np.ndarray]:
         for start in (0, size - count):
             file.seek(stored.offset + start * dtype.itemsize)
             yield np.frombuffer(file.read(count * dtype.itemsize), dtype)
+
+
+# -- the distributed optimizer in a torch_dist folder, by buckets
+
+BY_BUCKETS = ("dp_reshardable", "dp_zero_gather_scatter")
+"""Values of "param_state_sharding_type" where keys are not the weights'."""
+_BUCKET = re.compile(
+    r"optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_.*\.bucket_idx_(\d+)\."
+    r"(param|exp_avg|exp_avg_sq)"
+)
+_LAYER_ORDERS = {
+    "local": (
+        "input_layernorm.weight",
+        "self_attention.linear_proj.weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.linear_qkv.bias",
+        "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    ),
+    "transformer_engine": (
+        "self_attention.linear_proj.weight",
+        "input_layernorm.weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.linear_qkv.bias",
+        "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    ),
+}
+"""The order of a layer's parameters in a model, by --transformer-impl: a fused norm is one of its
+linear layer's."""
+
+
+class Segment(NamedTuple):
+    """Some elements of a flat tensor, from `start` on."""
+
+    start: int
+    stored: StoredTensor
+    """Of one axis."""
+
+
+def in_model_order(names: Iterable[str], args: Namespace) -> list[str]:
+    """A chunk's parameters as the model of the run that wrote `args` has them.
+
+    Args:
+        names: layer after layer.
+        args: of that run.
+    """
+    order = _LAYER_ORDERS[getattr(args, "transformer_impl", "local")]
+    ends = [EMBEDDING, *order, FINAL_NORM, OUTPUT]
+
+    def place(name: str) -> tuple[int, int, int]:
+        if not name.startswith("decoder.layers."):
+            return (0 if name == EMBEDDING else 2, 0, ends.index(name))
+        _, _, layer, rest = name.split(".", 3)
+        return (1, int(layer), order.index(rest))
+
+    return sorted(names, key=place)
+
+
+def read_segments(folder: Path, sharding_type: str) -> dict[tuple[int, int, str], list[Segment]]:
+    """The flat tensors of the distributed optimizer in a torch_dist folder.
+
+    Args:
+        folder: of the iteration.
+        sharding_type: one of BY_BUCKETS.
+
+    Returns:
+        By tensor/pipeline rank (stages are outer), model chunk and kind.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    if sharding_type == "dp_zero_gather_scatter":
+        return _gathered_segments(folder)
+    chunks = torch_dist.read(folder, wanted=lambda key: bool(_BUCKET.fullmatch(key))).chunks
+    buckets: dict[tuple[int, int, str], dict[int, list[torch_dist.Chunk]]] = defaultdict(dict)
+    kinds = {key: kind for kind, key in FLAT_KINDS.items()}
+    for key, parts in chunks.items():
+        match = _BUCKET.fullmatch(key)
+        assert match
+        buckets[int(match[1]), int(match[2]), kinds[match[4]]][int(match[3])] = parts
+    found: dict[tuple[int, int, str], list[Segment]] = {}
+    for which, of_one in buckets.items():
+        start, found[which] = 0, []
+        for _, parts in sorted(of_one.items()):
+            found[which] += (Segment(start + part.offsets[0], part.tensor) for part in parts)
+            start += parts[0].global_shape[0]
+    return found
+
+
+def _gathered_segments(folder: Path) -> dict[tuple[int, int, str], list[Segment]]:
+    """Where each tensor/pipeline rank's first replica gathered what `distrib_optim.pt` holds."""
+    found: dict[tuple[int, int, str], list[Segment]] = {}
+    objects = torch_dist.read(folder, wanted=lambda key: False).objects
+    for key in objects:
+        match = re.fullmatch(r"optimizer\.distributed\.dp_group_idx_(\d+)\.param_state/.*", key)
+        state = torch_dist.read_object(folder, key) if match else {}
+        for chunk, of_chunk in state.items():
+            if match and isinstance(chunk, int) and not isinstance(chunk, bool):
+                (tensors,) = of_chunk.values()
+                for kind, name in FLAT_KINDS.items():
+                    found[int(match[1]), chunk, kind] = [Segment(0, tensors[name])]
+    return found
+
+
+def total_of(segments: Iterable[Segment]) -> int:
+    """Elements of a flat tensor."""
+    return max((one.start + one.stored.shape[0] for one in segments), default=0)
+
+
+def cut_out(segments: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
+    """Elements start..stop of a flat tensor, counted from `start`."""
+    for at, stored in segments:
+        first, last = max(at, start), min(at + stored.shape[0], stop)
+        if first < last:
+            offset = stored.offset + (first - at) * NUMPY_DTYPES[stored.dtype].itemsize
+            yield Segment(first - start, stored._replace(offset=offset, shape=(last - first,)))
 
 
 # -- what is no tensor of a parameter
