@@ -84,7 +84,8 @@ def _let_torch_count_updates(training: TrainingRun) -> None:
         place(parameter, {**tensors, "step": state["step"]})
 
     for part in training.optimizer.chained_optimizers:
-        part._init_optimizer_states_with_dummy_values()
+        if hasattr(part, "_init_optimizer_states_with_dummy_values"):  # not before 0.13
+            part._init_optimizer_states_with_dummy_values()
         place = part._set_main_param_and_optimizer_states
         part._set_main_param_and_optimizer_states = functools.partial(with_its_step, part, place)
 
@@ -187,20 +188,30 @@ def _load_torch(target: Path) -> dict[str, Any]:
 
 
 def _write_torch_dist(training: TrainingRun, target: Path, sharding_type: str) -> None:
+    import numpy as np
     from megatron.core import dist_checkpointing
 
+    from qwen2_ascend.runtime import supported_keywords
+    from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
+
+    prepare_torch_dist()
+    if not hasattr(np, "product"):
+        np.product = np.prod  # numpy 2 has no more what megatron-core 0.12 calls
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if _is_distributed(training):
         metadata["distrib_optim_sharding_type"] = sharding_type
     state = {**_common(training), **_sharded(training, metadata, is_loading=False)}
-    dist_checkpointing.save(state, str(target), content_metadata=metadata)
+    keywords = supported_keywords(dist_checkpointing.save, content_metadata=metadata)
+    dist_checkpointing.save(state, str(target), **keywords)
 
 
 def _load_torch_dist(training: TrainingRun, target: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     common = dist_checkpointing.load_common_state_dict(str(target))
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+    metadata = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+    if hasattr(dist_checkpointing, "load_content_metadata"):
+        metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     wanted = _sharded(training, metadata, is_loading=True)
     return dist_checkpointing.load(wanted, str(target))
 
@@ -209,14 +220,19 @@ def _sharded(training: TrainingRun, metadata: dict[str, Any], *, is_loading: boo
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    from qwen2_ascend.runtime.megatron_compat import virtual_stage
+    from qwen2_ascend.runtime.megatron_compat import megatron_release, virtual_stage
 
     state: dict[str, Any] = {}
     for index, (chunk, key) in enumerate(_chunks(training)):
         with virtual_stage(index if len(training.chunks) > 1 else None):
             state[key] = chunk.sharded_state_dict(prefix="", metadata=metadata)
+    keywords: dict[str, Any] = {"metadata": metadata}
+    if megatron_release() < (0, 13):
+        keywords = {}
+        if _is_distributed(training):
+            keywords = {"sharding_type": metadata["distrib_optim_sharding_type"]}
     state["optimizer"] = training.optimizer.sharded_state_dict(
-        state, metadata=metadata, is_loading=is_loading
+        state, is_loading=is_loading, **keywords
     )
     sizes = (
         parallel_state.get_pipeline_model_parallel_world_size(),

@@ -39,6 +39,9 @@ SAME = [
     ("dp2-distributed-optimizer", "torch_dist", "fully_reshardable", "", True),
 ]
 ONLY_THEIRS = [
+    # megatron-core before 0.15 writes the first by default, and only it does
+    ("dp2-distributed-optimizer", "torch_dist", "fully_sharded_model_space", "--bf16", False),
+    ("tp2-pp2-vpp2-distributed-optimizer", "torch_dist", "fully_sharded_model_space", "", True),
     ("dp2-distributed-optimizer", "torch_dist", "dp_reshardable", "--bf16", False),
     ("dp2-distributed-optimizer", "torch_dist", "dp_reshardable", "", True),
     ("dp2-distributed-optimizer", "torch_dist", "dp_zero_gather_scatter", "--bf16", True),
@@ -51,6 +54,8 @@ def from_theirs(
     layout: str, form: str, sharding_type: str, flags: str, tied: bool, run: Run
 ) -> str:
     """What megatron-core wrote is resumed here: same state, same losses as without a break."""
+    if not _has(sharding_type):
+        return f"megatron-core's release has no {sharding_type}"
     flags = f"{PLAIN} {flags} {LAYOUTS[layout][1]}"
     writing = start(run, flags, tied)
     steps(writing, 2)
@@ -67,8 +72,22 @@ def from_theirs(
     return _equal(steps(resumed, 2), through)
 
 
+def _has(sharding_type: str) -> bool:
+    """Whether the installed megatron-core has this way of keeping a state."""
+    from qwen2_ascend.runtime.megatron_compat import megatron_release
+
+    new, old = ("dp_reshardable", "fully_reshardable"), ("fully_sharded_model_space",)
+    return sharding_type not in (new if megatron_release() < (0, 14) else old)
+
+
 def to_theirs(layout: str, form: str, sharding_type: str, flags: str, tied: bool, run: Run) -> str:
     """What is written here is loaded by megatron-core itself: same state, same losses."""
+    from qwen2_ascend.runtime.megatron_compat import megatron_release
+
+    if not _has(sharding_type):
+        return f"megatron-core's release has no {sharding_type}"
+    if layout == "pp2" and form == "torch_dist" and megatron_release() < (0, 13):
+        return "later stages have other parameter groups than the first, whose are stored"
     flags = f"{PLAIN} {flags} {LAYOUTS[layout][1]}"
     folder = _folder(run, "ours", layout, form, sharding_type, flags, tied)
     writing = start(run, f"{flags} --ckpt-format {form} --save {folder}", tied)

@@ -181,7 +181,9 @@ def open_states(
         own = {k.removeprefix(prefix): v for k, v in chunks.items() if k.startswith(prefix)}
         own = {key: parts for key, parts in own.items() if _is_model_key(key)}
         where = f"{folder}: {prefix}*"
-        sources[kind] = _torch_dist_source(folder, config, (), own, where, prefix)
+        sources[kind] = _torch_dist_source(
+            folder, config, (), own, where, prefix=prefix, padded=config.vocab_size
+        )
     if by_buckets and sharding_type:
         others = [kind for kind in kinds if kind]
         sources |= _bucket_sources(folder, config, others, args, sharding_type)
@@ -502,19 +504,15 @@ def _torch_dist_source(
     side_files: tuple[Path, ...],
     chunks: Mapping[str, list[torch_dist.Chunk]],
     where: str,
+    *,
     prefix: str = "",
+    padded: int | None = None,
 ) -> Source:
     """The source of `chunks`, whose keys are weights'; in the folder they begin with `prefix`.
 
-    `where` begins every fault.
+    `where` begins every fault; `padded` is the padded vocabulary, if it is known.
     """
-    if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
-        raise UserError(f"{where}: no {EMBEDDING} in it; not a Qwen2 model.")
-    padded = chunks[EMBEDDING][0].global_shape[0]
-    if padded < config.vocab_size:
-        raise UserError(
-            f"{where}: {padded} vocabulary rows, fewer than vocab_size={config.vocab_size}."
-        )
+    padded = padded or _vocabulary_rows(where, chunks, config)
     rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
     held: list[Held] = []
     unexpected: list[str] = []
@@ -545,6 +543,19 @@ def _torch_dist_source(
         format="torch_dist",
         padded_vocab_size=padded,
     )
+
+
+def _vocabulary_rows(
+    where: str, chunks: Mapping[str, list[torch_dist.Chunk]], config: Qwen2Config
+) -> int:
+    if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
+        raise UserError(f"{where}: no {EMBEDDING} in it; not a Qwen2 model.")
+    padded = chunks[EMBEDDING][0].global_shape[0]
+    if padded < config.vocab_size:
+        raise UserError(
+            f"{where}: {padded} vocabulary rows, fewer than vocab_size={config.vocab_size}."
+        )
+    return padded
 
 
 def _is_model_key(key: str) -> bool:
