@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RANK_FILE, FLAT_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 
 
-def write(training: TrainingRun, folder: Path, form: str, sharding_type: str) -> None:
+def write(training: TrainingRun, folder: Path, form: str, sharding_type: str, **args: Any) -> None:
     """Saves a run as Megatron-LM does; every rank calls it.
 
     Args:
@@ -27,6 +27,7 @@ def write(training: TrainingRun, folder: Path, form: str, sharding_type: str) ->
         folder: for the iteration's folder and what Megatron-LM puts beside it.
         form: torch or torch_dist.
         sharding_type: of the distributed optimizer in torch_dist.
+        **args: of Megatron-LM's that are not what they would be.
     """
     import torch
 
@@ -36,9 +37,9 @@ def write(training: TrainingRun, folder: Path, form: str, sharding_type: str) ->
         target.mkdir(parents=True)
     torch.distributed.barrier()
     if form == "torch":
-        _write_torch(training, target)
+        _write_torch(training, target, args)
     else:
-        _write_torch_dist(training, target, sharding_type)
+        _write_torch_dist(training, target, sharding_type, args)
     torch.distributed.barrier()
     if training.runtime.rank == 0:
         tracker = folder / "latest_checkpointed_iteration.txt"
@@ -96,9 +97,9 @@ def _part_counts(training: TrainingRun) -> None:
             state["step"] = state["step"].clone()
 
 
-def _common(training: TrainingRun) -> dict[str, Any]:
+def _common(training: TrainingRun, args: dict[str, Any]) -> dict[str, Any]:
     return {
-        "args": _args(training),
+        "args": Namespace(**{**vars(_args(training)), **args}),
         "checkpoint_version": 3.0,
         "iteration": training.progress.iteration,
         "opt_param_scheduler": training.schedule.state_dict(),
@@ -164,7 +165,7 @@ def _rank_folder() -> str:
 # --- mp_rank trees -------------------------------------------------------------------------------
 
 
-def _write_torch(training: TrainingRun, target: Path) -> None:
+def _write_torch(training: TrainingRun, target: Path, args: dict[str, Any]) -> None:
     import torch
     from megatron.core import parallel_state
 
@@ -175,7 +176,7 @@ def _write_torch(training: TrainingRun, target: Path) -> None:
     if parallel_state.get_data_parallel_rank() == 0:
         models = {key: c.state_dict_for_save_checkpoint() for c, key in _chunks(training)}
         optimizer = {"optimizer": training.optimizer.state_dict(), "rng_state": [_rng_state()]}
-        torch.save({**_common(training), **models, **optimizer}, folder / RANK_FILE)
+        torch.save({**_common(training, args), **models, **optimizer}, folder / RANK_FILE)
 
 
 def _load_torch(target: Path) -> dict[str, Any]:
@@ -187,7 +188,9 @@ def _load_torch(target: Path) -> dict[str, Any]:
 # --- torch_dist ----------------------------------------------------------------------------------
 
 
-def _write_torch_dist(training: TrainingRun, target: Path, sharding_type: str) -> None:
+def _write_torch_dist(
+    training: TrainingRun, target: Path, sharding_type: str, args: dict[str, Any]
+) -> None:
     import numpy as np
     from megatron.core import dist_checkpointing
 
@@ -200,7 +203,7 @@ def _write_torch_dist(training: TrainingRun, target: Path, sharding_type: str) -
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if _is_distributed(training):
         metadata["distrib_optim_sharding_type"] = sharding_type
-    state = {**_common(training), **_sharded(training, metadata, is_loading=False)}
+    state = {**_common(training, args), **_sharded(training, metadata, is_loading=False)}
     keywords = supported_keywords(dist_checkpointing.save, content_metadata=metadata)
     dist_checkpointing.save(state, str(target), **keywords)
 

@@ -215,8 +215,9 @@ def _bucket_sources(
             flat = segments.get((rank, shard.chunk, kind), [])
             if (found := megatron_optimizer.total_of(flat)) != total:
                 raise UserError(
-                    f"{folder}: rank {rank}'s {kind} has {found} elements where its model has "
-                    f"{total}. --no-load-optim takes the weights and begins with new moments."
+                    f"{folder}: rank {rank}'s {kind} has {found} elements, not the {total} that "
+                    f"{megatron_optimizer.SAID_BY} give its model. --no-load-optim takes the "
+                    "weights and begins with new moments."
                 )
             for name in own[shard]:
                 held[kind] += _bucket_held(name, of_shard[name], flat, starts[name])

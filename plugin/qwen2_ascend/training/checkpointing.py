@@ -147,7 +147,7 @@ class MegatronWriter:
     @property
     def _sharding_type(self) -> str | None:
         is_distributed = optimizers.is_distributed(self._run.optimizer)
-        return megatron_state.FULLY_RESHARDABLE if is_distributed else None
+        return megatron_optimizer.FULLY_RESHARDABLE if is_distributed else None
 
     def _common_state(self) -> dict[str, Any]:
         """What is the same on every rank, in plain values."""
@@ -394,7 +394,7 @@ def _rank_folder(layout: ParallelLayout) -> str:
 
 def _state_key(kind: str, key: str, sharding_type: str | None) -> str:
     """The key in torch_dist of a weight, or of the optimizer's tensor of it of some kind."""
-    if kind == optimizers.MAIN and sharding_type == megatron_state.FULLY_RESHARDABLE:
+    if kind == optimizers.MAIN and sharding_type == megatron_optimizer.FULLY_RESHARDABLE:
         kind = "param"
     return f"optimizer.state.{kind}.{key}" if kind else key
 
@@ -504,7 +504,8 @@ def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdent
         checks = checks_of(source, is_whole=False)
         load_slices(slices, source.held, source.config.vocab_size, checks=checks)
 
-    if saved.sharding_type in megatron_optimizer.BY_BUCKETS:
+    gathered_from_buckets = (*megatron_optimizer.BY_BUCKETS, megatron_optimizer.FULLY_RESHARDABLE)
+    if saved.is_foreign and saved.sharding_type in gathered_from_buckets:
         _check_places(saved.folder, state, sources)
     if optimizers.MAIN in sources and optimizers.MAIN not in state.kinds:
         load(optimizers.MAIN, state.whole())  # fp32 after 16 bits goes on from the fp32 weights
@@ -528,9 +529,9 @@ def _check_places(folder: Path, state: RankState, sources: Mapping[str, Source])
         if not torch.equal(main.to(dtype).to(weight.dtype), weight.cpu()):
             raise DamagedError(
                 [
-                    f"{folder}: {piece.tensor} does not lie in the distributed optimizer's buckets "
-                    "where its args put it; save with --ckpt-format torch or with "
-                    "--dist-ckpt-optim-fully-reshardable, or take the weights with --no-load-optim."
+                    f"{folder}: the distributed optimizer's fp32 weights of {piece.tensor} are not "
+                    "its weights, so its moments are not its own either; save with --ckpt-format "
+                    "torch, or take the weights with --no-load-optim."
                 ]
             )
 

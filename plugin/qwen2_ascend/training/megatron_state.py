@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen2_ascend.checkpoint.formats.megatron_optimizer import FLAT_KINDS, MAIN, MOMENTS
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import (
+    FLAT_KINDS,
+    FULLY_RESHARDABLE,
+    MAIN,
+    MOMENTS,
+)
 from qwen2_ascend.checkpoint.formats.pickles import DType
 from qwen2_ascend.checkpoint.formats.stored import TensorSpec
 from qwen2_ascend.checkpoint.formats.torch_pt import KeyPath
 from qwen2_ascend.training import optimizer as optimizers
 
-FULLY_RESHARDABLE = "fully_reshardable"
 _SCALE = ("grad_scaler", "scale")
 
 

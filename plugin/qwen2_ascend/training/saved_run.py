@@ -59,8 +59,8 @@ def find_saved_run(folder: Path) -> SavedRun | None:
         return _saved_run(iteration, common, objects)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{iteration}: its training state is not as Megatron-LM writes it: "
-            f"{type(error).__name__} {error}. --finetune takes the weights alone."
+            f"{iteration}: its training state cannot be resumed: "
+            f"{megatron_optimizer.words(error)}. --finetune begins a new run with its weights."
         ) from None
 
 
@@ -70,6 +70,8 @@ def _saved_run(
     optimizer = _optimizer(iteration, common, objects)
     kinds = megatron_optimizer.kinds_of(optimizer) if optimizer else None
     sharding_type = kinds.sharding_type if kinds else None
+    if sharding_type not in (None, *megatron_optimizer.SHARDING_TYPES):
+        raise ValueError(f"the optimizer's state is of the type {sharding_type}")
     if {"progress", "contents"} <= common.keys():
         return SavedRun(folder=iteration, common=common, sharding_type=sharding_type)
     if not _is_of_a_run(iteration, common, objects):
@@ -120,6 +122,8 @@ def _as_ours(
 ) -> dict[str, Any]:
     """Megatron-LM's state of a run, as ours says the same."""
     args = common["args"]
+    if not getattr(args, "padded_vocab_size", None):
+        raise ValueError("its args do not say padded_vocab_size")
     return {
         "args": args,
         "iteration": common["iteration"],

@@ -43,6 +43,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
 FLAT_KINDS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", MAIN: "param"}
 """What the distributed optimizer's files call each kind of tensors."""
+SAID_BY = "args.overlap_grad_reduce and args.ddp_bucket_size"
+"""What of a run's args makes buckets."""
 _ALIGNMENT = 64
 """Elements; where parameters begin in a bucket."""
 _LEAST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
@@ -56,7 +58,7 @@ OfRank = dict[str, dict[Name, StoredTensor]]
 """By kind, the optimizer's tensors of one rank."""
 
 
-class _Unfit(ValueError):
+class UnfitError(ValueError):
     """Why a state is not one of this model: a phrase."""
 
 
@@ -84,7 +86,7 @@ def read_rank_states(
             of_rank |= _tensors_of_rank(rank_folder, state, of_rank[""], pp_stage, pp)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise UserError(
-                f"{path}: its {KEY} is not that of its model: {_words(error)}. --no-load-optim "
+                f"{path}: its {KEY} is not that of its model: {words(error)}. --no-load-optim "
                 "takes the weights and begins with new moments."
             ) from None
         for kind, shards in found.items():
@@ -95,8 +97,11 @@ def read_rank_states(
     return found
 
 
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, _Unfit) else f"{type(error).__name__} {error}"
+def words(error: Exception) -> str:
+    """What is wrong with a state, or what it lacks."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return str(error)
 
 
 def _tensors_of_rank(
@@ -124,7 +129,7 @@ def _inner(optimizer: Any) -> Mapping[str, Any]:
     if not isinstance(optimizer, Mapping) or not isinstance(
         inner := optimizer.get("optimizer", optimizer), Mapping
     ):
-        raise _Unfit("several optimizers are chained (of experts, or with overlapped steps)")
+        raise UnfitError("several optimizers are chained (of experts, or with overlapped steps)")
     return inner
 
 
@@ -142,7 +147,7 @@ def _plain(inner: Mapping, mains: Any, weights: Mapping[Name, StoredTensor]) -> 
         if mains is not None:
             found[MAIN] |= dict(zip(names, mains[number], strict=True))
     if any(of_kind.keys() != weights.keys() for of_kind in found.values()):
-        raise _Unfit(f"it has {len(found['exp_avg'])} parameters, the model {len(weights)}")
+        raise UnfitError(f"it has {len(found['exp_avg'])} parameters, the model {len(weights)}")
     return found
 
 
@@ -153,7 +158,7 @@ def _group_names(
     axes = {len(shape) for shape in shapes}
     names = [name for name, weight in weights.items() if len(weight.shape) in axes]
     if [weights[name].shape for name in names] != list(shapes):
-        raise _Unfit("a parameter group is neither all matrices nor all vectors of the model")
+        raise UnfitError("a parameter group is neither all matrices nor all vectors of the model")
     return names
 
 
@@ -176,7 +181,7 @@ def flat_tensors(
         ValueError: they are not of this model.
     """
     if not isinstance(stored, Mapping) or not stored.get("buckets_coalesced"):
-        raise _Unfit(
+        raise UnfitError(
             "its buckets are in the form before February 2024; Megatron-LM's "
             "--ckpt-convert-update-legacy-dist-opt-format renews it"
         )
@@ -193,7 +198,10 @@ def flat_tensors(
         for kind, key in FLAT_KINDS.items():
             whole = tensors[key]
             if whole.shape != (total,):
-                raise _Unfit(f"{FLAT_FILE} has {whole.shape} elements of {key}, not {total}")
+                raise UnfitError(
+                    f"{FLAT_FILE} has {prod(whole.shape)} elements of {key}, not the {total} that "
+                    f"{SAID_BY} give its model"
+                )
             for name, shape in own.items():
                 offset = whole.offset + starts[name] * NUMPY_DTYPES[whole.dtype].itemsize
                 found[kind][chunk, name] = whole._replace(offset=offset, shape=shape)
@@ -260,10 +268,7 @@ def _check_places(mains: Mapping[Name, StoredTensor], weights: Mapping[Name, Sto
     for name, weight in weights.items():
         for own, main in zip(_ends(weight), _ends(mains[name]), strict=True):
             if not np.array_equal(main.astype(own.dtype).view(np.uint8), own.view(np.uint8)):
-                raise _Unfit(
-                    f"{FLAT_FILE} does not have {name[1]} where args.overlap_grad_reduce and "
-                    "args.ddp_bucket_size put it"
-                )
+                raise UnfitError(f"{FLAT_FILE} does not have {name[1]} where {SAID_BY} put it")
 
 
 def _ends(stored: StoredTensor) -> Iterator[np.ndarray]:
@@ -279,7 +284,9 @@ def _ends(stored: StoredTensor) -> Iterator[np.ndarray]:
 # -- the distributed optimizer in a torch_dist folder, by buckets
 
 BY_BUCKETS = ("dp_reshardable", "dp_zero_gather_scatter")
-"""Values of "param_state_sharding_type" where keys are not the weights'."""
+FULLY_RESHARDABLE = "fully_reshardable"
+SHARDING_TYPES = (*BY_BUCKETS, FULLY_RESHARDABLE, "fully_sharded_model_space")
+"""Values of "param_state_sharding_type"; but for BY_BUCKETS the keys are like the weights'."""
 _BUCKET = re.compile(
     r"optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_.*\.bucket_idx_(\d+)\."
     r"(param|exp_avg|exp_avg_sq)"
@@ -413,7 +420,7 @@ def num_updates(optimizer: Any) -> int:
     told += [one["step"] for one in states.values() if isinstance(one, Mapping) and "step" in one]
     told += [group["step"] for group in inner["param_groups"] if group.get("step") is not None]
     if not told:
-        raise _Unfit("it has made no update")
+        raise UnfitError("it has made no update")
     return int(_number(told[0]))
 
 
