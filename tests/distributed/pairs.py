@@ -144,6 +144,7 @@ KEPT: dict[str, list[Any]] = {
     "--clip-grad": [0.0, 0.05],
     "--bf16": [True],
     "--fp16": [{"--fp16": True, "--initial-loss-scale": 4096.0}],
+    "--reuse-fp32-param": [{"--bf16": True, "--reuse-fp32-param": True}],
     "--loss-scale": [{"--fp16": True, "--loss-scale": 128.0}],
     "--initial-loss-scale": [{"--fp16": True, "--initial-loss-scale": 1024.0}],
     "--min-loss-scale": [{"--fp16": True, "--min-loss-scale": 2.0}],

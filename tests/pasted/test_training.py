@@ -36,7 +36,6 @@ PATHS = dict.fromkeys(
 )
 ELSEWHERE = {
     "--context-parallel-size",
-    "--reuse-fp32-param",
     "--swap-attention",
     "--use-ascend-coc",
     "--coc-fused-kernel",

@@ -50,7 +50,6 @@ TUNING = """
 """
 PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
-    "--reuse-fp32-param": "leave it out",
     "--swap-attention": "--recompute-granularity",
     "--use-ascend-mc2": "leave it out",
     "--use-ascend-coc": "leave it out",

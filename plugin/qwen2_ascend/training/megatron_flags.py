@@ -263,7 +263,6 @@ SHARED: Table = {
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
     # refused
-    "--reuse-fp32-param": Meaning(SPEED, refused=True),
     "--swap-attention": Meaning("recompute instead: --recompute-granularity", refused=True),
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),

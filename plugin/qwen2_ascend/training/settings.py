@@ -139,6 +139,9 @@ class PrecisionSettings:
     """Compute in bf16 with fp32 main weights; neither flag means fp32 throughout."""
     fp16: Flag = False
     """Compute in fp16 with fp32 main weights and loss scaling."""
+    reuse_fp32_param: Flag = False
+    """With --bf16: between updates keep of the fp32 weights only what the bf16 ones lack, 2 bytes
+    each instead of 4; nothing else changes."""
     loss_scale: float | None = None
     """A fixed loss scale; by default fp16 finds it."""
     initial_loss_scale: float = 2.0**32
@@ -689,6 +692,8 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
         )
     faults += recompute.faults(config.num_layers)
+    if settings.precision.reuse_fp32_param and not settings.precision.bf16:
+        faults.append("--reuse-fp32-param needs --bf16: other weights are no halves of fp32 ones.")
     is_full = recompute.recompute_granularity == "full"
     if is_full and recompute.recompute_method is None:
         faults.append("--recompute-granularity full needs --recompute-method.")

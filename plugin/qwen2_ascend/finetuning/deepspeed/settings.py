@@ -30,6 +30,7 @@ from qwen2_ascend.training.settings import (
     Flag,
     ModelSettings,
     ParallelSettings,
+    PrecisionSettings,
     RecomputeSettings,
     RuntimeSettings,
 )
@@ -99,6 +100,13 @@ class ZeroRecomputeSettings(RecomputeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroPrecisionSettings(PrecisionSettings):
+    """Number formats, and what happens when numbers run out."""
+
+    reuse_fp32_param: Absent[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZeroFusionSettings(FusionSettings):
     """Fused kernels: attention, on an npu. The other layers are transformers' own."""
 
@@ -154,6 +162,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
+    precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
     fusion: ZeroFusionSettings = field(default_factory=ZeroFusionSettings)
     checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)
