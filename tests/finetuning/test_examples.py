@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -91,9 +91,19 @@ def command(words: list[str], folder: Path) -> Command:
 
     given = get_args_parser().parse_args(words[1:])
     num_nodes = int(given.nnodes.partition(":")[0])
-    assert num_nodes == 1 or given.rdzv_endpoint, "several nodes need a place to meet"
+    if num_nodes > 1:
+        check_meeting(given)
     program, arguments = folder / given.training_script, given.training_script_args
     return Command(program, arguments, num_nodes * int(given.nproc_per_node))
+
+
+def check_meeting(given: Any) -> None:
+    """Several nodes meet in one way in all pages: by --node-rank, --master-addr and --master-port.
+
+    torchrun ignores --node-rank, with a warning, where --rdzv-backend is c10d.
+    """
+    assert given.rdzv_backend == "static" and not given.rdzv_endpoint, given
+    assert given.master_addr == "node-0" and given.node_rank > 0, given
 
 
 def check(call: Command, config: Qwen2Config) -> None:
@@ -122,7 +132,7 @@ def test_every_example_is_checked() -> None:
 def test_an_example_is_accepted(name: str, tmp_path: Path) -> None:
     arguments, size = SCRIPTS[name]
     calls = recorded(
-        tmp_path, EXAMPLES / name / "run.sh", arguments, NODE_RANK="3", MASTER="node-0"
+        tmp_path, EXAMPLES / name / "run.sh", arguments, NODE_RANK="3", MASTER_ADDR="node-0"
     )
     assert calls
     for call in calls:
@@ -160,7 +170,7 @@ def test_a_wrong_flag_in_an_example_is_found(
     script.write_text(text.replace(right, wrong).replace(there, str(REPOSITORY)), encoding="utf-8")
     script.chmod(0o755)
     arguments, size = SCRIPTS[name]
-    (call,) = recorded(tmp_path, script, arguments, NODE_RANK="3", MASTER="node-0")
+    (call,) = recorded(tmp_path, script, arguments, NODE_RANK="3", MASTER_ADDR="node-0")
     with pytest.raises(error):
         check(call, Qwen2Config.named(size))
 
@@ -197,7 +207,7 @@ def test_the_table_of_memory_is_computed(tmp_path: Path) -> None:
     for name in ("full_7b", "full_72b"):
         (row,) = [row for row in rows if row.startswith(f"| {name}:")]
         script = EXAMPLES / name / "run.sh"
-        (call,) = recorded(tmp_path, script, "MODEL CHATS OUT", NODE_RANK="0", MASTER="node-0")
+        (call,) = recorded(tmp_path, script, "MODEL CHATS OUT", NODE_RANK="1", MASTER_ADDR="node-0")
         (tmp_path / "record").unlink()
         flags = call.arguments
         tp, pp = (
@@ -231,7 +241,9 @@ def documented(document: Path) -> list[Command]:
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     calls = [
-        shlex.split(line.replace("$RANK", "1").replace("$HOST", "node-0"), comments=True)
+        shlex.split(
+            line.replace("$NODE_RANK", "1").replace("$MASTER_ADDR", "node-0"), comments=True
+        )
         for line in lines
         if re.match(r"(torchrun|python) .*launch/\w+\.py", line) and "..." not in line
     ]

@@ -85,9 +85,9 @@ KNOWN_ERRORS = (
         "missing processes",
         r"waiting for clients|\d+/\d+ clients joined",
         "not every process of the job came to the meeting point in time",
-        "start torchrun on every node with the same --nnodes, --nproc-per-node and "
-        "--rdzv-endpoint, whose port must be reachable from each; a node whose process has died "
-        "says why.",
+        "start torchrun on every node with the same --nnodes, --nproc-per-node, --master-addr and "
+        "--master-port, and with its own --node-rank; that port of the first node must be "
+        "reachable from each. A node whose process has died says why.",
     ),
     KnownError(
         "port in use",
