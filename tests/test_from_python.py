@@ -67,9 +67,9 @@ def test_the_script_trains_as_transformers_does(page: Page, tmp_path: Path) -> N
     expected, trained = by_transformers(page.model)
     assert losses == pytest.approx(expected, abs=1e-6)
 
-    words = "--save-model-type hf --load-dir out --save-dir merged --verify".split()
-    words = [str(tmp_path / word) if word in ("out", "merged") else word for word in words]
-    run("-m", "qwen2_ascend.cli", "convert", *words, "--hf-cfg-dir", page.model)
+    convert = ("-m", "qwen2_ascend.cli", "convert", "--save-model-type", "hf", "--verify")
+    folders = ("--load-dir", tmp_path / "out", "--save-dir", tmp_path / "merged")
+    run(*convert, *folders, "--hf-cfg-dir", page.model)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float().state_dict()
     start = AutoModelForCausalLM.from_pretrained(page.model).float().state_dict()
     assert merged.keys() == trained.keys()
