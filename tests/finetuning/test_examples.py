@@ -30,6 +30,7 @@ SCRIPTS = {
     "lora_7b": ("MODEL CHATS OUT", "7B"),
     "full_7b": ("MODEL CHATS OUT", "7B"),
     "full_72b": ("MODEL CHATS OUT", "72B"),
+    "cluster": ("MODEL CHATS OUT", "7B"),
 }
 DOCUMENTS = [
     path.relative_to(REPOSITORY)
@@ -103,7 +104,7 @@ def check_meeting(given: Any) -> None:
     torchrun ignores --node-rank, with a warning, where --rdzv-backend is c10d.
     """
     assert given.rdzv_backend == "static" and not given.rdzv_endpoint, given
-    assert given.master_addr == "node-0" and given.node_rank > 0, given
+    assert given.master_addr == "node-0" and given.node_rank >= 0, given
 
 
 def check(call: Command, config: Qwen2Config) -> None:
@@ -137,7 +138,58 @@ def test_an_example_is_accepted(name: str, tmp_path: Path) -> None:
     assert calls
     for call in calls:
         check(call, Qwen2Config.named(size))
-    assert calls[0].world_size == {"sft_0.5b": 1, "full_72b": 128}.get(name, 8)
+    assert calls[0].world_size == {"sft_0.5b": 1, "full_72b": 128, "cluster": 16}.get(name, 8)
+
+
+SCHEDULER = {
+    "srun": """#!/bin/sh
+shift
+for node in 0 1; do SLURM_NODEID=$node "$@"; done
+""",
+    "scontrol": "#!/bin/sh\nprintf 'node-0\\nnode-1\\n'\n",
+    "torchrun": RECORDER,
+}
+"""Programs of a cluster, as far as the launch files of examples/cluster need them."""
+
+
+def recorded_on_nodes(folder: Path, words: list[str], **environment: str) -> list[Command]:
+    """What a launch file calls, run in the folder of the repository."""
+    for name, program in SCHEDULER.items():
+        (folder / "bin" / name).parent.mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(program)
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment}
+    subprocess.run(words, env=environment, cwd=REPOSITORY, timeout=60, check=True)
+    calls = (folder / "record").read_text(encoding="utf-8").split("\n\0")[:-1]
+    return [command(call.split("\0")[:-1], REPOSITORY) for call in calls]
+
+
+def test_slurm_starts_the_example_on_each_node(tmp_path: Path) -> None:
+    words = ["bash", "examples/cluster/finetune.slurm", "MODEL", "CHATS", "OUT"]
+    calls = recorded_on_nodes(tmp_path, words, SLURM_JOB_NODELIST="node-[0-1]", SLURM_JOB_ID="1")
+    assert [call.world_size for call in calls] == [16, 16]
+    for call in calls:
+        check(call, Qwen2Config.named("7B"))
+    record = (tmp_path / "record").read_text(encoding="utf-8").replace("\0", " ")
+    assert re.findall(r"--node-rank (\d)", record) == ["0", "1"]
+
+
+def test_volcano_starts_the_example_in_each_pod(tmp_path: Path) -> None:
+    import yaml
+
+    file = EXAMPLES / "cluster" / "finetune.volcano.yaml"
+    job = yaml.safe_load(file.read_text(encoding="utf-8"))["spec"]
+    (task,) = job["tasks"]
+    (container,) = task["template"]["spec"]["containers"]
+    assert job["minAvailable"] == task["replicas"] == 2
+    hosts = {f"VC_{task['name'].upper()}_HOSTS": "node-0,node-1"}
+    words = [*container["command"], *container["args"]]
+    (call,) = recorded_on_nodes(tmp_path, words, VC_TASK_INDEX="1", **hosts)
+    assert call.world_size == 16
+    check(call, Qwen2Config.named("7B"))
+    limits = container["resources"]["limits"]
+    assert limits == container["resources"]["requests"] == {"huawei.com/Ascend910": 8}
 
 
 def test_the_laptop_example_takes_another_layout(tmp_path: Path) -> None:
@@ -207,7 +259,7 @@ def test_the_table_of_memory_is_computed(tmp_path: Path) -> None:
     for name in ("full_7b", "full_72b"):
         (row,) = [row for row in rows if row.startswith(f"| {name}:")]
         script = EXAMPLES / name / "run.sh"
-        (call,) = recorded(tmp_path, script, "MODEL CHATS OUT", NODE_RANK="1", MASTER_ADDR="node-0")
+        (call,) = recorded(tmp_path, script, "MODEL CHATS OUT", NODE_RANK="0", MASTER_ADDR="node-0")
         (tmp_path / "record").unlink()
         flags = call.arguments
         tp, pp = (
