@@ -1,4 +1,4 @@
-"""Links of the pages that users read: the file and the heading that each names are there."""
+"""The pages that users read: links lead somewhere, tolerances are those of the tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from distributed import parity_worker, train_worker
+from finetuning import adapter_worker, deepspeed_worker, finetune_worker, lora_worker
+from real import real_worker
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
@@ -15,6 +19,19 @@ PAGES = sorted(
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PROMISED = {"migration.md", "migration.zh-CN.md", "interop.md"}
 """Pages that other changes bring."""
+ALLOWED = {
+    "logits of a small model": (parity_worker.FP32_TOLERANCE, parity_worker.FP64_TOLERANCE),
+    "logits of a model with hidden size 512": (parity_worker.FP64_TOLERANCE,),
+    "logits of Qwen2.5-Coder-0.5B": (real_worker.RELATIVE_TOLERANCE,),
+    "losses of 4 steps at TP1": (train_worker.TOLERANCE,),
+    "the same at another layout": (train_worker.MOVED_TOLERANCE,),
+    "fine-tuning: losses of 4 steps": (finetune_worker.TOLERANCE,),
+    "LoRA: losses of 4 steps": (lora_worker.TOLERANCE,),
+    "adapter folders": (adapter_worker.TOLERANCE,),
+    "DeepSpeed ZeRO": (deepspeed_worker.LOSS_TOLERANCE,),
+    "LoRA by ZeRO": (deepspeed_worker.LOSS_TOLERANCE,),
+}
+"""By the beginning of a claim in docs/evidence.md: what the tests of it allow."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -44,3 +61,11 @@ def anchors(page: Path) -> set[str]:
 
 def without_commands(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("claim", ALLOWED)
+def test_the_page_of_evidence_has_the_tolerances_of_the_tests(claim: str) -> None:
+    lines = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if line.startswith(f"| {claim}")]
+    found = [float(number) for number in re.findall(r"\d+e-\d+", row.split("|")[4])]
+    assert tuple(found) == ALLOWED[claim]
