@@ -11,8 +11,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,18 +64,24 @@ def run(
     folder: Path, script: Path, arguments: str, torchrun: str = RECORDER, **environment: str
 ) -> None:
     """Runs a script in `folder`, where its calls are recorded; it fails as the script does."""
-    for name, program in (("torchrun", torchrun), ("python", RECORDER)):
-        (folder / "bin" / name).parent.mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text(program)
-        (folder / "bin" / name).chmod(0o755)
-    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    programs = {"torchrun": torchrun, "python": RECORDER}
     subprocess.run(
         [script, *arguments.split()],
-        env={**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment},
+        env=with_programs(folder, programs, **environment),
         cwd=folder,
         timeout=500,
         check=True,
     )
+
+
+def with_programs(folder: Path, programs: dict[str, str], **environment: str) -> dict[str, str]:
+    """An environment in which `programs` are found first; they write to `folder`/record."""
+    for name, program in programs.items():
+        (folder / "bin" / name).parent.mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(program)
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment}
 
 
 def recorded(folder: Path, script: Path, arguments: str, **environment: str) -> list[Command]:
@@ -154,12 +162,7 @@ for node in 0 1; do SLURM_NODEID=$node "$@"; done
 
 def recorded_on_nodes(folder: Path, words: list[str], **environment: str) -> list[Command]:
     """What a launch file calls, run in the folder of the repository."""
-    for name, program in SCHEDULER.items():
-        (folder / "bin" / name).parent.mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text(program)
-        (folder / "bin" / name).chmod(0o755)
-    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment}
+    environment = with_programs(folder, SCHEDULER, **environment)
     subprocess.run(words, env=environment, cwd=REPOSITORY, timeout=60, check=True)
     calls = (folder / "record").read_text(encoding="utf-8").split("\n\0")[:-1]
     return [command(call.split("\0")[:-1], REPOSITORY) for call in calls]
@@ -173,6 +176,37 @@ def test_slurm_starts_the_example_on_each_node(tmp_path: Path) -> None:
         check(call, Qwen2Config.named("7B"))
     record = (tmp_path / "record").read_text(encoding="utf-8").replace("\0", " ")
     assert re.findall(r"--node-rank (\d)", record) == ["0", "1"]
+
+
+RANKS = """#!/bin/bash
+for rank in 0 1; do
+    bash -c 'trap "echo rank $0 >> $RECORD; exit" TERM
+        echo up >> $RECORD; while true; do sleep 0.1; done' $rank &
+done
+trap 'echo torchrun >> $RECORD' TERM
+wait
+"""
+"""A torchrun whose ranks wait for SIGTERM; it and they write down that they got it."""
+
+
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="the launch file needs pkill")
+def test_slurm_signals_the_ranks_alone_and_queues_up_again(tmp_path: Path) -> None:
+    """A rank that gets SIGTERM from torchrun too ends without a save."""
+    srun = '#!/bin/bash\nshift\nSLURM_NODEID=0 exec "$@"\n'
+    scontrol = '#!/bin/sh\n[ "$1" = show ] && echo node-0 || echo $* >> $RECORD\n'
+    programs = {"srun": srun, "scontrol": scontrol, "torchrun": RANKS}
+    environment = with_programs(tmp_path, programs, SLURM_JOB_NODELIST="node-0", SLURM_JOB_ID="42")
+    words = ["bash", "examples/cluster/finetune.slurm", "MODEL", "CHATS", "OUT"]
+    record = tmp_path / "record"
+    with subprocess.Popen(words, env=environment, cwd=REPOSITORY) as batch:
+        deadline = time.monotonic() + 60
+        while not record.exists() or record.read_text().count("up") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        batch.terminate()
+        batch.wait(60)
+    said = record.read_text().split("\n")[2:-1]
+    assert sorted(said[:2]) == ["rank 0", "rank 1"] and said[2:] == ["requeue 42"]
 
 
 def test_volcano_starts_the_example_in_each_pod(tmp_path: Path) -> None:
