@@ -10,6 +10,8 @@ import pytest
 
 from distributed import parity_worker, train_worker
 from finetuning import adapter_worker, deepspeed_worker, finetune_worker, lora_worker
+from qwen2_ascend import plan
+from qwen2_ascend.planning import report
 from real import real_worker
 
 ROOT = Path(__file__).parents[1]
@@ -69,3 +71,28 @@ def test_the_page_of_evidence_has_the_tolerances_of_the_tests(claim: str) -> Non
     (row,) = [line for line in lines if line.startswith(f"| {claim}")]
     found = [float(number) for number in re.findall(r"\d+e-\d+", row.split("|")[4])]
     assert tuple(found) == ALLOWED[claim]
+
+
+def test_the_pages_have_the_answers_of_the_planner() -> None:
+    said = report.answer(plan("72B", 16, device="910B"))
+    (quoted,) = re.findall(r"The fewest it fits on: [^.]+[.]\d GB [(][^.]+", read("README.md"))
+    assert quoted.removesuffix(" ") in said
+    devices, memory, layout = re.findall(r"(\d+) devices, (\S+ GB) [(]([^,]+),", said)[0]
+    assert all(word in read("README.zh-CN.md") for word in (f"{devices} 卡", memory, layout))
+
+    page = read("docs/planning.md")
+    (example,) = re.findall(r"## An example\n.*?```\n(.*?)```", page, re.DOTALL)
+    lines = report.text(plan("14B", 8), top=20, commands=0).splitlines()
+    for line in filter(None, example.splitlines()):
+        cells = re.split(r"  +", line)
+        assert any(is_part(cells, re.split(r"  +", own)) for own in lines), line
+
+
+def is_part(some: list[str], cells: list[str]) -> bool:
+    """Whether `cells` with some left out are `some`."""
+    left = iter(cells)
+    return all(cell in left for cell in some)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
