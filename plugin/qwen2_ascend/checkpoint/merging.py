@@ -38,7 +38,8 @@ class _Product(NamedTuple):
         per_block = self.box[1][1] - self.box[1][0]
         for block in range(*blocks):
             first = (block - self.box[0][0]) * per_block + r0 - self.box[1][0]
-            product = self.b[first : first + r1 - r0] @ self.a[:, c0:c1] * self.scaling
+            a = self.a[:, c0 - self.box[2][0] : c1 - self.box[2][0]]
+            product = self.b[first : first + r1 - r0] @ a * self.scaling
             row, column = box[1][0], box[2][0]
             values[block - box[0][0], r0 - row : r1 - row, c0 - column : c1 - column] += product
 
