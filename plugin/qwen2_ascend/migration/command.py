@@ -16,7 +16,7 @@ import tyro
 from qwen2_ascend.errors import Faults, UserError, printable, raise_if
 from qwen2_ascend.files import read_text
 from qwen2_ascend.migration.memory import memory_line
-from qwen2_ascend.migration.programs import Job, migrate_command, own_flags
+from qwen2_ascend.migration.programs import PROGRAMS, Job, migrate_command, own_flags
 from qwen2_ascend.migration.script import Command, Script, Token, read_script, token
 
 MAX_BYTES = 1 << 20
@@ -79,11 +79,14 @@ def migrate(path: Path) -> tuple[str, list[str]]:
     except UserError as error:
         raise UserError(f"{path}: {fault}" for fault in error.faults) from None
     if not any(job for _, job in jobs):
+        started = [word.text for command in script.commands for word in command.words]
+        others = [text for text in started if text and text.endswith(".py")]
         raise UserError(
-            f"{path}: starts none of pretrain_gpt.py, posttrain_gpt.py, inference.py, "
-            "evaluation.py, convert_ckpt.py, convert_ckpt_v2.py and preprocess_data.py."
+            f"{path}: starts {', '.join(others) or 'no program'}; known are {', '.join(PROGRAMS)}."
         )
     notes = [*script.notes, *_notes(jobs)]
+    if "\r\n" in text:
+        notes.insert(0, "its lines end with carriage returns, with which bash cannot run it")
     return "\n".join(_lines(path, script, jobs, notes)) + "\n", notes
 
 

@@ -22,6 +22,7 @@ class Piece(NamedTuple):
     text: str
     """Its characters; of an expansion the source, as `${TP}`."""
     is_quoted: bool
+    line: int
     is_expansion: bool = False
 
 
@@ -50,6 +51,7 @@ class Word:
 _OPERATORS = ("&&", "||", ";;", "|&", "&>>", "&>", "<<<", "<<-", "<<", ">>", ">&", "<&")
 _SINGLE = "|&;<>()\n"
 _NAME = re.compile(r"\$(?:[A-Za-z_]\w*|[0-9@*#?$!-])")
+_QUOTED = re.compile(r'[^"\\$`#\n]+')
 _ARRAY = re.compile(r"[A-Za-z_]\w*\+?=$")
 _CLOSERS = {"${": ("{", "}"), "$(": ("(", ")")}
 
@@ -75,9 +77,16 @@ class _Lexer:
     heredocs: list[str] = field(default_factory=list)
     """Words that end the documents that begin behind this line."""
 
+    _counted: tuple[int, int] = (0, 1)
+    """A place and its line, so that no line is counted twice."""
+
     @property
     def line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        at, line = self._counted
+        if at > self.at:
+            at, line = 0, 1
+        self._counted = (self.at, line + self.text.count("\n", at, self.at))
+        return self._counted[1]
 
     def words(self) -> Iterator[Word]:
         while self._skip_blanks():
@@ -158,8 +167,9 @@ class _Lexer:
 
     def _pieces(self, char: str) -> list[Piece]:
         """What begins at a character that is no blank."""
+        line = self.line
         if char == "'":
-            return [Piece(self._until("'"), True)]
+            return [Piece(self._until("'"), True, line)]
         if char == '"':
             return self._double_quoted()
         if char in "$`":
@@ -167,11 +177,11 @@ class _Lexer:
         if char == "\\":
             self.at += 2
             escaped = self.text[self.at - 1 : self.at]
-            return [] if escaped == "\n" else [Piece(escaped, True)]
+            return [] if escaped == "\n" else [Piece(escaped, True, line)]
         match = re.compile(r"[^\s'\"$`\\|&;<>()]+").match(self.text, self.at)
         assert match is not None
         self.at = match.end()
-        return [Piece(match[0], False)]
+        return [Piece(match[0], False, line)]
 
     def _until(self, quote: str) -> str:
         opened = self.line
@@ -184,7 +194,7 @@ class _Lexer:
     def _double_quoted(self) -> list[Piece]:
         opened = self.line
         self.at += 1
-        pieces = [Piece("", True)]  # "" is a word too
+        pieces = [Piece("", True, opened)]  # "" is a word too
         while self.at < len(self.text):
             char = self.text[self.at]
             if char == '"':
@@ -196,11 +206,15 @@ class _Lexer:
             if char == "#" and re.search(r"\n[ \t]*\Z", self.text[: self.at][-80:]):
                 self._skip_quoted_comment()
                 continue
-            step = 1
+            line = self.line
             if char == "\\" and self.text[self.at + 1 : self.at + 2] in ("\\", '"', "$", "`", "\n"):
-                char, step = self.text[self.at + 1].replace("\n", ""), 2
-            pieces.append(Piece(char, True))
-            self.at += step
+                pieces.append(Piece(self.text[self.at + 1].replace("\n", ""), True, line))
+                self.at += 2
+                continue
+            match = _QUOTED.match(self.text, self.at)
+            run = match[0] if match else char
+            pieces.append(Piece(run, True, line))
+            self.at += len(run)
         raise UserError(f'line {opened}: the quote " is not closed.')
 
     def _skip_quoted_comment(self) -> None:
@@ -215,18 +229,18 @@ class _Lexer:
 
     def _expansion(self, *, is_quoted: bool) -> Piece:
         """`$NAME`, `${...}`, `$(...)`, `$((...))` or backquotes; a lonely $ is itself."""
-        start = self.at
+        start, line = self.at, self.line
         if self.text[start] == "`":
             self._until("`")
-            return Piece(self.text[start : self.at], is_quoted, True)
+            return Piece(self.text[start : self.at], is_quoted, line, True)
         if (opener := self.text[start : start + 2]) in _CLOSERS:
             self.at = self._closing(start + 2, *_CLOSERS[opener])
-            return Piece(self.text[start : self.at], is_quoted, True)
+            return Piece(self.text[start : self.at], is_quoted, line, True)
         if match := _NAME.match(self.text, start):
             self.at = match.end()
-            return Piece(match[0], is_quoted, True)
+            return Piece(match[0], is_quoted, line, True)
         self.at += 1
-        return Piece("$", True)
+        return Piece("$", True, line)
 
     def _closing(self, at: int, opens: str, closes: str) -> int:
         opened, depth = self.line, 1

@@ -61,7 +61,11 @@ class Job:
 
 
 MOE_FLAGS = ("--num-experts", "--moe-", "--n-shared-experts", "--shared-expert", "--first-k-dense")
-PYTHON_FLAGS_WITH_VALUES = ("-m", "-c", "-W", "-X")
+PROGRAMS = (
+    *("pretrain_gpt.py", "posttrain_gpt.py", "inference.py", "evaluation.py"),
+    *("convert_ckpt.py", "convert_ckpt_v2.py", "preprocess_data.py"),
+)
+"""MindSpeed-LLM's that are known."""
 
 
 def find_program(name: str, flags: Sequence[str | None]) -> Program | None:
@@ -154,6 +158,12 @@ def _translated(program: Program, words: Sequence[Token]) -> tuple[list[Token], 
     by_mark = dict(zip(marks, words, strict=True))
     lines = {word.text: word.line for word in reversed(words) if word.text}
     changes = list(_changes(program, pasted, by_mark, lines))
+    gone = {word for word in given if word.startswith("--")} - {*rest, *(f for f, _ in pasted)}
+    changes += [
+        Change(flag, lines.get(flag, 0), "left out: it says what holds without it")
+        for flag in sorted(gone)
+        if flag.replace("_", "-") not in program.table
+    ]
     known = own_flags(program.kind)
     ours: list[Token] = []
     keeps = True

@@ -30,6 +30,7 @@ class Part(NamedTuple):
     """Whether it is not split at blanks."""
     is_list: bool = False
     """Whether bash would split it, as a variable without quotes."""
+    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,28 @@ class _Reader:
                 self._forget(statement)
             else:
                 self._statement(statement)
+        self._settle()
         return self._script
+
+    def _settle(self) -> None:
+        """Writes out what a variable was, where it is something else at the script's end."""
+        last = {name: made[-1] for name, made in self._script.assignments.items()}
+
+        def settled(part: Part) -> Part:
+            made = last.get(part.variable or "")
+            if made is None or part.value is None or made.values[0].text == part.value:
+                return part
+            return Part(part.value, part.value, line=part.line)
+
+        self._script.commands = [
+            replace(
+                command,
+                words=tuple(
+                    replace(word, parts=tuple(map(settled, word.parts))) for word in command.words
+                ),
+            )
+            for command in self._script.commands
+        ]
 
     def _follow_blocks(self, statement: Sequence[Word], waiting: list[str]) -> None:
         """Keeps the ends of the blocks that are open in `waiting`."""
@@ -243,9 +265,9 @@ class _Reader:
                     continue
                 if not is_open:
                     fields.append([])
-                fields[-1].append(Part(run, run))
+                fields[-1].append(Part(run, run, line=part.line))
                 is_open = True
-        return [Token(tuple(parts), word.line) for parts in fields]
+        return [Token(tuple(parts), parts[0].line or word.line) for parts in fields]
 
     def _parts(self, pieces: Sequence[Piece]) -> tuple[Part, ...]:
         found: list[Part] = []
@@ -253,27 +275,28 @@ class _Reader:
             if piece.is_expansion:
                 found += self._expanded(piece)
             else:
-                found.append(Part(piece.text, piece.text, None, piece.is_quoted))
+                found.append(Part(piece.text, piece.text, None, piece.is_quoted, line=piece.line))
         return tuple(found)
 
     def _expanded(self, piece: Piece) -> list[Part]:
         source = piece.text
         if source.startswith("$(("):
             value = calculate(source[3:-2], self._number)
-            return [Part(source, value)] if value is not None else [Part(source, None)]
+            return [Part(source, value, line=piece.line)]
         name, operator, default = _parameter(source)
         variable = self._variables.get(name) if name else None
         if variable is not None and not (operator == ":-" and _is_empty(variable)):
             return self._of_variable(name or "", variable, piece)
         if default is not None:
             value = Token(self._parts(_inner_pieces(default)), 0).text
-            return [Part(source, value)]
-        return [Part(source, None)]
+            return [Part(source, value, line=piece.line)]
+        return [Part(source, None, line=piece.line)]
 
     def _of_variable(self, name: str, variable: Variable, piece: Piece) -> list[Part]:
         if not variable.is_block and len(variable.values) == 1:
             value = variable.values[0].text
-            return [Part(f"${{{name}}}", value, name, is_list=not piece.is_quoted)]
+            reference = f"${{{name}}}"
+            return [Part(reference, value, name, is_list=not piece.is_quoted, line=piece.line)]
         parts: list[Part] = []
         for number, value in enumerate(variable.values):
             if number:
@@ -348,7 +371,8 @@ def _is_block(values: Sequence[Token], is_array: bool) -> bool:
     """Whether a value is flags that have to be seen, not one flag's value."""
     if is_array:
         return True
-    said = "".join(part.value or "x" for value in values for part in value.parts)
+    texts = [part.value for value in values for part in value.parts]
+    said = "".join("x" if text is None else text for text in texts)
     return any(word.startswith("-") and not _is_number(word) for word in said.split())
 
 
