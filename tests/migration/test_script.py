@@ -118,10 +118,11 @@ def test_value_with_blanks_stays_one_word() -> None:
 @pytest.mark.parametrize(
     ("text", "shell"),
     [
-        ("run $1", '"$1"'),
-        ("run ${RANK}", '"${RANK}"'),
+        ("run $1", "$1"),
+        ('run "${RANK}"', '"${RANK}"'),
+        ("run ${RANK}", "${RANK}"),
         ("run $(dirname $0)/x", '"$(dirname $0)/x"'),
-        ("run `hostname`", '"`hostname`"'),
+        ("run `hostname`", "`hostname`"),
         ("run a'$b'\"$c\"", '"a\\$b$c"'),
         ("A=x; run $A/y", '"${A}/y"'),
     ],

@@ -60,10 +60,12 @@ class Token:
         """As bash takes it.
 
         Args:
-            as_list: may hold several values, where it is a variable without quotes.
+            as_list: may be split, where it is a variable without quotes; what is not known here
+                is split as bash does.
         """
-        if as_list and len(self.parts) == 1 and self.parts[0].is_list:
-            return self.parts[0].text
+        first = self.parts[0] if len(self.parts) == 1 else None
+        if first and first.is_list and (as_list or first.variable is None):
+            return first.text
         if (literal := self.literal) is not None:
             return shlex.quote(literal)
         return '"' + "".join(map(_in_quotes, self.parts)) + '"'
@@ -290,7 +292,7 @@ class _Reader:
         if default is not None:
             value = Token(self._parts(_inner_pieces(default)), 0).text
             return [Part(source, value, line=piece.line)]
-        return [Part(source, None, line=piece.line)]
+        return [Part(source, None, is_list=not piece.is_quoted, line=piece.line)]
 
     def _of_variable(self, name: str, variable: Variable, piece: Piece) -> list[Part]:
         if not variable.is_block and len(variable.values) == 1:
