@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, get_args
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.devices import GB, find_device
-from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.job import Cut, Job, Recompute
 from qwen2_ascend.planning.memory import fullest_stage
 
 DEVICE = "910B"
@@ -78,9 +79,9 @@ def _cut(flags: Flags, num_devices: int | None) -> Cut:
     return cut
 
 
-def _recompute(flags: Flags) -> str:
-    granularity = flags.get("--recompute-granularity") or "none"
-    if granularity not in ("none", "selective", "full"):
+def _recompute(flags: Flags) -> Recompute:
+    granularity: Any = flags.get("--recompute-granularity") or "none"
+    if granularity not in get_args(Recompute):
         raise UnknownError(f"--recompute-granularity {granularity} is none of the planner's.")
     return granularity
 

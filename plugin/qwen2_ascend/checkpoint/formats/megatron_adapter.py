@@ -13,7 +13,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qwen2_ascend.checkpoint.adapter import Adapter, Factors
 from qwen2_ascend.checkpoint.formats import megatron
@@ -148,7 +148,7 @@ def _targets(factors: list[Factors]) -> tuple[str, ...]:
 
 
 def _alpha(folder: Path, args: Namespace | None, given: float | None) -> float:
-    alpha = getattr(args, "lora_alpha", None)
+    alpha: Any = getattr(args, "lora_alpha", None)
     alpha = given if alpha is None else alpha
     if type(alpha) not in (int, float):
         raise UserError(f"{folder}: does not say the adapter's alpha; give --lora-alpha.")
