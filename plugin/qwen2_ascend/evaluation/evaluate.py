@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from qwen2_ascend import markdown
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
-from qwen2_ascend.inference.generate import (
+from qwen2_ascend.inference.opening import (
     config_folder,
     open_model,
     start_engine,
-    tokenizer_folder,
+    open_tokenizer,
 )
 from qwen2_ascend.launching import launched
 from qwen2_ascend.vocabulary import unknown_tokens
@@ -28,7 +28,6 @@ from qwen2_ascend.vocabulary import unknown_tokens
 if TYPE_CHECKING:
     from qwen2_ascend.inference.engine import Engine
     from qwen2_ascend.inference.generation_config import Defaults
-    from qwen2_ascend.inference.tokenizer import Tokenizer
 
 Rows = list[dict[str, Any]]
 
@@ -50,9 +49,8 @@ def evaluate(settings: EvaluateSettings) -> None:
         raise UserError("--tasks needs lm-eval; install it with: pip install 'qwen2-ascend[eval]'.")
 
     from qwen2_ascend.inference.generation_config import Defaults
-    from qwen2_ascend.inference.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(tokenizer_folder(settings.model, source))
+    tokenizer = open_tokenizer(settings.model, source)
     defaults = Defaults(config_folder(source))
     if settings.lm_eval.tasks and tokenizer.eos_token is None and not defaults.eos_tokens:
         raise UserError(
