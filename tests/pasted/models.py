@@ -15,6 +15,7 @@ DIFFERENT: dict[tuple[str, str], dict[str, Any]] = {
     # (family, size): what its config.json says otherwise than Qwen2.5's base model of that size
     ("deepseek_r1_distill_qwen", "1.5B"): {"rotary_base": 1e4, "tie_word_embeddings": False},
     ("deepseek_r1_distill_qwen", "7B"): {"rotary_base": 1e4},
+    ("qwen2_moe", "57B-A14B"): {"vocab_size": 151936},
     ("qwen25_math", "7B"): {"rotary_base": 1e4, "max_position_embeddings": 4096},
     ("qwen25_math", "72B"): {
         "rotary_base": 1e4,

@@ -58,7 +58,7 @@ class Demonstration:
             begins=BEGINS,
         )
         check_template(self._manner)
-        self._texts = {
+        self._texts: dict[Task, TextSettings] = {
             task: text_settings(
                 _of_task(settings.sampling, task), folder, tokenizer, is_chat=not is_plain
             )
