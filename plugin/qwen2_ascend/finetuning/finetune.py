@@ -171,9 +171,9 @@ def prepare(
         prepare_dpo(run, plan, say)
     resume_if_saved(run, plan, say)
     if plan.lora is not None and isinstance(plan.saved, SavedLora):
-        from qwen2_ascend.finetuning.lora_checkpoint import resume_lora
+        from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
 
-        notes = resume_lora(run, plan.saved, checkpoint_identity(plan), plan.lora)
+        notes = MegatronLora(run, checkpoint_identity(plan), plan.lora).resume(plan.saved)
         say_resumed(run, plan.saved.folder, notes, say)
     return run, plan
 
@@ -184,9 +184,9 @@ def checkpointer(
     """Makes what writes checkpoints; None writes all weights."""
     if plan.lora is None:
         return None
-    from qwen2_ascend.finetuning.lora_checkpoint import lora_checkpointer
+    from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
 
-    return partial(lora_checkpointer, run, checkpoint_identity(plan), plan.lora, plan.base)
+    return MegatronLora(run, checkpoint_identity(plan), plan.lora, plan.base).checkpointer
 
 
 def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings], say: Say) -> None:
