@@ -1,0 +1,87 @@
+"""The models that the published command lines are for, and the same lines for a tiny one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pasted.command_lines import CommandLine
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.lora_config import LoraConfig
+
+DIFFERENT: dict[tuple[str, str], dict[str, Any]] = {
+    # (family, size): what its config.json says otherwise than Qwen2.5's base model of that size
+    ("deepseek_r1_distill_qwen", "1.5B"): {"rotary_base": 1e4, "tie_word_embeddings": False},
+    ("deepseek_r1_distill_qwen", "7B"): {"rotary_base": 1e4},
+    ("qwen2_moe", "57B-A14B"): {"vocab_size": 151936},
+    ("qwen25_math", "7B"): {"rotary_base": 1e4, "max_position_embeddings": 4096},
+    ("qwen25_math", "72B"): {
+        "rotary_base": 1e4,
+        "max_position_embeddings": 4096,
+        "norm_epsilon": 1e-6,
+    },
+}
+SHAPE = {
+    "--num-layers": "num_layers",
+    "--hidden-size": "hidden_size",
+    "--ffn-hidden-size": "ffn_hidden_size",
+    "--num-attention-heads": "num_attention_heads",
+    "--num-query-groups": "num_query_groups",
+    "--padded-vocab-size": "vocab_size",
+    "--max-position-embeddings": "max_position_embeddings",
+    "--seq-length": "max_position_embeddings",
+    "--norm-epsilon": "norm_epsilon",
+    "--rotary-base": "rotary_base",
+}
+
+
+def config_of(line: CommandLine) -> Qwen2Config:
+    """The published config of the model that a line is for; with experts there is none here."""
+    family = line.name.split("/")[1]
+    size = "7B" if line.is_moe else line.size
+    return replace(Qwen2Config.named(size), **DIFFERENT.get((family, line.size), {}))
+
+
+def scaled(flags: list[str], config: Qwen2Config, **changes: object) -> list[str]:
+    """A line's flags with the shape of a tiny model, and with other values of some flags.
+
+    Args:
+        flags: of a line.
+        config: the tiny model's.
+        **changes: values by flag, as tensor_model_parallel_size=2; None takes the flag out.
+    """
+    values: dict[str, object] = {}
+    for flag, name in SHAPE.items():
+        value = getattr(config, name)
+        values[flag] = f"{value:g}" if isinstance(value, float) else value
+    values |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    words: list[str] = []
+    given = iter(flags)
+    for word in given:
+        value = values.get(word, "")
+        if value == "":
+            words.append(word)
+            continue
+        next(given)
+        words += [] if value is None else [word, str(value)]
+    return words
+
+
+def save_adapter(folder: Path, config: Qwen2Config, lora: LoraConfig, seed: int = 3) -> Path:
+    """A PEFT adapter whose matrices are not zero."""
+    import torch
+    from safetensors.torch import save_file
+
+    from qwen2_ascend.checkpoint.adapter_rules import peft_pieces
+
+    folder.mkdir()
+    random = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(piece.shape, generator=random) * 0.3
+        for name, piece in peft_pieces(config, lora).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(lora.to_peft("base")))
+    return folder
