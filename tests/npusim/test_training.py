@@ -99,6 +99,21 @@ def test_packed_documents_have_the_losses_of_each_alone(flags, run, monkeypatch)
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["tp2-sp", "pp2"])
+@pytest.mark.simulated(cards=2, alone="training")
+def test_documents_of_pretraining_have_the_losses_of_each_alone(name, run):
+    """--reset-attention-mask and --reset-position-ids go through the kernel of packed documents."""
+    from distributed import train_worker
+    from npusim.simulator import recording
+
+    _, flags = train_worker.APART[name]
+    with recording() as record:
+        train_worker.documents_are_trained_as_alone(name, flags, run, device="npu")
+    assert "aclnnFlashAttentionVarLenScore" in record.ops
+    assert "aclnnFlashAttentionScore" not in record.ops
+
+
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "flags",
     [

@@ -38,6 +38,7 @@ def faults(flags: str, world_size: int = 1, config: Qwen2Config | None = None) -
         ("--pipeline-model-parallel-size 2 --num-layer-list 3,1", 2),
         ("--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 4),
         ("--recompute-granularity full --recompute-method block --recompute-num-layers 1", 1),
+        ("--recompute-granularity full --recompute-method block", 1),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-warmup-iters 2", 1),
         ("--save x --save-interval 5 --exit-interval 5", 1),
         ("--num-layer-list 4", 1),

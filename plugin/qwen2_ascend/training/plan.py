@@ -131,7 +131,8 @@ class RunPlan(Generic[S_co]):
         settings: Any = self.settings
         groups = [name for name in MAKING if hasattr(settings, name)]
         said: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in groups}
-        for name in ("num_workers", "eval_iters", "eval_interval", "data_cache_path"):
+        where = ("data_cache_path", "no_shared_storage")
+        for name in ("num_workers", "eval_iters", "eval_interval", *where):
             said["data"].pop(name, None)
         for name in ("micro_batch_size", "exit_interval"):
             said["batch"].pop(name)
@@ -166,7 +167,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     folder = load or pretrained
     world_size = num_ranks()
     if folder is None:
-        config = _config(model.config)
+        config = settings.config_of_run(_config(model.config))
         return RunPlan(settings=settings, config=config, world_size=world_size, source=None)
 
     from qwen2_ascend.checkpoint.source import open_source
@@ -188,7 +189,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         model = replace(model, padded_vocab_size=saved.padded_vocab_size)
     return RunPlan(
         settings=replace(settings, model=model),
-        config=source.config,
+        config=settings.config_of_run(source.config),
         world_size=world_size,
         source=source,
         saved=saved,
