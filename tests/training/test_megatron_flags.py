@@ -134,6 +134,7 @@ def test_all_of_them_are_named_at_once() -> None:
         ("--manual-gc-interval 50", "need --manual-gc"),
         ("--num-experts 64 --moe-grouped-gemm --moe-router-topk 8", "dense models only"),
         ("--expert-model-parallel-size 2", "dense models only"),
+        ("--moe-something-new 3 --moe_other", "--moe-something-new, --moe-other: these are flags"),
     ],
 )
 def test_a_script_for_another_model_or_launcher_is_refused(flags: str, words: str) -> None:

@@ -46,7 +46,9 @@ def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] |
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     raise_if({CARRIAGE_RETURN for word in given if word.endswith("\r")})
-    rest, pasted = split_flags(given, training_flags(kind))
+    names = {word.partition("=")[0].replace("_", "-") for word in given}
+    experts = {name: NO_EXPERT for name in names if _is_of_experts(name, None)}
+    rest, pasted = split_flags(given, {**experts, **training_flags(kind)})
     return replace(parse_flags(kind, program, rest), pasted=pasted)
 
 
@@ -78,7 +80,7 @@ def config_of_run(config: Qwen2Config, pasted: Pasted) -> Qwen2Config:
 def _is_of_experts(flag: str, value: str | None) -> bool:
     if flag == "--expert-model-parallel-size":
         return not same(value, "1")
-    return flag in EXPERTS
+    return flag in EXPERTS or flag.startswith("--moe-")
 
 
 def _number(value: str | None) -> float | None:
@@ -211,7 +213,8 @@ _EXPERTS = """
     --moe-use-upcycling --moe-z-loss-coeff --moe-zero-memory --moe-zero-memory-num-layers
 """
 EXPERTS = frozenset(_EXPERTS.split())
-"""Flags that only a model with experts has."""
+"""Flags that only a model with experts has, besides all that begin with --moe-."""
+NO_EXPERT = Meaning("there are no experts", None, refused=True)
 YARN_FLAGS: Mapping[str, str] = {
     "--rope-scaling-type": "",
     "--rope-scaling-factor": "factor",
@@ -239,7 +242,7 @@ SHARED: Table = {
     },
     "--rope-scaling-mscale": Meaning(MSCALE, ("1",)),
     "--rope-scaling-mscale-all-dim": Meaning(MSCALE, ("0",)),
-    **{flag: Meaning("there are no experts", None, refused=True) for flag in sorted(EXPERTS)},
+    **dict.fromkeys(sorted(EXPERTS), NO_EXPERT),
     "--expert-model-parallel-size": Meaning("there are no experts", ("1",)),
     "--spec": Meaning("layers are Qwen2's; leave it out", None, refused=True),
     "--noop-layers": Meaning("give the stages their layers: --num-layer-list", None, refused=True),
