@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pasted.command_lines import CommandLine
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.lora_config import LoraConfig
 
-DIFFERENT: dict[tuple[str, str], dict[str, Any]] = {
-    # (family, size): what its config.json says otherwise than Qwen2.5's base model of that size
-    ("deepseek_r1_distill_qwen", "1.5B"): {"rotary_base": 1e4, "tie_word_embeddings": False},
-    ("deepseek_r1_distill_qwen", "7B"): {"rotary_base": 1e4},
-    ("qwen2_moe", "57B-A14B"): {"vocab_size": 151936},
-    ("qwen25_math", "7B"): {"rotary_base": 1e4, "max_position_embeddings": 4096},
-    ("qwen25_math", "72B"): {
-        "rotary_base": 1e4,
-        "max_position_embeddings": 4096,
-        "norm_epsilon": 1e-6,
-    },
+NAMES = {
+    "deepseek_r1_distill_qwen": "DeepSeek-R1-Distill-Qwen-{}",
+    "qwen2": "Qwen2-{}",
+    "qwen25_coder": "Qwen2.5-Coder-{}",
+    "qwen25_math": "Qwen2.5-Math-{}",
+    "qwq": "QwQ-{}",
 }
+"""By a line's folder the name of its model; else it is Qwen2.5's base model."""
+INSTRUCT = {("qwen25_math", "72B")}
+"""Lines whose --norm-epsilon is that of the model tuned to follow instructions."""
 SHAPE = {
     "--num-layers": "num_layers",
     "--hidden-size": "hidden_size",
@@ -38,10 +34,10 @@ SHAPE = {
 
 
 def config_of(line: CommandLine) -> Qwen2Config:
-    """The published config of the model that a line is for; with experts there is none here."""
+    """The published config of the model that a line is for."""
     family = line.name.split("/")[1]
-    size = "7B" if line.is_moe else line.size
-    return replace(Qwen2Config.named(size), **DIFFERENT.get((family, line.size), {}))
+    name = NAMES.get(family, "Qwen2.5-{}").format(line.size)
+    return Qwen2Config.named(name + "-Instruct" * ((family, line.size) in INSTRUCT))
 
 
 def scaled(flags: list[str], config: Qwen2Config, **changes: object) -> list[str]:

@@ -79,7 +79,6 @@ def test_every_line_starts(line: CommandLine) -> None:
         (["--max-eval-samples", "0"], "--limit 0"),
         (["--origin-postprocess"], "is not supported"),
         (["--instruction-template", "a"], "--include-path"),
-        (["--num-experts", "8"], "dense"),
         (["--padded-vocab-size", "100"], "below the vocabulary"),
     ],
 )

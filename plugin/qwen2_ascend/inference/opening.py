@@ -16,12 +16,11 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.launching import silence_foreign_warnings
 
 if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
+    from qwen2_ascend.checkpoint.adapter import Adapter
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.inference.engine import Engine
     from qwen2_ascend.inference.settings import ServedModelSettings
     from qwen2_ascend.inference.tokenizer import Tokenizer
-    from qwen2_ascend.lora_config import LoraConfig
     from qwen2_ascend.runtime import Runtime
 
 Say = Callable[[str], None]
@@ -32,7 +31,7 @@ class OpenedModel:
     """Weights, of which headers have been read."""
 
     source: Source
-    adapter: PeftAdapter | None
+    adapter: Adapter | None
     """To merge into them."""
 
 
@@ -42,25 +41,16 @@ def open_model(model: ServedModelSettings) -> OpenedModel:
     Raises:
         UserError: nothing usable is there.
     """
-    from qwen2_ascend.checkpoint.formats.peft_adapter import open_adapter
+    from qwen2_ascend.checkpoint.lora_source import GivenLora, open_lora
     from qwen2_ascend.checkpoint.source import open_source
 
     load, adapter = _weights_and_adapter(model)
     source = open_source(load, None, _config(model, load))
-    opened = None if adapter is None else open_adapter(adapter, source.config)
+    given = GivenLora(rank=model.lora_r, alpha=model.lora_alpha, targets=model.lora_target_modules)
+    if adapter is None and given.flags:
+        raise UserError(f"{', '.join(given.flags)}: there is no adapter; name it with --lora-load.")
+    opened = None if adapter is None else open_lora(adapter, source.config, given)
     return OpenedModel(source=source, adapter=opened)
-
-
-def lora_of(model: ServedModelSettings) -> LoraConfig | None:
-    """What the adapter is that the flags name; None where they name none.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
-
-    _, adapter = _weights_and_adapter(model)
-    return None if adapter is None else read_lora_config(adapter)
 
 
 def _weights_and_adapter(model: ServedModelSettings) -> tuple[Path, Path | None]:
@@ -68,8 +58,7 @@ def _weights_and_adapter(model: ServedModelSettings) -> tuple[Path, Path | None]
     from qwen2_ascend.finetuning.saved_lora import find_saved_lora
 
     if (saved := find_saved_lora(model.load)) is None:
-        own = find_saved_lora(model.adapter)
-        return model.load, model.adapter if own is None else own.folder
+        return model.load, model.adapter
     if model.adapter is not None:
         raise UserError(
             f"--adapter {model.adapter}: --load {model.load} is a LoRA run, which has its own."

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import raise_if
 from qwen2_ascend.launching import parse_flags
-from qwen2_ascend.lora_config import LoraConfig, projections
 from qwen2_ascend.pasted_flags import (
     MODEL_FLAGS,
-    Check,
     Meaning,
     Pasted,
     Table,
     pasted_notes,
-    same,
     split_flags,
 )
+from qwen2_ascend.training.megatron_flags import CARRIAGE_RETURN, EXPERTS, expert_faults
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.settings import ServedModelSettings
@@ -41,13 +39,18 @@ NO_STATES = "nothing but weights is loaded"
 NO_TRAINING = "nothing is trained"
 PADDING = "rows of padding are no words"
 MERGED = "the adapter is merged into the weights"
-EXPERTS = "said with --num-experts"
 
 
 def parse_pasted(kind: type[S], program: str, arguments: Sequence[str] | None, table: Table) -> S:
-    """As `parse_flags`, with what is pasted of others' flags beside the settings."""
+    """As `parse_flags`, with what is pasted of others' flags beside the settings.
+
+    Raises:
+        UserError: the words are from a script that no shell can run, or for a model with experts.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    raise_if({CARRIAGE_RETURN for word in given if word.endswith("\r")})
     rest, pasted = split_flags(given, table)
+    raise_if(expert_faults(pasted))
     settings: Any = parse_flags(kind, program, rest)
     return replace(settings, pasted=pasted)
 
@@ -80,32 +83,6 @@ def _holds_the_vocabulary(value: str | None, settings: Any, config: Qwen2Config)
     return f"is below the vocabulary, vocab_size={config.vocab_size} in the config; leave it out"
 
 
-def _of_the_adapter(name: str, agrees: Callable[[str | None, LoraConfig], bool]) -> Check:
-    """A flag that the adapter's own settings decide."""
-
-    def check(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
-        from qwen2_ascend.inference.opening import lora_of
-
-        try:
-            lora = lora_of(settings.model)
-        except UserError:
-            return None  # opening it says what is wrong
-        if lora is None:
-            return "there is no adapter; name it with --lora-load"
-        if agrees(value, lora):
-            return None
-        return f"the adapter says {name}={getattr(lora, name)}, and it decides; leave this out"
-
-    return check
-
-
-def _are_its_targets(value: str | None, lora: LoraConfig) -> bool:
-    try:
-        return set(projections((value or "").split())) == set(projections(lora.targets))
-    except UserError:
-        return False
-
-
 SERVED_FLAGS: Table = {
     **MODEL_FLAGS,
     "--seq-length": Meaning("a text has the length that it has", None),
@@ -135,38 +112,8 @@ SERVED_FLAGS: Table = {
     "--no-shared-storage": Meaning("each rank reads what it needs from --load"),
     "--context-parallel-size": Meaning("texts are not cut over ranks", ("1",)),
     "--expert-model-parallel-size": Meaning("there are no experts; remove it", ("1",)),
-    "--num-experts": Meaning(
-        "this project trains and serves dense Qwen2 and Qwen2.5 only", None, refused=True
-    ),
-    **{
-        flag: Meaning(EXPERTS, None)
-        for flag in (
-            "--spec",
-            "--n-shared-experts",
-            "--shared-expert-gate",
-            "--moe-router-topk",
-            "--moe-router-load-balancing-type",
-            "--moe-ffn-hidden-size",
-            "--moe-permutation-async-comm",
-            "--moe-token-dispatcher-type",
-            "--moe-aux-loss-coeff",
-            "--moe-layer-freq",
-            "--moe-grouped-gemm",
-        )
-    },
-    "--lora-r": Meaning(
-        MERGED,
-        None,
-        check=_of_the_adapter("rank", lambda value, lora: same(value, str(lora.rank))),
-    ),
-    "--lora-alpha": Meaning(
-        MERGED,
-        None,
-        check=_of_the_adapter("alpha", lambda value, lora: same(value, str(lora.alpha))),
-    ),
-    "--lora-target-modules": Meaning(
-        MERGED, None, check=_of_the_adapter("targets", _are_its_targets)
-    ),
+    "--spec": Meaning("the layers are Qwen2's; leave it out", None, refused=True),
+    **{flag: Meaning("there are no experts", None, refused=True) for flag in sorted(EXPERTS)},
     "--lora-fusion": Meaning(MERGED),
 }
 """Of every command that asks a model."""

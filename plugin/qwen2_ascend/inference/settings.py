@@ -32,8 +32,14 @@ class ServedModelSettings:
     load: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A Hugging Face folder, converted shards, or a training checkpoint; of a LoRA run too."""
     adapter: Annotated[Path | None, tyro.conf.arg(aliases=["--lora-load"], metavar="DIR")] = None
-    """A PEFT adapter, or the folder that a LoRA run has saved, to merge into the weights while they
-    are loaded."""
+    """A PEFT adapter, or the folder that a LoRA run has saved, here or in MindSpeed-LLM, to merge
+    into the weights while they are loaded."""
+    lora_r: int | None = None
+    """The adapter's rank; another one is refused."""
+    lora_alpha: float | None = None
+    """The adapter's alpha, likewise; MindSpeed-LLM's checkpoints may not say it."""
+    lora_target_modules: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """The modules that the adapter is for, likewise."""
     config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR")] = None
     """Hugging Face folder with config.json and tokenizer, where --load has none."""
     tokenizer_name_or_path: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
