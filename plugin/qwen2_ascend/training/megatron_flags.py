@@ -282,7 +282,10 @@ SHARED: Table = {
 }
 PRETRAINING: Table = {
     "--handler-name": Meaning("the data is tokenized already", ("GeneralPretrainHandler",)),
-    "--tokenizer-name-or-path": Meaning("the data is tokenized already", None),
+    "--tokenizer-name-or-path": Meaning(
+        "the data is tokenized already; where --load has no config.json, that folder's is taken",
+        None,
+    ),
     "--tokenizer-model": Meaning("the data is tokenized already", None),
     "--is-instruction-dataset": Meaning("chats are for launch/finetune_qwen2.py", refused=True),
     "--no-pad-to-seq-lengths": Meaning(

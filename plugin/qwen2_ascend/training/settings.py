@@ -34,7 +34,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class ModelSettings:
     """Which model, and where its weights come from."""
 
-    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|SIZE")] = (
+    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|MODEL")] = (
         None
     )
     """Model config: a Hugging Face folder, a config.json, or a published model (72B,
@@ -328,6 +328,16 @@ class TrainingSettings:
     pasted: tyro.conf.Fixed[tyro.conf.Suppress[Pasted]] = ()
     """Others' flags that set nothing here; see megatron_flags.py."""
 
+    @property
+    def has_own_disks(self) -> bool:
+        """--no-shared-storage: whether nodes have the data on disks of their own."""
+        return "--no-shared-storage" in dict(self.pasted)
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """What --tokenizer-name-or-path names."""
+        return dict(self.pasted).get("--tokenizer-name-or-path")
+
     def config_of_run(self, config: Qwen2Config) -> Qwen2Config:
         """The model's config, with what pasted flags add to it."""
         return config_of_run(config, self.pasted)
@@ -418,6 +428,10 @@ class PretrainSettings(TrainingSettings):
     """
 
     data: DataSettings = field(default_factory=DataSettings)
+
+    @property
+    def has_own_disks(self) -> bool:
+        return self.data.no_shared_storage
 
 
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
