@@ -33,7 +33,9 @@ class MigrateOptions:
     became of each flag that changed, and the memory that the planner expects of a training job.
     """
 
-    script: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT.sh ...")]
+    script: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT.sh ...")
+    ]
     """Shell scripts of MindSpeed-LLM's."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result there instead of printing it; for one script."""
