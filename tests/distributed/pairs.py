@@ -93,6 +93,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "--profile-level": [{**STEPS, "--profile-level": "level1"}],
     "--no-mindspeed": [True],
     "--deterministic": [True],
+    "--manual-gc": [True],
+    "--manual-gc-interval": [{"--manual-gc": True, "--manual-gc-interval": 1}],
+    "--no-manual-gc-eval": [{"--manual-gc": True, "--no-manual-gc-eval": True}],
     "--exit-signal-handler": [False],
 }
 """What must not matter: the same losses with and without."""
@@ -162,7 +165,9 @@ OF_PRETRAINING: dict[str, list[Any]] = {
     "--data-path": [("0.5", f"{DATA}corpus", "0.5", f"{DATA}corpus")],
     "--eod-token": [0],
     "--eod-mask-loss": [{"--eod-mask-loss": True, "--eod-token": 0}],
+    "--reset-attention-mask": [{"--reset-attention-mask": True, "--eod-token": 0}],
     "--reset-position-ids": [{"--reset-position-ids": True, "--eod-token": 0}],
+    "--no-shared-storage": [True],
 }
 OF_TUNING: dict[str, list[Any]] = {
     "--num-train-epochs": [{"--num-train-epochs": 3.2, "--train-iters": None}],

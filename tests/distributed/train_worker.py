@@ -555,40 +555,116 @@ def the_last_checkpoint_is_said_to_be_the_last(run: Run) -> str:
     return str(saved)
 
 
-# --- positions -----------------------------------------------------------------------------------
+# --- documents -----------------------------------------------------------------------------------
+
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+APART = {
+    "mask": (1, "--reset-attention-mask --micro-batch-size 1"),
+    "positions": (1, "--reset-position-ids --micro-batch-size 4"),
+    "both": (1, "--reset-attention-mask --reset-position-ids --micro-batch-size 2"),
+    "mask-without-eod": (1, "--reset-attention-mask --micro-batch-size 2"),
+    "tp2-sp": (2, f"--reset-attention-mask --micro-batch-size 2 {TP2} --sequence-parallel"),
+    "pp2": (2, f"--reset-position-ids --micro-batch-size 2 {PP2}"),
+    "tp2-pp2": (4, f"--reset-attention-mask --reset-position-ids {TP2} {PP2}"),
+}
 
 
-@CHECKS.add(world_size=1)
-def positions_that_start_anew_are_where_tokens_are_rotated_to(run: Run) -> str:
-    """Attention still goes over the whole row; the reference is given positions and mask."""
+def documents_are_trained_as_alone(name: str, flags: str, run: Run, *, device: str = "cpu") -> str:
+    """The loss of each token, and the gradient, are those of transformers with one document."""
+    import torch
+
+    from qwen2_ascend.training.loop import token_loss, train_batches, train_step
+
+    has_eod = "without-eod" not in name
+    prefix, folder = write_documents(run, name, has_eod), hugging_face_folder(run, tied=False)
+    flags += f" --data-path {prefix} --split 100,0,0 --seq-length 48 --global-batch-size 4"
+    flags += f" --train-iters 1 --lr 1e-3 --clip-grad 0 --device {device}"
+    training = start(run, flags + (" --eod-token 0" if has_eod else ""))
+    kept: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def objective(losses: torch.Tensor, batch: dict[str, Any]):
+        kept.append((losses.detach().clone(), batch))
+        return token_loss(losses, batch)
+
+    training.objective = objective
+    result = train_step(training, train_batches(training))
+    if not training.chunks[-1].module.post_process:
+        return "no last stage"
+    rows = [
+        (tokens, labels, row)
+        for losses, batch in kept
+        for tokens, labels, row in zip(
+            batch["tokens"].cpu(), batch["labels"].cpu(), losses.cpu(), strict=True
+        )
+    ]
+    expected, norm = trained_alone(folder, rows, has_eod)
+    apart = max((own - alone)[~alone.isnan()].abs().max().item() for own, alone in expected)
+    assert apart < 1e-5, apart
+    mean = torch.cat([alone[~alone.isnan()] for _, alone in expected]).mean().item()
+    assert abs(result.loss - mean) < 1e-5, (result.loss, mean)
+    assert abs(result.grad_norm / norm - 1) < 1e-4, (result.grad_norm, norm)
+    return f"{apart:.1e}"
+
+
+def write_documents(run: Run, name: str, has_eod: bool) -> Path:
+    """12 documents of 9 to 31 tokens; no two have a token in common, so each says where it is from.
+
+    With `has_eod` 0 ends each of them.
+    """
+    import numpy as np
+    import torch
+
+    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
+
+    prefix = run.folder / f"documents-{name}"
+    if run.runtime.rank == 0:
+        draw = np.random.default_rng(5)
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for i in range(12):
+            ids = draw.integers(2 + 20 * i, 22 + 20 * i, draw.integers(9, 32)).tolist()
+            ids[-1] = 0 if has_eod else ids[-1]
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(f"{prefix}.idx")
+    torch.distributed.barrier()
+    return prefix
+
+
+def trained_alone(
+    folder: Path, rows: list[tuple[Any, Any, Any]], has_eod: bool
+) -> tuple[list[tuple[Any, Any]], float]:
+    """Of each document's part of a row our losses and transformers', and its gradient's norm.
+
+    The loss of a token whose label is another document's is NaN, unless the token is 0.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from distributed.pairs_worker import write_corpus
-    from qwen2_ascend.training.loop import train_batches, train_step
+    model = AutoModelForCausalLM.from_pretrained(folder).float()
+    pairs, trained = [], []
+    for tokens, labels, row in rows:
+        numbers = torch.where(tokens == 0, -1, (tokens - 2) // 20)
+        numbers = [int(n) for n in numbers]
+        numbers = [n if n >= 0 else numbers[i - 1] if i else -1 for i, n in enumerate(numbers)]
+        starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1]]
+        assert len(starts) > 1, "a row has several documents"
+        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+            logits = model(tokens[None, start:end]).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits, labels[start:end], reduction="none")
+            is_strange = not has_eod and (int(labels[end - 1]) - 2) // 20 != numbers[end - 1]
+            trained.append(losses[: len(losses) - is_strange])
+            alone = losses.detach().clone()
+            if is_strange:
+                alone[-1] = torch.nan
+            pairs.append((row[start:end], alone))
+    torch.cat(trained).mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf).item()
+    return pairs, norm
 
-    write_corpus(run.folder / "documents")
-    flags = f"--data-path {run.folder}/documents --split 100,0,0 --eod-token 0 --seq-length 32 "
-    flags += "--micro-batch-size 4 --train-iters 1 --lr 1e-3 --reset-position-ids --device cpu"
-    training = start(run, flags)
-    batch = next(train_batches(training))
-    assert batch is not None
-    position_ids = batch["position_ids"]
-    assert (position_ids == 0).sum() > len(position_ids), "some documents begin inside of a row"
-    model = AutoModelForCausalLM.from_pretrained(
-        hugging_face_folder(run, tied=False), attn_implementation="eager"
-    ).float()
-    s = position_ids.shape[1]
-    causal = torch.full((s, s), -torch.inf).triu(1).expand(len(position_ids), 1, s, s)
-    logits = model(
-        input_ids=batch["tokens"], position_ids=position_ids, attention_mask=causal
-    ).logits
-    expected = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch["labels"].flatten()
-    ).item()
-    found = train_step(training, train_batches(training)).loss
-    assert abs(found - expected) < 1e-5, (found, expected)
-    return f"{abs(found - expected):.1e}"
+
+for _name, (_world_size, _flags) in APART.items():
+    CHECKS.add(world_size=_world_size, name=f"documents-{_name}")(
+        functools.partial(documents_are_trained_as_alone, _name, _flags)
+    )
 
 
 def hugging_face_folder(run: Run, tied: bool) -> Path:
