@@ -187,6 +187,10 @@ def test_nodes_with_disks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert faults(pretraining, f"{needed} --data-path data", world_size=1) == []
     assert faults(finetuning, f"{needed} --data-path data", world_size=1) == []
+    for module in (pretraining, finetuning):
+        assert module.parse(f"{needed} --data-path data".split()).has_own_disks
+        words = needed.replace("--no-shared-storage", "--data-path data")
+        assert not module.parse(words.split()).has_own_disks
     (fault,) = faults(finetuning, f"{needed} --data-path a.jsonl", world_size=1)
     assert "rank 0 prepares a.jsonl" in fault and "qwen2-ascend preprocess" in fault
     shared = f"{needed} --data-path a.jsonl --data-cache-path shared"

@@ -34,7 +34,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class ModelSettings:
     """Which model, and where its weights come from."""
 
-    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|SIZE")] = (
+    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|MODEL")] = (
         None
     )
     """Model config: a Hugging Face folder, a config.json, or a published model (72B,
@@ -377,6 +377,11 @@ class TrainingSettings:
     """Others' flags that set nothing here; see megatron_flags.py."""
 
     @property
+    def has_own_disks(self) -> bool:
+        """--no-shared-storage: whether nodes have the data on disks of their own."""
+        return "--no-shared-storage" in dict(self.pasted)
+
+    @property
     def tokenizer_folder(self) -> str | None:
         """What --tokenizer-name-or-path names."""
         return dict(self.pasted).get("--tokenizer-name-or-path")
@@ -471,6 +476,10 @@ class PretrainSettings(TrainingSettings):
     """
 
     data: DataSettings = field(default_factory=DataSettings)
+
+    @property
+    def has_own_disks(self) -> bool:
+        return self.data.no_shared_storage
 
 
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:

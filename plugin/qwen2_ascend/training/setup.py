@@ -422,7 +422,7 @@ def train_and_report(
             make = checkpointer or partial(megatron_checkpointer, run, checkpoint_identity(plan))
             opened = stack.enter_context(contextlib.closing(make(lambda line: log(line))))
             opened.claim()
-            if getattr(run.settings.data, "no_shared_storage", False):
+            if run.settings.has_own_disks:
                 require_shared(run.settings.checkpoint.save)
         reporter = _reporter(run, plan.config, plan.padded_vocab_size)
         log = reporter.interrupt
