@@ -36,8 +36,6 @@ PATHS = dict.fromkeys(
 ELSEWHERE = {
     "--context-parallel-size",
     "--swap-attention",
-    "--use-ascend-coc",
-    "--coc-fused-kernel",
     "--coc-parallel-num",
     "--use-ascend-mc2",
     "--o2-optimizer",
