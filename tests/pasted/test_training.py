@@ -35,12 +35,7 @@ PATHS = dict.fromkeys(
 )
 ELSEWHERE = {
     "--context-parallel-size",
-    "--reuse-fp32-param",
     "--swap-attention",
-    "--recompute-activation-function",
-    "--recompute-activation-function-num-layers",
-    "--use-ascend-coc",
-    "--coc-fused-kernel",
     "--coc-parallel-num",
     "--use-ascend-mc2",
     "--o2-optimizer",

@@ -53,14 +53,9 @@ TUNING = """
 """
 PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
-    "--reuse-fp32-param": "leave it out",
     "--swap-attention": "--recompute-granularity",
-    "--recompute-activation-function": "--recompute-granularity",
-    "--recompute-activation-function-num-layers 4": "--recompute-granularity",
     "--use-ascend-mc2": "leave it out",
-    "--use-ascend-coc": "leave it out",
-    "--coc-fused-kernel": "leave it out",
-    "--coc-parallel-num 2": "leave it out",
+    "--coc-parallel-num 2": "only 1",
     "--o2-optimizer": "leave it out",
     "--o2-gradient": "leave it out",
     "--context-parallel-size 4": "--sequence-parallel",

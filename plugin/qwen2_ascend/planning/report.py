@@ -180,7 +180,7 @@ def _torchrun(cut: Cut, machine: Machine) -> Iterator[str]:
         yield f"--nnodes {nodes} --node-rank $NODE_RANK"
     yield f"--nproc-per-node {-(-cut.num_devices // nodes)}"
     if nodes > 1:
-        yield "--rdzv-backend c10d --rdzv-endpoint $MASTER:29500"
+        yield "--master-addr $MASTER_ADDR --master-port 29500"
 
 
 def launch_flags(model: str, cut: Cut) -> list[str]:

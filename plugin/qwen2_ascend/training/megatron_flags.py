@@ -257,17 +257,15 @@ SHARED: Table = {
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
     # refused
-    "--reuse-fp32-param": Meaning(SPEED, refused=True),
     "--swap-attention": Meaning("recompute instead: --recompute-granularity", refused=True),
-    "--recompute-activation-function": Meaning("recompute more: --recompute-granularity", (), True),
-    "--recompute-activation-function-num-layers": Meaning(
-        "recompute more: --recompute-granularity", None, True
-    ),
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
-    "--use-ascend-coc": Meaning(SPEED, refused=True),
-    "--coc-fused-kernel": Meaning(SPEED, refused=True),
-    "--coc-parallel-num": Meaning(SPEED, None, True),
+    "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),
+    "--coc-fused-kernel": Meaning(
+        "its library of fused kernels is not used; plain products and collectives give the same "
+        "numbers, and take longer"
+    ),
+    "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
     "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
     "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     "--no-check-for-nan-in-loss-and-grad": Meaning(
