@@ -82,11 +82,16 @@ def test_losses_are_those_of_transformers(flags, run, record_property):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.simulated(cards=2, alone="training")
-def test_reused_fp32_weights_change_no_bit(run, monkeypatch):
-    from distributed import train_worker
+def test_reused_fp32_weights_change_no_loss(run):
+    from distributed.train_worker import start, steps
+    from qwen2_ascend.training.halves import split_mains
 
-    monkeypatch.setattr(train_worker, "FLAGS", NPU_FLAGS)
-    train_worker.reused_fp32_weights_change_no_bit(run)
+    flags = f"{NPU_FLAGS} --bf16 --use-distributed-optimizer"
+    plain = [result.loss for result in steps(start(run, flags), STEPS)]
+    training = start(run, f"{flags} --reuse-fp32-param")
+    assert [result.loss for result in steps(training, STEPS)] == plain
+    mains = split_mains(training.optimizer)
+    assert mains is not None and mains.num_bytes > 0
 
 
 @pytest.mark.filterwarnings("default")
