@@ -68,6 +68,7 @@ NEUTRAL: dict[str, list[Any]] = {
     ],
     "--recompute-norm": [True],
     "--recompute-norm-num-layers": [{"--recompute-norm": True, "--recompute-norm-num-layers": 1}],
+    "--swap-attention": [True],
     "--cross-entropy-chunk-size": [16],
     "--attention-backend": ["unfused", "local", "flash"],
     "--use-flash-attn": [True],

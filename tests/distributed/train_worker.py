@@ -423,6 +423,10 @@ def recomputing_changes_nothing(run: Run) -> str:
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
         "--recompute-activation-function --recompute-norm",
+        "--swap-attention",
+        "--swap-attention --recompute-granularity selective --recompute-norm",
+        "--swap-attention --recompute-granularity full --recompute-method block "
+        "--recompute-num-layers 2",
         "--recompute-granularity selective --recompute-norm --recompute-norm-num-layers 2",
         "--recompute-granularity full --recompute-method block --recompute-num-layers 1 "
         "--recompute-activation-function --recompute-activation-function-num-layers 2",
@@ -438,7 +442,7 @@ def outputs_computed_again_change_nothing_on_ranks(run: Run) -> str:
     for layout in ("tp2-sp", "pp2-vpp2"):
         flags = f"{FLAGS} {LAYOUTS[layout][1]}"
         plain = [result.loss for result in steps(start(run, flags), 3)]
-        again = f"{flags} --recompute-activation-function --recompute-norm"
+        again = f"{flags} --recompute-activation-function --recompute-norm --swap-attention"
         assert [result.loss for result in steps(start(run, again), 3)] == plain, layout
     return ""
 

@@ -39,6 +39,11 @@ RUNS = {
         2,
         f"{LAYOUTS['tp2-sp'][1]} --cross-entropy-chunk-size 10",
     ),
+    "tp2-sp-swapped-and-recomputed-outputs": (
+        2,
+        f"{LAYOUTS['tp2-sp'][1]} --swap-attention --recompute-activation-function "
+        "--recompute-norm",
+    ),
     "tp2-plain": (2, f"{LAYOUTS['tp2'][1]} {PLAIN}"),
 }
 
@@ -73,6 +78,20 @@ def test_losses_are_those_of_transformers(flags, run, record_property):
     assert calls or "parallel" not in flags, "nothing went through HCCL"
     assert not [call for call in calls if call.op in REDUCTIONS and call.dtype == "fp64"]
     record_property("hccl", str(Counter((call.op, call.dtype) for call in calls)))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.simulated(cards=2, alone="training")
+def test_reused_fp32_weights_change_no_loss(run):
+    from distributed.train_worker import start, steps
+    from qwen2_ascend.training.halves import split_mains
+
+    flags = f"{NPU_FLAGS} --bf16 --use-distributed-optimizer"
+    plain = [result.loss for result in steps(start(run, flags), STEPS)]
+    training = start(run, f"{flags} --reuse-fp32-param")
+    assert [result.loss for result in steps(training, STEPS)] == plain
+    mains = split_mains(training.optimizer)
+    assert mains is not None and mains.num_bytes > 0
 
 
 @pytest.mark.filterwarnings("default")

@@ -35,7 +35,6 @@ PATHS = dict.fromkeys(
 )
 ELSEWHERE = {
     "--context-parallel-size",
-    "--swap-attention",
     "--coc-parallel-num",
     "--use-ascend-mc2",
     "--o2-optimizer",

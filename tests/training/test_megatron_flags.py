@@ -53,7 +53,6 @@ TUNING = """
 """
 PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
-    "--swap-attention": "--recompute-granularity",
     "--use-ascend-mc2": "leave it out",
     "--coc-parallel-num 2": "only 1",
     "--o2-optimizer": "leave it out",

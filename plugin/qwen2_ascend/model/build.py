@@ -23,6 +23,7 @@ from qwen2_ascend.model.cross_entropy import ChunkedLossModel
 from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
 from qwen2_ascend.model.recompute import RecomputedOutputs, choose_layers
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
+from qwen2_ascend.model.swap import swap_attention
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import current, supported_keywords
 from qwen2_ascend.runtime.megatron_compat import (
@@ -53,6 +54,7 @@ def build_model(
     cross_entropy_chunk_size: int | None = None,
     recompute_activations: RecomputedOutputs | None = None,
     recompute_norms: RecomputedOutputs | None = None,
+    swaps_attention: bool = False,
     **options: Any,
 ) -> list[GPTModel]:
     """This rank's model chunks, one without an interleaved pipeline.
@@ -69,6 +71,7 @@ def build_model(
             save memory; None computes them all at once.
         recompute_activations: layers of each chunk that compute SwiGLU's output again in backward.
         recompute_norms: layers that do so with their norms' outputs.
+        swaps_attention: move what attention keeps for backward to the host and back.
         **options: of `transformer_config`.
 
     Raises:
@@ -105,6 +108,8 @@ def build_model(
         )
         _check_layers(model, layers)
         choose_layers(model.decoder.layers, recompute_activations, recompute_norms)
+        if swaps_attention:
+            swap_attention(model.decoder.layers, current().device)
         if not perform_initialization:
             _mark_tensor_parallel(model)
         models.append(model)

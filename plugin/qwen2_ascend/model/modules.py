@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from qwen2_ascend.model.kv_cache import LayerCache
 from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.model.recompute import computed, not_kept
+from qwen2_ascend.model.swap import AttentionSwap
 from qwen2_ascend.ops import Ops
 from qwen2_ascend.runtime import current
 
@@ -124,6 +125,8 @@ class Qwen2SelfAttention(SelfAttention):
         self._ranks_per_group = max(tp // groups, 1)
         self._group, self._part = divmod(rank, self._ranks_per_group)
         self._rotary = ops.rotary
+        self.swap: AttentionSwap | None = None
+        """Where what attention keeps for backward goes; None leaves it here."""
 
     def forward(
         self,
@@ -149,10 +152,12 @@ class Qwen2SelfAttention(SelfAttention):
         if packed_seq_params is not None:
             cos_sin = packed_seq_params.cos_sin(rotary_pos_emb)
         attend = partial(self._attend, packed=packed_seq_params)
-        if self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(attend, False, qkv, cos_sin)
-        else:
-            context = attend(qkv, cos_sin)
+        swaps = self.swap if self.training else None
+        with swaps.keeping_outside(cos_sin) if swaps else nullcontext():
+            if self.checkpoint_core_attention and self.training:
+                context = tensor_parallel.checkpoint(attend, False, qkv, cos_sin)
+            else:
+                context = attend(qkv, cos_sin)
         return self.linear_proj(context)
 
     def cached(self, hidden_states: Tensor, cos_sin: Tensor, cache: LayerCache) -> Tensor:

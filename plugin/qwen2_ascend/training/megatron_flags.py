@@ -257,7 +257,6 @@ SHARED: Table = {
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
     # refused
-    "--swap-attention": Meaning("recompute instead: --recompute-granularity", refused=True),
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
     "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),

@@ -180,6 +180,9 @@ class RecomputeSettings:
     """Compute the norms' outputs again in backward; of layers that are not recomputed whole."""
     recompute_norm_num_layers: int | None = None
     """Only in so many layers of each pipeline chunk; by default in all."""
+    swap_attention: Flag = False
+    """What attention keeps for backward waits in the host's memory, and comes back before it is
+    needed, on a stream of its own; on a CPU, where both are one, it saves nothing."""
     cross_entropy_chunk_size: int | None = None
     """Tokens whose logits exist at once; they are computed again in backward, and never all at
     once, which saves memory at a large vocabulary. By default the logits of all tokens are kept."""

@@ -252,6 +252,7 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
         cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
         recompute_activations=_outputs(recompute, "activation_function"),
         recompute_norms=_outputs(recompute, "norm"),
+        swaps_attention=recompute.swap_attention,
         deterministic_mode=settings.runtime.deterministic,
         **model_options,
     )

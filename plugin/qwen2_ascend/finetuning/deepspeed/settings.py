@@ -96,6 +96,7 @@ class ZeroRecomputeSettings(RecomputeSettings):
     recompute_activation_function_num_layers: Absent[int | None] = None
     recompute_norm: Absent[bool] = False
     recompute_norm_num_layers: Absent[int | None] = None
+    swap_attention: Absent[bool] = False
     cross_entropy_chunk_size: Absent[int | None] = None
 
 
