@@ -41,8 +41,7 @@ RUNS = {
     ),
     "tp2-sp-swapped-and-recomputed-outputs": (
         2,
-        f"{LAYOUTS['tp2-sp'][1]} --swap-attention --recompute-activation-function "
-        "--recompute-norm",
+        f"{LAYOUTS['tp2-sp'][1]} --swap-attention --recompute-activation-function --recompute-norm",
     ),
     "tp2-plain": (2, f"{LAYOUTS['tp2'][1]} {PLAIN}"),
 }
