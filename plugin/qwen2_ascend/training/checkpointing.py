@@ -163,7 +163,7 @@ class MegatronWriter:
             global_batch_size=run.global_batch_size,
             use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
             overlap_grad_reduce=run.settings.parallel.overlap_grad_reduce,
-            data_parallel_size=own_replica()[1],
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
             no_save_optim=self._settings.no_save_optim,
@@ -486,6 +486,10 @@ def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
     else:
         path = saved.folder / _rank_folder(identity.layout) / megatron.PT_FILE
         states = torch_pt.read(path)[RNG]
+    if type(states) is not list or not states:
+        raise UserError(
+            f"{saved.folder}: its {RNG} is not as Megatron-LM writes it; --no-load-rng leaves it out."
+        )
     # Megatron-LM's --data-parallel-random-init has one for each replica
     return states[own_replica()[0] % len(states)]
 
