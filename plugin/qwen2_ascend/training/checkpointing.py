@@ -488,7 +488,8 @@ def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
         states = torch_pt.read(path)[RNG]
     if type(states) is not list or not states:
         raise UserError(
-            f"{saved.folder}: its {RNG} is not as Megatron-LM writes it; --no-load-rng leaves it out."
+            f"{saved.folder}: its {RNG} is not as Megatron-LM writes it; --no-load-rng leaves it "
+            "out."
         )
     # Megatron-LM's --data-parallel-random-init has one for each replica
     return states[own_replica()[0] % len(states)]

@@ -17,7 +17,6 @@ from megatron.core import tensor_parallel
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import Runtime
 
-
 _GENERATORS = (
     "random_rng_state",
     "np_rng_state",
