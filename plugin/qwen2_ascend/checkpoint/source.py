@@ -354,7 +354,7 @@ def _ranks_source(
 ) -> Source:
     """The source of the ranks' weights, or of the optimizer's tensors of a kind."""
     _check_layer_count(folder, config, sum(map(len, shards.values())))
-    layout = _layout_of(folder, shards, config)
+    layout = layout_of(folder, shards, config)
     padded = _padded_vocab_size(folder, shards, layout, config)
     layout.check(config, padded)
     held: list[Held] = []
@@ -448,7 +448,7 @@ def _layers(names: Iterable[str]) -> set[int]:
     return {int(match[1]) for match in found if match}
 
 
-def _layout_of(
+def layout_of(
     folder: Path, shards: Mapping[Shard, Mapping[str, StoredTensor]], config: Qwen2Config
 ) -> ParallelLayout:
     """The layout that the ranks' files show; stages are counted on tensor-parallel rank 0."""

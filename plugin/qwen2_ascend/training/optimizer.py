@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN as MAIN
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MOMENTS as MOMENTS
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
+from qwen2_ascend.training.halves import Pair, SplitMains, split_mains
 from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -84,7 +86,22 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
     device = next(chunks[0].parameters()).device.type
     if settings.fusion.has_fused_adamw(device):
         _fuse(built)
+    if precision.reuse_fp32_param:
+        built.split_mains = SplitMains(_pairs(built))  # pyright: ignore[reportAttributeAccessIssue]
     return built
+
+
+def _pairs(optimizer: Any) -> Iterator[Pair]:
+    """The fp32 weights that this rank updates and the bf16 ones that they are of."""
+    for parameter, own in _slices(optimizer):
+        if own.main.dtype != parameter.dtype:
+            yield Pair(own.main, parameter.detach().view(-1)[own.start : own.stop])
+
+
+def settle(optimizer: Any) -> None:
+    """Gives memory back that the state needs only while it is loaded or updated."""
+    if mains := split_mains(optimizer):
+        mains.split()
 
 
 def _fuse(optimizer: Any) -> None:
@@ -125,7 +142,13 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             _clip(part, parameters, grad_norm)
-    return bool(optimizer.step_with_ready_grads())
+    mains = split_mains(optimizer)
+    if mains is None:
+        return bool(optimizer.step_with_ready_grads())
+    mains.join()
+    updated = bool(optimizer.step_with_ready_grads())
+    mains.split()
+    return updated
 
 
 def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
@@ -192,7 +215,7 @@ def state_slices(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, State
 
     Before the first update the moments are zeros.
     """
-    states = {}
+    states, mains = {}, split_mains(optimizer)
     for parameter, own in _slices(optimizer):
         state = own.optimizer.state.get(own.main, {})
         tensors = {
@@ -200,7 +223,7 @@ def state_slices(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, State
             for kind in MOMENTS
         }
         if MAIN in kinds_of(parameter) or is_distributed(optimizer):
-            tensors[MAIN] = own.main.detach()
+            tensors[MAIN] = own.main.detach() if mains is None else mains.whole(own.main)
         states[parameter] = StateSlice(own.start, own.stop, tensors)
     return states
 
@@ -217,6 +240,8 @@ def new_state(
         optimizer: built by `build_optimizer`, as yet without state.
         num_updates: what `num_updates` said when the moments were saved.
     """
+    if mains := split_mains(optimizer):
+        mains.join()
     optimizer.reload_model_params()
     for _, own in _slices(optimizer):
         state = {kind: torch.zeros_like(own.main, dtype=torch.float32) for kind in MOMENTS}
