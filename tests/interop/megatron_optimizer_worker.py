@@ -309,6 +309,8 @@ SPOILT = [
         lambda state: _put(state, "fsdp_dtensor", "optimizer", "param_state_sharding_type"),
         "fsdp_dtensor",
     ),
+    (lambda state: _forget(state, "rng_state", 0, "cuda_rng_state"), "cuda_rng_state"),
+    (lambda state: _put(state, state["rng_state"][0], "rng_state"), "rng_state"),
     (lambda state: _put(state, None, "args"), "padded_vocab_size"),
 ]
 

@@ -50,7 +50,7 @@ from qwen2_ascend.training.checkpointer import (
 )
 from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.progress import progress_state, restore_progress, with_tensors
-from qwen2_ascend.training.rank_state import Named, RankState, own_replica, own_shard
+from qwen2_ascend.training.rank_state import Named, Owned, RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
@@ -163,7 +163,7 @@ class MegatronWriter:
             global_batch_size=run.global_batch_size,
             use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
             overlap_grad_reduce=run.settings.parallel.overlap_grad_reduce,
-            data_parallel_size=own_replica()[1],
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
             no_save_optim=self._settings.no_save_optim,
@@ -313,22 +313,13 @@ class MegatronWriter:
             tensors: those of what it owns.
             small: tensors that only the first replica writes, by their paths in the first file.
         """
-        names, replica = _model_names(self._run.chunks), own_replica()[0]
-        folder = _rank_folder(self._identity.layout)
+        replica, folder = own_replica()[0], _rank_folder(self._identity.layout)
         told = {file: (layout.total_bytes, layout.offsets) for file, layout in layouts.items()}
         told = self._of_first_replica(told)
-        stores = []
-        for owned, tensor in zip(self._state.owned, tensors, strict=True):
-            file, path, start = self._rank_places[(owned.chunk, owned.name), owned.kind]
-            offset = told[file][1][path] + (start + owned.run.start) * tensor.element_size()
-            name = f"{names[owned.chunk]}/{owned.name}" if len(names) > 1 else owned.name
-            if owned.kind:
-                model = names[owned.chunk]
-                name = f"{megatron_optimizer.KEY}/{model}/{owned.name}/{owned.kind}"
-            shape = owned.piece.shape
-            if tensor.numel() < volume(owned.piece.box):
-                name, shape = f"{name}[{owned.run.start}:{owned.run.stop}]", tuple(tensor.shape)
-            stores.append(Store(name, f"{folder}/{file}", offset, shape, tensor))
+        stores = [
+            self._rank_store(owned, tensor, told)
+            for owned, tensor in zip(self._state.owned, tensors, strict=True)
+        ]
         if replica == 0:
             offsets = told[megatron.PT_FILE][1]
             file = f"{folder}/{megatron.PT_FILE}"
@@ -343,6 +334,21 @@ class MegatronWriter:
             for file, layout in layouts.items()
         }
         return RankPart(files=files, stores=stores)
+
+    def _rank_store(
+        self, owned: Owned, tensor: torch.Tensor, told: Mapping[str, tuple[int, Mapping]]
+    ) -> Store:
+        """Where a tensor of what this rank owns goes; `told` has each file's length and offsets."""
+        names = _model_names(self._run.chunks)
+        file, path, start = self._rank_places[(owned.chunk, owned.name), owned.kind]
+        offset = told[file][1][path] + (start + owned.run.start) * tensor.element_size()
+        name = f"{names[owned.chunk]}/{owned.name}" if len(names) > 1 else owned.name
+        if owned.kind:
+            name = f"{megatron_optimizer.KEY}/{names[owned.chunk]}/{owned.name}/{owned.kind}"
+        shape = owned.piece.shape
+        if tensor.numel() < volume(owned.piece.box):
+            name, shape = f"{name}[{owned.run.start}:{owned.run.stop}]", tuple(tensor.shape)
+        return Store(name, f"{_rank_folder(self._identity.layout)}/{file}", offset, shape, tensor)
 
     def _of_first_replica(self, value: Any) -> Any:
         """What the first of this rank's data-parallel replicas calls with."""
@@ -486,6 +492,11 @@ def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
     else:
         path = saved.folder / _rank_folder(identity.layout) / megatron.PT_FILE
         states = torch_pt.read(path)[RNG]
+    if type(states) is not list or not states:
+        raise UserError(
+            f"{saved.folder}: its {RNG} is not as Megatron-LM writes it; --no-load-rng leaves it "
+            "out."
+        )
     # Megatron-LM's --data-parallel-random-init has one for each replica
     return states[own_replica()[0] % len(states)]
 

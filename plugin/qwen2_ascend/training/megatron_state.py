@@ -66,7 +66,7 @@ def content_metadata(optimizer: Any) -> dict[str, Any]:
 def scale_tensors(optimizer: Any) -> dict[KeyPath, torch.Tensor]:
     """The dynamic loss scale, by its place in the state; empty without one."""
     (part,) = optimizers.parts(optimizer)
-    scaler = getattr(part, "grad_scaler", None)
+    scaler: Any = getattr(part, "grad_scaler", None)
     return {_SCALE: scaler._scale} if hasattr(scaler, "_growth_tracker") else {}
 
 

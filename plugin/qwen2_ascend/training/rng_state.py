@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from megatron.core import tensor_parallel
 
+from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import Runtime
+
+_GENERATORS = (
+    "random_rng_state",
+    "np_rng_state",
+    "torch_rng_state",
+    "cuda_rng_state",
+    "rng_tracker_states",
+)
 
 
 def rng_state(runtime: Runtime) -> dict[str, Any]:
@@ -37,7 +46,15 @@ def set_rng_state(runtime: Runtime, state: Mapping[str, Any]) -> None:
     Args:
         runtime: of this rank.
         state: its tuples may be lists, and numpy's key may be an array.
+
+    Raises:
+        UserError: it lacks a generator.
     """
+    if lacking := [name for name in _GENERATORS if name not in state]:
+        raise UserError(
+            f"the saved random number generators lack {', '.join(lacking)}; --no-load-rng leaves "
+            "them out."
+        )
     version, words, gauss = state["random_rng_state"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["np_rng_state"]

@@ -223,7 +223,7 @@ def flat_starts(
     """
     starts: dict[str, int] = {}
     before, end = 0, 0  # elements of the buckets before, and of this one
-    for name, size in reversed(sizes.items()):
+    for name, size in reversed(list(sizes.items())):
         start = end + -end % _ALIGNMENT
         if name in alone and end:
             before, start = before + start, 0
