@@ -6,6 +6,8 @@ from typing import get_args
 
 import pytest
 
+from distributed.jobs import ROOT
+from pasted.command_lines import command_lines
 from pasted.migration_page import (
     ELSEWHERE,
     PAGES,
@@ -16,6 +18,8 @@ from pasted.migration_page import (
     rows,
     with_tables,
 )
+from pasted.test_training import MODULES as TRAINED
+from pasted.test_training import WHOLE, not_taken_yet
 from qwen2_ascend.prompt_types import PROMPT_FORMATS, PromptType
 
 
@@ -38,6 +42,22 @@ def test_reasons_are_told_in_chinese_too() -> None:
     whys = {why.split(": ", 1)[1] if why.startswith("only `") else why for why in told if why}
     assert sorted(whys - set(REASONS)) == []
     assert sorted(set(ELSEWHERE.values()) - set(REASONS)) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "of", "start"),
+    [
+        ("README.md", "Of {} of its published command lines", "dense Qwen2 models, {}\nstart"),
+        ("README.zh-CN.md", "公开的 {} 条稠密 Qwen2 命令行中", "\n{} 条可原样启动"),
+    ],
+)
+def test_the_figures_of_the_readme_are_those_of_the_lines(page: str, of: str, start: str) -> None:
+    """test_training.py and its like hold that the others start."""
+    lines = [line for kind in THEIRS for line in command_lines(kind) if not line.is_moe]
+    whole = [line for line in lines if line.kind not in TRAINED or line in WHOLE]
+    taken = [line for line in whole if line.kind not in TRAINED or not not_taken_yet(line)]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert of.format(len(whole)) in text and start.format(len(taken)) in text
 
 
 @pytest.mark.parametrize("language", PAGES)
