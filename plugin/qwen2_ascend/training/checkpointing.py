@@ -26,12 +26,13 @@ from megatron.core import parallel_state
 from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
+from qwen2_ascend.checkpoint.megatron_args import megatron_args
 from qwen2_ascend.checkpoint.plan import volume
 from qwen2_ascend.checkpoint.rules import Piece, Rule, megatron_pieces, qwen2_rules
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.staging import write_file
-from qwen2_ascend.checkpoint.target import is_one_range, megatron_args, rule_of, torch_dist_chunk
+from qwen2_ascend.checkpoint.target import is_one_range, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
@@ -151,6 +152,11 @@ class MegatronWriter:
             use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
+            world_size=run.runtime.world_size,
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            ckpt_format=self._settings.ckpt_format,
+            no_save_optim=self._settings.no_save_optim,
+            no_save_rng=self._settings.no_save_rng,
         )
         return {
             "args": args,
