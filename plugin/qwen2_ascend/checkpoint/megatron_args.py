@@ -1,8 +1,8 @@
 """The `args` of a Megatron checkpoint: what other tools read beside the tensors.
 
-Megatron-LM keeps the training arguments as an `argparse.Namespace` in every checkpoint. Its loaders,
-MindSpeed-LLM's converters and Megatron-Bridge compare some of them, take over others, and fail where
-one is absent. `tests/interop/args_read.py` lists each name with the place that reads it.
+Megatron-LM keeps the training arguments as an `argparse.Namespace` in every checkpoint. Its
+loaders, MindSpeed-LLM's converters and Megatron-Bridge compare some of them, take over others, and
+fail where one is absent. `tests/interop/args_read.py` lists each name with the place that reads it.
 
 Three things are absent on purpose. A path of the tokenizer would replace the one that a user gives.
 The YaRN constants have other names in each tool; `config.json` has them. `bert_binary_head` and the
@@ -91,6 +91,7 @@ def _kind_of_model(config: Qwen2Config) -> dict[str, Any]:
         "multi_latent_attention": False,
         "num_experts": None,
         "moe_grouped_gemm": False,
+        "moe_use_legacy_grouped_gemm": False,
         "mtp_num_layers": None,
         "is_hybrid_model": False,
         "heterogeneous_layers_config_path": None,
@@ -142,6 +143,7 @@ def _without_training() -> dict[str, Any]:
         "fp16_lm_cross_entropy": False,
         "fp8_param_gather": False,
         "init_method_xavier_uniform": False,
+        "init_model_with_meta_device": False,
         "overlap_p2p_comm": False,
         "cp_comm_type": ["p2p"],
         "config_logger_dir": "",
