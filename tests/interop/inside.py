@@ -9,8 +9,8 @@ import runpy
 
 from npusim import stand_ins
 
-PACKAGES = ("acl", "apex", "bitsandbytes")
-"""CANN's Python interface, NVIDIA's kernels, quantization."""
+PACKAGES = ("acl", "bitsandbytes")
+"""CANN's Python interface, and quantization."""
 
 if __name__ == "__main__":
     stand_ins.PACKAGES = (*stand_ins.PACKAGES, *PACKAGES)

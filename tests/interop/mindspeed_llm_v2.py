@@ -2,7 +2,8 @@
 
 The converter itself needs torch and safetensors alone. The packages that it lies in import CANN,
 torch_npu and MindSpeed, so empty ones stand in for them; of `mindspeed_llm.training.utils` it uses
-a decorator that measures coverage. JOBS.json is a list of command lines, each run as a fresh import.
+a decorator that measures coverage. JOBS.json is a list of command lines; for each the converter is
+imported anew.
 """
 
 from __future__ import annotations
