@@ -8,7 +8,8 @@ It is imported from the checkout on the path. What it needs there is NVIDIA's or
   megatron-core;
 - before it loads torch_dist, release 0.12 asks for the version of Transformer Engine, which is
   answered as if it were new;
-- HCCL has no fp64 sum: the sum is made in fp32.
+- HCCL has no fp64 sum: the sum is made in fp32;
+- a child that it starts, to write torch_dist, does not run this script again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import multiprocessing.spawn
 import runpy
 import sys
 from pathlib import Path
@@ -31,6 +33,7 @@ def main() -> None:
     npu.redirect()
     redirect_torch()
     import_helpers()
+    keep_children_from_this_script()
     importlib.import_module("megatron.core.datasets.utils").compile_helpers = lambda: None
     importlib.import_module("megatron.legacy.fused_kernels").load = lambda args: None
     checkpointing = importlib.import_module("megatron.training.checkpointing")
@@ -61,6 +64,15 @@ def redirect_torch() -> None:
         return tensor.copy_(single)
 
     torch.distributed.all_reduce = in_fp32
+
+
+def keep_children_from_this_script() -> None:
+    prepare = multiprocessing.spawn.get_preparation_data
+
+    def without_main(name: str) -> dict[str, object]:
+        return {key: of for key, of in prepare(name).items() if not key.startswith("init_main")}
+
+    multiprocessing.spawn.get_preparation_data = without_main
 
 
 def import_helpers() -> None:
