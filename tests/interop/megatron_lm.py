@@ -8,6 +8,7 @@ It is imported from the checkout on the path. What it needs there is NVIDIA's or
   megatron-core;
 - before it loads torch_dist, release 0.12 asks for the version of Transformer Engine, which is
   answered as if it were new;
+- release 0.12 calls a function of torch's that takes one argument more by now;
 - HCCL has no fp64 sum: the sum is made in fp32;
 - a child that it starts, to write torch_dist, does not run this script again.
 """
@@ -28,12 +29,13 @@ HELPERS = "megatron.core.datasets.helpers_cpp"
 
 
 def main() -> None:
-    from qwen2_ascend.runtime import npu
+    from qwen2_ascend.runtime import megatron_compat, npu
 
     npu.redirect()
     redirect_torch()
     import_helpers()
     keep_children_from_this_script()
+    megatron_compat.prepare_torch_dist()
     importlib.import_module("megatron.core.datasets.utils").compile_helpers = lambda: None
     importlib.import_module("megatron.legacy.fused_kernels").load = lambda args: None
     checkpointing = importlib.import_module("megatron.training.checkpointing")
