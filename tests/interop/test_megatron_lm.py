@@ -43,16 +43,19 @@ FLAGS = f"""
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with a tokenizer of as many words as the model knows."""
+    folder = make_tiny_hugging_face_folder(tmp_path_factory.mktemp("model") / "hf", tiny_config())
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Gives a Hugging Face folder a tokenizer of as many words as the toy models know."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    config = tiny_config()
-    folder = make_tiny_hugging_face_folder(tmp_path_factory.mktemp("model") / "hf", config)
-    words = {f"w{number}": number for number in range(config.vocab_size)}
+    words = {f"w{number}": number for number in range(tiny_config().vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w255").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +186,14 @@ def test_it_takes_the_weights_of_our_training_checkpoints(
 
 
 def assert_close(folder: Path, expected: Path) -> None:
-    """Two Hugging Face folders, after the same steps on other devices."""
+    """Two Hugging Face folders, after the same steps on other devices.
+
+    A step moves a weight by up to 1e-3; Adam makes steps of the noise in gradients that are zero.
+    """
     import torch
     from safetensors.torch import load_file
 
     found, wanted = (load_file(path / "model.safetensors") for path in (folder, expected))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4, msg=name)

@@ -433,7 +433,7 @@ def test_values_beside_the_weights_are_read(tmp_path):
 
 
 class OnNpu:
-    """A tensor on an NPU, as releases of torch_npu pickle it: a copy on the host, and its format."""
+    """A tensor on an NPU, as releases of torch_npu pickle it: a copy on the host and its format."""
 
     def __init__(self, tensor: torch.Tensor, kind: object) -> None:
         self.tensor, self.kind = tensor, kind
