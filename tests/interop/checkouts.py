@@ -3,7 +3,8 @@
     MEGATRON_LM_PATH     of Megatron-LM, such as core_v0.12.1 and core_v0.16.1
     MINDSPEED_LLM_PATH   of MindSpeed-LLM, such as 2.2.0 (converter v1) and 26.1.0 (converter v2)
     MINDSPEED_PATH       of MindSpeed, the branch that goes with MindSpeed-LLM's, for converter v1
-    MEGATRON_BRIDGE_PATH of Megatron-Bridge
+    MEGATRON_BRIDGE_PATH of Megatron-Bridge, such as v0.3.1, for megatron-core 0.16
+    MBRIDGE_PATH         of mbridge
 
 Each names one folder, or several with the system's path separator between them. Nothing is
 downloaded. Without a folder its tests skip and say so.

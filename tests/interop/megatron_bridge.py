@@ -40,8 +40,7 @@ STAND_INS = (
 
 def main() -> None:
     checkout, shards, model, output = map(Path, sys.argv[1:])
-    warnings.simplefilter("ignore")
-    prepare(checkout)
+    prepare(checkout / "src")
     import torch
 
     loading = importlib.import_module("megatron.bridge.training.model_load_save")
@@ -59,8 +58,8 @@ def main() -> None:
     torch.save({name: value for name, value in state["model"].items()}, output)
 
 
-def prepare(checkout: Path) -> None:
-    """Makes megatron.bridge importable."""
+def prepare(sources: Path) -> None:
+    """Makes the packages in a folder importable that import NVIDIA's."""
     from npusim.stand_ins import StandIns
     from qwen2_ascend.runtime import cpu
 
@@ -72,13 +71,14 @@ def prepare(checkout: Path) -> None:
                 return None
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
+    warnings.simplefilter("ignore")
     cpu.redirect_torch()
     for name in CORE:
         importlib.import_module(name)
     cpu.redirect_megatron()
     absent = {name for name in STAND_INS if importlib.util.find_spec(name) is None}
     sys.meta_path.append(Packages(absent))
-    sys.path.insert(0, str(checkout / "src"))
+    sys.path.insert(0, str(sources))
 
 
 if __name__ == "__main__":

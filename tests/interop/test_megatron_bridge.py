@@ -43,3 +43,15 @@ def test_it_loads_converted_folders(tied, bridge, tmp_path):
         rows = found[name][: len(expected)]  # it pads the vocabulary anew
         assert torch.equal(rows, expected), name
         assert not found[name][len(expected) :].any(), name
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_mbridge_maps_weights_as_we_do(tied, tmp_path):
+    has = contains("mbridge/models/qwen2.py", "Qwen2Bridge")
+    checkout = checkouts("MBRIDGE_PATH", has, "a bridge for Qwen2")[0]
+    config = tiny_config(tie_word_embeddings=tied)
+    model = make_tiny_hugging_face_folder(tmp_path / "hf", config)
+    convert(model, tmp_path / "mg", *tp(2)).require()
+    script = TESTS / "interop" / "mbridge_mapping.py"
+    told = run_python(script, checkout, model, tmp_path / "mg" / "iter_0000001")
+    assert f"{50 if tied else 51} weights on 2 ranks" in told
