@@ -1,8 +1,8 @@
 """Runs mbridge's mapping of Qwen2 on a CPU: `mbridge_mapping.py CHECKOUT MODEL SHARDS`.
 
 mbridge makes the weights of each tensor-parallel rank from the Hugging Face folder MODEL, and back.
-Both must be what MODEL and SHARDS have, an iteration's folder without pipeline stages. The model that
-mbridge builds is one of Transformer Engine's layers, which a CPU does not have.
+Both must be what MODEL and SHARDS have; SHARDS is an iteration's folder without pipeline stages.
+mbridge's own model is one of Transformer Engine's layers, which a CPU does not have.
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def test_the_genuine_tools_read_these_names(tool):
     def has_version(folder: Path) -> bool:
         return any(folder.name.endswith(version) for version in versions)
 
-    found = checkouts(f"{tool}_PATH", has_version, f"a name that ends with one of {versions}")
+    found = checkouts(
+        f"{tool}_PATH", has_version, f"a name that ends with one of {sorted(versions)}"
+    )
     for reader in own:
         for folder in found:
             if folder.name.endswith(reader.versions):
