@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.harness import Checks, Run, main
-from distributed.train_worker import FLAGS, LAYOUTS, save, start, state_of, steps
+from distributed.train_worker import FLAGS, LAYOUTS, save, settle, start, state_of, steps
 
 if TYPE_CHECKING:
     from qwen2_ascend.training.loop import TrainingRun
@@ -229,6 +229,60 @@ def a_disk_that_fails_on_one_rank_is_said_by_all(run: Run) -> str:
         steps(training, 1)
         assert save(training).is_dir()
     return ""
+
+
+@CHECKS.add(world_size=2)
+def an_async_save_holds_the_step_it_was_asked_at(run: Run) -> str:
+    """However slow the copy is: the next update waits for it, in every kind of optimizer."""
+    import time
+
+    from qwen2_ascend.checkpoint.formats import megatron
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer
+    from qwen2_ascend.training.loop import train
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.saving import HostCopies
+    from qwen2_ascend.training.setup import checkpoint_identity
+
+    class SlowCopies(HostCopies):
+        def take(self, part: Any) -> Any:
+            time.sleep(0.2 * (1 + run.runtime.rank))
+            return super().take(part)
+
+    kinds = {
+        "fp32": "--use-distributed-optimizer --overlap-param-gather --overlap-grad-reduce",
+        "bf16": "--bf16 --tensor-model-parallel-size 2 --ckpt-format torch",
+    }
+    logs = []
+    for kind, flags in kinds.items():
+        folder = run.folder / f"async-{kind}"
+        training = start(run, f"{FLAGS} {flags} --async-save --save {folder} --save-interval 1")
+        identity = checkpoint_identity(make_plan(training.settings))
+        checkpointer = megatron_checkpointer(training, identity, logs.append)
+        checkpointer._copies = SlowCopies()
+        checkpointer.claim()
+        states = []
+
+        def keep(*_: Any, of: TrainingRun = training, to: list[Any] = states) -> None:
+            settle(of)
+            to.append(state_of(of))
+
+        train(
+            training,
+            on_step=keep,
+            on_validation=lambda _: None,
+            checkpointer=checkpointer,
+        )
+        checkpointer.close()
+        run.runtime.barrier()
+        for iteration in (1, 2, len(states)):
+            run.runtime.barrier()
+            if run.runtime.rank == 0:
+                (folder / megatron.TRACKER_FILE).write_text(str(iteration))
+            run.runtime.barrier()
+            found = state_of(start(run, f"{FLAGS} {flags}", load=folder))
+            for name, value in states[iteration - 1].items():
+                assert (found[name] == value).all(), (kind, iteration, name)
+    return str(logs)
 
 
 if __name__ == "__main__":

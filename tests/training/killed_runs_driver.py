@@ -27,6 +27,8 @@ WARM = (
     "qwen2_ascend.training.setup",
     "qwen2_ascend.finetuning.finetune",
     "qwen2_ascend.finetuning.lora_checkpoint",
+    "qwen2_ascend.finetuning.deepspeed.finetune",
+    "qwen2_ascend.finetuning.deepspeed.checkpoint",
     "qwen2_ascend.model.build",
     "qwen2_ascend.data.chat.build",
     "megatron.core.models.gpt.gpt_model",
@@ -72,6 +74,8 @@ def run(module: str, argv: list[str], point: int | None) -> dict:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
+        import torch
+
         from qwen2_ascend.checkpoint import staging
 
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -80,6 +84,7 @@ def run(module: str, argv: list[str], point: int | None) -> dict:
             setattr(os, name, killer.watch(getattr(os, name)))
         os.pwrite = killer.watch_writes(os.pwrite)
         staging._exchange = killer.watch(staging._exchange)
+        torch.save = killer.watch(torch.save)  # how DeepSpeed writes
         status = import_module(module).main(argv)
         os.write(write_end, str(killer.calls).encode())
         os._exit(status)

@@ -24,6 +24,7 @@ SEED = int(os.environ.get("QWEN2_CRASH_SEED", "0"))
 ALL = os.environ.get("QWEN2_CRASH_POINTS") == "all"
 KILLED = -9
 PRETRAIN, FINETUNE = "qwen2_ascend.training.pretrain", "qwen2_ascend.finetuning.finetune"
+ZERO = "qwen2_ascend.finetuning.deepspeed.finetune"
 COMMON = (
     "--global-batch-size 2 --train-iters 4 --lr 1e-3 --save-interval 2 --device cpu --no-log-energy"
 )
@@ -32,6 +33,7 @@ KINDS = {
     "torch": (PRETRAIN, "--mock-data --seq-length 16 --ckpt-format torch --bf16"),
     "async": (PRETRAIN, "--mock-data --seq-length 16 --async-save --keep-last 1"),
     "lora": (FINETUNE, "--data-path {d}/chats.jsonl --seq-length 288 --lora-r 2 --lora-alpha 4"),
+    "zero": (ZERO, "--data-path {d}/chats.jsonl --seq-length 288 --zero-stage 2"),
 }
 
 
@@ -130,7 +132,7 @@ def is_clean(save: Path) -> bool:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on(kind: str, world: Path, driver: Driver, tmp_path: Path) -> None:
-    if KINDS[kind][0] == FINETUNE:
+    if KINDS[kind][0] != PRETRAIN:
         driver.run(*flags_of(kind, world, tmp_path / "first"))  # prepares the chats
     module, flags = flags_of(kind, world, tmp_path / "whole")
     undisturbed = driver.run(module, flags)

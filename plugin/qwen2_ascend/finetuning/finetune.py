@@ -171,9 +171,9 @@ def prepare(
         prepare_dpo(run, plan, say)
     resume_if_saved(run, plan, say)
     if plan.lora is not None and isinstance(plan.saved, SavedLora):
-        from qwen2_ascend.finetuning.lora_checkpoint import resume_lora
+        from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
 
-        notes = resume_lora(run, plan.saved, checkpoint_identity(plan), plan.lora)
+        notes = MegatronLora(run, checkpoint_identity(plan), plan.lora).resume(plan.saved)
         say_resumed(run, plan.saved.folder, notes, say)
     return run, plan
 
@@ -184,9 +184,9 @@ def checkpointer(
     """Makes what writes checkpoints; None writes all weights."""
     if plan.lora is None:
         return None
-    from qwen2_ascend.finetuning.lora_checkpoint import lora_checkpointer
+    from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
 
-    return partial(lora_checkpointer, run, checkpoint_identity(plan), plan.lora, plan.base)
+    return MegatronLora(run, checkpoint_identity(plan), plan.lora, plan.base).checkpointer
 
 
 def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings], say: Say) -> None:
@@ -237,13 +237,18 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
         on_bad_row=data.on_bad_row,
         pack=data.pack,
         variable_seq_lengths=data.variable_seq_lengths,
-        pad_to_multiple_of=data.pad_to_multiple_of,
+        pad_to_multiple_of=settings.pad_to_multiple_of,
         shuffle=not data.no_shuffle,
         vocab_size=plan.config.vocab_size,
         data_cache_path=data.data_cache_path,
     )
     for note in built.notes:
         say(note)
+    if data.variable_seq_lengths and settings.pad_to_multiple_of > data.pad_to_multiple_of:
+        say(
+            f"batches are padded to a multiple of {settings.pad_to_multiple_of} tokens, which "
+            "--sequence-parallel shares out to the tensor parallel ranks"
+        )
     return built
 
 

@@ -1,13 +1,19 @@
-"""Checkpoints of a LoRA run, as saved_lora.py lays them out; they resume at any layout."""
+"""Checkpoints of LoRA runs, as saved_lora.py says; either path resumes the other's, at any layout.
+
+What the Megatron path and ZeRO do alike is in LoraStorage; how the adapters lie on the ranks is
+what its subclasses know.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -28,112 +34,187 @@ from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.progress import progress_state, restore_progress, restore_rng
 from qwen2_ascend.training.rank_state import own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state
+from qwen2_ascend.training.saving import RankPart
 
 
-def lora_checkpointer(
-    run: TrainingRun,
-    identity: CheckpointIdentity,
-    lora: LoraConfig,
-    base: Path | None,
-    log: Callable[[str], None],
-) -> Checkpointer:
-    """What writes the checkpoints of a LoRA run, by its settings' `checkpoint`.
+class AdapterPart(NamedTuple):
+    """This rank's part of the adapters and of their optimizer."""
 
-    Args:
-        run: its chunks have adapters.
-        identity: of the base model.
-        lora: what the adapters are.
-        base: where the base model was loaded from.
-        log: prints a line.
-    """
-    group = host_group(run.runtime)
+    part: RankPart
+    kinds: list[str]
+    """The optimizer's tensors that are in it."""
+    finish: Callable[[Path], None]
+    """Called on rank 0 when all ranks have written theirs: makes a PEFT folder of them."""
 
-    def lay_out(folder: Path) -> Pending:
-        settings = run.settings.checkpoint
-        optimizer = None if settings.no_save_optim else run.optimizer
-        with gathered_parameters(run.chunks):
-            adapters = adapter_state(run.chunks, lora, identity.config, identity.layout, optimizer)
-            part, own = lay_out_adapter(adapters, run.runtime.rank)
-        parts = [part for of_rank in gathered(own, run.runtime, group) for part in of_rank]
-        if not settings.no_save_rng and own_replica()[0] == 0:
+
+class LoraStorage(ABC):
+    """The checkpoints of one LoRA run. Every rank calls every method."""
+
+    unlike: ClassVar[str]
+    """What a run differs in whose random number generators do not fit."""
+
+    def __init__(
+        self,
+        run: Any,
+        identity: CheckpointIdentity,
+        lora: LoraConfig,
+        base: Path | None = None,
+    ) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            run: its model has adapters.
+            identity: of the base model.
+            lora: what the adapters are.
+            base: where the base model was loaded from.
+        """
+        self.run, self.identity, self.lora, self.base = run, identity, lora, base
+
+    @property
+    @abstractmethod
+    def layout(self) -> dict[str, Any]:
+        """What the files of random number generators belong to; of no two paths the same."""
+
+    @property
+    @abstractmethod
+    def rng_file(self) -> str:
+        """Where this rank keeps its random number generators."""
+
+    @property
+    def writes_rng(self) -> bool:
+        """Whether no other rank writes the same file."""
+        return True
+
+    @abstractmethod
+    def adapter_part(self) -> AdapterPart:
+        """The adapters as they are now, and their optimizer if it is wanted."""
+
+    @abstractmethod
+    def optimizer_facts(self) -> dict[str, Any]:
+        """`optimizer_updates` and `loss_scaler`, in megatron-core's terms."""
+
+    @abstractmethod
+    def load_optimizer(self, saved: SavedLora) -> None:
+        """Puts the optimizer's state back.
+
+        Raises:
+            UserError: the checkpoint's does not fit.
+        """
+
+    def checkpointer(self, log: Callable[[str], None]) -> Checkpointer:
+        """What writes the checkpoints, by the settings' `checkpoint`; `log` prints a line."""
+        return Checkpointer(
+            self.run,
+            lay_out=self._lay_out,
+            about={"format": "lora", **self.identity.about},
+            side_files={},
+            log=log,
+            is_small=True,
+        )
+
+    def resume(self, saved: SavedLora) -> list[str]:
+        """Puts the run where `saved` was; the adapters have been loaded already.
+
+        Returns:
+            What is not as it was, in words for the log.
+
+        Raises:
+            UserError: the checkpoint is not of this model.
+        """
+        settings, state = self.run.settings.checkpoint, saved.state
+        notes = restore_progress(self.run, state)
+        if not settings.no_load_optim:
+            if state["optimizer"]:
+                saved.check_optimizer(optimizers.MOMENTS)
+                self.load_optimizer(saved)
+            else:
+                notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
+        if not settings.no_load_rng and state["rng"]:
+            unlike = None if state["layout"] == self.layout else self.unlike
+            notes += restore_rng(self.run, saved.folder / self.rng_file, unlike=unlike)
+        self.run.runtime.barrier()
+        return notes
+
+    def _lay_out(self, folder: Path) -> Pending:
+        part, kinds, finish_adapter = self.adapter_part()
+        saves_rng = not self.run.settings.checkpoint.no_save_rng
+        if saves_rng and self.writes_rng:
             data = io.BytesIO()
-            torch.save(rng_state(run.runtime), data)
+            torch.save(rng_state(self.run.runtime), data)
             rng = FileLayout(total_bytes=data.tell(), segments=((0, data.getvalue()),))
-            part = replace(part, files={**part.files, _rng_file(): rng})
-        state = _plain_state(run, identity, base, list(adapters.kinds))
+            part = replace(part, files={**part.files, self.rng_file: rng})
+        state = {
+            "base": str(self.base.resolve()) if self.base else None,
+            "dtype": self.identity.dtype,
+            "layout": self.layout,
+            **progress_state(self.run),
+            "optimizer": kinds,
+            **self.optimizer_facts(),
+            "rng": saves_rng,
+        }
 
         def finish(folder: Path) -> None:
-            base_model = str(base) if base else None
-            merge_adapter(folder, parts, lora, identity.config, base_model)
+            finish_adapter(folder)
             write_file(folder / RUN_FILE, json.dumps(state, indent=2).encode())
 
         return Pending(part=part, finish=finish)
 
-    return Checkpointer(
-        run,
-        lay_out=lay_out,
-        about={"format": "lora", **identity.about},
-        side_files={},
-        log=log,
-        is_small=True,
-    )
 
+class MegatronLora(LoraStorage):
+    """Of the Megatron path: every rank writes its slices of the adapters."""
 
-def resume_lora(
-    run: TrainingRun, saved: SavedLora, identity: CheckpointIdentity, lora: LoraConfig
-) -> list[str]:
-    """Puts the run where `saved` was; the adapters have been loaded already.
+    unlike = "another layout"
 
-    Returns:
-        What is not as it was, in words for the log.
+    run: TrainingRun
 
-    Raises:
-        UserError: the checkpoint is not of this model.
-    """
-    settings, state = run.settings.checkpoint, saved.state
-    notes = restore_progress(run, state)
-    if not settings.no_load_optim:
-        if state["optimizer"]:
-            _load_moments(run, saved, identity, lora)
-        else:
-            notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
-    if not settings.no_load_rng and state["rng"]:
-        unlike = "another layout" if state["layout"] != asdict(identity.layout) else None
-        notes += restore_rng(run, saved.folder / _rng_file(), unlike=unlike)
-    run.runtime.barrier()
-    return notes
+    @cached_property
+    def _group(self) -> Any:
+        return host_group(self.run.runtime)
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        return asdict(self.identity.layout)
 
-def _plain_state(
-    run: TrainingRun, identity: CheckpointIdentity, base: Path | None, kinds: list[str]
-) -> dict[str, Any]:
-    return {
-        "base": str(base.resolve()) if base else None,
-        "dtype": identity.dtype,
-        "layout": asdict(identity.layout),
-        **progress_state(run),
-        "optimizer": kinds,
-        "optimizer_updates": optimizers.num_updates(run.optimizer),
-        "loss_scaler": optimizers.scaler_state(run.optimizer),
-        "rng": not run.settings.checkpoint.no_save_rng,
-    }
+    @property
+    def rng_file(self) -> str:
+        tp_rank, pp_stage, _ = own_shard(0)
+        return f"rng_{tp_rank:02d}_{pp_stage:03d}.pt"
 
+    @property
+    def writes_rng(self) -> bool:
+        return own_replica()[0] == 0
 
-def _load_moments(
-    run: TrainingRun, saved: SavedLora, identity: CheckpointIdentity, lora: LoraConfig
-) -> None:
-    saved.check_optimizer(optimizers.MOMENTS)
-    adapters = adapter_state(run.chunks, lora, identity.config, identity.layout, run.optimizer)
-    stored = {kind: saved.folder / f"{kind}.safetensors" for kind in saved.state["optimizer"]}
-    if optimizers.MAIN in stored and optimizers.MAIN not in adapters.kinds:
-        # fp32 adapters go on from the fp32 weights of those in 16 bits
-        load_adapter_slices(adapters.whole(), lora, identity.config, stored[optimizers.MAIN])
-    for kind, slices in adapters.emptied(int(saved.state["optimizer_updates"])).items():
-        if kind in stored:
-            load_adapter_slices(slices, lora, identity.config, stored[kind])
-    optimizers.load_scaler_state(run.optimizer, saved.state["loss_scaler"])
+    def adapter_part(self) -> AdapterPart:
+        run, identity = self.run, self.identity
+        optimizer = None if run.settings.checkpoint.no_save_optim else run.optimizer
+        with gathered_parameters(run.chunks):
+            state = self._state(optimizer)
+            part, own = lay_out_adapter(state, run.runtime.rank)
+        parts = [part for of_rank in gathered(own, run.runtime, self._group) for part in of_rank]
+        base = str(self.base) if self.base else None
 
+        def finish(folder: Path) -> None:
+            merge_adapter(folder, parts, self.lora, identity.config, base)
 
-def _rng_file() -> str:
-    tp_rank, pp_stage, _ = own_shard(0)
-    return f"rng_{tp_rank:02d}_{pp_stage:03d}.pt"
+        return AdapterPart(part, list(state.kinds), finish)
+
+    def optimizer_facts(self) -> dict[str, Any]:
+        return {
+            "optimizer_updates": optimizers.num_updates(self.run.optimizer),
+            "loss_scaler": optimizers.scaler_state(self.run.optimizer),
+        }
+
+    def load_optimizer(self, saved: SavedLora) -> None:
+        state, config = self._state(self.run.optimizer), self.identity.config
+        stored = {kind: saved.folder / f"{kind}.safetensors" for kind in saved.state["optimizer"]}
+        if optimizers.MAIN in stored and optimizers.MAIN not in state.kinds:
+            # fp32 adapters go on from the fp32 weights of those in 16 bits
+            load_adapter_slices(state.whole(), self.lora, config, stored[optimizers.MAIN])
+        for kind, slices in state.emptied(int(saved.state["optimizer_updates"])).items():
+            if kind in stored:
+                load_adapter_slices(slices, self.lora, config, stored[kind])
+        optimizers.load_scaler_state(self.run.optimizer, saved.state["loss_scaler"])
+
+    def _state(self, optimizer: Any) -> Any:
+        config, layout = self.identity.config, self.identity.layout
+        return adapter_state(self.run.chunks, self.lora, config, layout, optimizer)

@@ -26,12 +26,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from qwen2_ascend.runtime import ending
-
-if TYPE_CHECKING:
-    from qwen2_ascend.runtime.meeting import Meeting
 
 MOST_NAMED = 8
 """Ranks that a message names one by one."""
@@ -100,10 +97,26 @@ class Cause(NamedTuple):
         return f"{self.who}: {self.message}" if self.who else self.message
 
 
+class Watched(Protocol):
+    """The ranks that are watched over, as one of them knows them: `meeting.Meeting`."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def timeout_seconds(self) -> float: ...
+    @property
+    def store(self) -> Any: ...
+    @property
+    def server(self) -> tuple[str, int] | None: ...
+    def clone(self, seconds: float) -> Any: ...
+
+
 class Watchdog:
     """Watches over the ranks of a meeting from `start` to `close`."""
 
-    def __init__(self, meeting: Meeting) -> None:
+    def __init__(self, meeting: Watched) -> None:
         self._meeting = meeting
         self.allow(meeting.timeout_seconds)
         self._store: Any = meeting.clone(meeting.timeout_seconds)

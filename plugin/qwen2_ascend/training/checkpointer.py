@@ -1,9 +1,10 @@
 """When a run's checkpoints are written and published, the same for every kind of them.
 
-A save has three parts. Together all ranks lay out what each of them writes (and, with --async-save,
-copy it to the host); then each writes its own part, in a thread; and when all have, which they ask
-each other in short rounds, rank 0 publishes. So a long save waits under no collective's time-out,
-a rank that stops answering is found as fast as ever, and training goes on while files are written.
+A save has three parts. Together all ranks lay out what each of them writes; then each writes its
+own part, in a thread; and when all have, which they ask each other in short rounds, rank 0
+publishes. So a long save waits under no collective's time-out, and a rank that stops answering is
+found as fast as ever. With --async-save training goes on meanwhile: the thread first copies all to
+the host, beside the next forward and backward, and only the update waits for the copy.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class Checkpointer:
         self.claim()
 
     def save(self, *, is_last: bool = False) -> None:
-        """Writes the run's state; with --async-save it returns when the state is copied.
+        """Writes the run's state; with --async-save it only begins to.
+
+        What is saved must not change before `wait_until_copied` has returned.
 
         Args:
             is_last: of the run: without it the run has failed, whatever `on_save_failure` says.
@@ -139,13 +142,18 @@ class Checkpointer:
             self._on_first(lambda: iterations.begin_iteration(self._save, number), SaveError)
         except SaveError as error:
             return self._give_up(number, str(error))
-        pending = self._lay_out(folder)
-        if self._settings.async_save:
-            pending = Pending(part=self._copies.take(pending.part), finish=pending.finish)
-        self._flight = _Flight(number, folder, pending)
+        copies = self._copies if self._settings.async_save else None
+        self._flight = _Flight(number, folder, self._lay_out(folder), copies)
         self._flight.stalled = time.perf_counter() - begun
         if not self._settings.async_save:
             self.finish()
+
+    def wait_until_copied(self) -> None:
+        """Waits until what is saved may change; to be called before each update."""
+        if self._flight is not None and not self._flight.copied.is_set():
+            begun = time.perf_counter()
+            self._flight.copied.wait()
+            self._flight.stalled += time.perf_counter() - begun
 
     def poll(self) -> None:
         """Publishes what is written by now; to be called once a step.
@@ -271,8 +279,13 @@ def gathered(value: Any, runtime: Runtime, group: Any) -> list[Any]:
 class _Flight:
     """A checkpoint that this rank is writing, or has written and not published."""
 
-    def __init__(self, number: int, folder: Path, pending: Pending) -> None:
+    def __init__(
+        self, number: int, folder: Path, pending: Pending, copies: HostCopies | None
+    ) -> None:
         self.number, self.folder, self.pending = number, folder, pending
+        self._copies = copies
+        self.copied = threading.Event()
+        """Nothing is read any more that training changes."""
         self.begun = time.perf_counter()
         self.stalled = 0.0
         """Seconds that training has waited."""
@@ -282,10 +295,16 @@ class _Flight:
         self.writer.start()
 
     def _write(self) -> None:
+        part = self.pending.part
         try:
-            self.written = self.pending.part.write(self.folder)
+            if self._copies is not None:
+                part = self._copies.take(part)
+                self.copied.set()
+            self.written = part.write(self.folder)
         except Exception as error:
             self.error = str(error) or repr(error)
+        finally:
+            self.copied.set()
 
     def state(self) -> int:
         if self.writer.is_alive():

@@ -60,6 +60,7 @@ class Saver(Protocol):
 
     def save(self, *, is_last: bool = False) -> None: ...
     def poll(self) -> None: ...
+    def wait_until_copied(self) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -147,6 +148,8 @@ class TrainingRun:
     """What the objective reports besides its loss."""
     rows_per_sample: int = 1
     """Rows of a batch that one sample makes: 2 for a preference pair."""
+    before_update: Callable[[], None] = lambda: None
+    """Called in every step before weights or optimizer state change."""
 
     @property
     def global_batch_size(self) -> int:
@@ -271,6 +274,9 @@ def train(
         NonFiniteError: the loss or the gradient norm is not finite, and `on_nonfinite` is "stop".
     """
     settings, progress = run.settings, run.progress
+    optimizers.settle(run.optimizer)
+    if checkpointer is not None:
+        run.before_update = checkpointer.wait_until_copied
     batches = run.batches() if progress.iteration < run.train_iters else iter(())
     saved_at, reason = progress.iteration, None
     while progress.iteration < run.train_iters and reason is None:
@@ -321,6 +327,7 @@ def train_step(
     updated = optimizers.is_finite(agreed.loss, grad_norm)
     if not updated and not overflow and settings.precision.on_nonfinite == "stop":
         raise NonFiniteError(describe_nonfinite(run, losses, agreed.loss, grad_norm))
+    run.before_update()
     if updated:
         updated = optimizers.clip_and_step(optimizer, grad_norm)
         run.schedule.step(increment=run.global_batch_size)

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.adapter_rules import peft_pieces, projection
+from qwen2_ascend.checkpoint.adapter import Adapter, Factors
+from qwen2_ascend.checkpoint.adapter_rules import (
+    peft_name,
+    peft_pieces,
+    projection,
+    target_rules,
+)
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import Held
@@ -55,13 +60,8 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeftAdapter:
-    """An opened adapter: its settings, and its tensors with their places in the model."""
-
-    folder: Path
-    lora: LoraConfig
-    held: tuple[Held, ...]
+class PeftAdapter(Adapter):
+    """An opened PEFT folder."""
 
 
 def encode_config(lora: LoraConfig, base_model: str | None = None) -> bytes:
@@ -110,9 +110,18 @@ def open_adapter(folder: str | Path, config: Qwen2Config) -> PeftAdapter:
     """
     folder = Path(folder)
     lora = read_lora_config(folder)
-    return PeftAdapter(
-        folder=folder, lora=lora, held=held_tensors(folder / WEIGHTS_FILE, config, lora)
+    held = {one.name: one for one in held_tensors(folder / WEIGHTS_FILE, config, lora)}
+    factors = tuple(
+        Factors(
+            rule.megatron.format(layer),
+            box,
+            *(held[peft_name(name, matrix).format(layer)] for matrix in "AB"),
+        )
+        for rule in target_rules(config, lora)
+        for layer in range(config.num_layers)
+        for name, box in rule.parts
     )
+    return PeftAdapter(folder=folder, lora=lora, factors=factors)
 
 
 def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Held, ...]:

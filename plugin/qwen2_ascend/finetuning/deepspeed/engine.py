@@ -144,6 +144,7 @@ class ZeroRun(TrainingRun):
     def _update(self, agreed: Agreed, losses: list[MicroBatchLoss], lr: float) -> StepResult:
         """DeepSpeed's update, which it leaves out where a gradient is not finite."""
         may_overflow = self._can_lower_loss_scale()
+        self.before_update()
         self.engine.step()
         updated = not self.optimizer.overflow
         grad_norm = float(self.engine.get_global_grad_norm()) if updated else float("nan")

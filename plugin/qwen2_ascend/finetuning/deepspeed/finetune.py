@@ -131,11 +131,11 @@ def resume_if_saved(run: ZeroRun, plan: Plan, say: Say) -> None:
         UserError: it is not of this model, or does not fit the ranks.
     """
     from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import resume_lora
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 
     saved = plan.saved
     if isinstance(saved, SavedLora) and plan.lora is not None:
-        notes = resume_lora(run, saved, checkpoint_identity(plan), plan.lora)
+        notes = ZeroLora(run, checkpoint_identity(plan), plan.lora).resume(saved)
     elif isinstance(saved, SavedZero):
         notes = resume_zero(run, saved)
     else:
@@ -146,12 +146,12 @@ def resume_if_saved(run: ZeroRun, plan: Plan, say: Say) -> None:
 def checkpointer(run: ZeroRun, plan: Plan, log: Say) -> Checkpointer:
     """What writes the run's checkpoints."""
     from qwen2_ascend.finetuning.deepspeed.checkpoint import zero_checkpointer
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import lora_checkpointer
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 
     identity = checkpoint_identity(plan)
     if plan.lora is None:
         return zero_checkpointer(run, identity, log)
-    return lora_checkpointer(run, identity, plan.lora, plan.base, log)
+    return ZeroLora(run, identity, plan.lora, plan.base).checkpointer(log)
 
 
 def write_adapter(run: ZeroRun, plan: Plan, folder: Path, also: Mapping[str, bytes]) -> None:
