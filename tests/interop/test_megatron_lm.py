@@ -25,12 +25,13 @@ LENGTH, BATCH, ITERATIONS = 24, 4, 2
 TOLERANCE = 2e-5
 """Of a loss near 6; Megatron-LM prints seven digits."""
 SAMPLES = f"--seq-length {LENGTH} --global-batch-size {BATCH} --split 100,0,0 --seed 1234"
-SCHEDULE = f"--train-iters {ITERATIONS} --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant"
+SCHEDULE = "--lr 1e-3 --min-lr 1e-3 --lr-decay-style constant"
+SIZES = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
 CARDS = 4
 FORMATS = {"megatron": "torch", "torch_dist": "torch_dist"}
 """Of the splitter, and Megatron-LM's names."""
 FLAGS = f"""
-    --use-checkpoint-args --finetune
+    --use-checkpoint-args
     {SAMPLES} {SCHEDULE} --micro-batch-size 2 --weight-decay 0.1 --clip-grad 1.0
     --norm-epsilon 1e-6 --log-interval 1 --eval-iters 0 --eval-interval 99
     --distributed-backend nccl
@@ -90,8 +91,16 @@ class OurRun:
     """Its --save folder."""
 
 
-def our_run(model: Path, data: Path, folder: Path, more: str = "", processes: int = 1) -> OurRun:
+def our_run(
+    model: Path,
+    data: Path,
+    folder: Path,
+    more: str = "",
+    processes: int = 1,
+    iterations: int = ITERATIONS,
+) -> OurRun:
     flags = f"""
+        --train-iters {iterations}
         --device cpu --load {model} --data-path {data} {SAMPLES} {SCHEDULE} --micro-batch-size 2
         --weight-decay 0.1 --clip-grad 1.0 --report-dir {folder / "report"}
         --save {folder / "saved"} {more}
@@ -112,19 +121,23 @@ class MegatronLM:
     model: Path
     data: Path
 
-    def train(self, load: Path, save_format: str, *flags: object) -> list[float]:
+    def train(
+        self, load: Path, save_format: str, *flags: object, iterations: int = ITERATIONS
+    ) -> list[float]:
         """The losses that pretrain_gpt.py prints.
 
         Args:
             load: its --load folder.
             save_format: the splitter's word for the format of that.
             flags: more of them.
+            iterations: of the whole run.
         """
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", CARDS]
         output = run_python(
             *(*ranks, "-m", "interop.inside", TESTS / "interop" / "megatron_lm.py"),
             *(*FLAGS.split(), "--data-path", self.data, "--tokenizer-model", self.model),
-            *("--load", load, "--ckpt-format", FORMATS[save_format], *flags),
+            *("--load", load, "--ckpt-format", FORMATS[save_format]),
+            *("--train-iters", iterations, *flags),
             environment=self.environment,
             seconds=1500,
         )
@@ -160,7 +173,7 @@ def test_it_goes_on_from_converted_shards_and_we_merge_what_it_saves(
     shards, theirs = tmp_path / "shards", tmp_path / "theirs"
     convert(model, shards, *tp(2), *pp(2), "--save-format", save_format).require()
     flags = ["--use-mp-args-from-checkpoint-args", "--save", theirs, "--save-interval", ITERATIONS]
-    losses = megatron.train(shards, save_format, *flags)
+    losses = megatron.train(shards, save_format, "--finetune", *flags)
     assert losses == pytest.approx(megatron.logged(ours.losses), abs=TOLERANCE)
     convert(theirs, tmp_path / "merged", "--hf-cfg-dir", model, to="hf").require()
     convert(ours.saved, tmp_path / "expected", to="hf").require()
@@ -173,16 +186,41 @@ def test_it_takes_the_weights_of_our_training_checkpoints(
     save_format, megatron, model, data, ours, tmp_path
 ):
     """From torch_dist at another layout than that of the run."""
-    sizes = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
     flags = f"--ckpt-format {FORMATS[save_format]} --use-distributed-optimizer"
     if save_format == "torch_dist":
         saved = our_run(model, data, tmp_path / "run", flags, processes=2).saved
     else:
-        saved = our_run(model, data, tmp_path / "run", f"{flags} {sizes}", processes=4).saved
-    losses = megatron.train(saved, save_format, *sizes.split())
+        saved = our_run(model, data, tmp_path / "run", f"{flags} {SIZES}", processes=4).saved
+    losses = megatron.train(saved, save_format, "--finetune", *SIZES.split())
     convert(saved, tmp_path / "hf", to="hf").require()
     expected = our_run(tmp_path / "hf", data, tmp_path / "next")
     assert losses == pytest.approx(megatron.logged(expected.losses), abs=TOLERANCE)
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("save_format", FORMATS)
+def test_a_run_goes_on_there_and_back_again(save_format, megatron, model, data, tmp_path):
+    """With weights, optimizer, schedule and samples: all losses are those of a run that stays.
+
+    Two steps are ours, the third is Megatron-LM's, the fourth is ours and Megatron-LM's.
+    """
+    flags = f"--ckpt-format {FORMATS[save_format]} {SIZES} --save-interval 2"
+    stays = our_run(model, data, tmp_path / "stays", flags, processes=4, iterations=4)
+    go_back_to(2, stays.saved)
+    there = tmp_path / "there"
+    # a CPU's random number generators are not those of a card
+    more = ["--save", there, "--save-interval", 1, "--no-load-rng"]
+    losses = megatron.train(stays.saved, save_format, *SIZES.split(), *more, iterations=4)
+    assert losses == pytest.approx(megatron.logged(stays.losses[2:]), abs=TOLERANCE)
+    go_back_to(3, there)
+    back = our_run(there, data, tmp_path / "back", f"--hf-cfg-dir {model}", iterations=4)
+    assert back.losses == pytest.approx(stays.losses[3:], abs=TOLERANCE)
+
+
+def go_back_to(iteration: int, saved: Path) -> None:
+    """Has a --save folder name an earlier checkpoint as the latest."""
+    assert (saved / f"iter_{iteration:07d}").is_dir()
+    (saved / "latest_checkpointed_iteration.txt").write_text(str(iteration), encoding="utf-8")
 
 
 def assert_close(folder: Path, expected: Path) -> None:
