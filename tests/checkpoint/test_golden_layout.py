@@ -242,7 +242,7 @@ def loader_arguments(config: Qwen2Config, layout: dict) -> dict[str, object]:
         "padded_vocab_size": rows,
         # its own rule must give the same padding again, whatever it is
         "make_vocab_size_divisible_by": rows // layout.get("tensor_parallel", 1),
-        "tokenizer_type": "PretrainedFromHF",
+        "tokenizer_type": "HuggingFaceTokenizer",
         "num_query_groups": config.num_query_groups,
         "ffn_hidden_size": config.ffn_hidden_size,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,

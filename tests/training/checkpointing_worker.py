@@ -81,8 +81,8 @@ for _poison in (in_the_generators, in_the_metadata, in_the_common_part):
     )
 
 
-def sharded_tensors(training: TrainingRun) -> dict[str, Any]:
-    """megatron-core's sharded tensors of this rank's parameters, by chunk and name."""
+def sharded_state(training: TrainingRun) -> dict[str, Any]:
+    """What megatron-core's model asks for: by chunk and name, parameters and extra states."""
     from qwen2_ascend.checkpoint.load import unwrap
     from qwen2_ascend.runtime.megatron_compat import virtual_stage
 
@@ -90,14 +90,16 @@ def sharded_tensors(training: TrainingRun) -> dict[str, Any]:
     for index, chunk in enumerate(training.chunks):
         with virtual_stage(index if len(training.chunks) > 1 else None):
             state = unwrap(chunk).sharded_state_dict(prefix="")
-        names = dict(unwrap(chunk).named_parameters())
-        found |= {f"{index}.{name}": state[name] for name in names}
+        found |= {f"{index}.{name}": value for name, value in state.items()}
     return found
 
 
 @CHECKS.add(world_size=2)
 def megatron_core_reads_what_every_rank_has_written(run: Run) -> str:
-    """Its own dist_checkpointing, into its own sharded tensors: the weights, and Adam's moments."""
+    """Its own dist_checkpointing, all that its model asks for, and Adam's moments besides.
+
+    The arguments say how the run was laid out.
+    """
     import torch
     from megatron.core import dist_checkpointing
 
@@ -107,13 +109,18 @@ def megatron_core_reads_what_every_rank_has_written(run: Run) -> str:
         steps(training, 2)
         iteration = save(training)
         expected = state_of(training)
-        wanted = sharded_tensors(training)
+        wanted = sharded_state(training)
         found = dist_checkpointing.load(dict(wanted), str(iteration))
         for name in wanted:
-            assert torch.equal(found[name], expected[name]), (layout, name)
+            if name.endswith("._extra_state"):
+                assert found[name] is None, (layout, name)
+            else:
+                assert torch.equal(found[name], expected[name]), (layout, name)
+        assert sum(name.endswith("._extra_state") for name in wanted) >= 8, layout
+        check_arguments(found["args"], training)
         moments = {
             name: dataclasses.replace(tensor, key=f"optimizer.state.exp_avg.{tensor.key}")
-            for name, tensor in sharded_tensors(training).items()
+            for name, tensor in sharded_state(training).items()
             if isinstance(tensor, dist_checkpointing.ShardedTensor)
         }
         assert len(moments) > 5
@@ -121,6 +128,19 @@ def megatron_core_reads_what_every_rank_has_written(run: Run) -> str:
         for name in moments:
             assert torch.equal(found[name], expected[f"{name}.exp_avg"]), (layout, name)
     return ""
+
+
+def check_arguments(args: Any, training: TrainingRun) -> None:
+    """What only a run knows of the arguments that other tools read."""
+    batch, parallel = training.settings.batch, training.settings.parallel
+    assert (args.iteration, args.consumed_train_samples) == (2, 2 * training.global_batch_size)
+    assert (args.seq_length, args.micro_batch_size) == (batch.seq_length, batch.micro_batch_size)
+    assert args.global_batch_size == training.global_batch_size
+    assert args.use_distributed_optimizer is parallel.use_distributed_optimizer
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    assert args.world_size == 2 == sizes[0] * sizes[1] * args.data_parallel_size
+    assert args.ckpt_format == "torch_dist"
+    assert (args.no_save_optim, args.no_save_rng) == (False, False)
 
 
 @CHECKS.add(world_size=4)

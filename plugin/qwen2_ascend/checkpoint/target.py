@@ -22,6 +22,7 @@ from qwen2_ascend.checkpoint.formats import (
     torch_pt,
 )
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.megatron_args import CHECKPOINT_FORMATS, ITERATION, megatron_args
 from qwen2_ascend.checkpoint.plan import Held, PlanError
 from qwen2_ascend.checkpoint.rules import (
     BY_BLOCKS,
@@ -37,9 +38,6 @@ from qwen2_ascend.config import DTYPES, Qwen2Config
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.files import links_out, read_bytes, regular_files
 from qwen2_ascend.parallel import ParallelLayout
-
-ITERATION = 1
-"""Converted shards carry this iteration, as MindSpeed-LLM's and Megatron's converters write."""
 
 _MAX_ALIGNMENT = 4096
 
@@ -124,7 +122,7 @@ def megatron_target(
     folder = Path(f"iter_{ITERATION:07d}")
     shards = megatron_pieces(config, layout, padded_vocab_size)
     args = megatron_args(config, layout, padded_vocab_size, dtype)
-    vars(args).update(marks or {})
+    vars(args).update(marks or {}, ckpt_format=CHECKPOINT_FORMATS.get(save_format))
     if save_format == "torch_dist":
         held, files = _torch_dist_files(folder, config, shards, padded_vocab_size, dtype, args)
     elif save_format == "safetensors":
@@ -163,49 +161,6 @@ def check_files(target: Target) -> None:
             end = stop
         if not end <= file.total_bytes < end + _MAX_ALIGNMENT:
             raise PlanError(f"{file.path}: {end} bytes are laid out, not {file.total_bytes}")
-
-
-def megatron_args(
-    config: Qwen2Config, layout: ParallelLayout, padded_vocab_size: int, dtype: str
-) -> Namespace:
-    """What Megatron-LM's and MindSpeed-LLM's loaders compare, under Megatron's names."""
-    layers = layout.num_layer_list
-    return Namespace(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        group_query_attention=True,
-        num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
-        max_position_embeddings=config.max_position_embeddings,
-        seq_length=config.max_position_embeddings,
-        add_position_embedding=True,
-        position_embedding_type="rope",
-        use_rotary_position_embeddings=True,
-        rotary_base=config.rotary_base,
-        rotary_percent=1.0,
-        normalization="RMSNorm",
-        norm_epsilon=config.norm_epsilon,
-        swiglu=True,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size(config.num_layers),
-        num_layers_per_virtual_pipeline_stage=layout.num_layers_per_virtual_pipeline_stage,
-        num_layer_list=",".join(map(str, layers)) if layers else None,
-        vocab_size=config.vocab_size,
-        padded_vocab_size=padded_vocab_size,
-        make_vocab_size_divisible_by=padded_vocab_size // layout.tp,
-        tokenizer_type="PretrainedFromHF",
-        bf16=dtype == "bf16",
-        fp16=dtype == "fp16",
-        iteration=ITERATION,
-        consumed_train_samples=0,
-        consumed_valid_samples=0,
-    )
 
 
 def read_side_files(side_files: Sequence[Path], dtype: str) -> dict[Path, bytes]:

@@ -31,12 +31,13 @@ from qwen2_ascend.checkpoint.formats import (
 )
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
+from qwen2_ascend.checkpoint.megatron_args import megatron_args
 from qwen2_ascend.checkpoint.plan import volume
 from qwen2_ascend.checkpoint.rules import Piece, Rule, megatron_pieces, qwen2_rules
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.staging import write_file
-from qwen2_ascend.checkpoint.target import is_one_range, megatron_args, rule_of, torch_dist_chunk
+from qwen2_ascend.checkpoint.target import is_one_range, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, UserError
 from qwen2_ascend.parallel import ParallelLayout
@@ -166,6 +167,8 @@ class MegatronWriter:
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
+            world_size=run.runtime.world_size,
+            ckpt_format=self._settings.ckpt_format,
             no_save_optim=self._settings.no_save_optim,
             no_save_rng=self._settings.no_save_rng,
         )

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import enum
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
@@ -425,3 +427,72 @@ def test_values_beside_the_weights_are_read(tmp_path):
         found["device"].type_name == "torch.device" and found["buffer"].type_name == "_io.BytesIO"
     )
     assert all("scalar" in found[key].type_name for key in ("scalar", "loss", "count"))
+
+
+# -- what torch_npu writes
+
+
+class OnNpu:
+    """A tensor on an NPU, as releases of torch_npu pickle it: a copy on the host and its format."""
+
+    def __init__(self, tensor: torch.Tensor, kind: object) -> None:
+        self.tensor, self.kind = tensor, kind
+
+    def __reduce__(self):
+        rebuild = vars(sys.modules["torch_npu.utils.storage"])["_rebuild_npu_tensor"]
+        tensor = self.tensor
+        shape = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        return rebuild, (
+            tensor._typed_storage(),
+            *shape,
+            False,
+            collections.OrderedDict(),
+            self.kind,
+        )
+
+
+@pytest.fixture
+def npu_format(monkeypatch) -> type[enum.IntEnum]:
+    """torch_npu's class of formats; its modules are there by name, as a pickler asks for them."""
+    for name in ("torch_npu", "torch_npu.utils", "torch_npu.npu"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    storage = types.ModuleType("torch_npu.utils.storage")
+    formats = types.ModuleType("torch_npu.npu._format")
+    monkeypatch.setitem(sys.modules, storage.__name__, storage)
+    monkeypatch.setitem(sys.modules, formats.__name__, formats)
+
+    def _rebuild_npu_tensor(*arguments):
+        raise AssertionError("called")
+
+    _rebuild_npu_tensor.__module__ = storage.__name__
+    _rebuild_npu_tensor.__qualname__ = "_rebuild_npu_tensor"
+    vars(storage)["_rebuild_npu_tensor"] = _rebuild_npu_tensor
+    vars(formats)["Format"] = enum.IntEnum("Format", {"ND": 2, "NZ": 29}, module=formats.__name__)
+    return vars(formats)["Format"]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensors_that_lay_on_an_npu_are_read(tmp_path, protocol, npu_format):
+    """MindSpeed-LLM's training checkpoints of those releases hold nothing else."""
+    values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    kinds = {"older": 29, "newer": npu_format.NZ, "oldest": True}
+    tree = {"model": {name: OnNpu(values[1:], kind) for name, kind in kinds.items()}}
+    torch.save(tree, tmp_path / "x.pt", pickle_protocol=protocol)
+    found = torch_pt.read(tmp_path / "x.pt")["model"]
+    for name in kinds:
+        assert (found[name].shape, found[name].dtype) == ((2, 4), "bf16")
+        data = (tmp_path / "x.pt").read_bytes()[found[name].offset :][: found[name].num_bytes]
+        assert data == values[1:].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_no_other_function_of_torch_npu_is_known(tmp_path):
+    path = pt_with(tmp_path / "x.pt", b"\x80\x02ctorch_npu.utils.storage\n_share_npu_\n" + CALL)
+    with pytest.raises(UserError, match=r"asks for torch_npu\.utils\.storage\._share_npu_;"):
+        torch_pt.read(path)
+
+
+def test_a_tensor_of_torch_npu_needs_a_storage(tmp_path):
+    name = b"\x80\x02ctorch_npu.utils.storage\n_rebuild_npu_tensor\n"
+    path = pt_with(tmp_path / "x.pt", name + b"(K\x00K\x00))\x89}K\x02tR.")
+    with pytest.raises(UserError, match="on something other than a storage"):
+        torch_pt.read(path)

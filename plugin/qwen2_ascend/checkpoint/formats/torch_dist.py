@@ -27,6 +27,8 @@ What megatron-core 0.16.1 stores for Qwen2 (seen in folders it wrote at TP1, TP2
   and `pre_mlp_layernorm.weight`.
 - Every linear layer has an object `KEY._extra_state/shard_LAYER_NUM-LAYERS` that holds [None]. A
   model asks for them when it loads, so a folder without them cannot be loaded (`extra_states`).
+  One of Transformer Engine's modules also asks for the attention's and the last norm's; others
+  leave what they do not ask for.
 """
 
 from __future__ import annotations
@@ -69,6 +71,13 @@ CONFIG = {
 }
 """metadata.json."""
 
+_LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_OF_TRANSFORMER_ENGINE = ("self_attention.core_attention",)
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _INDEX = f"{_METADATA}.MetadataIndex"
@@ -184,17 +193,12 @@ def read_object(folder: str | Path, key: str) -> Any:
 
 def extra_states(num_layers: int) -> list[str]:
     """The objects that a megatron-core Qwen2 asks for when it loads, besides its tensors."""
-    linears = (
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    )
-    return [
-        f"decoder.layers.{linear}._extra_state/shard_{layer}_{num_layers}"
+    layers = [
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
         for layer in range(num_layers)
-        for linear in linears
+        for module in (*_LINEARS, *_OF_TRANSFORMER_ENGINE)
     ]
+    return [*layers, "decoder.final_layernorm._extra_state/shard_0_1"]
 
 
 def layout_torch_dist(

@@ -321,7 +321,10 @@ class _Storages:
     def tensor(
         self, storage: Any, start: Any, shape: Any, strides: Any, *_: Any
     ) -> StoredTensor | _Unreadable:
-        """torch._utils._rebuild_tensor_v2: a view of a storage; start and strides in elements."""
+        """torch._utils._rebuild_tensor_v2 and torch_npu's kin: a view of a storage.
+
+        Start and strides are in elements.
+        """
         if not isinstance(storage, _Storage):
             raise PickleFault("it builds a tensor on something other than a storage")
         return self._view(storage, storage.dtype or "uint8", start, shape, strides)
@@ -367,10 +370,13 @@ def _known(storages: _Storages) -> dict[str, Any]:
     """Every name that a pickle in a `.pt` may use, and what becomes of it."""
     tensor = Maker("torch._utils._rebuild_tensor_v2", storages.tensor)
     of_dtype = Maker("torch._utils._rebuild_tensor_v3", storages.tensor_of_dtype)
+    # the bytes are those of a copy on the host, whatever format the NPU kept the tensor in
+    of_npu = Maker("torch_npu.utils.storage._rebuild_npu_tensor", storages.tensor)
 
     def rebuild(function: Any, tensor_type: Any, args: Any, *state: Any) -> Any:
         """torch._tensor._rebuild_from_type_v2: a tensor with attributes, which are dropped."""
-        if not (function is tensor or function is of_dtype) or type(args) is not tuple:
+        known = any(function is maker for maker in (tensor, of_dtype, of_npu))
+        if not known or type(args) is not tuple:
             raise PickleFault("it builds a tensor subclass")
         return function.make(*args)
 
@@ -380,6 +386,7 @@ def _known(storages: _Storages) -> dict[str, Any]:
     makers = [
         tensor,
         of_dtype,
+        of_npu,
         Maker("torch._tensor._rebuild_from_type_v2", rebuild),
         Maker("torch._utils._rebuild_parameter", parameter),
         Maker("torch._utils._rebuild_parameter_with_state", parameter),
@@ -424,6 +431,7 @@ _RECORDS = known_records(
     "types.SimpleNamespace",
     "torch.device",
     "torch.Tensor",
+    "torch_npu.npu._format.Format",
     "torch.nn.parameter.Parameter",
     "numpy.ndarray",
     "numpy.dtype",
@@ -435,6 +443,8 @@ _RECORDS = known_records(
     "numpy.core.numeric._frombuffer",
     "numpy._core.numeric._frombuffer",
     "megatron.core.enums.ModelType",
+    "megatron.core.enums.Fp8Recipe",
+    "megatron.core.enums.Fp4Recipe",
     "megatron.core.transformer.enums.ModelType",
     "megatron.core.transformer.enums.LayerType",
     "megatron.core.transformer.enums.AttnType",
@@ -442,9 +452,12 @@ _RECORDS = known_records(
     "megatron.core.transformer.enums.AttnBackend",
     "megatron.core.transformer.enums.CudaGraphScope",
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.rerun_state_machine.Call",
+    "megatron.core.rerun_state_machine.Caller",
     "megatron.core.rerun_state_machine.RerunDiagnostic",
     "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
+    "megatron.core.rerun_state_machine.RerunValidationStatus",
 )
 
 
