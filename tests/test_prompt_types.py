@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qwen2_ascend.chat_template import ChatError, end_of_turn, render
-from qwen2_ascend.prompt_types import PROMPT_FORMATS, PromptType, prompt_template
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.prompt_types import PROMPT_FORMATS, PromptType, check_tokenizer, prompt_template
 
 ONE = [("user", "Why?"), ("assistant", "So.")]
 TWO = [*ONE, ("user", " And?\n"), ("assistant", "Yes.")]
@@ -112,6 +113,17 @@ def test_question_ends_where_the_answer_begins(tokenizer: Any, name: str) -> Non
 def test_answers_end_with_im_end_whatever_the_tokenizer_says(tokenizer: Any, name: str) -> None:
     end = end_of_turn(tokenizer, prompt_template(name))
     assert end == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_tokenizer_has_to_know_the_end_of_an_answer(tokenizer: Any) -> None:
+    from copy import deepcopy
+
+    check_tokenizer("qwen", tokenizer)
+    other = deepcopy(tokenizer)
+    other.convert_tokens_to_ids = lambda token: None
+    check_tokenizer("deepseek3", other)  # ends with whatever the tokenizer says
+    with pytest.raises(UserError, match=r"--prompt-type qwen ends answers with <\|im_end\|>"):
+        check_tokenizer("qwen", other)
 
 
 def test_tokenizer_without_bos_and_eos() -> None:

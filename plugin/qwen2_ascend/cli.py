@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "migrate": Command(
         "qwen2_ascend.migration.command",
-        "make scripts of this project of MindSpeed-LLM's",
+        "turn MindSpeed-LLM's shell scripts into scripts of this project",
     ),
     "preprocess": Command(
         "qwen2_ascend.data.command",

@@ -348,6 +348,8 @@ def _key(name: str) -> str:
     key = name.lower().removeprefix("qwen/").removeprefix("deepseek-ai/")
     if key in ("qwen2-3b", "qwen2-14b", "qwen2-32b"):
         return key.replace("qwen2-", "qwen2.5-")
+    if key.startswith("r1-distill"):
+        return f"deepseek-{key}"
     return key if key.startswith(("qwen2", "qwq", "deepseek")) else f"qwen2.5-{key}"
 
 

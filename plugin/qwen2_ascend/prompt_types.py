@@ -16,7 +16,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from qwen2_ascend.errors import UserError
 
 PromptType = Literal[
     "alpaca",
@@ -157,6 +159,30 @@ def prompt_template(name: str) -> str:
             "{%- endfor -%}",
         ]
     )
+
+
+def check_tokenizer(name: str, tokenizer: Any) -> None:
+    """Refuses a tokenizer that does not know the token which ends an answer.
+
+    Its characters would be many tokens, and no model would learn to say them.
+
+    Args:
+        name: one of `PromptType`.
+        tokenizer: of transformers.
+
+    Raises:
+        UserError: it has no such token.
+    """
+    eos = PROMPT_FORMATS[name].eos
+    if eos is None:
+        return
+    token = tokenizer.convert_tokens_to_ids(eos)
+    if token is None or tokenizer.convert_ids_to_tokens(token) != eos:
+        raise UserError(
+            f"--prompt-type {name} ends answers with {eos}, which the tokenizer of "
+            f"{tokenizer.name_or_path} does not have; take a prompt type of that model, or leave "
+            "it out for its own chat template."
+        )
 
 
 def _literal(text: str) -> str:

@@ -59,6 +59,15 @@ NEUTRAL: dict[str, list[Any]] = {
     "--recompute-num-layers": [
         {**FULL, "--recompute-method": "uniform", "--recompute-num-layers": 2},
     ],
+    "--recompute-activation-function": [True],
+    "--recompute-activation-function-num-layers": [
+        {
+            "--recompute-activation-function": True,
+            "--recompute-activation-function-num-layers": 1,
+        },
+    ],
+    "--recompute-norm": [True],
+    "--recompute-norm-num-layers": [{"--recompute-norm": True, "--recompute-norm-num-layers": 1}],
     "--cross-entropy-chunk-size": [16],
     "--attention-backend": ["unfused", "local", "flash"],
     "--use-flash-attn": [True],
@@ -135,6 +144,7 @@ KEPT: dict[str, list[Any]] = {
     "--clip-grad": [0.0, 0.05],
     "--bf16": [True],
     "--fp16": [{"--fp16": True, "--initial-loss-scale": 4096.0}],
+    "--reuse-fp32-param": [{"--bf16": True, "--reuse-fp32-param": True}],
     "--loss-scale": [{"--fp16": True, "--loss-scale": 128.0}],
     "--initial-loss-scale": [{"--fp16": True, "--initial-loss-scale": 1024.0}],
     "--min-loss-scale": [{"--fp16": True, "--min-loss-scale": 2.0}],

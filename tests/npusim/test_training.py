@@ -237,6 +237,21 @@ def test_the_launcher_trains_saves_and_resumes(tmp_path):
     assert _losses(done) == pytest.approx(expected[2:], abs=1e-4)
 
 
+def test_a_published_line_trains_with_the_fused_operators_it_asks_for(tmp_path):
+    """A line of MindSpeed-LLM's, but for its sizes as it is: --use-flash-attn and its like too."""
+    from pasted.test_training import FUSED, by_name, losses, made_paths, small
+
+    line = by_name("2.2.0/qwen25/pretrain_qwen25_7b_8k_pack_ptd")
+    paths = made_paths(tmp_path)
+    words = small(line, paths, 2, "npu")
+    assert {*words} >= FUSED
+    log = _launched(" ".join(words), 2)
+    assert "fused: attention, rms_norm, rotary, swiglu, adamw\n" in log
+    assert "a document sees only itself" in log
+    found = losses(paths)
+    assert len(found) == 2 and all(4 < loss < 7 for loss in found), found
+
+
 def _launched(flags: str, cards: int) -> str:
     """What the launcher prints on simulated cards."""
     from npusim.build import Unavailable

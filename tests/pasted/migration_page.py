@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from pasted.command_lines import command_lines
 from qwen2_ascend.migration.programs import Program, find_program, own_flags
-from qwen2_ascend.pasted_flags import Meaning
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -93,11 +92,8 @@ def _pasted(flag: str, program: Program, language: str) -> Row:
     if meaning.values:
         values = words["and"].join(f"`{value}`" for value in meaning.values)
         why = words["only"].format(values) + why
-    return Row(flag, "checked" if _is_checked(meaning) else "unneeded", why)
-
-
-def _is_checked(meaning: Meaning) -> bool:
-    return meaning.check is not None
+    is_checked = meaning.check is not None or bool(meaning.values)
+    return Row(flag, "checked" if is_checked else "unneeded", why)
 
 
 def _told(says: str, language: str) -> str:

@@ -300,7 +300,7 @@ def test_flags_that_are_lost_are_said(tmp_path: Path) -> None:
 
 LINES = [
     line
-    for kind in ("pretrain", "finetune", "convert", "preprocess")
+    for kind in ("pretrain", "finetune", "convert", "preprocess", "generate", "evaluate")
     for line in command_lines(kind)
     if not line.is_moe and line.flags != ["\r"]  # its script has another system's line ends
 ]
@@ -309,6 +309,8 @@ PROGRAMS = {
     "finetune": "posttrain_gpt.py",
     "convert": "convert_ckpt.py",
     "preprocess": "preprocess_data.py",
+    "generate": "inference.py",
+    "evaluate": "evaluation.py",
 }
 
 

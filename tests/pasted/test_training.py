@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,12 +35,7 @@ PATHS = dict.fromkeys(
 )
 ELSEWHERE = {
     "--context-parallel-size",
-    "--reuse-fp32-param",
     "--swap-attention",
-    "--recompute-activation-function",
-    "--recompute-activation-function-num-layers",
-    "--use-ascend-coc",
-    "--coc-fused-kernel",
     "--coc-parallel-num",
     "--use-ascend-mc2",
     "--o2-optimizer",
@@ -191,22 +185,27 @@ SMALL = {
     "--global-batch-size": "4",
 }
 """What a line says instead, so that it is for a small model and two ranks."""
-LEFT_OUT = {*ELSEWHERE, *FUSED, "--num-layer-list", "--num-layers-per-virtual-pipeline-stage"}
+LEFT_OUT = {*ELSEWHERE, "--num-layer-list", "--num-layers-per-virtual-pipeline-stage"}
 
 
-def small(line: CommandLine, paths: dict[str, Path], tp: int) -> list[str]:
+def small(line: CommandLine, paths: dict[str, Path], tp: int, device: str = "cpu") -> list[str]:
+    """The line for a small model, cut into `tp` ranks."""
     values = {**SMALL, "--tensor-model-parallel-size": str(tp)}
-    words = without(line.with_paths(paths), LEFT_OUT)
+    words = without(line.with_paths(paths), LEFT_OUT | (FUSED if device == "cpu" else set()))
     before = ["", *words]
     changed = [
         values.get(flag, word) if not word.startswith("--") else word
         for flag, word in zip(before, words, strict=False)
     ]
-    return [*changed, "--device", "cpu"]
+    return [*changed, "--device", device]
 
 
-@pytest.fixture
-def paths(tmp_path: Path) -> Iterator[dict[str, Path]]:
+@pytest.fixture(name="paths")
+def _paths(tmp_path: Path) -> dict[str, Path]:
+    return made_paths(tmp_path)
+
+
+def made_paths(tmp_path: Path) -> dict[str, Path]:
     """A model, documents that end with its eos_token_id, prepared chats, and where to save."""
     folder = make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -75,3 +77,28 @@ def test_pythons_own_collector_rests_in_between(fails: bool) -> None:
     except ValueError:
         pass
     assert gc.isenabled()
+
+
+def test_a_run_collects_so(collected: list[int]) -> None:
+    """Before its first step, after steps 2 and 4, and around the validation loss of step 3."""
+    from qwen2_ascend.training import loop, setup
+
+    settings = SimpleNamespace(
+        runtime=RuntimeSettings(manual_gc=True, manual_gc_interval=2),
+        data=SimpleNamespace(eval_interval=3),
+    )
+    progress = SimpleNamespace(iteration=0)
+    run: Any = SimpleNamespace(settings=settings, progress=progress, valid_data=object())
+    during: list[bool] = []
+
+    def train(run: Any, *, on_step: Any, on_validation: Any, **_: Any) -> None:
+        for progress.iteration in range(1, 5):
+            during.append(gc.isenabled())
+            on_step(mock.Mock(), 0.1)
+            if progress.iteration == 3:
+                on_validation(1.0)
+
+    with mock.patch.object(loop, "train", train), mock.patch.object(setup, "_step"):
+        assert setup._train(run, mock.Mock(), mock.Mock(), None, lambda line: None)
+    assert collected == [2, 2, 2, 0, 2]
+    assert during == [False] * 4 and gc.isenabled()

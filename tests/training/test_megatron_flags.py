@@ -50,14 +50,9 @@ TUNING = """
 """
 PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
-    "--reuse-fp32-param": "leave it out",
     "--swap-attention": "--recompute-granularity",
-    "--recompute-activation-function": "--recompute-granularity",
-    "--recompute-activation-function-num-layers 4": "--recompute-granularity",
     "--use-ascend-mc2": "leave it out",
-    "--use-ascend-coc": "leave it out",
-    "--coc-fused-kernel": "leave it out",
-    "--coc-parallel-num 2": "leave it out",
+    "--coc-parallel-num 2": "only 1",
     "--o2-optimizer": "leave it out",
     "--o2-gradient": "leave it out",
     "--context-parallel-size 4": "--sequence-parallel",
@@ -134,6 +129,7 @@ def test_all_of_them_are_named_at_once() -> None:
         ("--manual-gc-interval 50", "need --manual-gc"),
         ("--num-experts 64 --moe-grouped-gemm --moe-router-topk 8", "dense models only"),
         ("--expert-model-parallel-size 2", "dense models only"),
+        ("--moe-something-new 3 --moe_other", "--moe-something-new, --moe-other: these are flags"),
     ],
 )
 def test_a_script_for_another_model_or_launcher_is_refused(flags: str, words: str) -> None:
@@ -189,6 +185,10 @@ def test_nodes_with_disks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert faults(pretraining, f"{needed} --data-path data", world_size=1) == []
     assert faults(finetuning, f"{needed} --data-path data", world_size=1) == []
+    for module in (pretraining, finetuning):
+        assert module.parse(f"{needed} --data-path data".split()).has_own_disks
+        words = needed.replace("--no-shared-storage", "--data-path data")
+        assert not module.parse(words.split()).has_own_disks
     (fault,) = faults(finetuning, f"{needed} --data-path a.jsonl", world_size=1)
     assert "rank 0 prepares a.jsonl" in fault and "qwen2-ascend preprocess" in fault
     shared = f"{needed} --data-path a.jsonl --data-cache-path shared"

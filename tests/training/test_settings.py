@@ -187,3 +187,13 @@ def test_help_answers_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert "--tensor-model-parallel-size" in done.stdout
+
+
+def test_every_layer_is_recomputed_where_no_number_is_given() -> None:
+    """A unit of one layer each: of block's first layers all, and the finest of uniform's."""
+    full = f"{GOOD} --recompute-granularity full --recompute-method"
+    for method in ("block", "uniform"):
+        assert parse(f"{full} {method}".split()).recompute.method_and_layers == ("uniform", 1)
+        given = parse(f"{full} {method} --recompute-num-layers 3".split())
+        assert given.recompute.method_and_layers == (method, 3)
+    assert parse(GOOD.split()).recompute.method_and_layers == (None, None)

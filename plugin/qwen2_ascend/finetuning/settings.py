@@ -35,7 +35,8 @@ class TuningSettings:
     num_train_epochs: float | None = None
     """Passes over the data, instead of --train-iters or --train-samples."""
     tokenizer_name_or_path: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Tokenizer for files of chats; by default the one beside the weights."""
+    """Tokenizer for files of chats; by default the one beside the weights. Where --load has no
+    config.json this folder's is taken."""
     dpo_beta: float = 0.1
     """How strongly dpo holds the model to where it started."""
     dpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
@@ -117,6 +118,10 @@ class FinetuneSettings(TrainingSettings):
         left = max(round(epochs * samples_per_epoch), 1) - consumed_samples
         steps = iteration + max(-(-left // self.global_batch_size(world_size)), 0)
         return replace(self, batch=replace(self.batch, train_iters=steps))
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        return self.tuning.tokenizer_name_or_path
 
     @property
     def pad_to_multiple_of(self) -> int:

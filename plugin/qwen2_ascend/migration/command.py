@@ -27,13 +27,15 @@ KEPT = ("source", ".", "export", "set", "cd", "mkdir", "ulimit", "unset")
 
 @dataclass(frozen=True, kw_only=True)
 class MigrateOptions:
-    """Make scripts of this project of MindSpeed-LLM's.
+    """Turn MindSpeed-LLM's shell scripts into scripts of this project.
 
     The scripts are read and not run. The result is a script that can be run; its comments say what
     became of each flag that changed, and the memory that the planner expects of a training job.
     """
 
-    script: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT.sh")]
+    script: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT.sh ...")
+    ]
     """Shell scripts of MindSpeed-LLM's."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result there instead of printing it; for one script."""
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: a script cannot be read, or starts nothing that this project knows.
     """
-    options = tyro.cli(MigrateOptions, args=argv, description=MigrateOptions.__doc__)
+    options = tyro.cli(MigrateOptions, args=argv)
     raise_if(_option_faults(options))
     faults, texts = Faults(), []
     for path in options.script:

@@ -150,44 +150,42 @@ def _translated(program: Program, words: Sequence[Token]) -> tuple[list[Token], 
     Words that are not known before the script runs go through as marks.
     """
     marks = [f"\0{i}" for i in range(len(words))]
-    given = [
-        mark if word.literal is None else word.literal
-        for mark, word in zip(marks, words, strict=True)
-    ]
-    rest, pasted = program.split(given)
     by_mark = dict(zip(marks, words, strict=True))
+    given = [mark if word.literal is None else word.literal for mark, word in by_mark.items()]
+    rest, pasted = program.split(given)
     lines = {word.text: word.line for word in reversed(words) if word.text}
     changes = list(_changes(program, pasted, by_mark, lines))
-    gone = {word for word in given if word.startswith("--")} - {*rest, *(f for f, _ in pasted)}
-    changes += [
-        Change(flag, lines.get(flag, 0), "left out: it says what holds without it")
-        for flag in sorted(gone)
-        if flag.replace("_", "-") not in program.table
-    ]
-    known = own_flags(program.kind)
+    changes += _by_handler(program, given, rest, pasted)
     ours: list[Token] = []
-    keeps = True
+    known, is_known = own_flags(program.kind), True
     for text in rest:
         if text.startswith("--"):
-            keeps = _plain_name(text, known) is not None
-            if text not in given and not any(text in program.table[f].becomes for f, _ in pasted):
-                changes.append(Change(text, 0, "added: there the handler's name says it"))
-            if not keeps:
+            is_known = _is_own(text, known)
+            if not is_known:
                 says = "has no counterpart here"
                 changes.append(Change(text, lines.get(text, 0), says, is_lost=True))
-        if keeps:
+        if is_known:
             ours.append(by_mark.get(text) or token(text))
     ours += _kept(program, pasted, by_mark)
     if (config := _config(program, ours, words)) is not None:
         ours += [token("--config"), config]
-        changes.append(
-            Change(
-                "--config",
-                0,
-                "added: the tokenizer's folder has config.json; shards there have none",
-            )
-        )
+        says = "added: the tokenizer's folder has config.json; shards there have none"
+        changes.append(Change("--config", 0, says))
     return ours, changes
+
+
+def _by_handler(
+    program: Program, given: Sequence[str], rest: Sequence[str], pasted: Pasted
+) -> Iterator[Change]:
+    """Flags that the command's own reading adds and takes away."""
+    made = {word for flag, _ in pasted for word in program.table[flag].becomes}
+    for flag in (word for word in rest if word.startswith("--")):
+        if flag not in given and flag not in made:
+            yield Change(flag, 0, "added: there the handler's name says it")
+    named = {flag for flag, _ in pasted} | set(rest)
+    for flag in dict.fromkeys(word for word in given if word.startswith("--")):
+        if flag not in named and flag.replace("_", "-") not in program.table:
+            yield Change(flag, 0, "left out: it says what holds without it")
 
 
 def _changes(
@@ -247,13 +245,10 @@ def _pairs(words: Sequence[Token]) -> Iterator[tuple[str, str | None]]:
             yield word.text.replace("_", "-"), " ".join(map(str, values)) if known else None
 
 
-def _plain_name(flag: str, known: Mapping[str, bool]) -> str | None:
-    """A flag by our name for it; None where it is none of ours."""
+def _is_own(flag: str, known: Mapping[str, bool]) -> bool:
+    """Whether a flag, or what it says no to, is one of ours."""
     plain = flag.replace("_", "-")
-    if plain in known:
-        return plain
-    positive = f"--{plain.removeprefix('--no-')}"
-    return positive if plain.startswith("--no-") and positive in known else None
+    return plain in known or (plain.startswith("--no-") and f"--{plain[5:]}" in known)
 
 
 def _at_equals(word: Token) -> list[Token]:
@@ -303,15 +298,17 @@ def _finetune() -> Program:
 
 
 def _generate() -> Program:
+    from qwen2_ascend.inference.pasted import GENERATE_FLAGS
     from qwen2_ascend.inference.settings import GenerateSettings
 
-    return _launcher("generate_qwen2", GenerateSettings, _table("inference", "GENERATE_FLAGS"))
+    return _launcher("generate_qwen2", GenerateSettings, GENERATE_FLAGS)
 
 
 def _evaluate() -> Program:
+    from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
     from qwen2_ascend.evaluation.settings import EvaluateSettings
 
-    return _launcher("evaluate_qwen2", EvaluateSettings, _table("evaluation", "EVALUATE_FLAGS"))
+    return _launcher("evaluate_qwen2", EvaluateSettings, EVALUATE_FLAGS)
 
 
 def _convert() -> Program:
@@ -356,12 +353,3 @@ def _console(
         is_launcher=False,
         keeps=keeps,
     )
-
-
-def _table(package: str, name: str) -> Table:
-    from importlib import import_module
-
-    try:
-        return getattr(import_module(f"qwen2_ascend.{package}.pasted"), name)
-    except ImportError:
-        return {}

@@ -80,12 +80,12 @@ def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Mem
     element = cut.job.element
     # the distributed optimizer computes with a contiguous copy of the weights, padded as theirs
     held = weights.all + (trained - weights.trained if cut.distributed_optimizer else 0)
-    state = (2 if element == FP32 else 3) * FP32 * trained
+    state = (2 * FP32 + _main_bytes(cut)) * trained
     peak = max(_moments(cut, stage, weights), key=lambda moment: moment.total)
     return Memory(
         weights=held * element,
         gradients=trained * FP32,
-        optimizer=state // cut.dp if cut.distributed_optimizer else state,
+        optimizer=state // cut.replicas if cut.distributed_optimizer else state,
         activations=peak.activations,
         logits=peak.logits,
         temporary=peak.temporary,
@@ -94,12 +94,20 @@ def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Mem
     )
 
 
+def _main_bytes(cut: Cut) -> int:
+    """Of what the optimizer keeps of an fp32 weight besides its moments, between two updates."""
+    if cut.job.element == FP32:
+        return 0
+    return 2 if cut.reuse_fp32_param else FP32
+
+
 def fullest_stage(cut: Cut, weights: dict[int, Parameters] | None = None) -> tuple[int, Memory]:
     """(stage, memory) of the fullest rank: the first stage, or the last with the logits.
 
-    Between them a stage holds no embedding and has fewer micro-batches under way than the first.
+    Between them a stage holds no embedding and has fewer micro-batches under way than the first;
+    where stages have unequal numbers of layers, any may be the fullest.
     """
-    stages = {0, cut.pp - 1}
+    stages = {0, cut.pp - 1} if cut.num_layer_list is None else set(range(cut.pp))
     found = {stage: stage_memory(cut, stage, (weights or {}).get(stage)) for stage in stages}
     return max(found.items(), key=lambda item: item[1].total)
 
@@ -122,11 +130,10 @@ def chunks_under_way(cut: Cut, stage: int) -> int:
 
 def _moments(cut: Cut, stage: int, weights: Parameters) -> list[_Moment]:
     """What is alive besides what lasts, at each moment that may be the fullest."""
-    layers = cut.layers_per_chunk or cut.layers_per_stage
     hidden = _hidden(cut)
     first, last = stage == 0, cut.is_last(stage)
     # the schedule keeps what a chunk hands on until its backward
-    kept = layers * layer_activations(cut) + hidden
+    kept = chunk_activations(cut, stage) + hidden
     head_kept = 0
     if last:
         # of the last chunk: the last layer's output and its norm, instead of what is handed on
@@ -170,13 +177,23 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
 
 def _update_temporary(cut: Cut, weights: Parameters) -> int:
     """What summing the gradients, clipping and AdamW make besides the state."""
+    return _joined_weights(cut, weights) + _summed_and_clipped(cut, weights)
+
+
+def _joined_weights(cut: Cut, weights: Parameters) -> int:
+    """fp32 weights that are made for the update, beside the halves that they are made of."""
+    share = cut.replicas if cut.distributed_optimizer else 1
+    return weights.trained * FP32 // share if cut.reuse_fp32_param else 0
+
+
+def _summed_and_clipped(cut: Cut, weights: Parameters) -> int:
     if cut.job.backend == "cuda":
-        share = cut.dp if cut.distributed_optimizer else 1
+        share = cut.replicas if cut.distributed_optimizer else 1
         return weights.trained * FP32 // share  # the roots of all second moments at once
     if cut.job.backend == "npu":
         return weights.largest * FP32  # the clipped gradient of a tensor; AdamW works in place
     # torch's fused AdamW clips as it reads; gloo scatters sums out of a copy of all gradients
-    return max(weights.buffers) * FP32 if cut.distributed_optimizer and cut.dp > 1 else 0
+    return max(weights.buffers) * FP32 if cut.distributed_optimizer and cut.replicas > 1 else 0
 
 
 def _buffers(cut: Cut, stage: int) -> int:
@@ -190,7 +207,7 @@ def _buffers(cut: Cut, stage: int) -> int:
     if cut.sequence_parallel and job.lora_rank is None:
         gathered = cut.tokens * job.config.hidden_size * job.element
     # which target each row of an adapter's B belongs to
-    owners = _adapter_rows(cut) * job.element * cut.layers_per_stage if job.lora_rank else 0
+    owners = _adapter_rows(cut) * job.element * cut.layers_of(stage) if job.lora_rank else 0
     held = tables + received + gathered + owners
     if job.backend != "npu":
         return held
@@ -200,7 +217,7 @@ def _buffers(cut: Cut, stage: int) -> int:
 def communicators(cut: Cut) -> int:
     """Groups of several ranks that a rank takes part in: world, TP, DP, model parallel (for the
     gradient's norm), the pipeline with each neighbour, and tied embeddings'."""
-    groups = [cut.num_devices > 1, cut.tp > 1, cut.dp > 1, cut.tp * cut.pp > 1]
+    groups = [cut.num_devices > 1, cut.tp > 1, cut.replicas > 1, cut.tp * cut.pp > 1, cut.cp > 1]
     pipeline = 0
     if cut.pp > 1:
         pipeline = 1 + min(2, cut.pp - 1) + cut.job.config.tie_word_embeddings
@@ -221,28 +238,35 @@ def _row_numbers(cut: Cut) -> int:
     return cut.tokens // (cut.tp if cut.sequence_parallel else 1) * FP32
 
 
-def layer_activations(cut: Cut) -> int:
-    """Bytes that one layer keeps for backward, of one micro-batch, as it is recomputed."""
-    if cut.recompute == "full":
-        return _hidden(cut)
-    return _all_activations(cut, selective=cut.recompute == "selective")
+def chunk_activations(cut: Cut, stage: int) -> int:
+    """Bytes that a model chunk's layers keep for backward, of one micro-batch."""
+    whole = _all_activations(cut, selective=cut.recompute == "selective")
+    recomputed = cut.recomputed(stage)
+    kept = recomputed * _hidden(cut) + (cut.layers_of(stage) - recomputed) * whole
+    return kept // cut.num_chunks
 
 
 def _all_activations(cut: Cut, *, selective: bool = False) -> int:
     """Without recomputing, or without what attention's core keeps.
 
-    Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep; what
-    attention keeps; gate and up, SwiGLU's output, and in plain torch silu(gate).
+    Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep if
+    they are not computed again; what attention keeps; gate and up, SwiGLU's output, likewise, and
+    in plain torch silu(gate).
     """
     job, t = cut.job, cut.tokens
-    ffn = job.config.ffn_hidden_size // cut.tp
-    mlp = (3 if job.backend == "npu" else 4) * ffn
-    kept = 4 * _hidden(cut) + 2 * _row_numbers(cut) + t * mlp * job.element
+    mlp = _kept_of_mlp(cut) * (job.config.ffn_hidden_size // cut.tp)
+    norms = 2 if cut.recompute_norm else 4
+    kept = norms * _hidden(cut) + 2 * _row_numbers(cut) + t * mlp * job.element
     kept += t * (_selective_attention(cut) if selective else _attention(cut))
     if job.lora_rank is not None:
         # what each adapter's A gives, of 5 + 2 targets, and B spread out under all of them
         kept += (7 * t + _adapter_rows(cut)) * job.lora_rank * job.element
     return kept
+
+
+def _kept_of_mlp(cut: Cut) -> int:
+    """Times ffn: gate, up, in plain torch silu(gate), and the output if it is kept."""
+    return (3 if cut.job.backend == "npu" else 4) - cut.recompute_activation_function
 
 
 def _adapter_rows(cut: Cut) -> int:
@@ -289,10 +313,12 @@ def layer_workspace(cut: Cut) -> int:
     tensors = layer_tensors(cut)
     train = e if job.lora_rank is None else 0
     gathered = full_hidden if cut.sequence_parallel else 0
-    second = gathered + ffn + tensors[6] * train  # linear_fc2: its input's gradient, its weight's
+    # linear_fc2: its input's gradient, its weight's, and its input where that is computed again
+    second = gathered + ffn + tensors[6] * train + ffn * cut.recompute_activation_function
     swiglu = 2 * ffn  # gradients of both factors, while they are still kept
-    freed = (3 if job.backend == "npu" else 4) * ffn
-    first = 2 * ffn + full_hidden + tensors[5] * train - freed  # linear_fc1
+    freed = _kept_of_mlp(cut) * ffn
+    again = hidden * cut.recompute_norm
+    first = 2 * ffn + full_hidden + tensors[5] * train - freed + again  # linear_fc1
     norm = hidden + (2 * e + 8) * hidden // e - freed - full_hidden
     if e == FP32:
         norm -= hidden

@@ -46,7 +46,9 @@ def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] |
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     raise_if({CARRIAGE_RETURN for word in given if word.endswith("\r")})
-    rest, pasted = split_flags(given, training_flags(kind))
+    names = {word.partition("=")[0].replace("_", "-") for word in given}
+    experts = {name: NO_EXPERT for name in names if _is_of_experts(name, None)}
+    rest, pasted = split_flags(given, {**experts, **training_flags(kind)})
     return replace(parse_flags(kind, program, rest), pasted=pasted)
 
 
@@ -78,7 +80,7 @@ def config_of_run(config: Qwen2Config, pasted: Pasted) -> Qwen2Config:
 def _is_of_experts(flag: str, value: str | None) -> bool:
     if flag == "--expert-model-parallel-size":
         return not same(value, "1")
-    return flag in EXPERTS
+    return flag in EXPERTS or flag.startswith("--moe-")
 
 
 def _number(value: str | None) -> float | None:
@@ -211,7 +213,8 @@ _EXPERTS = """
     --moe-use-upcycling --moe-z-loss-coeff --moe-zero-memory --moe-zero-memory-num-layers
 """
 EXPERTS = frozenset(_EXPERTS.split())
-"""Flags that only a model with experts has."""
+"""Flags that only a model with experts has, besides all that begin with --moe-."""
+NO_EXPERT = Meaning("there are no experts", None, refused=True)
 YARN_FLAGS: Mapping[str, str] = {
     "--rope-scaling-type": "",
     "--rope-scaling-factor": "factor",
@@ -239,7 +242,7 @@ SHARED: Table = {
     },
     "--rope-scaling-mscale": Meaning(MSCALE, ("1",)),
     "--rope-scaling-mscale-all-dim": Meaning(MSCALE, ("0",)),
-    **{flag: Meaning("there are no experts", None, refused=True) for flag in sorted(EXPERTS)},
+    **dict.fromkeys(sorted(EXPERTS), NO_EXPERT),
     "--expert-model-parallel-size": Meaning("there are no experts", ("1",)),
     "--spec": Meaning("layers are Qwen2's; leave it out", None, refused=True),
     "--noop-layers": Meaning("give the stages their layers: --num-layer-list", None, refused=True),
@@ -260,17 +263,15 @@ SHARED: Table = {
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
     # refused
-    "--reuse-fp32-param": Meaning(SPEED, refused=True),
     "--swap-attention": Meaning("recompute instead: --recompute-granularity", refused=True),
-    "--recompute-activation-function": Meaning("recompute more: --recompute-granularity", (), True),
-    "--recompute-activation-function-num-layers": Meaning(
-        "recompute more: --recompute-granularity", None, True
-    ),
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
-    "--use-ascend-coc": Meaning(SPEED, refused=True),
-    "--coc-fused-kernel": Meaning(SPEED, refused=True),
-    "--coc-parallel-num": Meaning(SPEED, None, True),
+    "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),
+    "--coc-fused-kernel": Meaning(
+        "its library of fused kernels is not used; plain products and collectives give the same "
+        "numbers, and take longer"
+    ),
+    "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
     "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
     "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     "--no-check-for-nan-in-loss-and-grad": Meaning(
@@ -279,7 +280,10 @@ SHARED: Table = {
 }
 PRETRAINING: Table = {
     "--handler-name": Meaning("the data is tokenized already", ("GeneralPretrainHandler",)),
-    "--tokenizer-name-or-path": Meaning("the data is tokenized already", None),
+    "--tokenizer-name-or-path": Meaning(
+        "the data is tokenized already; where --load has no config.json, that folder's is taken",
+        None,
+    ),
     "--tokenizer-model": Meaning("the data is tokenized already", None),
     "--is-instruction-dataset": Meaning("chats are for launch/finetune_qwen2.py", refused=True),
     "--no-pad-to-seq-lengths": Meaning(

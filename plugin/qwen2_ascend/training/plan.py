@@ -178,7 +178,9 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
             "their Hugging Face folder, or nothing."
         )
     what = "load" if load else "pretrained_checkpoint"
-    source = open_source(folder_of(what, folder, found) or folder, None, model.config)
+    opened = folder_of(what, folder, found) or folder
+    config_folder = model.config or _config_beside_tokenizer(settings, opened)
+    source = open_source(opened, None, config_folder)
     saved = None
     if load and not model.finetune and source.kind == "mg":
         from qwen2_ascend.training.saved_run import find_saved_run
@@ -312,6 +314,23 @@ def _config(name: str | None) -> Qwen2Config:
     if name is None:
         raise UserError("give --load, or --config for random weights: nothing says which model.")
     return Qwen2Config.from_pretrained(name) if Path(name).exists() else Qwen2Config.named(name)
+
+
+def _config_beside_tokenizer(settings: TrainingSettings, folder: Path) -> str | None:
+    """The tokenizer's folder, where it has the config.json that shards lack.
+
+    MindSpeed-LLM's shards have none, and its command lines name the model's folder there.
+    """
+    from qwen2_ascend.checkpoint.formats import megatron
+
+    name = settings.tokenizer_folder
+    if name is None or not (Path(name) / "config.json").is_file():
+        return None
+    if not megatron.is_checkpoint_folder(folder):
+        return None
+    iteration = megatron.iteration_folder(folder)
+    places = (folder, iteration, iteration.parent)
+    return None if any((place / "config.json").is_file() for place in places) else name
 
 
 def _fact(flag: str, value: Any) -> str:

@@ -34,7 +34,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class ModelSettings:
     """Which model, and where its weights come from."""
 
-    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|SIZE")] = (
+    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|MODEL")] = (
         None
     )
     """Model config: a Hugging Face folder, a config.json, or a published model (72B,
@@ -139,6 +139,9 @@ class PrecisionSettings:
     """Compute in bf16 with fp32 main weights; neither flag means fp32 throughout."""
     fp16: Flag = False
     """Compute in fp16 with fp32 main weights and loss scaling."""
+    reuse_fp32_param: Flag = False
+    """With --bf16: between updates keep of the fp32 weights only what the bf16 ones lack, 2 bytes
+    each instead of 4; nothing else changes."""
     loss_scale: float | None = None
     """A fixed loss scale; by default fp16 finds it."""
     initial_loss_scale: float = 2.0**32
@@ -154,6 +157,10 @@ class PrecisionSettings:
     The weights are not touched either way."""
 
 
+ALL_LAYERS = 1 << 20
+"""More than any model has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecomputeSettings:
     """Activations that are computed again in backward rather than kept."""
@@ -165,6 +172,14 @@ class RecomputeSettings:
     the first --recompute-num-layers of each stage and keeps the others whole."""
     recompute_num_layers: int | None = None
     """See --recompute-method; by default every layer is computed again, each on its own."""
+    recompute_activation_function: Flag = False
+    """Compute SwiGLU's output again in backward; of layers that are not recomputed whole."""
+    recompute_activation_function_num_layers: int | None = None
+    """Only in so many layers of each pipeline chunk; by default in all."""
+    recompute_norm: Flag = False
+    """Compute the norms' outputs again in backward; of layers that are not recomputed whole."""
+    recompute_norm_num_layers: int | None = None
+    """Only in so many layers of each pipeline chunk; by default in all."""
     cross_entropy_chunk_size: int | None = None
     """Tokens whose logits exist at once; they are computed again in backward, and never all at
     once, which saves memory at a large vocabulary. By default the logits of all tokens are kept."""
@@ -175,6 +190,39 @@ class RecomputeSettings:
         if self.recompute_method is not None and self.recompute_num_layers is None:
             return "uniform", 1
         return self.recompute_method, self.recompute_num_layers
+
+    def faults(self, num_layers: int) -> list[str]:
+        """What of recomputing single outputs cannot be, one sentence each."""
+        faults = []
+        for what in ("activation_function", "norm"):
+            flag, number = f"--recompute-{what.replace('_', '-')}", self._number_of(what)
+            is_on = getattr(self, f"recompute_{what}")
+            if number is not None and not is_on:
+                faults.append(f"{flag}-num-layers {number} needs {flag}.")
+            if number is not None and not 0 <= number <= num_layers:
+                faults.append(f"{flag}-num-layers {number} must be from 0 to {num_layers}.")
+            is_whole = self.recompute_granularity == "full"
+            if is_on and is_whole and self.recompute_method == "uniform":
+                faults.append(
+                    f"{flag}: --recompute-method uniform computes all layers again, whole; leave "
+                    "it out, or say --recompute-method block."
+                )
+        return faults
+
+    def single_outputs(
+        self, what: Literal["activation_function", "norm"]
+    ) -> tuple[int, int] | None:
+        """(how many layers of a chunk, after how many that are recomputed whole); None is none."""
+        if not getattr(self, f"recompute_{what}"):
+            return None
+        number, method_and_layers = self._number_of(what), self.method_and_layers
+        whole = self.recompute_granularity == "full"
+        is_all = whole and method_and_layers[0] == "uniform"
+        after = (method_and_layers[1] or 0) if whole else 0
+        return 0 if is_all else ALL_LAYERS if number is None else number, after
+
+    def _number_of(self, what: str) -> int | None:
+        return getattr(self, f"recompute_{what}_num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +376,16 @@ class TrainingSettings:
     pasted: tyro.conf.Fixed[tyro.conf.Suppress[Pasted]] = ()
     """Others' flags that set nothing here; see megatron_flags.py."""
 
+    @property
+    def has_own_disks(self) -> bool:
+        """--no-shared-storage: whether nodes have the data on disks of their own."""
+        return "--no-shared-storage" in dict(self.pasted)
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """What --tokenizer-name-or-path names."""
+        return dict(self.pasted).get("--tokenizer-name-or-path")
+
     def config_of_run(self, config: Qwen2Config) -> Qwen2Config:
         """The model's config, with what pasted flags add to it."""
         return config_of_run(config, self.pasted)
@@ -418,6 +476,10 @@ class PretrainSettings(TrainingSettings):
     """
 
     data: DataSettings = field(default_factory=DataSettings)
+
+    @property
+    def has_own_disks(self) -> bool:
+        return self.data.no_shared_storage
 
 
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
@@ -638,6 +700,9 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
         faults.append(
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
         )
+    faults += recompute.faults(config.num_layers)
+    if settings.precision.reuse_fp32_param and not settings.precision.bf16:
+        faults.append("--reuse-fp32-param needs --bf16: other weights are no halves of fp32 ones.")
     is_full = recompute.recompute_granularity == "full"
     if is_full and recompute.recompute_method is None:
         faults.append("--recompute-granularity full needs --recompute-method.")

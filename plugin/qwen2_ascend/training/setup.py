@@ -20,10 +20,11 @@ from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
 from qwen2_ascend.training.plan import Found, RunPlan, agree, warn
-from qwen2_ascend.training.settings import TrainingSettings
+from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.model.recompute import RecomputedOutputs
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.telemetry.energy import Energy
     from qwen2_ascend.telemetry.instruments import Instruments
@@ -249,6 +250,8 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
         recompute_method=recompute_method,
         recompute_num_layers=recompute_num_layers,
         cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
+        recompute_activations=_outputs(recompute, "activation_function"),
+        recompute_norms=_outputs(recompute, "norm"),
         deterministic_mode=settings.runtime.deterministic,
         **model_options,
     )
@@ -268,6 +271,13 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
     else:
         say(f"weights: random, seed {settings.runtime.seed}")
     return [chunk.to(runtime.device) for chunk in chunks]
+
+
+def _outputs(recompute: RecomputeSettings, what: Any) -> RecomputedOutputs | None:
+    from qwen2_ascend.model.recompute import RecomputedOutputs
+
+    chosen = recompute.single_outputs(what)
+    return None if chosen is None else RecomputedOutputs(number=chosen[0], after=chosen[1])
 
 
 def _with_padding(plan: RunPlan, source: Source) -> Source:
@@ -412,7 +422,7 @@ def train_and_report(
             make = checkpointer or partial(megatron_checkpointer, run, checkpoint_identity(plan))
             opened = stack.enter_context(contextlib.closing(make(lambda line: log(line))))
             opened.claim()
-            if getattr(run.settings.data, "no_shared_storage", False):
+            if run.settings.has_own_disks:
                 require_shared(run.settings.checkpoint.save)
         reporter = _reporter(run, plan.config, plan.padded_vocab_size)
         log = reporter.interrupt

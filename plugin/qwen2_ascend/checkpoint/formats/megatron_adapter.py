@@ -62,22 +62,8 @@ def open_megatron_adapter(
     Raises:
         UserError: it does not fit the model; every fault at once.
     """
-    shards, stages = ranks.shards, layout.stages(config.num_layers)
-    rules = {rule.megatron: rule for rule in qwen2_rules(config)}
-    factors: list[Factors] = []
     faults: list[str] = []
-    for shard, tensors in shards.items():
-        layers = stages[shard.pp_stage][shard.chunk]
-        where = folder / megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
-        for (local, module), pair in _pairs(tensors).items():
-            rule = rules.get(f"decoder.layers.{{}}.{module}.weight")
-            if rule is None or local >= len(layers) or set(pair) != {"A", "B"}:
-                faults.append(f"{where}: layer {local}: {module} has no pair of lora_A and lora_B.")
-                continue
-            box = rule.shard(layout.tp, shard.tp_rank)
-            made = _factors(rule, layers[local], box, pair["A"], pair["B"])
-            faults += [f"{where}: {fault}" for fault in _faults(made)]
-            factors.append(made)
+    factors = list(_all_factors(folder, ranks.shards, layout, config, faults))
     sizes = {one.a.stored.shape[:1] for one in factors}
     faults += [] if len(sizes) == 1 else [f"{folder}: its lora_A have {sorted(sizes)} rows."]
     faults += _missing(folder, factors, layout, config)
@@ -90,8 +76,30 @@ def open_megatron_adapter(
             targets=_targets(factors),
         ),
         factors=tuple(factors),
-        base=tuple(_base(shards, layout, config)),
+        base=tuple(_base(ranks.shards, layout, config)),
     )
+
+
+def _all_factors(
+    folder: Path, shards: Shards, layout: ParallelLayout, config: Qwen2Config, faults: list[str]
+) -> Iterator[Factors]:
+    """Every pair of matrices with its place; what does not fit is added to `faults`."""
+    stages = layout.stages(config.num_layers)
+    rules = {rule.megatron: rule for rule in qwen2_rules(config)}
+    for shard, tensors in shards.items():
+        layers = stages[shard.pp_stage][shard.chunk]
+        where = folder / megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
+        for (local, module), pair in _pairs(tensors).items():
+            rule = rules.get(f"decoder.layers.{{}}.{module}.weight")
+            if rule is None or local >= len(layers):
+                faults.append(f"{where}: layer {local}: {module} is no module of this Qwen2.")
+            elif set(pair) != {"A", "B"}:
+                faults.append(f"{where}: layer {local}: {module} has no pair of lora_A and lora_B.")
+            else:
+                box = rule.shard(layout.tp, shard.tp_rank)
+                made = _factors(rule, layers[local], box, pair["A"], pair["B"])
+                faults += [f"{where}: {fault}" for fault in _faults(made)]
+                yield made
 
 
 def has_matrices(shards: Shards) -> bool:

@@ -33,6 +33,7 @@ from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Counts, State, join
 from qwen2_ascend.data.preprocess import num_cores, write_parts
 from qwen2_ascend.pretrained import open_tokenizer
+from qwen2_ascend.prompt_types import check_tokenizer
 
 BYTES_PER_WORKER = 4 * 2**20
 """A worker takes seconds to start, so small files are not worth many."""
@@ -55,6 +56,8 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
         print(f"{path}: {found.describe()}", flush=True)
     template = given_template(settings.chat)
     tokenizer = open_tokenizer(settings.tokenizer_name_or_path)
+    if settings.chat.prompt_type is not None:
+        check_tokenizer(settings.chat.prompt_type, tokenizer)
     keys = output_keys(settings.task)
     state = State(
         settings=_deciding_settings(settings, files, formats, tokenizer, template),

@@ -95,7 +95,12 @@ class ChatRenderer:
         special = {token.content for token in added if token.special and token.content.strip()}
         special |= set(tokenizer.all_special_tokens)
         # what the template writes between turns; in a text it would end the turn there
-        self._control = sorted(token for token in special if any(token in t for t in texts))
+        named = {
+            token
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str) and any(name in text for text in texts)
+        }
+        self._control = sorted(t for t in special if t in named or any(t in x for x in texts))
         # up to the last special token, when nothing but white space follows
         tokens = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._turn_end = re.compile(rf"(?s)(.*(?:{tokens}))\s*\Z") if tokens else None
