@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import raise_if
 
 Pasted = tuple[tuple[str, str | None], ...]
 """Flags and their values, None where they have none, in the order of the command line."""
@@ -96,6 +97,57 @@ MODEL_FLAGS: Table = {
 """Of every command that opens a model: its shape, which the config decides, and what all have."""
 
 
+CARRIAGE_RETURN = (
+    "a word ends with a carriage return: the script was saved with Windows line ends, which cut "
+    "its command short; mend it with: sed -i 's/\\r$//' SCRIPT"
+)
+NO_EXPERTS = (
+    "{}: these are flags of a mixture-of-experts model, and this project trains Qwen2's and "
+    "Qwen2.5's dense models only; take one of those, without such flags."
+)
+_EXPERTS = """
+    --num-experts --n-shared-experts --shared-expert-gate --expert-interval
+    --expert-tensor-parallel-size --gemm-gradient-accumulation-fusion
+    --use-fused-moe-token-permute-and-unpermute --router-gating-in-fp32
+    --moe-allgather-overlap-comm --moe-alltoall-overlap-comm --moe-aux-loss-coeff
+    --moe-comm-aux-loss-coeff --moe-device-level-aux-loss-coeff --moe-enable-deepep
+    --moe-expert-capacity-factor --moe-extended-tp --moe-fb-overlap --moe-ffn-hidden-size
+    --moe-grouped-gemm --moe-hierarchical-alltoallv --moe-input-jitter-eps --moe-intermediate-size
+    --moe-layer-freq --moe-layer-recompute --moe-pad-expert-input-to-capacity
+    --moe-per-layer-logging --moe-permutation-async-comm --moe-permute-fusion
+    --moe-router-bias-update-rate --moe-router-dtype --moe-router-enable-expert-bias
+    --moe-router-group-topk --moe-router-load-balancing-type --moe-router-num-groups
+    --moe-router-pre-softmax --moe-router-score-function --moe-router-topk
+    --moe-router-topk-scaling-factor --moe-shared-expert-intermediate-size
+    --moe-shared-expert-overlap --moe-token-dispatcher-type --moe-token-drop-policy
+    --moe-tp-extend-ep --moe-train-capacity-factor --moe-use-legacy-grouped-gemm
+    --moe-use-upcycling --moe-z-loss-coeff --moe-zero-memory --moe-zero-memory-num-layers
+"""
+EXPERTS = frozenset(_EXPERTS.split())
+"""Flags that only a model with experts has, besides all that begin with --moe-."""
+NO_EXPERT = Meaning("there are no experts", None, refused=True)
+
+
+def split_script(arguments: Sequence[str], table: Table) -> tuple[list[str], Pasted]:
+    """As `split_flags`, of a command line as a script of others gives it.
+
+    Flags of models with experts are taken whatever the table says; `expert_faults` names them.
+
+    Raises:
+        UserError: the words are from a script that no shell can run.
+    """
+    raise_if({CARRIAGE_RETURN for word in arguments if word.endswith("\r")})
+    names = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    experts = {name: NO_EXPERT for name in names if _is_of_experts(name, None)}
+    return split_flags(arguments, {**experts, **table})
+
+
+def expert_faults(pasted: Pasted) -> list[str]:
+    """One sentence where flags are for a model with experts, which is another than Qwen2."""
+    flags = [flag for flag, value in pasted if _is_of_experts(flag, value)]
+    return [NO_EXPERTS.format(", ".join(flags[:3]))] if flags else []
+
+
 def split_flags(arguments: Sequence[str], table: Table) -> tuple[list[str], Pasted]:
     """A command line in our own words, and the flags that are no words of ours.
 
@@ -174,3 +226,9 @@ def _faults(
         way_out = meaning.check(value, settings, config)
         if way_out is not None:
             yield f"{said}: {way_out}."
+
+
+def _is_of_experts(flag: str, value: str | None) -> bool:
+    if flag == "--expert-model-parallel-size":
+        return not same(value, "1")
+    return flag in EXPERTS or flag.startswith("--moe-")

@@ -216,7 +216,7 @@ def expected_loss(world: World, window: int, stride: int) -> tuple[float, int]:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nothing", ["give --text-file, --tasks or both"]),
+        ("nothing", ["give --text-file, --tasks or --task"]),
         ("bad values", ["no.txt: no such file", "--window 9999", "--batch-size 0", "--limit 0"]),
         ("empty", ["has 0 token(s)"]),
     ],

@@ -144,6 +144,75 @@ def generated(model: Any, ids: list[int]) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
+def beams(tp: int, pp: int, config: Any, run: Run) -> str:
+    """Token for token what transformers' search with two and three beams finds."""
+    from qwen2_ascend.inference.beams import beam_search
+    from qwen2_ascend.inference.sampling import Sampling
+
+    folder = model_folder(run, config).name
+    asked_for = asked(run, f"beams-{folder}", lambda: searches(theirs(run, config)))
+    built = engine(run, tp, pp, config, num_rows=6)
+    for ids, num_beams, eos, wanted in asked_for:
+        found = beam_search(
+            built,
+            ids,
+            num_beams=num_beams,
+            max_new_tokens=BEAM_TOKENS,
+            eos_tokens=eos,
+            sampling=Sampling(repetition_penalty=PENALTY),
+            seed=1,
+        )
+        assert list(found) == wanted, (num_beams, eos, found, wanted)
+    lengths = {len(wanted) for *_, wanted in asked_for}
+    assert len(lengths) > 3, "the texts do not end at different places"
+    drawn = [
+        beam_search(
+            built,
+            prompts()[0],
+            num_beams=2,
+            max_new_tokens=BEAM_TOKENS,
+            eos_tokens=(0,),
+            sampling=Sampling(do_sample=True, temperature=1.5),
+            seed=seed,
+        )
+        for seed in (3, 3, 4)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    return f"lengths {sorted(lengths)}"
+
+
+BEAM_TOKENS = 20
+PENALTY = 1.5
+"""Without it a random model says the same token again and again."""
+
+
+def searches(model: Any) -> list[tuple[list[int], int, list[int], list[int]]]:
+    """(prompt, number of beams, tokens that end a text, the text that transformers finds)."""
+    found = []
+    for ids in prompts()[:4]:
+        for num_beams in (2, 3):
+            free = searched(model, ids, num_beams, [])
+            ends = [[], *([free[place]] for place in (1, 4, 9)), [free[2], free[7], 0]]
+            found += [(ids, num_beams, e, searched(model, ids, num_beams, e)) for e in ends]
+    return found
+
+
+def searched(model: Any, ids: list[int], num_beams: int, eos: list[int]) -> list[int]:
+    import torch
+
+    out = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=BEAM_TOKENS,
+        num_beams=num_beams,
+        repetition_penalty=PENALTY,
+        do_sample=False,
+        eos_token_id=eos or None,
+        pad_token_id=0,
+    )
+    return out[0, len(ids) :].tolist()
+
+
 def cached_logits(tp: int, pp: int, config: Any, run: Run) -> str:
     """A cache gives the logits of a whole forward: prefilled, token by token, and going on."""
     import torch
@@ -298,7 +367,7 @@ def _add(name: str, function: Any, tp: int, pp: int, config: Any) -> None:
 
 for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
     for function in (
-        greedy, cached_logits, sampled, not_finite, a_token_beyond_the_vocabulary,
+        greedy, beams, cached_logits, sampled, not_finite, a_token_beyond_the_vocabulary,
     ):  # fmt: skip
         _add(f"{function.__name__}-tp{tp}-pp{pp}", function, tp, pp, CONFIG)
 _add("a_turn_goes_on-tp1-pp1", a_turn_goes_on, 1, 1, CONFIG)

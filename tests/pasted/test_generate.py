@@ -144,6 +144,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     top_1 = ["--top-k", "1"]
     base = _flags("2.2.0/qwen25/generate_qwen25_7b_ptd", folder, "hf")
     plain = [*_flags("2.2.0/qwen25/generate_qwen25_14b_ptd", folder, "hf"), "--task", "chat"]
+    in_turns = ["--apply-chat-template", "--prompt-type", "qwen", "--repetition-penalty", "1"]
     commands: dict[str, list[str]] = {
         "generate": _flags("2.2.0/qwen25/generate_qwen25_7b_ptd", folder, "shards"),
         "distill": [*_flags(OTHER_BASE, folder, "hf"), *top_1],
@@ -156,6 +157,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "template": [*plain, "--hf-chat-template", "--history-turns", "0", *top_1],
         "seed": _flags("2.2.0/qwen25/generate_qwen25_7b_ptd", folder, "hf", seed=7),
         "one prompt": [*base, "--prompt", "the of", "--greedy"],
+        "in turns": [*base, *in_turns, "--prompt", TURNS[0], "--greedy"],
     }
     given: dict[str, dict[str, Any]] = {
         "convert": {"program": "qwen2-ascend", "flags": f"{words} {layout}".split()}
@@ -300,6 +302,10 @@ def test_turns_that_are_not_remembered(world: World) -> None:
 def test_a_prompt_of_ones_own_replaces_the_demonstration(world: World) -> None:
     assert world.runs["one prompt"].status == 0, world.runs["one prompt"].err
     assert "---" not in world.runs["one prompt"].out
+    run, theirs = world.runs["in turns"], Theirs(world.folder / "hf")
+    assert run.status == 0, run.err
+    text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{TURNS[0]}<|im_end|>\n"
+    assert run.out == theirs.answer(f"{text}<|im_start|>assistant\n", stops=(0, 2)) + "\n"
 
 
 @pytest.mark.distributed

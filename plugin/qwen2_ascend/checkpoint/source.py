@@ -301,12 +301,27 @@ def target_dtype(source: Source, wanted: str | None) -> str:
     return found
 
 
+def lacks_config(folder: Path) -> bool:
+    """Whether shards have no config.json beside them, as those of Megatron-LM and MindSpeed-LLM."""
+    if not megatron.is_checkpoint_folder(folder):
+        return False
+    return not any(map(_has_config, _beside(folder, megatron.iteration_folder(folder))))
+
+
+def _beside(folder: Path, iteration: Path) -> tuple[Path, ...]:
+    """Where config.json may be."""
+    return folder, iteration, iteration.parent
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
 def _config_folder(folder: Path, iteration: Path, given: str | Path | None) -> Path:
     if given is not None:
         return Path(given).parent if Path(given).is_file() else Path(given)
-    for candidate in (folder, iteration, iteration.parent):
-        if (candidate / "config.json").is_file():
-            return candidate
+    for candidate in filter(_has_config, _beside(folder, iteration)):
+        return candidate
     raise UserError(
         f"{folder}: has no config.json; name the Hugging Face folder that has it with --hf-cfg-dir."
     )

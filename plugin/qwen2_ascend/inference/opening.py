@@ -77,11 +77,11 @@ def _config(model: ServedModelSettings, load: Path) -> str | Path | None:
     MindSpeed-LLM's shards have none, and its command lines name the model's Hugging Face folder as
     that of the tokenizer.
     """
+    from qwen2_ascend.checkpoint.source import lacks_config
+
     tokenizer = model.tokenizer_name_or_path
-    if model.config is not None or tokenizer is None:
+    if model.config is not None or tokenizer is None or not lacks_config(load):
         return model.config
-    if any(load.glob("config.json")) or any(load.glob("*/config.json")):
-        return None
     return tokenizer if (tokenizer / "config.json").is_file() else None
 
 

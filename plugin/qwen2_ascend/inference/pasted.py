@@ -11,14 +11,16 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.pasted_flags import (
+    EXPERTS,
     MODEL_FLAGS,
+    NO_EXPERT,
     Meaning,
     Pasted,
     Table,
+    expert_faults,
     pasted_notes,
-    split_flags,
+    split_script,
 )
-from qwen2_ascend.training.megatron_flags import CARRIAGE_RETURN, EXPERTS, expert_faults
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.settings import ServedModelSettings
@@ -48,8 +50,7 @@ def parse_pasted(kind: type[S], program: str, arguments: Sequence[str] | None, t
         UserError: the words are from a script that no shell can run, or for a model with experts.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    raise_if({CARRIAGE_RETURN for word in given if word.endswith("\r")})
-    rest, pasted = split_flags(given, table)
+    rest, pasted = split_script(given, table)
     raise_if(expert_faults(pasted))
     settings: Any = parse_flags(kind, program, rest)
     return replace(settings, pasted=pasted)
@@ -113,7 +114,7 @@ SERVED_FLAGS: Table = {
     "--context-parallel-size": Meaning("texts are not cut over ranks", ("1",)),
     "--expert-model-parallel-size": Meaning("there are no experts; remove it", ("1",)),
     "--spec": Meaning("the layers are Qwen2's; leave it out", None, refused=True),
-    **{flag: Meaning("there are no experts", None, refused=True) for flag in sorted(EXPERTS)},
+    **dict.fromkeys(sorted(EXPERTS), NO_EXPERT),
     "--lora-fusion": Meaning(MERGED),
 }
 """Of every command that asks a model."""

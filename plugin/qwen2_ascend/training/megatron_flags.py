@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config, published_names
-from qwen2_ascend.errors import raise_if
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.pasted_flags import (
+    EXPERTS,
     MODEL_FLAGS,
+    NO_EXPERT,
     Check,
     Meaning,
     Pasted,
     Table,
     same,
-    split_flags,
+    split_script,
 )
 
 if TYPE_CHECKING:
@@ -45,17 +46,8 @@ def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] |
         UserError: the words are from a script that no shell can run.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    raise_if({CARRIAGE_RETURN for word in given if word.endswith("\r")})
-    names = {word.partition("=")[0].replace("_", "-") for word in given}
-    experts = {name: NO_EXPERT for name in names if _is_of_experts(name, None)}
-    rest, pasted = split_flags(given, {**experts, **training_flags(kind)})
+    rest, pasted = split_script(given, training_flags(kind))
     return replace(parse_flags(kind, program, rest), pasted=pasted)
-
-
-def expert_faults(pasted: Pasted) -> list[str]:
-    """One sentence where flags are for a model with experts, which is another than Qwen2."""
-    flags = [flag for flag, value in pasted if _is_of_experts(flag, value)]
-    return [NO_EXPERTS.format(", ".join(flags[:3]))] if flags else []
 
 
 def config_of_run(config: Qwen2Config, pasted: Pasted) -> Qwen2Config:
@@ -75,12 +67,6 @@ def config_of_run(config: Qwen2Config, pasted: Pasted) -> Qwen2Config:
     if factor is None or factor < 1 or original is None or original != int(original):
         return config
     return config.with_yarn(factor, int(original), **{k: float(v or 0) for k, v in numbers.items()})
-
-
-def _is_of_experts(flag: str, value: str | None) -> bool:
-    if flag == "--expert-model-parallel-size":
-        return not same(value, "1")
-    return flag in EXPERTS or flag.startswith("--moe-")
 
 
 def _number(value: str | None) -> float | None:
@@ -180,35 +166,6 @@ def nodes_differ() -> bool:
 
 
 IT_DECIDES = "the config says {}, and it decides; change that, or leave this out"
-CARRIAGE_RETURN = (
-    "a word ends with a carriage return: the script was saved with Windows line ends, which cut "
-    "its command short; mend it with: sed -i 's/\\r$//' SCRIPT"
-)
-NO_EXPERTS = (
-    "{}: these are flags of a mixture-of-experts model, and this project trains Qwen2's and "
-    "Qwen2.5's dense models only; take one of those, without such flags."
-)
-_EXPERTS = """
-    --num-experts --n-shared-experts --shared-expert-gate --expert-interval
-    --expert-tensor-parallel-size --gemm-gradient-accumulation-fusion
-    --use-fused-moe-token-permute-and-unpermute --router-gating-in-fp32
-    --moe-allgather-overlap-comm --moe-alltoall-overlap-comm --moe-aux-loss-coeff
-    --moe-comm-aux-loss-coeff --moe-device-level-aux-loss-coeff --moe-enable-deepep
-    --moe-expert-capacity-factor --moe-extended-tp --moe-fb-overlap --moe-ffn-hidden-size
-    --moe-grouped-gemm --moe-hierarchical-alltoallv --moe-input-jitter-eps --moe-intermediate-size
-    --moe-layer-freq --moe-layer-recompute --moe-pad-expert-input-to-capacity
-    --moe-per-layer-logging --moe-permutation-async-comm --moe-permute-fusion
-    --moe-router-bias-update-rate --moe-router-dtype --moe-router-enable-expert-bias
-    --moe-router-group-topk --moe-router-load-balancing-type --moe-router-num-groups
-    --moe-router-pre-softmax --moe-router-score-function --moe-router-topk
-    --moe-router-topk-scaling-factor --moe-shared-expert-intermediate-size
-    --moe-shared-expert-overlap --moe-token-dispatcher-type --moe-token-drop-policy
-    --moe-tp-extend-ep --moe-train-capacity-factor --moe-use-legacy-grouped-gemm
-    --moe-use-upcycling --moe-z-loss-coeff --moe-zero-memory --moe-zero-memory-num-layers
-"""
-EXPERTS = frozenset(_EXPERTS.split())
-"""Flags that only a model with experts has, besides all that begin with --moe-."""
-NO_EXPERT = Meaning("there are no experts", None, refused=True)
 YARN_FLAGS: Mapping[str, str] = {
     "--rope-scaling-type": "",
     "--rope-scaling-factor": "factor",

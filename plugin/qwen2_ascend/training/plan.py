@@ -321,16 +321,12 @@ def _config_beside_tokenizer(settings: TrainingSettings, folder: Path) -> str | 
 
     MindSpeed-LLM's shards have none, and its command lines name the model's folder there.
     """
-    from qwen2_ascend.checkpoint.formats import megatron
+    from qwen2_ascend.checkpoint.source import lacks_config
 
     name = settings.tokenizer_folder
     if name is None or not (Path(name) / "config.json").is_file():
         return None
-    if not megatron.is_checkpoint_folder(folder):
-        return None
-    iteration = megatron.iteration_folder(folder)
-    places = (folder, iteration, iteration.parent)
-    return None if any((place / "config.json").is_file() for place in places) else name
+    return name if lacks_config(folder) else None
 
 
 def _fact(flag: str, value: Any) -> str:

@@ -16,13 +16,12 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
-from qwen2_ascend.pasted_flags import Pasted, pasted_faults
+from qwen2_ascend.pasted_flags import Pasted, expert_faults, pasted_faults
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import (
     config_of_run,
-    expert_faults,
     parse_training_flags,
     training_flags,
 )
