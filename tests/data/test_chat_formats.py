@@ -265,7 +265,7 @@ def turns(*texts: tuple[str, object]) -> dict:
         (turns(("user", "q")), "the assistant says nothing to train on"),
         (turns(("user", "q"), ("assistant", "")), r"turn 2 \(assistant\) is empty"),
         (turns(("user", ""), ("assistant", "a")), r"turn 1 \(user\) is empty"),
-        (turns(("user", 3), ("assistant", "a")), "turn 1 is int, not a string"),
+        (turns(("user", 3), ("assistant", "a")), "turn 1 is 3, not a string"),
         (turns(("user", [{"image": "x"}]), ("assistant", "a")), "turn 1 holds something other"),
         (turns(("alien", "q"), ("assistant", "a")), "turn 1 of 'messages' is from 'alien'"),
         ({"messages": ["q", "a"]}, "turn 1 of 'messages' has no 'role'"),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qwen2_ascend.chat_template import REASONING_KEYS
 from qwen2_ascend.errors import UserError, shown
 from qwen2_ascend.files import json_kind, json_value
 
@@ -68,7 +69,7 @@ TRAINED = ("weight", "loss", "loss_mask", "train", "training", "trainable")
 MESSAGE_KEYS = frozenset(
     (
         *("role", "content", "tool_calls", "function_call", "name", "tool_call_id", "id"),
-        *("reasoning_content", "reasoning", "thinking", *TRAINED),
+        *(*REASONING_KEYS, *TRAINED),
     )
 )
 """Keys of a message that mean something here, or to a chat template."""
@@ -158,7 +159,7 @@ class RowFormat:
     def _text(self, row: Row, name: str) -> str:
         value = self._column(row, name)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{self.columns[name]!r} is {type(value).__name__}, not a string")
+            raise ValueError(f"{self.columns[name]!r} is {shown(value)}, not a string")
         return value or ""
 
     def _messages(self, row: Row, name: str = "messages") -> list[Message]:
@@ -312,7 +313,7 @@ def _is_trained(holder: Mapping[str, Any], key: str, where: str) -> bool:
 
 def _said(role: str, text: Any) -> Message:
     if not isinstance(text, str):
-        raise ValueError(f"what the {role} says is {type(text).__name__}, not a string")
+        raise ValueError(f"what the {role} says is {shown(text)}, not a string")
     return {"role": role, "content": text}
 
 
@@ -326,7 +327,7 @@ def _content(value: Any, number: int) -> str:
         if len(strings) < len(texts):
             raise ValueError(f"turn {number} holds something other than text")
         return "".join(strings)
-    raise ValueError(f"turn {number} is {type(value).__name__}, not a string")
+    raise ValueError(f"turn {number} is {shown(value)}, not a string")
 
 
 def _tool_call(call: Any, number: int) -> dict[str, Any]:
