@@ -120,7 +120,7 @@ def test_parquet_values_that_json_has_not_are_texts_or_refused(tokenizer, tmp_pa
     import pyarrow.parquet
 
     turn = pa.struct([("role", pa.string()), ("content", pa.binary())])
-    rows = [[said("user", "hi".encode()), said("assistant", "語".encode())]]  # type: ignore
+    rows = [[said("user", b"hi"), said("assistant", "語".encode())]]  # type: ignore
     table = pa.table({"messages": pa.array(rows, pa.list_(turn)), "at": [date(2024, 1, 2)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     run(tmp_path / "a", tmp_path / "a.parquet", tokenizer)
@@ -140,12 +140,7 @@ def test_parquet_values_that_json_has_not_are_texts_or_refused(tokenizer, tmp_pa
         table = pa.table({"instruction": ["q"], "output": answers})
         pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
         with pytest.raises(UserError, match=reason):
-            run(
-                tmp_path / "c",
-                tmp_path / "c.parquet",
-                tokenizer,
-                chat=ChatSettings(format="alpaca"),
-            )
+            run(tmp_path / "c", tmp_path / "c.parquet", tokenizer)
 
 
 def test_nested_parquet_columns_are_read(tokenizer, expected, tmp_path: Path) -> None:
