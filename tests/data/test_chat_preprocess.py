@@ -133,8 +133,8 @@ def test_parquet_values_that_json_has_not_are_texts_or_refused(tokenizer, tmp_pa
         [None, pa.py_buffer(bytes((0, 0, 0, 0, 2, 0, 0, 0))), pa.py_buffer(b"a\xff")],
     )
     for answers, reason in (
-        ([date(2024, 1, 2)], r"'output' is .*a Parquet value of type date.*, not a string"),
-        ([b"\xff"], r"'output' is .*a Parquet value of type bytes.*, not a string"),
+        ([date(2024, 1, 2)], r"'output' is .*Parquet's date.*, not a string"),
+        ([b"\xff"], r"'output' is .*Parquet's bytes.*, not a string"),
         (broken, "row 1: not UTF-8: byte 0xff"),
     ):
         table = pa.table({"instruction": ["q"], "output": answers})

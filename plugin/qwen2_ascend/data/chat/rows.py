@@ -154,7 +154,7 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, bytes):
         with contextlib.suppress(UnicodeDecodeError):
             return value.decode("utf-8")
-    return {f"a Parquet value of type {type(value).__name__}": shown(value)}
+    return {f"Parquet's {type(value).__name__}": shown(value)}
 
 
 def _without_nulls(value: Any) -> Any:
