@@ -250,6 +250,23 @@ def test_a_tied_output_that_is_stored_too_is_dropped_if_equal(tmp_path):
 # -- side files
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_was_saved_without_its_head_is_read_as_transformers_reads_it(tied, tmp_path):
+    """transformers' Qwen2Model has names without `model.`, and no lm_head."""
+    config = toy_config(tie_word_embeddings=tied)
+    weights = random_weights(config)
+    source = make_hugging_face_folder(tmp_path / "whole", config, weights=weights)
+    bare = {n.removeprefix("model."): w for n, w in weights.items() if n != "lm_head.weight"}
+    make_hugging_face_folder(tmp_path / "bare", config, weights=bare)
+    if not tied:
+        said = convert(tmp_path / "bare", tmp_path / "mg", *tp(2)).require(2).err
+        assert "1 missing tensors: lm_head.weight" in said
+        return
+    convert(tmp_path / "bare", tmp_path / "mg", *tp(2), "--verify").require(0)
+    convert(tmp_path / "mg", tmp_path / "back", to="hf").require(0)
+    assert load_folder(tmp_path / "back") == load_folder(source)
+
+
 @pytest.mark.parametrize("save_format", FORMATS)
 def test_side_files_go_along_byte_for_byte(save_format, tmp_path):
     source = make_hugging_face_folder(tmp_path / "hf")

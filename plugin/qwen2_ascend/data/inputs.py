@@ -203,6 +203,7 @@ def parquet_file(path: str) -> Any:
         raise UserError(
             f"{path}: Parquet needs pyarrow; install it with pip install 'qwen2-ascend[data]'."
         ) from None
+    require_regular(path)
     return pyarrow.parquet.ParquetFile(path)
 
 

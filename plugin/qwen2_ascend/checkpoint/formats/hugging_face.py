@@ -163,6 +163,11 @@ def _read_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Stor
 def _no_weights(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder."
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder}: is a PEFT adapter, which holds no model; name the folder of the model it "
+            "was made for, and this one with --adapter."
+        )
     if any(folder.glob("pytorch_model*.bin")):
         return (
             f"{folder}: holds pytorch_model*.bin only; save it as safetensors first "
