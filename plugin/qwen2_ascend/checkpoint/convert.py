@@ -293,7 +293,11 @@ def _merged_boxes(prepared: Prepared) -> Mapping[str, list[Box]]:
         config = prepared.source.config
         for rule in target_rules(config, prepared.adapter.lora):
             for layer in range(config.num_layers):
-                boxes[rule.megatron.format(layer)] = [box for _, box in rule.parts]
+                boxes[rule.megatron.format(layer)] = [
+                    box
+                    for name, box in rule.parts
+                    if name.format(layer) in prepared.adapter.scalings
+                ]
     return boxes
 
 
@@ -383,6 +387,7 @@ def _identity(prepared: Prepared) -> Mapping[str, object]:
         "source": source_identity(prepared.source),
         "stamps": prepared.stamps,
         "adapter": asdict(prepared.adapter.lora) if prepared.adapter else None,
+        "scalings": dict(prepared.adapter.scalings) if prepared.adapter else None,
         "target": [prepared.target.kind, prepared.target.format],
         "layout": asdict(prepared.request.layout),
         "padded_vocab_size": prepared.padded_vocab_size,

@@ -60,8 +60,11 @@ class MergingReader(Reader):
         for rule in target_rules(config, adapter.lora):
             for layer in range(config.num_layers):
                 for name, box in rule.parts:
+                    scaling = adapter.scalings.get(name.format(layer))
+                    if scaling is None:
+                        continue
                     a, b = (matrices[peft_name(name, word).format(layer)] for word in "AB")
-                    product = _Product(box, b, a, np.float32(adapter.lora.scaling))
+                    product = _Product(box, b, a, np.float32(scaling))
                     self._products[rule.megatron.format(layer)].append(product)
 
     def fill(self, out: np.ndarray, box: Box, copies: Sequence[Copy]) -> None:

@@ -240,8 +240,8 @@ def _other_models(tensors: Mapping[str, StoredTensor], prefix: str) -> Iterator[
     if prefix not in ("", _PREFIX):
         yield (
             f"its tensors' names begin with {prefix} where {_PREFIX} is expected: a model was "
-            "saved inside another one (torch.compile, DistributedDataParallel, PEFT, a vision model). "
-            "Save the inner one (of PEFT: model.merge_and_unload())."
+            "saved inside another one (torch.compile, DistributedDataParallel, PEFT, a vision "
+            "model). Save the inner one (of PEFT: model.merge_and_unload())."
         )
     elif heads := {"score.weight", "classifier.weight", "qa_outputs.weight"} & tensors.keys():
         yield (
