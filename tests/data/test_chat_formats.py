@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from chats import said
 
 from qwen2_ascend.data.chat.formats import detect_format, parse_map_keys, row_format
 from qwen2_ascend.errors import UserError
@@ -380,6 +381,39 @@ def test_what_cannot_be_obeyed_of_such_a_key_is_refused(role, value, reason) -> 
     ]
     with pytest.raises(ValueError, match=reason):
         row_format("openai", "sft", {}).chats({"messages": turns})
+
+
+MESSAGES = [said("user", "q"), said("assistant", "a")]
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_a_bad_answer_of_ktos_data_is_not_trained_on(key: str) -> None:
+    form = row_format("openai", "sft", {})
+    with pytest.raises(ValueError, match=f"says {key}=false of its answer"):
+        form.chats({"messages": MESSAGES, key: False})
+    for value in (True, 0, "bad", None):
+        row = {"messages": MESSAGES, key: value}
+        assert len(form.chats(row)) == 1
+        assert form.unknown_keys(row) == (set() if value is True else {repr(key)})
+
+
+@pytest.mark.parametrize("key", ["image", "images", "video", "videos", "audio", "audios"])
+def test_what_a_language_model_cannot_see_is_refused(key: str) -> None:
+    row = {"messages": [said("user", "<image>q"), said("assistant", "a")], key: ["a.png"]}
+    with pytest.raises(ValueError, match=f"has '{key}', which a language model cannot see"):
+        row_format("openai", "sft", {}).chats(row)
+    assert len(row_format("openai", "sft", {}).chats({**row, key: []})) == 1
+
+
+def test_openais_older_functions_are_tools() -> None:
+    """Their calls are in the messages; without them the model would learn to make them up."""
+    function = {"name": "f", "parameters": {"type": "object"}}
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    row = {"messages": [said("user", "q"), call], "functions": [function]}
+    form = row_format("openai", "sft", {})
+    (chat,) = form.chats(row)
+    assert chat.tools == [{"type": "function", "function": function}]
+    assert form.unknown_keys(row) == set()
 
 
 def test_keys_that_mean_nothing_are_found() -> None:

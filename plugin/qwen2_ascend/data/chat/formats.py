@@ -66,6 +66,12 @@ ROLES = {
 
 TRAINED = ("weight", "loss", "loss_mask", "train", "training", "trainable")
 """Keys by which OpenAI, ms-swift, slime, verl and axolotl say whether a message is trained on."""
+UNWANTED = ("label", "kto_tag")
+"""Keys by which data for KTO says false of a row whose answer is a bad one."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Keys of what a language model cannot see, in the files of ms-swift and LLaMA-Factory."""
+FUNCTIONS = "functions"
+"""What OpenAI's older files call the tools."""
 MESSAGE_KEYS = frozenset(
     (
         *("role", "content", "tool_calls", "function_call", "name", "tool_call_id", "id"),
@@ -107,6 +113,12 @@ class RowFormat:
         for key in TRAINED:
             if key not in self.columns.values() and not _is_trained(row, key, "the row"):
                 raise ValueError(f"says {key}={row[key]!r} of itself, so it is not trained on")
+        for key in UNWANTED:
+            if row.get(key) is False and key not in self.columns.values():
+                raise ValueError(f"says {key}=false of its answer, so it is not trained on")
+        for key in MEDIA:
+            if row.get(key) and key not in self.columns.values():
+                raise ValueError(f"has {key!r}, which a language model cannot see")
         if self.task == "dpo":
             return self._pair(row)
         messages = self._alpaca(row) if self.kind == "alpaca" else self._messages(row)
@@ -114,7 +126,9 @@ class RowFormat:
 
     def unknown_keys(self, row: Row) -> set[str]:
         """What the row and its messages have that means nothing here, for a list of such keys."""
-        unknown = {repr(key) for key in row if key not in (*self.columns.values(), *TRAINED)}
+        known_keys = {*self.columns.values(), *TRAINED, *MEDIA, FUNCTIONS}
+        known_keys |= {key for key in UNWANTED if isinstance(row.get(key), bool)}
+        unknown = {repr(key) for key in row if key not in known_keys}
         known = {self.tags["content_tag"], self.tags["role_tag"], *MESSAGE_KEYS}
         for column in self.columns.values():
             value = row.get(column)
@@ -179,6 +193,8 @@ class RowFormat:
 
     def _tools(self, row: Row) -> list[dict[str, Any]] | None:
         value = self._column(row, "tools")
+        if value is None and FUNCTIONS not in self.columns.values():
+            value = row.get(FUNCTIONS)
         if isinstance(value, str):
             value = _json(value, repr(self.columns["tools"])) if value.strip() else None
         if value is None or value == {}:
