@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -248,6 +249,21 @@ def test_a_tied_output_that_is_stored_too_is_dropped_if_equal(tmp_path):
 
 
 # -- side files
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+@pytest.mark.parametrize("to", ["mg", "hf"])
+def test_all_that_is_written_may_be_read_and_written_as_the_umask_says(umask, to, tmp_path):
+    """A group that shares a disk also replaces what another of it has written."""
+    source = make_hugging_face_folder(tmp_path / "hf")
+    before = os.umask(umask)
+    try:
+        convert(source, tmp_path / "out", to=to).require(0)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert path.stat().st_mode & 0o777 == wanted, path
 
 
 @pytest.mark.parametrize("tied", [True, False])
