@@ -113,6 +113,14 @@ def shorten(name: str) -> Callable[[dict], None]:
     return edit
 
 
+def test_a_name_on_a_hub_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = convert(Path("Qwen/Qwen2.5-7B"), tmp_path / "out", to="mg").require(2).err
+    assert "Qwen/Qwen2.5-7B: no such folder. If that is a model's name on a hub, download" in said
+    said = convert(tmp_path / "hf", tmp_path / "out", to="mg").require(2).err
+    assert said.rstrip().endswith(f"{tmp_path}/hf: no such folder.")
+
+
 HUGGING_FACE = {
     "missing tensors, all named": (
         lambda f: edit_weights(f, lose_two),

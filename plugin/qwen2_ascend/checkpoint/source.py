@@ -82,7 +82,7 @@ def detect(folder: str | Path) -> str:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        raise UserError(hugging_face.missing_model(folder))
     is_hf = hugging_face.is_model_folder(folder)
     is_mg = megatron.is_checkpoint_folder(folder)
     if is_hf and is_mg:
@@ -114,7 +114,7 @@ def open_source(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        raise UserError(hugging_face.missing_model(folder))
     kind = kind or detect(folder)
     iteration = megatron.iteration_folder(folder) if kind == "mg" else folder
     config_folder = _config_folder(folder, iteration, hf_cfg_dir)

@@ -431,6 +431,28 @@ def row_format(kind: str, task: str, map_keys: Mapping[str, Any]) -> RowFormat:
     )
 
 
+def read_chat(
+    messages: Sequence[Mapping[str, Any]], tools: Any
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """A chat to be answered, as a chat that is trained on is read: the model has seen it so.
+
+    Messages of roles that are known to a chat template alone stay as they are.
+
+    Raises:
+        ValueError: it cannot be read; the message is the reason.
+    """
+    form = row_format("openai", "sft", {})
+    read = []
+    for number, message in enumerate(messages, 1):
+        if message.get("role") not in ROLES:
+            read.append(dict(message))
+            continue
+        read.append(form._read_message(message, number, "messages"))
+        if message.get("content") is None and not read[-1].get("tool_calls"):
+            raise ValueError(f"turn {number} ({message['role']}) says nothing")
+    return read, form._tools({form.columns["tools"]: tools})
+
+
 def detect_format(row: Any, task: str, map_keys: Mapping[str, Any]) -> RowFormat:
     """The format that `row` is in.
 
