@@ -116,9 +116,14 @@ def _expand(word: str, input_format: str) -> list[str]:
 
 
 def _is_seen(path: Path, folder: str) -> bool:
-    """Whether a file below a folder is its user's: copies, caches and marks have hidden names."""
+    """Whether a file below a folder is its user's.
+
+    Copies, caches and marks have hidden names; what an earlier run has said lies beside its index.
+    """
     parts = path.relative_to(folder).parts
-    return path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in parts)
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+    is_result = path.suffix == ".json" and path.with_suffix(".idx").exists()
+    return path.is_file() and not is_hidden and not is_result
 
 
 def _nothing_found(word: str) -> str:
