@@ -179,7 +179,7 @@ def _no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return (
             f"{folder}: is a PEFT adapter, which holds no model; name the folder of the model it "
-            "was made for, and this one with --adapter."
+            "was made for, and this one with --adapter, or with --lora-load to train it on."
         )
     if any(folder.glob("pytorch_model*.bin")):
         return (
