@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Full fine-tuning of Qwen2.5-72B on 16 nodes of 8 NPUs; on each node: run.sh MODEL CHATS OUT
-# NODE_RANK is this node's number, MASTER the first node's address; MODEL, CHATS and OUT lie on storage
-# that all nodes share.
+# NODE_RANK is the number of this node, from 0. MASTER_ADDR is the address of node 0.
+# MODEL, CHATS and OUT lie on storage that all nodes share.
 set -euo pipefail
 MODEL=${1:?the Hugging Face folder of Qwen2.5-72B-Instruct} CHATS=${2:?chats.jsonl} OUT=${3:?a new folder}
 
 torchrun --nnodes 16 --node-rank "${NODE_RANK:?}" --nproc-per-node 8 \
-    --rdzv-backend c10d --rdzv-endpoint "${MASTER:?}:29500" \
+    --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}" \
     "$(dirname "${BASH_SOURCE[0]}")/../../launch/finetune_qwen2.py" \
     --load "$MODEL" --data-path "$CHATS" --data-cache-path "$OUT/data" --seq-length 4096 --pack \
     --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 \

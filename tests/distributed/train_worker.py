@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.loop import StepResult, TrainingRun
 
 TOLERANCE = 2e-7
+MOVED_TOLERANCE = 6e-7
+"""Of fp32 losses and gradient norms after a resume at another layout."""
 STEPS, WARMUP = 4, 2
 LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
 LR, MIN_LR, WEIGHT_DECAY, CLIP = 3e-3, 1e-4, 0.1, 0.3
@@ -159,16 +161,16 @@ RESUMED = [
     ("dp2-distributed-optimizer", "dp2-distributed-optimizer", "torch_dist", "", True, 0.0),
     ("dp2-distributed-optimizer", "dp2-distributed-optimizer", "torch", "--bf16", False, 0.0),
     ("pp2-vpp2", "pp2-vpp2", "torch", "", True, 0.0),
-    ("tp2", "pp2", "torch_dist", "", False, 1e-6),
-    ("dp2-distributed-optimizer", "tp2-sp", "torch", "", True, 1e-6),
-    ("pp2-vpp2", "tp2-sp", "torch_dist", "", True, 1e-6),
-    ("tp2", "dp2-distributed-optimizer", "torch_dist", "", False, 1e-6),
-    ("dp2-distributed-optimizer", "pp2", "torch_dist", "", True, 1e-6),
+    ("tp2", "pp2", "torch_dist", "", False, MOVED_TOLERANCE),
+    ("dp2-distributed-optimizer", "tp2-sp", "torch", "", True, MOVED_TOLERANCE),
+    ("pp2-vpp2", "tp2-sp", "torch_dist", "", True, MOVED_TOLERANCE),
+    ("tp2", "dp2-distributed-optimizer", "torch_dist", "", False, MOVED_TOLERANCE),
+    ("dp2-distributed-optimizer", "pp2", "torch_dist", "", True, MOVED_TOLERANCE),
     ("dp2-distributed-optimizer", "tp2", "torch_dist", "--bf16", False, 2e-3),
     ("tp2-pp2", "tp2-pp2", "torch_dist", "--bf16", True, 0.0),
     ("tp2-pp2", "tp2-pp2", "torch", "", False, 0.0),
-    ("tp2-pp2", "dp2-pp2-vpp2-distributed-optimizer", "torch_dist", "", True, 1e-6),
-    ("dp2-pp2-vpp2-distributed-optimizer", "tp2-pp2", "torch_dist", "", False, 1e-6),
+    ("tp2-pp2", "dp2-pp2-vpp2-distributed-optimizer", "torch_dist", "", True, MOVED_TOLERANCE),
+    ("dp2-pp2-vpp2-distributed-optimizer", "tp2-pp2", "torch_dist", "", False, MOVED_TOLERANCE),
 ]
 
 

@@ -15,7 +15,6 @@ from finetuning.lora_worker import (
     LENGTH,
     LR,
     STEPS,
-    TOLERANCE,
     WEIGHT_DECAY,
     base_folder,
     evaluate,
@@ -25,6 +24,9 @@ from finetuning.lora_worker import (
     train,
     unless_refused,
 )
+
+TOLERANCE = 5e-7
+"""Of peft's logits, and of a loss after an adapter has come from peft."""
 
 CHECKS = Checks()
 

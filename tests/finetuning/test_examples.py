@@ -11,10 +11,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -30,6 +32,7 @@ SCRIPTS = {
     "lora_7b": ("MODEL CHATS OUT", "7B"),
     "full_7b": ("MODEL CHATS OUT", "7B"),
     "full_72b": ("MODEL CHATS OUT", "72B"),
+    "cluster": ("MODEL CHATS OUT", "7B"),
 }
 DOCUMENTS = [
     path.relative_to(REPOSITORY)
@@ -61,18 +64,24 @@ def run(
     folder: Path, script: Path, arguments: str, torchrun: str = RECORDER, **environment: str
 ) -> None:
     """Runs a script in `folder`, where its calls are recorded; it fails as the script does."""
-    for name, program in (("torchrun", torchrun), ("python", RECORDER)):
-        (folder / "bin" / name).parent.mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text(program)
-        (folder / "bin" / name).chmod(0o755)
-    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    programs = {"torchrun": torchrun, "python": RECORDER}
     subprocess.run(
         [script, *arguments.split()],
-        env={**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment},
+        env=with_programs(folder, programs, **environment),
         cwd=folder,
         timeout=500,
         check=True,
     )
+
+
+def with_programs(folder: Path, programs: dict[str, str], **environment: str) -> dict[str, str]:
+    """An environment in which `programs` are found first; they write to `folder`/record."""
+    for name, program in programs.items():
+        (folder / "bin" / name).parent.mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(program)
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "RECORD": str(folder / "record"), **environment}
 
 
 def recorded(folder: Path, script: Path, arguments: str, **environment: str) -> list[Command]:
@@ -91,9 +100,19 @@ def command(words: list[str], folder: Path) -> Command:
 
     given = get_args_parser().parse_args(words[1:])
     num_nodes = int(given.nnodes.partition(":")[0])
-    assert num_nodes == 1 or given.rdzv_endpoint, "several nodes need a place to meet"
+    if num_nodes > 1:
+        check_meeting(given)
     program, arguments = folder / given.training_script, given.training_script_args
     return Command(program, arguments, num_nodes * int(given.nproc_per_node))
+
+
+def check_meeting(given: Any) -> None:
+    """Several nodes meet in one way in all pages: by --node-rank, --master-addr and --master-port.
+
+    torchrun ignores --node-rank, with a warning, where --rdzv-backend is c10d.
+    """
+    assert given.rdzv_backend == "static" and not given.rdzv_endpoint, given
+    assert given.master_addr == "node-0" and given.node_rank >= 0, given
 
 
 def check(call: Command, config: Qwen2Config) -> None:
@@ -122,12 +141,89 @@ def test_every_example_is_checked() -> None:
 def test_an_example_is_accepted(name: str, tmp_path: Path) -> None:
     arguments, size = SCRIPTS[name]
     calls = recorded(
-        tmp_path, EXAMPLES / name / "run.sh", arguments, NODE_RANK="3", MASTER="node-0"
+        tmp_path, EXAMPLES / name / "run.sh", arguments, NODE_RANK="3", MASTER_ADDR="node-0"
     )
     assert calls
     for call in calls:
         check(call, Qwen2Config.named(size))
-    assert calls[0].world_size == {"sft_0.5b": 1, "full_72b": 128}.get(name, 8)
+    assert calls[0].world_size == {"sft_0.5b": 1, "full_72b": 128, "cluster": 16}.get(name, 8)
+
+
+SCHEDULER = {
+    "srun": """#!/bin/sh
+shift
+for node in 0 1; do SLURM_NODEID=$node "$@"; done
+""",
+    "scontrol": "#!/bin/sh\nprintf 'node-0\\nnode-1\\n'\n",
+    "torchrun": RECORDER,
+}
+"""Programs of a cluster, as far as the launch files of examples/cluster need them."""
+
+
+def recorded_on_nodes(folder: Path, words: list[str], **environment: str) -> list[Command]:
+    """What a launch file calls, run in the folder of the repository."""
+    environment = with_programs(folder, SCHEDULER, **environment)
+    subprocess.run(words, env=environment, cwd=REPOSITORY, timeout=60, check=True)
+    calls = (folder / "record").read_text(encoding="utf-8").split("\n\0")[:-1]
+    return [command(call.split("\0")[:-1], REPOSITORY) for call in calls]
+
+
+def test_slurm_starts_the_example_on_each_node(tmp_path: Path) -> None:
+    words = ["bash", "examples/cluster/finetune.slurm", "MODEL", "CHATS", "OUT"]
+    calls = recorded_on_nodes(tmp_path, words, SLURM_JOB_NODELIST="node-[0-1]", SLURM_JOB_ID="1")
+    assert [call.world_size for call in calls] == [16, 16]
+    for call in calls:
+        check(call, Qwen2Config.named("7B"))
+    record = (tmp_path / "record").read_text(encoding="utf-8").replace("\0", " ")
+    assert re.findall(r"--node-rank (\d)", record) == ["0", "1"]
+
+
+RANKS = """#!/bin/bash
+for rank in 0 1; do
+    bash -c 'trap "echo rank $0 >> $RECORD; exit" TERM
+        echo up >> $RECORD; while true; do sleep 0.1; done' $rank &
+done
+trap 'echo torchrun >> $RECORD' TERM
+wait
+"""
+"""A torchrun whose ranks wait for SIGTERM; it and they write down that they got it."""
+
+
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="the launch file needs pkill")
+def test_slurm_signals_the_ranks_alone_and_queues_up_again(tmp_path: Path) -> None:
+    """A rank that gets SIGTERM from torchrun too ends without a save."""
+    srun = '#!/bin/bash\nshift\nSLURM_NODEID=0 exec "$@"\n'
+    scontrol = '#!/bin/sh\n[ "$1" = show ] && echo node-0 || echo $* >> $RECORD\n'
+    programs = {"srun": srun, "scontrol": scontrol, "torchrun": RANKS}
+    environment = with_programs(tmp_path, programs, SLURM_JOB_NODELIST="node-0", SLURM_JOB_ID="42")
+    words = ["bash", "examples/cluster/finetune.slurm", "MODEL", "CHATS", "OUT"]
+    record = tmp_path / "record"
+    with subprocess.Popen(words, env=environment, cwd=REPOSITORY) as batch:
+        deadline = time.monotonic() + 60
+        while not record.exists() or record.read_text().count("up") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        batch.terminate()
+        batch.wait(60)
+    said = record.read_text().split("\n")[2:-1]
+    assert sorted(said[:2]) == ["rank 0", "rank 1"] and said[2:] == ["requeue 42"]
+
+
+def test_volcano_starts_the_example_in_each_pod(tmp_path: Path) -> None:
+    import yaml
+
+    file = EXAMPLES / "cluster" / "finetune.volcano.yaml"
+    job = yaml.safe_load(file.read_text(encoding="utf-8"))["spec"]
+    (task,) = job["tasks"]
+    (container,) = task["template"]["spec"]["containers"]
+    assert job["minAvailable"] == task["replicas"] == 2
+    hosts = {f"VC_{task['name'].upper()}_HOSTS": "node-0,node-1"}
+    words = [*container["command"], *container["args"]]
+    (call,) = recorded_on_nodes(tmp_path, words, VC_TASK_INDEX="1", **hosts)
+    assert call.world_size == 16
+    check(call, Qwen2Config.named("7B"))
+    limits = container["resources"]["limits"]
+    assert limits == container["resources"]["requests"] == {"huawei.com/Ascend910": 8}
 
 
 def test_the_laptop_example_takes_another_layout(tmp_path: Path) -> None:
@@ -160,7 +256,7 @@ def test_a_wrong_flag_in_an_example_is_found(
     script.write_text(text.replace(right, wrong).replace(there, str(REPOSITORY)), encoding="utf-8")
     script.chmod(0o755)
     arguments, size = SCRIPTS[name]
-    (call,) = recorded(tmp_path, script, arguments, NODE_RANK="3", MASTER="node-0")
+    (call,) = recorded(tmp_path, script, arguments, NODE_RANK="3", MASTER_ADDR="node-0")
     with pytest.raises(error):
         check(call, Qwen2Config.named(size))
 
@@ -197,7 +293,7 @@ def test_the_table_of_memory_is_computed(tmp_path: Path) -> None:
     for name in ("full_7b", "full_72b"):
         (row,) = [row for row in rows if row.startswith(f"| {name}:")]
         script = EXAMPLES / name / "run.sh"
-        (call,) = recorded(tmp_path, script, "MODEL CHATS OUT", NODE_RANK="0", MASTER="node-0")
+        (call,) = recorded(tmp_path, script, "MODEL CHATS OUT", NODE_RANK="0", MASTER_ADDR="node-0")
         (tmp_path / "record").unlink()
         flags = call.arguments
         tp, pp = (
@@ -231,7 +327,9 @@ def documented(document: Path) -> list[Command]:
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     calls = [
-        shlex.split(line.replace("$RANK", "1").replace("$HOST", "node-0"), comments=True)
+        shlex.split(
+            line.replace("$NODE_RANK", "1").replace("$MASTER_ADDR", "node-0"), comments=True
+        )
         for line in lines
         if re.match(r"(torchrun|python) .*launch/\w+\.py", line) and "..." not in line
     ]

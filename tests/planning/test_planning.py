@@ -24,7 +24,7 @@ from qwen2_ascend.planning.devices import DEVICES, find_device
 from qwen2_ascend.planning.job import Cut, Job
 from qwen2_ascend.planning.memory import fullest_stage, stage_memory
 from qwen2_ascend.planning.parameters import parameters
-from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops
+from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops, step_time
 from qwen2_ascend.planning.traffic import step_traffic
 from qwen2_ascend.training.logging import train_flops
 
@@ -301,6 +301,61 @@ def test_more_micro_batches_and_chunks_leave_a_smaller_bubble():
     assert bubble_fraction(replace(cut, pp=1)) == 0
 
 
+def test_a_mesh_gives_few_cards_few_links():
+    """Of 7 links a group of n cards has n - 1; a switch gives any group all."""
+    mesh, switch = find_device("910B2"), find_device("910C")
+    found = [mesh.link(n, n, 8) / 1e9 for n in (2, 4, 8)]
+    assert found == pytest.approx([28, 84, 196])
+    assert switch.link(2, 2, 16) == switch.link(16, 16, 16) == switch.node_bandwidth
+    assert mesh.link(16, 16, 8) == mesh.network_bandwidth
+
+
+def test_more_tensor_parallelism_never_means_more_on_a_card():
+    for distributed in (False, True):
+        sizes = [
+            stage_memory(Cut(job=job("72B"), tp=tp, distributed_optimizer=distributed), 0).at_rest
+            for tp in (1, 2, 4, 8)
+        ]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_pipeline_waits_for_the_other_stages_once():
+    """However many micro-batches there are; with two chunks of a stage for half as long."""
+    device = find_device("910B2")
+
+    def bubble(batch: int, chunk: int | None = None) -> float:
+        cut = Cut(job=job("14B", global_batch_size=batch), pp=8, layers_per_chunk=chunk)
+        return step_time(cut, device, device.rates, devices_per_node=8).bubble
+
+    assert bubble(8) == pytest.approx(bubble(512))
+    assert bubble(8, 3) == pytest.approx(bubble(8) / 2, rel=0.03)
+
+
+def test_a_layout_without_headroom_comes_after_those_that_have_it():
+    found = result("14B", 8)
+    assert found.plans[0].has_headroom
+    tight = [plan for plan in found.plans if plan.fits and not plan.has_headroom]
+    roomy = [plan for plan in found.plans if plan.has_headroom]
+    assert tight and found.plans.index(tight[0]) == len(roomy)
+    assert all(p.memory.total <= found.machine.comfortable_memory for p in roomy)
+
+
+def test_python_has_the_commands_answer(capsys):
+    import qwen2_ascend
+
+    found = qwen2_ascend.plan("7B", 8, seq_length=8192)
+    assert found.plans[0].cut.job.seq_length == 8192
+    main(["--model", "7B", "--num-devices", "8", "--seq-length", "8192", "--top", "1"])
+    assert found.plans[0].cut.label() in capsys.readouterr().out
+
+
+def test_the_bin_that_a_910b_is_taken_for_is_said(capsys):
+    main(["--model", "0.5B", "--num-devices", "1", "--top", "1"])
+    assert "--device 910B is taken as 910B2" in capsys.readouterr().out
+    main(["--model", "0.5B", "--num-devices", "1", "--top", "1", "--device", "910B3"])
+    assert "is taken as" not in capsys.readouterr().out
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -312,8 +367,9 @@ def test_the_command_answers_in_words_json_and_a_picture(tmp_path, capsys):
     assert "7B (7.62e9 parameters, bf16, all weights" in said and "fits: " in said
     assert "predicted, not measured" in said and said.count("torchrun") == 2
     found = json.loads(path.read_text(encoding="utf-8"))
-    times = [plan["predicted_seconds"]["total"] for plan in found["layouts"] if plan["fits"]]
-    assert found["fits"] and times == sorted(times)
+    roomy = [plan for plan in found["layouts"] if plan["has_headroom"]]
+    times = [plan["predicted_seconds"]["total"] for plan in roomy]
+    assert found["fits"] and times and times == sorted(times)
     assert all(plan["memory"]["total"] > 0 for plan in found["layouts"])
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
 
@@ -357,7 +413,7 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        ("--model 7B --num-devices 8 --device B200", "--device B200 is not known"),
+        ("--model 7B --num-devices 8 --device B300", "--device B300 is not known"),
         ("--model 8B --num-devices 8", "model '8B' is not known"),
         ("--model 7B --num-devices 0", "--num-devices 0 must be at least 1"),
         ("--model 7B --num-devices 8 --seq-length 65536", "max_position_embeddings=32768"),
@@ -375,12 +431,13 @@ def test_mistakes_are_told(words, fault):
 
 
 def test_what_is_assumed_of_a_device_is_told(capsys):
-    words = "--model 0.5B --num-devices 8 --device 910B4 --top 1"
+    words = "--model 0.5B --num-devices 4 --device CPU --top 1"
     main(words.split())
-    assert "Assumed, for want of figures: memory bandwidth, node bandwidth, network" in (
+    assert "Assumed, for want of figures: memory, peak flops, memory bandwidth, node" in (
         capsys.readouterr().out
     )
-    own = "--memory-bandwidth-gb 800 --node-bandwidth-gb 30 --network-bandwidth-gb 25"
+    own = "--memory-gb 16 --peak-tflops 1 --memory-bandwidth-gb 80 --node-bandwidth-gb 30"
+    own += " --network-bandwidth-gb 25"
     main(f"{words} {own}".split())
     assert "Assumed" not in capsys.readouterr().out
 

@@ -24,7 +24,7 @@ from qwen2_ascend.ops import Ops
 from qwen2_ascend.runtime import current
 
 ROWS_AT_ONCE = 1280
-"""Of a weight, in `column_linear`."""
+"""How many rows of a weight `column_linear` multiplies at once."""
 
 
 class RMSNorm(torch.nn.Module):

@@ -7,8 +7,8 @@ docs/planning.md says what the figures mean; tests/planning holds memory and tra
     parameters.py weights of each rank
     memory.py     bytes of each rank at the fullest moment of a step
     traffic.py    the collectives of a step
-    roofline.py   seconds of a step
-    search.py     every valid way, ranked; how many devices it takes at least
+    roofline.py   seconds of a step; fitting.py its constants, from measured steps
+    search.py     every valid layout, ranked; the fewest devices that hold the job
     devices.py    memory, arithmetic and bandwidth of devices, with sources
     report.py     a table, launch commands, JSON; picture.py a PNG; command.py the command line
 """

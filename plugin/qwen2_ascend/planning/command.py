@@ -12,9 +12,8 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.planning import report, search
-from qwen2_ascend.planning.devices import GB, TERA, Device, find_device
+from qwen2_ascend.planning.devices import GB, TERA, Device, Rates, find_device
 from qwen2_ascend.planning.job import Cut, Job
-from qwen2_ascend.planning.roofline import Efficiency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,8 @@ class PlanOptions:
     num_devices: int
     """Devices; of an Ascend 910C each die is one."""
     device: str = "910B"
-    """910B (its 64 GB cards), 910B1, 910B2, 910B3, 910B4, 910C, A100, A100-40GB, H100, CPU."""
+    """910B1, 910B2, 910B3, 910B4 (32 GB), 910C, A100, A100-40GB, H100, B200, CPU; 910B is taken as
+    910B2, and said so. npu-smi names the bin of yours."""
     devices_per_node: int | None = None
     """Devices with fast links to each other; by default the device's usual."""
     seq_length: int = 4096
@@ -75,10 +75,10 @@ class PlanOptions:
     """GB/s to the other devices of a node, one direction, instead of the table's."""
     network_bandwidth_gb: float | None = None
     """GB/s to other nodes, one direction, instead of the table's."""
-    efficiency: float = 0.5
-    """Share of the peak that matrix products are assumed to reach."""
-    bandwidth_efficiency: float = 0.7
-    """Share of the bandwidths that is assumed to be reached."""
+    efficiency: float | None = None
+    """Share of the peak that matrix products reach; by default as fitted to published runs."""
+    bandwidth_efficiency: float | None = None
+    """Share of the links' bandwidths that is reached; by default as fitted."""
     top: int = 10
     """Layouts to show: the best settings of each TP, PP, VPP and DP."""
     commands: int = 1
@@ -100,6 +100,29 @@ def run(options: PlanOptions) -> None:
     Raises:
         UserError: options that cannot be.
     """
+    result = plan(options)
+    if (name := find_device(options.device).name) not in options.device.upper():
+        print(
+            f"--device {options.device} is taken as {name}; name the bin of your cards, which "
+            "npu-smi info shows: 910B1, 910B2, 910B3 or 910B4 (32 GB)."
+        )
+    print(report.text(result, top=options.top, commands=options.commands))
+    if options.json:
+        report.write_json(result, options.json)
+        print(f"\nwrote {options.json}")
+    if options.picture:
+        from qwen2_ascend.planning.picture import draw
+
+        draw(result, options.picture)
+        print(f"\nwrote {options.picture}")
+
+
+def plan(options: PlanOptions) -> report.Result:
+    """What `qwen2-ascend plan` prints, as data: all layouts, the best first.
+
+    Raises:
+        UserError: options that cannot be.
+    """
     raise_if(_faults(options))
     job, machine = _job(options), _machine(options)
     sizes = search.MICRO_BATCH_SIZES
@@ -113,16 +136,7 @@ def run(options: PlanOptions) -> None:
             "no valid layout of the kind asked for; leave out some of the flags that name it."
         )
     fewest = search.fewest_devices(job, machine)
-    result = report.Result(options.model, job, machine, plans, fewest)
-    print(report.text(result, top=options.top, commands=options.commands))
-    if options.json:
-        report.write_json(result, options.json)
-        print(f"\nwrote {options.json}")
-    if options.picture:
-        from qwen2_ascend.planning.picture import draw
-
-        draw(result, options.picture)
-        print(f"\nwrote {options.picture}")
+    return report.Result(options.model, job, machine, plans, fewest)
 
 
 def _is_wanted(cut: Cut, options: PlanOptions) -> bool:
@@ -163,12 +177,17 @@ def _machine(options: PlanOptions) -> search.Machine:
         num_devices=options.num_devices,
         devices_per_node=options.devices_per_node or device.devices_per_node,
         memory_fraction=options.memory_fraction,
-        efficiency=Efficiency(
-            arithmetic=options.efficiency,
-            memory=options.bandwidth_efficiency,
-            links=options.bandwidth_efficiency,
-        ),
+        rates=_rates(options, device),
     )
+
+
+def _rates(options: PlanOptions, device: Device) -> Rates:
+    given = {"products": options.efficiency, "links": options.bandwidth_efficiency}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return device.rates
+    source = f"{' and '.join(given)} as given; else {device.rates.source}"
+    return replace(device.rates, **given, source=source)
 
 
 def _device(options: PlanOptions) -> Device:
@@ -213,7 +232,9 @@ def _faults(options: PlanOptions) -> list[str]:
         f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
     ]
     faults += [
-        f"{k} {v} must be above 0 and at most 1." for k, v in shares.items() if not 0 < v <= 1
+        f"{k} {v} must be above 0 and at most 1."
+        for k, v in shares.items()
+        if v is not None and not 0 < v <= 1
     ]
     faults += [
         f"{k} {v} must be above zero." for k, v in above_zero.items() if v is not None and not v > 0

@@ -2,6 +2,8 @@
 
 Figures are peaks, one direction, decimal units. Nothing here was measured by this project. Where
 the vendor gives no figure in public it is computed or taken from others, and the source says so.
+`Rates` are what training reaches of the peaks: constants of the model of a step's time, fitted to
+measurements that others have published, a set for each family of devices.
 """
 
 from __future__ import annotations
@@ -12,6 +14,58 @@ from typing import Any
 from qwen2_ascend.errors import UserError
 
 GB, TERA = 10**9, 10**12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What of a device's peaks a training step reaches, and what the host adds."""
+
+    products: float
+    """Share of the peak that matrix products reach."""
+    attention: float
+    """Share of the peak that attention's core reaches."""
+    memory: float
+    """Share of the memory's bandwidth that all else reaches, by the bytes that it has to move."""
+    links: float
+    """Share of the links' bandwidth that collectives reach."""
+    layer_seconds: float
+    """Added by each layer and micro-batch, forward and backward: launches, waits, small kernels."""
+    step_seconds: float
+    """Added by each step."""
+    source: str
+
+
+MC2_SHARE = 0.5
+"""Of tensor parallelism's traffic, what is left to wait for under MC2 and COC; fitted with the
+others, between 0.3 and 0.7 it makes no difference that the measurements show."""
+_FITTED = "fitted to {} published steps of megatron-core ({}; docs/planning.md)"
+ASCEND = Rates(
+    products=0.976,
+    attention=0.323,
+    memory=0.35,
+    links=0.695,
+    layer_seconds=2.63e-3,
+    step_seconds=32.8e-3,
+    source=_FITTED.format(37, "0.5B to 110B on 1 to 64 cards called 910B"),
+)
+GPU = Rates(
+    products=0.568,
+    attention=0.313,
+    memory=0.412,
+    links=0.819,
+    layer_seconds=1.32e-3,
+    step_seconds=27.4e-3,
+    source=_FITTED.format(25, "24 of them on 8 B200, one on 8 A800"),
+)
+GUESSED = Rates(
+    products=0.5,
+    attention=0.5,
+    memory=0.7,
+    links=0.7,
+    layer_seconds=0.0,
+    step_seconds=0.0,
+    source="assumptions",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +80,33 @@ class Device:
     memory_bandwidth: float
     """Bytes per second of its own memory."""
     node_bandwidth: float
-    """Bytes per second to the other devices of a node, one direction."""
+    """Bytes per second to all other devices of a node together, one direction."""
     network_bandwidth: float
     """Bytes per second to other nodes, one direction."""
     devices_per_node: int
     backend: str
     """cpu, cuda or npu."""
     source: str
+    is_mesh: bool = False
+    """Whether each two devices of a node have a link of their own: fewer devices use fewer. Else a
+    switch gives any group all."""
+    rates: Rates = GUESSED
     assumed: tuple[str, ...] = ()
     """Fields that stand for this device on no figure of its own."""
+
+    def link(self, num_ranks: int, span: int, devices_per_node: int) -> float:
+        """Bytes per second that a rank can send in a collective, one direction.
+
+        Args:
+            num_ranks: that take part.
+            span: devices from the first of them to the last.
+            devices_per_node: with fast links to each other.
+        """
+        if span > devices_per_node:
+            return self.network_bandwidth
+        if not self.is_mesh:
+            return self.node_bandwidth
+        return self.node_bandwidth * (num_ranks - 1) / (devices_per_node - 1)
 
 
 _ASCEND: dict[str, Any] = {
@@ -42,10 +114,12 @@ _ASCEND: dict[str, Any] = {
     "node_bandwidth": 196e9,
     "network_bandwidth": 25e9,
     "backend": "npu",
+    "rates": ASCEND,
 }
 _910B_SOURCE = (
     "memory and peak ({cores} cores x 4096 multiply-adds x {ghz} GHz): CANN's "
-    "platform_config/Ascend{name}.ini; bandwidths: those of a die of the 910C"
+    "platform_config/Ascend{name}.ini; bandwidths: Ascend/msmodeling's tensor_cast/device.py, and "
+    "7 links of 28 GB/s in a node by CANN hccl's Mesh.md"
 )
 _BANDWIDTHS = ("memory_bandwidth", "node_bandwidth", "network_bandwidth")
 
@@ -57,7 +131,7 @@ def _ascend_910b(name: str, cores: int, ghz: float, gib: int) -> Device:
         peak_flops=cores * 4096 * 2 * ghz * 1e9,
         devices_per_node=8,
         source=_910B_SOURCE.format(name=name, cores=cores, ghz=ghz),
-        assumed=_BANDWIDTHS,
+        is_mesh=True,
         **_ASCEND,
     )
 
@@ -85,6 +159,7 @@ _LIST = (
         network_bandwidth=25e9,
         devices_per_node=8,
         backend="cuda",
+        rates=GPU,
         source="NVIDIA A100 80GB SXM data sheet; network: DGX A100, 200 Gb/s per GPU",
     ),
     Device(
@@ -96,6 +171,7 @@ _LIST = (
         network_bandwidth=25e9,
         devices_per_node=8,
         backend="cuda",
+        rates=GPU,
         source="NVIDIA A100 40GB SXM data sheet; network: DGX A100, 200 Gb/s per GPU",
     ),
     Device(
@@ -107,7 +183,20 @@ _LIST = (
         network_bandwidth=50e9,
         devices_per_node=8,
         backend="cuda",
+        rates=GPU,
         source="NVIDIA H100 SXM data sheet; network: DGX H100, 400 Gb/s per GPU",
+    ),
+    Device(
+        name="B200",
+        memory=180 * GB,
+        peak_flops=2250e12,
+        memory_bandwidth=8e12,
+        node_bandwidth=900e9,
+        network_bandwidth=50e9,
+        devices_per_node=8,
+        backend="cuda",
+        rates=GPU,
+        source="NVIDIA DGX B200 data sheet (dense bf16); network: 400 Gb/s per GPU",
     ),
     Device(
         name="CPU",
@@ -123,9 +212,9 @@ _LIST = (
     ),
 )
 DEVICES = {device.name: device for device in _LIST}
-ALIASES = {"910B": "910B3", "910_9391": "910C", "910_9392": "910C", "A100-80GB": "A100"}
-"""910B means the slower of the 64 GB cards, so that what it promises holds for all of them; 910_93
-and two digits is what a 910C calls itself."""
+ALIASES = {"910B": "910B2", "910_9391": "910C", "910_9392": "910C", "A100-80GB": "A100"}
+"""910B is taken as the bin whose peak the published measurements of "910B" need; 910_93 and two
+digits is what a 910C calls itself."""
 
 
 def find_device(name: str) -> Device:

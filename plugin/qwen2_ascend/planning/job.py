@@ -57,7 +57,18 @@ class Cut:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     recompute: Recompute = "none"
+    recomputed_layers: int | None = None
+    """Of a stage, where `recompute` is full; None is all of them."""
     micro_batch_size: int = 1
+    num_layer_list: tuple[int, ...] | None = None
+    """Layers of each stage; None where all have as many."""
+    cp: int = 1
+    """Context-parallel ranks, which share a sequence."""
+    ulysses: int = 1
+    """Of those, the ranks that exchange heads; the others pass keys and values round a ring."""
+    mc2: bool = False
+    """Matrix products overlap with the collectives of tensor parallelism (MC2, COC)."""
+    overlap_grad_reduce: bool = False
 
     @property
     def layout(self) -> ParallelLayout:
@@ -65,30 +76,45 @@ class Cut:
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             num_layers_per_virtual_pipeline_stage=self.layers_per_chunk,
+            num_layer_list=self.num_layer_list,
         )
 
     @property
     def num_devices(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights, which share the distributed optimizer's state."""
+        return self.dp * self.cp
 
     @cached_property
     def num_microbatches(self) -> int:
         """Of each data-parallel rank in a step."""
         return self.job.global_batch_size // (self.dp * self.micro_batch_size)
 
-    @cached_property
-    def layers_per_stage(self) -> int:
+    def layers_of(self, stage: int) -> int:
+        """Layers of a pipeline stage."""
+        if self.num_layer_list is not None:
+            return self.num_layer_list[stage]
         return self.job.config.num_layers // self.pp
+
+    def recomputed(self, stage: int) -> int:
+        """Layers of a stage whose forward runs again in backward."""
+        if self.recompute != "full":
+            return 0
+        layers = self.layers_of(stage)
+        return layers if self.recomputed_layers is None else min(self.recomputed_layers, layers)
 
     @cached_property
     def num_chunks(self) -> int:
         """Model chunks of a stage; 1 without an interleaved pipeline."""
-        return self.layers_per_stage // (self.layers_per_chunk or self.layers_per_stage)
+        return self.layers_of(0) // (self.layers_per_chunk or self.layers_of(0))
 
     @cached_property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.micro_batch_size * self.job.seq_length
+        """Of a micro-batch on one rank."""
+        return self.micro_batch_size * self.job.seq_length // self.cp
 
     @cached_property
     def vocabulary_is_padded(self) -> bool:
@@ -131,4 +157,6 @@ class Cut:
         words = [f"TP{self.tp}", f"PP{self.pp}"]
         if self.num_chunks > 1:
             words.append(f"VPP{self.num_chunks}")
+        if self.cp > 1:
+            words.append(f"CP{self.cp}")
         return " ".join([*words, f"DP{self.dp}"])

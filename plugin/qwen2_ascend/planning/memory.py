@@ -85,7 +85,7 @@ def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Mem
     return Memory(
         weights=held * element,
         gradients=trained * FP32,
-        optimizer=state // cut.dp if cut.distributed_optimizer else state,
+        optimizer=state // cut.replicas if cut.distributed_optimizer else state,
         activations=peak.activations,
         logits=peak.logits,
         temporary=peak.temporary,
@@ -97,9 +97,10 @@ def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Mem
 def fullest_stage(cut: Cut, weights: dict[int, Parameters] | None = None) -> tuple[int, Memory]:
     """(stage, memory) of the fullest rank: the first stage, or the last with the logits.
 
-    Between them a stage holds no embedding and has fewer micro-batches under way than the first.
+    Between them a stage holds no embedding and has fewer micro-batches under way than the first;
+    where stages have unequal numbers of layers, any may be the fullest.
     """
-    stages = {0, cut.pp - 1}
+    stages = {0, cut.pp - 1} if cut.num_layer_list is None else set(range(cut.pp))
     found = {stage: stage_memory(cut, stage, (weights or {}).get(stage)) for stage in stages}
     return max(found.items(), key=lambda item: item[1].total)
 
@@ -122,11 +123,10 @@ def chunks_under_way(cut: Cut, stage: int) -> int:
 
 def _moments(cut: Cut, stage: int, weights: Parameters) -> list[_Moment]:
     """What is alive besides what lasts, at each moment that may be the fullest."""
-    layers = cut.layers_per_chunk or cut.layers_per_stage
     hidden = _hidden(cut)
     first, last = stage == 0, cut.is_last(stage)
     # the schedule keeps what a chunk hands on until its backward
-    kept = layers * layer_activations(cut) + hidden
+    kept = chunk_activations(cut, stage) + hidden
     head_kept = 0
     if last:
         # of the last chunk: the last layer's output and its norm, instead of what is handed on
@@ -171,12 +171,12 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
 def _update_temporary(cut: Cut, weights: Parameters) -> int:
     """What summing the gradients, clipping and AdamW make besides the state."""
     if cut.job.backend == "cuda":
-        share = cut.dp if cut.distributed_optimizer else 1
+        share = cut.replicas if cut.distributed_optimizer else 1
         return weights.trained * FP32 // share  # the roots of all second moments at once
     if cut.job.backend == "npu":
         return weights.largest * FP32  # the clipped gradient of a tensor; AdamW works in place
     # torch's fused AdamW clips as it reads; gloo scatters sums out of a copy of all gradients
-    return max(weights.buffers) * FP32 if cut.distributed_optimizer and cut.dp > 1 else 0
+    return max(weights.buffers) * FP32 if cut.distributed_optimizer and cut.replicas > 1 else 0
 
 
 def _buffers(cut: Cut, stage: int) -> int:
@@ -190,7 +190,7 @@ def _buffers(cut: Cut, stage: int) -> int:
     if cut.sequence_parallel and job.lora_rank is None:
         gathered = cut.tokens * job.config.hidden_size * job.element
     # which target each row of an adapter's B belongs to
-    owners = _adapter_rows(cut) * job.element * cut.layers_per_stage if job.lora_rank else 0
+    owners = _adapter_rows(cut) * job.element * cut.layers_of(stage) if job.lora_rank else 0
     held = tables + received + gathered + owners
     if job.backend != "npu":
         return held
@@ -200,7 +200,7 @@ def _buffers(cut: Cut, stage: int) -> int:
 def communicators(cut: Cut) -> int:
     """Groups of several ranks that a rank takes part in: world, TP, DP, model parallel (for the
     gradient's norm), the pipeline with each neighbour, and tied embeddings'."""
-    groups = [cut.num_devices > 1, cut.tp > 1, cut.dp > 1, cut.tp * cut.pp > 1]
+    groups = [cut.num_devices > 1, cut.tp > 1, cut.replicas > 1, cut.tp * cut.pp > 1, cut.cp > 1]
     pipeline = 0
     if cut.pp > 1:
         pipeline = 1 + min(2, cut.pp - 1) + cut.job.config.tie_word_embeddings
@@ -221,11 +221,12 @@ def _row_numbers(cut: Cut) -> int:
     return cut.tokens // (cut.tp if cut.sequence_parallel else 1) * FP32
 
 
-def layer_activations(cut: Cut) -> int:
-    """Bytes that one layer keeps for backward, of one micro-batch, as it is recomputed."""
-    if cut.recompute == "full":
-        return _hidden(cut)
-    return _all_activations(cut, selective=cut.recompute == "selective")
+def chunk_activations(cut: Cut, stage: int) -> int:
+    """Bytes that a model chunk's layers keep for backward, of one micro-batch."""
+    whole = _all_activations(cut, selective=cut.recompute == "selective")
+    recomputed = cut.recomputed(stage)
+    kept = recomputed * _hidden(cut) + (cut.layers_of(stage) - recomputed) * whole
+    return kept // cut.num_chunks
 
 
 def _all_activations(cut: Cut, *, selective: bool = False) -> int:

@@ -27,7 +27,8 @@ def parameters(cut: Cut, stage: int) -> Parameters:
     frozen = 0
     if cut.job.lora_rank is not None:
         frozen = sum(map(sum, chunks))
-        chunks = [_layers(cut) * adapter_tensors(cut, cut.job.lora_rank) for _ in chunks]
+        layers = _layers(cut, stage)
+        chunks = [layers * adapter_tensors(cut, cut.job.lora_rank) for _ in chunks]
     trained = sum(map(sum, chunks))
     shared = cut.job.config.tie_word_embeddings and cut.pp > 1 and cut.job.lora_rank is None
     buffers = tuple(_buffer(cut, tensors, shared) for tensors in chunks)
@@ -69,12 +70,12 @@ def embedding(cut: Cut) -> int:
     return cut.padded_vocab_size // cut.tp * cut.job.config.hidden_size
 
 
-def _layers(cut: Cut) -> int:
-    return cut.layers_per_chunk or cut.layers_per_stage
+def _layers(cut: Cut, stage: int) -> int:
+    return cut.layers_per_chunk or cut.layers_of(stage)
 
 
 def _chunk_tensors(cut: Cut, stage: int, chunk: int) -> list[int]:
-    tensors = _layers(cut) * layer_tensors(cut)
+    tensors = _layers(cut, stage) * layer_tensors(cut)
     if (stage, chunk) == (0, 0):
         tensors = [embedding(cut), *tensors]
     if cut.is_last(stage) and chunk == cut.num_chunks - 1:
@@ -88,7 +89,7 @@ def _buffer(cut: Cut, tensors: list[int], shared_embedding: bool) -> int:
     """Elements of a contiguous buffer: the distributed optimizer aligns tensors and its end."""
     if not cut.distributed_optimizer:
         return sum(tensors)
-    multiple = math.lcm(cut.dp, 128)
+    multiple = math.lcm(cut.replicas, 128)
     start = 0
     # megatron-core lays them out in reverse, and a shared embedding in a bucket of its own
     for size in reversed(tensors):

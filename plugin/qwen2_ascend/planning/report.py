@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ _COLUMNS = {
     "dist-opt": lambda plan: "yes" if plan.cut.distributed_optimizer else "-",
     "recompute": lambda plan: plan.cut.recompute.replace("none", "-"),
     "GB": lambda plan: _gb(plan.memory.total),
-    "fits": lambda plan: "yes" if plan.fits else "no",
+    "fits": lambda plan: "yes" if plan.has_headroom else "tight" if plan.fits else "no",
     "weights": lambda plan: _gb(plan.memory.weights),
     "grads": lambda plan: _gb(plan.memory.gradients),
     "optim": lambda plan: _gb(plan.memory.optimizer),
@@ -137,16 +138,17 @@ def _table(plans: list[Plan]) -> list[str]:
 
 
 def _notes(result: Result) -> str:
-    efficiency, device = result.machine.efficiency, result.machine.device
+    device = result.machine.device
+    rates = result.machine.rates or device.rates
     names = [name.replace("_", " ") for name in device.assumed]
     assumed = ""
     if names:
         assumed = f"\nAssumed, for want of figures: {', '.join(names)}; --help has flags for yours."
     return (
-        "GB: of the fullest card, at the fullest moment of a step. TP (with SP), PP, DP GB: sent "
-        "per card and step.\ns/step and tok/s (per card) are predicted, not measured: a roofline "
-        f"at {efficiency.arithmetic:.0%} of the peak\nand {efficiency.memory:.0%} of the "
-        f"bandwidths, without overlap. {device.name}: {device.source}." + assumed
+        "GB: of the fullest card, at the fullest moment of a step; tight leaves less than "
+        f"{result.machine.headroom:.0%} of the card. TP (with SP), PP, DP GB: sent "
+        "per card and step.\ns/step and tok/s (per card) are predicted, not measured "
+        f"here: constants are {rates.source}.\n{device.name}: {device.source}." + assumed
     )
 
 
@@ -178,7 +180,7 @@ def _torchrun(cut: Cut, machine: Machine) -> Iterator[str]:
         yield f"--nnodes {nodes} --node-rank $NODE_RANK"
     yield f"--nproc-per-node {-(-cut.num_devices // nodes)}"
     if nodes > 1:
-        yield "--rdzv-backend c10d --rdzv-endpoint $MASTER:29500"
+        yield "--master-addr $MASTER_ADDR --master-port 29500"
 
 
 def launch_flags(model: str, cut: Cut) -> list[str]:
@@ -234,11 +236,11 @@ def write_json(result: Result, path: Path) -> None:
         "attention_backend": "unfused" if job.keeps_scores else "auto",
         "cross_entropy_chunk_size": job.cross_entropy_chunk_size,
         "lora_rank": job.lora_rank,
-        "device": vars(machine.device),
+        "device": asdict(machine.device),
         "num_devices": machine.num_devices,
         "devices_per_node": machine.devices_per_node,
         "usable_memory": machine.usable_memory,
-        "efficiency": vars(machine.efficiency),
+        "rates": vars(machine.rates or machine.device.rates),
         "fits": any(plan.fits for plan in result.plans),
         "fewest": None if result.fewest is None else as_dict(result.fewest),
         "layouts": [as_dict(plan) for plan in result.plans],
@@ -261,6 +263,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "micro_batch_size": cut.micro_batch_size,
         "padded_vocab_size": cut.padded_vocab_size,
         "fits": plan.fits,
+        "has_headroom": plan.has_headroom,
         "fullest_stage": plan.stage,
         "memory": {**memory._asdict(), "total": memory.total},
         "predicted_seconds": {**plan.time._asdict(), "total": plan.time.total},

@@ -1,43 +1,59 @@
-"""Seconds of a training step, predicted: a roofline, not a measurement.
+"""Seconds of a training step, predicted from what it has to compute, move and send.
 
-Matrix products take their arithmetic over a share of the device's peak; what is read and written
-element by element takes its bytes over a share of the memory's bandwidth; collectives take the
-bytes a rank sends in a ring over a share of the slowest link. Nothing overlaps. docs/planning.md
-has the formulas, and says what is left out.
+A rank's micro-batch takes its products over a share of the device's peak, attention's core over
+another, the bytes of everything else over a share of the memory's bandwidth, the bytes it sends
+over a share of its links, and what the host adds for each layer. `devices.Rates` has the shares;
+docs/planning.md has the formulas, where the constants are from, and how far they are off.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from qwen2_ascend.planning.devices import Device
+from qwen2_ascend.planning.devices import MC2_SHARE, Device, Rates
 from qwen2_ascend.planning.job import Cut
-from qwen2_ascend.planning.parameters import Parameters, parameters
-from qwen2_ascend.planning.traffic import KINDS, Kind, rank_traffic
+from qwen2_ascend.planning.parameters import Parameters, embedding, layer_tensors, parameters
+from qwen2_ascend.planning.traffic import context_traffic, rank_traffic
 
 
-@dataclass(frozen=True, kw_only=True)
-class Efficiency:
-    """Shares of what the device can do at most; assumptions."""
+class Work(NamedTuple):
+    """What one rank does: seconds at the peaks, and layers. `Work.seconds` takes it to `Rates`."""
 
-    arithmetic: float = 0.5
-    memory: float = 0.7
-    links: float = 0.7
+    products: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    links: float = 0.0
+    layers: float = 0.0
+    steps: float = 0.0
+
+    def seconds(self, rates: Rates) -> float:
+        """How long it takes."""
+        return (
+            self.products / rates.products
+            + self.attention / rates.attention
+            + self.memory / rates.memory
+            + self.links / rates.links
+            + self.layers * rates.layer_seconds
+            + self.steps * rates.step_seconds
+        )
+
+    def plus(self, other: Work, times: float = 1.0) -> Work:
+        """The sum with `times` the other."""
+        return Work(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
 class StepTime(NamedTuple):
     """Seconds of a step, by what they are spent on."""
 
-    arithmetic: float
+    products: float
+    attention: float
     memory: float
-    tensor_parallel: float
-    pipeline: float
-    """Sending hidden states to the next stage."""
+    """Norms, activations, the loss, gradients added up, the update: what moves bytes."""
+    links: float
+    """Collectives and sends that are not hidden."""
+    host: float
     bubble: float
     """Waiting for the pipeline to fill and to empty."""
-    data_parallel: float
-    update: float
 
     @property
     def total(self) -> float:
@@ -47,18 +63,52 @@ class StepTime(NamedTuple):
 def step_time(
     cut: Cut,
     device: Device,
-    efficiency: Efficiency,
+    rates: Rates,
     *,
     devices_per_node: int,
     weights: dict[int, Parameters] | None = None,
 ) -> StepTime:
-    """Of the slowest stage, which the others wait for."""
-    stages = {0, cut.pp - 1}
-    of_stages = [
-        _stage_time(cut, stage, device, efficiency, devices_per_node, (weights or {}).get(stage))
-        for stage in stages
-    ]
-    return max(of_stages, key=lambda time: time.total)
+    """Of the slowest stage, and the others' part of the bubble."""
+    work, busy = step_work(cut, device, rates, devices_per_node, weights)
+    return StepTime(
+        products=busy.products / rates.products,
+        attention=busy.attention / rates.attention,
+        memory=busy.memory / rates.memory,
+        links=busy.links / rates.links,
+        host=busy.layers * rates.layer_seconds + busy.steps * rates.step_seconds,
+        bubble=work.seconds(rates) - busy.seconds(rates),
+    )
+
+
+def step_work(
+    cut: Cut,
+    device: Device,
+    rates: Rates,
+    devices_per_node: int,
+    weights: dict[int, Parameters] | None = None,
+) -> tuple[Work, Work]:
+    """(all that a step waits for, the slowest stage's own part of it).
+
+    The slowest stage works on all micro-batches; before its first and after its last one it waits
+    for those of all other stages, divided by the number of chunks (Narayanan et al. 2021,
+    arXiv:2104.04473). Which stage is the slowest is judged by `rates`.
+    """
+    alike = _alike(cut)
+    works = {stage: micro_batch_work(cut, stage, device, devices_per_node) for stage in alike}
+    slowest = max(works, key=lambda stage: works[stage].seconds(rates))
+    once = _update_work(cut, slowest, device, devices_per_node, (weights or {}).get(slowest))
+    busy = once.plus(works[slowest], cut.num_microbatches)
+    waiting = Work()
+    for stage, number in alike.items():
+        waiting = waiting.plus(works[stage], number - (stage == slowest))
+    return busy.plus(waiting, 1 / cut.num_chunks), busy
+
+
+def _alike(cut: Cut) -> dict[int, int]:
+    """A stage of each kind, and how many are of it."""
+    if cut.num_layer_list is not None or cut.pp < 3:
+        return dict.fromkeys(range(cut.pp), 1)
+    return {0: 1, 1: cut.pp - 2, cut.pp - 1: 1}
 
 
 def bubble_fraction(cut: Cut) -> float:
@@ -68,43 +118,18 @@ def bubble_fraction(cut: Cut) -> float:
     return wait / (cut.num_microbatches + wait)
 
 
-def _stage_time(
-    cut: Cut,
-    stage: int,
-    device: Device,
-    efficiency: Efficiency,
-    devices_per_node: int,
-    weights: Parameters | None,
-) -> StepTime:
-    weights = weights or parameters(cut, stage)
-    n = cut.num_microbatches
-    arithmetic = n * stage_flops(cut, stage) / (device.peak_flops * efficiency.arithmetic)
-    bandwidth = device.memory_bandwidth * efficiency.memory
-    memory = n * stage_elementwise_bytes(cut, stage) / bandwidth
-    sent = rank_traffic(cut, stage, weights)
-    links = _links(cut, device, devices_per_node)
-    seconds = {kind: sent[kind] / (links[kind] * efficiency.links) for kind in KINDS}
-    tensor, pipeline, data = seconds["TP"] + seconds["SP"], seconds["PP"], seconds["DP"]
-    busy = arithmetic + memory + tensor + pipeline
-    bubble = busy * (cut.pp - 1) / (cut.num_chunks * n)
-    share = cut.dp if cut.distributed_optimizer else 1
-    # AdamW reads a gradient, reads and writes a weight and two moments in fp32, writes a 16-bit one
-    update = sum(weights.buffers) / share * (28 + cut.job.element) / bandwidth
-    return StepTime(arithmetic, memory, tensor, pipeline, bubble, data, update)
+# --- a micro-batch --------------------------------------------------------------------------------
 
 
-def _links(cut: Cut, device: Device, devices_per_node: int) -> dict[Kind, float]:
-    """Bytes per second of each kind of group: ranks are numbered TP first, then DP, then PP."""
-
-    def link(span: int) -> float:
-        return device.node_bandwidth if span <= devices_per_node else device.network_bandwidth
-
-    return {
-        "TP": link(cut.tp),
-        "SP": link(cut.tp),
-        "DP": link(cut.tp * cut.dp),
-        "PP": link(cut.num_devices),
-    }
+def micro_batch_work(cut: Cut, stage: int, device: Device, devices_per_node: int) -> Work:
+    """Forward and backward of one micro-batch on one rank of a stage."""
+    return Work(
+        products=stage_products(cut, stage) / device.peak_flops,
+        attention=stage_attention(cut, stage) / device.peak_flops,
+        memory=stage_bytes(cut, stage) / device.memory_bandwidth,
+        links=_exchange_seconds(cut, stage, device, devices_per_node),
+        layers=cut.layers_of(stage) + cut.recomputed(stage) / 3,
+    )
 
 
 def stage_flops(cut: Cut, stage: int) -> float:
@@ -113,35 +138,92 @@ def stage_flops(cut: Cut, stage: int) -> float:
     As training/logging.py's train_flops counts: backward is twice forward, a causal token sees
     (s + 1) / 2 others.
     """
-    job, config, t = cut.job, cut.job.config, cut.tokens
-    h, width, heads = config.hidden_size, config.kv_channels, config.num_attention_heads
-    matrices = cut.qkv_rows * h + heads * width * h + 3 * h * config.ffn_hidden_size
-    core = 4 * heads * width * (job.seq_length + 1) / 2
-    layer = 2 * matrices + core
+    return stage_products(cut, stage) + stage_attention(cut, stage)
+
+
+def stage_products(cut: Cut, stage: int) -> float:
+    """FLOPs of the matrix products among `stage_flops`."""
+    job, config = cut.job, cut.job.config
+    h, context = config.hidden_size, config.num_attention_heads * config.kv_channels
+    layer = 2 * (cut.qkv_rows * h + context * h + 3 * h * config.ffn_hidden_size)
     # frozen weights have no gradient: backward is once forward, and the adapters are small
     times = 3 if job.lora_rank is None else 2
-    passes = times * layer + (core if job.lora_rank is not None else 0)
-    if cut.recompute != "none":
-        passes += layer if cut.recompute == "full" else core
-    total = cut.layers_per_stage * passes
+    total = (times * cut.layers_of(stage) + cut.recomputed(stage)) * layer
     if cut.is_last(stage):
         # a chunked loss computes its logits again
         again = job.cross_entropy_chunk_size is not None
         total += (times + again) * 2 * h * cut.padded_vocab_size
-    return total * t / cut.tp
+    return total * cut.tokens / cut.tp
 
 
-def stage_elementwise_bytes(cut: Cut, stage: int) -> float:
-    """Read and written by norms, residuals, rotary, SwiGLU and the loss; backward twice forward."""
-    config, t, e = cut.job.config, cut.tokens, cut.job.element
+def stage_attention(cut: Cut, stage: int) -> float:
+    """FLOPs of attention's core among `stage_flops`."""
+    config = cut.job.config
+    layers = cut.layers_of(stage)
+    core = 4 * config.num_attention_heads * config.kv_channels * (cut.job.seq_length + 1) / 2
+    again = layers if cut.recompute == "selective" else cut.recomputed(stage)
+    return (3 * layers + again) * core * cut.tokens / cut.tp
+
+
+def stage_bytes(cut: Cut, stage: int) -> float:
+    """Read and written by norms, residuals, rotary, SwiGLU, the loss and the sums of gradients."""
+    config, e = cut.job.config, cut.job.element
     h = config.hidden_size / (cut.tp if cut.sequence_parallel else 1)
     # two norms read and write h, two residuals read 2 h and write h; rotary reads and writes its
-    # heads; SwiGLU reads 2 f and writes f
+    # heads; SwiGLU reads 2 f and writes f; backward is twice forward
     rotary = 2 * (cut.heads + cut.groups) * config.kv_channels
     layer = 10 * h + rotary + 3 * config.ffn_hidden_size / cut.tp
-    passes = 4 if cut.recompute == "full" else 3
-    total = cut.layers_per_stage * layer * passes * e
+    total = (3 * cut.layers_of(stage) + cut.recomputed(stage)) * layer * e
     if cut.is_last(stage):
         # logits are read in 16 bits and handled in fp32: maximum, exponential, sum, gradient
         total += 6 * 4 * cut.padded_vocab_size / cut.tp
-    return total * t
+    # each new gradient is read and added to one in fp32
+    return total * cut.tokens + (e + 8) * _trained(cut, stage)
+
+
+def _trained(cut: Cut, stage: int) -> int:
+    """Weights of a rank that get a gradient; a tied embedding on one stage gets two."""
+    if cut.job.lora_rank is not None:
+        return parameters(cut, stage).trained
+    ends = (stage == 0) + cut.is_last(stage)
+    return cut.layers_of(stage) * sum(layer_tensors(cut)) + ends * embedding(cut)
+
+
+def _exchange_seconds(cut: Cut, stage: int, device: Device, devices_per_node: int) -> float:
+    """Of what ranks send each other for a micro-batch, at the links' bandwidth.
+
+    Ranks are numbered TP first, then CP, then DP, then PP.
+    """
+
+    def link(num_ranks: int, span: int) -> float:
+        return device.link(num_ranks, span, devices_per_node)
+
+    sent, n = rank_traffic(cut, stage), cut.num_microbatches
+    seconds = 0.0
+    if cut.tp > 1:
+        share = MC2_SHARE if cut.mc2 else 1.0
+        seconds += share * (sent["TP"] + sent["SP"]) / n / link(cut.tp, cut.tp)
+    if cut.pp > 1:
+        seconds += sent["PP"] / n / link(2, cut.num_devices)
+    if cut.cp > 1:
+        heads, ring = context_traffic(cut, stage)
+        span = cut.tp * cut.cp
+        seconds += heads / link(cut.ulysses, span) if cut.ulysses > 1 else 0.0
+        seconds += ring / link(2, span)
+    return seconds
+
+
+def _update_work(
+    cut: Cut, stage: int, device: Device, devices_per_node: int, weights: Parameters | None
+) -> Work:
+    """What a step does once: summing gradients over data-parallel ranks, and AdamW."""
+    weights = weights or parameters(cut, stage)
+    share = cut.replicas if cut.distributed_optimizer else 1
+    # AdamW reads a gradient, reads and writes a weight and two moments in fp32, writes a 16-bit one
+    num_bytes = sum(weights.buffers) / share * (28 + cut.job.element)
+    links = 0.0
+    if cut.replicas > 1 and not cut.overlap_grad_reduce:
+        span = cut.tp * cut.replicas
+        link = device.link(cut.replicas, span, devices_per_node)
+        links = rank_traffic(cut, stage, weights)["DP"] / link
+    return Work(memory=num_bytes / device.memory_bandwidth, links=links, steps=1)

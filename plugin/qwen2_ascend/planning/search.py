@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import tensor_parallel_sizes
-from qwen2_ascend.planning.devices import Device
+from qwen2_ascend.planning.devices import Device, Rates
 from qwen2_ascend.planning.job import Cut, Job, Recompute
 from qwen2_ascend.planning.memory import Memory, fullest_stage
 from qwen2_ascend.planning.parameters import Parameters, parameters
-from qwen2_ascend.planning.roofline import Efficiency, StepTime, step_time
+from qwen2_ascend.planning.roofline import StepTime, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -29,12 +29,22 @@ class Machine:
     memory_fraction: float = 0.9
     """Share of a device's memory that tensors may take; the rest is for its driver and for what
     the allocator cannot use."""
-    efficiency: Efficiency = field(default_factory=Efficiency)
+    rates: Rates | None = None
+    """What training reaches of the device's peaks; None is what is known of its kind."""
+
+    headroom: float = 0.05
+    """Share of a device's memory that a layout should leave of that, for the workspaces of kernels
+    and for fragmentation, which are not counted."""
 
     @property
     def usable_memory(self) -> int:
         """Bytes."""
         return int(self.device.memory * self.memory_fraction)
+
+    @property
+    def comfortable_memory(self) -> int:
+        """Bytes that leave the headroom."""
+        return int(self.device.memory * (self.memory_fraction - self.headroom))
 
 
 class Plan(NamedTuple):
@@ -47,11 +57,13 @@ class Plan(NamedTuple):
     """Of a rank of that stage."""
     time: StepTime
     fits: bool
+    has_headroom: bool
 
     @property
     def rank_key(self) -> tuple:
-        """What fits comes first; then the faster, then the smaller."""
-        return (not self.fits, self.time.total if self.fits else 0.0, self.memory.total)
+        """What fits with headroom comes first, then what fits; of those the faster, the smaller."""
+        seconds = self.time.total if self.fits else 0.0
+        return (not self.fits, not self.has_headroom, seconds, self.memory.total)
 
 
 def find_plans(
@@ -182,8 +194,9 @@ def _plan(cut: Cut, machine: Machine, weights: dict[int, Parameters]) -> Plan:
     time = step_time(
         cut,
         machine.device,
-        machine.efficiency,
+        machine.rates or machine.device.rates,
         devices_per_node=machine.devices_per_node,
         weights=weights,
     )
-    return Plan(cut, stage, memory, time, memory.total <= machine.usable_memory)
+    fits = memory.total <= machine.usable_memory
+    return Plan(cut, stage, memory, time, fits, memory.total <= machine.comfortable_memory)

@@ -50,7 +50,7 @@ def step_traffic(cut: Cut) -> dict[Kind, float]:
     total: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     for stage in range(cut.pp):
         for kind, sent in rank_traffic(cut, stage).items():
-            total[kind] += sent * cut.tp * cut.dp
+            total[kind] += sent * cut.tp * cut.replicas
     return total
 
 
@@ -62,28 +62,45 @@ def rank_traffic(cut: Cut, stage: int, weights: Parameters | None = None) -> dic
     return sent
 
 
+def context_traffic(cut: Cut, stage: int) -> tuple[float, float]:
+    """Bytes that a rank of a context-parallel group sends in a stage for one micro-batch.
+
+    Returns:
+        Those that exchange heads for tokens and back (Ulysses: q, k, v and the output, forward and
+        backward), and those that go round the ring: k and v forward, and with their gradients back.
+    """
+    config, e = cut.job.config, cut.job.element
+    keys = config.num_query_groups * config.kv_channels / cut.tp
+    queries = config.num_attention_heads * config.kv_channels / cut.tp
+    a_token = cut.layers_of(stage) * cut.tokens * e
+    others = (cut.ulysses - 1) / cut.ulysses
+    return 2 * others * (2 * queries + 2 * keys) * a_token, (
+        (cut.cp // cut.ulysses - 1) * 3 * 2 * keys * a_token
+    )
+
+
 def collectives(cut: Cut, stage: int, weights: Parameters | None = None) -> Iterator[Collective]:
     """Those of a rank of pipeline stage `stage`; counts may be zero."""
     if cut.tp > 1:
         yield from _tensor_parallel(cut, stage)
     if cut.pp > 1:
         yield from _pipeline(cut, stage)
-    if cut.dp > 1:
+    if cut.replicas > 1:
         yield from _data_parallel(cut, weights or parameters(cut, stage))
 
 
 def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
-    job, n, layers = cut.job, cut.num_microbatches, cut.layers_per_stage
+    job, n, layers = cut.job, cut.num_microbatches, cut.layers_of(stage)
     first, last = stage == 0, cut.is_last(stage)
-    forward = 2 if cut.recompute == "full" else 1
+    forwards = layers + cut.recomputed(stage)
     hidden = cut.tokens * job.config.hidden_size * job.element
     chunked = job.cross_entropy_chunk_size is not None
     if cut.sequence_parallel:
         # Each sum over ranks is a scatter, and the next linear layer gathers. Backward is the
         # mirror image, and for the weights' gradients gathers the inputs of linear_qkv, linear_fc1
         # and the output layer anew.
-        scatters = layers * (2 * forward + 2) + first + last
-        gathers = layers * (2 * forward + 2) + last
+        scatters = 2 * forwards + 2 * layers + first + last
+        gathers = 2 * forwards + 2 * layers + last
         if job.lora_rank is None:
             gathers += 2 * layers + first + (last and not chunked)
         yield Collective("SP", "reduce_scatter", cut.tp, hidden, n * scatters)
@@ -93,7 +110,7 @@ def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
             yield Collective("SP", "all_reduce", cut.tp, norms, 1)
     else:
         # outputs of attention and MLP; gradients of their inputs; the embedding; the output layer's
-        sums = layers * (2 * forward + 2) + first + last
+        sums = 2 * forwards + 2 * layers + first + last
         yield Collective("TP", "all_reduce", cut.tp, hidden, n * sums)
     if last:
         # per token the largest logit, the sum of exponentials and the label's own
@@ -101,31 +118,32 @@ def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
         yield Collective("TP", "all_reduce", cut.tp, token, n * (1 if chunked else 3))
         yield Collective("TP", "all_reduce", cut.tp, 2 * token, n * chunked)
     if job.lora_rank is not None:
-        yield from _adapters(cut, n * layers, forward)
+        yield from _adapters(cut, layers, forwards)
     if cut.shares_groups:
         rows = cut.tokens * cut.qkv_rows * job.element
-        again = 1 if cut.recompute == "none" else 2
-        yield Collective("TP", "all_gather", cut.tp, rows, n * layers * again)
+        again = layers if cut.recompute == "selective" else cut.recomputed(stage)
+        yield Collective("TP", "all_gather", cut.tp, rows, n * (layers + again))
         yield Collective("TP", "reduce_scatter", cut.tp, rows, n * layers)
 
 
-def _adapters(cut: Cut, calls: int, forward: int) -> Iterator[Collective]:
+def _adapters(cut: Cut, layers: int, forwards: int) -> Iterator[Collective]:
     """Ranks exchange what the adapters' A give: 3 targets of linear_qkv, 2 of linear_fc1, and one
-    each of the row-parallel layers; `calls` is layers times micro-batches."""
+    each of the row-parallel layers; `forwards` counts layers that run again twice."""
     rank = cut.job.lora_rank or 0
+    calls, again = (number * cut.num_microbatches for number in (layers, forwards))
     one = cut.tokens * rank * cut.job.element
     if not cut.sequence_parallel:
         yield Collective("TP", "all_reduce", cut.tp, 3 * one, calls)
         yield Collective("TP", "all_reduce", cut.tp, 2 * one, calls)
-        yield Collective("TP", "all_reduce", cut.tp, one, 2 * calls * forward)
+        yield Collective("TP", "all_reduce", cut.tp, one, 2 * again)
         return
     for targets in (3, 2):
-        yield Collective("SP", "all_gather", cut.tp, targets * one, calls * forward)
+        yield Collective("SP", "all_gather", cut.tp, targets * one, again)
         yield Collective("SP", "reduce_scatter", cut.tp, targets * one, calls)
-    yield Collective("SP", "reduce_scatter", cut.tp, one, 2 * calls * forward)
+    yield Collective("SP", "reduce_scatter", cut.tp, one, 2 * again)
     yield Collective("SP", "all_gather", cut.tp, one, 2 * calls)
     # of the matrices that every rank has whole: 5 A and 2 B
-    whole = 7 * rank * cut.job.config.hidden_size * cut.layers_per_stage
+    whole = 7 * rank * cut.job.config.hidden_size * layers
     yield Collective("SP", "all_reduce", cut.tp, whole * FP32, 1)
 
 
@@ -143,7 +161,7 @@ def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
 def _data_parallel(cut: Cut, weights: Parameters) -> Iterator[Collective]:
     for elements, chunks in Counter(weights.buffers).items():
         if not cut.distributed_optimizer:
-            yield Collective("DP", "all_reduce", cut.dp, elements * FP32, chunks)
+            yield Collective("DP", "all_reduce", cut.replicas, elements * FP32, chunks)
             continue
-        yield Collective("DP", "reduce_scatter", cut.dp, elements * FP32, chunks)
-        yield Collective("DP", "all_gather", cut.dp, elements * cut.job.element, chunks)
+        yield Collective("DP", "reduce_scatter", cut.replicas, elements * FP32, chunks)
+        yield Collective("DP", "all_gather", cut.replicas, elements * cut.job.element, chunks)

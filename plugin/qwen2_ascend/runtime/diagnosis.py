@@ -34,10 +34,11 @@ KNOWN_ERRORS = (
         r"EI0006|getting socket times out|wait socket establish timeout|get socket timeout",
         "the ranks did not find each other within HCCL_CONNECT_TIMEOUT ({connect} s): a rank has "
         "died or is late, or the network between the cards does not connect them",
-        "look for the rank that reports something else, or nothing: its error is the cause. If all "
-        "report this, more than {connect} s apart, raise --distributed-timeout-minutes; else check "
-        "the cards' network on every node: `hccn_tool -i 0 -link -g`, `-ip -g`, `-tls -g` (the "
-        "same TLS switch everywhere), and HCCL_SOCKET_IFNAME.",
+        "look for the rank that reports something else, or nothing: its error is the cause. If "
+        "every rank reports EI0006 at times more than {connect} s apart, ranks start too unevenly: "
+        "raise --distributed-timeout-minutes. Otherwise check the cards' network on every node: "
+        "`hccn_tool -i 0 -link -g`, `-ip -g`, `-tls -g` (the same TLS switch everywhere), and "
+        "HCCL_SOCKET_IFNAME.",
     ),
     KnownError(
         "EI0002",
@@ -85,9 +86,9 @@ KNOWN_ERRORS = (
         "missing processes",
         r"waiting for clients|\d+/\d+ clients joined",
         "not every process of the job came to the meeting point in time",
-        "start torchrun on every node with the same --nnodes, --nproc-per-node and "
-        "--rdzv-endpoint, whose port must be reachable from each; a node whose process has died "
-        "says why.",
+        "start torchrun on every node with the same --nnodes, --nproc-per-node, --master-addr and "
+        "--master-port, and with its own --node-rank; that port of the first node must be "
+        "reachable from each. A node whose process has died says why.",
     ),
     KnownError(
         "port in use",
@@ -112,7 +113,7 @@ KNOWN_ERRORS = (
         "107001",
         r"error code is 107001|invalid device ID",
         "a process asked for a card that it does not see",
-        "start as many processes as there are cards (--nproc-per-node), or mend "
+        "start as many processes as there are cards (--nproc-per-node), or correct "
         "ASCEND_RT_VISIBLE_DEVICES.",
     ),
     KnownError(

@@ -39,21 +39,20 @@ RECOMMENDED = (
     Variable(
         "TASK_QUEUE_ENABLE",
         "2",
-        "operators are prepared and launched by two threads (1, torch_npu's default), the second "
-        "of which also gets workspaces (2): hides the host's time; peak memory may rise",
+        "two threads prepare and launch operators (1, torch_npu's default); with 2 the second "
+        "thread also allocates workspaces. It hides the host's time; peak memory may rise",
         f"{_TORCH_NPU}/op_execution/TASK_QUEUE_ENABLE.md",
     ),
     Variable(
         "CPU_AFFINITY_CONF",
         "1",
-        "keeps each rank on its own share of the cores, so that ranks do not drive each other from "
-        "core to core; 0 where something else binds them",
+        "keeps each rank on its own CPU cores; set 0 if something else binds ranks to cores",
         f"{_TORCH_NPU}/performance_tuning/CPU_AFFINITY_CONF.md",
     ),
     Variable(
         "PYTORCH_NPU_ALLOC_CONF",
         "expandable_segments:True",
-        "segments that grow instead of fragmenting: less memory is reserved and not used; needs "
+        "memory segments grow instead of fragmenting, so less memory is reserved and unused; needs "
         "driver 23.0.0",
         f"{_TORCH_NPU}/memory_management/PYTORCH_NPU_ALLOC_CONF.md",
         # torch_npu refuses both of the first; the second means that there are no segments
@@ -62,9 +61,9 @@ RECOMMENDED = (
     Variable(
         "TORCH_NPU_DEVICE_CAPABILITY",
         "9.0",
-        "what torch.cuda.get_device_capability() answers after the transfer to npu, which else is "
-        "None and fails torch 2.13's broadcast. It says nothing about the hardware: 9.0 is what "
-        "MindSpeed answers too, and makes that broadcast send fp8 as bytes, as HCCL needs it",
+        "makes torch.cuda.get_device_capability() return 9.0; without it the answer is None, which "
+        "breaks torch 2.13's broadcast. It is no property of the hardware; MindSpeed uses the same "
+        "value, which also makes that broadcast send fp8 as bytes, as HCCL needs it",
         f"{_TORCH_NPU}/device_management/TORCH_NPU_DEVICE_CAPABILITY.md",
     ),
 )
@@ -72,8 +71,8 @@ RECOMMENDED = (
 BEFORE_TORCH = Variable(
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "0",
-    "torch does not import torch_npu by itself: it is imported when all of these are set, and "
-    "where it is broken, torch still works and the reason can be told",
+    "torch does not import torch_npu by itself. This project imports it after it has set these "
+    "variables; if torch_npu is broken, torch still works and the reason can be shown",
     "torch, docs on out-of-tree extension autoloading",
 )
 """Set by the import of `qwen2_ascend.runtime`, which comes before that of torch."""

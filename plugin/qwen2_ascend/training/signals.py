@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from qwen2_ascend.runtime import ending
+
+SAME_SECONDS = 10.0
+"""A scheduler that signals all processes of a job signals ranks and torchrun, and torchrun signals
+its ranks again: what comes so soon after the first SIGTERM is no second wish."""
 
 
 class StopSignal:
@@ -20,6 +25,7 @@ class StopSignal:
         self.enabled = enabled
         self.received = False
         self._before: Any = signal.SIG_DFL
+        self._first = 0.0
 
     def __enter__(self) -> StopSignal:
         if self.enabled:
@@ -36,5 +42,9 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = ending.stop_received = True
-        signal.signal(signal.SIGTERM, self._before)
+        now = time.monotonic()
+        if self.received and now - self._first > SAME_SECONDS:
+            signal.signal(signal.SIGTERM, self._before)
+            signal.raise_signal(signal.SIGTERM)
+        elif not self.received:
+            self.received, ending.stop_received, self._first = True, True, now
