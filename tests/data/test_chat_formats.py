@@ -232,6 +232,27 @@ SHAREGPT_PROMPT = [{"from": r, "value": t} for r, t in PROMPT]
             {"instruction": "q2", "history": [["q1", "a1"]], "output": ["yes", "no"]},
             "alpaca",
         ),
+        (
+            {
+                "messages": [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}],
+                "rejected_response": "no",
+            },
+            "openai",
+        ),
+        (
+            {
+                side: [*OPENAI_PROMPT, {"role": "assistant", "content": text}]
+                for side, text in (("messages", "yes"), ("rejected_messages", "no"))
+            },
+            "openai",
+        ),
+        (
+            {
+                "conversations": [*SHAREGPT_PROMPT, {"from": "gpt", "value": "yes"}],
+                "rejected_response": "no",
+            },
+            "sharegpt",
+        ),
     ],
 )
 def test_pairs_are_trained_on_behind_what_they_share(row, kind) -> None:
@@ -240,6 +261,20 @@ def test_pairs_are_trained_on_behind_what_they_share(row, kind) -> None:
     assert spoken(chosen) == [*PROMPT, ("assistant", "yes")]
     assert spoken(rejected) == [*PROMPT, ("assistant", "no")]
     assert chosen.trained == rejected.trained == (3,)
+
+
+def test_a_system_prompt_is_in_front_of_both_of_ms_swifts_answers() -> None:
+    chosen = [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}]
+    rejected = [*OPENAI_PROMPT, {"role": "assistant", "content": "no"}]
+    for row in (
+        {"messages": chosen, "rejected_response": "no", "system": "s"},
+        {"messages": chosen, "rejected_messages": rejected, "system": "s"},
+    ):
+        found, (yes, no) = read(row, "dpo")
+        assert spoken(yes) == [("system", "s"), *PROMPT, ("assistant", "yes")]
+        assert spoken(no) == [("system", "s"), *PROMPT, ("assistant", "no")]
+        assert yes.trained == no.trained == (4,)
+        assert found.unknown_keys(row) == set()
 
 
 def test_a_pairs_system_prompt_is_in_front_of_both() -> None:
@@ -384,6 +419,16 @@ def test_what_cannot_be_obeyed_of_such_a_key_is_refused(role, value, reason) -> 
 
 
 MESSAGES = [said("user", "q"), said("assistant", "a")]
+
+
+def test_the_rejected_answer_of_a_chat_needs_a_chosen_one() -> None:
+    row = {"messages": [said("user", "q")], "rejected_response": "no"}
+    with pytest.raises(ValueError, match="does not end with an answer of the assistant"):
+        row_format("openai", "dpo", {}).chats(row)
+    answered = {"messages": MESSAGES, "rejected_response": "a"}
+    with pytest.raises(ValueError, match="chosen and rejected are the same"):
+        row_format("openai", "dpo", {}).chats(answered)
+    assert row_format("openai", "sft", {}).unknown_keys(answered) == {"'rejected_response'"}
 
 
 @pytest.mark.parametrize("key", ["label", "kto_tag"])

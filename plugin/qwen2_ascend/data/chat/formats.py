@@ -70,6 +70,8 @@ UNWANTED = ("label", "kto_tag")
 """Keys by which data for KTO says false of a row whose answer is a bad one."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Keys of what a language model cannot see, in the files of ms-swift and LLaMA-Factory."""
+REJECTED = ("rejected_response", "rejected_messages")
+"""What ms-swift calls the answer that the last of the messages is chosen over."""
 FUNCTIONS = "functions"
 """What OpenAI's older files call the tools."""
 MESSAGE_KEYS = frozenset(
@@ -127,6 +129,7 @@ class RowFormat:
     def unknown_keys(self, row: Row) -> set[str]:
         """What the row and its messages have that means nothing here, for a list of such keys."""
         known_keys = {*self.columns.values(), *TRAINED, *MEDIA, FUNCTIONS}
+        known_keys |= set(REJECTED) if self.task == "dpo" else set()
         known_keys |= {key for key in UNWANTED if isinstance(row.get(key), bool)}
         unknown = {repr(key) for key in row if key not in known_keys}
         known = {self.tags["content_tag"], self.tags["role_tag"], *MESSAGE_KEYS}
@@ -248,7 +251,10 @@ class RowFormat:
     # --- preference pairs -------------------------------------------------------------------------
 
     def _pair(self, row: Row) -> list[Chat]:
-        prompt, answers = self._prompt(row), self._answers(row)
+        if self.kind in TAGS and self._column(row, "chosen") is None and _has_rejected(row):
+            prompt, answers = self._swift_pair(row)
+        else:
+            prompt, answers = self._prompt(row), self._answers(row)
         if answers[0] == answers[1]:
             raise ValueError("chosen and rejected are the same")
         start = len(prompt)
@@ -258,6 +264,22 @@ class RowFormat:
             start = len(prompt) + _common_turns(*answers)
         tools = self._tools(row)
         return [_chat(prompt + answer, tools, start) for answer in answers]
+
+    def _swift_pair(self, row: Row) -> tuple[list[Message], list[list[Message]]]:
+        """ms-swift's: the messages end with the chosen answer; the rejected one is beside them."""
+        messages = self._messages(row)
+        given = row.get("rejected_messages")
+        if given is not None:  # a whole conversation
+            start = self._system(row) if messages[0]["role"] == "system" else []
+            rejected = self._read_messages(given, "rejected_messages")
+            system = start if rejected[0]["role"] != "system" else []
+            return [], [messages, system + rejected]
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{self.columns['messages']!r} does not end with an answer of the assistant, which "
+                "would be chosen over 'rejected_response'"
+            )
+        return messages[:-1], [messages[-1:], [_said("assistant", row["rejected_response"])]]
 
     def _prompt(self, row: Row) -> list[Message]:
         if self.kind == "alpaca":
@@ -308,6 +330,11 @@ def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, start: in
     if not trained:
         raise ValueError("the assistant says nothing to train on")
     return Chat(messages, tools, tuple(trained))
+
+
+def _has_rejected(row: Row) -> bool:
+    """Whether the rejected answer is where ms-swift has it."""
+    return any(row.get(key) is not None for key in REJECTED)
 
 
 def _is_trained(holder: Mapping[str, Any], key: str, where: str) -> bool:
@@ -485,6 +512,7 @@ def detect_format(row: Any, task: str, map_keys: Mapping[str, Any]) -> RowFormat
                 "'instruction' and 'output'; --map-keys says what they are called here"
             )
     has_pair = has_pair or isinstance(row.get(found.columns.get("response", "")), list)
+    has_pair = has_pair or (found.kind in TAGS and _has_rejected(row))
     if task == "dpo" and not has_pair:
         raise ValueError(f"{_no_column(row, chosen[0])}; --task dpo takes preference pairs")
     if task == "sft" and found.kind == "preference":
