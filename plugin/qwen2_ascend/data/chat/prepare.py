@@ -14,7 +14,7 @@ import xxhash
 
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import missing
+from qwen2_ascend.files import missing, read_bytes
 from qwen2_ascend.pretrained import pretrained_folder
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def _cached_prefix(word: str, preparation: Preparation) -> Path:
 def _code() -> tuple[str, ...]:
     """What decides how a chat comes out, besides its row, the settings and the tokenizer."""
     package = Path(__file__).parents[2]
-    hashes = (xxhash.xxh3_64((package / name).read_bytes()).hexdigest() for name in CODE)
+    hashes = (xxhash.xxh3_64(read_bytes(package / name)).hexdigest() for name in CODE)
     return (*hashes, *map(version, ("transformers", "tokenizers", "jinja2")))
 
 
