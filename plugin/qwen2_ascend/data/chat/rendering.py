@@ -217,7 +217,8 @@ class ChatRenderer:
         lost = lost_turns(said, chat.messages, turns)
         if lost := lost or lost_reasoning(said, chat.messages, turns):
             raise ChatError(
-                f"the chat template does not write {', '.join(lost)} where the assistant speaks"
+                f"the chat template does not write {', '.join(lost)} where the assistant speaks; "
+                "give --chat-template one that does, or take it out of the row"
             )
 
     def _check_whole(self, chat: Chat, whole: str) -> None:
