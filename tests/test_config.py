@@ -158,21 +158,62 @@ def test_parameters_are_counted_as_transformers_counts_them(name: str) -> None:
     assert count == NUM_PARAMETERS.get(name, count)
 
 
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "YaRN" not in name])
+def test_published_models_are_known_by_name(name: str) -> None:
+    """All that config.json says of each: epsilon, rotary base and positions too."""
+    assert Qwen2Config.named(name) == Qwen2Config.from_dict(PUBLISHED[name])
+    assert Qwen2Config.named(f"Qwen/{name.upper()}") == Qwen2Config.named(name)
+
+
 @pytest.mark.parametrize("size", SHAPES)
-def test_sizes_are_known_by_name(size: str) -> None:
-    config = Qwen2Config.named(size)
-    read = Qwen2Config.from_dict(PUBLISHED[f"Qwen2.5-{size}"])
-    shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    shape += ("num_query_groups", "kv_channels", "vocab_size", "tie_word_embeddings", "rotary_base")
-    assert [getattr(config, key) for key in shape] == [getattr(read, key) for key in shape]
-    assert (
-        config == Qwen2Config.named(f"qwen2.5-{size.lower()}") == Qwen2Config.named(f"Qwen2-{size}")
-    )
+def test_a_size_alone_is_the_base_model_of_qwen25(size: str) -> None:
+    assert Qwen2Config.named(size) == Qwen2Config.from_dict(PUBLISHED[f"Qwen2.5-{size}"])
+    assert Qwen2Config.named(size.lower()) == Qwen2Config.named(f"qwen2.5-{size}")
+    assert Qwen2Config.named(f"Qwen2-{size}").num_layers == SHAPES[size][0]
 
 
-def test_an_unknown_size_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'8B' is not known; known are 0\.5B, 1\.5B, 3B, 7B"):
-        Qwen2Config.named("8B")
+@pytest.mark.parametrize(
+    ("name", "epsilon", "rotary_base", "positions"),
+    [
+        ("14B-Instruct", 1e-6, 1e6, 32768),
+        ("32B-Instruct", 1e-6, 1e6, 32768),
+        ("72B-Instruct", 1e-6, 1e6, 32768),
+        ("Qwen2-72B-Instruct", 1e-6, 1e6, 32768),
+        ("Coder-32B", 1e-5, 1e6, 32768),
+        ("Coder-32B-Instruct", 1e-6, 1e6, 32768),
+        ("Math-72B", 1e-5, 1e4, 4096),
+        ("Math-72B-Instruct", 1e-6, 1e4, 4096),
+        ("QwQ-32B-Preview", 1e-5, 1e6, 32768),
+    ],
+)
+def test_a_name_says_which_model_of_a_size_it_is(
+    name: str, epsilon: float, rotary_base: float, positions: int
+) -> None:
+    config = Qwen2Config.named(name)
+    found = (config.norm_epsilon, config.rotary_base, config.max_position_embeddings)
+    assert found == (epsilon, rotary_base, positions)
+
+
+@pytest.mark.parametrize("name", ["8B", "Math-14B", "Qwen2-Coder-7B", "7B-Instruct-Instruct"])
+def test_an_unknown_model_names_the_known_ones(name: str) -> None:
+    known = rf"'{name}' is not known; known are 0\.5B, 1\.5B, 3B, 7B.*Math-.*QwQ-32B, QwQ-"
+    with pytest.raises(UserError, match=known):
+        Qwen2Config.named(name)
+
+
+# --- YaRN added to a config -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", [lambda raw: raw, as_transformers_5], ids=["4", "5"])
+def test_yarn_that_is_added_is_read_again(spelling) -> None:
+    raw = spelling(PUBLISHED["Qwen2.5-Math-7B"])
+    config = Qwen2Config.from_dict(raw).with_yarn(8.0, 4096)
+    assert config.max_position_embeddings == 32768
+    assert Qwen2Config.from_dict(config.with_own_yarn(raw)) == config
+    assert config.rotary_base == 10000
+    as_published = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+    written = {**PUBLISHED["Qwen2.5-Math-7B"], "rope_scaling": as_published}
+    assert Qwen2Config.from_dict(written).yarn == config.yarn
 
 
 # --- YaRN -----------------------------------------------------------------------------------------

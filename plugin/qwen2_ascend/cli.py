@@ -39,6 +39,10 @@ COMMANDS = {
         "qwen2_ascend.checkpoint.command",
         "split a Hugging Face checkpoint into shards, merge it back, or reshard",
     ),
+    "migrate": Command(
+        "qwen2_ascend.migration.command",
+        "turn MindSpeed-LLM's shell scripts into scripts of this project",
+    ),
     "preprocess": Command(
         "qwen2_ascend.data.command",
         "turn text or chats into Megatron's .bin/.idx",

@@ -7,10 +7,10 @@ table (`checkpoint/rules.py`) and nowhere else. Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import json_value, read_text
@@ -166,15 +166,20 @@ class Qwen2Config:
 
     @classmethod
     def named(cls, name: str) -> Qwen2Config:
-        """The published shape of one size: 0.5B, 1.5B, 3B, 7B, 14B, 32B or 72B.
+        """The config of a published model, by its name or by its size alone.
+
+        Args:
+            name: `Qwen2.5-72B-Instruct`, `Qwen2.5-Math-7B`, `Qwen2-7B`, `QwQ-32B` and so on, in
+                any case. Without `Qwen2` or `Qwen2.5` it is of Qwen2.5; a size alone, `72B`, is
+                the base model's.
 
         Raises:
-            UserError: a size that was not published.
+            UserError: a model that was not published.
         """
-        sizes = _PUBLISHED.get(name.upper().removeprefix("QWEN2.5-").removeprefix("QWEN2-"))
-        if sizes is None:
-            raise UserError(f"model {name!r} is not known; known are {', '.join(_PUBLISHED)}.")
-        layers, hidden, ffn, heads, groups, vocabulary = sizes
+        found = _PUBLISHED.get(_key(name))
+        if found is None:
+            raise UserError(f"model {name!r} is not known; known are {_known_names()}.")
+        layers, hidden, ffn, heads, groups, vocabulary = _SHAPES[found.size]
         return cls(
             num_layers=layers,
             hidden_size=hidden,
@@ -183,9 +188,40 @@ class Qwen2Config:
             num_query_groups=groups,
             kv_channels=hidden // heads,
             vocab_size=vocabulary,
-            norm_epsilon=1e-5 if hidden >= 5120 else 1e-6,
-            tie_word_embeddings=hidden <= 2048,
+            max_position_embeddings=found.max_position_embeddings,
+            rotary_base=found.rotary_base,
+            norm_epsilon=found.norm_epsilon,
+            tie_word_embeddings=found.is_tied,
         )
+
+    def with_yarn(
+        self,
+        factor: float,
+        original_max_position_embeddings: int,
+        *,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+    ) -> Qwen2Config:
+        """The same with YaRN scaling, and at least as many positions as that makes."""
+        yarn = YarnScaling(
+            factor=float(factor),
+            original_max_position_embeddings=original_max_position_embeddings,
+            beta_fast=beta_fast,
+            beta_slow=beta_slow,
+            attention_factor=0.1 * math.log(factor) + 1.0,
+        )
+        stretched = int(factor * original_max_position_embeddings)
+        positions = max(self.max_position_embeddings, stretched)
+        return replace(self, yarn=yarn, max_position_embeddings=positions)
+
+    def with_own_yarn(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The contents of a config.json with this config's YaRN scaling and number of positions."""
+        assert self.yarn is not None
+        scaling = {"rope_type": "yarn", **asdict(self.yarn)}
+        spelling = {"rope_scaling": {"type": "yarn", **scaling}}
+        if raw.get("rope_parameters"):  # transformers 5; rope_theta is in it
+            spelling = {"rope_parameters": {**raw["rope_parameters"], **scaling}}
+        return {**raw, **spelling, "max_position_embeddings": self.max_position_embeddings}
 
     def to_hugging_face(self) -> dict[str, Any]:
         """A config.json's contents for this shape, in the spelling that every release reads."""
@@ -205,7 +241,7 @@ class Qwen2Config:
             "torch_dtype": next(k for k, v in DTYPES.items() if v == self.dtype),
         }
         if self.yarn:
-            raw["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **asdict(self.yarn)}
+            return self.with_own_yarn(raw)
         return raw
 
 
@@ -241,7 +277,7 @@ _YARN_NUMBERS = (
 _SIZES = {*_HF_SIZES.values(), "kv_channels", "max_position_embeddings"}
 
 # layers, hidden, ffn, heads, groups, vocabulary
-_PUBLISHED = {
+_SHAPES = {
     "0.5B": (24, 896, 4864, 14, 2, 151936),
     "1.5B": (28, 1536, 8960, 12, 2, 151936),
     "3B": (36, 2048, 11008, 16, 2, 151936),
@@ -250,6 +286,88 @@ _PUBLISHED = {
     "32B": (64, 5120, 27648, 40, 8, 152064),
     "72B": (80, 8192, 29568, 64, 8, 152064),
 }
+_TIED = ("0.5B", "1.5B", "3B")
+_LARGE = ("14B", "32B", "72B")
+
+
+class _Published(NamedTuple):
+    """What a published config.json says besides its size's shape."""
+
+    size: str
+    max_position_embeddings: int
+    rotary_base: float
+    norm_epsilon: float
+    is_tied: bool
+
+
+def _series(
+    prefix: str, sizes: Iterable[str], positions: Mapping[str, int], rotary_base: float
+) -> dict[str, _Published]:
+    """The base and the instruct models of one series.
+
+    Args:
+        prefix: of the names, as `Qwen2.5-Math-`.
+        sizes: those that were published.
+        positions: max_position_embeddings of the base models, where it is not that of all the
+            instruct models, which are under "Instruct".
+        rotary_base: of all.
+    """
+    found: dict[str, _Published] = {}
+    for size in sizes:
+        # base models of 14B and more were made with 1e-5, their instruct models with 1e-6
+        of_base = 1e-5 if size in _LARGE else 1e-6
+        instruct = positions["Instruct"]
+        base = positions.get(size, positions.get("base", instruct))
+        for name, most, epsilon in (("", base, of_base), ("-Instruct", instruct, 1e-6)):
+            published = _Published(size, most, rotary_base, epsilon, size in _TIED)
+            found[f"{prefix}{size}{name}"] = published
+    return found
+
+
+_LONG = {"base": 131072, "Instruct": 32768}
+_MODELS: dict[str, _Published] = {
+    **_series("Qwen2.5-", _SHAPES, {**_LONG, "0.5B": 32768, "3B": 32768}, 1e6),
+    **_series("Qwen2.5-Coder-", tuple(_SHAPES)[:-1], {"Instruct": 32768}, 1e6),
+    **_series("Qwen2.5-Math-", ("1.5B", "7B", "72B"), {"Instruct": 4096}, 1e4),
+    **_series("Qwen2-", ("0.5B", "1.5B", "7B", "72B"), _LONG, 1e6),
+    "QwQ-32B": _Published("32B", 40960, 1e6, 1e-5, False),
+    "QwQ-32B-Preview": _Published("32B", 32768, 1e6, 1e-5, False),
+    "DeepSeek-R1-Distill-Qwen-1.5B": _Published("1.5B", 131072, 1e4, 1e-6, False),
+    "DeepSeek-R1-Distill-Qwen-7B": _Published("7B", 131072, 1e4, 1e-6, False),
+    "DeepSeek-R1-Distill-Qwen-14B": _Published("14B", 131072, 1e6, 1e-5, False),
+    "DeepSeek-R1-Distill-Qwen-32B": _Published("32B", 131072, 1e6, 1e-5, False),
+}
+"""The published models, by their names."""
+
+
+def _key(name: str) -> str:
+    """A name as it is looked up: in any case, of Qwen2.5 where it does not say.
+
+    Qwen2 had no 3B, 14B and 32B; those names have always meant Qwen2.5's shape here.
+    """
+    key = name.lower().removeprefix("qwen/").removeprefix("deepseek-ai/")
+    if key in ("qwen2-3b", "qwen2-14b", "qwen2-32b"):
+        return key.replace("qwen2-", "qwen2.5-")
+    if key.startswith("r1-distill"):
+        return f"deepseek-{key}"
+    return key if key.startswith(("qwen2", "qwq", "deepseek")) else f"qwen2.5-{key}"
+
+
+_PUBLISHED = {name.lower(): published for name, published in _MODELS.items()}
+
+
+def published_names() -> tuple[str, ...]:
+    """The names of all models that `Qwen2Config.named` knows."""
+    return tuple(_MODELS)
+
+
+def _known_names() -> str:
+    """Those names in few words."""
+    others = (name for name in _MODELS if not name.startswith("Qwen2"))
+    return (
+        f"{', '.join(_SHAPES)}, with -Instruct behind and Qwen2-, Coder- or Math- before it where "
+        f"that was published, and {', '.join(others)}"
+    )
 
 
 def _wrong_types(raw: Mapping[str, Any]) -> list[str]:

@@ -94,5 +94,53 @@ def a_cache_that_is_not_shared_is_named(run: Run) -> None:
         assert run.runtime.rank == 0
 
 
+@CHECKS.add(world_size=2)
+def each_node_writes_the_index_of_its_own_disk(run: Run) -> str:
+    """Two nodes of one rank each, with a cache of their own; both read the same samples."""
+    import os
+
+    import torch.distributed as dist
+
+    from qwen2_ascend.data import pretraining
+
+    _write(run)
+    rank, cache = run.runtime.rank, run.folder / f"disk-of-{run.runtime.rank}"
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        built = pretraining.build_pretraining_datasets(
+            data_path=["0.4", str(run.folder / "A"), "0.6", str(run.folder / "B")],
+            num_samples=(64, 0, 0),
+            seq_length=16,
+            seed=7,
+            eod_token=0,
+            data_cache_path=cache,
+            each_node_builds=True,
+        )
+    finally:
+        os.environ["LOCAL_RANK"] = str(rank)
+    assert dist.get_rank() == rank
+    digests: list[str] = [""] * 2
+    dist.all_gather_object(digests, _digest(built[:1]))
+    assert digests[0] == digests[1]
+    written = sorted(path.name for path in cache.iterdir())
+    assert len(written) >= 8, written
+    return f"{len(written)} files"
+
+
+@CHECKS.add(world_size=2)
+def a_folder_of_checkpoints_must_be_shared(run: Run) -> str:
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.training.setup import require_shared
+
+    require_shared(run.folder / "save")
+    (run.folder / f"{run.runtime.rank}").mkdir()
+    try:
+        require_shared(run.folder / f"{run.runtime.rank}" / "save")
+    except UserError as error:
+        assert "rank 1" in str(error) and "is not seen here" in str(error)
+        return str(error)
+    raise AssertionError("rank 1 does not see what rank 0 writes")
+
+
 if __name__ == "__main__":
     main(CHECKS)

@@ -413,6 +413,28 @@ def test_a_place_for_prepared_chats_that_cannot_be_written_is_said(tmp_path: Pat
     build(str(path), tokenizer=str(tokenizer), workers=1, data_cache_path=tmp_path / "there")
 
 
+def test_prompt_type_reaches_the_samples_of_a_file(tmp_path: Path) -> None:
+    """And a file that was prepared with another template is prepared again."""
+    from transformers import AutoTokenizer
+
+    from qwen2_ascend.data.chat.settings import ChatSettings
+
+    folder = save_chat_tokenizer(tmp_path / "tokenizer", "{{ messages[0].content }}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [said("user", "q"), said("assistant", "a"), said("user", "r"), said("assistant", "b")]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}])
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>"
+    chat = f"{turn.format('q', 'a')}\n{turn.format('r', 'b')}"
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    for name, text in (("qwen", system + chat), ("chatml", chat)):
+        settings = ChatSettings(prompt_type=name)
+        built = build(str(path), tokenizer=str(folder), workers=1, chat=settings, seq_length=512)
+        (sample,) = all_samples(built.train)
+        assert tokenizer.decode(sample["tokens"]).replace("<|endoftext|>", "") == text
+        trained = sample["labels"][sample["loss_mask"] == 1]
+        assert tokenizer.decode(trained) == "a<|im_end|>b<|im_end|>"
+
+
 def test_a_bad_row_of_a_file_stops_the_run_with_its_line(tmp_path: Path) -> None:
     tokenizer = save_chat_tokenizer(tmp_path / "tokenizer")
     good = {"messages": [said("user", "q"), said("assistant", "a")]}

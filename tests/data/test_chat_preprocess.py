@@ -275,7 +275,7 @@ def test_summary_counts_what_was_written(tokenizer, tmp_path: Path, capsys) -> N
 def test_packs_hold_every_chat_once_numbered_and_padded(tokenizer, tmp_path, capsys) -> None:
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     run(tmp_path / "single", path, tokenizer, seq_length=400)
-    run(tmp_path / "a", path, tokenizer, seq_length=400, pack=True)
+    run(tmp_path / "a", path, tokenizer, seq_length=400, neat_pack=True)
     columns = [stored(tmp_path / "a", kind) for kind in KINDS]
     found = []
     for ids, labels, mask in zip(*columns, strict=True):

@@ -22,7 +22,8 @@ from chats import (
 )
 
 from qwen2_ascend.data.chat.formats import Chat
-from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, read_template
+from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, given_template
+from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError
 
 MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
@@ -382,7 +383,29 @@ def test_reasoning_that_the_template_writes_in_its_own_way_is_trained_on(small_t
 
 def test_a_bom_in_front_of_a_template_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(f"\ufeff{CHATML}", encoding="utf-8")
-    assert read_template(tmp_path / "t.jinja") == CHATML
+    assert given_template(ChatSettings(chat_template=tmp_path / "t.jinja")) == CHATML
+
+
+@pytest.mark.parametrize("name", ["deepseek3", "default"])
+def test_token_that_a_template_names_would_spoil_the_chat_too(small_tokenizer, name: str) -> None:
+    """These write eos_token, whatever it is."""
+    messages = [said("user", f"a{small_tokenizer.eos_token}b"), said("assistant", "c")]
+    (bad,) = ChatRenderer(small_tokenizer, prompt_type=name)([chat_of(messages)])
+    assert f"turn 1 holds {small_tokenizer.eos_token}" in str(bad)
+
+
+def test_prompt_type_trains_on_all_that_an_answer_is_written_as(small_tokenizer) -> None:
+    """qwen_lf's answers end with a newline, as MindSpeed-LLM's labels do."""
+    (tokens,) = ChatRenderer(small_tokenizer, prompt_type="qwen_lf")([CHATS[0]])
+    assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "hello there<|im_end|>\n"
+    (tokens,) = ChatRenderer(small_tokenizer, prompt_type="qwen")([CHATS[0]])
+    assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "hello there<|im_end|>"
+
+
+def test_prompt_type_refuses_a_chat_with_tools(small_tokenizer) -> None:
+    chat = chat_of(CHATS[0].messages, TOOLS)
+    (bad,) = ChatRenderer(small_tokenizer, prompt_type="qwen")([chat])
+    assert "leaves out tool weather" in str(bad)
 
 
 def test_a_chat_that_the_template_refuses_is_a_bad_row(small_tokenizer) -> None:

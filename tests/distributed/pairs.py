@@ -59,6 +59,15 @@ NEUTRAL: dict[str, list[Any]] = {
     "--recompute-num-layers": [
         {**FULL, "--recompute-method": "uniform", "--recompute-num-layers": 2},
     ],
+    "--recompute-activation-function": [True],
+    "--recompute-activation-function-num-layers": [
+        {
+            "--recompute-activation-function": True,
+            "--recompute-activation-function-num-layers": 1,
+        },
+    ],
+    "--recompute-norm": [True],
+    "--recompute-norm-num-layers": [{"--recompute-norm": True, "--recompute-norm-num-layers": 1}],
     "--cross-entropy-chunk-size": [16],
     "--attention-backend": ["unfused", "local", "flash"],
     "--use-flash-attn": [True],
@@ -93,6 +102,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "--profile-level": [{**STEPS, "--profile-level": "level1"}],
     "--no-mindspeed": [True],
     "--deterministic": [True],
+    "--manual-gc": [True],
+    "--manual-gc-interval": [{"--manual-gc": True, "--manual-gc-interval": 1}],
+    "--no-manual-gc-eval": [{"--manual-gc": True, "--no-manual-gc-eval": True}],
     "--exit-signal-handler": [False],
 }
 """What must not matter: the same losses with and without."""
@@ -132,6 +144,7 @@ KEPT: dict[str, list[Any]] = {
     "--clip-grad": [0.0, 0.05],
     "--bf16": [True],
     "--fp16": [{"--fp16": True, "--initial-loss-scale": 4096.0}],
+    "--reuse-fp32-param": [{"--bf16": True, "--reuse-fp32-param": True}],
     "--loss-scale": [{"--fp16": True, "--loss-scale": 128.0}],
     "--initial-loss-scale": [{"--fp16": True, "--initial-loss-scale": 1024.0}],
     "--min-loss-scale": [{"--fp16": True, "--min-loss-scale": 2.0}],
@@ -162,7 +175,9 @@ OF_PRETRAINING: dict[str, list[Any]] = {
     "--data-path": [("0.5", f"{DATA}corpus", "0.5", f"{DATA}corpus")],
     "--eod-token": [0],
     "--eod-mask-loss": [{"--eod-mask-loss": True, "--eod-token": 0}],
+    "--reset-attention-mask": [{"--reset-attention-mask": True, "--eod-token": 0}],
     "--reset-position-ids": [{"--reset-position-ids": True, "--eod-token": 0}],
+    "--no-shared-storage": [True],
 }
 OF_TUNING: dict[str, list[Any]] = {
     "--num-train-epochs": [{"--num-train-epochs": 3.2, "--train-iters": None}],

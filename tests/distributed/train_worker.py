@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -421,10 +422,87 @@ def recomputing_changes_nothing(run: Run) -> str:
         "--recompute-granularity selective",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
+        "--recompute-activation-function --recompute-norm",
+        "--recompute-granularity selective --recompute-norm --recompute-norm-num-layers 2",
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 1 "
+        "--recompute-activation-function --recompute-activation-function-num-layers 2",
     ):
         losses = [result.loss for result in steps(start(run, f"{FLAGS} {flags}"), 3)]
         assert losses == plain, f"{flags}: {losses} instead of {plain}"
     return ""
+
+
+@CHECKS.add(world_size=2)
+def outputs_computed_again_change_nothing_on_ranks(run: Run) -> str:
+    """Where a product keeps its part of the sequence, and where chunks have layers of their own."""
+    for layout in ("tp2-sp", "pp2-vpp2"):
+        flags = f"{FLAGS} {LAYOUTS[layout][1]}"
+        plain = [result.loss for result in steps(start(run, flags), 3)]
+        again = f"{flags} --recompute-activation-function --recompute-norm"
+        assert [result.loss for result in steps(start(run, again), 3)] == plain, layout
+    return ""
+
+
+@CHECKS.add(world_size=2)
+def reused_fp32_weights_change_no_bit(run: Run) -> str:
+    """Losses, weights, moments and fp32 weights, also through a checkpoint; and what is held."""
+    from qwen2_ascend.training import optimizer as optimizers
+
+    found = {}
+    for layout in ("dp2-distributed-optimizer", "tp2"):
+        flags = f"{FLAGS} --bf16 {LAYOUTS[layout][1]}"
+        training = start(run, flags)
+        plain = [result.loss for result in steps(training, STEPS)]
+        settle(training)
+        expected, before = state_of(training), held_bytes(training)
+        flags += " --reuse-fp32-param"
+        training = start(run, f"{flags} --save {run.folder}/halves-{layout}")
+        losses = [result.loss for result in steps(training, 2)]
+        folder = save(training).parent
+        losses += [result.loss for result in steps(training, STEPS - 2)]
+        assert losses == plain, (layout, losses, plain)
+        own, whole = updated_weights(training), len_of(weights(training).values())
+        after = held_bytes(training)
+        found[layout] = (before, after)
+        assert before >= 6 * whole + 12 * own, (layout, before)
+        assert 6 * whole + 10 * own <= after <= 1.01 * (6 * whole + 10 * own), (layout, after)
+        resumed = start(run, flags, load=folder)
+        optimizers.settle(resumed.optimizer)
+        assert [result.loss for result in steps(resumed, STEPS - 2)] == plain[2:], layout
+        for one in (training, resumed):
+            settle(one)
+            state = state_of(one)
+            assert expected.keys() == state.keys()
+            for name, value in expected.items():
+                assert (state[name] == value).all(), (layout, name)
+    return str(found)
+
+
+def updated_weights(training: TrainingRun) -> int:
+    """Elements of which this rank has the fp32 weights."""
+    from qwen2_ascend.training.optimizer import state_slices
+
+    return sum(own.stop - own.start for own in state_slices(training.optimizer).values())
+
+
+def len_of(tensors: Iterable[Any]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def held_bytes(training: TrainingRun) -> int:
+    """Of weights, gradients and all that the optimizer keeps between two steps."""
+    from qwen2_ascend.training.halves import split_mains
+
+    tensors = list(weights(training).values())
+    tensors += [parameter.main_grad for parameter in tensors]
+    inner = getattr(training.optimizer, "chained_optimizers", [training.optimizer])[0].optimizer
+    tensors += [p for group in inner.param_groups for p in group["params"]]
+    moments = ("exp_avg", "exp_avg_sq")
+    tensors += [state[kind] for state in inner.state.values() for kind in moments]
+    # weights and gradients are parts of buffers; the fp32 weights may have no memory at all
+    size = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+    mains = split_mains(training.optimizer)
+    return size + (mains.num_bytes if mains else 0)
 
 
 @CHECKS.add(world_size=1)
@@ -555,40 +633,116 @@ def the_last_checkpoint_is_said_to_be_the_last(run: Run) -> str:
     return str(saved)
 
 
-# --- positions -----------------------------------------------------------------------------------
+# --- documents -----------------------------------------------------------------------------------
+
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+APART = {
+    "mask": (1, "--reset-attention-mask --micro-batch-size 1"),
+    "positions": (1, "--reset-position-ids --micro-batch-size 4"),
+    "both": (1, "--reset-attention-mask --reset-position-ids --micro-batch-size 2"),
+    "mask-without-eod": (1, "--reset-attention-mask --micro-batch-size 2"),
+    "tp2-sp": (2, f"--reset-attention-mask --micro-batch-size 2 {TP2} --sequence-parallel"),
+    "pp2": (2, f"--reset-position-ids --micro-batch-size 2 {PP2}"),
+    "tp2-pp2": (4, f"--reset-attention-mask --reset-position-ids {TP2} {PP2}"),
+}
 
 
-@CHECKS.add(world_size=1)
-def positions_that_start_anew_are_where_tokens_are_rotated_to(run: Run) -> str:
-    """Attention still goes over the whole row; the reference is given positions and mask."""
+def documents_are_trained_as_alone(name: str, flags: str, run: Run, *, device: str = "cpu") -> str:
+    """The loss of each token, and the gradient, are those of transformers with one document."""
+    import torch
+
+    from qwen2_ascend.training.loop import token_loss, train_batches, train_step
+
+    has_eod = "without-eod" not in name
+    prefix, folder = write_documents(run, name, has_eod), hugging_face_folder(run, tied=False)
+    flags += f" --data-path {prefix} --split 100,0,0 --seq-length 48 --global-batch-size 4"
+    flags += f" --train-iters 1 --lr 1e-3 --clip-grad 0 --device {device}"
+    training = start(run, flags + (" --eod-token 0" if has_eod else ""))
+    kept: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def objective(losses: torch.Tensor, batch: dict[str, Any]):
+        kept.append((losses.detach().clone(), batch))
+        return token_loss(losses, batch)
+
+    training.objective = objective
+    result = train_step(training, train_batches(training))
+    if not training.chunks[-1].module.post_process:
+        return "no last stage"
+    rows = [
+        (tokens, labels, row)
+        for losses, batch in kept
+        for tokens, labels, row in zip(
+            batch["tokens"].cpu(), batch["labels"].cpu(), losses.cpu(), strict=True
+        )
+    ]
+    expected, norm = trained_alone(folder, rows, has_eod)
+    apart = max((own - alone)[~alone.isnan()].abs().max().item() for own, alone in expected)
+    assert apart < 1e-5, apart
+    mean = torch.cat([alone[~alone.isnan()] for _, alone in expected]).mean().item()
+    assert abs(result.loss - mean) < 1e-5, (result.loss, mean)
+    assert abs(result.grad_norm / norm - 1) < 1e-4, (result.grad_norm, norm)
+    return f"{apart:.1e}"
+
+
+def write_documents(run: Run, name: str, has_eod: bool) -> Path:
+    """12 documents of 9 to 31 tokens; no two have a token in common, so each says where it is from.
+
+    With `has_eod` 0 ends each of them.
+    """
+    import numpy as np
+    import torch
+
+    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
+
+    prefix = run.folder / f"documents-{name}"
+    if run.runtime.rank == 0:
+        draw = np.random.default_rng(5)
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for i in range(12):
+            ids = draw.integers(2 + 20 * i, 22 + 20 * i, draw.integers(9, 32)).tolist()
+            ids[-1] = 0 if has_eod else ids[-1]
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(f"{prefix}.idx")
+    torch.distributed.barrier()
+    return prefix
+
+
+def trained_alone(
+    folder: Path, rows: list[tuple[Any, Any, Any]], has_eod: bool
+) -> tuple[list[tuple[Any, Any]], float]:
+    """Of each document's part of a row our losses and transformers', and its gradient's norm.
+
+    The loss of a token whose label is another document's is NaN, unless the token is 0.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from distributed.pairs_worker import write_corpus
-    from qwen2_ascend.training.loop import train_batches, train_step
+    model = AutoModelForCausalLM.from_pretrained(folder).float()
+    pairs, trained = [], []
+    for tokens, labels, row in rows:
+        numbers = torch.where(tokens == 0, -1, (tokens - 2) // 20)
+        numbers = [int(n) for n in numbers]
+        numbers = [n if n >= 0 else numbers[i - 1] if i else -1 for i, n in enumerate(numbers)]
+        starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1]]
+        assert len(starts) > 1, "a row has several documents"
+        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+            logits = model(tokens[None, start:end]).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits, labels[start:end], reduction="none")
+            is_strange = not has_eod and (int(labels[end - 1]) - 2) // 20 != numbers[end - 1]
+            trained.append(losses[: len(losses) - is_strange])
+            alone = losses.detach().clone()
+            if is_strange:
+                alone[-1] = torch.nan
+            pairs.append((row[start:end], alone))
+    torch.cat(trained).mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf).item()
+    return pairs, norm
 
-    write_corpus(run.folder / "documents")
-    flags = f"--data-path {run.folder}/documents --split 100,0,0 --eod-token 0 --seq-length 32 "
-    flags += "--micro-batch-size 4 --train-iters 1 --lr 1e-3 --reset-position-ids --device cpu"
-    training = start(run, flags)
-    batch = next(train_batches(training))
-    assert batch is not None
-    position_ids = batch["position_ids"]
-    assert (position_ids == 0).sum() > len(position_ids), "some documents begin inside of a row"
-    model = AutoModelForCausalLM.from_pretrained(
-        hugging_face_folder(run, tied=False), attn_implementation="eager"
-    ).float()
-    s = position_ids.shape[1]
-    causal = torch.full((s, s), -torch.inf).triu(1).expand(len(position_ids), 1, s, s)
-    logits = model(
-        input_ids=batch["tokens"], position_ids=position_ids, attention_mask=causal
-    ).logits
-    expected = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch["labels"].flatten()
-    ).item()
-    found = train_step(training, train_batches(training)).loss
-    assert abs(found - expected) < 1e-5, (found, expected)
-    return f"{abs(found - expected):.1e}"
+
+for _name, (_world_size, _flags) in APART.items():
+    CHECKS.add(world_size=_world_size, name=f"documents-{_name}")(
+        functools.partial(documents_are_trained_as_alone, _name, _flags)
+    )
 
 
 def hugging_face_folder(run: Run, tied: bool) -> Path:

@@ -49,8 +49,7 @@ SFT = {
     "tp2-sp-packed": (2, f"{TP2} --sequence-parallel --micro-batch-size 2 --pack"),
     "tp2-sp-variable": (
         2,
-        f"{TP2} --sequence-parallel --micro-batch-size 2 --variable-seq-lengths "
-        "--pad-to-multiple-of 2",
+        f"{TP2} --sequence-parallel --micro-batch-size 2 --variable-seq-lengths",
     ),
     "pp2-packed": (2, f"{PP2} --micro-batch-size 2 --pack"),
     "pp2-variable": (2, f"{PP2} --micro-batch-size 2 --variable-seq-lengths"),

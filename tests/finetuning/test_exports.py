@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.config import Qwen2Config
 
 RUN_COMMANDS = Path(__file__).parents[1] / "training" / "run_commands.py"
 SIZES = "--seq-length 32 --global-batch-size 4 --lr 1e-2 --device cpu --no-log-energy"
@@ -32,6 +33,10 @@ def commands() -> list[tuple[str, str]]:
     alone = f"--load {{d}}/hf {data} --lora-r 2 --train-iters 2 --save-adapter {{d}}/alone"
     sft = f"--load {{d}}/sft --pretrained-checkpoint {{d}}/hf --save {{d}}/sft {data} "
     sft += "--num-train-epochs 1 --exit-interval 1 --save-hf {d}/sft_hf"
+    yarn = f"--load {{d}}/yarn --pretrained-checkpoint {{d}}/hf --save {{d}}/yarn {data} "
+    yarn += "--train-iters 2 --save-hf {d}/yarn_hf"
+    scaling = "--rope-scaling-type yarn --rope-scaling-original-max-position-embeddings 64 "
+    scaling += "--rope-scaling-factor"
     return [
         ("half", lora),
         ("whole", lora),
@@ -43,6 +48,10 @@ def commands() -> list[tuple[str, str]]:
         ("sft 1", sft),
         ("sft 2", sft),
         ("sft 2 again", sft),
+        ("yarn, half", f"{yarn} --exit-interval 1 {scaling} 8"),
+        ("yarn, another", f"{yarn} {scaling} 4"),
+        ("yarn, whole", yarn),
+        ("no yarn", f"{yarn} --exit-interval 1".replace("{d}/yarn", "{d}/plain")),
         ("mixed", f"--load {{d}}/mixed {data} --lora-r 2 --train-iters 1 --save {{d}}/m "
          "--save-hf {d}/mixed_hf"),
         ("inside", f"--load {{d}}/hf {data} --train-iters 1 --save {{d}}/i --save-hf {{d}}/i/hf"),
@@ -152,3 +161,23 @@ def test_an_export_that_cannot_be_made_is_refused_before_the_run(
     ended = world[1][name]
     assert ended.status == 2 and words in ended.err, ended
     assert "Traceback" not in ended.err and "iteration" not in ended.out
+
+
+def test_yarn_of_flags_is_that_of_the_run_its_checkpoints_and_its_export(world: World) -> None:
+    """A start that does not say it goes on with it; one that says another is refused."""
+    folder, runs = world
+    half, another, whole = (runs[f"yarn, {name}"] for name in ("half", "another", "whole"))
+    assert half.status == 0, half.err
+    assert "--rope-scaling-factor 8: the run has this YaRN scaling" in half.out
+    assert another.status == 2 and "--rope-scaling-factor 4: the config says 8.0" in another.err
+    assert whole.status == 0 and "at iteration 1" in whole.out, whole.err
+    expected = tiny_config().with_yarn(8, 64)
+    for made in ("yarn", "yarn_hf"):
+        assert Qwen2Config.from_pretrained(folder / made) == expected
+    assert Qwen2Config.from_pretrained(folder / "plain").yarn is None
+    lines = {
+        name: (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        for name in ("yarn", "plain")
+    }
+    scaled, plain = (json.loads(lines[name][0])["loss"] for name in ("yarn", "plain"))
+    assert abs(scaled - plain) > 1e-4, "the scaling is in the model"

@@ -43,11 +43,13 @@ def test_contradictions_are_refused(flags: str, message: str) -> None:
     assert message in faults_of(flags)
 
 
-def test_sequence_parallel_needs_batches_that_tensor_parallel_ranks_divide() -> None:
-    flags = "--train-iters 3 --tensor-model-parallel-size 2 --sequence-parallel"
-    assert "multiple of tensor_model_parallel_size=2" in faults_of(
-        f"{flags} --variable-seq-lengths --pad-to-multiple-of 3", world_size=2
-    )
+def test_sequence_parallel_pads_batches_so_that_tensor_parallel_ranks_divide_them() -> None:
+    flags = f"{NEEDED} --train-iters 3 --variable-seq-lengths --tensor-model-parallel-size 4"
+    for given, padding in (("", 1), ("--sequence-parallel", 4)):
+        assert parse(f"{flags} {given}".split()).pad_to_multiple_of == padding
+    for given, padding in ((1, 4), (2, 4), (3, 12), (8, 8)):
+        words = f"{flags} --sequence-parallel --pad-to-multiple-of {given}"
+        assert parse(words.split()).pad_to_multiple_of == padding
 
 
 def test_all_faults_are_named_at_once() -> None:

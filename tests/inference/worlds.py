@@ -28,7 +28,7 @@ class Ended(NamedTuple):
 
 def model_with_tokenizer(folder: Path, **changes: Any) -> Path:
     """A random model of a vocabulary that the tokenizer fits in."""
-    config = tiny_config(vocab_size=400, max_position_embeddings=CONTEXT, **changes)
+    config = tiny_config(**{"vocab_size": 400, "max_position_embeddings": CONTEXT, **changes})
     make_tiny_hugging_face_folder(folder, config, seed=8)
     save_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")

@@ -99,6 +99,21 @@ def test_packed_documents_have_the_losses_of_each_alone(flags, run, monkeypatch)
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["tp2-sp", "pp2"])
+@pytest.mark.simulated(cards=2, alone="training")
+def test_documents_of_pretraining_have_the_losses_of_each_alone(name, run):
+    """--reset-attention-mask and --reset-position-ids go through the kernel of packed documents."""
+    from distributed import train_worker
+    from npusim.simulator import recording
+
+    _, flags = train_worker.APART[name]
+    with recording() as record:
+        train_worker.documents_are_trained_as_alone(name, flags, run, device="npu")
+    assert "aclnnFlashAttentionVarLenScore" in record.ops
+    assert "aclnnFlashAttentionScore" not in record.ops
+
+
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "flags",
     [
@@ -220,6 +235,21 @@ def test_the_launcher_trains_saves_and_resumes(tmp_path):
     done = _run([sys.executable, str(LAUNCH), *FLAGS.split(), "--load", str(saved)], {**os.environ})
     assert "fused: nothing\n" in done
     assert _losses(done) == pytest.approx(expected[2:], abs=1e-4)
+
+
+def test_a_published_line_trains_with_the_fused_operators_it_asks_for(tmp_path):
+    """A line of MindSpeed-LLM's, but for its sizes as it is: --use-flash-attn and its like too."""
+    from pasted.test_training import FUSED, by_name, losses, made_paths, small
+
+    line = by_name("2.2.0/qwen25/pretrain_qwen25_7b_8k_pack_ptd")
+    paths = made_paths(tmp_path)
+    words = small(line, paths, 2, "npu")
+    assert {*words} >= FUSED
+    log = _launched(" ".join(words), 2)
+    assert "fused: attention, rms_norm, rotary, swiglu, adamw\n" in log
+    assert "a document sees only itself" in log
+    found = losses(paths)
+    assert len(found) == 2 and all(4 < loss < 7 for loss in found), found
 
 
 def _launched(flags: str, cards: int) -> str:

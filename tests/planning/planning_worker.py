@@ -64,6 +64,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp-bf16": {"tp": 2, "pp": 2, "sequence_parallel": True, "dtype": "bf16"},
     "tp4-more-than-groups": {"tp": 4, "groups": 2},
     "pp4-selective-bf16": {"pp": 4, "recompute": "selective", "dtype": "bf16"},
+    "tp1-pp1-reuse-bf16": {"dtype": "bf16", "reuse_fp32_param": True},
+    "dp2-distributed-optimizer-reuse-bf16": {
+        "dp": 2,
+        "distributed_optimizer": True,
+        "dtype": "bf16",
+        "reuse_fp32_param": True,
+    },
+    "tp1-pp1-outputs-long-bf16": {
+        "length": 512,
+        "sequences": 1,
+        "dtype": "bf16",
+        "recompute_activation_function": True,
+        "recompute_norm": True,
+    },
+    "tp2-sp-outputs": {
+        "tp": 2,
+        "sequence_parallel": True,
+        "recompute_activation_function": True,
+        "recompute_norm": True,
+    },
     "pp2-vpp2-tied-distributed-optimizer": {
         "pp": 2,
         "dp": 2,
@@ -123,6 +143,9 @@ def flags(cut: Cut) -> str:
         "--sequence-parallel": cut.sequence_parallel,
         "--use-distributed-optimizer": cut.distributed_optimizer,
         "--bf16": job.dtype == "bf16",
+        "--reuse-fp32-param": cut.reuse_fp32_param,
+        "--recompute-activation-function": cut.recompute_activation_function,
+        "--recompute-norm": cut.recompute_norm,
         "--attention-backend unfused": job.keeps_scores,
         "--recompute-granularity selective": cut.recompute == "selective",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (

@@ -36,6 +36,25 @@ class TensorMemory(TorchDispatchMode):
                 self._see(leaf.untyped_storage())
         return given
 
+    def __enter__(self) -> TensorMemory:
+        """Sees also what gives its memory back and takes it again while it lives."""
+        super().__enter__()
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+            resized = self._resize(storage, num_bytes)
+            if storage._cdata in self._sizes:
+                self._forget(storage._cdata)
+                self._count(storage)
+            return resized
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*args)
+
     def reset_peak(self) -> None:
         """Forgets the peak so far."""
         self.peak = self.live
@@ -44,10 +63,13 @@ class TensorMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._sizes:
             return
-        self._sizes[key] = storage.nbytes()
-        self.live += self._sizes[key]
-        self.peak = max(self.peak, self.live)
+        self._count(storage)
         weakref.finalize(storage, self._forget, key)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        self._sizes[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)

@@ -416,7 +416,7 @@ def test_nothing_heavy_is_imported():
         ("--model 7B --num-devices 8 --device B300", "--device B300 is not known"),
         ("--model 8B --num-devices 8", "model '8B' is not known"),
         ("--model 7B --num-devices 0", "--num-devices 0 must be at least 1"),
-        ("--model 7B --num-devices 8 --seq-length 65536", "max_position_embeddings=32768"),
+        ("--model 7B --num-devices 8 --seq-length 262144", "max_position_embeddings=131072"),
         ("--model 7B --num-devices 9 --global-batch-size 16", "cannot share --global-batch-size"),
         ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "no valid layout"),
         ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),

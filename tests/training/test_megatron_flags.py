@@ -50,16 +50,9 @@ TUNING = """
 """
 PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
-    "--reuse-fp32-param": "leave it out",
     "--swap-attention": "--recompute-granularity",
-    "--recompute-activation-function": "--recompute-granularity",
-    "--recompute-activation-function-num-layers 4": "--recompute-granularity",
     "--use-ascend-mc2": "leave it out",
-    "--use-ascend-coc": "leave it out",
-    "--coc-fused-kernel": "leave it out",
-    "--coc-parallel-num 2": "leave it out",
-    "--manual-gc": "leave it out",
-    "--manual-gc-interval 50": "leave it out",
+    "--coc-parallel-num 2": "only 1",
     "--o2-optimizer": "leave it out",
     "--o2-gradient": "leave it out",
     "--context-parallel-size 4": "--sequence-parallel",
@@ -67,7 +60,10 @@ REFUSED = {
     "--transformer-impl transformer_engine": "only local",
     "--normalization LayerNorm": "only RMSNorm",
     "--hidden-dropout 0.1": "only 0",
-    "--rope-scaling-type yarn": "the config says None",
+    "--rope-scaling-type llama3": "only yarn",
+    "--rope-scaling-mscale 0.707": "only 1",
+    "--spec some.module layer_spec": "leave it out",
+    "--noop-layers 4,5": "--num-layer-list",
     "--no-check-for-nan-in-loss-and-grad": "--on-nonfinite skip",
 }
 """What else those scripts, or people, say; and the way out."""
@@ -125,9 +121,15 @@ def test_all_of_them_are_named_at_once() -> None:
         ("--num-layers --swiglu", "--num-layers: the config says 80"),
         ("--swiglu=1", "--swiglu 1: takes no value"),
         ("--max-position-embeddings 16", "is below --seq-length 32"),
-        ("--no-pad-to-seq-lengths", "say --variable-seq-lengths, in fine-tuning"),
-        ("--reset-attention-mask", "a token sees all before it in its sample"),
+        ("--no-pad-to-seq-lengths", "launch/finetune_qwen2.py"),
         ("--is-instruction-dataset", "launch/finetune_qwen2.py"),
+        ("--rope-scaling-type yarn", "needs --rope-scaling-factor and --rope-scaling-original-max"),
+        ("--rope-scaling-factor 8", "says nothing without --rope-scaling-type yarn"),
+        ("--beta-fast 16", "says nothing without --rope-scaling-type yarn"),
+        ("--manual-gc-interval 50", "need --manual-gc"),
+        ("--num-experts 64 --moe-grouped-gemm --moe-router-topk 8", "dense models only"),
+        ("--expert-model-parallel-size 2", "dense models only"),
+        ("--moe-something-new 3 --moe_other", "--moe-something-new, --moe-other: these are flags"),
     ],
 )
 def test_a_script_for_another_model_or_launcher_is_refused(flags: str, words: str) -> None:
@@ -158,12 +160,110 @@ def test_a_tied_model_is_not_untied() -> None:
     assert "tie_word_embeddings" in faults(pretraining, flags, tied, 1)[0]
 
 
-def test_indices_that_each_node_writes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3 --no-shared-storage"
+@pytest.mark.parametrize(
+    ("config", "flag", "names"),
+    [
+        ("72B", "--norm-epsilon 1e-6", ("Qwen2.5-72B-Instruct", "Qwen2-72B-Instruct")),
+        ("7B", "--rotary-base 10000", ("Qwen2.5-Math-7B", "DeepSeek-R1-Distill-Qwen-7B")),
+    ],
+)
+def test_a_size_is_told_which_model_a_flag_is_of(
+    config: str, flag: str, names: tuple[str, ...]
+) -> None:
+    needed = f"--config {config} --data-path data --seq-length 32 --lr 1e-5 --train-iters 3"
+    (fault,) = faults(pretraining, f"{needed} {flag}", Qwen2Config.named(config), 1)
+    for name in names:
+        assert name in fault
+        named = needed.replace(f"--config {config}", f"--config {name}")
+        assert faults(pretraining, f"{named} {flag}", Qwen2Config.named(name), 1) == []
+
+
+def test_nodes_with_disks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretraining writes an index on each; chats must be prepared, or their place be shared."""
+    needed = "--load in --save out --seq-length 32 --lr 1e-5 --train-iters 3 --no-shared-storage"
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    (fault,) = faults(pretraining, needed, world_size=1)
-    assert "--data-cache-path" in fault
+    assert faults(pretraining, f"{needed} --data-path data", world_size=1) == []
+    assert faults(finetuning, f"{needed} --data-path data", world_size=1) == []
+    for module in (pretraining, finetuning):
+        assert module.parse(f"{needed} --data-path data".split()).has_own_disks
+        words = needed.replace("--no-shared-storage", "--data-path data")
+        assert not module.parse(words.split()).has_own_disks
+    (fault,) = faults(finetuning, f"{needed} --data-path a.jsonl", world_size=1)
+    assert "rank 0 prepares a.jsonl" in fault and "qwen2-ascend preprocess" in fault
+    shared = f"{needed} --data-path a.jsonl --data-cache-path shared"
+    assert faults(finetuning, shared, world_size=1) == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert faults(finetuning, f"{needed} --data-path a.jsonl", world_size=1) == []
+
+
+YARN = "--rope-scaling-type yarn --rope-scaling-factor 8 "
+YARN += "--rope-scaling-original-max-position-embeddings 4096"
+
+
+def test_yarn_is_given_to_a_model_that_has_none() -> None:
+    flags = f"{PATHS} --seq-length 32768 --lr 1e-5 --train-iters 3 {YARN} --beta-fast 16"
+    settings, config = pretraining.parse(flags.split()), Qwen2Config.named("Math-7B")
+    run = settings.config_of_run(config)
+    assert run == config.with_yarn(8, 4096, beta_fast=16)
+    pretraining.validate(settings, run, 1)
+    without = pretraining.parse(flags.replace(YARN, "").replace("--beta-fast 16", "").split())
+    assert without.config_of_run(config) == config
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--rope-scaling-factor 4", "the config says 8.0"),
+        ("--rope-scaling-original-max-position-embeddings 32768", "the config says 4096"),
+        ("--beta-slow 2", "the config says 1.0"),
+    ],
+)
+def test_yarn_that_contradicts_the_models_own_is_refused(flag: str, words: str) -> None:
+    config = Qwen2Config.named("7B").with_yarn(8, 4096)
+    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
+    assert faults(pretraining, f"{needed} {YARN}", config, 1) == []
+    (fault,) = faults(pretraining, f"{needed} --rope-scaling-type yarn {flag}", config, 1)
+    assert fault.startswith(f"{flag}: {words}, and it decides")
+    settings = pretraining.parse(f"{needed} {YARN} {flag}".split())
+    assert settings.config_of_run(config) == config
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--rope-scaling-factor 0.5", "must be a number from 1 on"),
+        ("--rope-scaling-factor much", "must be a number from 1 on"),
+        ("--rope-scaling-original-max-position-embeddings 0.5", "must be a whole number"),
+        ("--beta-fast -1", "must be a number above zero"),
+    ],
+)
+def test_yarn_of_numbers_that_are_none_is_refused(flag: str, words: str) -> None:
+    name = flag.split()[0]
+    yarn = " ".join(part for part in YARN.replace(" --", "\n--").split("\n") if name not in part)
+    words_given = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3 {yarn} {flag}"
+    settings = pretraining.parse(words_given.split())
+    assert settings.config_of_run(tiny_config()) == tiny_config()
+    (fault,) = faults(pretraining, words_given, tiny_config(), 1)
+    assert words in fault
+
+
+def test_an_adapter_does_not_carry_yarn() -> None:
+    flags = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3 --lora-r 8 {YARN}"
+    (fault,) = faults(finetuning, flags, tiny_config(), 1)
+    assert "into the base model's config.json" in fault
+
+
+def test_other_names_of_what_is_a_setting() -> None:
+    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
+    settings = finetuning.parse(f"{needed} --no-pad-to-seq-lengths".split())
+    assert settings.data.variable_seq_lengths
+    for flag in ("--reset-attention-mask", "--reset-position-ids"):
+        assert pretraining.parse(f"{needed} {flag}".split()).data.keep_documents_apart
+    (fault,) = faults(
+        pretraining, f"{needed.replace('--data-path data', '--mock-data')} {flag}", world_size=1
+    )
+    assert "--mock-data has no documents" in fault
 
 
 def test_deepspeeds_way_takes_them_too() -> None:

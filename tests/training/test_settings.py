@@ -38,6 +38,7 @@ def faults(flags: str, world_size: int = 1, config: Qwen2Config | None = None) -
         ("--pipeline-model-parallel-size 2 --num-layer-list 3,1", 2),
         ("--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 4),
         ("--recompute-granularity full --recompute-method block --recompute-num-layers 1", 1),
+        ("--recompute-granularity full --recompute-method block", 1),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-warmup-iters 2", 1),
         ("--save x --save-interval 5 --exit-interval 5", 1),
         ("--num-layer-list 4", 1),
@@ -186,3 +187,13 @@ def test_help_answers_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert "--tensor-model-parallel-size" in done.stdout
+
+
+def test_every_layer_is_recomputed_where_no_number_is_given() -> None:
+    """A unit of one layer each: of block's first layers all, and the finest of uniform's."""
+    full = f"{GOOD} --recompute-granularity full --recompute-method"
+    for method in ("block", "uniform"):
+        assert parse(f"{full} {method}".split()).recompute.method_and_layers == ("uniform", 1)
+        given = parse(f"{full} {method} --recompute-num-layers 3".split())
+        assert given.recompute.method_and_layers == (method, 3)
+    assert parse(GOOD.split()).recompute.method_and_layers == (None, None)

@@ -7,16 +7,18 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from qwen2_ascend.checkpoint.pasted import CONVERT_FLAGS, split_convert_flags, with_places
 from qwen2_ascend.checkpoint.progress import size_text
-from qwen2_ascend.errors import UserError, printable
+from qwen2_ascend.errors import UserError, printable, raise_if
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.pasted_flags import pasted_faults, pasted_notes
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.convert import Conversion, Prepared
@@ -37,8 +39,8 @@ class ConvertOptions:
     """Hugging Face folder, Megatron shards, or a training checkpoint."""
     save_dir: Path
     """Folder to write; must not exist, or be empty."""
-    save_model_type: Literal["hf", "mg"]
-    """What to write: Hugging Face or Megatron."""
+    save_model_type: Literal["hf", "mg"] | None = None
+    """What to write: Hugging Face or Megatron; when not said, the other than --load-dir holds."""
     load_model_type: Literal["hf", "mg"] | None = None
     """What --load-dir holds; detected when not said."""
     target_tensor_parallel_size: int = 1
@@ -49,8 +51,15 @@ class ConvertOptions:
     """Layers per chunk of an interleaved pipeline (VPP)."""
     num_layer_list: str | None = None
     """Layers of each stage when they are not equal, as 6,8,8,6."""
-    adapter: Path | None = None
-    """PEFT adapter folder (LoRA) to merge into the weights on the way."""
+    adapter: Annotated[Path | None, tyro.conf.arg(aliases=["--lora-load"])] = None
+    """LoRA adapter to merge into the weights on the way: a PEFT folder, or the checkpoint of a LoRA
+    run, ours or MindSpeed-LLM's."""
+    lora_r: int | None = None
+    """The adapter's rank; it has to be so."""
+    lora_alpha: float | None = None
+    """The adapter's alpha; it has to be so. Where the checkpoint does not say it, this does."""
+    lora_target_modules: tuple[str, ...] = ()
+    """What the adapter adapts, in Megatron's or Hugging Face's names; it has to be so."""
     hf_cfg_dir: Path | None = None
     """Folder with config.json and tokenizer, when they are not beside the weights."""
     save_format: Literal["megatron", "safetensors", "torch_dist"] = "megatron"
@@ -83,12 +92,21 @@ class ConvertOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and converts."""
-    options = tyro.cli(ConvertOptions, args=argv)
+    words, pasted = split_convert_flags(sys.argv[1:] if argv is None else argv)
+    options = tyro.cli(ConvertOptions, args=words)
     started = time.monotonic()
+    raise_if(pasted_faults(pasted, CONVERT_FLAGS, options, None))
     # imported once the flags are right: --help answers sooner
     from qwen2_ascend.checkpoint.convert import convert, prepare
 
-    prepared = prepare(_conversion(options))
+    options = _with_kinds(options)
+    placed = with_places(options, pasted)
+    prepared = prepare(_conversion(placed))
+    raise_if(pasted_faults(pasted, CONVERT_FLAGS, options, prepared.source.config))
+    for note in pasted_notes(pasted, CONVERT_FLAGS):
+        _say(note)
+    if placed.save_dir != options.save_dir:
+        _say(f"{options.save_dir} stays as it is; the result is {placed.save_dir}")
     _say(f"from {prepared.source.describe()}")
     if (adapter := prepared.adapter) is not None:
         targets = ", ".join(adapter.lora.targets)
@@ -116,10 +134,22 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def _with_kinds(options: ConvertOptions) -> ConvertOptions:
+    """The options with what to write, which is the other kind where they do not say it."""
+    if options.save_model_type is not None:
+        return options
+    from qwen2_ascend.checkpoint.source import detect
+
+    loaded = options.load_model_type or detect(options.load_dir)
+    return replace(options, save_model_type="hf" if loaded == "mg" else "mg")
+
+
 def _conversion(options: ConvertOptions) -> Conversion:
+    assert options.save_model_type is not None
     if options.workers < 0:
         raise UserError(f"--workers {options.workers} must be at least 0.")
     from qwen2_ascend.checkpoint.convert import Conversion
+    from qwen2_ascend.checkpoint.lora_source import GivenLora
 
     return Conversion(
         load_dir=options.load_dir,
@@ -133,6 +163,9 @@ def _conversion(options: ConvertOptions) -> Conversion:
             num_layer_list=_numbers(options.num_layer_list),
         ),
         adapter=options.adapter,
+        lora=GivenLora(
+            rank=options.lora_r, alpha=options.lora_alpha, targets=options.lora_target_modules
+        ),
         hf_cfg_dir=options.hf_cfg_dir,
         save_format=options.save_format,
         padded_vocab_size=options.padded_vocab_size,

@@ -18,12 +18,12 @@ from types import MappingProxyType
 
 import xxhash
 
-from qwen2_ascend.checkpoint.adapter_rules import target_rules
+from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.casting import CastLosses
 from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
 from qwen2_ascend.checkpoint.formats.hugging_face import INDEX_FILE
 from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE, TRACKER_FILE
-from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter, open_adapter
+from qwen2_ascend.checkpoint.lora_source import GivenLora, open_lora
 from qwen2_ascend.checkpoint.manifest import (
     MARK,
     Comparison,
@@ -43,7 +43,7 @@ from qwen2_ascend.checkpoint.target import (
     hugging_face_target,
     megatron_target,
 )
-from qwen2_ascend.checkpoint.verify import check_replicas, verify
+from qwen2_ascend.checkpoint.verify import check_base, check_replicas, verify
 from qwen2_ascend.checkpoint.writing import JOURNAL_FILE, Journal, write_target
 from qwen2_ascend.errors import UserError, VerificationError, raise_if
 from qwen2_ascend.files import links_out, read_bytes
@@ -62,6 +62,8 @@ class Conversion:
     save_model_type: str
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     adapter: Path | None = None
+    lora: GivenLora = field(default_factory=GivenLora)
+    """What flags say of the adapter."""
     hf_cfg_dir: Path | None = None
     save_format: str = "megatron"
     padded_vocab_size: int | None = None
@@ -84,7 +86,7 @@ class Prepared:
 
     request: Conversion
     source: Source
-    adapter: PeftAdapter | None
+    adapter: Adapter | None
     """What is merged into the weights."""
     target: Target
     plan: Plan
@@ -105,7 +107,9 @@ def prepare(request: Conversion) -> Prepared:
     raise_if(_request_faults(request))
     source = open_source(request.load_dir, request.load_model_type, request.hf_cfg_dir)
     raise_if(links_out(request.load_dir, _read_paths(request.load_dir, source)))
-    adapter = open_adapter(request.adapter, source.config) if request.adapter else None
+    adapter = None
+    if request.adapter:
+        adapter = open_lora(request.adapter, source.config, request.lora)
     stamps = _stamps(source, adapter)
     comparison = Comparison()
     if request.check_source:
@@ -204,6 +208,8 @@ def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
     staged = StagedFolder(request.save_dir, resume=request.resume, overwrite=request.overwrite)
     if not request.ignore_replica_mismatch:
         check_replicas(prepared.plan.replicas)
+    if prepared.adapter is not None:
+        check_base(prepared.source, prepared.adapter)
     for remark in _not_checked(prepared):
         say(f"source: {remark}")
     begun = False
@@ -290,14 +296,8 @@ def _merged_boxes(prepared: Prepared) -> Mapping[str, list[Box]]:
     """What of each tensor an adapter changes."""
     boxes: dict[str, list[Box]] = defaultdict(list)
     if prepared.adapter is not None:
-        config = prepared.source.config
-        for rule in target_rules(config, prepared.adapter.lora):
-            for layer in range(config.num_layers):
-                boxes[rule.megatron.format(layer)] = [
-                    box
-                    for name, box in rule.parts
-                    if name.format(layer) in prepared.adapter.scalings
-                ]
+        for one in prepared.adapter.factors:
+            boxes[one.tensor].append(one.box)
     return boxes
 
 
@@ -377,7 +377,7 @@ def _verify(prepared: Prepared, staged: StagedFolder, say: Callable[[str], objec
 def _open_reader(prepared: Prepared, losses: CastLosses) -> Callable[[], Reader]:
     if prepared.adapter is None:
         return partial(Reader, losses)
-    return partial(MergingReader, prepared.adapter, prepared.source.config, losses)
+    return partial(MergingReader, prepared.adapter, losses)
 
 
 def _identity(prepared: Prepared) -> Mapping[str, object]:
@@ -387,7 +387,7 @@ def _identity(prepared: Prepared) -> Mapping[str, object]:
         "source": source_identity(prepared.source),
         "stamps": prepared.stamps,
         "adapter": asdict(prepared.adapter.lora) if prepared.adapter else None,
-        "scalings": dict(prepared.adapter.scalings) if prepared.adapter else None,
+        "scalings": [one.scaling for one in prepared.adapter.factors] if prepared.adapter else None,
         "target": [prepared.target.kind, prepared.target.format],
         "layout": asdict(prepared.request.layout),
         "padded_vocab_size": prepared.padded_vocab_size,
@@ -397,9 +397,8 @@ def _identity(prepared: Prepared) -> Mapping[str, object]:
     }
 
 
-def _stamps(source: Source, adapter: PeftAdapter | None) -> dict[str, tuple[int, int]]:
-    held = adapter.held if adapter else ()
-    files = (*source.files, *dict.fromkeys(one.stored.path for one in held))
+def _stamps(source: Source, adapter: Adapter | None) -> dict[str, tuple[int, int]]:
+    files = (*source.files, *(adapter.files if adapter else ()))
     stats = {path: path.stat() for path in files}
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
@@ -413,6 +412,11 @@ def _workers(request: Conversion) -> int:
 
 def _request_faults(request: Conversion) -> Iterator[str]:
     """What can be said before anything is opened."""
+    if request.lora.flags and request.adapter is None:
+        yield (
+            f"{', '.join(request.lora.flags)}: name the LoRA checkpoint with --lora-load; "
+            "--load-dir is the model that it was trained on."
+        )
     if request.verify and not request.check_source:
         yield "--verify checks the source too; leave out --no-check-source."
     if request.save_model_type == "hf":

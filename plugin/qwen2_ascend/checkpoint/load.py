@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
-from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.manifest import compare_with_manifest
 from qwen2_ascend.checkpoint.merging import MergingReader
@@ -42,7 +42,7 @@ def load_checkpoint_weights(
     padded_vocab_size: int,
     tp_rank: int,
     pp_stage: int,
-    adapter: PeftAdapter | None = None,
+    adapter: Adapter | None = None,
     say: Callable[[str], object] | None = None,
 ) -> None:
     """Fills this rank's parameters; vocabulary padding becomes zero.
@@ -82,7 +82,7 @@ def load_tensors(
     padded_vocab_size: int,
     tp_rank: int,
     pp_stage: int,
-    adapter: PeftAdapter | None = None,
+    adapter: Adapter | None = None,
     say: Callable[[str], object] | None = None,
 ) -> None:
     """As `load_checkpoint_weights`, into tensors that have a parameter's name and shape each.
@@ -93,7 +93,7 @@ def load_tensors(
     layout.check(source.config, padded_vocab_size)
     pieces = megatron_pieces(source.config, layout, padded_vocab_size)
     checks = checks_of(source)
-    with MergingReader(adapter, source.config) if adapter else Reader() as reader:
+    with MergingReader(adapter) if adapter else Reader() as reader:
         for chunk, tensors in enumerate(chunks):
             expected = pieces[Shard(tp_rank, pp_stage, chunk)]
             _check(expected, tensors)

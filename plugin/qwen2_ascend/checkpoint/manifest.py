@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from qwen2_ascend import __version__
-from qwen2_ascend.checkpoint.formats import safetensors, torch_pt
-from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE, OPTIMIZER
+from qwen2_ascend.checkpoint.formats import megatron_optimizer, safetensors, torch_pt
+from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.plan import Held
 from qwen2_ascend.checkpoint.source import Source
@@ -39,7 +39,7 @@ _VERSION = 2
 _MOST_FAULTS = 20
 _PART = re.compile(r"\[[0-9]+:[0-9]+\]$")
 """What a part's name has behind the tensor's."""
-_BESIDES = ("optimizer.", f"{OPTIMIZER}/", "rng_state/")
+_BESIDES = ("optimizer.", f"{megatron_optimizer.KEY}/", "rng_state/")
 """How the names of what is no weight begin, in torch_dist and in the mp_rank tree."""
 _READ_ON = "--no-check-source reads it all the same"
 

@@ -1,4 +1,4 @@
-"""Merges a PEFT adapter into weights while they are copied: W + scaling * B A, band by band.
+"""Merges a LoRA adapter into weights while they are copied: W + scaling * B A, band by band.
 
 The plan stays as it is, since an adapter changes values and not places. Sums are made in fp32 and
 rounded once, to the target's dtype; what is held is the adapter and a band.
@@ -12,17 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen2_ascend.checkpoint.adapter_rules import peft_name, target_rules
+from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.casting import CastLosses
 from qwen2_ascend.checkpoint.copying import Reader, within
-from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
-from qwen2_ascend.checkpoint.plan import Copy, overlap, volume
+from qwen2_ascend.checkpoint.plan import Copy, Held, overlap, volume
 from qwen2_ascend.checkpoint.rules import Box
-from qwen2_ascend.config import Qwen2Config
 
 
 class _Product(NamedTuple):
-    """What is added to one projection: its box of the weight, and the two factors in fp32."""
+    """What is added to a box of one weight: the two factors, in fp32."""
 
     box: Box
     b: np.ndarray
@@ -40,7 +38,8 @@ class _Product(NamedTuple):
         per_block = self.box[1][1] - self.box[1][0]
         for block in range(*blocks):
             first = (block - self.box[0][0]) * per_block + r0 - self.box[1][0]
-            product = self.b[first : first + r1 - r0] @ self.a[:, c0:c1] * self.scaling
+            a = self.a[:, c0 - self.box[2][0] : c1 - self.box[2][0]]
+            product = self.b[first : first + r1 - r0] @ a * self.scaling
             row, column = box[1][0], box[2][0]
             values[block - box[0][0], r0 - row : r1 - row, c0 - column : c1 - column] += product
 
@@ -48,24 +47,17 @@ class _Product(NamedTuple):
 class MergingReader(Reader):
     """Reads weights as if they had been stored merged with an adapter."""
 
-    def __init__(
-        self, adapter: PeftAdapter, config: Qwen2Config, losses: CastLosses | None = None
-    ) -> None:
+    def __init__(self, adapter: Adapter, losses: CastLosses | None = None) -> None:
         super().__init__(losses)
         self._products: dict[str, list[_Product]] = defaultdict(list)
-        matrices: dict[str, np.ndarray] = {}
+        matrices: dict[Held, np.ndarray] = {}
         for held in adapter.held:
             values = self.view(held, held.piece.box).astype(np.float32)
-            matrices[held.name] = values.reshape(held.piece.shape)
-        for rule in target_rules(config, adapter.lora):
-            for layer in range(config.num_layers):
-                for name, box in rule.parts:
-                    scaling = adapter.scalings.get(name.format(layer))
-                    if scaling is None:
-                        continue
-                    a, b = (matrices[peft_name(name, word).format(layer)] for word in "AB")
-                    product = _Product(box, b, a, np.float32(scaling))
-                    self._products[rule.megatron.format(layer)].append(product)
+            matrices[held] = values.reshape(held.piece.shape)
+        for one in adapter.factors:
+            own = adapter.lora.scaling if one.scaling is None else one.scaling
+            product = _Product(one.box, matrices[one.b], matrices[one.a], np.float32(own))
+            self._products[one.tensor].append(product)
 
     def fill(self, out: np.ndarray, box: Box, copies: Sequence[Copy]) -> None:
         tensors = {copy.source.piece.tensor for copy in copies}

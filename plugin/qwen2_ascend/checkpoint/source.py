@@ -7,12 +7,19 @@ missing and extra tensors, shapes, dtypes, all named at once.
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from qwen2_ascend.checkpoint.formats import hugging_face, megatron, torch_dist
+from qwen2_ascend.checkpoint.formats import (
+    hugging_face,
+    megatron,
+    megatron_optimizer,
+    torch_dist,
+)
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Held, volume
 from qwen2_ascend.checkpoint.progress import size_text
@@ -26,6 +33,7 @@ from qwen2_ascend.checkpoint.rules import (
     megatron_pieces,
     qwen2_rules,
 )
+from qwen2_ascend.checkpoint.slices import Run, owners, parts_of
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, printable, raise_if
 from qwen2_ascend.parallel import ParallelLayout
@@ -33,6 +41,15 @@ from qwen2_ascend.parallel import ParallelLayout
 WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
 _MOST_NAMED = 20
 _EMBEDDING, _PREFIX = "model.embed_tokens.weight", "model."
+_UNEVEN = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "noop_layers",
+)
+"""Megatron-LM's and MindSpeed-LLM's flags for stages that differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +144,14 @@ def open_source(
     return _open_ranks(iteration, config, side_files)
 
 
-def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> dict[str, Source]:
+def open_states(
+    folder: Path,
+    config: Qwen2Config,
+    kinds: Mapping[str, str],
+    *,
+    args: Namespace,
+    sharding_type: str | None,
+) -> dict[str, Source]:
     """What an iteration holds beside every weight, such as Adam's moments.
 
     Args:
@@ -135,6 +159,8 @@ def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> 
         config: the model's; rows from its vocab_size on are padding and are not loaded.
         kinds: what is wanted, "" for the weights, each with what its keys in a torch_dist folder
             have before the weight's own.
+        args: of the run that wrote it.
+        sharding_type: how a torch_dist folder keeps the distributed optimizer's state.
 
     Returns:
         By kind, a source that is read as if its tensors were weights.
@@ -145,17 +171,114 @@ def open_states(folder: Path, config: Qwen2Config, kinds: Mapping[str, str]) -> 
     if not megatron.is_torch_dist(folder):
         return {
             kind: _ranks_source(folder, config, (), shards, kind)
-            for kind, shards in megatron.read_rank_states(folder, kinds).items()
+            for kind, shards in megatron_optimizer.read_rank_states(folder, kinds).items()
         }
-    prefixes = tuple(kinds.values())
+    by_buckets = sharding_type in megatron_optimizer.BY_BUCKETS
+    own_kinds = {kind: prefix for kind, prefix in kinds.items() if not (kind and by_buckets)}
+    prefixes = tuple(own_kinds.values())
     chunks = torch_dist.read(folder, wanted=lambda key: key.startswith(prefixes)).chunks
     sources = {}
-    for kind, prefix in kinds.items():
+    for kind, prefix in own_kinds.items():
         own = {k.removeprefix(prefix): v for k, v in chunks.items() if k.startswith(prefix)}
         own = {key: parts for key, parts in own.items() if _is_model_key(key)}
         where = f"{folder}: {prefix}*"
-        sources[kind] = _torch_dist_source(folder, config, (), own, where, prefix)
+        sources[kind] = _torch_dist_source(
+            folder, config, (), own, where, prefix=prefix, padded=config.vocab_size
+        )
+    if by_buckets and sharding_type:
+        others = [kind for kind in kinds if kind]
+        sources |= _bucket_sources(folder, config, others, args, sharding_type)
     return sources
+
+
+def _bucket_sources(
+    folder: Path, config: Qwen2Config, kinds: Sequence[str], args: Namespace, sharding_type: str
+) -> dict[str, Source]:
+    """The distributed optimizer's tensors, of which a torch_dist folder has whole buckets."""
+    layout = _layout_of_args(folder, args, config)
+    pieces = megatron_pieces(config, layout, args.padded_vocab_size)
+    segments = megatron_optimizer.read_segments(folder, sharding_type)
+    own = owners(pieces)
+    held: dict[str, list[Held]] = {kind: [] for kind in kinds}
+    for shard, of_shard in pieces.items():
+        names = megatron_optimizer.in_model_order(of_shard, args)
+        of_rank = [of for other, of in pieces.items() if other[:2] == shard[:2]]
+        num_parameters = sum(volume(piece.box) for of in of_rank for piece in of.values())
+        starts, total = megatron_optimizer.flat_starts(
+            {name: volume(of_shard[name].box) for name in names},
+            alone=megatron_optimizer.own_buckets(args, layout.pp),
+            bucket_size=megatron_optimizer.bucket_size(
+                args, shard.pp_stage, shard.chunk, num_parameters
+            ),
+        )
+        rank = shard.pp_stage * layout.tp + shard.tp_rank
+        for kind in kinds:
+            flat = segments.get((rank, shard.chunk, kind), [])
+            if (found := megatron_optimizer.total_of(flat)) != total:
+                raise UserError(
+                    f"{folder}: rank {rank}'s {kind} has {found} elements, not the {total} that "
+                    f"{megatron_optimizer.SAID_BY} give its model. --no-load-optim takes the "
+                    "weights and begins with new moments."
+                )
+            for name in own[shard]:
+                held[kind] += _bucket_held(name, of_shard[name], flat, starts[name])
+    return {
+        kind: Source(
+            kind="mg",
+            folder=folder,
+            config=config,
+            held=tuple(of_kind),
+            side_files=(),
+            format="torch_dist",
+            padded_vocab_size=args.padded_vocab_size,
+        )
+        for kind, of_kind in held.items()
+    }
+
+
+def _bucket_held(
+    name: str, piece: Piece, flat: Sequence[megatron_optimizer.Segment], start: int
+) -> Iterator[Held]:
+    """The parts of one parameter's tensor that lie in a flat tensor from `start` on."""
+    for at, stored in megatron_optimizer.cut_out(flat, start, start + volume(piece.box)):
+        yield from _run_held(name, piece, Run(at, at + stored.shape[0]), stored)
+
+
+def _run_held(name: str, piece: Piece, run: Run, stored: StoredTensor) -> Iterator[Held]:
+    """A run of a piece's elements, as boxes."""
+    size = NUMPY_DTYPES[stored.dtype].itemsize
+    for box, part in parts_of(piece.box, run, joins_blocks=True):
+        shape = tuple(stop - start for start, stop in box)
+        offset = stored.offset + (part.start - run.start) * size
+        own = stored._replace(offset=offset, shape=shape)
+        yield Held(f"{name}[{part.start}:{part.stop}]", Piece(piece.tensor, box, shape), own)
+
+
+def _layout_of_args(folder: Path, args: Namespace, config: Qwen2Config) -> ParallelLayout:
+    """How the run that wrote `args` was cut.
+
+    Raises:
+        UserError: its stages have layers of their own numbers, in a way that is not implemented.
+    """
+    odd = [name for name in _UNEVEN if getattr(args, name, None)]
+    if odd:
+        raise UserError(
+            f"{folder}: its optimizer state lies as {', '.join(odd)} cut it, which is not "
+            "implemented; save with --ckpt-format torch, or take the weights with --no-load-optim."
+        )
+    pp = args.pipeline_model_parallel_size
+    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
+    numbers = getattr(args, "num_layer_list", None)
+    layout = ParallelLayout(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=(
+            config.num_layers // (pp * chunks) if chunks > 1 else None
+        ),
+        num_layer_list=tuple(map(int, numbers.split(","))) if numbers else None,
+    )
+    layout.check(config, args.padded_vocab_size)
+    return layout
 
 
 def target_dtype(source: Source, wanted: str | None) -> str:
@@ -263,7 +386,7 @@ def _ranks_source(
 ) -> Source:
     """The source of the ranks' weights, or of the optimizer's tensors of a kind."""
     _check_layer_count(folder, config, sum(map(len, shards.values())))
-    layout = _layout_of(folder, shards, config)
+    layout = layout_of(folder, shards, config)
     padded = _padded_vocab_size(folder, shards, layout, config)
     layout.check(config, padded)
     held: list[Held] = []
@@ -294,7 +417,7 @@ def _name_in_file(held: Held, shard: Shard, layout: ParallelLayout, kind: str) -
     has_chunks = layout.num_layers_per_virtual_pipeline_stage is not None
     model = f"model{shard.chunk}" if has_chunks else "model"
     if kind:
-        return f"{megatron.OPTIMIZER}/{model}/{held.name}/{kind}"
+        return f"{megatron_optimizer.KEY}/{model}/{held.name}/{kind}"
     is_pt = held.stored.path.name == megatron.PT_FILE
     return f"{model}/{held.name}" if has_chunks and is_pt else held.name
 
@@ -357,7 +480,7 @@ def _layers(names: Iterable[str]) -> set[int]:
     return {int(match[1]) for match in found if match}
 
 
-def _layout_of(
+def layout_of(
     folder: Path, shards: Mapping[Shard, Mapping[str, StoredTensor]], config: Qwen2Config
 ) -> ParallelLayout:
     """The layout that the ranks' files show; stages are counted on tensor-parallel rank 0."""
@@ -414,19 +537,15 @@ def _torch_dist_source(
     side_files: tuple[Path, ...],
     chunks: Mapping[str, list[torch_dist.Chunk]],
     where: str,
+    *,
     prefix: str = "",
+    padded: int | None = None,
 ) -> Source:
     """The source of `chunks`, whose keys are weights'; in the folder they begin with `prefix`.
 
-    `where` begins every fault.
+    `where` begins every fault; `padded` is the padded vocabulary, if it is known.
     """
-    if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
-        raise UserError(f"{where}: no {EMBEDDING} in it; not a Qwen2 model.")
-    padded = chunks[EMBEDDING][0].global_shape[0]
-    if padded < config.vocab_size:
-        raise UserError(
-            f"{where}: {padded} vocabulary rows, fewer than vocab_size={config.vocab_size}."
-        )
+    padded = padded or _vocabulary_rows(where, chunks, config)
     rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
     held: list[Held] = []
     unexpected: list[str] = []
@@ -435,9 +554,12 @@ def _torch_dist_source(
         plain, layer = _unstack(key)
         if plain in rules:
             for part in parts:
-                wrong = list(_chunk_faults(key, rules[plain], layer, part, config))
+                whole, run = _unflattened(rules[plain], layer, part, config)
+                wrong = list(_chunk_faults(key, rules[plain], layer, whole, config))
                 faults += wrong
-                held += _chunk_held(prefix + key, rules[plain], layer, part) if not wrong else ()
+                if not wrong:
+                    found = _chunk_held(prefix + key, rules[plain], layer, whole)
+                    held += found if run is None else _flat_held(found, run, part)
         elif megatron.plain_name(key):
             unexpected.append(key)
     faults = _names("unexpected tensors", unexpected) + _some(faults)
@@ -456,6 +578,19 @@ def _torch_dist_source(
     )
 
 
+def _vocabulary_rows(
+    where: str, chunks: Mapping[str, list[torch_dist.Chunk]], config: Qwen2Config
+) -> int:
+    if EMBEDDING not in chunks or len(chunks[EMBEDDING][0].global_shape) != 2:
+        raise UserError(f"{where}: no {EMBEDDING} in it; not a Qwen2 model.")
+    padded = chunks[EMBEDDING][0].global_shape[0]
+    if padded < config.vocab_size:
+        raise UserError(
+            f"{where}: {padded} vocabulary rows, fewer than vocab_size={config.vocab_size}."
+        )
+    return padded
+
+
 def _is_model_key(key: str) -> bool:
     return not key.startswith("optimizer.")
 
@@ -471,13 +606,46 @@ def _unstack(key: str) -> tuple[str, int | None]:
     return (f"decoder.layers.{match[2]}", int(match[1])) if match else (key, None)
 
 
+def _whole_shape(rule: Rule, layer: int | None, config: Qwen2Config) -> tuple[int, ...]:
+    whole = rule.shape(tuple((0, n) for n in rule.view))
+    return (config.num_layers, *whole) if "{}" in rule.megatron and layer is None else whole
+
+
+def _unflattened(
+    rule: Rule, layer: int | None, chunk: torch_dist.Chunk, config: Qwen2Config
+) -> tuple[torch_dist.Chunk, Run | None]:
+    """A run of a box's elements, as megatron-core before 0.15 keeps the distributed optimizer's.
+
+    Of a tensor [X, Y] in boxes [x, y] it makes one [X / x, Y / y, x * y].
+
+    Returns:
+        The box, without its bytes, and the run; of any other chunk itself and None.
+    """
+    whole = _whole_shape(rule, layer, config)
+    *counts, size = chunk.global_shape
+    fits = len(counts) == len(whole) and all(
+        n and total % n == 0 for n, total in zip(counts, whole, strict=True)
+    )
+    local = tuple(total // n for n, total in zip(counts, whole, strict=True)) if fits else ()
+    if not fits or prod(local) != size:
+        return chunk, None
+    offsets = tuple(at * n for at, n in zip(chunk.offsets, local, strict=False))
+    box = torch_dist.Chunk(whole, offsets, chunk.tensor._replace(shape=local))
+    start = chunk.offsets[-1]
+    return box, Run(start, start + prod(chunk.tensor.shape))
+
+
+def _flat_held(found: Iterable[Held], run: Run, chunk: torch_dist.Chunk) -> Iterator[Held]:
+    """The part of the one tensor `found` that a chunk of its elements is."""
+    (one,) = found
+    yield from _run_held(one.name, one.piece, run, chunk.tensor)
+
+
 def _chunk_faults(
     key: str, rule: Rule, layer: int | None, chunk: torch_dist.Chunk, config: Qwen2Config
 ) -> Iterator[str]:
     """What of one chunk does not fit its rule."""
-    whole = rule.shape(tuple((0, n) for n in rule.view))
-    if "{}" in rule.megatron and layer is None:
-        whole = (config.num_layers, *whole)
+    whole = _whole_shape(rule, layer, config)
     if chunk.global_shape != whole:
         yield f"{key}: expected shape {whole}, found {chunk.global_shape}."
         return

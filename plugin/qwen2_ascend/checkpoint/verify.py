@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from qwen2_ascend.checkpoint.adapter import Adapter
+from qwen2_ascend.checkpoint.casting import CastLosses
 from qwen2_ascend.checkpoint.copying import BAND_BYTES, BandBuffers, Reader
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import Held, Write, bands, make_plan
 from qwen2_ascend.checkpoint.source import Source
-from qwen2_ascend.errors import VerificationError, raise_if
+from qwen2_ascend.errors import UserError, VerificationError, raise_if
 from qwen2_ascend.files import open_descriptor
 
 
@@ -77,6 +79,27 @@ def check_replicas(replicas: Iterable[tuple[Held, Held]]) -> None:
                     "--ignore-replica-mismatch takes the latter."
                 )
     raise_if(faults)
+
+
+def check_base(source: Source, adapter: Adapter) -> None:
+    """What an adapter was trained on, where it is stored with it, must be what it is merged into.
+
+    Raises:
+        UserError: names the tensors that differ.
+    """
+    plan = make_plan(source.held, adapter.base, source.config.vocab_size)
+    expected, found = BandBuffers(), BandBuffers()
+    with Reader(CastLosses(allow_overflow=True)) as reader:
+        wrong = [
+            write.target.name
+            for write in plan.writes
+            if _checksum_if_equal(write, reader, expected, found) is None
+        ]
+    if wrong:
+        raise UserError(
+            f"{adapter.folder}: {len(wrong)} of the weights that the adapter was trained on, such "
+            f"as {wrong[0]}, differ from those of {source.folder}; merge it into its own model."
+        )
 
 
 def _checksum_if_equal(

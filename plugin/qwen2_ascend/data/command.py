@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen2_ascend.data.chat.settings import ChatSettings
+from qwen2_ascend.data.pasted import say_pasted, split_flags
 from qwen2_ascend.errors import raise_if
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -25,7 +27,8 @@ class PreprocessSettings:
     """
 
     task: Literal["pretrain", "sft", "dpo"] = "pretrain"
-    """What the data is for: pretrain reads texts, sft chats, dpo preference pairs."""
+    """What the data is for: pretrain reads texts, sft chats, dpo preference pairs. The
+    handlers of MindSpeed-LLM say it too, by --handler-name."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE|GLOB|DIR ...")]
     """Files, globs or folders: .jsonl/.json, .parquet, anything else is text; .gz of these. Chats
@@ -67,11 +70,18 @@ class PreprocessSettings:
     chat: Annotated[ChatSettings, tyro.conf.arg(name="")] = field(default_factory=ChatSettings)
     seq_length: int | None = None
     """Chats: cut longer ones at the end; without it they are cut when they are trained on."""
-    pack: Annotated[Flag, tyro.conf.arg(aliases=["--neat-pack"])] = False
-    """Chats: write packs of --seq-length, as MindSpeed-LLM's --pack --neat-pack; without it they
-    can be packed when they are trained on."""
+    pack: Flag = False
+    """Chats: write packs of --seq-length; without it they can be packed when they are trained on.
+    As in MindSpeed-LLM the chats of a pack see one another, unless --neat-pack is given."""
+    neat_pack: Flag = False
+    """Chats: write packs of which each chat sees only itself; says --pack too."""
     seed: int = 1234
-    """Chats: seed of --pack."""
+    """Chats: seed of the packs."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether packs are written."""
+        return self.pack or self.neat_pack
 
     def __post_init__(self) -> None:
         raise_if(self._faults())
@@ -105,6 +115,7 @@ class PreprocessSettings:
         given = {
             "--seq-length": self.seq_length is not None,
             "--pack": self.pack,
+            "--neat-pack": self.neat_pack,
             **{
                 f"--{name.replace('_', '-')}": value != getattr(ChatSettings(), name)
                 for name, value in vars(self.chat).items()
@@ -124,10 +135,11 @@ class PreprocessSettings:
             faults.append("--input-format text: chats are JSON, JSONL or Parquet.")
         if self.seq_length is not None and self.seq_length < 2:
             faults.append(f"--seq-length {self.seq_length} must be at least 2.")
-        if self.pack and self.seq_length is None:
-            faults.append("--pack needs --seq-length.")
-        if self.pack and self.task == "dpo":
-            faults.append("--pack is for --task sft; preference pairs are not packed.")
+        flag = "--pack" if self.pack else "--neat-pack"
+        if self.packs and self.seq_length is None:
+            faults.append(f"{flag} needs --seq-length.")
+        if self.packs and self.task == "dpo":
+            faults.append(f"{flag} is for --task sft; preference pairs are not packed.")
         if self.seed < 0:
             faults.append(f"--seed {self.seed} must not be below zero.")
         return faults
@@ -139,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: settings or input that cannot be used.
     """
-    settings = tyro.cli(PreprocessSettings, args=None if argv is None else list(argv))
+    words, pasted = split_flags(sys.argv[1:] if argv is None else argv)
+    settings = tyro.cli(PreprocessSettings, args=words)
+    say_pasted(pasted)
 
     from qwen2_ascend.data.preprocess import preprocess
 

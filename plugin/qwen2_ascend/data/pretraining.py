@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen2_ascend.data.documents import DocumentRows
 from qwen2_ascend.data.index_files import check_indexed
-from qwen2_ascend.data.sampler import collate
 from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.vocabulary import unknown_tokens
 
@@ -54,37 +54,12 @@ class EodTokenizer:
         self.unique_identifiers = OrderedDict(eod=eod, data=data)
 
 
-class PositionedRows:
-    """A dataset whose tokens are at the positions that it says, in batches that hold `ends`.
-
-    The rotary embedding counts from the row's start unless a batch says where documents end; here
-    each row is one document, so every token sees all before it in its row, as without this.
-    """
-
-    is_packed = True
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.data[index]
-
-    def collate(self, samples: list[Any]) -> dict[str, Any]:
-        """BATCH_KEYS, and `ends`, where the rows end."""
-        batch: dict[str, Any] = dict(collate(samples))
-        b, s = batch["tokens"].shape
-        return {**batch, "ends": tuple(range(s, b * s + 1, s))}
-
-
 def build_pretraining_datasets(
     *,
     num_samples: tuple[int, int, int],
     seq_length: int,
     seed: int,
-    eod_token: int,
+    eod_token: int | None,
     data_path: Sequence[str] | None = None,
     train_data_path: Sequence[str] | None = None,
     valid_data_path: Sequence[str] | None = None,
@@ -92,8 +67,9 @@ def build_pretraining_datasets(
     split: str = "969,30,1",
     vocab_size: int | None = None,
     data_cache_path: str | Path | None = None,
-    reset_position_ids: bool = False,
+    keep_documents_apart: bool = False,
     eod_mask_loss: bool = False,
+    each_node_builds: bool = False,
 ) -> PretrainingDatasets:
     """Builds the training, validation and test datasets. Every rank calls this.
 
@@ -105,7 +81,7 @@ def build_pretraining_datasets(
             not built. Epochs are repeated as needed.
         seq_length: tokens in a sample.
         seed: of the shuffling.
-        eod_token: id of the token that ends a document.
+        eod_token: id of the token that ends a document; None where there is none.
         data_path: one prefix, several, or weights and prefixes in turn (`0.3 A 0.7 B`), divided
             by `split`.
         train_data_path: the same, for training alone; instead of `data_path`.
@@ -116,8 +92,11 @@ def build_pretraining_datasets(
             where the preparation noted that, else a sample of the tokens, and later every batch.
         data_cache_path: where the sample indices go, on storage that all nodes share; beside the
             data when None.
-        reset_position_ids: count positions from each document's start.
+        keep_documents_apart: a document sees itself alone, and its positions count from its start;
+            see `documents.DocumentRows`.
         eod_mask_loss: leave the loss at `eod_token` out.
+        each_node_builds: the first rank of each node writes the sample indices, which are on
+            storage of the node's own.
 
     Raises:
         UserError: data that is missing, damaged or too little, or settings that contradict.
@@ -125,14 +104,14 @@ def build_pretraining_datasets(
     blends = _blends(data_path, (train_data_path, valid_data_path, test_data_path), num_samples)
     shares = split_matrix(split) if data_path else [(0.0, 1.0)] * len(SPLITS)
     tokenizer = EodTokenizer(
-        eod_token,
+        eod_token or 0,
         vocab_size,
         _check_data(
             blends,
             shares,
             split if data_path else None,
             vocab_size,
-            eod_token if reset_position_ids or eod_mask_loss else None,
+            eod_token if eod_mask_loss else None,
         ),
     )
     settings: dict[str, Any] = dict(
@@ -140,7 +119,7 @@ def build_pretraining_datasets(
         sequence_length=seq_length,
         path_to_cache=None if data_cache_path is None else str(data_cache_path),
         tokenizer=tokenizer,
-        reset_position_ids=reset_position_ids,
+        reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=eod_mask_loss,
         create_attention_mask=False,
@@ -150,13 +129,13 @@ def build_pretraining_datasets(
         settings |= dict(blend=_listed(blend), split=split)
     else:
         settings |= dict(blend_per_split=[_listed(blend) for blend in blends])
-    datasets = _build(settings, num_samples)
+    datasets = _build(settings, num_samples, each_node_builds)
     for dataset in filter(None, datasets):
         dataset.vocab_size = vocab_size  # for `build_data_iterator`
     _check_lengths(datasets, num_samples)
-    if not reset_position_ids:
+    if not keep_documents_apart:
         return datasets
-    return PretrainingDatasets(*(data and PositionedRows(data) for data in datasets))
+    return PretrainingDatasets(*(data and DocumentRows(data, eod_token) for data in datasets))
 
 
 def check_pretraining_data(
@@ -316,8 +295,8 @@ def _token_faults(
     if eod_token is not None and not any(d.size and d[-1] == eod_token for d in documents):
         faults.append(
             f"{prefix}: no document ends with the end-of-document token {eod_token}, which "
-            "--reset-position-ids and --eod-mask-loss look for; preprocess with --append-eod, or "
-            "name the token that was appended."
+            "--eod-mask-loss looks for; preprocess with --append-eod, or name the token that was "
+            "appended with --eod-token."
         )
     return faults
 
@@ -328,13 +307,16 @@ def _listed(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:
     return list(blend.prefixes), None if blend.weights is None else list(blend.weights)
 
 
-def _build(settings: dict[str, Any], num_samples: tuple[int, int, int]) -> PretrainingDatasets:
+def _build(
+    settings: dict[str, Any], num_samples: tuple[int, int, int], each_node_builds: bool
+) -> PretrainingDatasets:
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     from qwen2_ascend.data.helpers_cpp import ensure_helpers_cpp
+    from qwen2_ascend.runtime.megatron_compat import each_node_builds_data
 
     ensure_helpers_cpp()
     config = GPTDatasetConfig(**settings)
@@ -342,7 +324,8 @@ def _build(settings: dict[str, Any], num_samples: tuple[int, int, int]) -> Pretr
         for i, count in enumerate(num_samples):
             if not count:
                 config.split_matrix[i] = None  # pyright: ignore[reportArgumentType, reportCallIssue]
-    with _process_group(), _cache_errors(config.path_to_cache):
+    by_node = each_node_builds_data() if each_node_builds else contextlib.nullcontext()
+    with _process_group(), _cache_errors(config.path_to_cache), by_node:
         builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config)
         return PretrainingDatasets(*builder.build())
 
@@ -381,7 +364,8 @@ def _cache_errors(data_cache_path: str | None) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(
             f"sample indices that rank 0 wrote to {where} are not seen here ({error}); "
-            "--data-cache-path must be on storage that all nodes share."
+            "--data-cache-path must be on storage that all nodes share; where there is none, "
+            "--no-shared-storage lets each node write its own."
         ) from error
     except Exception as error:
         cause = error if isinstance(error, OSError) else error.__cause__

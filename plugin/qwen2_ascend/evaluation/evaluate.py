@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend import markdown
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.evaluation.lm_eval_run import Rows, run_named_tasks
+from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
-from qwen2_ascend.inference.generate import (
+from qwen2_ascend.inference.opening import (
     config_folder,
     open_model,
+    open_tokenizer,
     start_engine,
-    tokenizer_folder,
 )
+from qwen2_ascend.inference.pasted import served_notes
 from qwen2_ascend.launching import launched
 from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
+    from qwen2_ascend.evaluation.local_run import LocalTasks
     from qwen2_ascend.inference.engine import Engine
     from qwen2_ascend.inference.generation_config import Defaults
     from qwen2_ascend.inference.tokenizer import Tokenizer
-
-Rows = list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,26 +48,28 @@ def evaluate(settings: EvaluateSettings) -> None:
     """
     source = open_model(settings.model).source
     validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
-    if settings.lm_eval.tasks and find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-eval; install it with: pip install 'qwen2-ascend[eval]'.")
+    _require_lm_eval(settings)
 
     from qwen2_ascend.inference.generation_config import Defaults
-    from qwen2_ascend.inference.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(tokenizer_folder(settings.model, source))
+    tokenizer = open_tokenizer(settings.model, source)
     defaults = Defaults(config_folder(source))
-    if settings.lm_eval.tasks and tokenizer.eos_token is None and not defaults.eos_tokens:
-        raise UserError(
-            f"{config_folder(source)}: neither the tokenizer nor generation_config.json nor "
-            "config.json has an end of text (eos_token_id), which --tasks needs."
-        )
+    _require_end_of_text(settings, config_folder(source), tokenizer, defaults)
     texts = _read_texts(settings.perplexity.text_file, tokenizer, source.config.vocab_size)
+    local = _local_tasks(settings, tokenizer)
     runtime, engine, say = start_engine(settings.model, source, num_rows=settings.batch_size)
+    notes = served_notes(settings, EVALUATE_FLAGS, source.config)
+    for line in (*notes, *(local.describe() if local else ())):
+        say(line)
     rows = _perplexities(settings, engine, texts)
     details: dict[str, Any] = {}
     if settings.lm_eval.tasks:
-        task_rows, details = _tasks(settings, engine, tokenizer, defaults)
+        task_rows, details = run_named_tasks(settings, engine, tokenizer, defaults)
         rows += task_rows
+    if local is not None:
+        task_rows, found = local.run(engine, tokenizer, defaults)
+        rows += task_rows
+        details = {name: {**details.get(name, {}), **found[name]} for name in found} or details
     if runtime.rank == 0:
         print(table(rows), flush=True)
         if settings.output_json is not None:
@@ -73,6 +77,28 @@ def evaluate(settings: EvaluateSettings) -> None:
             _write(settings.output_json, results)
             say(f"wrote {settings.output_json}")
     runtime.close()
+
+
+def _lm_eval_flag(settings: EvaluateSettings) -> str | None:
+    """The flag that asks for lm-eval."""
+    given = {"--tasks": settings.lm_eval.tasks, "--task": settings.local.task}
+    return next((flag for flag, names in given.items() if names), None)
+
+
+def _require_lm_eval(settings: EvaluateSettings) -> None:
+    if (flag := _lm_eval_flag(settings)) and find_spec("lm_eval") is None:
+        raise UserError(f"{flag} needs lm-eval; install it with: pip install 'qwen2-ascend[eval]'.")
+
+
+def _require_end_of_text(
+    settings: EvaluateSettings, folder: Path, tokenizer: Tokenizer, defaults: Defaults
+) -> None:
+    flag = _lm_eval_flag(settings)
+    if flag and tokenizer.eos_token is None and not defaults.eos_tokens:
+        raise UserError(
+            f"{folder}: neither the tokenizer nor generation_config.json nor config.json has an "
+            f"end of text (eos_token_id), which {flag} needs."
+        )
 
 
 def table(rows: Rows) -> str:
@@ -135,55 +161,12 @@ def _perplexities(
     return rows
 
 
-def _tasks(
-    settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
-) -> tuple[Rows, dict[str, Any]]:
-    """Rows for the table, and lm-eval's own results; nothing but on the first rank of a node."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+def _local_tasks(settings: EvaluateSettings, tokenizer: Tokenizer) -> LocalTasks | None:
+    if not settings.local.task:
+        return None
+    from qwen2_ascend.evaluation.local_run import LocalTasks
 
-    from qwen2_ascend.evaluation.lm_eval_adapter import Qwen2LM
-
-    wanted = settings.lm_eval
-    include = None if wanted.include_path is None else str(wanted.include_path)
-    manager = TaskManager(include_path=include)
-    if unknown := [name for name in wanted.tasks if name not in manager.all_tasks]:
-        raise UserError(
-            f"--tasks {' '.join(unknown)}: lm-eval has no such task; its own are listed by "
-            "`lm-eval ls tasks`, yours are found with --include-path."
-        )
-    results: Any = simple_evaluate(
-        model=Qwen2LM(engine, tokenizer, defaults),
-        tasks=list(wanted.tasks),
-        task_manager=manager,
-        num_fewshot=wanted.num_fewshot,
-        limit=wanted.limit,
-        apply_chat_template=wanted.apply_chat_template,
-        system_instruction=wanted.system_prompt,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
-    if results is None:  # lm-eval looks at LOCAL_RANK
-        return [], {}
-    rows: Rows = []
-    for task, metrics in results["results"].items():
-        samples = results.get("n-samples", {}).get(task, {}).get("effective")
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)) and "_stderr" not in name and "," in name:
-                metric, _, kind = name.partition(",")
-                error = metrics.get(f"{metric}_stderr,{kind}")
-                error = error if isinstance(error, float) else None
-                rows.append(
-                    {
-                        "task": task,
-                        "metric": metric if kind == "none" else name,
-                        "value": float(value),
-                        "stderr": error,
-                        "samples": samples,
-                    }
-                )
-    kept = ("results", "configs", "versions", "n-shot", "n-samples")
-    return rows, {name: results[name] for name in kept if name in results}
+    return LocalTasks(settings, tokenizer)
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

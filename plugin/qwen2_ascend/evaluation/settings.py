@@ -14,9 +14,12 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
+from qwen2_ascend.evaluation.benchmarks import KINDS
+from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.files import missing
+from qwen2_ascend.inference.pasted import parse_pasted
 from qwen2_ascend.inference.settings import Flag, ServedModelSettings
-from qwen2_ascend.launching import parse_flags
+from qwen2_ascend.pasted_flags import Pasted, pasted_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,41 @@ class TaskSettings:
     """Folder with task definitions (YAML) of your own."""
     num_fewshot: int | None = None
     """Examples in front of each question; by default what the task says."""
-    limit: int | None = None
+    limit: Annotated[int | None, tyro.conf.arg(aliases=["--max-eval-samples"])] = None
     """Questions of each task; by default all. For trying out: such results are no results."""
     apply_chat_template: Flag = False
     """Ask through the tokenizer's chat template."""
     system_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """The system's message; with --apply-chat-template."""
+
+
+SAME_TASKS = {"mmlu_ppl": "mmlu"}
+"""Names of MindSpeed-LLM's for what lm-eval does anyway: it scores the letters of the choices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTaskSettings:
+    """Benchmarks from the files that MindSpeed-LLM's users have, by lm-eval's tasks."""
+
+    task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """mmlu, cmmlu, ceval, boolq, gsm8k, bbh, agieval or human_eval."""
+    task_data_path: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR ...")] = ()
+    """The folder of the questions, one for each --task; mmlu's is data/test of its archive."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer at most, where one is generated; mmlu, cmmlu, ceval, boolq and the
+    choices of agieval are scored, so nothing is generated."""
+    no_chat_template: Flag = False
+    """With --task: ask without the tokenizer's chat template, which is used where there is one."""
+    alternative_prompt: Flag = False
+    """With --task mmlu: ask for an answer in words, which is searched for the letter."""
+    chain_of_thought: Flag = False
+    """With --task bbh: examples that think before they answer."""
+
+    @property
+    def named(self) -> list[tuple[str, Path]]:
+        """(benchmark, folder) of each task."""
+        tasks = [SAME_TASKS.get(name, name) for name in self.task]
+        return list(zip(tasks, self.task_data_path, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +92,15 @@ class EvaluateSettings:
     model: ServedModelSettings
     perplexity: PerplexitySettings = field(default_factory=PerplexitySettings)
     lm_eval: TaskSettings = field(default_factory=TaskSettings)
-    batch_size: int = 4
+    local: LocalTaskSettings = field(default_factory=LocalTaskSettings)
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--evaluation-batch-size"])] = 4
     """Sequences that are scored at once."""
+    seed: int = 1234
+    """Seed of the draws, where a task draws tokens; those of --task do not."""
     output_json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the results there."""
+    pasted: tyro.conf.Fixed[tyro.conf.Suppress[Pasted]] = ()
+    """Flags of others' scripts beside these."""
 
     def window(self, config: Qwen2Config) -> int:
         """Tokens in a window."""
@@ -78,7 +115,7 @@ class EvaluateSettings:
 
 def parse(arguments: Sequence[str] | None = None) -> EvaluateSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return parse_flags(EvaluateSettings, "evaluate_qwen2.py", arguments)
+    return parse_pasted(EvaluateSettings, "evaluate_qwen2.py", arguments, EVALUATE_FLAGS)
 
 
 def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -> None:
@@ -89,8 +126,8 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
     """
     faults = settings.model.faults(config, world_size)
     files, tasks = settings.perplexity.text_file, settings.lm_eval
-    if not files and not tasks.tasks:
-        faults.append("give --text-file, --tasks or both.")
+    if not files and not tasks.tasks and not settings.local.task:
+        faults.append("give --text-file, --tasks or --task.")
     faults += [f"--text-file {path}: {missing(path)}." for path in files if not path.is_file()]
     window, context = settings.window(config), config.max_position_embeddings
     if not 2 <= window <= context:
@@ -107,6 +144,8 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
     faults += [
         f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
     ]
+    if not 0 <= settings.seed < 2**63:
+        faults.append(f"--seed {settings.seed} must be from 0 to below 2^63.")
     if tasks.num_fewshot is not None and tasks.num_fewshot < 0:
         faults.append(f"--num-fewshot {tasks.num_fewshot} must not be below zero.")
     if tasks.include_path is not None and not tasks.include_path.is_dir():
@@ -114,4 +153,53 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
     output = settings.output_json
     if output is not None and not output.parent.is_dir():
         faults.append(f"--output-json {output}: there is no folder {output.parent}.")
+    faults += _local_faults(settings)
+    faults += pasted_faults(settings.pasted, EVALUATE_FLAGS, settings, config)
     raise_if(dict.fromkeys(faults))
+
+
+def _local_faults(settings: EvaluateSettings) -> list[str]:
+    """What is wrong with --task and what belongs to it."""
+    local, faults = settings.local, []
+    known = {*KINDS, *SAME_TASKS}
+    faults += [
+        f"--task {name}: there is no such benchmark; there are {', '.join(KINDS)}. lm-eval's own "
+        "tasks are for --tasks."
+        for name in local.task
+        if name not in known
+    ]
+    if len(local.task) != len(local.task_data_path):
+        faults.append(
+            f"{len(local.task)} --task and {len(local.task_data_path)} --task-data-path; give one "
+            "folder for each task."
+        )
+    if len({SAME_TASKS.get(name, name) for name in local.task}) < len(local.task):
+        faults.append(f"--task {' '.join(local.task)}: asks for the same twice; name it once.")
+    if local.max_new_tokens is not None and local.max_new_tokens < 1:
+        faults.append(f"--max-new-tokens {local.max_new_tokens} must be at least 1.")
+    for flag, is_on, task in (
+        ("--alternative-prompt", local.alternative_prompt, "mmlu"),
+        ("--chain-of-thought", local.chain_of_thought, "bbh"),
+    ):
+        if is_on and set(local.task) != {task}:
+            faults.append(f"{flag} is for --task {task} alone; leave it out.")
+    if not local.task:
+        only = {
+            "--max-new-tokens": local.max_new_tokens,
+            "--no-chat-template": local.no_chat_template,
+        }
+        faults += [f"{flag} is for --task; leave it out." for flag, value in only.items() if value]
+    return faults + _template_faults(settings)
+
+
+def _template_faults(settings: EvaluateSettings) -> list[str]:
+    local, tasks, prompt_type = settings.local, settings.lm_eval, settings.model.prompt_type
+    faults = []
+    if prompt_type is not None and not (local.task or tasks.apply_chat_template):
+        faults.append("--prompt-type needs --task or --apply-chat-template.")
+    if local.no_chat_template and (tasks.apply_chat_template or prompt_type is not None):
+        faults.append(
+            "--no-chat-template goes neither with --apply-chat-template nor with --prompt-type; "
+            "leave one out."
+        )
+    return faults

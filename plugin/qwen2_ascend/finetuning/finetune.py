@@ -237,13 +237,18 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
         on_bad_row=data.on_bad_row,
         pack=data.pack,
         variable_seq_lengths=data.variable_seq_lengths,
-        pad_to_multiple_of=data.pad_to_multiple_of,
+        pad_to_multiple_of=settings.pad_to_multiple_of,
         shuffle=not data.no_shuffle,
         vocab_size=plan.config.vocab_size,
         data_cache_path=data.data_cache_path,
     )
     for note in built.notes:
         say(note)
+    if data.variable_seq_lengths and settings.pad_to_multiple_of > data.pad_to_multiple_of:
+        say(
+            f"batches are padded to a multiple of {settings.pad_to_multiple_of} tokens, which "
+            "--sequence-parallel shares out to the tensor parallel ranks"
+        )
     return built
 
 

@@ -6,6 +6,7 @@ Nothing here imports torch, so `--help` answers at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,8 @@ class TuningSettings:
     num_train_epochs: float | None = None
     """Passes over the data, instead of --train-iters or --train-samples."""
     tokenizer_name_or_path: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Tokenizer for files of chats; by default the one beside the weights."""
+    """Tokenizer for files of chats; by default the one beside the weights. Where --load has no
+    config.json this folder's is taken."""
     dpo_beta: float = 0.1
     """How strongly dpo holds the model to where it started."""
     dpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
@@ -117,6 +119,20 @@ class FinetuneSettings(TrainingSettings):
         steps = iteration + max(-(-left // self.global_batch_size(world_size)), 0)
         return replace(self, batch=replace(self.batch, train_iters=steps))
 
+    @property
+    def tokenizer_folder(self) -> str | None:
+        return self.tuning.tokenizer_name_or_path
+
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """What the length of a batch of --variable-seq-lengths is a multiple of, in tokens.
+
+        Sequence parallelism cuts a batch into as many parts as there are tensor parallel ranks.
+        """
+        parallel = self.parallel
+        parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        return math.lcm(self.data.pad_to_multiple_of, parts)
+
     def lora_config(self) -> LoraConfig | None:
         """The adapters that --lora-r and its companions ask for; None without them.
 
@@ -196,19 +212,9 @@ def _adapter_faults(settings: FinetuneSettings) -> list[str]:
 
 
 def _data_faults(settings: FinetuneSettings) -> list[str]:
-    data, tp = settings.data, settings.parallel.tensor_model_parallel_size
-    faults = []
+    data, faults = settings.data, []
     if data.eval_iters and not data.valid_data_path and settings.data.split == "100,0,0":
         faults.append("--eval-iters needs --valid-data-path, or a share in --split, as in 98,2,0.")
     if data.pad_to_multiple_of < 1:
         faults.append(f"--pad-to-multiple-of {data.pad_to_multiple_of} must be at least 1.")
-    elif (
-        settings.parallel.sequence_parallel
-        and data.variable_seq_lengths
-        and data.pad_to_multiple_of % tp
-    ):
-        faults.append(
-            f"--sequence-parallel with --variable-seq-lengths needs --pad-to-multiple-of "
-            f"{data.pad_to_multiple_of} to be a multiple of tensor_model_parallel_size={tp}."
-        )
     return faults

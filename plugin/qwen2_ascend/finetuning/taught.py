@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.chat_template import end_of_turn
-from qwen2_ascend.data.chat.rendering import read_template
+from qwen2_ascend.data.chat.rendering import given_template
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.settings import FinetuneSettings
 from qwen2_ascend.pretrained import open_tokenizer, read_json_object
@@ -34,7 +34,7 @@ def taught_files(plan: RunPlan[FinetuneSettings], say: Callable[[str], None]) ->
     folder = tokenizer_folder(plan)
     if folder is None or plan.source is None:
         return {}
-    template = read_template(plan.settings.chat.chat_template)
+    template = given_template(plan.settings.chat)
     files = {} if template is None else {"chat_template.jinja": template.encode()}
     try:
         token = end_of_turn(open_tokenizer(folder), template)

@@ -3,50 +3,84 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.communication import from_rank_zero
 from qwen2_ascend.inference.generator import Completion, Generator, Request
-from qwen2_ascend.inference.settings import GenerateSettings
 from qwen2_ascend.runtime import current
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.tokenizer import Tokenizer
 
 PROMPT = "> "
+Messages = list[dict[str, Any]]
 
 
-def chat(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    settings: GenerateSettings,
-    max_new_tokens: Callable[[int], int],
-) -> None:
-    """Answers each line of rank 0's standard input, until it ends or says /exit.
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How a chat is led."""
+
+    tokenizer: Tokenizer
+    is_plain: bool = False
+    """Whether the texts stand one after the other, without a chat template."""
+    system_prompt: str | None = None
+    history_turns: int | None = None
+    """Questions, with their answers, that the model sees before the newest; all by default."""
+    ends: Sequence[str] = ("/exit",)
+    """Lines that end the chat."""
+    begins: Sequence[str] = ("/reset",)
+    """Lines that begin it anew."""
+
+    def encode(self, messages: Messages) -> list[int]:
+        """A chat up to where the answer is to begin.
+
+        Raises:
+            UserError: the chat template refuses it, or there is none.
+        """
+        if self.is_plain:
+            return self.tokenizer.encode("".join(message["content"] for message in messages))
+        system = self.system_prompt
+        beginning = [] if system is None else [{"role": "system", "content": system}]
+        return self.tokenizer.encode_chat([*beginning, *messages])
+
+    def remembered(self, messages: Messages) -> Messages:
+        """The turns that the model still sees."""
+        if self.history_turns is None:
+            return messages
+        return messages[max(0, len(messages) - 2 * self.history_turns) :]
+
+
+def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], int]) -> None:
+    """Answers each line of rank 0's standard input, until it ends or says so.
 
     What the cache holds of the chat so far is not computed again.
+
+    Args:
+        generator: of one row.
+        manner: how the chat is led.
+        max_new_tokens: for a prompt of so many tokens.
     """
-    system = settings.prompts.system_prompt
-    beginning = [] if system is None else [{"role": "system", "content": system}]
-    messages: list[dict[str, Any]] = list(beginning)
+    messages: Messages = []
     turn = 0
     while (line := from_rank_zero(_read_line(), current().device)) is not None:
-        if line.strip() == "/exit":
+        if line.strip() in manner.ends:
             break
-        if line.strip() == "/reset":
-            messages = list(beginning)
+        if line.strip() in manner.begins:
+            messages = []
             continue
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line})
-        tokens = tokenizer.encode_chat(messages)
+        messages = [*manner.remembered(messages), {"role": "user", "content": line}]
+        tokens = manner.encode(messages)
         room = generator.engine.config.max_position_embeddings - len(tokens)
         room = min(room, max_new_tokens(len(tokens)))
         if room < 1:
             _show(
                 f"[the chat has {len(tokens)} tokens, more than the model's context; "
-                "/reset begins anew]\n"
+                f"{manner.begins[0]} begins anew]\n"
             )
             messages.pop()
             continue
@@ -54,6 +88,18 @@ def chat(
         answer = _answer(generator, request)
         messages.append({"role": "assistant", "content": answer.text})
         turn += 1
+
+
+def check_template(manner: Manner) -> None:
+    """Tries a chat of one turn, before any process waits for another.
+
+    Raises:
+        UserError: the chat template refuses it, or there is none.
+    """
+    try:
+        manner.encode([{"role": "user", "content": "?"}])
+    except UserError as error:
+        raise UserError(f"a chat cannot be written: {fault}" for fault in error.faults) from None
 
 
 def _answer(generator: Generator, request: Request) -> Completion:

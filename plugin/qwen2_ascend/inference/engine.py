@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
+from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.config import Qwen2Config
@@ -59,7 +59,7 @@ def load_engine(
     backend: str = "torch",
     num_rows: int = 1,
     config: Qwen2Config | None = None,
-    adapter: PeftAdapter | None = None,
+    adapter: Adapter | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Engine:
     """The engine of this rank, with its weights read from a checkpoint of any kind.

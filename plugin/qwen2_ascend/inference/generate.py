@@ -9,34 +9,29 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
-from qwen2_ascend.inference.settings import (
-    GenerateSettings,
-    SamplingSettings,
-    ServedModelSettings,
-    parse,
-    validate,
+from qwen2_ascend.inference.opening import (
+    Say,
+    config_folder,
+    open_model,
+    open_tokenizer,
+    start_engine,
 )
-from qwen2_ascend.launching import launched, silence_foreign_warnings
+from qwen2_ascend.inference.pasted import GENERATE_FLAGS, served_notes
+from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
+from qwen2_ascend.inference.settings import GenerateSettings, parse, validate
+from qwen2_ascend.launching import launched
 from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.formats.peft_adapter import PeftAdapter
     from qwen2_ascend.checkpoint.source import Source
-    from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.generation_config import Defaults
     from qwen2_ascend.inference.generator import Generator, Request
-    from qwen2_ascend.inference.sampling import Sampling
+    from qwen2_ascend.inference.text_settings import TextSettings
     from qwen2_ascend.inference.tokenizer import Tokenizer
     from qwen2_ascend.runtime import Runtime
-
-Say = Callable[[str], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,196 +47,69 @@ def generate(settings: GenerateSettings) -> None:
     """
     source = open_model(settings.model).source
     validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
-    prompts = [] if settings.prompts.chat else read_prompts(settings.prompts)
+    if settings.tasks():
+        _demonstrate(settings, source)
+    elif settings.prompts.chat:
+        _chat(settings, source)
+    else:
+        _continue(settings, source)
+
+
+def _demonstrate(settings: GenerateSettings, source: Source) -> None:
+    """What MindSpeed-LLM's inference.py does."""
+    from qwen2_ascend.inference.demonstration import Demonstration
+
+    tokenizer = open_tokenizer(settings.model, source)
+    vocab_size = source.config.vocab_size
+    demonstration = Demonstration(settings, config_folder(source), tokenizer, vocab_size)
+    runtime, engine, say = start_engine(settings.model, source, num_rows=1)
+    for line in (*_notes(settings, source), *demonstration.describe()):
+        say(line)
+    demonstration.run(engine, _show if runtime.rank == 0 else _show_nothing)
+    runtime.close()
+
+
+def _chat(settings: GenerateSettings, source: Source) -> None:
+    from qwen2_ascend.inference.chat import Manner, chat
+    from qwen2_ascend.inference.text_settings import text_settings
+
+    tokenizer = open_tokenizer(settings.model, source)
+    text = text_settings(settings.sampling, config_folder(source), tokenizer, is_chat=True)
+    text.check([], source.config.vocab_size)
+    runtime, engine, say = start_engine(settings.model, source, num_rows=1)
+    for line in (*_notes(settings, source), *text.describe()):
+        say(line)
+    manner = Manner(tokenizer=tokenizer, system_prompt=settings.prompts.system_prompt)
+    chat(text.generator(engine, tokenizer), manner, text.max_new_tokens)
+    runtime.close()
+
+
+def _continue(settings: GenerateSettings, source: Source) -> None:
+    """Continues the prompts."""
+    from qwen2_ascend.inference.text_settings import text_settings
+
+    prompts = read_prompts(settings.prompts)
     output = _output_file(settings, prompts)
-
-    from qwen2_ascend.inference.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer(tokenizer_folder(settings.model, source))
-    text = _text_settings(settings, source, tokenizer, prompts)
+    tokenizer = open_tokenizer(settings.model, source)
+    is_chat = any(prompt.is_chat for prompt in prompts)
+    text = text_settings(settings.sampling, config_folder(source), tokenizer, is_chat=is_chat)
     requests = _requests(prompts, tokenizer, source, text)
     text.check(requests, source.config.vocab_size)
     num_done = output.num_done if output else 0
 
-    num_rows = 1 if settings.prompts.chat else min(settings.prompts.batch_size, len(requests))
+    num_rows = min(settings.prompts.batch_size, len(requests))
     runtime, engine, say = start_engine(settings.model, source, num_rows=num_rows)
-    for line in text.describe():
+    for line in (*_notes(settings, source), *text.describe()):
         say(line)
+    if num_done:
+        say(f"{num_done} of {len(requests)} results are there already")
     generator = text.generator(engine, tokenizer)
-    if settings.prompts.chat:
-        from qwen2_ascend.inference.chat import chat
-
-        chat(generator, tokenizer, settings, text.max_new_tokens)
-    else:
-        if num_done:
-            say(f"{num_done} of {len(requests)} results are there already")
-        _run(generator, requests[num_done:], prompts, output, runtime, say)
+    _run(generator, requests[num_done:], prompts, output, runtime, say)
     runtime.close()
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenedModel:
-    """Weights, of which headers have been read."""
-
-    source: Source
-    adapter: PeftAdapter | None
-    """To merge into them."""
-
-
-def open_model(model: ServedModelSettings) -> OpenedModel:
-    """Opens what --load and --adapter name; of a LoRA run its base model and its adapter.
-
-    Raises:
-        UserError: nothing usable is there.
-    """
-    from qwen2_ascend.checkpoint.formats.peft_adapter import open_adapter
-    from qwen2_ascend.checkpoint.source import open_source
-    from qwen2_ascend.finetuning.saved_lora import find_saved_lora
-
-    load, adapter = model.load, model.adapter
-    if (saved := find_saved_lora(load)) is not None:
-        if adapter is not None:
-            raise UserError(f"--adapter {adapter}: --load {load} is a LoRA run, which has its own.")
-        load, adapter = saved.base, saved.folder
-        if load is None or not load.exists():
-            raise UserError(
-                f"{saved.folder}: its base model was {load or 'random'}, which is not there; name "
-                f"it with --load, and say --adapter {saved.folder}."
-            )
-    source = open_source(load, None, model.config)
-    opened = None if adapter is None else open_adapter(adapter, source.config)
-    return OpenedModel(source=source, adapter=opened)
-
-
-def tokenizer_folder(model: ServedModelSettings, source: Source) -> Path:
-    """Where the tokenizer is: what the flag says, or beside config.json."""
-    return model.tokenizer_name_or_path or config_folder(source)
-
-
-def config_folder(source: Source) -> Path:
-    """Where config.json is."""
-    return next(path.parent for path in source.side_files if path.name == "config.json")
-
-
-def start_engine(
-    model: ServedModelSettings, source: Source, *, num_rows: int
-) -> tuple[Runtime, Engine, Say]:
-    """The device, the process groups and the loaded model; and what prints the log.
-
-    Raises:
-        UserError: the device cannot be used or the weights do not fit.
-    """
-    from qwen2_ascend import runtime as runtimes
-
-    silence_foreign_warnings()
-    runtime = runtimes.start(
-        None if model.device == "auto" else model.device,
-        mindspeed=model.mindspeed,
-        timeout_seconds=60 * model.distributed_timeout_minutes,
-    )
-    say = _say if runtime.rank == 0 else _say_nothing
-    layout, dtype = model.layout(), model.dtype(source.config)
-    backend = model.backend
-    if backend == "auto":
-        backend = "npu" if runtime.name == "npu" else "torch"
-    say(f"{runtime.describe()}, TP{layout.tp} PP{layout.pp}, {dtype}, {backend} operators")
-    runtimes.initialize_model_parallel(layout, source.config.num_layers)
-
-    from qwen2_ascend.inference.engine import load_engine
-
-    start = time.monotonic()
-    adapter = open_model(model).adapter
-    engine = load_engine(
-        source,
-        layout,
-        dtype=dtype,
-        backend=backend,
-        num_rows=max(num_rows, 1),
-        adapter=adapter,
-        say=say,
-    )
-    merged = f" with the adapter in {adapter.folder}" if adapter else ""
-    say(f"weights: {source.describe()}{merged}, loaded in {time.monotonic() - start:.1f} s")
-    return runtime, engine, say
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TextSettings:
-    """What flags, generation_config.json and tokenizer together say about the texts."""
-
-    settings: SamplingSettings
-    defaults: Defaults
-    sampling: Sampling
-    eos_tokens: tuple[int, ...]
-    said: str
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Strings that end a text."""
-        return (*self.settings.stop, *self.defaults.stop)
-
-    def max_new_tokens(self, num_prompt_tokens: int) -> int:
-        """Tokens to add at most to such a prompt."""
-        return self.defaults.max_new_tokens(self.settings, num_prompt_tokens)
-
-    def check(self, requests: Sequence[Request], vocab_size: int) -> None:
-        """Tries the options that change logits.
-
-        Raises:
-            UserError: one has a value that cannot be used.
-        """
-        from qwen2_ascend.inference.sampling import Place
-
-        prompt = requests[0].tokens if requests else [0]
-        place = Place(prompt=prompt, max_new_tokens=1, eos_tokens=self.eos_tokens)
-        self.defaults.check(self.sampling, place, vocab_size)
-
-    def describe(self) -> Iterator[str]:
-        """Lines for the log."""
-        eos = ", ".join(map(str, self.eos_tokens)) or "none"
-        words = self.sampling.describe()
-        if self.sampling.do_sample:
-            words += f", seed {self.settings.seed}"
-        said = f" ({self.said})" if self.said else ""
-        yield f"{words}{said}, {self.defaults.describe_length(self.settings)}, eos {eos}"
-        if self.defaults.stop:
-            yield f"texts end before the stop_strings of the model, {list(self.defaults.stop)}"
-        if unused := self.defaults.unused():
-            yield unused
-
-    def generator(self, engine: Engine, tokenizer: Tokenizer) -> Generator:
-        from qwen2_ascend.inference.generator import Generator
-
-        return Generator(
-            engine,
-            decode=tokenizer.decode,
-            eos_tokens=self.eos_tokens,
-            sampling=self.sampling,
-            stop=self.stop,
-            special_tokens=tokenizer.special_tokens(),
-            seed=self.settings.seed,
-        )
-
-
-def _text_settings(
-    settings: GenerateSettings, source: Source, tokenizer: Tokenizer, prompts: Sequence[Prompt]
-) -> _TextSettings:
-    from qwen2_ascend.inference.generation_config import Defaults
-
-    defaults = Defaults(config_folder(source))
-    sampling, said = defaults.sampling(settings.sampling)
-    eos = dict.fromkeys(defaults.eos_tokens)
-    is_chat = settings.prompts.chat or any(prompt.is_chat for prompt in prompts)
-    # of a model fine-tuned from a base one config.json may still name another
-    if is_chat and (end_of_turn := tokenizer.end_of_turn()) is not None:
-        eos[end_of_turn] = None
-    return _TextSettings(
-        settings=settings.sampling,
-        defaults=defaults,
-        sampling=sampling,
-        eos_tokens=tuple(eos),
-        said=said,
-    )
+def _notes(settings: GenerateSettings, source: Source) -> list[str]:
+    return served_notes(settings, GENERATE_FLAGS, source.config)
 
 
 def _output_file(settings: GenerateSettings, prompts: Sequence[Prompt]) -> OutputFile | None:
@@ -252,7 +120,7 @@ def _output_file(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Outpu
 
 
 def _requests(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, source: Source, text: _TextSettings
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, source: Source, text: TextSettings
 ) -> list[Request]:
     """The tokenized prompts.
 
@@ -337,9 +205,10 @@ def _run(
     say(f"{num_tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _show(line: str) -> None:
+    sys.stdout.write(f"{line}\n".encode("utf-8", "replace").decode("utf-8"))
+    sys.stdout.flush()
 
 
-def _say_nothing(line: str) -> None:
+def _show_nothing(line: str) -> None:
     pass

@@ -16,8 +16,10 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.launching import parse_flags
+from qwen2_ascend.inference.pasted import GENERATE_FLAGS, parse_pasted
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.pasted_flags import Pasted, pasted_faults
+from qwen2_ascend.prompt_types import PromptType
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Repeated = tyro.conf.UseAppendAction
@@ -29,12 +31,22 @@ class ServedModelSettings:
 
     load: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A Hugging Face folder, converted shards, or a training checkpoint; of a LoRA run too."""
-    adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """A PEFT adapter to merge into the weights while they are loaded."""
+    adapter: Annotated[Path | None, tyro.conf.arg(aliases=["--lora-load"], metavar="DIR")] = None
+    """A PEFT adapter, or the folder that a LoRA run has saved, here or in MindSpeed-LLM, to merge
+    into the weights while they are loaded."""
+    lora_r: int | None = None
+    """The adapter's rank; another one is refused."""
+    lora_alpha: float | None = None
+    """The adapter's alpha, likewise; MindSpeed-LLM's checkpoints may not say it."""
+    lora_target_modules: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """The modules that the adapter is for, likewise."""
     config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR")] = None
     """Hugging Face folder with config.json and tokenizer, where --load has none."""
     tokenizer_name_or_path: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the tokenizer; by default where config.json is."""
+    prompt_type: PromptType | None = None
+    """Write chats as MindSpeed-LLM's prompt type of that name, not as the tokenizer's chat template
+    does."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
@@ -57,10 +69,14 @@ class ServedModelSettings:
     """Minutes after which a collective that waits for a silent rank fails; a chat that waits longer
     for its user ends too."""
 
+    @property
+    def given_dtype(self) -> str | None:
+        """What the flags say to compute in."""
+        return next((name for name in ("bf16", "fp16", "fp32") if getattr(self, name)), None)
+
     def dtype(self, config: Qwen2Config) -> str:
         """What to compute in."""
-        wanted = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
-        return wanted[0] if wanted else config.dtype
+        return self.given_dtype or config.dtype
 
     def layout(self) -> ParallelLayout:
         """How the model is cut.
@@ -128,6 +144,11 @@ class PromptSettings:
     batch_size: int = 8
     """Sequences that are worked on at once."""
 
+    @property
+    def num_sources(self) -> int:
+        """Places that prompts are asked for from."""
+        return (bool(self.prompt), self.prompt_file is not None, self.chat).count(True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -156,6 +177,31 @@ class SamplingSettings:
     part from what it was where two tokens are as likely as a rounding apart."""
 
 
+Task = Literal["greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat"]
+ALL_TASKS: tuple[Task, ...] = (
+    "greedy",
+    "do_sample",
+    "beam_search",
+    "beam_search_with_sampling",
+    "chat",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationSettings:
+    """What MindSpeed-LLM's inference.py does: it answers one question, and then it chats."""
+
+    task: tuple[Task, ...] = ()
+    """Answer "how are you?" greedily, by sampling, by a search with two beams or by that with
+    sampling; or chat. A command line of MindSpeed-LLM's without --task and without a prompt does
+    all of it."""
+    hf_chat_template: Flag = False
+    """With --task: write turns as the tokenizer's chat template does. Without this and without
+    --prompt-type the texts stand one after the other as they are."""
+    history_turns: int = 3
+    """With --task chat: questions, with their answers, that the model still sees."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
     """Generate text with Qwen2 / Qwen2.5, one process per device.
@@ -169,11 +215,20 @@ class GenerateSettings:
     model: ServedModelSettings
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    demonstration: DemonstrationSettings = field(default_factory=DemonstrationSettings)
+    pasted: tyro.conf.Fixed[tyro.conf.Suppress[Pasted]] = ()
+    """Flags of others' scripts beside these."""
+
+    def tasks(self) -> tuple[Task, ...]:
+        """Those of inference.py that are to be done; none where there are prompts of one's own."""
+        if self.demonstration.task or not self.pasted or self.prompts.num_sources:
+            return self.demonstration.task
+        return ALL_TASKS
 
 
 def parse(arguments: Sequence[str] | None = None) -> GenerateSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
-    return parse_flags(GenerateSettings, "generate_qwen2.py", arguments)
+    return parse_pasted(GenerateSettings, "generate_qwen2.py", arguments, GENERATE_FLAGS)
 
 
 def validate(settings: GenerateSettings, config: Qwen2Config, world_size: int) -> None:
@@ -184,7 +239,8 @@ def validate(settings: GenerateSettings, config: Qwen2Config, world_size: int) -
     """
     faults = settings.model.faults(config, world_size)
     faults += sampling_faults(settings.sampling)
-    faults += _prompt_faults(settings.prompts)
+    faults += _prompt_faults(settings)
+    faults += pasted_faults(settings.pasted, GENERATE_FLAGS, settings, config)
     raise_if(dict.fromkeys(faults))
 
 
@@ -242,10 +298,10 @@ def sampling_faults(sampling: SamplingSettings) -> list[str]:
     return faults
 
 
-def _prompt_faults(prompts: PromptSettings) -> list[str]:
-    faults = []
-    sources = (bool(prompts.prompt), prompts.prompt_file is not None, prompts.chat)
-    if sources.count(True) != 1:
+def _prompt_faults(settings: GenerateSettings) -> list[str]:
+    prompts, tasks = settings.prompts, settings.tasks()
+    faults = _task_faults(settings) if tasks else []
+    if not tasks and prompts.num_sources != 1:
         faults.append("give one of --prompt, --prompt-file and --chat.")
     if prompts.batch_size < 1:
         faults.append(f"--batch-size {prompts.batch_size} must be at least 1.")
@@ -259,6 +315,29 @@ def _prompt_faults(prompts: PromptSettings) -> list[str]:
     if output is not None and prompts.chat:
         faults.append("--output-file is for prompts, not for --chat.")
     templated = prompts.chat or prompts.apply_chat_template or prompts.prompt_file is not None
-    if prompts.system_prompt is not None and not templated:
+    if prompts.system_prompt is not None and not templated and not tasks:
         faults.append("--system-prompt needs --chat, --apply-chat-template or a --prompt-file.")
+    if settings.model.prompt_type is not None and not templated and not tasks:
+        faults.append("--prompt-type needs --chat, --apply-chat-template or a --prompt-file.")
+    return faults
+
+
+def _task_faults(settings: GenerateSettings) -> list[str]:
+    """What does not go together with --task."""
+    prompts, wanted, faults = settings.prompts, settings.demonstration, []
+    if prompts.num_sources or prompts.apply_chat_template or prompts.output_file is not None:
+        faults.append(
+            "--task asks a question of its own; leave it out with --prompt, --prompt-file, --chat, "
+            "--apply-chat-template and --output-file."
+        )
+    if wanted.history_turns < 0:
+        faults.append(f"--history-turns {wanted.history_turns} must not be below zero.")
+    if wanted.hf_chat_template and settings.model.prompt_type is not None:
+        faults.append("--hf-chat-template and --prompt-type: give one of them.")
+    is_plain = not wanted.hf_chat_template and settings.model.prompt_type is None
+    if prompts.system_prompt is not None and is_plain:
+        faults.append("--system-prompt with --task needs --prompt-type or --hf-chat-template.")
+    sampling = settings.sampling
+    if sampling.greedy or sampling.do_sample:
+        faults.append("--greedy and --do-sample: --task says it; leave them out.")
     return faults

@@ -17,6 +17,7 @@ from qwen2_ascend.chat_template import (
 from qwen2_ascend.data.chat.formats import read_chat
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.pretrained import is_encodable, open_tokenizer
+from qwen2_ascend.prompt_types import PromptType, prompt_template
 
 
 class Tokenizer:
@@ -24,13 +25,15 @@ class Tokenizer:
 
     Args:
         folder: a Hugging Face folder.
+        prompt_type: how chats are written; None as the tokenizer's chat template says.
 
     Raises:
         UserError: it holds no tokenizer.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prompt_type: PromptType | None = None) -> None:
         self._tokenizer = open_tokenizer(folder)
+        self._template = None if prompt_type is None else prompt_template(prompt_type)
         self.folder = folder
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -56,7 +59,14 @@ class Tokenizer:
             raise UserError(f"{error}.") from None
         text = self.render_chat(messages, tools=tools)
         lost = lost_turns(text, messages)
-        lost += lost_tools(self._tokenizer, text, messages, tools, add_generation_prompt=True)
+        lost += lost_tools(
+            self._tokenizer,
+            text,
+            messages,
+            tools,
+            template=self._template,
+            add_generation_prompt=True,
+        )
         if lost:
             raise UserError(
                 f"the chat template leaves out {', '.join(lost)}; take it out of the chat, or name "
@@ -81,6 +91,7 @@ class Tokenizer:
                 self._tokenizer,
                 messages,
                 tools=tools,
+                template=self._template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
@@ -91,7 +102,9 @@ class Tokenizer:
 
     def template(self) -> str:
         """The chat template itself, or nothing."""
-        return template_for(self._tokenizer, None) if self._tokenizer.chat_template else ""
+        if self._template is None and not self._tokenizer.chat_template:
+            return ""
+        return template_for(self._tokenizer, None, self._template)
 
     def decode(self, tokens: list[int]) -> str:
         """Without special tokens, and otherwise as the tokens are."""
@@ -126,4 +139,4 @@ class Tokenizer:
 
     def end_of_turn(self) -> int | None:
         """The special token that the chat template ends an answer with."""
-        return end_of_turn(self._tokenizer)
+        return end_of_turn(self._tokenizer, self._template)

@@ -21,6 +21,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.model.cross_entropy import ChunkedLossModel
 from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
+from qwen2_ascend.model.recompute import RecomputedOutputs, choose_layers
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import current, supported_keywords
@@ -50,6 +51,8 @@ def build_model(
     plain: Collection[str] = (),
     perform_initialization: bool = True,
     cross_entropy_chunk_size: int | None = None,
+    recompute_activations: RecomputedOutputs | None = None,
+    recompute_norms: RecomputedOutputs | None = None,
     **options: Any,
 ) -> list[GPTModel]:
     """This rank's model chunks, one without an interleaved pipeline.
@@ -64,6 +67,8 @@ def build_model(
         perform_initialization: draw the weights; False leaves them unset, to be loaded.
         cross_entropy_chunk_size: compute losses with the logits of this many tokens at a time, to
             save memory; None computes them all at once.
+        recompute_activations: layers of each chunk that compute SwiGLU's output again in backward.
+        recompute_norms: layers that do so with their norms' outputs.
         **options: of `transformer_config`.
 
     Raises:
@@ -99,6 +104,7 @@ def build_model(
             config, transformer.params_dtype, current().device
         )
         _check_layers(model, layers)
+        choose_layers(model.decoder.layers, recompute_activations, recompute_norms)
         if not perform_initialization:
             _mark_tensor_parallel(model)
         models.append(model)

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 from qwen2_ascend.model.kv_cache import LayerCache
 from qwen2_ascend.model.packed import PackedBatch
+from qwen2_ascend.model.recompute import computed, not_kept
 from qwen2_ascend.ops import Ops
 from qwen2_ascend.runtime import current
 
@@ -40,9 +41,14 @@ class RMSNorm(torch.nn.Module):
         # Each rank sees a part of the sequence, so megatron-core adds the gradients up.
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
         self.eps = eps
+        self.is_recomputed = False
+        """Whether the product that takes the output keeps how to compute it, not the output."""
         self._rms_norm = ops.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
+        return computed(self._normalized, x, again=self.is_recomputed and self.training)
+
+    def _normalized(self, x: Tensor) -> Tensor:
         return self._rms_norm(x, self.weight, self.eps)
 
 
@@ -137,7 +143,8 @@ class Qwen2SelfAttention(SelfAttention):
         """
         unused = (attention_mask, inference_context, attention_bias)
         assert all(x is None for x in unused), "attention here is causal, without further masks"
-        qkv, _ = self.linear_qkv(hidden_states)
+        with not_kept(hidden_states):
+            qkv, _ = self.linear_qkv(hidden_states)
         cos_sin = rotary_pos_emb
         if packed_seq_params is not None:
             cos_sin = packed_seq_params.cos_sin(rotary_pos_emb)
@@ -197,12 +204,18 @@ class Qwen2MLP(MLP):
 
     def __init__(self, *args: Any, ops: Ops, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.recomputes_activation = False
+        """Whether linear_fc2 keeps how to compute SwiGLU's output, not the output."""
         self._swiglu = ops.swiglu
 
     def forward(self, hidden_states: Tensor, *args: Any, **_: Any) -> tuple[Tensor, Tensor | None]:
         """`[s, b, h]` to `[s, b, h]`, and no bias."""
-        gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(self._swiglu(gate_up))
+        with not_kept(hidden_states):
+            gate_up, _ = self.linear_fc1(hidden_states)
+        again = self.recomputes_activation and self.training
+        activated = computed(self._swiglu, gate_up, again=again)
+        with not_kept(activated):
+            return self.linear_fc2(activated)
 
     def inferred(self, hidden_states: Tensor) -> Tensor:
         """`forward` for generation; no gradient, no sequence parallelism."""

@@ -59,6 +59,12 @@ class Cut:
     recompute: Recompute = "none"
     recomputed_layers: int | None = None
     """Of a stage, where `recompute` is full; None is all of them."""
+    recompute_activation_function: bool = False
+    """SwiGLU's output is computed again in backward."""
+    recompute_norm: bool = False
+    """So are the norms' outputs."""
+    reuse_fp32_param: bool = False
+    """fp32 weights are there in the update only; between updates 2 bytes of each are."""
     micro_batch_size: int = 1
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each stage; None where all have as many."""

@@ -80,7 +80,7 @@ def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Mem
     element = cut.job.element
     # the distributed optimizer computes with a contiguous copy of the weights, padded as theirs
     held = weights.all + (trained - weights.trained if cut.distributed_optimizer else 0)
-    state = (2 if element == FP32 else 3) * FP32 * trained
+    state = (2 * FP32 + _main_bytes(cut)) * trained
     peak = max(_moments(cut, stage, weights), key=lambda moment: moment.total)
     return Memory(
         weights=held * element,
@@ -92,6 +92,13 @@ def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Mem
         buffers=_buffers(cut, stage),
         moment=peak.name,
     )
+
+
+def _main_bytes(cut: Cut) -> int:
+    """Of what the optimizer keeps of an fp32 weight besides its moments, between two updates."""
+    if cut.job.element == FP32:
+        return 0
+    return 2 if cut.reuse_fp32_param else FP32
 
 
 def fullest_stage(cut: Cut, weights: dict[int, Parameters] | None = None) -> tuple[int, Memory]:
@@ -170,6 +177,16 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
 
 def _update_temporary(cut: Cut, weights: Parameters) -> int:
     """What summing the gradients, clipping and AdamW make besides the state."""
+    return _joined_weights(cut, weights) + _summed_and_clipped(cut, weights)
+
+
+def _joined_weights(cut: Cut, weights: Parameters) -> int:
+    """fp32 weights that are made for the update, beside the halves that they are made of."""
+    share = cut.replicas if cut.distributed_optimizer else 1
+    return weights.trained * FP32 // share if cut.reuse_fp32_param else 0
+
+
+def _summed_and_clipped(cut: Cut, weights: Parameters) -> int:
     if cut.job.backend == "cuda":
         share = cut.replicas if cut.distributed_optimizer else 1
         return weights.trained * FP32 // share  # the roots of all second moments at once
@@ -232,18 +249,24 @@ def chunk_activations(cut: Cut, stage: int) -> int:
 def _all_activations(cut: Cut, *, selective: bool = False) -> int:
     """Without recomputing, or without what attention's core keeps.
 
-    Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep; what
-    attention keeps; gate and up, SwiGLU's output, and in plain torch silu(gate).
+    Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep if
+    they are not computed again; what attention keeps; gate and up, SwiGLU's output, likewise, and
+    in plain torch silu(gate).
     """
     job, t = cut.job, cut.tokens
-    ffn = job.config.ffn_hidden_size // cut.tp
-    mlp = (3 if job.backend == "npu" else 4) * ffn
-    kept = 4 * _hidden(cut) + 2 * _row_numbers(cut) + t * mlp * job.element
+    mlp = _kept_of_mlp(cut) * (job.config.ffn_hidden_size // cut.tp)
+    norms = 2 if cut.recompute_norm else 4
+    kept = norms * _hidden(cut) + 2 * _row_numbers(cut) + t * mlp * job.element
     kept += t * (_selective_attention(cut) if selective else _attention(cut))
     if job.lora_rank is not None:
         # what each adapter's A gives, of 5 + 2 targets, and B spread out under all of them
         kept += (7 * t + _adapter_rows(cut)) * job.lora_rank * job.element
     return kept
+
+
+def _kept_of_mlp(cut: Cut) -> int:
+    """Times ffn: gate, up, in plain torch silu(gate), and the output if it is kept."""
+    return (3 if cut.job.backend == "npu" else 4) - cut.recompute_activation_function
 
 
 def _adapter_rows(cut: Cut) -> int:
@@ -290,10 +313,12 @@ def layer_workspace(cut: Cut) -> int:
     tensors = layer_tensors(cut)
     train = e if job.lora_rank is None else 0
     gathered = full_hidden if cut.sequence_parallel else 0
-    second = gathered + ffn + tensors[6] * train  # linear_fc2: its input's gradient, its weight's
+    # linear_fc2: its input's gradient, its weight's, and its input where that is computed again
+    second = gathered + ffn + tensors[6] * train + ffn * cut.recompute_activation_function
     swiglu = 2 * ffn  # gradients of both factors, while they are still kept
-    freed = (3 if job.backend == "npu" else 4) * ffn
-    first = 2 * ffn + full_hidden + tensors[5] * train - freed  # linear_fc1
+    freed = _kept_of_mlp(cut) * ffn
+    again = hidden * cut.recompute_norm
+    first = 2 * ffn + full_hidden + tensors[5] * train - freed + again  # linear_fc1
     norm = hidden + (2 * e + 8) * hidden // e - freed - full_hidden
     if e == FP32:
         norm -= hidden

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -232,6 +233,29 @@ def _in_torch_format(original: Callable[..., Any]) -> Callable[..., Any]:
     from torch.distributed.checkpoint.filesystem import SerializationFormat
 
     return functools.partial(original, serialization_format=SerializationFormat.TORCH_SAVE)
+
+
+@contextmanager
+def each_node_builds_data() -> Iterator[None]:
+    """Has the first rank of each node write the sample indices of its node's own disk.
+
+    In the block megatron-core takes a rank's place on its node for its place among all; the others
+    of the node wait at the same barriers and read what that one has written.
+    """
+    from qwen2_ascend.runtime.ledger import Patch, applied_during
+
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    with applied_during(
+        Patch(
+            target="torch.distributed:get_rank",
+            why="megatron-core lets global rank 0 alone write sample indices, which ranks on nodes "
+            "with disks of their own cannot read",
+            how="answers the rank's place on its node while datasets are built",
+            until="megatron-core has a setting for storage that nodes do not share",
+        ),
+        lambda original: lambda group=None: place if group is None else original(group),
+    ):
+        yield
 
 
 def _prepare_buckets() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core import parallel_state
 
-from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
+from qwen2_ascend.checkpoint.formats import (
+    megatron,
+    megatron_optimizer,
+    torch_dist,
+    torch_pt,
+)
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
 from qwen2_ascend.checkpoint.plan import volume
@@ -33,8 +38,9 @@ from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.target import is_one_range, megatron_args, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import DamagedError, UserError
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.training import megatron_state
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.checkpointer import (
     Checkpointer,
@@ -44,13 +50,14 @@ from qwen2_ascend.training.checkpointer import (
 )
 from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.progress import progress_state, restore_progress, with_tensors
-from qwen2_ascend.training.rank_state import RankState, own_replica, own_shard
+from qwen2_ascend.training.rank_state import Named, RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
 from qwen2_ascend.training.settings import CheckpointSettings
 
 RNG = "rng_state"
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PLACES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -128,6 +135,7 @@ class MegatronWriter:
             megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
             None if settings.no_save_optim else run.optimizer,
             is_stored_once=settings.ckpt_format == "torch_dist",
+            with_main=True,
         )
 
     @cached_property
@@ -135,6 +143,11 @@ class MegatronWriter:
         identity = self._identity
         rules = qwen2_rules(identity.config, identity.padded_vocab_size)
         return {rule.megatron: rule for rule in rules}
+
+    @property
+    def _sharding_type(self) -> str | None:
+        is_distributed = optimizers.is_distributed(self._run.optimizer)
+        return megatron_optimizer.FULLY_RESHARDABLE if is_distributed else None
 
     def _common_state(self) -> dict[str, Any]:
         """What is the same on every rank, in plain values."""
@@ -149,8 +162,12 @@ class MegatronWriter:
             micro_batch_size=run.settings.batch.micro_batch_size,
             global_batch_size=run.global_batch_size,
             use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
+            overlap_grad_reduce=run.settings.parallel.overlap_grad_reduce,
+            data_parallel_size=own_replica()[1],
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
+            no_save_optim=self._settings.no_save_optim,
+            no_save_rng=self._settings.no_save_rng,
         )
         return {
             "args": args,
@@ -178,7 +195,7 @@ class MegatronWriter:
                 piece = Piece(owned.piece.tensor, box, rule.shape(box))
                 dtype = DTYPE_NAMES[tensor.dtype]
                 key, chunk = torch_dist_chunk(piece, self._rules, config.num_layers, dtype)
-                key = _state_key(owned.kind, key)
+                key = _state_key(owned.kind, key, self._sharding_type)
                 place = file.append_tensor(key, chunk)
                 name = f"{key}[{','.join(map(str, chunk.offsets))}]"
                 within = slice(run.start - owned.run.start, run.stop - owned.run.start)
@@ -203,12 +220,20 @@ class MegatronWriter:
             for file, layout in ((chunks.file, chunks.layout), (objects.name, objects.layout()))
             if layout.total_bytes
         }
-        common = self._common_state()
+        common, scale = self._common_state(), {}
+        if not self._settings.no_save_optim:
+            optimizer = self._run.optimizer
+            common[megatron_optimizer.KEY] = megatron_state.small_state(optimizer)
+            scale = {
+                (megatron_optimizer.KEY, *path): tensor.detach().cpu().numpy().tobytes()
+                for path, tensor in megatron_state.scale_tensors(optimizer).items()
+            }
+        common["content_metadata"] = megatron_state.content_metadata(self._run.optimizer)
         entries = gathered(objects.entries, self._run.runtime, self._group)
         entries = [*chunks.entries, *(entry for rank in entries for entry in rank)]
 
         def finish(folder: Path) -> None:
-            for name, data in torch_dist.small_files(entries, common).items():
+            for name, data in torch_dist.small_files(entries, common, scale).items():
                 write_file(folder / name, data)
 
         return Pending(part=RankPart(files=files, stores=stores), finish=finish)
@@ -219,7 +244,7 @@ class MegatronWriter:
         file = torch_dist.RankFile(f"__{runtime.rank}_1.distcp")
         if rng is not None and own_replica()[0] == 0:
             data = io.BytesIO()
-            torch.save(rng, data)
+            torch.save([[rng]], data)
             file.append_object(_rng_key(), data.getvalue())
         if runtime.rank == 0:
             for key in torch_dist.extra_states(self._identity.config.num_layers):
@@ -229,52 +254,95 @@ class MegatronWriter:
     # torch: a file for each tensor/pipeline rank, which its data-parallel replicas fill together
 
     def _lay_out_rank_file(self, tensors: list[torch.Tensor], rng: Any) -> Pending:
-        run, replica = self._run, own_replica()[0]
-        names = _model_names(run.chunks)
+        optimizer = None if self._settings.no_save_optim else self._run.optimizer
         state: dict[str, Any] = self._common_state()
-        kinds = state["contents"]["optimizer"]
-        specs = {
-            named: TensorSpec(tuple(parameter.shape), DTYPE_NAMES[parameter.dtype])
-            for named, parameter in self._state.parameters.items()
-        }
-        for index, name in enumerate(names):
-            state[name] = OrderedDict((n, spec) for (i, n), spec in specs.items() if i == index)
-        if kinds:
-            state[megatron.OPTIMIZER] = {
-                name: {
-                    n: dict.fromkeys(kinds, TensorSpec(spec.shape, "fp32"))
-                    for (i, n), spec in specs.items()
-                    if i == index
-                }
-                for index, name in enumerate(names)
-            }
+        small: dict[torch_pt.KeyPath, torch.Tensor] = {}
+        flat = None
+        if optimizer is not None and optimizers.is_distributed(optimizer):
+            state[megatron_optimizer.KEY], flat = megatron_state.distributed_state(optimizer)
+        elif optimizer is not None:
+            state[megatron_optimizer.KEY] = megatron_state.plain_state(optimizer).state
+        if optimizer is not None:
+            scale = megatron_state.scale_tensors(optimizer)
+            small |= {(megatron_optimizer.KEY, *path): tensor for path, tensor in scale.items()}
+        for (index, name), parameter in self._state.parameters.items():
+            model = state.setdefault(_model_names(self._run.chunks)[index], OrderedDict())
+            model[name] = TensorSpec(tuple(parameter.shape), DTYPE_NAMES[parameter.dtype])
         if rng is not None:
-            state[RNG] = _with_specs(rng)
-        layout = torch_pt.layout_pt(state, name="model_optim_rng")
-        # the generators of the first replica are written, and their text has its own length
-        offsets = self._of_first_replica((layout.total_bytes, layout.offsets))
-        total_bytes, offsets = offsets
-        file = f"{_rank_folder(self._identity.layout)}/{megatron.PT_FILE}"
+            state[RNG] = _with_specs([rng])
+            small |= _tensors_in([rng], (RNG,))
+        layouts = {megatron.PT_FILE: torch_pt.layout_pt(state, name="model_optim_rng")}
+        if flat is not None:
+            file = megatron_optimizer.FLAT_FILE
+            layouts[file] = torch_pt.layout_pt(flat.state, name="distrib_optim")
+        return Pending(part=self._rank_part(layouts, tensors, small))
+
+    @cached_property
+    def _rank_places(self) -> dict[tuple[Named, str], _RankPlace]:
+        """Where a rank's file, or two, have the tensors of every kind of each parameter."""
+        optimizer, names = self._run.optimizer, _model_names(self._run.chunks)
+        places = {
+            ((index, name), ""): _RankPlace(megatron.PT_FILE, (names[index], name), 0)
+            for index, name in self._state.parameters
+        }
+        if self._settings.no_save_optim:
+            return places
+        file, above = megatron.PT_FILE, (megatron_optimizer.KEY,)
+        if optimizers.is_distributed(optimizer):
+            file, above = megatron_optimizer.FLAT_FILE, ()
+            _, laid = megatron_state.distributed_state(optimizer)
+        else:
+            laid = megatron_state.plain_state(optimizer)
+        for named, parameter in self._state.parameters.items():
+            for kind in self._state.kinds:
+                path, start = laid.places[parameter, kind]
+                places[named, kind] = _RankPlace(file, (*above, *path), start)
+        return places
+
+    def _rank_part(
+        self,
+        layouts: Mapping[str, torch_pt.PtLayout],
+        tensors: list[torch.Tensor],
+        small: Mapping[torch_pt.KeyPath, torch.Tensor],
+    ) -> RankPart:
+        """What this rank writes of its tensor/pipeline rank's files.
+
+        Args:
+            layouts: by the files' names. The first replica's are written, as the text of its random
+                number generators has its own length.
+            tensors: those of what it owns.
+            small: tensors that only the first replica writes, by their paths in the first file.
+        """
+        names, replica = _model_names(self._run.chunks), own_replica()[0]
+        folder = _rank_folder(self._identity.layout)
+        told = {file: (layout.total_bytes, layout.offsets) for file, layout in layouts.items()}
+        told = self._of_first_replica(told)
         stores = []
         for owned, tensor in zip(self._state.owned, tensors, strict=True):
-            path = (names[owned.chunk], owned.name)
-            path = (megatron.OPTIMIZER, *path, owned.kind) if owned.kind else path
-            offset = offsets[path] + owned.run.start * tensor.element_size()
-            name = "/".join(path) if owned.kind or len(names) > 1 else owned.name
+            file, path, start = self._rank_places[(owned.chunk, owned.name), owned.kind]
+            offset = told[file][1][path] + (start + owned.run.start) * tensor.element_size()
+            name = f"{names[owned.chunk]}/{owned.name}" if len(names) > 1 else owned.name
+            if owned.kind:
+                model = names[owned.chunk]
+                name = f"{megatron_optimizer.KEY}/{model}/{owned.name}/{owned.kind}"
             shape = owned.piece.shape
             if tensor.numel() < volume(owned.piece.box):
                 name, shape = f"{name}[{owned.run.start}:{owned.run.stop}]", tuple(tensor.shape)
-            stores.append(Store(name, file, offset, shape, tensor))
-        segments = ()
+            stores.append(Store(name, f"{folder}/{file}", offset, shape, tensor))
         if replica == 0:
-            segments = layout.segments
-            if rng is not None:
-                stores += (
-                    Store("/".join(map(str, path)), file, offsets[path], tuple(t.shape), t)
-                    for path, t in _tensors_in(rng, (RNG,))
-                )
-        files = {file: FileLayout(total_bytes=total_bytes, segments=segments)}
-        return Pending(part=RankPart(files=files, stores=stores))
+            offsets = told[megatron.PT_FILE][1]
+            file = f"{folder}/{megatron.PT_FILE}"
+            stores += (
+                Store("/".join(map(str, path)), file, offsets[path], tuple(t.shape), t)
+                for path, t in small.items()
+            )
+        files = {
+            f"{folder}/{file}": FileLayout(
+                total_bytes=told[file][0], segments=layout.segments if replica == 0 else ()
+            )
+            for file, layout in layouts.items()
+        }
+        return RankPart(files=files, stores=stores)
 
     def _of_first_replica(self, value: Any) -> Any:
         """What the first of this rank's data-parallel replicas calls with."""
@@ -285,6 +353,14 @@ class MegatronWriter:
         return next(
             own for told in values if told for shard, own in [told] if shard == own_shard(0)
         )
+
+
+class _RankPlace(NamedTuple):
+    """Where a tensor begins: in which tensor of a file, and at which element of it."""
+
+    file: str
+    path: torch_pt.KeyPath
+    start: int
 
 
 class _Place(NamedTuple):
@@ -316,7 +392,10 @@ def _rank_folder(layout: ParallelLayout) -> str:
     return megatron.rank_folder_name(tp_rank, pp_stage, layout.pp)
 
 
-def _state_key(kind: str, key: str) -> str:
+def _state_key(kind: str, key: str, sharding_type: str | None) -> str:
+    """The key in torch_dist of a weight, or of the optimizer's tensor of it of some kind."""
+    if kind == optimizers.MAIN and sharding_type == megatron_optimizer.FULLY_RESHARDABLE:
+        kind = "param"
     return f"optimizer.state.{kind}.{key}" if kind else key
 
 
@@ -336,19 +415,23 @@ def _with_specs(tree: Any) -> Any:
         return TensorSpec(tuple(tree.shape), DTYPE_NAMES[tree.dtype])
     if isinstance(tree, Mapping):
         return {key: _with_specs(value) for key, value in tree.items()}
-    return [_with_specs(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_with_specs(value) for value in tree)
+    return tree
 
 
-def _tensors_in(tree: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
-    """Every tensor with its path."""
+def _tensors_in(tree: Any, path: torch_pt.KeyPath) -> dict[torch_pt.KeyPath, torch.Tensor]:
+    """Every tensor by its path."""
     if isinstance(tree, torch.Tensor):
-        yield path, tree.contiguous()
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _tensors_in(value, (*path, key))
-    elif isinstance(tree, (list, tuple)):
-        for index, value in enumerate(tree):
-            yield from _tensors_in(value, (*path, index))
+        return {path: tree.contiguous()}
+    if isinstance(tree, Mapping):
+        items: Iterable[tuple[Any, Any]] = tree.items()
+    else:
+        items = enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    found = {}
+    for key, value in items:
+        found |= _tensors_in(value, (*path, key))
+    return found
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -369,7 +452,8 @@ def resume(
         UserError: the checkpoint's optimizer does not fit the model.
     """
     common = saved.common
-    notes = restore_progress(run, common)
+    # as Megatron-LM: the schedule is the optimizer's
+    notes = restore_progress(run, common, with_schedule=not settings.no_load_optim)
     wants_optimizer = not settings.no_load_optim and saved.has_optimizer
     wants_rng = not settings.no_load_rng and common["contents"]["rng"]
     if wants_optimizer and saved.padded_vocab_size != identity.padded_vocab_size:
@@ -398,8 +482,12 @@ def _is_same_layout(args: Namespace, identity: CheckpointIdentity) -> bool:
 
 def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
     if megatron.is_torch_dist(saved.folder):
-        return torch_dist.read_object(saved.folder, _rng_key())
-    return torch_pt.read(saved.folder / _rank_folder(identity.layout) / megatron.PT_FILE)[RNG]
+        states = torch_dist.read_object(saved.folder, _rng_key())
+    else:
+        path = saved.folder / _rank_folder(identity.layout) / megatron.PT_FILE
+        states = torch_pt.read(path)[RNG]
+    # Megatron-LM's --data-parallel-random-init has one for each replica
+    return states[own_replica()[0] % len(states)]
 
 
 def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdentity) -> None:
@@ -416,6 +504,9 @@ def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdent
         checks = checks_of(source, is_whole=False)
         load_slices(slices, source.held, source.config.vocab_size, checks=checks)
 
+    gathered_from_buckets = (*megatron_optimizer.BY_BUCKETS, megatron_optimizer.FULLY_RESHARDABLE)
+    if saved.is_foreign and saved.sharding_type in gathered_from_buckets:
+        _check_places(saved.folder, state, sources)
     if optimizers.MAIN in sources and optimizers.MAIN not in state.kinds:
         load(optimizers.MAIN, state.whole())  # fp32 after 16 bits goes on from the fp32 weights
     for kind, slices in state.emptied(int(saved.common["optimizer_updates"])).items():
@@ -423,9 +514,38 @@ def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdent
     optimizers.load_scaler_state(run.optimizer, saved.common["loss_scaler"])
 
 
+def _check_places(folder: Path, state: RankState, sources: Mapping[str, Source]) -> None:
+    """Each fp32 weight in a bucket, rounded, must be the weight: else they lie otherwise.
+
+    Raises:
+        DamagedError: one is not.
+    """
+    weights, mains = sources[""], sources[optimizers.MAIN].held
+    (dtype,) = {DTYPES[name] for name in weights.dtypes}
+    for piece, run, weight in state.whole():
+        main = torch.empty(weight.shape)
+        own = [held for held in mains if held.piece.tensor == piece.tensor]
+        load_slices([(piece, run, main)], own, weights.config.vocab_size)
+        if not torch.equal(main.to(dtype).to(weight.dtype), weight.cpu()):
+            raise DamagedError(
+                [
+                    f"{folder}: the distributed optimizer's fp32 weights of {piece.tensor} are not "
+                    "its weights, so its moments are not its own either; save with --ckpt-format "
+                    "torch, or take the weights with --no-load-optim."
+                ]
+            )
+
+
 def _open_states(saved: SavedRun, identity: CheckpointIdentity) -> dict[str, Source]:
     """A source for each kind of the optimizer's tensors, and for "", the weights."""
     # padding has moments too: here its rows count as the vocabulary's
     config = replace(identity.config, vocab_size=identity.padded_vocab_size)
     kinds = ["", *saved.common["contents"]["optimizer"]]
-    return open_states(saved.folder, config, {kind: _state_key(kind, "") for kind in kinds})
+    prefixes = {kind: _state_key(kind, "", saved.sharding_type) for kind in kinds}
+    return open_states(
+        saved.folder,
+        config,
+        prefixes,
+        args=saved.common["args"],
+        sharding_type=saved.sharding_type,
+    )

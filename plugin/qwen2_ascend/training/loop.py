@@ -274,6 +274,7 @@ def train(
         NonFiniteError: the loss or the gradient norm is not finite, and `on_nonfinite` is "stop".
     """
     settings, progress = run.settings, run.progress
+    optimizers.settle(run.optimizer)
     if checkpointer is not None:
         run.before_update = checkpointer.wait_until_copied
     batches = run.batches() if progress.iteration < run.train_iters else iter(())

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.config import Qwen2Config, published_names
+from qwen2_ascend.errors import raise_if
 from qwen2_ascend.launching import parse_flags
-from qwen2_ascend.pasted_flags import MODEL_FLAGS, Meaning, Table, same, split_flags
+from qwen2_ascend.pasted_flags import (
+    MODEL_FLAGS,
+    Check,
+    Meaning,
+    Pasted,
+    Table,
+    same,
+    split_flags,
+)
 
 if TYPE_CHECKING:
     from qwen2_ascend.training.settings import TrainingSettings
@@ -28,10 +39,117 @@ def training_flags(kind: type[TrainingSettings]) -> Table:
 
 
 def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] | None) -> S:
-    """As `parse_flags`, with what is pasted of others' flags beside the settings."""
+    """As `parse_flags`, with what is pasted of others' flags beside the settings.
+
+    Raises:
+        UserError: the words are from a script that no shell can run.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    rest, pasted = split_flags(given, training_flags(kind))
+    raise_if({CARRIAGE_RETURN for word in given if word.endswith("\r")})
+    names = {word.partition("=")[0].replace("_", "-") for word in given}
+    experts = {name: NO_EXPERT for name in names if _is_of_experts(name, None)}
+    rest, pasted = split_flags(given, {**experts, **training_flags(kind)})
     return replace(parse_flags(kind, program, rest), pasted=pasted)
+
+
+def expert_faults(pasted: Pasted) -> list[str]:
+    """One sentence where flags are for a model with experts, which is another than Qwen2."""
+    flags = [flag for flag, value in pasted if _is_of_experts(flag, value)]
+    return [NO_EXPERTS.format(", ".join(flags[:3]))] if flags else []
+
+
+def config_of_run(config: Qwen2Config, pasted: Pasted) -> Qwen2Config:
+    """The model's config with the YaRN scaling that pasted flags give it, where it has none.
+
+    What is wrong with those flags is left to their checks.
+    """
+    yarn = {flag: value for flag, value in pasted if flag in YARN_FLAGS}
+    if config.yarn is not None or yarn.get("--rope-scaling-type") != "yarn":
+        return config
+    numbers = {YARN_FLAGS[flag]: _number(value) for flag, value in yarn.items()}
+    numbers = {name: number for name, number in numbers.items() if name}
+    if any(number is None or number <= 0 for number in numbers.values()):
+        return config
+    factor = numbers.pop("factor", None)
+    original = numbers.pop("original_max_position_embeddings", None)
+    if factor is None or factor < 1 or original is None or original != int(original):
+        return config
+    return config.with_yarn(factor, int(original), **{k: float(v or 0) for k, v in numbers.items()})
+
+
+def _is_of_experts(flag: str, value: str | None) -> bool:
+    if flag == "--expert-model-parallel-size":
+        return not same(value, "1")
+    return flag in EXPERTS or flag.startswith("--moe-")
+
+
+def _number(value: str | None) -> float | None:
+    try:
+        number = float(value or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _yarn(name: str, default: float | None = None) -> Check:
+    """A check of one of YaRN's numbers, by the name that `YarnScaling` has for it."""
+
+    def check(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+        given = dict(settings.pasted)
+        if config.yarn is not None:
+            found = getattr(config.yarn, name)
+            return None if same(value, str(found)) else IT_DECIDES.format(found)
+        number = _number(value)
+        if number is None or number <= 0 or (name == "factor" and number < 1):
+            return f"must be a number {'from 1 on' if name == 'factor' else 'above zero'}"
+        if name.startswith("original") and number != int(number):
+            return "must be a whole number"
+        if "--rope-scaling-type" in given or (default is not None and number == default):
+            return None
+        return "says nothing without --rope-scaling-type yarn; leave it out, or give that too"
+
+    return check
+
+
+def _yarn_type(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    if config.yarn is not None:
+        return None
+    given = dict(settings.pasted)
+    needed = ("--rope-scaling-factor", "--rope-scaling-original-max-position-embeddings")
+    if missing := [flag for flag in needed if flag not in given]:
+        return f"needs {' and '.join(missing)}"
+    lora = getattr(settings, "lora", None)
+    if lora is not None and lora.is_on:
+        return (
+            "an adapter does not say how its base model counts positions; write rope_scaling into "
+            "the base model's config.json instead"
+        )
+    return None
+
+
+def _of_a_published_model(flag: str, name: str) -> Meaning:
+    """A flag of the shape that differs between models of one size; the way out names one."""
+    meaning = MODEL_FLAGS[flag]
+    check = meaning.check
+    assert check is not None
+
+    def named(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+        way_out = check(value, settings, config)
+        given = settings.model.config
+        if way_out is None or given is None or Path(given).exists():
+            return way_out
+        fit = [
+            known
+            for known in published_names()
+            if (other := Qwen2Config.named(known)).num_layers == config.num_layers
+            and other.hidden_size == config.hidden_size
+            and same(value, str(getattr(other, name)))
+        ]
+        if not fit:
+            return way_out
+        return f"{given} has {getattr(config, name)}; say which model it is: {', '.join(fit)}"
+
+    return meaning._replace(check=named)
 
 
 def _holds_the_samples(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
@@ -47,25 +165,87 @@ def _has_weights(value: str | None, settings: Any, config: Qwen2Config) -> str |
     return f"the config's initializer_range is {config.init_method_std}; change that"
 
 
-def _is_one_node(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    """Fine-tuning writes no index: prepared chats are read on every node, from its own disk."""
+    from qwen2_ascend.data.chat.prepare import is_chat_file
+
+    data = settings.data
+    files = filter(is_chat_file, (*data.data_path, *data.train_data_path, *data.valid_data_path))
+    if not nodes_differ() or data.data_cache_path is not None or not (file := next(files, None)):
+        return None
+    return (
+        f"rank 0 prepares {file} for all nodes; give --data-cache-path on storage that all share, "
+        "or prepare it first: qwen2-ascend preprocess"
+    )
+
+
+def nodes_differ() -> bool:
+    """Whether torchrun has started ranks on several nodes."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size <= int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
-        return None
-    return "rank 0 writes indices for all nodes; give --data-cache-path on storage that all share"
+    return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
-def _pads_to_the_longest(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
-    if getattr(settings.data, "variable_seq_lengths", False):
-        return None
-    return "say --variable-seq-lengths, in fine-tuning, to pad to the longest chat only"
-
+IT_DECIDES = "the config says {}, and it decides; change that, or leave this out"
+CARRIAGE_RETURN = (
+    "a word ends with a carriage return: the script was saved with Windows line ends, which cut "
+    "its command short; mend it with: sed -i 's/\\r$//' SCRIPT"
+)
+NO_EXPERTS = (
+    "{}: these are flags of a mixture-of-experts model, and this project trains Qwen2's and "
+    "Qwen2.5's dense models only; take one of those, without such flags."
+)
+_EXPERTS = """
+    --num-experts --n-shared-experts --shared-expert-gate --expert-interval
+    --expert-tensor-parallel-size --gemm-gradient-accumulation-fusion
+    --use-fused-moe-token-permute-and-unpermute --router-gating-in-fp32
+    --moe-allgather-overlap-comm --moe-alltoall-overlap-comm --moe-aux-loss-coeff
+    --moe-comm-aux-loss-coeff --moe-device-level-aux-loss-coeff --moe-enable-deepep
+    --moe-expert-capacity-factor --moe-extended-tp --moe-fb-overlap --moe-ffn-hidden-size
+    --moe-grouped-gemm --moe-hierarchical-alltoallv --moe-input-jitter-eps --moe-intermediate-size
+    --moe-layer-freq --moe-layer-recompute --moe-pad-expert-input-to-capacity
+    --moe-per-layer-logging --moe-permutation-async-comm --moe-permute-fusion
+    --moe-router-bias-update-rate --moe-router-dtype --moe-router-enable-expert-bias
+    --moe-router-group-topk --moe-router-load-balancing-type --moe-router-num-groups
+    --moe-router-pre-softmax --moe-router-score-function --moe-router-topk
+    --moe-router-topk-scaling-factor --moe-shared-expert-intermediate-size
+    --moe-shared-expert-overlap --moe-token-dispatcher-type --moe-token-drop-policy
+    --moe-tp-extend-ep --moe-train-capacity-factor --moe-use-legacy-grouped-gemm
+    --moe-use-upcycling --moe-z-loss-coeff --moe-zero-memory --moe-zero-memory-num-layers
+"""
+EXPERTS = frozenset(_EXPERTS.split())
+"""Flags that only a model with experts has, besides all that begin with --moe-."""
+NO_EXPERT = Meaning("there are no experts", None, refused=True)
+YARN_FLAGS: Mapping[str, str] = {
+    "--rope-scaling-type": "",
+    "--rope-scaling-factor": "factor",
+    "--rope-scaling-original-max-position-embeddings": "original_max_position_embeddings",
+    "--beta-fast": "beta_fast",
+    "--beta-slow": "beta_slow",
+    "--rope-scaling-beta-fast": "beta_fast",
+    "--rope-scaling-beta-slow": "beta_slow",
+}
+"""By each its name in `YarnScaling`."""
+YARN = "the run has this YaRN scaling, and the config.json that is saved with it says so"
+MSCALE = "YaRN multiplies cos and sin by 0.1 ln(factor) + 1"
 
 SHARED: Table = {
     **MODEL_FLAGS,
     "--max-position-embeddings": Meaning(NOTHING, None, check=_holds_the_samples),
     "--init-method-std": Meaning(NOTHING, None, check=_has_weights),
-    "--no-shared-storage": Meaning(NOTHING, check=_is_one_node),
-    "--no-pad-to-seq-lengths": Meaning(NOTHING, check=_pads_to_the_longest),
+    "--norm-epsilon": _of_a_published_model("--norm-epsilon", "norm_epsilon"),
+    "--rotary-base": _of_a_published_model("--rotary-base", "rotary_base"),
+    "--rope-scaling-type": Meaning(YARN, ("yarn",), check=_yarn_type),
+    **{
+        flag: Meaning(YARN, None, check=_yarn(name, {"beta_fast": 32, "beta_slow": 1}.get(name)))
+        for flag, name in YARN_FLAGS.items()
+        if name
+    },
+    "--rope-scaling-mscale": Meaning(MSCALE, ("1",)),
+    "--rope-scaling-mscale-all-dim": Meaning(MSCALE, ("0",)),
+    **dict.fromkeys(sorted(EXPERTS), NO_EXPERT),
+    "--expert-model-parallel-size": Meaning("there are no experts", ("1",)),
+    "--spec": Meaning("layers are Qwen2's; leave it out", None, refused=True),
+    "--noop-layers": Meaning("give the stages their layers: --num-layer-list", None, refused=True),
     "--attention-dropout": Meaning("the config says it", ("0",)),
     "--no-gradient-accumulation-fusion": Meaning("gradients are accumulated by plain operators"),
     "--accumulate-allreduce-grads-in-fp32": Meaning("gradients are accumulated in fp32"),
@@ -82,21 +262,16 @@ SHARED: Table = {
     "--cp-attention-mask-type": Meaning(NO_CP, None),
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
-    "--expert-model-parallel-size": Meaning("there are no experts; remove it", ("1",)),
     # refused
-    "--reuse-fp32-param": Meaning(SPEED, refused=True),
     "--swap-attention": Meaning("recompute instead: --recompute-granularity", refused=True),
-    "--recompute-activation-function": Meaning("recompute more: --recompute-granularity", (), True),
-    "--recompute-activation-function-num-layers": Meaning(
-        "recompute more: --recompute-granularity", None, True
-    ),
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
-    "--use-ascend-coc": Meaning(SPEED, refused=True),
-    "--coc-fused-kernel": Meaning(SPEED, refused=True),
-    "--coc-parallel-num": Meaning(SPEED, None, True),
-    "--manual-gc": Meaning(SPEED, refused=True),
-    "--manual-gc-interval": Meaning(SPEED, None, True),
+    "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),
+    "--coc-fused-kernel": Meaning(
+        "its library of fused kernels is not used; plain products and collectives give the same "
+        "numbers, and take longer"
+    ),
+    "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
     "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
     "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     "--no-check-for-nan-in-loss-and-grad": Meaning(
@@ -105,19 +280,27 @@ SHARED: Table = {
 }
 PRETRAINING: Table = {
     "--handler-name": Meaning("the data is tokenized already", ("GeneralPretrainHandler",)),
-    "--tokenizer-name-or-path": Meaning("the data is tokenized already", None),
+    "--tokenizer-name-or-path": Meaning(
+        "the data is tokenized already; where --load has no config.json, that folder's is taken",
+        None,
+    ),
     "--tokenizer-model": Meaning("the data is tokenized already", None),
-    "--reset-attention-mask": Meaning(
-        "in pretraining a token sees all before it in its sample; leave it out, or fine-tune with "
-        "--pack, where documents see only themselves",
+    "--is-instruction-dataset": Meaning("chats are for launch/finetune_qwen2.py", refused=True),
+    "--no-pad-to-seq-lengths": Meaning(
+        "samples are pieces of --seq-length, which need no padding; chats, which do, are for "
+        "launch/finetune_qwen2.py",
         refused=True,
     ),
-    "--is-instruction-dataset": Meaning("chats are for launch/finetune_qwen2.py", refused=True),
 }
 TUNING: Table = {
     "--is-instruction-dataset": Meaning("the data is chats"),
     "--reset-attention-mask": Meaning("chats in one sample see only themselves"),
     "--reset-position-ids": Meaning("positions are counted from each chat's start"),
+    "--no-pad-to-seq-lengths": Meaning(
+        "batches are padded to their longest chat: --variable-seq-lengths",
+        becomes=("--variable-seq-lengths",),
+    ),
+    "--no-shared-storage": Meaning("no index is written", check=_nothing_is_prepared),
     "--padded-samples": Meaning("the last step takes from the next epoch what it lacks"),
     "--lora-fusion": Meaning("adapters exchange nothing but their low-rank products"),
 }

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN as MAIN
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MOMENTS as MOMENTS
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
+from qwen2_ascend.training.halves import Pair, SplitMains, split_mains
 from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MAIN = "fp32_param"
 
 
 class Slice(NamedTuple):
@@ -43,7 +43,8 @@ class StateSlice(NamedTuple):
     start: int
     stop: int
     tensors: dict[str, torch.Tensor]
-    """By kind, of MOMENTS and MAIN: fp32, in place wherever the optimizer has them."""
+    """By kind, of MOMENTS and MAIN: fp32, in place wherever the optimizer has them. The distributed
+    optimizer has MAIN of fp32 weights too, the weights themselves."""
 
 
 def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> MegatronOptimizer:
@@ -85,7 +86,22 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
     device = next(chunks[0].parameters()).device.type
     if settings.fusion.has_fused_adamw(device):
         _fuse(built)
+    if precision.reuse_fp32_param:
+        built.split_mains = SplitMains(_pairs(built))  # pyright: ignore[reportAttributeAccessIssue]
     return built
+
+
+def _pairs(optimizer: Any) -> Iterator[Pair]:
+    """The fp32 weights that this rank updates and the bf16 ones that they are of."""
+    for parameter, own in _slices(optimizer):
+        if own.main.dtype != parameter.dtype:
+            yield Pair(own.main, parameter.detach().view(-1)[own.start : own.stop])
+
+
+def settle(optimizer: Any) -> None:
+    """Gives memory back that the state needs only while it is loaded or updated."""
+    if mains := split_mains(optimizer):
+        mains.split()
 
 
 def _fuse(optimizer: Any) -> None:
@@ -95,7 +111,7 @@ def _fuse(optimizer: Any) -> None:
     looks. torch_npu's own `NpuFusedAdamW` keeps copies of its own of what it updates, which the
     slices of the distributed optimizer and the canonical state would know nothing of.
     """
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if _counts_per_parameter(part.optimizer):
             for group in part.optimizer.param_groups:
                 group.update(fused=True, foreach=False)
@@ -122,11 +138,17 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
     Returns:
         Whether the weights were updated.
     """
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             _clip(part, parameters, grad_norm)
-    return bool(optimizer.step_with_ready_grads())
+    mains = split_mains(optimizer)
+    if mains is None:
+        return bool(optimizer.step_with_ready_grads())
+    mains.join()
+    updated = bool(optimizer.step_with_ready_grads())
+    mains.split()
+    return updated
 
 
 def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
@@ -143,13 +165,13 @@ def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
     """What the loss is multiplied by before backward."""
-    scalers = [getattr(part, "grad_scaler", None) for part in _parts(optimizer)]
+    scalers = [getattr(part, "grad_scaler", None) for part in parts(optimizer)]
     return next((_on_host(scaler.scale) for scaler in scalers if scaler is not None), 1.0)
 
 
 def can_lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
     """Whether an overflow is what a dynamic loss scale expects, and has an answer to."""
-    scalers: list[Any] = [getattr(part, "grad_scaler", None) for part in _parts(optimizer)]
+    scalers: list[Any] = [getattr(part, "grad_scaler", None) for part in parts(optimizer)]
     return any(
         hasattr(scaler, "min_scale") and _on_host(scaler.scale) > _on_host(scaler.min_scale)
         for scaler in scalers
@@ -168,7 +190,7 @@ def _on_host(scale: torch.Tensor) -> float:
 
 def num_updates(optimizer: MegatronOptimizer) -> int:
     """Updates that Adam has made, which its bias correction goes by."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         inner = part.optimizer
         steps = [state["step"] for state in inner.state.values() if "step" in state]
         steps += [group["step"] for group in inner.param_groups if "step" in group]
@@ -184,7 +206,7 @@ def kinds_of(parameter: torch.nn.Parameter) -> tuple[str, ...]:
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether data-parallel ranks have different slices."""
-    return any(hasattr(part, "model_param_group_index_map") for part in _parts(optimizer))
+    return any(hasattr(part, "model_param_group_index_map") for part in parts(optimizer))
 
 
 @torch.no_grad()
@@ -193,15 +215,15 @@ def state_slices(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, State
 
     Before the first update the moments are zeros.
     """
-    states = {}
+    states, mains = {}, split_mains(optimizer)
     for parameter, own in _slices(optimizer):
         state = own.optimizer.state.get(own.main, {})
         tensors = {
             kind: state[kind] if kind in state else torch.zeros_like(own.main, dtype=torch.float32)
             for kind in MOMENTS
         }
-        if MAIN in kinds_of(parameter):
-            tensors[MAIN] = own.main.detach()
+        if MAIN in kinds_of(parameter) or is_distributed(optimizer):
+            tensors[MAIN] = own.main.detach() if mains is None else mains.whole(own.main)
         states[parameter] = StateSlice(own.start, own.stop, tensors)
     return states
 
@@ -218,6 +240,8 @@ def new_state(
         optimizer: built by `build_optimizer`, as yet without state.
         num_updates: what `num_updates` said when the moments were saved.
     """
+    if mains := split_mains(optimizer):
+        mains.join()
     optimizer.reload_model_params()
     for _, own in _slices(optimizer):
         state = {kind: torch.zeros_like(own.main, dtype=torch.float32) for kind in MOMENTS}
@@ -226,7 +250,7 @@ def new_state(
             device = own.main.device if _is_fused(own.optimizer) else None
             state["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=device)
         own.optimizer.state[own.main] = state
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if not _counts_per_parameter(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = num_updates
@@ -235,7 +259,7 @@ def new_state(
 
 def scaler_state(optimizer: MegatronOptimizer) -> dict[str, float]:
     """The dynamic loss scale, in plain numbers; empty without one."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         scaler = getattr(part, "grad_scaler", None)
         if scaler is not None and hasattr(scaler, "_growth_tracker"):
             return {
@@ -248,7 +272,7 @@ def scaler_state(optimizer: MegatronOptimizer) -> dict[str, float]:
 
 def load_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, float]) -> None:
     """Puts `scaler_state` back, if this run scales its loss dynamically too."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         scaler = getattr(part, "grad_scaler", None)
         if state and scaler is not None and hasattr(scaler, "_growth_tracker"):
             scaler._scale = torch.full_like(scaler._scale, state["scale"])
@@ -256,9 +280,10 @@ def load_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, float]) 
             scaler._hysteresis_tracker = int(state["hysteresis_tracker"])
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+def parts(optimizer: Any) -> list[Any]:
+    """The optimizers of which megatron-core's is made; for Qwen2 there is one."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
 
 
 def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
@@ -273,7 +298,7 @@ def _is_fused(inner: torch.optim.Optimizer) -> bool:
 
 def _slices(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
     """Every parameter of which this rank updates anything, with what it updates."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if hasattr(part, "model_param_group_index_map"):
             yield from _distributed_slices(part)
             continue

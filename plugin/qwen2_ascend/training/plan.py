@@ -131,7 +131,8 @@ class RunPlan(Generic[S_co]):
         settings: Any = self.settings
         groups = [name for name in MAKING if hasattr(settings, name)]
         said: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in groups}
-        for name in ("num_workers", "eval_iters", "eval_interval", "data_cache_path"):
+        where = ("data_cache_path", "no_shared_storage")
+        for name in ("num_workers", "eval_iters", "eval_interval", *where):
             said["data"].pop(name, None)
         for name in ("micro_batch_size", "exit_interval"):
             said["batch"].pop(name)
@@ -169,7 +170,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     folder = load or pretrained
     world_size = num_ranks()
     if folder is None:
-        config = _config(model.config)
+        config = settings.config_of_run(_config(model.config))
         return RunPlan(settings=settings, config=config, world_size=world_size, source=None)
 
     from qwen2_ascend.checkpoint.source import open_source
@@ -180,7 +181,9 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
             "their Hugging Face folder, or nothing."
         )
     what = "load" if load else "pretrained_checkpoint"
-    source = open_source(folder_of(what, folder, found) or folder, None, model.config)
+    opened = folder_of(what, folder, found) or folder
+    config_folder = model.config or _config_beside_tokenizer(settings, opened)
+    source = open_source(opened, None, config_folder)
     saved = None
     if load and not model.finetune and source.kind == "mg":
         from qwen2_ascend.training.saved_run import find_saved_run
@@ -191,7 +194,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         model = replace(model, padded_vocab_size=saved.padded_vocab_size)
     return RunPlan(
         settings=replace(settings, model=model),
-        config=source.config,
+        config=settings.config_of_run(source.config),
         world_size=world_size,
         source=source,
         saved=saved,
@@ -314,6 +317,23 @@ def _config(name: str | None) -> Qwen2Config:
     if name is None:
         raise UserError("give --load, or --config for random weights: nothing says which model.")
     return Qwen2Config.from_pretrained(name) if Path(name).exists() else Qwen2Config.named(name)
+
+
+def _config_beside_tokenizer(settings: TrainingSettings, folder: Path) -> str | None:
+    """The tokenizer's folder, where it has the config.json that shards lack.
+
+    MindSpeed-LLM's shards have none, and its command lines name the model's folder there.
+    """
+    from qwen2_ascend.checkpoint.formats import megatron
+
+    name = settings.tokenizer_folder
+    if name is None or not (Path(name) / "config.json").is_file():
+        return None
+    if not megatron.is_checkpoint_folder(folder):
+        return None
+    iteration = megatron.iteration_folder(folder)
+    places = (folder, iteration, iteration.parent)
+    return None if any((place / "config.json").is_file() for place in places) else name
 
 
 def _fact(flag: str, value: Any) -> str:

@@ -83,6 +83,10 @@ def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime, say: Say) -> Trai
         UserError: data or checkpoint are not as they have to be.
     """
     train_data, valid_data = pretraining_data(plan)
+    if plan.settings.data.keep_documents_apart:
+        token = _eod_token(plan)
+        ends = "where the data says so" + ("" if token is None else f" and after token {token}")
+        say(f"a document sees only itself, its positions count from its start; it ends {ends}")
     chunks = build_chunks(plan, runtime, say)
     run = build_run(
         plan.settings,
@@ -125,14 +129,15 @@ def pretraining_data(plan: RunPlan[PretrainSettings]) -> tuple[Any, Any]:
         split=data.split,
         vocab_size=plan.config.vocab_size,
         data_cache_path=data.data_cache_path,
-        reset_position_ids=data.reset_position_ids,
+        keep_documents_apart=data.keep_documents_apart,
         eod_mask_loss=data.eod_mask_loss,
+        each_node_builds=data.no_shared_storage,
     )
     return datasets.train, datasets.valid
 
 
-def _eod_token(plan: RunPlan[PretrainSettings]) -> int:
-    """What ends a document. Without --eod-mask-loss and --reset-position-ids nothing asks."""
+def _eod_token(plan: RunPlan[PretrainSettings]) -> int | None:
+    """What ends a document; None where nothing says it, and no loss is to be left out there."""
     data = plan.settings.data
     if data.eod_token is not None:
         return data.eod_token
@@ -141,6 +146,6 @@ def _eod_token(plan: RunPlan[PretrainSettings]) -> int:
     token = token[0] if isinstance(token, list) and token else token
     if isinstance(token, int):
         return token
-    if data.eod_mask_loss or data.reset_position_ids:
+    if data.eod_mask_loss:
         raise UserError("give --eod-token: config.json has no eos_token_id.")
-    return 0
+    return None

@@ -7,9 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qwen2_ascend.checkpoint.formats import torch_pt
+from qwen2_ascend.checkpoint.formats.pickles import Inert
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.files import open_regular
 from qwen2_ascend.training import schedule as schedules
@@ -25,13 +27,25 @@ def progress_state(run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def restore_progress(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
+def restore_progress(
+    run: TrainingRun, state: Mapping[str, Any], *, with_schedule: bool = True
+) -> list[str]:
     """Puts progress and schedule back.
+
+    Args:
+        run: the run.
+        state: what `progress_state` gave; or Megatron-LM's, which may lack the schedule's.
+        with_schedule: whether the schedule of the learning rate goes on; else it begins anew.
 
     Returns:
         What of the schedule is not as it was, in words for the log.
     """
     run.progress = Progress(**state["progress"])
+    if not with_schedule:
+        return ["schedule: the learning rate begins as at iteration 1"]
+    if state["opt_param_scheduler"] is None:
+        run.schedule.step(increment=run.progress.consumed_samples)
+        return ["schedule: the checkpoint has none; it goes by the samples consumed"]
     was = dict(state["opt_param_scheduler"])
     changes = schedules.changed(run.schedule, was)
     run.schedule.load_state_dict(was)
@@ -59,9 +73,12 @@ def restore_rng(run: TrainingRun, file: Path, *, unlike: str | None) -> list[str
 
 
 def with_tensors(tree: Any) -> Any:
-    """The same containers with the stored tensors read."""
+    """The same containers with the stored tensors read, and numpy's arrays made."""
     if isinstance(tree, StoredTensor):
         return _read_tensor(tree)
+    if isinstance(tree, Inert) and tree.type_name.endswith("multiarray._reconstruct"):
+        _, shape, dtype, _, data = tree.state
+        return np.frombuffer(data, dtype.args[0]).reshape(shape)
     if isinstance(tree, Mapping):
         return {key: with_tensors(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

@@ -41,6 +41,7 @@ class RankState:
         optimizer: Any = None,
         *,
         is_stored_once: bool = True,
+        with_main: bool = False,
     ) -> None:
         """Nothing is copied.
 
@@ -50,6 +51,8 @@ class RankState:
             optimizer: None leaves its tensors out of what is written.
             is_stored_once: whether of the ranks that have equal tensors one writes them; else each
                 tensor/pipeline rank writes all that it has.
+            with_main: whether of fp32 weights the distributed optimizer's main weights are written
+                too, as megatron-core does.
         """
         self.parameters = {
             (index, name): parameter
@@ -57,13 +60,17 @@ class RankState:
             for name, parameter in chunk.items()
         }
         self._pieces, self._optimizer, self._is_once = pieces, optimizer, is_stored_once
+        self._with_main = with_main
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The optimizer's tensors that are written of each parameter."""
         if self._optimizer is None:
             return ()
-        return optimizers.kinds_of(next(iter(self.parameters.values())))
+        kinds = optimizers.kinds_of(next(iter(self.parameters.values())))
+        if self._with_main and optimizers.is_distributed(self._optimizer):
+            kinds = (*optimizers.MOMENTS, optimizers.MAIN)
+        return kinds
 
     def piece(self, named: Named) -> Piece:
         """Which box of the whole model a parameter is."""

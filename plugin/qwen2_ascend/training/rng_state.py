@@ -1,8 +1,13 @@
-"""The state of every random number generator of this rank, in tensors and plain numbers."""
+"""The state of every random number generator of this rank, under the names Megatron-LM gives it.
+
+It is tensors and plain numbers; numpy's key is a tuple of numbers, not an array, so that every
+reader takes it.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,30 +19,43 @@ from qwen2_ascend.runtime import Runtime
 
 def rng_state(runtime: Runtime) -> dict[str, Any]:
     """Python's, numpy's, torch's and the device's generators, and megatron-core's trackers."""
-    version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "trackers": {name: value.clone() for name, value in _tracker().get_states().items()},
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": (name, tuple(np.asarray(keys).tolist()), position, has_gauss, cached),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": _device_state(runtime),
+        "rng_tracker_states": {
+            name: value.clone() for name, value in _tracker().get_states().items()
+        },
     }
-    if runtime.name != "cpu":
-        state["device"] = torch.get_device_module(runtime.device).get_rng_state()
-    return state
 
 
-def set_rng_state(runtime: Runtime, state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` gave; a generator of another kind of device is left alone."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if runtime.name != "cpu" and "device" in state:
-        torch.get_device_module(runtime.device).set_rng_state(state["device"])
-    if (runtime.name == "cpu") == ("device" not in state):
-        _tracker().set_states(state["trackers"])
+def set_rng_state(runtime: Runtime, state: Mapping[str, Any]) -> None:
+    """Puts back what `rng_state` gave; a generator of another kind of device is left alone.
+
+    Args:
+        runtime: of this rank.
+        state: its tuples may be lists, and numpy's key may be an array.
+    """
+    version, words, gauss = state["random_rng_state"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["np_rng_state"]
+    np.random.set_state((name, np.asarray(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch_rng_state"])
+    size = _device_state(runtime).shape
+    if runtime.name != "cpu" and state["cuda_rng_state"].shape == size:
+        torch.get_device_module(runtime.device).set_rng_state(state["cuda_rng_state"])
+    trackers = dict(state["rng_tracker_states"])
+    if all(tracker.shape == size for tracker in trackers.values()):
+        _tracker().set_states({**_tracker().get_states(), **trackers})
+
+
+def _device_state(runtime: Runtime) -> torch.Tensor:
+    """The state of the device's own generator; its size tells one kind of device from another."""
+    if runtime.name == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(runtime.device).get_rng_state()
 
 
 def _tracker() -> Any:

@@ -20,7 +20,12 @@ from qwen2_ascend.pasted_flags import Pasted, pasted_faults
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
-from qwen2_ascend.training.megatron_flags import parse_training_flags, training_flags
+from qwen2_ascend.training.megatron_flags import (
+    config_of_run,
+    expert_faults,
+    parse_training_flags,
+    training_flags,
+)
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -29,11 +34,12 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class ModelSettings:
     """Which model, and where its weights come from."""
 
-    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|SIZE")] = (
+    config: Annotated[str | None, tyro.conf.arg(aliases=["--hf-cfg-dir"], metavar="DIR|MODEL")] = (
         None
     )
-    """Model config: a Hugging Face folder, a config.json, or a published size (0.5B, 1.5B, 3B, 7B,
-    14B, 32B, 72B). Not needed when --load has a config.json."""
+    """Model config: a Hugging Face folder, a config.json, or a published model (72B,
+    72B-Instruct, Coder-7B, Math-7B, Qwen2-7B ...; a size alone is Qwen2.5's base model). Not needed
+    when --load has a config.json."""
     load: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where to start: a Hugging Face folder, converted shards, or a training checkpoint, which is
     resumed. Without it the weights are random."""
@@ -133,6 +139,9 @@ class PrecisionSettings:
     """Compute in bf16 with fp32 main weights; neither flag means fp32 throughout."""
     fp16: Flag = False
     """Compute in fp16 with fp32 main weights and loss scaling."""
+    reuse_fp32_param: Flag = False
+    """With --bf16: between updates keep of the fp32 weights only what the bf16 ones lack, 2 bytes
+    each instead of 4; nothing else changes."""
     loss_scale: float | None = None
     """A fixed loss scale; by default fp16 finds it."""
     initial_loss_scale: float = 2.0**32
@@ -148,6 +157,10 @@ class PrecisionSettings:
     The weights are not touched either way."""
 
 
+ALL_LAYERS = 1 << 20
+"""More than any model has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecomputeSettings:
     """Activations that are computed again in backward rather than kept."""
@@ -158,10 +171,58 @@ class RecomputeSettings:
     """With full: uniform keeps the input of every --recompute-num-layers layers; block recomputes
     the first --recompute-num-layers of each stage and keeps the others whole."""
     recompute_num_layers: int | None = None
-    """See --recompute-method."""
+    """See --recompute-method; by default every layer is computed again, each on its own."""
+    recompute_activation_function: Flag = False
+    """Compute SwiGLU's output again in backward; of layers that are not recomputed whole."""
+    recompute_activation_function_num_layers: int | None = None
+    """Only in so many layers of each pipeline chunk; by default in all."""
+    recompute_norm: Flag = False
+    """Compute the norms' outputs again in backward; of layers that are not recomputed whole."""
+    recompute_norm_num_layers: int | None = None
+    """Only in so many layers of each pipeline chunk; by default in all."""
     cross_entropy_chunk_size: int | None = None
     """Tokens whose logits exist at once; they are computed again in backward, and never all at
     once, which saves memory at a large vocabulary. By default the logits of all tokens are kept."""
+
+    @property
+    def method_and_layers(self) -> tuple[str | None, int | None]:
+        """--recompute-method and --recompute-num-layers, with what they are by default."""
+        if self.recompute_method is not None and self.recompute_num_layers is None:
+            return "uniform", 1
+        return self.recompute_method, self.recompute_num_layers
+
+    def faults(self, num_layers: int) -> list[str]:
+        """What of recomputing single outputs cannot be, one sentence each."""
+        faults = []
+        for what in ("activation_function", "norm"):
+            flag, number = f"--recompute-{what.replace('_', '-')}", self._number_of(what)
+            is_on = getattr(self, f"recompute_{what}")
+            if number is not None and not is_on:
+                faults.append(f"{flag}-num-layers {number} needs {flag}.")
+            if number is not None and not 0 <= number <= num_layers:
+                faults.append(f"{flag}-num-layers {number} must be from 0 to {num_layers}.")
+            is_whole = self.recompute_granularity == "full"
+            if is_on and is_whole and self.recompute_method == "uniform":
+                faults.append(
+                    f"{flag}: --recompute-method uniform computes all layers again, whole; leave "
+                    "it out, or say --recompute-method block."
+                )
+        return faults
+
+    def single_outputs(
+        self, what: Literal["activation_function", "norm"]
+    ) -> tuple[int, int] | None:
+        """(how many layers of a chunk, after how many that are recomputed whole); None is none."""
+        if not getattr(self, f"recompute_{what}"):
+            return None
+        number, method_and_layers = self._number_of(what), self.method_and_layers
+        whole = self.recompute_granularity == "full"
+        is_all = whole and method_and_layers[0] == "uniform"
+        after = (method_and_layers[1] or 0) if whole else 0
+        return 0 if is_all else ALL_LAYERS if number is None else number, after
+
+    def _number_of(self, what: str) -> int | None:
+        return getattr(self, f"recompute_{what}_num_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,14 +245,25 @@ class DataSettings:
     """Id of the token that ends a document; by default the config's eos_token_id."""
     eod_mask_loss: Flag = False
     """Leave the loss at the token that ends a document out."""
+    reset_attention_mask: Flag = False
+    """Let a document see only itself, with positions from its start. A document ends where the data
+    says so, and at --eod-token."""
     reset_position_ids: Flag = False
-    """Count positions from each document's start."""
+    """The same as --reset-attention-mask, as in MindSpeed-LLM 2.2."""
+    no_shared_storage: Flag = False
+    """Each node has a disk of its own for --data-path and --data-cache-path: one rank of each
+    builds the sample index there. --load and --save stay on storage that all nodes share."""
     num_workers: int | None = None
     """Processes per rank that read ahead; by default 0 on a cpu and 2 elsewhere."""
     eval_interval: int = 1000
     """Steps between two measurements of the validation loss."""
     eval_iters: int = 0
     """Batches that the validation loss is measured on; 0 does not measure it."""
+
+    @property
+    def keep_documents_apart(self) -> bool:
+        """Whether a document sees only itself."""
+        return self.reset_attention_mask or self.reset_position_ids
 
 
 class LoopDataSettings(Protocol):
@@ -264,6 +336,13 @@ class RuntimeSettings:
     """Seed of weights, dropout and the order of the data."""
     deterministic: Flag = False
     """Choose deterministic operators and communication: slower, and the same bits every time."""
+    manual_gc: Flag = False
+    """Collect Python's garbage between steps only, on all ranks after the same steps, so that no
+    rank stops for it in the middle of a step."""
+    manual_gc_interval: int = 0
+    """With --manual-gc: steps between two collections; 0 collects before the first step only."""
+    no_manual_gc_eval: Flag = False
+    """With --manual-gc: do not collect before and after the validation loss is measured."""
     exit_signal_handler: bool = True
     """On SIGTERM save, then stop at the end of the step."""
 
@@ -296,6 +375,20 @@ class TrainingSettings:
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     pasted: tyro.conf.Fixed[tyro.conf.Suppress[Pasted]] = ()
     """Others' flags that set nothing here; see megatron_flags.py."""
+
+    @property
+    def has_own_disks(self) -> bool:
+        """--no-shared-storage: whether nodes have the data on disks of their own."""
+        return "--no-shared-storage" in dict(self.pasted)
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """What --tokenizer-name-or-path names."""
+        return dict(self.pasted).get("--tokenizer-name-or-path")
+
+    def config_of_run(self, config: Qwen2Config) -> Qwen2Config:
+        """The model's config, with what pasted flags add to it."""
+        return config_of_run(config, self.pasted)
 
     @property
     def model_parallel_size(self) -> int:
@@ -384,6 +477,10 @@ class PretrainSettings(TrainingSettings):
 
     data: DataSettings = field(default_factory=DataSettings)
 
+    @property
+    def has_own_disks(self) -> bool:
+        return self.data.no_shared_storage
+
 
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
@@ -409,6 +506,11 @@ def validate(
         faults.append("give one of --train-iters and --train-samples.")
     if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
         faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
+    if data.mock_data and data.keep_documents_apart:
+        faults.append(
+            "--mock-data has no documents to keep apart; leave --reset-attention-mask and "
+            "--reset-position-ids out."
+        )
     raise_if(dict.fromkeys(shared_faults(settings, config, world_size, made) + faults))
 
 
@@ -419,6 +521,8 @@ def shared_faults(
     made: RunLength | None = None,
 ) -> list[str]:
     """What is wrong with the settings that all kinds of training have."""
+    if faults := expert_faults(settings.pasted):
+        return faults
     faults = _value_faults(settings)
     faults += _layout_faults(settings, config)
     if not faults:
@@ -466,6 +570,7 @@ def _value_faults(settings: TrainingSettings) -> list[str]:
         "--weight-decay": optimizer.weight_decay,
         "--clip-grad": optimizer.clip_grad,
         "--seed": settings.runtime.seed,
+        "--manual-gc-interval": settings.runtime.manual_gc_interval,
     }
     above_zero = {
         "--lr": optimizer.lr,
@@ -595,15 +700,19 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
         faults.append(
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
         )
+    faults += recompute.faults(config.num_layers)
+    if settings.precision.reuse_fp32_param and not settings.precision.bf16:
+        faults.append("--reuse-fp32-param needs --bf16: other weights are no halves of fp32 ones.")
     is_full = recompute.recompute_granularity == "full"
-    if is_full and None in (recompute.recompute_method, recompute.recompute_num_layers):
-        faults.append(
-            "--recompute-granularity full needs --recompute-method and --recompute-num-layers."
-        )
+    if is_full and recompute.recompute_method is None:
+        faults.append("--recompute-granularity full needs --recompute-method.")
     if not is_full and (recompute.recompute_method or recompute.recompute_num_layers):
         faults.append(
             "--recompute-method and --recompute-num-layers need --recompute-granularity full."
         )
     if settings.checkpoint.save is None and (settings.checkpoint.save_interval is not None):
         faults.append("--save-interval needs --save.")
+    runtime = settings.runtime
+    if not runtime.manual_gc and (runtime.manual_gc_interval or runtime.no_manual_gc_eval):
+        faults.append("--manual-gc-interval and --no-manual-gc-eval need --manual-gc.")
     return faults

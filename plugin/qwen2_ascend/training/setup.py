@@ -16,13 +16,15 @@ from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.telemetry import reporting
+from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
 from qwen2_ascend.training.plan import Found, RunPlan, agree, warn
-from qwen2_ascend.training.settings import TrainingSettings
+from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.model.recompute import RecomputedOutputs
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.telemetry.energy import Energy
     from qwen2_ascend.telemetry.instruments import Instruments
@@ -233,6 +235,7 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
 
     settings, source = plan.settings, plan.source
     parallel, recompute = settings.parallel, settings.recompute
+    recompute_method, recompute_num_layers = recompute.method_and_layers
     layout, padded = plan.layout, plan.padded_vocab_size
     chunks = build_model(
         plan.config,
@@ -244,9 +247,11 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
         perform_initialization=source is None,
         sequence_parallel=parallel.sequence_parallel and layout.tp > 1,
         recompute_granularity=recompute.recompute_granularity,
-        recompute_method=recompute.recompute_method,
-        recompute_num_layers=recompute.recompute_num_layers,
+        recompute_method=recompute_method,
+        recompute_num_layers=recompute_num_layers,
         cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
+        recompute_activations=_outputs(recompute, "activation_function"),
+        recompute_norms=_outputs(recompute, "norm"),
         deterministic_mode=settings.runtime.deterministic,
         **model_options,
     )
@@ -266,6 +271,13 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
     else:
         say(f"weights: random, seed {settings.runtime.seed}")
     return [chunk.to(runtime.device) for chunk in chunks]
+
+
+def _outputs(recompute: RecomputeSettings, what: Any) -> RecomputedOutputs | None:
+    from qwen2_ascend.model.recompute import RecomputedOutputs
+
+    chosen = recompute.single_outputs(what)
+    return None if chosen is None else RecomputedOutputs(number=chosen[0], after=chosen[1])
 
 
 def _with_padding(plan: RunPlan, source: Source) -> Source:
@@ -352,7 +364,22 @@ def checkpoint_identity(plan: RunPlan) -> CheckpointIdentity:
 
 
 def run_side_files(plan: RunPlan) -> Mapping[Path, bytes]:
-    """config.json, with the dtype that is trained in, and the tokenizer's files."""
+    """config.json, with the dtype that is trained in, and the tokenizer's files.
+
+    Where flags gave the model its YaRN scaling, config.json says it too.
+    """
+    files = _side_files(plan)
+    path = Path("config.json")
+    if plan.config.yarn is None or path not in files:
+        return files
+    raw = json.loads(files[path])
+    if Qwen2Config.from_dict(raw).yarn == plan.config.yarn:
+        return files
+    text = json.dumps(plan.config.with_own_yarn(raw), indent=2, ensure_ascii=False)
+    return {**files, path: f"{text}\n".encode()}
+
+
+def _side_files(plan: RunPlan) -> Mapping[Path, bytes]:
     from qwen2_ascend.checkpoint.formats.hugging_face import side_files
     from qwen2_ascend.checkpoint.target import read_side_files
 
@@ -395,10 +422,33 @@ def train_and_report(
             make = checkpointer or partial(megatron_checkpointer, run, checkpoint_identity(plan))
             opened = stack.enter_context(contextlib.closing(make(lambda line: log(line))))
             opened.claim()
+            if run.settings.has_own_disks:
+                require_shared(run.settings.checkpoint.save)
         reporter = _reporter(run, plan.config, plan.padded_vocab_size)
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step, say)
         return _train(run, reporter, instruments, opened, say)
+
+
+def require_shared(save: Path) -> None:
+    """Every rank looks for a file that rank 0 writes beside the folder of the checkpoints.
+
+    Raises:
+        UserError: on every rank, where one does not find it.
+    """
+    from qwen2_ascend.runtime import agreement
+
+    sign = save.absolute().parent / f".{save.name}.seen-by-all"
+    agreement.made_by_first(sign.touch)
+    agreement.raise_together(
+        ()
+        if sign.exists()
+        else (
+            f"--save {save}: what rank 0 writes there is not seen here; with --no-shared-storage "
+            "only the data is on disks of the nodes' own, --save is on storage that all share.",
+        )
+    )
+    agreement.made_by_first(partial(sign.unlink, missing_ok=True))
 
 
 def _train(
@@ -411,14 +461,21 @@ def _train(
     from qwen2_ascend.training.loop import train
     from qwen2_ascend.training.signals import StopSignal
 
-    with StopSignal(run.settings.runtime.exit_signal_handler) as signal:
+    def on_step(result: Any, seconds: float) -> None:
+        reporter.step(_step(run, result, seconds, instruments.step(seconds)))
+        garbage.after_step(run.progress.iteration, will_evaluate=_will_evaluate(run))
+
+    def on_validation(loss: float) -> None:
+        reporter.validation(run.progress.iteration, loss)
+        garbage.after_evaluation()
+
+    stop = StopSignal(run.settings.runtime.exit_signal_handler)
+    with stop as signal, ManualCollection(run.settings.runtime) as garbage:
         try:
             reason = train(
                 run,
-                on_step=lambda result, seconds: reporter.step(
-                    _step(run, result, seconds, instruments.step(seconds))
-                ),
-                on_validation=lambda loss: reporter.validation(run.progress.iteration, loss),
+                on_step=on_step,
+                on_validation=on_validation,
                 checkpointer=checkpointer,
                 stop_wanted=lambda: signal.received,
             )
@@ -429,6 +486,13 @@ def _train(
     if reason:
         say(f"stopped after iteration {run.progress.iteration}: {reason}")
     return reason is None
+
+
+def _will_evaluate(run: TrainingRun) -> bool:
+    from qwen2_ascend.training.loop import is_due
+
+    is_next = is_due(run.progress.iteration, run.settings.data.eval_interval)
+    return is_next and run.valid_data is not None
 
 
 def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> Reporter:

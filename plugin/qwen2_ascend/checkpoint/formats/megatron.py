@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from qwen2_ascend.files import read_text
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 PT_FILE = "model_optim_rng.pt"
-OPTIMIZER = "optimizer_state"
-"""Where a rank's file of ours has the optimizer's tensors: by model, parameter and kind."""
 MANIFEST_FILE = "qwen2_ascend_manifest.json"
 """What this project writes into a folder last: with it, the folder is complete."""
 _MAX_TRACKER_BYTES = 4096
@@ -119,7 +117,7 @@ def read_ranks(folder: Path) -> RankFiles:
     Raises:
         UserError: ranks missing, or files that are damaged or hold something else.
     """
-    ranks = _rank_folders(folder)
+    ranks = rank_folders(folder)
     shards: dict[Shard, dict[str, StoredTensor]] = {}
     args = None
     for (tp_rank, pp_stage), rank_folder in sorted(ranks.items()):
@@ -128,33 +126,6 @@ def read_ranks(folder: Path) -> RankFiles:
         for chunk, tensors in models.items():
             shards[Shard(tp_rank, pp_stage, chunk)] = _clean(tensors)
     return RankFiles(shards=shards, args=args)
-
-
-def read_rank_states(
-    folder: Path, kinds: Iterable[str]
-) -> dict[str, dict[Shard, dict[str, StoredTensor]]]:
-    """Where every rank's tensors of the optimizer lie in an mp_rank tree of ours.
-
-    Args:
-        folder: of the iteration.
-        kinds: which of the optimizer's tensors; "" is the weights.
-
-    Raises:
-        UserError: as `read_ranks`, or a rank has no such state.
-    """
-    found: dict[str, dict[Shard, dict[str, StoredTensor]]] = {kind: {} for kind in kinds}
-    for (tp_rank, pp_stage), rank_folder in sorted(_rank_folders(folder).items()):
-        path = rank_folder / PT_FILE
-        state = torch_pt.read(path)
-        try:
-            for key, model in state[OPTIMIZER].items():
-                shard = Shard(tp_rank, pp_stage, _chunk(key))
-                for kind, shards in found.items():
-                    tensors = {name: of[kind] for name, of in model.items()} if kind else state[key]
-                    shards[shard] = _clean(_tensors(path, tensors))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{path}: its {OPTIMIZER} is not as it has to be: {error!r}") from None
-    return found
 
 
 def rank_folder_name(tp_rank: int, pp_stage: int, pp: int) -> str:
@@ -188,7 +159,12 @@ def torch_dist_key(name: str) -> str:
     return key
 
 
-def _rank_folders(folder: Path) -> dict[tuple[int, int], Path]:
+def rank_folders(folder: Path) -> dict[tuple[int, int], Path]:
+    """The folders of an mp_rank tree, by tensor-parallel rank and pipeline stage.
+
+    Raises:
+        UserError: one is missing, or there are others.
+    """
     ranks, odd, has_pp = {}, [], set()
     for path in sorted(folder.glob("mp_rank_*")):
         match = _RANK_FOLDER.fullmatch(path.name)
@@ -225,17 +201,31 @@ def _read_rank(folder: Path) -> tuple[dict[int, dict[str, StoredTensor]], Namesp
     if not path.is_file():
         raise UserError(f"{folder}: holds neither {PT_FILE} nor model.safetensors.")
     state = torch_pt.read(path)
+    models = models_of(path, state)
+    args = state.get("args")
+    return models, args if isinstance(args, Namespace) else None
+
+
+def models_of(path: Path, state: Any) -> dict[int, dict[str, StoredTensor]]:
+    """A rank's weights by chunk and name, in the order of its model.
+
+    Args:
+        path: of the rank's file.
+        state: what it holds.
+
+    Raises:
+        UserError: it holds no model.
+    """
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds {type(state).__name__}, not a Megatron checkpoint.")
     models = {
-        _chunk(key): _tensors(path, value)
+        _chunk(key): _clean(_tensors(path, value))
         for key, value in state.items()
         if isinstance(key, str) and _MODEL.fullmatch(key) and value
     }
     if not models:
         raise UserError(f'{path}: has no "model" (keys: {", ".join(map(str, state))[:200]}).')
-    args = state.get("args")
-    return models, args if isinstance(args, Namespace) else None
+    return models
 
 
 def _tensors(path: Path, model: Any) -> dict[str, StoredTensor]:
@@ -255,7 +245,6 @@ def _clean(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 __all__ = [
     "MANIFEST_FILE",
-    "OPTIMIZER",
     "PT_FILE",
     "TRACKER_FILE",
     "RankFiles",
@@ -263,9 +252,10 @@ __all__ = [
     "is_torch_dist",
     "iteration_folder",
     "model_key",
+    "models_of",
     "plain_name",
     "rank_folder_name",
-    "read_rank_states",
+    "rank_folders",
     "read_ranks",
     "torch_dist",
     "torch_dist_key",

@@ -9,11 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.adapter_rules import PEFT_PREFIX, peft_pieces, projection
+from qwen2_ascend.checkpoint.adapter import Adapter, Factors
+from qwen2_ascend.checkpoint.adapter_rules import (
+    PEFT_PREFIX,
+    peft_name,
+    peft_pieces,
+    projection,
+    target_rules,
+)
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import Held
@@ -63,16 +70,8 @@ _PATTERNS: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeftAdapter:
-    """An opened adapter: its settings, and its tensors with their places in the model."""
-
-    folder: Path
-    lora: LoraConfig
-    """Of a projection that no pattern names."""
-    held: tuple[Held, ...]
-    scalings: Mapping[str, float]
-    """What the product is multiplied by, for each weight that has one, by Hugging Face's name."""
+class PeftAdapter(Adapter):
+    """An opened PEFT folder."""
 
 
 def encode_config(lora: LoraConfig, base_model: str | None = None) -> bytes:
@@ -165,8 +164,20 @@ def open_adapter(folder: str | Path, config: Qwen2Config) -> PeftAdapter:
     for stem, rank in ranks.items():
         alpha = next((a for key, a in alphas.items() if _is_named(stem, key)), lora.alpha)
         scalings[f"{stem}.weight"] = replace(lora, rank=rank, alpha=alpha).scaling
-    held = _held(folder / WEIGHTS_FILE, pieces)
-    return PeftAdapter(folder=folder, lora=lora, held=held, scalings=scalings)
+    held = {one.name: one for one in _held(folder / WEIGHTS_FILE, pieces)}
+    factors = tuple(
+        Factors(
+            rule.megatron.format(layer),
+            box,
+            *(held[peft_name(name, matrix).format(layer)] for matrix in "AB"),
+            scaling=scalings[name.format(layer)],
+        )
+        for rule in target_rules(config, lora)
+        for layer in range(config.num_layers)
+        for name, box in rule.parts
+        if name.format(layer) in scalings
+    )
+    return PeftAdapter(folder=folder, lora=lora, factors=factors)
 
 
 def _stems(

@@ -164,7 +164,7 @@ def read(
 
 
 def read_object(folder: str | Path, key: str) -> Any:
-    """What `torch_pt.read` makes of an entry that is not a tensor.
+    """What `torch_pt.read` makes of an entry that is not a tensor, which is a list of one.
 
     Raises:
         UserError: it is missing or damaged, or its pickle asks for anything unknown.
@@ -176,7 +176,10 @@ def read_object(folder: str | Path, key: str) -> Any:
     raise_if(_file_faults(folder, [info]))
     path = folder / info.file
     with open_regular(path) as file:
-        return torch_pt.read_part(file, path, info.offset, info.num_bytes)
+        objects = torch_pt.read_part(file, path, info.offset, info.num_bytes)
+    if type(objects) is not list or len(objects) != 1:
+        raise UserError(f"{path}: {key} is no object of megatron-core's.")
+    return objects[0]
 
 
 def extra_states(num_layers: int) -> list[str]:
@@ -223,15 +226,20 @@ def layout_torch_dist(
     return TorchDistLayout(files=layouts, places=places)
 
 
-def small_files(entries: Iterable[Entry], common: Mapping[str, Any]) -> dict[str, bytes]:
+def small_files(
+    entries: Iterable[Entry],
+    common: Mapping[str, Any],
+    tensors: Mapping[torch_pt.KeyPath, bytes] | None = None,
+) -> dict[str, bytes]:
     """The files of a folder that belong to no rank: common.pt, .metadata and metadata.json.
 
     Args:
         entries: of every rank's file; the chunks of each tensor must tile its global shape.
-        common: what goes into common.pt; no tensors.
+        common: what goes into common.pt.
+        tensors: the bytes of each TensorSpec in it, by its path.
     """
     return {
-        "common.pt": _small_pt(dict(common)),
+        "common.pt": _small_pt(dict(common), tensors=tensors or {}),
         ".metadata": _encode_metadata(entries),
         "metadata.json": json.dumps(CONFIG).encode(),
     }
@@ -478,7 +486,7 @@ class RankFile:
         return ChunkPlace(self.name, info.offset + layout.offsets[()])
 
     def append_object(self, key: str, data: bytes | None = None) -> None:
-        """Appends an object: what torch.save made of it, or [None]."""
+        """Appends an object: what torch.save made of a list of it alone; by default [None]."""
         if data is None:
             data = _small_pt([None], "archive")
         self.entries.append(Entry(key, None, self._append(len(data), [(0, data)])))
@@ -505,10 +513,16 @@ def _spread(sizes: Sequence[int], num_files: int) -> Iterator[int]:
         yield min(middle * num_files // total, num_files - 1)
 
 
-def _small_pt(obj: Any, name: str = "common") -> bytes:
-    layout = torch_pt.layout_pt(obj, name)
-    assert not layout.offsets, f"common state with tensors: {list(layout.offsets)}"
-    return b"".join(data for _, data in layout.segments)
+def _small_pt(
+    obj: Any, name: str = "common", tensors: Mapping[torch_pt.KeyPath, bytes] | None = None
+) -> bytes:
+    layout, tensors = torch_pt.layout_pt(obj, name), tensors or {}
+    assert layout.offsets.keys() == tensors.keys(), f"tensors without bytes: {layout.offsets}"
+    whole = bytearray(layout.total_bytes)
+    placed = [(layout.offsets[path], data) for path, data in tensors.items()]
+    for offset, data in (*layout.segments, *placed):
+        whole[offset : offset + len(data)] = data
+    return bytes(whole)
 
 
 def _whole_file(data: bytes) -> FileLayout:

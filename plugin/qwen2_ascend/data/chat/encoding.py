@@ -19,6 +19,7 @@ from qwen2_ascend.data.tokenization import BadRow, Encoded
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import json_value
 from qwen2_ascend.pretrained import open_tokenizer
+from qwen2_ascend.prompt_types import PromptType
 
 UNUSED = "rows with the unused key "
 """What the tally of a key begins with that means nothing here."""
@@ -41,6 +42,7 @@ class ChatEncoder:
         formats: Mapping[str, RowFormat],
         task: str,
         chat_template: str | None,
+        prompt_type: PromptType | None,
         train_on_prompt: bool,
         mask_history: bool,
         seq_length: int | None,
@@ -51,6 +53,7 @@ class ChatEncoder:
         self._render = ChatRenderer(
             open_tokenizer(tokenizer_path),
             chat_template=chat_template,
+            prompt_type=prompt_type,
             train_on_prompt=train_on_prompt,
             mask_history=mask_history,
         )

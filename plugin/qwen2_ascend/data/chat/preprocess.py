@@ -23,7 +23,7 @@ from qwen2_ascend.data.chat.encoding import (
 )
 from qwen2_ascend.data.chat.formats import RowFormat
 from qwen2_ascend.data.chat.packing import best_fit_decreasing
-from qwen2_ascend.data.chat.rendering import read_template
+from qwen2_ascend.data.chat.rendering import given_template
 from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows
 from qwen2_ascend.data.chat.stored import IGNORED
 from qwen2_ascend.data.chat.summary import Summary
@@ -33,6 +33,7 @@ from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Counts, State, join
 from qwen2_ascend.data.preprocess import num_cores, write_parts
 from qwen2_ascend.pretrained import open_tokenizer
+from qwen2_ascend.prompt_types import check_tokenizer
 
 BYTES_PER_WORKER = 4 * 2**20
 """A worker takes seconds to start, so small files are not worth many."""
@@ -53,15 +54,17 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
     formats = find_formats(files, reading, settings.task, settings.chat)
     for path, found in formats.items():
         print(f"{path}: {found.describe()}", flush=True)
-    if settings.chat.prompt_type:
-        print("note: --prompt-type: the tokenizer's own chat template is used.", flush=True)
-    template = read_template(settings.chat.chat_template)
+    template = given_template(settings.chat)
     tokenizer = open_tokenizer(settings.tokenizer_name_or_path)
+    if settings.chat.prompt_type is not None:
+        check_tokenizer(settings.chat.prompt_type, tokenizer)
     keys = output_keys(settings.task)
     state = State(
         settings=_deciding_settings(settings, files, formats, tokenizer, template),
         counts={key: Counts() for key in keys},
     )
+    if settings.pack and not settings.neat_pack:
+        print("note: the chats of a pack see one another; --neat-pack parts them.", flush=True)
     output = Output(settings.output_prefix, keys)
     if output.is_complete(state.settings, resume=settings.resume):
         print(f"{output.prefix}: complete already; nothing to do.")
@@ -71,7 +74,7 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
         state,
     ):
         # packs are made of whole files, so these lie beside the result until then
-        stem = "chats_" if settings.pack else ""
+        stem = "chats_" if settings.packs else ""
         names = {key: f"{stem}{output.dataset(key).name}" for key in keys}
         if not state.is_joined:
             make_encoder = _encoder(settings, formats, template)
@@ -80,7 +83,7 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
             write_parts(settings, files, rows, make_encoder, folder, state, workers=workers)
             join(folder, state, names, output.bad_rows.name)
         summary = Summary.of(state, [folder / names[key] for key in keys if "input_ids" in key])
-        if settings.pack:
+        if settings.packs:
             targets = {key: folder / output.dataset(key).name for key in keys}
             sources = {key: folder / name for key, name in names.items()}
             summary = replace(
@@ -100,6 +103,7 @@ def _encoder(
         formats=formats,
         task=settings.task,
         chat_template=template,
+        prompt_type=settings.chat.prompt_type,
         train_on_prompt=settings.chat.train_on_prompt,
         mask_history=settings.chat.mask_history,
         seq_length=settings.seq_length,
@@ -128,14 +132,17 @@ def _deciding_settings(
         "formats": [asdict(found) for found in formats.values()],
         "max_document_bytes": settings.max_document_bytes,
         "tokenizer": xxhash.xxh3_64(backend.encode()).hexdigest(),
+        # named templates are tokenized in other pieces than the same text in a file
+        "prompt_type": settings.chat.prompt_type,
         "chat_template": xxhash.xxh3_64("\0".join(templates.values()).encode()).hexdigest(),
         "vocab_size": len(tokenizer),
         "pad_token": pad_token if pad_token is not None else tokenizer.eos_token_id or 0,
         "train_on_prompt": settings.chat.train_on_prompt,
         "mask_history": settings.chat.mask_history,
         "seq_length": settings.seq_length,
-        "pack": settings.pack,
-        "seed": settings.seed if settings.pack else None,
+        "pack": settings.packs,
+        "neat_pack": settings.neat_pack,
+        "seed": settings.seed if settings.packs else None,
         # labels are negative where there is no loss, so never uint16
         "dtype": "int32",
     }
@@ -150,13 +157,15 @@ def _pack(
 ) -> int:
     """Writes rows of --seq-length that hold several chats, and padding; how many.
 
-    The attention mask numbers the chats of a row from 1 and is 0 on padding.
+    With --neat-pack the attention mask numbers the chats of a row from 1 and is 0 on padding.
+    Without it the mask is 1 everywhere: a row is trained on as one text.
     """
     from qwen2_ascend.data.indexed import IndexedDatasetBuilder, open_indexed
 
     seq_length = settings.seq_length
     assert seq_length is not None
-    fill = {"input_ids": pad_token, "labels": IGNORED, "attention_mask": 0}
+    is_neat = settings.neat_pack
+    fill = {"input_ids": pad_token, "labels": IGNORED, "attention_mask": 0 if is_neat else 1}
     packing = None
     for key, source in sources.items():
         chats = open_indexed(source)
@@ -170,7 +179,8 @@ def _pack(
                 at = 0
                 for number, chat in enumerate(packing.pack(index).tolist(), 1):
                     piece = chats[chat]
-                    row[at : at + len(piece)] = number if kind == "attention_mask" else piece
+                    numbers = is_neat and kind == "attention_mask"
+                    row[at : at + len(piece)] = number if numbers else piece
                     at += len(piece)
                 builder.add_document(row, [seq_length])
             builder.finalize(f"{targets[key]}.idx")

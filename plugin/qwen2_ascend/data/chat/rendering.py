@@ -32,8 +32,10 @@ from qwen2_ascend.chat_template import (
     template_for,
 )
 from qwen2_ascend.data.chat.formats import Chat
+from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.pretrained import is_encodable, one_line
+from qwen2_ascend.prompt_types import PromptType, prompt_template
 
 
 class TemplateError(UserError):
@@ -64,6 +66,7 @@ class ChatRenderer:
         tokenizer: Any,
         *,
         chat_template: str | None = None,
+        prompt_type: PromptType | None = None,
         train_on_prompt: bool = False,
         mask_history: bool = False,
     ) -> None:
@@ -72,6 +75,8 @@ class ChatRenderer:
         Args:
             tokenizer: of transformers, with a fast backend or without.
             chat_template: a Jinja template instead of the tokenizer's.
+            prompt_type: a named template instead; its tokens are MindSpeed-LLM's, which cuts a text
+                behind the system text too, and trains on all that an answer is written as.
             train_on_prompt: the loss is on every token.
             mask_history: the loss is on the last of the trained turns only.
 
@@ -79,8 +84,9 @@ class ChatRenderer:
             UserError: there is no template.
         """
         self._tokenizer = tokenizer
-        self._given = chat_template
-        texts = templates.all_templates(tokenizer, chat_template).values()
+        self._is_named = prompt_type is not None
+        self._given = chat_template if prompt_type is None else prompt_template(prompt_type)
+        texts = templates.all_templates(tokenizer, self._given).values()
         self._train_on_prompt, self._mask_history = train_on_prompt, mask_history
         if tokenizer.is_fast:
             self._backend = tokenizer.backend_tokenizer
@@ -90,7 +96,12 @@ class ChatRenderer:
         special = {token.content for token in added if token.special and token.content.strip()}
         special |= set(tokenizer.all_special_tokens)
         # what the template writes between turns; in a text it would end the turn there
-        self._control = sorted(token for token in special if any(token in t for t in texts))
+        named = {
+            token
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str) and any(name in text for text in texts)
+        }
+        self._control = sorted(t for t in special if t in named or any(t in x for x in texts))
         # up to the last special token, when nothing but white space follows
         tokens = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._turn_end = re.compile(rf"(?s)(.*(?:{tokens}))\s*\Z") if tokens else None
@@ -152,7 +163,8 @@ class ChatRenderer:
         self._check_whole(chat, whole)
         if self._train_on_prompt:
             return [Piece(whole, True)]
-        pieces, at = [], 0
+        at = self._end_of_system(chat, whole)
+        pieces = [Piece(whole[:at], False)]
         for turn in chat.trained[-1:] if self._mask_history else chat.trained:
             if turn == 0:
                 raise ChatError(
@@ -163,12 +175,18 @@ class ChatRenderer:
             end = self._length_of(self.render(chat, turn + 1), whole, turn + 1)
             said = whole[begin:end]
             self._check_said(said, chat, (turn,))
-            if self._turn_end and (match := self._turn_end.match(said)):
+            if not self._is_named and self._turn_end and (match := self._turn_end.match(said)):
                 said = match[1]
             pieces += [Piece(whole[at:begin], False), Piece(said, True)]
             at = begin + len(said)
         pieces.append(Piece(whole[at:], False))
         return [piece for piece in pieces if piece.text]
+
+    def _end_of_system(self, chat: Chat, whole: str) -> int:
+        """Where a named template has written the system text that a chat brings."""
+        if not self._is_named or chat.messages[0]["role"] != "system":
+            return 0
+        return self._length_of(self.render(chat, 1), whole, 1)
 
     def _length_of(self, beginning: str, whole: str, count: int) -> int:
         if whole.startswith(beginning):
@@ -273,12 +291,18 @@ class ChatRenderer:
         return [encoding.ids for encoding in encodings]
 
 
-def read_template(path: Path | None) -> str | None:
-    """The text of --chat-template.
+def given_template(chat: ChatSettings) -> str | None:
+    """The template that --prompt-type or --chat-template says; None for the tokenizer's own.
 
     Raises:
         UserError: it cannot be read.
     """
+    if chat.prompt_type is not None:
+        return prompt_template(chat.prompt_type)
+    return _read_template(chat.chat_template)
+
+
+def _read_template(path: Path | None) -> str | None:
     if path is None:
         return None
     try:

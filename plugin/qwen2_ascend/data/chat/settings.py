@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.prompt_types import PromptType
+
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 HANDLERS = {
@@ -44,15 +47,21 @@ class ChatSettings:
     """Names of columns and tags that differ from the usual ones, as in MindSpeed-LLM:
     '{"prompt": "question", "response": "answer"}' or
     '{"messages": "chat", "tags": {"role_tag": "who", "content_tag": "what"}}'."""
-    prompt_type: Literal["qwen"] | None = None
-    """MindSpeed-LLM's flag, so that its command lines work; the template is the tokenizer's own,
-    which has Qwen2.5's default system prompt."""
+    prompt_type: PromptType | None = None
+    """A named template of MindSpeed-LLM's instead of the tokenizer's own; the tokens are its."""
     chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A Jinja chat template to use instead of the tokenizer's own."""
     train_on_prompt: Flag = False
     """Train on every token of a chat, not only on what the assistant says."""
     mask_history: Flag = False
     """Train only on the assistant's last turn."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_type is not None and self.chat_template is not None:
+            raise UserError(
+                f"--prompt-type {self.prompt_type} and --chat-template {self.chat_template}: each "
+                "says how chats are written; give one of them."
+            )
 
     @property
     def format(self) -> str:

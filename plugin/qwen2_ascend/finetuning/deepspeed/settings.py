@@ -30,6 +30,7 @@ from qwen2_ascend.training.settings import (
     Flag,
     ModelSettings,
     ParallelSettings,
+    PrecisionSettings,
     RecomputeSettings,
     RuntimeSettings,
 )
@@ -91,7 +92,18 @@ class ZeroRecomputeSettings(RecomputeSettings):
     """With full: uniform, for every layer."""
     recompute_num_layers: Literal[1] | None = None
     """With full: 1."""
+    recompute_activation_function: Absent[bool] = False
+    recompute_activation_function_num_layers: Absent[int | None] = None
+    recompute_norm: Absent[bool] = False
+    recompute_norm_num_layers: Absent[int | None] = None
     cross_entropy_chunk_size: Absent[int | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroPrecisionSettings(PrecisionSettings):
+    """Number formats, and what happens when numbers run out."""
+
+    reuse_fp32_param: Absent[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +162,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
+    precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
     fusion: ZeroFusionSettings = field(default_factory=ZeroFusionSettings)
     checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)

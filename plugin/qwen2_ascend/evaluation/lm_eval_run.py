@@ -1,0 +1,82 @@
+"""One run of lm-eval over this project's model, and its results as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qwen2_ascend.errors import UserError
+
+if TYPE_CHECKING:
+    from qwen2_ascend.evaluation.settings import EvaluateSettings
+    from qwen2_ascend.inference.engine import Engine
+    from qwen2_ascend.inference.generation_config import Defaults
+    from qwen2_ascend.inference.tokenizer import Tokenizer
+
+Rows = list[dict[str, Any]]
+
+
+def run_named_tasks(
+    settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
+) -> tuple[Rows, dict[str, Any]]:
+    """Rows for the table, and lm-eval's own results; nothing but on the first rank of a node."""
+    from lm_eval.tasks import TaskManager
+
+    wanted = settings.lm_eval
+    include = None if wanted.include_path is None else str(wanted.include_path)
+    manager = TaskManager(include_path=include)
+    if unknown := [name for name in wanted.tasks if name not in manager.all_tasks]:
+        raise UserError(
+            f"--tasks {' '.join(unknown)}: lm-eval has no such task; its own are listed by "
+            "`lm-eval ls tasks`, yours are found with --include-path."
+        )
+    return run_tasks(
+        settings,
+        model=served_model(settings, engine, tokenizer, defaults),
+        tasks=list(wanted.tasks),
+        task_manager=manager,
+        apply_chat_template=wanted.apply_chat_template,
+    )
+
+
+def served_model(
+    settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
+) -> Any:
+    """This project's model as lm-eval asks it."""
+    from qwen2_ascend.evaluation.lm_eval_adapter import Qwen2LM
+
+    return Qwen2LM(engine, tokenizer, defaults, seed=settings.seed)
+
+
+def run_tasks(settings: EvaluateSettings, **options: Any) -> tuple[Rows, dict[str, Any]]:
+    """Rows for the table, and lm-eval's own results; nothing but on the first rank of a node."""
+    from lm_eval.evaluator import simple_evaluate
+
+    results: Any = simple_evaluate(
+        num_fewshot=settings.lm_eval.num_fewshot,
+        limit=settings.lm_eval.limit,
+        system_instruction=settings.lm_eval.system_prompt,
+        log_samples=False,
+        bootstrap_iters=0,
+        **options,
+    )
+    if results is None:  # lm-eval looks at LOCAL_RANK
+        return [], {}
+    kept = ("results", "configs", "versions", "n-shot", "n-samples")
+    return list(_rows_of(results)), {name: results[name] for name in kept if name in results}
+
+
+def _rows_of(results: Any) -> Iterator[dict[str, Any]]:
+    for task, metrics in results["results"].items():
+        samples = results.get("n-samples", {}).get(task, {}).get("effective")
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and "_stderr" not in name and "," in name:
+                metric, _, kind = name.partition(",")
+                error = metrics.get(f"{metric}_stderr,{kind}")
+                yield {
+                    "task": task,
+                    "metric": metric if kind == "none" else name,
+                    "value": float(value),
+                    "stderr": error if isinstance(error, float) else None,
+                    "samples": samples,
+                }

@@ -1,0 +1,126 @@
+"""What MindSpeed-LLM's flags mean where a model is only asked; pasted_flags.py is the mechanism."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import raise_if
+from qwen2_ascend.launching import parse_flags
+from qwen2_ascend.pasted_flags import (
+    MODEL_FLAGS,
+    Meaning,
+    Pasted,
+    Table,
+    pasted_notes,
+    split_flags,
+)
+from qwen2_ascend.training.megatron_flags import CARRIAGE_RETURN, EXPERTS, expert_faults
+
+if TYPE_CHECKING:
+    from qwen2_ascend.inference.settings import ServedModelSettings
+
+    class Served(Protocol):
+        """The settings of a command that asks a model."""
+
+        @property
+        def model(self) -> ServedModelSettings: ...
+        @property
+        def pasted(self) -> Pasted: ...
+
+
+S = TypeVar("S")
+
+OPERATORS = "--backend says whose operators compute"
+NO_STATES = "nothing but weights is loaded"
+NO_TRAINING = "nothing is trained"
+PADDING = "rows of padding are no words"
+MERGED = "the adapter is merged into the weights"
+
+
+def parse_pasted(kind: type[S], program: str, arguments: Sequence[str] | None, table: Table) -> S:
+    """As `parse_flags`, with what is pasted of others' flags beside the settings.
+
+    Raises:
+        UserError: the words are from a script that no shell can run, or for a model with experts.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    raise_if({CARRIAGE_RETURN for word in given if word.endswith("\r")})
+    rest, pasted = split_flags(given, table)
+    raise_if(expert_faults(pasted))
+    settings: Any = parse_flags(kind, program, rest)
+    return replace(settings, pasted=pasted)
+
+
+def served_notes(settings: Served, table: Table, config: Qwen2Config) -> list[str]:
+    """Lines for the log: what of a pasted command line holds already, and what it leaves open."""
+    notes = pasted_notes(settings.pasted, table)
+    dtype = settings.model.dtype(config)
+    if settings.pasted and settings.model.given_dtype is None and dtype != "fp32":
+        notes.append(
+            f"{dtype}, because config.json says it; MindSpeed-LLM computes in fp32 where neither "
+            "--bf16 nor --fp16 is given; for that say --fp32"
+        )
+    return notes
+
+
+def _is_within_context(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    context = config.max_position_embeddings
+    if value is not None and value.isdecimal() and int(value) <= context:
+        return None
+    return (
+        f"the config says max_position_embeddings={context}, and it decides; change that, with "
+        "YaRN rope scaling, or leave this out"
+    )
+
+
+def _holds_the_vocabulary(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    if value is not None and value.isdecimal() and int(value) >= config.vocab_size:
+        return None
+    return f"is below the vocabulary, vocab_size={config.vocab_size} in the config; leave it out"
+
+
+SERVED_FLAGS: Table = {
+    **MODEL_FLAGS,
+    "--seq-length": Meaning("a text has the length that it has", None),
+    "--max-position-embeddings": Meaning(
+        "a text may be as long as the config says", None, check=_is_within_context
+    ),
+    "--micro-batch-size": Meaning("how many texts are worked on at once changes none", None),
+    "--padded-vocab-size": Meaning(PADDING, None, check=_holds_the_vocabulary),
+    "--make-vocab-size-divisible-by": Meaning(PADDING, None),
+    "--hidden-dropout": Meaning(NO_TRAINING, None),
+    "--attention-dropout": Meaning(NO_TRAINING, None),
+    "--no-gradient-accumulation-fusion": Meaning(NO_TRAINING),
+    "--init-method-std": Meaning(NO_TRAINING, None),
+    "--input-layernorm-in-fp32": Meaning("norms are computed in fp32"),
+    "--use-flash-attn": Meaning(OPERATORS),
+    "--use-fused-rmsnorm": Meaning(OPERATORS),
+    "--use-fused-swiglu": Meaning(OPERATORS),
+    "--use-fused-rotary-pos-emb": Meaning(OPERATORS),
+    "--sequence-parallel": Meaning("every rank has whole sequences"),
+    "--use-kv-cache": Meaning("the cache is always used"),
+    "--no-load-rng": Meaning(NO_STATES),
+    "--no-load-optim": Meaning(NO_STATES),
+    "--finetune": Meaning(NO_STATES),
+    "--exit-on-missing-checkpoint": Meaning("--load without a checkpoint is an error"),
+    "--ckpt-format": Meaning("--load finds the format", ("torch", "torch_dist")),
+    "--distributed-backend": Meaning("the device says which", ("nccl", "hccl", "gloo")),
+    "--no-shared-storage": Meaning("each rank reads what it needs from --load"),
+    "--context-parallel-size": Meaning("texts are not cut over ranks", ("1",)),
+    "--expert-model-parallel-size": Meaning("there are no experts; remove it", ("1",)),
+    "--spec": Meaning("the layers are Qwen2's; leave it out", None, refused=True),
+    **{flag: Meaning("there are no experts", None, refused=True) for flag in sorted(EXPERTS)},
+    "--lora-fusion": Meaning(MERGED),
+}
+"""Of every command that asks a model."""
+
+GENERATE_FLAGS: Table = {
+    **SERVED_FLAGS,
+    "--max-length": Meaning("say --max-new-tokens", None, refused=True),
+    "--add-eos-token": Meaning("say --stop, with the token's text", None, refused=True),
+}
+"""Of launch/generate_qwen2.py."""

@@ -1,0 +1,83 @@
+"""The models that the published command lines are for, and the same lines for a tiny one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pasted.command_lines import CommandLine
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.lora_config import LoraConfig
+
+NAMES = {
+    "deepseek_r1_distill_qwen": "DeepSeek-R1-Distill-Qwen-{}",
+    "qwen2": "Qwen2-{}",
+    "qwen25_coder": "Qwen2.5-Coder-{}",
+    "qwen25_math": "Qwen2.5-Math-{}",
+    "qwq": "QwQ-{}",
+}
+"""By a line's folder the name of its model; else it is Qwen2.5's base model."""
+INSTRUCT = {("qwen25_math", "72B")}
+"""Lines whose --norm-epsilon is that of the model tuned to follow instructions."""
+SHAPE = {
+    "--num-layers": "num_layers",
+    "--hidden-size": "hidden_size",
+    "--ffn-hidden-size": "ffn_hidden_size",
+    "--num-attention-heads": "num_attention_heads",
+    "--num-query-groups": "num_query_groups",
+    "--padded-vocab-size": "vocab_size",
+    "--max-position-embeddings": "max_position_embeddings",
+    "--seq-length": "max_position_embeddings",
+    "--norm-epsilon": "norm_epsilon",
+    "--rotary-base": "rotary_base",
+}
+
+
+def config_of(line: CommandLine) -> Qwen2Config:
+    """The published config of the model that a line is for."""
+    family = line.name.split("/")[1]
+    name = NAMES.get(family, "Qwen2.5-{}").format(line.size)
+    return Qwen2Config.named(name + "-Instruct" * ((family, line.size) in INSTRUCT))
+
+
+def scaled(flags: list[str], config: Qwen2Config, **changes: object) -> list[str]:
+    """A line's flags with the shape of a tiny model, and with other values of some flags.
+
+    Args:
+        flags: of a line.
+        config: the tiny model's.
+        **changes: values by flag, as tensor_model_parallel_size=2; None takes the flag out.
+    """
+    values: dict[str, object] = {}
+    for flag, name in SHAPE.items():
+        value = getattr(config, name)
+        values[flag] = f"{value:g}" if isinstance(value, float) else value
+    values |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    words: list[str] = []
+    given = iter(flags)
+    for word in given:
+        value = values.get(word, "")
+        if value == "":
+            words.append(word)
+            continue
+        next(given)
+        words += [] if value is None else [word, str(value)]
+    return words
+
+
+def save_adapter(folder: Path, config: Qwen2Config, lora: LoraConfig, seed: int = 3) -> Path:
+    """A PEFT adapter whose matrices are not zero."""
+    import torch
+    from safetensors.torch import save_file
+
+    from qwen2_ascend.checkpoint.adapter_rules import peft_pieces
+
+    folder.mkdir()
+    random = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(piece.shape, generator=random) * 0.3
+        for name, piece in peft_pieces(config, lora).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(lora.to_peft("base")))
+    return folder

@@ -1,0 +1,50 @@
+"""docs/migration.md says of every flag what the commands' own tables say."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from pasted.migration_page import (
+    ELSEWHERE,
+    PAGES,
+    REASONS,
+    THEIRS,
+    WORDS,
+    flags_of,
+    rows,
+    with_tables,
+)
+from qwen2_ascend.prompt_types import PROMPT_FORMATS, PromptType
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_tables_are_those_of_the_commands(language: str) -> None:
+    page = PAGES[language].read_text(encoding="utf-8")
+    assert page == with_tables(page, language), "run python -m pasted.migration_page"
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_every_flag_has_a_row_and_a_verdict(kind: str) -> None:
+    found = {row.flag: row for row in rows(kind, "en")}
+    assert set(found) == set(flags_of(kind))
+    for row in found.values():
+        assert row.verdict in WORDS["en"] and (row.why or row.verdict == "same")
+
+
+def test_reasons_are_told_in_chinese_too() -> None:
+    told = {row.why for kind in THEIRS for row in rows(kind, "en") if row.verdict != "otherwise"}
+    whys = {why.split(": ", 1)[1] if why.startswith("only `") else why for why in told if why}
+    assert sorted(whys - set(REASONS)) == []
+    assert sorted(set(ELSEWHERE.values()) - set(REASONS)) == []
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_prompt_types_are_listed_with_their_system_texts(language: str) -> None:
+    page = PAGES[language].read_text(encoding="utf-8")
+    for name in get_args(PromptType):
+        lines = [line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line]
+        assert len(lines) == 1
+        default = PROMPT_FORMATS[name].default_system
+        assert name in ("alpaca", "chatml_de") or default in lines[0]

@@ -1,0 +1,279 @@
+"""MindSpeed-LLM's published command lines of pretraining and fine-tuning start here as they are.
+
+Each line is parsed and checked as its launcher does, with the config of the model it is for and its
+number of ranks on nodes of eight; and four of them train, on a small model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from distributed.jobs import ROOT, torchrun
+from distributed.pairs_worker import write_corpus
+from finetuning.finetune_worker import _write as write_chats
+from helpers import make_tiny_hugging_face_folder, tiny_config
+from pasted.command_lines import CommandLine, command_lines
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning import settings as finetuning
+from qwen2_ascend.pasted_flags import pasted_notes
+from qwen2_ascend.training import settings as pretraining
+from qwen2_ascend.training.megatron_flags import training_flags
+
+MODULES: dict[str, ModuleType] = {"pretrain": pretraining, "finetune": finetuning}
+LINES = [line for kind in MODULES for line in command_lines(kind)]
+CUT_SHORT = "pretrain_qwen25_coder_7b_32k_ptd"
+"""A script with Windows line ends: all that its command gets is a carriage return."""
+WHOLE = [line for line in LINES if not line.is_moe and not line.name.endswith(CUT_SHORT)]
+PATHS = dict.fromkeys(
+    ("--load", "--save", "--data-path", "--tokenizer-name-or-path", "--lora-load"), "path"
+)
+ELSEWHERE = {
+    "--context-parallel-size",
+    "--swap-attention",
+    "--coc-parallel-num",
+    "--use-ascend-mc2",
+    "--o2-optimizer",
+    "--o2-gradient",
+}
+"""Context parallelism, memory and overlap: what is not taken yet, and the only such flags."""
+SERIES = {"qwen2": "Qwen2-", "qwen25": "Qwen2.5-", "qwen25_math": "Qwen2.5-Math-"}
+DISTILLED = {"deepseek_r1_distill_qwen": "DeepSeek-R1-Distill-Qwen-"}
+NOT_ITS_OWN = {"tune_distill_qwen_14b_full": "Qwen2.5-14B-Instruct"}
+"""Lines whose --norm-epsilon is not their model's, with a model that it is of."""
+
+
+def by_name(name: str) -> CommandLine:
+    (line,) = (line for line in LINES if line.name == name)
+    return line
+
+
+def model_of(line: CommandLine) -> str:
+    """The published model that a line's folder, size and epsilon are of."""
+    _, family, script = line.name.split("/")
+    if script in NOT_ITS_OWN:
+        return NOT_ITS_OWN[script]
+    if family in DISTILLED:
+        return f"{DISTILLED[family]}{line.size}"
+    is_large = int(re.match(r"\d+", line.size)[0]) >= 14  # type: ignore[index]
+    epsilon = line.values("--norm-epsilon") if "--norm-epsilon" in line.flags else ["1e-5"]
+    is_instruct = is_large and float(epsilon[0]) == 1e-6
+    return f"{SERIES[family]}{line.size}{'-Instruct' if is_instruct else ''}"
+
+
+def not_taken_yet(line: CommandLine) -> set[str]:
+    """Its flags of ELSEWHERE that ask for something."""
+    flags = ELSEWHERE.intersection(line.flags)
+    one = "--context-parallel-size" in flags and line.values("--context-parallel-size") == ["1"]
+    return flags - {"--context-parallel-size"} if one else flags
+
+
+def without(flags: list[str], left_out: set[str]) -> list[str]:
+    """A command line without some flags and their values."""
+    kept, keeps = [], True
+    for word in flags:
+        keeps = word not in left_out if word.startswith("--") else keeps
+        kept += [word] if keeps else []
+    return kept
+
+
+def faults(line: CommandLine, words: list[str], config: Qwen2Config) -> list[str]:
+    module = MODULES[line.kind]
+    try:
+        module.validate(module.parse(words), config, line.world_size)
+    except UserError as error:
+        return list(error.faults)
+    return []
+
+
+@pytest.fixture(autouse=True)
+def _on_nodes_of_eight(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = getattr(getattr(request.node, "callspec", None), "params", {}).get("line")
+    if line is not None:
+        monkeypatch.setenv("WORLD_SIZE", str(line.world_size))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(line.world_size, 8)))
+
+
+@pytest.mark.parametrize("line", WHOLE, ids=lambda line: line.name)
+def test_a_line_starts(line: CommandLine) -> None:
+    """But for the flags that are not taken yet: exactly those are named, and nothing hides behind
+    them."""
+    words, config = line.with_paths(PATHS), Qwen2Config.named(model_of(line))
+    named = [fault.split()[0].rstrip(":") for fault in faults(line, words, config)]
+    assert sorted(named) == sorted(not_taken_yet(line))
+    assert faults(line, without(words, ELSEWHERE), config) == []
+
+
+@pytest.mark.parametrize("line", WHOLE, ids=lambda line: line.name)
+def test_a_line_means_what_it_says(line: CommandLine) -> None:
+    """Every flag with a value is a setting of that value, or a note of the log with it."""
+    module = MODULES[line.kind]
+    words = without(line.with_paths(PATHS), ELSEWHERE)
+    settings = module.parse(words)
+    notes = "\n".join(pasted_notes(settings.pasted, training_flags(type(settings))))
+    assert settings.batch.seq_length == int(line.values("--seq-length")[0])
+    assert settings.optimizer.lr == float(line.values("--lr")[0])
+    for flag, group, name in (
+        ("--reset-position-ids", "data", "keep_documents_apart"),
+        ("--reset-attention-mask", "data", "keep_documents_apart"),
+        ("--variable-seq-lengths", "data", "variable_seq_lengths"),
+        ("--no-pad-to-seq-lengths", "data", "variable_seq_lengths"),
+        ("--neat-pack", "data", "pack"),
+        ("--no-shuffle", "data", "no_shuffle"),
+        ("--manual-gc", "runtime", "manual_gc"),
+    ):
+        held = getattr(getattr(settings, group), name, None)
+        if flag in words and held is not None:
+            assert held is True, flag
+        elif flag in words:
+            assert flag in notes
+    if "--rope-scaling-type" in words:
+        yarn = settings.config_of_run(Qwen2Config.named(model_of(line))).yarn
+        assert yarn is not None
+        assert yarn.factor == float(line.values("--rope-scaling-factor")[0])
+        original = line.values("--rope-scaling-original-max-position-embeddings")
+        assert yarn.original_max_position_embeddings == int(original[0])
+        assert "--rope-scaling-type yarn" in notes
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in LINES if line.is_moe], ids=lambda line: line.name
+)
+def test_a_model_with_experts_is_refused_in_one_sentence(line: CommandLine) -> None:
+    (fault,) = faults(line, line.with_paths(PATHS), tiny_config())
+    assert "mixture-of-experts" in fault and "dense models only" in fault
+    assert "--num-experts" in fault or "--moe" in fault
+
+
+def test_a_script_with_windows_line_ends_is_told_so() -> None:
+    (line,) = (line for line in LINES if line.name.endswith(CUT_SHORT))
+    (fault,) = faults(line, line.with_paths(PATHS), tiny_config())
+    assert "Windows line ends" in fault and "sed -i" in fault
+
+
+def test_a_folder_decides_against_a_flag() -> None:
+    """This line's epsilon is not that of the model it is for; MindSpeed-LLM does not look."""
+    line = by_name("2.2.0/deepseek_r1_distill_qwen/tune_distill_qwen_14b_full")
+    words = without(line.with_paths(PATHS), ELSEWHERE)
+    config = Qwen2Config.named("DeepSeek-R1-Distill-Qwen-14B")
+    (fault,) = faults(line, words, config)
+    assert fault.startswith("--norm-epsilon 1e-6: the config says 1e-05, and it decides")
+
+
+# --- truly started --------------------------------------------------------------------------------
+
+FUSED = {"--use-flash-attn", "--use-fused-rmsnorm", "--use-fused-rotary-pos-emb"}
+FUSED |= {"--use-fused-swiglu"}
+"""Kernels of an NPU's, which a cpu refuses."""
+SMALL = {
+    "--num-layers": "4",
+    "--hidden-size": "64",
+    "--ffn-hidden-size": "96",
+    "--num-attention-heads": "8",
+    "--num-query-groups": "4",
+    "--padded-vocab-size": "256",
+    "--norm-epsilon": "1e-6",
+    "--seq-length": "64",
+    "--max-position-embeddings": "64",
+    "--pipeline-model-parallel-size": "1",
+    "--train-iters": "2",
+    "--global-batch-size": "4",
+}
+"""What a line says instead, so that it is for a small model and two ranks."""
+LEFT_OUT = {*ELSEWHERE, "--num-layer-list", "--num-layers-per-virtual-pipeline-stage"}
+
+
+def small(line: CommandLine, paths: dict[str, Path], tp: int, device: str = "cpu") -> list[str]:
+    """The line for a small model, cut into `tp` ranks."""
+    values = {**SMALL, "--tensor-model-parallel-size": str(tp)}
+    words = without(line.with_paths(paths), LEFT_OUT | (FUSED if device == "cpu" else set()))
+    before = ["", *words]
+    changed = [
+        values.get(flag, word) if not word.startswith("--") else word
+        for flag, word in zip(before, words, strict=False)
+    ]
+    return [*changed, "--device", device]
+
+
+@pytest.fixture(name="paths")
+def _paths(tmp_path: Path) -> dict[str, Path]:
+    return made_paths(tmp_path)
+
+
+def made_paths(tmp_path: Path) -> dict[str, Path]:
+    """A model, documents that end with its eos_token_id, prepared chats, and where to save."""
+    folder = make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    write_corpus(tmp_path / "corpus")
+    write_chats(tmp_path / "chats", "", 30, seed=0)
+    return {
+        "--load": folder,
+        "--tokenizer-name-or-path": folder,
+        "--save": tmp_path / "saved",
+        "--data-path": tmp_path / "corpus",
+    }
+
+
+def run(line: CommandLine, paths: dict[str, Path], ranks: int) -> str:
+    """The log of a line that has trained to its end."""
+    launcher = ROOT / "launch" / f"{line.kind}_qwen2.py"
+    script = [str(launcher), *small(line, paths, ranks)]
+    nodes = f"--standalone --nproc-per-node {ranks}"
+    with torchrun(paths["--save"].parent / "job", script, nodes) as job:
+        assert job.wait(400) == [0], job.log[-4000:]
+        return job.log
+
+
+def losses(paths: dict[str, Path]) -> list[float]:
+    text = (paths["--save"] / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.distributed
+def test_yarn_and_manual_gc_run(paths: dict[str, Path]) -> None:
+    """The checkpoint's config.json has the scaling, so what is trained with it is used with it."""
+    line = by_name("2.2.0/qwen2/pretrain_qwen2_72b_32k_ptd")
+    log = run(line, paths, 2)
+    assert "--rope-scaling-type yarn" in log and "config.json" in log
+    given = Qwen2Config.from_pretrained(paths["--load"])
+    saved = Qwen2Config.from_pretrained(paths["--save"])
+    assert given.yarn is None
+    assert saved.yarn == given.with_yarn(8.0, 4096).yarn
+    assert saved.max_position_embeddings == 8 * 4096
+    assert len(losses(paths)) == 2
+
+
+@pytest.mark.distributed
+def test_documents_that_see_themselves_alone_run(paths: dict[str, Path]) -> None:
+    """The loss is another than that of the same line without the flag."""
+    line = by_name("master/qwen25/pretrain_qwen25_72b_4k_pack")
+    log = run(line, paths, 1)
+    apart = losses(paths)
+    assert "a document sees only itself" in log and "after token 0" in log
+    others = {**paths, "--save": paths["--save"].with_name("across")}
+    flags = [word for word in line.flags if word != "--reset-attention-mask"]
+    run(line._replace(flags=flags), others, 1)
+    assert len(apart) == 2 and abs(apart[0] - losses(others)[0]) > 1e-3
+
+
+@pytest.mark.distributed
+def test_chats_that_are_not_padded_to_the_length_run(paths: dict[str, Path]) -> None:
+    """Sequence parallelism, without --pad-to-multiple-of."""
+    line = by_name("master/qwen25/tune_qwen25_72b_4k_full_ptd")
+    log = run(line, {**paths, "--data-path": paths["--save"].with_name("chats")}, 2)
+    assert "batches are padded to a multiple of 2 tokens" in log
+    assert len(losses(paths)) == 2
+
+
+@pytest.mark.distributed
+def test_packed_chats_run(paths: dict[str, Path]) -> None:
+    line = by_name("2.2.0/qwen25/tune_qwen25_7b_4k_full_pack")
+    run(line, {**paths, "--data-path": paths["--save"].with_name("chats")}, 1)
+    assert len(losses(paths)) == 2
