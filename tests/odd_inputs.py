@@ -89,6 +89,10 @@ def chats(folder: Path) -> dict[str, Path]:
         "an empty assistant": [USER, {**ASSISTANT, "content": ""}],
         "tool calls of nulls": [USER, {**ASSISTANT, "tool_calls": [None]}],
         "tool calls that are text": [USER, {**ASSISTANT, "tool_calls": "x"}],
+        "half a character in a call": [
+            USER,
+            {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]},
+        ],
         "a weight that is text": [USER, {**ASSISTANT, "weight": "x"}],
         "a weight that is an object": [USER, {**ASSISTANT, "weight": {}}],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from qwen2_ascend import __version__, cli
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.launching import launched
 
 
 def python(code: str, **options) -> subprocess.CompletedProcess[str]:
@@ -124,6 +126,14 @@ def test_endings_are_a_status_and_lines(error, status, lines, capsys, monkeypatc
     captured = capsys.readouterr()
     assert captured.err.splitlines() == lines
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("run", [cli.run_command, launched])
+def test_a_terminal_without_the_letters_of_a_text_ends_no_command(run, monkeypatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert run(lambda: print("a 语 b", flush=True)) == 0
+    assert written.getvalue() == b"a \\u8bed b\n"
 
 
 def test_a_good_end_is_0_and_a_chosen_status_passes() -> None:

@@ -11,7 +11,15 @@ import pytest
 
 from qwen2_ascend import files
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import links_out, open_regular, parse_json, read_bytes, read_json, read_text
+from qwen2_ascend.files import (
+    links_out,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    require_regular,
+)
 
 PACKAGE = Path(files.__file__).parent
 
@@ -53,6 +61,18 @@ def test_what_is_missing_or_a_folder_is_an_error_of_the_system(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="symbolic links"):
         open_regular(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("read", [open_regular, require_regular, read_json, read_text])
+def test_what_stands_for_a_file_of_git_lfs_is_not_taken_for_it(read, tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "x").write_bytes(pointer)
+    with pytest.raises(UserError, match="x: is a Git LFS pointer, "):
+        read(tmp_path / "x")
+    (tmp_path / "y").write_bytes(b"about " + pointer)
+    (tmp_path / "z").write_bytes(pointer + b"and what they are" * 100)
+    for name in "yz":
+        require_regular(tmp_path / name)
 
 
 def test_a_file_is_read_whole_up_to_its_bound(tmp_path):
@@ -156,11 +176,10 @@ ALLOWED = {
     "data/helpers_cpp.py": {"*": "a source file of megatron-core's"},
     "data/indexed.py": {"fingerprint": CHECKED},
     "data/inputs.py": {"opened": CHECKED, "parquet_file": CHECKED},
-    "data/output.py": {"_locked": "a folder"},
     "data/parts.py": {"_link": "its own part"},
     "doctor.py": {"*": SYSTEM},
     "evaluation/evaluate.py": {"_read_texts": NAMED_BY_USER},
-    "data/chat/rendering.py": {"read_template": NAMED_BY_USER},
+    "data/chat/rendering.py": {"_read_template": NAMED_BY_USER},
     "files.py": {"*": "the place for it"},
     "finetuning/deepspeed/checkpoint.py": {"load": "of a file that DeepSpeed has looked for"},
     "finetuning/deepspeed/config.py": {"_read": NAMED_BY_USER},

@@ -29,6 +29,10 @@ BYTES_PER_CHARACTER = 64
 CHARACTERS = 4 * 2**20
 """Longest text of a chat, besides CHARACTERS_PER_CHARACTER."""
 CHARACTERS_PER_CHARACTER = 8
+THOUGHT = "</think>"
+"""What Qwen's and DeepSeek's reasoning models end their reasoning with, before they answer."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what was thought before its content."""
 GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Messages = Sequence[Mapping[str, Any]]
@@ -190,7 +194,11 @@ def lost_tools(
 
 
 def lost_turns(text: str, messages: Messages, turns: Iterable[int] | None = None) -> list[str]:
-    """The messages, or those of these numbers, that are not in a text, and the calls in them."""
+    """The messages, or those of these numbers, that are not in a text, and the calls in them.
+
+    Their reasoning may be lost: templates leave it out of what was said before. For turns that are
+    trained on there is `lost_reasoning`.
+    """
     lost = []
     for turn in range(len(messages)) if turns is None else turns:
         message = messages[turn]
@@ -201,6 +209,20 @@ def lost_turns(text: str, messages: Messages, turns: Iterable[int] | None = None
             for name in map(_tool_name, _calls(message))
             if name not in text
         ]
+    return lost
+
+
+def lost_reasoning(text: str, messages: Messages, turns: Iterable[int]) -> list[str]:
+    """What the messages of these numbers have thought and is not in a text, in words."""
+    lost = []
+    for turn in turns:
+        message = messages[turn]
+        content = message.get("content")
+        before, tag, _ = content.partition(THOUGHT) if isinstance(content, str) else ("", "", "")
+        thought = [before.replace("<think>", "")] if tag else []
+        thought += [t for key in REASONING_KEYS if isinstance(t := message.get(key), str)]
+        if not all(_is_in(part, text) for part in thought):
+            lost.append(f"the reasoning of turn {turn + 1} ({one_line(message.get('role'), 40)})")
     return lost
 
 
@@ -235,7 +257,7 @@ def _is_in(content: Any, text: str) -> bool:
     said = content.strip()
     if said in text:
         return True
-    return said.split("</think>")[-1].strip() in text or (
+    return said.split(THOUGHT)[-1].strip() in text or (
         json.dumps(said, ensure_ascii=False)[1:-1] in text or json.dumps(said)[1:-1] in text
     )
 

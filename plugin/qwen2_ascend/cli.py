@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from qwen2_ascend import __version__
-from qwen2_ascend.errors import UserError, printable
+from qwen2_ascend.errors import UserError, print_any_text, printable
 
 TRACEBACK_VARIABLE = "QWEN2_ASCEND_TRACEBACK"
 
@@ -90,6 +90,7 @@ def run_command(command: Callable[[], None]) -> int:
         read the output went away; 1 for any other failure, in one line, with the traceback only
         when QWEN2_ASCEND_TRACEBACK=1 is set.
     """
+    print_any_text()
     try:
         command()
         sys.stdout.flush()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import reprlib
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,6 +82,15 @@ _BRIEF.maxlevel, _BRIEF.maxother = 2, 80
 
 class LostRankError(RuntimeError):
     """Another rank does not answer; the message names it, and no traceback says more."""
+
+
+def print_any_text() -> None:
+    """Lets the standard output take every text, whatever the encoding that the locale gives it.
+
+    What that encoding has not is written with backslashes, as Python does it on stderr.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def raise_if(faults: Iterable[str]) -> None:

@@ -25,6 +25,8 @@ MAX_JSON_VALUES = 500_000
 
 MAX_DIGITS = 4300
 """Of a whole number in a JSON text, which is Python's own bound."""
+POINTER, MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+"""How a Git LFS pointer begins, and its longest, by the format's specification."""
 _JSON_KINDS: dict[type, str] = {
     bool: "boolean",
     int: "number",
@@ -39,7 +41,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     """Opens a regular file for reading, in binary.
 
     Raises:
-        UserError: it is a FIFO, a device or a socket.
+        UserError: it is a FIFO, a device or a socket, or stands for a file of Git LFS.
         OSError: as from `open`.
     """
     return os.fdopen(open_descriptor(path), "rb")
@@ -47,10 +49,10 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 def open_descriptor(path: str | Path) -> int:
     """As `open_regular`, as a file descriptor."""
-    require_regular(path)  # before it is opened, which does something to some devices
+    _check_mode(path, os.stat(path))  # before it is opened, which does something to some devices
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _check_mode(path, os.fstat(fd))  # again: this is the file that is read
+        _check(path, fd)  # again: this is the file that is read
     except BaseException:
         os.close(fd)
         raise
@@ -61,10 +63,13 @@ def require_regular(path: str | Path) -> None:
     """For a library that opens `path` itself.
 
     Raises:
-        UserError: it is a FIFO, a device or a socket.
+        UserError: it is a FIFO, a device or a socket, or stands for a file of Git LFS.
         OSError: as from `open`.
     """
-    _check_mode(path, os.stat(path))
+    status = os.stat(path)
+    _check_mode(path, status)
+    if status.st_size <= MAX_POINTER_BYTES:
+        os.close(open_descriptor(path))
 
 
 def read_bytes(path: str | Path, most: int = MAX_WHOLE_BYTES) -> bytes:
@@ -184,6 +189,16 @@ def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
         elif real.is_dir() and real not in seen:
             seen.add(real)
             left += path.iterdir()
+
+
+def _check(path: str | Path, fd: int) -> None:
+    status = os.fstat(fd)
+    _check_mode(path, status)
+    if status.st_size <= MAX_POINTER_BYTES and os.pread(fd, 64, 0).startswith(POINTER):
+        raise UserError(
+            f"{path}: is a Git LFS pointer, {status.st_size} bytes that stand for the file; get "
+            "the file itself with git lfs pull, or download it."
+        )
 
 
 def _check_mode(path: str | Path, status: os.stat_result) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import tyro
 
 from qwen2_ascend.cli import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, print_any_text
 from qwen2_ascend.runtime import ending
 from qwen2_ascend.runtime.diagnosis import has_timed_out, is_lost_connection
 
@@ -69,6 +69,7 @@ def launched(command: Callable[[], None]) -> int:
         the first failure of any rank under its own lines.
     """
     ending.end_with_parent()
+    print_any_text()
     try:
         status = _status(command)
     except KeyboardInterrupt:

@@ -46,7 +46,7 @@ def open_tokenizer(path: str | Path, **keywords: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = _folder(path)
+    folder = pretrained_folder(path)
     try:
         # without these transformers 5 makes up a tokenizer that knows no text
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
@@ -125,7 +125,7 @@ def _check_templates(folder: Path, templates: Any) -> None:
             )
 
 
-def _folder(path: str | Path) -> Path:
+def pretrained_folder(path: str | Path) -> Path:
     """`path`, or where the local Hugging Face cache has the model of that name.
 
     Raises:

@@ -43,6 +43,11 @@ from qwen2_ascend.errors import VerificationError
 
 TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 RANK = "iter_0000001/mp_rank_00"
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 988097824\n"
+)
 
 
 def refused(
@@ -92,6 +97,11 @@ def lose_two(weights: dict) -> None:
     del weights["model.norm.weight"], weights["model.layers.1.self_attn.k_proj.bias"]
 
 
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    weights = {change(name): w for name, w in random_weights(toy_config()).items()}
+    save_safetensors(folder / "model.safetensors", weights)
+
+
 def truncate(path: Path, by: int = 1) -> None:
     os.truncate(path, path.stat().st_size - by)
 
@@ -101,6 +111,14 @@ def shorten(name: str) -> Callable[[dict], None]:
         weights[name] = weights[name][:-1]
 
     return edit
+
+
+def test_a_name_on_a_hub_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = convert(Path("Qwen/Qwen2.5-7B"), tmp_path / "out", to="mg").require(2).err
+    assert "Qwen/Qwen2.5-7B: no such folder. If that is a model's name on a hub, download" in said
+    said = convert(tmp_path / "hf", tmp_path / "out", to="mg").require(2).err
+    assert said.rstrip().endswith(f"{tmp_path}/hf: no such folder.")
 
 
 HUGGING_FACE = {
@@ -125,6 +143,40 @@ HUGGING_FACE = {
     "a short vocabulary": (
         lambda f: edit_weights(f, shorten("model.embed_tokens.weight")),
         ["model.embed_tokens.weight: expected shape (96, 64), found (95, 64)"],
+    ),
+    "tokens added to the model, not to the config": (
+        lambda f: edit_config(f, vocab_size=90),
+        ['"vocab_size": 90, the embedding has 96 rows', "set it to 96"],
+    ),
+    **{
+        f"names that begin with {prefix}": (
+            lambda f, prefix=prefix: rename(f, lambda name: f"{prefix}{name}"),
+            [f"names begin with {prefix}model. where model. is", "Save the inner one"],
+        )
+        for prefix in ("_orig_mod.", "module.", "base_model.model.")
+    },
+    "a vision model's language model": (
+        lambda f: rename(f, lambda name: name.replace("model.", "model.language_model.")),
+        ["its tensors' names begin with model.language_model. where"],
+    ),
+    "a reward model": (
+        lambda f: rename(f, lambda name: name.replace("lm_head", "score")),
+        ["score.weight is the head of a reward model"],
+    ),
+    "an adapter": (
+        lambda f: (
+            (f / "model.safetensors").rename(f / "adapter_model.safetensors")
+            and (f / "config.json").rename(f / "adapter_config.json")
+        ),
+        ["is a PEFT adapter, which holds no model", "--adapter"],
+    ),
+    "a Git LFS pointer": (
+        lambda f: (f / "model.safetensors").write_bytes(LFS_POINTER),
+        ["model.safetensors: is a Git LFS pointer", "git lfs pull"],
+    ),
+    "a config that is a Git LFS pointer": (
+        lambda f: (f / "config.json").write_bytes(LFS_POINTER),
+        ["config.json: is a Git LFS pointer"],
     ),
     "int32 weights": (
         lambda f: edit_weights(

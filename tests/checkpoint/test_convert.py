@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -248,6 +249,38 @@ def test_a_tied_output_that_is_stored_too_is_dropped_if_equal(tmp_path):
 
 
 # -- side files
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+@pytest.mark.parametrize("to", ["mg", "hf"])
+def test_all_that_is_written_may_be_read_and_written_as_the_umask_says(umask, to, tmp_path):
+    """A group that shares a disk also replaces what another of it has written."""
+    source = make_hugging_face_folder(tmp_path / "hf")
+    before = os.umask(umask)
+    try:
+        convert(source, tmp_path / "out", to=to).require(0)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert path.stat().st_mode & 0o777 == wanted, path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_was_saved_without_its_head_is_read_as_transformers_reads_it(tied, tmp_path):
+    """transformers' Qwen2Model has names without `model.`, and no lm_head."""
+    config = toy_config(tie_word_embeddings=tied)
+    weights = random_weights(config)
+    source = make_hugging_face_folder(tmp_path / "whole", config, weights=weights)
+    bare = {n.removeprefix("model."): w for n, w in weights.items() if n != "lm_head.weight"}
+    make_hugging_face_folder(tmp_path / "bare", config, weights=bare)
+    if not tied:
+        said = convert(tmp_path / "bare", tmp_path / "mg", *tp(2)).require(2).err
+        assert "1 missing tensors: lm_head.weight" in said
+        return
+    convert(tmp_path / "bare", tmp_path / "mg", *tp(2), "--verify").require(0)
+    convert(tmp_path / "mg", tmp_path / "back", to="hf").require(0)
+    assert load_folder(tmp_path / "back") == load_folder(source)
 
 
 @pytest.mark.parametrize("save_format", FORMATS)

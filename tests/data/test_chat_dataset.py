@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chats import said, save_chat_tokenizer, write_rows
+from chats import CHATML, TURNS, said, save_chat_tokenizer, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -295,7 +295,24 @@ def test_chats_with_no_loss_left_stop_or_are_left_out(tmp_path: Path) -> None:
         build(str(tmp_path / "a"))
     built = build(str(tmp_path / "a"), on_bad_row="skip")
     assert len(built.train) == 12
-    assert "train: left out 1 chats that have no token to train on in the first 64" in built.notes
+    note = "left out: 1 train chat(s) have no token to train on in the first 64"
+    assert note in built.notes
+
+
+def test_pairs_whose_answers_part_behind_the_cut_stop_or_are_left_out(tmp_path: Path) -> None:
+    """Chosen and rejected are then the same, and such a pair's gradient is zero."""
+    ids = list(range(1, 81))
+    labels = [-100] * 10 + ids[10:]
+    longer = [(ids, labels), (ids[:20], labels[:20]), (ids[:64], labels[:64])]
+    other = [([*ids[:79], 99], [*labels[:79], 99]), (ids[:19], labels[:19]), (ids, labels)]
+    for key, rows in (("chosen_", longer), ("rejected_", other)):
+        keys = (f"{key}input_ids", f"{key}labels")
+        write_stored(tmp_path / "p", rows, keys=keys)
+    with pytest.raises(UserError, match=r"2 train pair\(s\) have the same answers in the first 64"):
+        build(str(tmp_path / "p"), task="dpo")
+    built = build(str(tmp_path / "p"), task="dpo", on_bad_row="skip")
+    assert len(built.train) == 1
+    assert len(build(str(tmp_path / "p"), task="dpo", seq_length=80).train) == 3
 
 
 @pytest.mark.parametrize(
@@ -355,6 +372,45 @@ def test_a_file_of_chats_is_prepared_once(tmp_path: Path, capsys) -> None:
     write_rows(path, rows[:3])
     assert "".join(texts()).count("<|im_end|>") == 3
     assert "chats            3" in capsys.readouterr().out
+
+
+def test_what_is_kept_is_not_taken_for_another_tokenizers_or_another_releases(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """A tokenizer may be named as the local Hugging Face cache has it, where it is no path."""
+    from huggingface_hub import constants
+
+    from qwen2_ascend.data.chat import prepare
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": TURNS[0]}])
+    for name, template in (("a", CHATML), ("b", CHATML.replace("helpful", "brief"))):
+        model = tmp_path / f"hub/models--q--{name}"
+        (model / "refs").mkdir(parents=True)
+        (model / "refs/main").write_text("1")
+        save_chat_tokenizer(model / "snapshots/1", template)
+
+    def tokens(name: str) -> list[int]:
+        data = build(str(path), tokenizer=f"q/{name}", workers=1).train
+        return all_samples(data)[0]["tokens"].tolist()
+
+    def num_kept() -> int:
+        return len(list((tmp_path / prepare.CACHE_FOLDER).glob("*_labels_document.idx")))
+
+    first, second = tokens("a"), tokens("b")
+    assert first != second and num_kept() == 2
+    assert tokens("a") == first and num_kept() == 2
+    monkeypatch.setattr(prepare, "_code", lambda: "another release")
+    assert tokens("a") == first and num_kept() == 3
+
+
+def test_a_place_for_prepared_chats_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    tokenizer = save_chat_tokenizer(tmp_path / "tokenizer")
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": TURNS[0]}])
+    (tmp_path / ".qwen2_ascend_cache").write_text("in the way")
+    with pytest.raises(UserError, match=r"_cache: chats cannot be .* give --data-cache-path"):
+        build(str(path), tokenizer=str(tokenizer), workers=1)
+    build(str(path), tokenizer=str(tokenizer), workers=1, data_cache_path=tmp_path / "there")
 
 
 def test_prompt_type_reaches_the_samples_of_a_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from chats import said
 
 from qwen2_ascend.data.chat.formats import detect_format, parse_map_keys, row_format
 from qwen2_ascend.errors import UserError
@@ -231,6 +232,27 @@ SHAREGPT_PROMPT = [{"from": r, "value": t} for r, t in PROMPT]
             {"instruction": "q2", "history": [["q1", "a1"]], "output": ["yes", "no"]},
             "alpaca",
         ),
+        (
+            {
+                "messages": [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}],
+                "rejected_response": "no",
+            },
+            "openai",
+        ),
+        (
+            {
+                side: [*OPENAI_PROMPT, {"role": "assistant", "content": text}]
+                for side, text in (("messages", "yes"), ("rejected_messages", "no"))
+            },
+            "openai",
+        ),
+        (
+            {
+                "conversations": [*SHAREGPT_PROMPT, {"from": "gpt", "value": "yes"}],
+                "rejected_response": "no",
+            },
+            "sharegpt",
+        ),
     ],
 )
 def test_pairs_are_trained_on_behind_what_they_share(row, kind) -> None:
@@ -239,6 +261,20 @@ def test_pairs_are_trained_on_behind_what_they_share(row, kind) -> None:
     assert spoken(chosen) == [*PROMPT, ("assistant", "yes")]
     assert spoken(rejected) == [*PROMPT, ("assistant", "no")]
     assert chosen.trained == rejected.trained == (3,)
+
+
+def test_a_system_prompt_is_in_front_of_both_of_ms_swifts_answers() -> None:
+    chosen = [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}]
+    rejected = [*OPENAI_PROMPT, {"role": "assistant", "content": "no"}]
+    for row in (
+        {"messages": chosen, "rejected_response": "no", "system": "s"},
+        {"messages": chosen, "rejected_messages": rejected, "system": "s"},
+    ):
+        found, (yes, no) = read(row, "dpo")
+        assert spoken(yes) == [("system", "s"), *PROMPT, ("assistant", "yes")]
+        assert spoken(no) == [("system", "s"), *PROMPT, ("assistant", "no")]
+        assert yes.trained == no.trained == (4,)
+        assert found.unknown_keys(row) == set()
 
 
 def test_a_pairs_system_prompt_is_in_front_of_both() -> None:
@@ -265,7 +301,7 @@ def turns(*texts: tuple[str, object]) -> dict:
         (turns(("user", "q")), "the assistant says nothing to train on"),
         (turns(("user", "q"), ("assistant", "")), r"turn 2 \(assistant\) is empty"),
         (turns(("user", ""), ("assistant", "a")), r"turn 1 \(user\) is empty"),
-        (turns(("user", 3), ("assistant", "a")), "turn 1 is int, not a string"),
+        (turns(("user", 3), ("assistant", "a")), "turn 1 is 3, not a string"),
         (turns(("user", [{"image": "x"}]), ("assistant", "a")), "turn 1 holds something other"),
         (turns(("alien", "q"), ("assistant", "a")), "turn 1 of 'messages' is from 'alien'"),
         ({"messages": ["q", "a"]}, "turn 1 of 'messages' has no 'role'"),
@@ -380,6 +416,49 @@ def test_what_cannot_be_obeyed_of_such_a_key_is_refused(role, value, reason) -> 
     ]
     with pytest.raises(ValueError, match=reason):
         row_format("openai", "sft", {}).chats({"messages": turns})
+
+
+MESSAGES = [said("user", "q"), said("assistant", "a")]
+
+
+def test_the_rejected_answer_of_a_chat_needs_a_chosen_one() -> None:
+    row = {"messages": [said("user", "q")], "rejected_response": "no"}
+    with pytest.raises(ValueError, match="does not end with an answer of the assistant"):
+        row_format("openai", "dpo", {}).chats(row)
+    answered = {"messages": MESSAGES, "rejected_response": "a"}
+    with pytest.raises(ValueError, match="chosen and rejected are the same"):
+        row_format("openai", "dpo", {}).chats(answered)
+    assert row_format("openai", "sft", {}).unknown_keys(answered) == {"'rejected_response'"}
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_a_bad_answer_of_ktos_data_is_not_trained_on(key: str) -> None:
+    form = row_format("openai", "sft", {})
+    with pytest.raises(ValueError, match=f"says {key}=false of its answer"):
+        form.chats({"messages": MESSAGES, key: False})
+    for value in (True, 0, "bad", None):
+        row = {"messages": MESSAGES, key: value}
+        assert len(form.chats(row)) == 1
+        assert form.unknown_keys(row) == (set() if value is True else {repr(key)})
+
+
+@pytest.mark.parametrize("key", ["image", "images", "video", "videos", "audio", "audios"])
+def test_what_a_language_model_cannot_see_is_refused(key: str) -> None:
+    row = {"messages": [said("user", "<image>q"), said("assistant", "a")], key: ["a.png"]}
+    with pytest.raises(ValueError, match=f"has '{key}', which a language model cannot see"):
+        row_format("openai", "sft", {}).chats(row)
+    assert len(row_format("openai", "sft", {}).chats({**row, key: []})) == 1
+
+
+def test_openais_older_functions_are_tools() -> None:
+    """Their calls are in the messages; without them the model would learn to make them up."""
+    function = {"name": "f", "parameters": {"type": "object"}}
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    row = {"messages": [said("user", "q"), call], "functions": [function]}
+    form = row_format("openai", "sft", {})
+    (chat,) = form.chats(row)
+    assert chat.tools == [{"type": "function", "function": function}]
+    assert form.unknown_keys(row) == set()
 
 
 def test_keys_that_mean_nothing_are_found() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,35 @@ def test_every_file_format_gives_the_same(kind, tokenizer, expected, tmp_path, c
     run(tmp_path / "a", path, tokenizer)
     assert files(tmp_path / "a") == expected
     assert f"{path}: OpenAI messages\n" in capsys.readouterr().out
+
+
+def test_parquet_values_that_json_has_not_are_texts_or_refused(tokenizer, tmp_path: Path) -> None:
+    """Texts that a writer gives as bytes are texts; no date is trained on as Python writes it."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    turn = pa.struct([("role", pa.string()), ("content", pa.binary())])
+    rows = [[said("user", b"hi"), said("assistant", "語".encode())]]  # type: ignore
+    table = pa.table({"messages": pa.array(rows, pa.list_(turn)), "at": [date(2024, 1, 2)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    run(tmp_path / "a", tmp_path / "a.parquet", tokenizer)
+    write_rows(tmp_path / "b.jsonl", [{"messages": [said("user", "hi"), said("assistant", "語")]}])
+    run(tmp_path / "b", tmp_path / "b.jsonl", tokenizer)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    broken = pa.Array.from_buffers(
+        pa.string(),
+        1,
+        [None, pa.py_buffer(bytes((0, 0, 0, 0, 2, 0, 0, 0))), pa.py_buffer(b"a\xff")],
+    )
+    for answers, reason in (
+        ([date(2024, 1, 2)], r"'output' is .*Parquet's date.*, not a string"),
+        ([b"\xff"], r"'output' is .*Parquet's bytes.*, not a string"),
+        (broken, "row 1: not UTF-8: byte 0xff"),
+    ):
+        table = pa.table({"instruction": ["q"], "output": answers})
+        pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+        with pytest.raises(UserError, match=reason):
+            run(tmp_path / "c", tmp_path / "c.parquet", tokenizer)
 
 
 def test_nested_parquet_columns_are_read(tokenizer, expected, tmp_path: Path) -> None:

@@ -15,13 +15,15 @@ from chats import (
     TOOL_TURNS,
     TOOLS,
     TURNS,
+    called,
     chat_rows,
     said,
     save_chat_tokenizer,
 )
 
 from qwen2_ascend.data.chat.formats import Chat
-from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError
+from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, given_template
+from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError
 
 MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
@@ -296,6 +298,19 @@ def test_a_template_without_an_end_of_turn_is_trained_on_to_the_end_of_the_turn(
     [
         ([said("user", "a<|im_end|>b"), said("assistant", "c")], r"turn 1 holds <\|im_end\|>"),
         ([said("user", "a"), said("assistant", "\ud83d")], "half of a surrogate pair"),
+        ([said("assistant", "a"), said("user", "b")], "turn 1 is the assistant's, and nothing"),
+        *(
+            (
+                [said("user", "a"), said("assistant", "", tool_calls=[called(name, arguments)])],
+                reason,
+            )
+            for name, arguments, reason in (
+                ("weather", {"in": ["<|im_end|>"]}, r"turn 2 holds <\|im_end\|>"),
+                ("weather", {"in": "\ud83d"}, "turn 2 holds half of a surrogate pair"),
+                ("weather", {"\ud83d": 1}, "turn 2 holds half of a surrogate pair"),
+                ("\ud83d", {}, "turn 2 holds half of a surrogate pair"),
+            )
+        ),
     ],
 )
 def test_texts_that_would_spoil_the_chat_are_bad_rows(small_tokenizer, messages, reason) -> None:
@@ -303,6 +318,72 @@ def test_texts_that_would_spoil_the_chat_are_bad_rows(small_tokenizer, messages,
     assert len(good.ids)
     with pytest.raises(ValueError, match=reason):
         raise bad
+
+
+@pytest.mark.parametrize(("spoilt", "reason"), [("<|im_end|>", "<"), ("\ud83d", "half of")])
+def test_tools_that_would_spoil_the_chat_are_bad_rows(small_tokenizer, spoilt, reason) -> None:
+    function = {**TOOLS[0]["function"], "description": spoilt}
+    chat = chat_of(TURNS[0], [{"type": "function", "function": function}])
+    (bad,) = ChatRenderer(small_tokenizer)([chat])
+    assert str(bad).startswith(f"a tool holds {reason}")
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>A:' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
+    "{% else %}{{ 'U:' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>A:' }}{% endif %}"
+)
+"""Leaves the reasoning of every turn out, as that of DeepSeek-R1-Distill-Qwen does."""
+THOUGHTS = (
+    said("assistant", "<think>\nso\n</think>\n\na"),
+    said("assistant", "so\n</think>a"),
+    said("assistant", "a", reasoning_content="so"),
+    said("assistant", "a", reasoning="so"),
+)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"train_on_prompt": True}, {"mask_history": True}])
+@pytest.mark.parametrize("index", range(len(THOUGHTS)))
+def test_reasoning_that_the_template_leaves_out_is_never_trained_without(
+    small_tokenizer, index, settings, marked
+) -> None:
+    template = R1
+    if marked:
+        template = R1.replace("{% else %}", "{% endgeneration %}{% else %}").replace(
+            "{{ '<|im_start|>A:' + m", "{{ '<|im_start|>A:' }}{% generation %}{{ m"
+        )
+    render = ChatRenderer(small_tokenizer, chat_template=template, **settings)
+    (bad,) = render([chat_of([said("user", "q"), THOUGHTS[index]])])
+    assert "the reasoning of turn 2 (assistant)" in str(bad)
+    (good,) = render([chat_of([said("user", "q"), said("assistant", "<think>\n</think>a")])])
+    assert "a" in small_tokenizer.decode(good.ids)
+
+
+def test_reasoning_may_be_left_out_of_turns_that_are_not_trained_on(small_tokenizer) -> None:
+    turns = [said("user", "q"), THOUGHTS[0], said("user", "p"), said("assistant", "b")]
+    for chat, settings in ((Chat(turns, None, (3,)), {}), (chat_of(turns), {"mask_history": True})):
+        (tokens,) = ChatRenderer(small_tokenizer, chat_template=R1, **settings)([chat])
+        assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "b<|im_end|>"
+
+
+def test_reasoning_that_the_template_writes_in_its_own_way_is_trained_on(small_tokenizer) -> None:
+    template = R1.replace(
+        "m.content.split('</think>')[-1]",
+        "'<think>' + (m.reasoning_content or m.content.split('</think>')[0].lstrip('<think>'))"
+        " + '</think>' + m.content.split('</think>')[-1].lstrip()",
+    )
+    for message in THOUGHTS[:3]:
+        (tokens,) = ChatRenderer(small_tokenizer, chat_template=template)(
+            [chat_of([said("user", "q"), message])]
+        )
+        assert "so" in small_tokenizer.decode(tokens.ids[tokens.trained])
+
+
+def test_a_bom_in_front_of_a_template_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(f"\ufeff{CHATML}", encoding="utf-8")
+    assert given_template(ChatSettings(chat_template=tmp_path / "t.jinja")) == CHATML
 
 
 @pytest.mark.parametrize("name", ["deepseek3", "default"])

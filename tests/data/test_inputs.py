@@ -162,6 +162,16 @@ def test_finds_files_globs_and_folders_in_order(tmp_path: Path) -> None:
     assert names(f"{folder}/c.txt", f"{folder}/*.jsonl") == [("c.txt", "text"), *jsonl]
     assert names(f"{folder}/notes.bin") == [("notes.bin", "text")]
     assert len(names(folder, format="text")) == 5
+    hidden = ("._a.jsonl", ".ipynb_checkpoints/a.jsonl", ".cache/a/b.jsonl", "__MACOSX/a.jsonl")
+    results = ("out_text_document.json", "out_text_document.idx", "out_text_document.bin")
+    for name in (*hidden, "sub/.qwen2_ascend_cache/a.json", *results):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}")
+    assert names(folder) == known
+    # hidden above the folder, or named itself, is what was asked for
+    assert names(f"{folder}/.cache") == [(".cache/a/b.jsonl", "jsonl")]
+    assert names(f"{folder}/._a.jsonl") == [("._a.jsonl", "jsonl")]
 
 
 def test_input_faults_are_named_at_once(tmp_path: Path) -> None:

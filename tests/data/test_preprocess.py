@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from corpora import documents, save_tokenizer, write_jsonl
 
+from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.command import PreprocessSettings
 from qwen2_ascend.data.preprocess import preprocess
 from qwen2_ascend.errors import UserError
@@ -314,17 +316,29 @@ def test_any_interruption_is_gone_on_from(target, tokenizer_folder, tmp_path, mo
 
 
 def test_two_runs_do_not_write_one_result(corpus, tokenizer_folder, tmp_path: Path) -> None:
-    import fcntl
-
-    folder = tmp_path / ".a.preprocessing"
-    folder.mkdir()
-    fd = os.open(folder, os.O_RDONLY)
+    lock = FolderLock(tmp_path / ".a.preprocessing")
+    lock.acquire()
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is writing it"):
             run(tmp_path / "a", corpus, tokenizer_folder, overwrite=True)
     finally:
-        os.close(fd)
+        lock.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, 524])
+def test_a_network_file_system_without_locks_or_with_its_own_is_no_reason_to_stop(
+    corpus, expected, tokenizer_folder, tmp_path: Path, monkeypatch, number
+) -> None:
+    """NFS has EBADF for whoever locks what is not open for writing; some have no locks at all."""
+    import fcntl
+
+    def flock(fd: int, kind: int) -> None:
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        raise OSError(number if mode == os.O_RDWR else errno.EBADF, "as NFS says it")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run(tmp_path / "a", corpus, tokenizer_folder)
+    assert result(tmp_path / "a") == expected
 
 
 # --- processes ------------------------------------------------------------------------------------

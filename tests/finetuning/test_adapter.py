@@ -17,7 +17,11 @@ from finetuning.adapter_worker import CHECKS
 from helpers import make_tiny_hugging_face_folder
 from qwen2_ascend.checkpoint.adapter_rules import adapter_pieces, adapter_rules, peft_pieces
 from qwen2_ascend.checkpoint.command import main as convert
-from qwen2_ascend.checkpoint.formats.peft_adapter import open_adapter, read_lora_config
+from qwen2_ascend.checkpoint.formats.peft_adapter import (
+    WEIGHTS_FILE,
+    open_adapter,
+    read_lora_config,
+)
 from qwen2_ascend.checkpoint.plan import overlap, volume
 from qwen2_ascend.cli import run_command
 from qwen2_ascend.config import Qwen2Config
@@ -124,7 +128,7 @@ def test_a_pattern_of_targets_is_known_by_its_tensors(tmp_path: Path) -> None:
 
 
 def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path) -> None:
-    changes = {"use_dora": True, "bias": "all", "rank_pattern": {"q_proj": 9}}
+    changes = {"use_dora": True, "bias": "all", "trainable_token_indices": [1]}
     changes |= {"modules_to_save": ["lm_head"], "init_lora_weights": "pissa"}
     folder = make_adapter(tmp_path / "a", toy_config(), LORA, **changes)
     with pytest.raises(UserError) as error:
@@ -132,9 +136,36 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path) -> None:
     assert len(error.value.faults) == len(changes)
     for key in changes:
         assert f"{key}=" in str(error.value)
+    assert all("merge the adapter with peft" in fault for fault in error.value.faults)
     folder = make_adapter(tmp_path / "b", toy_config(), LORA, peft_type="IA3")
     with pytest.raises(UserError, match="peft_type='IA3' is not implemented"):
         read_lora_config(folder)
+
+
+def test_what_can_only_be_merged_is_not_trained_further(tmp_path: Path) -> None:
+    changes = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 9}}
+    changes["layers_to_transform"] = [0, 1]  # type: ignore[assignment]
+    folder = make_adapter(tmp_path / "a", toy_config(), LORA, **changes)
+    with pytest.raises(UserError, match="merge the adapter with qwen2-ascend convert") as error:
+        read_lora_config(folder)
+    assert len(error.value.faults) == len(changes)
+    open_adapter(folder, toy_config())
+    bad = make_adapter(tmp_path / "b", toy_config(), LORA, alpha_pattern={"(a+)+b": 1})
+    with pytest.raises(UserError, match="is implemented for names of modules and numbers"):
+        open_adapter(bad, toy_config())
+    lost = make_adapter(tmp_path / "c", toy_config(), LORA, layers_to_transform=[1])
+    with pytest.raises(UserError, match=r"10 unexpected tensors: .*layers\.0\.self_attn\.q_proj"):
+        open_adapter(lost, toy_config())
+
+
+def test_tokens_that_were_added_are_told_of(tmp_path: Path) -> None:
+    """peft puts the embedding into the adapter's file when it has been resized."""
+    folder = make_adapter(tmp_path / "a", toy_config(), LORA)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.weight"] = np.zeros((104, 64), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="tokens were added; merge the adapter with peft"):
+        open_adapter(folder, toy_config())
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -214,6 +245,49 @@ def test_merging_adds_the_product(tmp_path: Path, dtype: str, targets: tuple[str
         if name == "straight" and dtype == "bf16":
             same = [np.mean(found[key] == value) for key, value in expected.items()]
             assert min(same) > 0.99, "rounded more than once"
+
+
+PATTERNS = {
+    "ranks": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 5}},
+    "alphas": {"alpha_pattern": {"layers.0.self_attn.q_proj": 32, "q_proj": 3}},
+    "both, rank-stabilized": {
+        "rank_pattern": {"down_proj": 1},
+        "alpha_pattern": {"^model.layers.1.mlp.down_proj": 7},
+        "use_rslora": True,
+    },
+    "layers": {"layers_to_transform": [1]},
+    "an expression": {"target_modules": r".*layers\.1\..*(q_proj|up_proj)"},
+    "names with dots": {"target_modules": ["layers.0.self_attn.v_proj", "o_proj"]},
+    "all but one": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("name", PATTERNS)
+def test_an_adapter_that_differs_from_layer_to_layer_is_merged_as_peft_merges_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = make_tiny_hugging_face_folder(tmp_path / "base", toy_config(dtype="fp32"))
+    settings: dict = {"target_modules": ["q_proj", "down_proj"], **PATTERNS[name]}
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **settings)
+    torch.manual_seed(5)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base).float(), config)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    command = f"--load-dir {base} --adapter {tmp_path}/adapter --save-model-type hf --verify"
+    convert(f"{command} --save-dir {tmp_path}/out".split())
+    found, before = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "base"))
+    changed = 0
+    for key, weight in found.items():
+        off = np.abs(weight - merged[key].numpy()).max()
+        assert off <= 1e-6 * np.abs(weight).max(), (key, off)
+        changed += not np.array_equal(weight, before[key])
+    assert changed == sum("lora_A" in n for n in load_file(tmp_path / "adapter" / WEIGHTS_FILE))
 
 
 def test_the_dry_run_says_what_is_merged(

@@ -26,6 +26,8 @@ class Factors(NamedTuple):
     """`[r, columns of the box]`"""
     b: Held
     """`[rows of the box, block after block, r]`"""
+    scaling: float | None = None
+    """Where it is another than the adapter's."""
 
 
 @dataclass(frozen=True, kw_only=True)

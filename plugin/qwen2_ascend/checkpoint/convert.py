@@ -387,6 +387,7 @@ def _identity(prepared: Prepared) -> Mapping[str, object]:
         "source": source_identity(prepared.source),
         "stamps": prepared.stamps,
         "adapter": asdict(prepared.adapter.lora) if prepared.adapter else None,
+        "scalings": [one.scaling for one in prepared.adapter.factors] if prepared.adapter else None,
         "target": [prepared.target.kind, prepared.target.format],
         "layout": asdict(prepared.request.layout),
         "padded_vocab_size": prepared.padded_vocab_size,

@@ -54,9 +54,10 @@ class MergingReader(Reader):
         for held in adapter.held:
             values = self.view(held, held.piece.box).astype(np.float32)
             matrices[held] = values.reshape(held.piece.shape)
-        scaling = np.float32(adapter.lora.scaling)
-        for tensor, box, a, b in adapter.factors:
-            self._products[tensor].append(_Product(box, matrices[b], matrices[a], scaling))
+        for one in adapter.factors:
+            own = adapter.lora.scaling if one.scaling is None else one.scaling
+            product = _Product(one.box, matrices[one.b], matrices[one.a], np.float32(own))
+            self._products[one.tensor].append(product)
 
     def fill(self, out: np.ndarray, box: Box, copies: Sequence[Copy]) -> None:
         tensors = {copy.source.piece.tensor for copy in copies}

@@ -40,6 +40,7 @@ from qwen2_ascend.parallel import ParallelLayout
 
 WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
 _MOST_NAMED = 20
+_EMBEDDING, _PREFIX = "model.embed_tokens.weight", "model."
 _UNEVEN = (
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
@@ -98,7 +99,7 @@ def detect(folder: str | Path) -> str:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        raise UserError(hugging_face.missing_model(folder))
     is_hf = hugging_face.is_model_folder(folder)
     is_mg = megatron.is_checkpoint_folder(folder)
     if is_hf and is_mg:
@@ -130,7 +131,7 @@ def open_source(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        raise UserError(hugging_face.missing_model(folder))
     kind = kind or detect(folder)
     iteration = megatron.iteration_folder(folder) if kind == "mg" else folder
     config_folder = _config_folder(folder, iteration, hf_cfg_dir)
@@ -333,12 +334,21 @@ def _open_hugging_face(folder: Path, config: Qwen2Config, side_files: tuple[Path
         for name, tensor in hugging_face.read_tensors(folder).items()
         if not name.endswith("rotary_emb.inv_freq")
     }
+    if (prefix := _prefix(tensors)) == "":  # as transformers' Qwen2Model is saved by itself
+        tensors = {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    raise_if(f"{folder}: {fault}" for fault in _other_models(tensors, prefix))
     _check_layer_count(folder, config, len(tensors))
     pieces = hugging_face_pieces(config)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         # some tools write the tied output too; equal bytes are checked before the work begins
         pieces["lm_head.weight"] = pieces["model.embed_tokens.weight"]
     held, faults = _match(pieces, tensors)
+    rows = (tensors[_EMBEDDING].shape or (0,))[0] if _EMBEDDING in tensors else config.vocab_size
+    if rows != config.vocab_size:
+        faults.append(
+            f'config.json says "vocab_size": {config.vocab_size}, the embedding has {rows} rows; '
+            f"where tokens were added to the model, set it to {rows}."
+        )
     if "lm_head.weight" in set(pieces) - set(tensors):
         faults.append(
             'config.json says "tie_word_embeddings": false, but there is no lm_head.weight; '
@@ -354,6 +364,28 @@ def _open_hugging_face(folder: Path, config: Qwen2Config, side_files: tuple[Path
         format="safetensors",
         padded_vocab_size=config.vocab_size,
     )
+
+
+def _prefix(tensors: Mapping[str, StoredTensor]) -> str:
+    """What stands before the embedding's own name: that of the model in the model."""
+    own = _EMBEDDING.removeprefix(_PREFIX)
+    names = (name.removesuffix(own) for name in tensors if name.endswith(own))
+    return next((name for name in names if name == "" or name.endswith(".")), _PREFIX)
+
+
+def _other_models(tensors: Mapping[str, StoredTensor], prefix: str) -> Iterator[str]:
+    """What says that a folder holds no plain language model, however its config.json calls it."""
+    if prefix not in ("", _PREFIX):
+        yield (
+            f"its tensors' names begin with {prefix} where {_PREFIX} is expected: a model was "
+            "saved inside another one (torch.compile, DistributedDataParallel, PEFT, a vision "
+            "model). Save the inner one (of PEFT: model.merge_and_unload())."
+        )
+    elif heads := {"score.weight", "classifier.weight", "qa_outputs.weight"} & tensors.keys():
+        yield (
+            f"{heads.pop()} is the head of a reward model or a classifier; this project trains "
+            "language models, which have an lm_head or a tied embedding instead."
+        )
 
 
 def _open_ranks(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:

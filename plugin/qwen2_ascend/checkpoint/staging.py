@@ -25,7 +25,8 @@ from qwen2_ascend.errors import UserError, VerificationError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, 524)
+"""What file systems without locks answer; 524 is the kernel's ENOTSUPP, which NFS hands on."""
 
 
 class StagedFolder:
@@ -165,7 +166,7 @@ class FolderLock:
             OSError: the folder's parent cannot be written.
         """
         while self._fd is None:
-            fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

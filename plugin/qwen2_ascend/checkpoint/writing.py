@@ -175,7 +175,7 @@ class _Files:
         full = self._folder / path
         full.parent.mkdir(parents=True, exist_ok=True)
         keep = 0 if self._keep else os.O_TRUNC
-        fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o644)
+        fd = os.open(full, os.O_RDWR | os.O_CREAT | keep, 0o666)
         try:
             with naming(path):
                 reserve(fd, self._files[path].total_bytes)

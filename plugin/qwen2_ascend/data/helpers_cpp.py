@@ -8,6 +8,7 @@ and against the pybind11 headers that torch ships.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -75,7 +76,8 @@ def compile_helpers_cpp(source: Path, folder: Path | None = None) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # without locks it is compiled twice at worst
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             includes = [Path(torch.__file__).parent / "include", sysconfig.get_path("include")]
             temporary = library.with_suffix(f".{os.getpid()}.tmp")

@@ -81,7 +81,8 @@ class Reading(NamedTuple):
 def find_inputs(words: Sequence[str], input_format: str = "auto") -> list[InputFile]:
     """Expands files, globs and folders; the order given, each expansion sorted.
 
-    A folder gives the files below it with a known suffix, or all of them when the format is told.
+    A folder gives the files below it with a known suffix, or all of them when the format is told;
+    hidden ones never.
 
     Raises:
         UserError: nothing there, an unreadable file, or one that is given twice.
@@ -107,11 +108,22 @@ def find_inputs(words: Sequence[str], input_format: str = "auto") -> list[InputF
 
 def _expand(word: str, input_format: str) -> list[str]:
     if os.path.isdir(word):
-        below = sorted(str(path) for path in Path(word).rglob("*") if path.is_file())
+        below = sorted(str(path) for path in Path(word).rglob("*") if _is_seen(path, word))
         return [p for p in below if input_format != "auto" or _has_known_suffix(p)]
     if os.path.exists(word):
         return [word]
     return sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+
+
+def _is_seen(path: Path, folder: str) -> bool:
+    """Whether a file below a folder is its user's.
+
+    Copies, caches and marks have hidden names; what an earlier run has said lies beside its index.
+    """
+    parts = path.relative_to(folder).parts
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+    is_result = path.suffix == ".json" and path.with_suffix(".idx").exists()
+    return path.is_file() and not is_hidden and not is_result
 
 
 def _nothing_found(word: str) -> str:
@@ -203,6 +215,7 @@ def parquet_file(path: str) -> Any:
         raise UserError(
             f"{path}: Parquet needs pyarrow; install it with pip install 'qwen2-ascend[data]'."
         ) from None
+    require_regular(path)
     return pyarrow.parquet.ParquetFile(path)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
+from qwen2_ascend.checkpoint.staging import FolderLock, fsync_folder, write_file
 from qwen2_ascend.data.parts import State, remove_unfinished
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import read_bytes
@@ -63,7 +61,7 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.prefix}: cannot be written: {error.strerror}.") from None
-        with _locked(self.folder):
+        with _locked(self.folder, self.prefix):
             state = (self._resumed(fresh) if resume else None) or fresh
             remove_unfinished(self.folder, state)
             try:
@@ -121,22 +119,20 @@ class Output:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _locked(folder: Path, prefix: Path) -> Iterator[None]:
+    # a file beside the folder: NFS locks nothing that is not open for writing, as a folder never is
+    lock = FolderLock(folder)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is writing it; wait for that one, or choose another "
-                "--output-prefix."
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise  # a network file system without locks is no reason to stop
+        lock.acquire()
+    except UserError:
+        raise UserError(
+            f"{prefix}: another run is writing it; wait for that one, or choose another "
+            "--output-prefix."
+        ) from None
+    try:
         yield
     finally:
-        os.close(fd)
+        lock.release()
 
 
 def _add_way_out(error: BaseException) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import json_value
+from qwen2_ascend.files import json_value, read_text
 
 LETTERS = ("A", "B", "C", "D")
 MOST_NAMED = 8
@@ -152,7 +152,7 @@ class _Reader:
 
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(where, what is there) of each question of a file."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path).removeprefix("\ufeff")
     if path.suffix == ".json":
         raw = json_value(text)
         if not isinstance(raw, dict) or not isinstance(raw.get("examples"), list):

@@ -20,6 +20,7 @@ from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingIm
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.evaluation.benchmarks import LETTERS, Benchmark, Subject
+from qwen2_ascend.files import read_text
 
 DEFINITIONS = {
     "mmlu": "mmlu/default/mmlu_{subject}.yaml",
@@ -226,7 +227,7 @@ def _read(path: Path) -> dict[str, Any]:
         return _Function(path.parent, str(loader.construct_scalar(node)))
 
     Loader.add_constructor("!function", function)
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    config = yaml.load(read_text(path), Loader)
     included = config.get("include")
     return config if included is None else {**_read(path.parent / included), **config}
 

@@ -162,7 +162,10 @@ def _requests(
 
 def _encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     if prompt.is_chat:
-        return tokenizer.encode_chat(prompt.row["messages"], prompt.row.get("tools"))
+        tools = prompt.row.get("tools")
+        return tokenizer.encode_chat(
+            prompt.row["messages"], prompt.row.get("functions") if tools is None else tools
+        )
     return tokenizer.encode(prompt.row["prompt"])
 
 

@@ -85,11 +85,16 @@ def _row(line: str) -> dict[str, Any]:
         raise ValueError(f'needs one of the keys "prompt" and "messages"; it has {keys}.')
     if "prompt" in row and not (isinstance(row["prompt"], str) and row["prompt"]):
         raise ValueError(f'"prompt" is {row["prompt"]!r}, not a text.')
+    if not isinstance(row.get("system"), str | None):
+        raise ValueError(f'"system" is {row["system"]!r}, not a text.')
     messages = row.get("messages", [{"role": "user"}])
     if not (isinstance(messages, list) and messages):
         raise ValueError('"messages" is not a list of messages.')
     if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise ValueError('"messages" has one that is not {"role": ..., "content": ...}.')
+    first = messages[0] if messages[0]["role"] == "system" else {}
+    if first and row.get("system") and row["system"] != first.get("content"):
+        raise ValueError('has two system prompts, one of them as "system".')
     return row
 
 
@@ -98,11 +103,12 @@ def _with_template(row: dict[str, Any], settings: PromptSettings) -> dict[str, A
     if settings.apply_chat_template and "prompt" in row:
         rest = {key: value for key, value in row.items() if key != "prompt"}
         row = {"messages": [{"role": "user", "content": row["prompt"]}], **rest}
-    if settings.system_prompt is not None and "messages" in row:
+    # the row's own column goes first, as in data that is trained on
+    system = row.get("system") or settings.system_prompt
+    if system is not None and "messages" in row:
         messages = row["messages"]
         if messages[0]["role"] != "system":
-            system = {"role": "system", "content": settings.system_prompt}
-            row = {**row, "messages": [system, *messages]}
+            row = {**row, "messages": [{"role": "system", "content": system}, *messages]}
     return row
 
 

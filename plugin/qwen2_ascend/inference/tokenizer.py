@@ -14,6 +14,7 @@ from qwen2_ascend.chat_template import (
     special_tokens,
     template_for,
 )
+from qwen2_ascend.data.chat.formats import read_chat
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.pretrained import is_encodable, open_tokenizer
 from qwen2_ascend.prompt_types import PromptType, prompt_template
@@ -45,15 +46,17 @@ class Tokenizer:
             raise UserError("holds half of a surrogate pair or a byte that is not UTF-8.")
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
         """A chat up to where the assistant is to answer.
 
         Raises:
-            UserError: the tokenizer has no chat template, or that refuses the messages or leaves a
-                part of them out.
+            UserError: the messages cannot be read, or the tokenizer has no chat template, or that
+                refuses them or leaves a part of them out.
         """
+        try:
+            messages, tools = read_chat(messages, tools)
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
         text = self.render_chat(messages, tools=tools)
         lost = lost_turns(text, messages)
         lost += lost_tools(

@@ -159,9 +159,12 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     load, pretrained = model.load, model.pretrained_checkpoint
     if load is not None and not _holds_checkpoint(load, found):
         if pretrained is None and load != settings.checkpoint.save:
+            from qwen2_ascend.checkpoint.formats.hugging_face import hub_hint
+
             raise UserError(
                 f"--load {load}: there is no checkpoint in it. (That is right only when "
                 "--pretrained-checkpoint says where to start, or when --save is the same folder.)"
+                f"{hub_hint(load)}"
             )
         load = None
     folder = load or pretrained

@@ -123,7 +123,7 @@ class HostCopies:
 def _write_file(path: Path, layout: FileLayout, stores: Sequence[Store]) -> dict[str, Any]:
     path.parent.mkdir(exist_ok=True)
     with naming(path), ThreadPoolExecutor(_THREADS) as pool:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             reserve(fd, layout.total_bytes)
             for offset, data in layout.segments:

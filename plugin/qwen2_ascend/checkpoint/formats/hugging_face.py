@@ -7,6 +7,7 @@ elsewhere, leave tensors out, or be a stale one beside a newer model.safetensors
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,9 +161,26 @@ def _read_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Stor
     return tensors
 
 
+def missing_model(folder: Path) -> str:
+    """What to say where there is no such folder."""
+    return f"{folder}: no such folder.{hub_hint(folder)}"
+
+
+def hub_hint(folder: Path) -> str:
+    """A way out where a model seems to have been given as a hub calls it."""
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return ""
+    return " If that is a model's name on a hub, download it, and name the folder that it is in."
+
+
 def _no_weights(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: no such folder."
+        return missing_model(folder)
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder}: is a PEFT adapter, which holds no model; name the folder of the model it "
+            "was made for, and this one with --adapter, or with --lora-load to train it on."
+        )
     if any(folder.glob("pytorch_model*.bin")):
         return (
             f"{folder}: holds pytorch_model*.bin only; save it as safetensors first "

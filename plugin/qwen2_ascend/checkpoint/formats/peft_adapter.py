@@ -1,17 +1,21 @@
 """PEFT adapter folders: adapter_config.json and adapter_model.safetensors. No torch.
 
 Read strictly: what PEFT's LoRA can be and this project's is not is refused by name, never left out.
+An adapter that differs from layer to layer can be merged, but not trained further.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.checkpoint.adapter import Adapter, Factors
 from qwen2_ascend.checkpoint.adapter_rules import (
+    PEFT_PREFIX,
     peft_name,
     peft_pieces,
     projection,
@@ -20,6 +24,7 @@ from qwen2_ascend.checkpoint.adapter_rules import (
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.rules import Piece
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import links_out, read_json
@@ -39,10 +44,7 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
     "modules_to_save": ([],),
-    "layers_to_transform": ([],),
     "layer_replication": ([],),
     "trainable_token_indices": ([], {}),
     "target_parameters": ([],),
@@ -57,6 +59,14 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "kasa_config": ({},),
     # the others change the base weights when the adapter begins
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+
+
+# Those by which an adapter differs from layer to layer.
+_PATTERNS: dict[str, tuple[Any, ...]] = {
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "layers_to_transform": ([],),
 }
 
 
@@ -76,15 +86,45 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
         UserError: no adapter is there, or one that is not implemented; every fault at once.
     """
     folder = Path(folder)
+    raw = _checked_config(folder)
+    raise_if(
+        f"{folder / CONFIG_FILE}: {fault} is not implemented in training; merge the adapter with "
+        "qwen2-ascend convert --adapter, and go on from the merged model."
+        for fault in _used(raw, _PATTERNS)
+    )
+    return _lora_config(folder, raw)
+
+
+def _checked_config(folder: Path) -> Mapping[str, Any]:
+    """The contents of adapter_config.json.
+
+    Raises:
+        UserError: they ask for what can be neither trained nor merged here.
+    """
     raise_if(links_out(folder, (folder / CONFIG_FILE, folder / WEIGHTS_FILE)))
     raw = _read_config(folder / CONFIG_FILE)
     faults = [] if raw.get("peft_type") == "LORA" else [f"peft_type={raw.get('peft_type')!r}"]
-    faults += [
-        f"{key}={raw[key]!r}"
-        for key, harmless in _UNUSED.items()
+    raise_if(
+        f"{folder / CONFIG_FILE}: {fault} is not implemented; {_WAY_OUT}"
+        for fault in faults + _used(raw, _UNUSED)
+    )
+    return raw
+
+
+_WAY_OUT = (
+    "merge the adapter with peft (model.merge_and_unload().save_pretrained) and take that folder."
+)
+
+
+def _used(raw: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        f"{key}={shown(raw[key])}"
+        for key, harmless in settings.items()
         if raw.get(key) is not None and not _is_one_of(raw[key], harmless)
     ]
-    raise_if(f"{folder / CONFIG_FILE}: {fault} is not implemented." for fault in faults)
+
+
+def _lora_config(folder: Path, raw: Mapping[str, Any]) -> LoraConfig:
     try:
         return LoraConfig(
             rank=raw.get("r", 8),
@@ -109,19 +149,102 @@ def open_adapter(folder: str | Path, config: Qwen2Config) -> PeftAdapter:
         UserError: it is none, or does not fit the model; every fault at once.
     """
     folder = Path(folder)
-    lora = read_lora_config(folder)
-    held = {one.name: one for one in held_tensors(folder / WEIGHTS_FILE, config, lora)}
+    raw = _checked_config(folder)
+    lora = _lora_config(folder, raw)
+    stems = _stems(raw, config, lora, _tensors(folder))
+    ranks = _ranks(raw, lora, _tensors(folder), stems)
+    pieces = {
+        name: piece
+        for rank in sorted(set(ranks.values()))
+        for name, piece in peft_pieces(config, replace(lora, rank=rank)).items()
+        if ranks.get(_stem(name)) == rank
+    }
+    alphas = _alphas(folder, raw)
+    scalings = {}
+    for stem, rank in ranks.items():
+        alpha = next((a for key, a in alphas.items() if _is_named(stem, key)), lora.alpha)
+        scalings[f"{stem}.weight"] = replace(lora, rank=rank, alpha=alpha).scaling
+    held = {one.name: one for one in _held(folder / WEIGHTS_FILE, pieces)}
     factors = tuple(
         Factors(
             rule.megatron.format(layer),
             box,
             *(held[peft_name(name, matrix).format(layer)] for matrix in "AB"),
+            scaling=scalings[name.format(layer)],
         )
         for rule in target_rules(config, lora)
         for layer in range(config.num_layers)
         for name, box in rule.parts
+        if name.format(layer) in scalings
     )
     return PeftAdapter(folder=folder, lora=lora, factors=factors)
+
+
+def _stems(
+    raw: Mapping[str, Any],
+    config: Qwen2Config,
+    lora: LoraConfig,
+    tensors: Mapping[str, StoredTensor],
+) -> tuple[str, ...]:
+    """The modules that have to have tensors, as PEFT calls them in the model.
+
+    Where a regular expression, or names with dots, say which these are, their tensors do.
+    """
+    every = tuple(dict.fromkeys(map(_stem, peft_pieces(config, lora))))
+    words = [raw.get("target_modules") or [], raw.get("exclude_modules") or []]
+    are_plain = all(isinstance(word, list) for word in words) or words == ["all-linear", []]
+    if not are_plain or any("." in str(name) for word in words for name in word):
+        found = set(map(_stem, tensors))
+        return tuple(stem for stem in every if stem in found)
+    layers = raw.get("layers_to_transform")
+    if layers is None or layers == []:
+        return every
+    wanted = {f"layers.{layer}." for layer in (layers if isinstance(layers, list) else [layers])}
+    return tuple(stem for stem in every if any(layer in stem for layer in wanted))
+
+
+def _ranks(
+    raw: Mapping[str, Any],
+    lora: LoraConfig,
+    tensors: Mapping[str, StoredTensor],
+    stems: Sequence[str],
+) -> dict[str, int]:
+    """The rank of each module: as its A says, where the config has a pattern of ranks."""
+    ranks = dict.fromkeys(stems, lora.rank)
+    if raw.get("rank_pattern"):
+        for name, stored in tensors.items():
+            if (stem := _stem(name)) in ranks and ".lora_A." in name and stored.shape:
+                ranks[stem] = max(1, stored.shape[0])
+    return ranks
+
+
+def _alphas(folder: Path, raw: Mapping[str, Any]) -> Mapping[str, float]:
+    """PEFT's alpha_pattern.
+
+    Raises:
+        UserError: it holds regular expressions, or no numbers.
+    """
+    alphas = raw.get("alpha_pattern") or {}
+    good = isinstance(alphas, dict) and all(
+        re.fullmatch(r"\^?[\w.]+", key) and type(alpha) in (int, float) and 0 < alpha < 1e300
+        for key, alpha in alphas.items()
+    )
+    if not good:
+        raise UserError(
+            f"{folder / CONFIG_FILE}: alpha_pattern={shown(alphas)} is implemented for names of "
+            f"modules and numbers above zero; {_WAY_OUT}"
+        )
+    return alphas
+
+
+def _is_named(stem: str, key: str) -> bool:
+    """Whether a key of a pattern means a module: its name, or the end of it."""
+    return stem == key.removeprefix("^") or (key[0] != "^" and stem.endswith(f".{key}"))
+
+
+def _stem(name: str) -> str:
+    """The module of an adapter's tensor: `model.layers.0.self_attn.q_proj`."""
+    return name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
 
 
 def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Held, ...]:
@@ -130,7 +253,11 @@ def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Hel
     Raises:
         UserError: missing or extra tensors, shapes or dtypes that are not right.
     """
-    tensors, pieces = read_header(path).tensors, peft_pieces(config, lora)
+    return _held(path, peft_pieces(config, lora))
+
+
+def _held(path: Path, pieces: Mapping[str, Piece]) -> tuple[Held, ...]:
+    tensors = read_header(path).tensors
     faults = _names("missing tensors", [name for name in pieces if name not in tensors])
     faults += _names("unexpected tensors", [name for name in tensors if name not in pieces])
     wrong = [
@@ -140,6 +267,11 @@ def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Hel
         if name in pieces and (stored.shape != pieces[name].shape or stored.dtype not in _DTYPES)
     ]
     faults += wrong[:_MOST_NAMED]
+    if any("embed_tokens" in name or "lm_head" in name for name in tensors):
+        faults.append(
+            "it holds an embedding or an output layer, because these were trained or tokens were "
+            f"added; {_WAY_OUT}"
+        )
     raise_if(f"{path}: {fault}" for fault in faults)
     return tuple(Held(name, piece, tensors[name]) for name, piece in pieces.items())
 

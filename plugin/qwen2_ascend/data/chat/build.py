@@ -193,27 +193,43 @@ class _Making:
         raise_if(faults)
 
     def _usable(self, name: str, sides: Sequence[StoredChats], rows: np.ndarray) -> np.ndarray:
-        """`rows` without those of which no trained token is left after cutting."""
+        """`rows` without those that teach nothing after cutting.
+
+        No trained token is left of them, or the answers of a pair part behind the cut.
+        """
         if sides[0].is_packed:
             return rows
+        cut = [rows[side.lengths[rows] > self.seq_length].tolist() for side in sides]
         bad = {
             row
-            for side in sides
-            for row in rows[side.lengths[rows] > self.seq_length].tolist()
+            for side, own in zip(sides, cut, strict=True)
+            for row in own
             if not side.num_trained(row, self.seq_length)
         }
+        rows = self._without(rows, bad, sides, f"{name} chat(s) have no token to train on")
+        if len(sides) == 2:
+            cut_rows = {*cut[0], *cut[1]} - bad
+            same = {row for row in cut_rows if self._are_the_same(sides, row)}
+            rows = self._without(rows, same, sides, f"{name} pair(s) have the same answers")
+        return rows
+
+    def _are_the_same(self, sides: Sequence[StoredChats], row: int) -> bool:
+        (ids, _), (others, _) = (side.chats(row, self.seq_length)[0] for side in sides)
+        return np.array_equal(ids, others)
+
+    def _without(
+        self, rows: np.ndarray, bad: set[int], sides: Sequence[StoredChats], what: str
+    ) -> np.ndarray:
+        """`rows` without `bad`, of which `what` is true up to --seq-length."""
+        words = f"{what} in the first {self.seq_length:,}"
         if bad and self.on_bad_row == "stop":
             where = [sides[0].where(row) for row in sorted(bad)[:SHOWN_BAD_ROWS]]
             raise UserError(
-                f"{len(bad)} {name} chat(s) have no token to train on in the first "
-                f"{self.seq_length}: {', '.join(where)}; take a larger --seq-length, or "
+                f"{len(bad)} {words}: {', '.join(where)}; take a larger --seq-length, or "
                 "--on-bad-row skip."
             )
         if bad:
-            self.notes.append(
-                f"{name}: left out {len(bad):,} chats that have no token to train on in the first "
-                f"{self.seq_length:,}"
-            )
+            self.notes.append(f"left out: {len(bad):,} {words}")
         return rows[~np.isin(rows, list(bad))]
 
     def _dataset(self, sides: Sequence[StoredChats], rows: np.ndarray) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qwen2_ascend.chat_template import REASONING_KEYS
 from qwen2_ascend.errors import UserError, shown
 from qwen2_ascend.files import json_kind, json_value
 
@@ -65,10 +66,18 @@ ROLES = {
 
 TRAINED = ("weight", "loss", "loss_mask", "train", "training", "trainable")
 """Keys by which OpenAI, ms-swift, slime, verl and axolotl say whether a message is trained on."""
+UNWANTED = ("label", "kto_tag")
+"""Keys by which data for KTO says false of a row whose answer is a bad one."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Keys of what a language model cannot see, in the files of ms-swift and LLaMA-Factory."""
+REJECTED = ("rejected_response", "rejected_messages")
+"""What ms-swift calls the answer that the last of the messages is chosen over."""
+FUNCTIONS = "functions"
+"""What OpenAI's older files call the tools."""
 MESSAGE_KEYS = frozenset(
     (
         *("role", "content", "tool_calls", "function_call", "name", "tool_call_id", "id"),
-        *("reasoning_content", "reasoning", "thinking", *TRAINED),
+        *(*REASONING_KEYS, *TRAINED),
     )
 )
 """Keys of a message that mean something here, or to a chat template."""
@@ -106,6 +115,12 @@ class RowFormat:
         for key in TRAINED:
             if key not in self.columns.values() and not _is_trained(row, key, "the row"):
                 raise ValueError(f"says {key}={row[key]!r} of itself, so it is not trained on")
+        for key in UNWANTED:
+            if row.get(key) is False and key not in self.columns.values():
+                raise ValueError(f"says {key}=false of its answer, so it is not trained on")
+        for key in MEDIA:
+            if row.get(key) and key not in self.columns.values():
+                raise ValueError(f"has {key!r}, which a language model cannot see")
         if self.task == "dpo":
             return self._pair(row)
         messages = self._alpaca(row) if self.kind == "alpaca" else self._messages(row)
@@ -113,7 +128,10 @@ class RowFormat:
 
     def unknown_keys(self, row: Row) -> set[str]:
         """What the row and its messages have that means nothing here, for a list of such keys."""
-        unknown = {repr(key) for key in row if key not in (*self.columns.values(), *TRAINED)}
+        known_keys = {*self.columns.values(), *TRAINED, *MEDIA, FUNCTIONS}
+        known_keys |= set(REJECTED) if self.task == "dpo" else set()
+        known_keys |= {key for key in UNWANTED if isinstance(row.get(key), bool)}
+        unknown = {repr(key) for key in row if key not in known_keys}
         known = {self.tags["content_tag"], self.tags["role_tag"], *MESSAGE_KEYS}
         for column in self.columns.values():
             value = row.get(column)
@@ -158,7 +176,7 @@ class RowFormat:
     def _text(self, row: Row, name: str) -> str:
         value = self._column(row, name)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{self.columns[name]!r} is {type(value).__name__}, not a string")
+            raise ValueError(f"{self.columns[name]!r} is {shown(value)}, not a string")
         return value or ""
 
     def _messages(self, row: Row, name: str = "messages") -> list[Message]:
@@ -178,6 +196,8 @@ class RowFormat:
 
     def _tools(self, row: Row) -> list[dict[str, Any]] | None:
         value = self._column(row, "tools")
+        if value is None and FUNCTIONS not in self.columns.values():
+            value = row.get(FUNCTIONS)
         if isinstance(value, str):
             value = _json(value, repr(self.columns["tools"])) if value.strip() else None
         if value is None or value == {}:
@@ -231,7 +251,10 @@ class RowFormat:
     # --- preference pairs -------------------------------------------------------------------------
 
     def _pair(self, row: Row) -> list[Chat]:
-        prompt, answers = self._prompt(row), self._answers(row)
+        if self.kind in TAGS and self._column(row, "chosen") is None and _has_rejected(row):
+            prompt, answers = self._swift_pair(row)
+        else:
+            prompt, answers = self._prompt(row), self._answers(row)
         if answers[0] == answers[1]:
             raise ValueError("chosen and rejected are the same")
         start = len(prompt)
@@ -241,6 +264,22 @@ class RowFormat:
             start = len(prompt) + _common_turns(*answers)
         tools = self._tools(row)
         return [_chat(prompt + answer, tools, start) for answer in answers]
+
+    def _swift_pair(self, row: Row) -> tuple[list[Message], list[list[Message]]]:
+        """ms-swift's: the messages end with the chosen answer; the rejected one is beside them."""
+        messages = self._messages(row)
+        given = row.get("rejected_messages")
+        if given is not None:  # a whole conversation
+            start = self._system(row) if messages[0]["role"] == "system" else []
+            rejected = self._read_messages(given, "rejected_messages")
+            system = start if rejected[0]["role"] != "system" else []
+            return [], [messages, system + rejected]
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{self.columns['messages']!r} does not end with an answer of the assistant, which "
+                "would be chosen over 'rejected_response'"
+            )
+        return messages[:-1], [messages[-1:], [_said("assistant", row["rejected_response"])]]
 
     def _prompt(self, row: Row) -> list[Message]:
         if self.kind == "alpaca":
@@ -293,6 +332,11 @@ def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, start: in
     return Chat(messages, tools, tuple(trained))
 
 
+def _has_rejected(row: Row) -> bool:
+    """Whether the rejected answer is where ms-swift has it."""
+    return any(row.get(key) is not None for key in REJECTED)
+
+
 def _is_trained(holder: Mapping[str, Any], key: str, where: str) -> bool:
     """What a key of TRAINED says, yes where it is absent.
 
@@ -312,7 +356,7 @@ def _is_trained(holder: Mapping[str, Any], key: str, where: str) -> bool:
 
 def _said(role: str, text: Any) -> Message:
     if not isinstance(text, str):
-        raise ValueError(f"what the {role} says is {type(text).__name__}, not a string")
+        raise ValueError(f"what the {role} says is {shown(text)}, not a string")
     return {"role": role, "content": text}
 
 
@@ -326,7 +370,7 @@ def _content(value: Any, number: int) -> str:
         if len(strings) < len(texts):
             raise ValueError(f"turn {number} holds something other than text")
         return "".join(strings)
-    raise ValueError(f"turn {number} is {type(value).__name__}, not a string")
+    raise ValueError(f"turn {number} is {shown(value)}, not a string")
 
 
 def _tool_call(call: Any, number: int) -> dict[str, Any]:
@@ -414,6 +458,28 @@ def row_format(kind: str, task: str, map_keys: Mapping[str, Any]) -> RowFormat:
     )
 
 
+def read_chat(
+    messages: Sequence[Mapping[str, Any]], tools: Any
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """A chat to be answered, as a chat that is trained on is read: the model has seen it so.
+
+    Messages of roles that are known to a chat template alone stay as they are.
+
+    Raises:
+        ValueError: it cannot be read; the message is the reason.
+    """
+    form = row_format("openai", "sft", {})
+    read = []
+    for number, message in enumerate(messages, 1):
+        if message.get("role") not in ROLES:
+            read.append(dict(message))
+            continue
+        read.append(form._read_message(message, number, "messages"))
+        if message.get("content") is None and not read[-1].get("tool_calls"):
+            raise ValueError(f"turn {number} ({message['role']}) says nothing")
+    return read, form._tools({form.columns["tools"]: tools})
+
+
 def detect_format(row: Any, task: str, map_keys: Mapping[str, Any]) -> RowFormat:
     """The format that `row` is in.
 
@@ -446,6 +512,7 @@ def detect_format(row: Any, task: str, map_keys: Mapping[str, Any]) -> RowFormat
                 "'instruction' and 'output'; --map-keys says what they are called here"
             )
     has_pair = has_pair or isinstance(row.get(found.columns.get("response", "")), list)
+    has_pair = has_pair or (found.kind in TAGS and _has_rejected(row))
     if task == "dpo" and not has_pair:
         raise ValueError(f"{_no_column(row, chosen[0])}; --task dpo takes preference pairs")
     if task == "sft" and found.kind == "preference":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,13 +14,24 @@ import xxhash
 
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import missing
+from qwen2_ascend.files import missing, read_bytes
+from qwen2_ascend.pretrained import pretrained_folder
 
 T = TypeVar("T")
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".jl", ".parquet")
 CACHE_FOLDER = ".qwen2_ascend_cache"
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
+CODE = (
+    "chat_template.py",
+    "data/chat/encoding.py",
+    "data/chat/formats.py",
+    "data/chat/preprocess.py",
+    "data/chat/rendering.py",
+    "data/chat/rows.py",
+    "prompt_types.py",
+)
+"""Files of this package of which a change may change what is prepared."""
 
 
 class Preparation(NamedTuple):
@@ -64,9 +77,9 @@ def prepared(words: Sequence[str], preparation: Preparation) -> dict[str, str]:
 
 
 def _cached_prefix(word: str, preparation: Preparation) -> Path:
-    """Where the result is kept; other settings or a changed file mean another place."""
+    """Where the result is kept; other settings, a changed file or other code mean another place."""
     folder = preparation.data_cache_path or Path(word).parent / CACHE_FOLDER
-    tokenizer = Path(str(preparation.tokenizer))
+    tokenizer = pretrained_folder(str(preparation.tokenizer))
     read = [
         Path(word),
         *(path for name in TOKENIZER_FILES for path in sorted(tokenizer.glob(name))),
@@ -78,9 +91,18 @@ def _cached_prefix(word: str, preparation: Preparation) -> Path:
         preparation.on_bad_row,
         astuple(preparation.chat),
         [(str(path.resolve()), *_stamp(path)) for path in read if path.exists()],
+        _code(),
     ]
     stem = Path(word).name.split(".")[0]
     return Path(folder) / f"{stem}-{xxhash.xxh3_64(repr(deciding).encode()).hexdigest()}"
+
+
+@cache
+def _code() -> tuple[str, ...]:
+    """What decides how a chat comes out, besides its row, the settings and the tokenizer."""
+    package = Path(__file__).parents[2]
+    hashes = (xxhash.xxh3_64(read_bytes(package / name)).hexdigest() for name in CODE)
+    return (*hashes, *map(version, ("transformers", "tokenizers", "jinja2")))
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -94,6 +116,13 @@ def _prepare(word: str, preparation: Preparation) -> str:
     from qwen2_ascend.data.command import PreprocessSettings
 
     prefix = _cached_prefix(word, preparation)
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{prefix.parent}: chats cannot be prepared there: {error.strerror}; give "
+            "--data-cache-path a folder that can be written."
+        ) from None
     task: Any = preparation.task
     on_bad_row: Any = preparation.on_bad_row
     preprocess_chats(

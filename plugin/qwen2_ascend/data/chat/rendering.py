@@ -15,7 +15,7 @@ model meets it: the generation prompt is complete before the first token of the 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from qwen2_ascend.chat_template import (
     GENERATION_MARKER,
     ChatError,
     LimitError,
+    lost_reasoning,
     lost_tools,
     lost_turns,
     template_for,
@@ -33,7 +34,7 @@ from qwen2_ascend.chat_template import (
 from qwen2_ascend.data.chat.formats import Chat
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.pretrained import one_line
+from qwen2_ascend.pretrained import is_encodable, one_line
 from qwen2_ascend.prompt_types import PromptType, prompt_template
 
 
@@ -165,6 +166,11 @@ class ChatRenderer:
         at = self._end_of_system(chat, whole)
         pieces = [Piece(whole[:at], False)]
         for turn in chat.trained[-1:] if self._mask_history else chat.trained:
+            if turn == 0:
+                raise ChatError(
+                    "turn 1 is the assistant's, and nothing before it asks for an answer; put a "
+                    'turn before it, or "weight": 0 into it'
+                )
             begin = self._length_of(self.render(chat, turn, ask=True), whole, turn)
             end = self._length_of(self.render(chat, turn + 1), whole, turn + 1)
             said = whole[begin:end]
@@ -226,9 +232,11 @@ class ChatRenderer:
         Raises:
             ChatError: says what is not in it.
         """
-        if lost := lost_turns(said, chat.messages, turns):
+        lost = lost_turns(said, chat.messages, turns)
+        if lost := lost or lost_reasoning(said, chat.messages, turns):
             raise ChatError(
-                f"the chat template does not write {', '.join(lost)} where the assistant speaks"
+                f"the chat template does not write {', '.join(lost)} where the assistant speaks; "
+                "give --chat-template one that does, or take it out of the row"
             )
 
     def _check_whole(self, chat: Chat, whole: str) -> None:
@@ -244,6 +252,8 @@ class ChatRenderer:
             if turn == last or message["role"] != "assistant" or not self._mask_history
         ]
         lost = lost_turns(whole, chat.messages, turns)
+        if self._train_on_prompt:  # otherwise turn by turn
+            lost += lost_reasoning(whole, chat.messages, chat.trained)
         lost += lost_tools(self._tokenizer, whole, chat.messages, chat.tools, template=self._given)
         if lost:
             raise ChatError(
@@ -257,19 +267,19 @@ class ChatRenderer:
         Raises:
             ValueError: which.
         """
-        for number, message in enumerate(chat.messages, 1):
-            text = message["content"]
-            for token in self._control:
-                if token in text:
+        parts = [(f"turn {number}", message) for number, message in enumerate(chat.messages, 1)]
+        for where, part in (*parts, ("a tool", chat.tools)):
+            for text in _texts_in(part):
+                for token in self._control:
+                    if token in text:
+                        raise ValueError(
+                            f"{where} holds {one_line(token)}, which the template writes between "
+                            "turns"
+                        )
+                if not is_encodable(text):
                     raise ValueError(
-                        f"turn {number} holds {one_line(token)}, which the template writes "
-                        "between turns"
+                        f"{where} holds half of a surrogate pair, which is no character"
                     )
-        try:
-            for message in chat.messages:
-                message["content"].encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds half of a surrogate pair, which is no character") from None
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -296,9 +306,21 @@ def _read_template(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors put a BOM in front
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--chat-template {path}: cannot be read: {one_line(error)}.") from None
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (str(key), *_texts_in(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts_in(item)
 
 
 def _joined(pieces: list[tuple[list[int], bool]]) -> Tokens:

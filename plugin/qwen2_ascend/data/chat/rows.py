@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from qwen2_ascend.data.inputs import (
     parquet_file,
     read_rows,
 )
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import json_value
 
 
@@ -121,13 +122,39 @@ def _parquet_rows(file: InputFile, reading: Reading) -> tuple[int, Iterator[byte
     except pa.ArrowInvalid as error:
         text = " ".join(str(error).split())
         raise UserError(f"{file.path}: is not a Parquet file: {text}") from None
-    rows = (row for batch in table.iter_batches(256) for row in batch.to_pylist())
-    return table.metadata.num_rows, (_dumped(_without_nulls(row)) for row in rows)
+    batches = table.iter_batches(256)
+    return table.metadata.num_rows, (row for batch in batches for row in _batch_rows(batch))
+
+
+def _batch_rows(batch: Any) -> Iterator[bytes]:
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # a single row's fault
+        for number in range(batch.num_rows):
+            try:
+                (row,) = batch.slice(number, 1).to_pylist()
+                yield _dumped(_without_nulls(row))
+            except UnicodeDecodeError as error:
+                yield error.object[error.start : error.end]
+        return
+    yield from (_dumped(_without_nulls(row)) for row in rows)
 
 
 def _dumped(value: Any) -> bytes:
     # escaped, so that half of a surrogate pair is the row's fault and not the file's
-    return json.dumps(value, default=str).encode()
+    return json.dumps(value, default=_as_json).encode()
+
+
+def _as_json(value: Any) -> Any:
+    """A value that Parquet has and JSON has not: bytes are a text, others an object that is none.
+
+    Some writers give all their texts as bytes. A date or a decimal number would be trained on as
+    whatever Python makes of it.
+    """
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    return {f"Parquet's {type(value).__name__}": shown(value)}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,0 +1,49 @@
+"""Lines of --prompt-file are chats as data has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.chats import said, write_rows
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.inference.prompts import read_prompts
+from qwen2_ascend.inference.settings import PromptSettings
+
+BRIEF, LONG = said("system", "Be brief."), said("system", "Be long.")
+
+
+def messages(folder: Path, row: dict[str, Any], **flags: Any) -> list[dict[str, Any]]:
+    path = write_rows(folder / "p.jsonl", [row])
+    (prompt,) = read_prompts(PromptSettings(prompt_file=path, **flags))
+    return prompt.row["messages"]
+
+
+def test_a_rows_own_system_prompt_is_that_of_its_chat(tmp_path: Path) -> None:
+    asked = [said("user", "q")]
+    row = {"messages": asked, "system": "Be brief."}
+    assert messages(tmp_path, row) == [BRIEF, *asked]
+    assert messages(tmp_path, row, system_prompt="Be long.") == [BRIEF, *asked]
+    assert messages(tmp_path, {"messages": asked}, system_prompt="Be long.") == [LONG, *asked]
+    assert messages(tmp_path, {**row, "system": ""}, system_prompt="Be long.") == [LONG, *asked]
+    assert messages(tmp_path, {"messages": [BRIEF, *asked], "system": "Be brief."}) == [
+        BRIEF,
+        *asked,
+    ]
+    plain = {"prompt": "q", "system": "Be brief."}
+    assert messages(tmp_path, plain, apply_chat_template=True) == [BRIEF, *asked]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [BRIEF, said("user", "q")], "system": "Be long."}, "two system prompts"),
+        ({"messages": [said("user", "q")], "system": ["Be long."]}, '"system" is .*, not a text'),
+    ],
+)
+def test_system_prompts_that_cannot_be_are_said(row, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"p.jsonl:1: .*{reason}"):
+        messages(tmp_path, json.loads(json.dumps(row)))
