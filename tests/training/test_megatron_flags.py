@@ -55,6 +55,7 @@ PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
     "--use-ascend-mc2": "leave it out",
     "--coc-parallel-num 2": "only 1",
+    "--wandb-project mine": "--tensorboard-dir",
     "--o2-optimizer": "leave it out",
     "--o2-gradient": "leave it out",
     "--context-parallel-size 4": "--sequence-parallel",

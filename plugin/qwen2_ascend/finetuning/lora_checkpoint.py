@@ -122,7 +122,7 @@ class LoraStorage(ABC):
             UserError: the checkpoint is not of this model.
         """
         settings, state = self.run.settings.checkpoint, saved.state
-        notes = restore_progress(self.run, state)
+        notes = restore_progress(self.run, state, with_schedule=not settings.no_load_optim)
         if not settings.no_load_optim:
             if state["optimizer"]:
                 saved.check_optimizer(optimizers.MOMENTS)

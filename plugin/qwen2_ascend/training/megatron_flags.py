@@ -224,6 +224,10 @@ SHARED: Table = {
     "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
     "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
     "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
+    **dict.fromkeys(
+        ("--wandb-project", "--wandb-exp-name", "--wandb-save-dir", "--wandb-entity"),
+        Meaning("say --tensorboard-dir, or read SAVE/metrics.jsonl", None, refused=True),
+    ),
     "--no-check-for-nan-in-loss-and-grad": Meaning(
         "say --on-nonfinite skip to go on without the update", refused=True
     ),

@@ -89,7 +89,7 @@ def resume_zero(run: ZeroRun, saved: SavedZero) -> list[str]:
     elif not settings.no_load_optim:
         _check_cut(run, saved)
         _load_engine(run, saved.folder)
-    notes += restore_progress(run, state)
+    notes += restore_progress(run, state, with_schedule=not settings.no_load_optim)
     if not settings.no_load_rng and state["rng"]:
         same_ranks = state["world_size"] == run.runtime.world_size
         unlike = None if same_ranks else "another number of ranks"
