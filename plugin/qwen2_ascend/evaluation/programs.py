@@ -31,8 +31,8 @@ class Programs:
     def describe(self) -> str:
         """One line for the log."""
         written = (
-            "human_eval: lm-eval's prompt, decoded greedily (MindSpeed-LLM puts a sentence in front "
-            f"and takes 4 beams); continuations are written to {self._path}"
+            "human_eval: lm-eval's prompt, decoded greedily (MindSpeed-LLM puts a sentence in "
+            f"front and takes 4 beams); continuations are written to {self._path}"
         )
         if self._runs:
             return f"{written}, and run, because {PERMISSION}=1"
