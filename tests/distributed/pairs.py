@@ -220,6 +220,8 @@ NOT_TRIED = {
     "--device": "is chosen when the process starts",
     "--mindspeed": "is activated when the process starts, on an npu",
     "--log-energy": "needs something that measures energy",
+    "--plan": "trains nothing; tests/planning/test_launchers_plan.py",
+    "--plan-device": "comes with --plan",
     "--no-log-energy": "every job has it: idle power takes a second to measure",
     "--stage": "makes the kinds of jobs",
     "--tokenizer-name-or-path": "is for files of chats; the data is prepared",

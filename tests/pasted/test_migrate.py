@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ DISTRIBUTED="
 MODEL="
     --num-layers 28 \\
     --hidden-size 3584 \\
-    # --swap-attention \\
+    # --use-ascend-mc2 \\
     --ffn-hidden-size 18944 \\
     --num-attention-heads 28 \\
     --num-query-groups 4 \\
@@ -69,7 +70,7 @@ GPT="
     --lr 1e-5 \\
     --tokenizer-name-or-path ${TOKENIZER} \\
     --bf16 \\
-    --swap-attention
+    --use-ascend-mc2
 "
 
 torchrun $DISTRIBUTED posttrain_gpt.py \\
@@ -149,7 +150,7 @@ def test_training_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         *words_of("--num-attention-heads 28 --num-query-groups 4"),
         *words_of("--untie-embeddings-and-output-weights --config ./hf"),
     ]
-    assert f"{script}: line 50: --swap-attention: " in told.err
+    assert f"{script}: line 50: --use-ascend-mc2: " in told.err
     assert f"{script}: line 28: the comment between quotes is left out" in told.err
     for line in (
         "#   --use-mcore-models: left out: all models are megatron-core's",
@@ -190,9 +191,13 @@ def test_memory_is_the_planners() -> None:
     )
     _, memory = fullest_stage(cut)
     assert f"memory: {memory.total / 1e9:.1f} GB on the fullest of 16" in memory_line(flags, 16)
+    uneven = replace(cut, num_layer_list=(10, 18), reuse_fp32_param=True)
+    _, memory = fullest_stage(uneven)
+    more = {"--num-layer-list": "10,18", "--reuse-fp32-param": None}
+    assert f"memory: {memory.total / 1e9:.1f} GB" in memory_line({**flags, **more}, 16)
     for changed, devices, message in (
         ({"--context-parallel-size": "2"}, 16, "does not know --context-parallel-size"),
-        ({"--num-layer-list": "10,18"}, 16, "does not know uneven stages"),
+        ({"--num-layer-list": "10,x"}, 16, "10,x is not a list of whole numbers"),
         ({"--hidden-size": None}, 16, "--hidden-size is not a number"),
         ({}, None, "does not say how many devices"),
         ({}, 12, "TP 4 x PP 2 does not divide 12"),
@@ -286,13 +291,13 @@ def test_flags_that_are_lost_are_said(tmp_path: Path) -> None:
     """Unknown ones, refused ones, and those behind a comment that ended the command."""
     text = """torchrun --nproc_per_node 1 pretrain_gpt.py --lr 1 \\
         --no-such-flag 7 \\
-        --swap-attention \\
+        --use-ascend-mc2 \\
         # --bf16 \\
         --fp16
     """
     _, notes = migrate(write(tmp_path / "a.sh", text))
     assert [note.split(": ")[:2] for note in notes] == [
-        ["line 3", "--swap-attention"],
+        ["line 3", "--use-ascend-mc2"],
         ["line 2", "--no-such-flag"],
         ["line 5", "--fp16 is no part of a command"],
     ]

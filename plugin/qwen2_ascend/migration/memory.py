@@ -46,8 +46,6 @@ def _cut(flags: Flags, num_devices: int | None) -> Cut:
     for flag in ("--context-parallel-size", "--cp-size"):
         if flags.get(flag) not in (None, "1"):
             raise UnknownError(f"the planner does not know {flag}.")
-    if "--num-layer-list" in flags:
-        raise UnknownError("the planner does not know uneven stages.")
     if num_devices is None:
         raise UnknownError("the script does not say how many devices there are.")
     tp = _number(flags, "--tensor-model-parallel-size", 1)
@@ -73,10 +71,22 @@ def _cut(flags: Flags, num_devices: int | None) -> Cut:
         sequence_parallel="--sequence-parallel" in flags,
         distributed_optimizer="--use-distributed-optimizer" in flags,
         recompute=_recompute(flags),
+        recompute_activation_function="--recompute-activation-function" in flags,
+        reuse_fp32_param="--reuse-fp32-param" in flags and job.dtype == "bf16",
+        num_layer_list=_layer_list(flags),
         micro_batch_size=micro,
     )
     cut.layout.check(job.config, cut.padded_vocab_size)
     return cut
+
+
+def _layer_list(flags: Flags) -> tuple[int, ...] | None:
+    text = flags.get("--num-layer-list")
+    if text is None:
+        return None
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise UnknownError(f"--num-layer-list {text} is not a list of whole numbers.")
+    return tuple(map(int, text.split(",")))
 
 
 def _recompute(flags: Flags) -> Recompute:

@@ -178,7 +178,7 @@ def _plans(
             cut = replace(
                 shape, micro_batch_size=size, sequence_parallel=in_sequence, recompute=kind
             )
-            yield _plan(cut, machine, weights)
+            yield plan_of(cut, machine, weights)
 
 
 def _chunks(job: Job, pp: int) -> list[int | None]:
@@ -189,7 +189,14 @@ def _chunks(job: Job, pp: int) -> list[int | None]:
     return [None, *(n for n in range(1, per_stage) if per_stage % n == 0)]
 
 
-def _plan(cut: Cut, machine: Machine, weights: dict[int, Parameters]) -> Plan:
+def plan_of(cut: Cut, machine: Machine, weights: dict[int, Parameters] | None = None) -> Plan:
+    """What is predicted of a cut.
+
+    Args:
+        cut: on as many devices as the machine has.
+        machine: where it runs.
+        weights: of its first and its last stage, where the caller has them already.
+    """
     stage, memory = fullest_stage(cut, weights)
     time = step_time(
         cut,

@@ -21,6 +21,7 @@ from qwen2_ascend.training.setup import (
     build_chunks,
     build_run,
     from_sound_checkpoint,
+    is_planned_only,
     resume_if_saved,
     run_side_files,
     train_and_report,
@@ -50,7 +51,8 @@ def pretrain(settings: PretrainSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    from_sound_checkpoint(settings, _pretrain)
+    if not is_planned_only(settings, make_plan, validate):
+        from_sound_checkpoint(settings, _pretrain)
 
 
 def _pretrain(settings: PretrainSettings) -> None:

@@ -321,6 +321,10 @@ class ReportSettings:
     they are logged where something measures them (npu-smi, NVML, nvidia-smi, RAPL)."""
     no_log_energy: Flag = False
     """Do not look for anything that measures energy."""
+    plan: Annotated[int | None, tyro.conf.arg(metavar="DEVICES")] = None
+    """Train nothing; print what qwen2-ascend plan says of this command on so many devices."""
+    plan_device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "910B"
+    """Whose memory and speed --plan goes by; qwen2-ascend plan --help has the names."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,34 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_planned_only(
+    settings: S,
+    make: Callable[[S, Found | None], RunPlan[S]],
+    check: Callable[[S, Qwen2Config, int, RunLength | None], None],
+) -> bool:
+    """Whether --plan asked for figures alone, which this prints, on rank 0.
+
+    Args:
+        settings: all flags.
+        make: opens what they name; headers are read.
+        check: the rules between them.
+
+    Raises:
+        UserError: the command would not start on so many devices, or cannot be planned.
+    """
+    number = settings.report.plan
+    if number is None:
+        return False
+    from qwen2_ascend.training.planned import planned, refuse_without_devices
+
+    refuse_without_devices(settings)
+    if is_first_rank():
+        plan = make(settings, None)
+        check(plan.settings, plan.config, number, None)
+        print(planned(plan.settings, plan.config))
+    return True
+
+
 def begin(
     settings: S,
     make: Callable[[S, Found | None], RunPlan[S]],

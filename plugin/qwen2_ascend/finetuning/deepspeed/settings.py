@@ -32,6 +32,7 @@ from qwen2_ascend.training.settings import (
     ParallelSettings,
     PrecisionSettings,
     RecomputeSettings,
+    ReportSettings,
     RuntimeSettings,
 )
 
@@ -108,6 +109,14 @@ class ZeroPrecisionSettings(PrecisionSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroReportSettings(ReportSettings):
+    """What is said about the run, and where it is kept."""
+
+    plan: Absent[int | None] = None
+    plan_device: Absent[str] = "910B"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZeroFusionSettings(FusionSettings):
     """Fused kernels: attention, on an npu. The other layers are transformers' own."""
 
@@ -165,6 +174,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
     precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
+    report: ZeroReportSettings = field(default_factory=ZeroReportSettings)
     fusion: ZeroFusionSettings = field(default_factory=ZeroFusionSettings)
     checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)
     runtime: ZeroRuntimeSettings = field(default_factory=ZeroRuntimeSettings)

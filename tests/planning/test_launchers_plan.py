@@ -1,0 +1,107 @@
+"""--plan: a launcher says what the planner says of its command, and trains nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers import make_tiny_hugging_face_folder, tiny_config
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning import finetune as tuning
+from qwen2_ascend.planning.devices import find_device
+from qwen2_ascend.planning.memory import fullest_stage
+from qwen2_ascend.training import pretrain as pretraining
+from qwen2_ascend.training import settings as pretraining_settings
+from qwen2_ascend.training.planned import as_cut
+
+COMMAND = (
+    "--config 14B --mock-data --seq-length 4096 --train-iters 3 --lr 1e-5 --bf16 "
+    "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 2 "
+    "--use-distributed-optimizer --global-batch-size 64 --micro-batch-size 2"
+)
+
+
+def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
+    assert pretraining.main(f"{COMMAND} --plan 16 --plan-device 910B3".split()) == 0
+    said = capsys.readouterr().out
+    settings = pretraining_settings.parse(COMMAND.split())
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B3"))
+    assert (cut.label(), cut.num_microbatches) == ("TP4 PP2 DP2", 16)
+    gigabytes = fullest_stage(cut)[1].total / 1e9
+    assert "fits: 1 of 1 valid layouts" in said and f"takes {gigabytes:.1f} GB" in said
+    assert "16 x 910B3" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "fields"),
+    [
+        ("--reuse-fp32-param", {"reuse_fp32_param": True}),
+        ("--recompute-norm", {"recompute_norm": True}),
+        ("--num-layer-list 20,28", {"num_layer_list": (20, 28)}),
+        ("--num-layers-per-virtual-pipeline-stage 6", {"layers_per_chunk": 6}),
+        ("--cross-entropy-chunk-size 512", {}),
+        (
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 3",
+            {"recompute": "full", "recomputed_layers": 3},
+        ),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+            {"recompute": "full", "recomputed_layers": None},
+        ),
+    ],
+)
+def test_what_the_planner_knows_it_is_told(flags: str, fields: dict) -> None:
+    settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B"))
+    assert {name: getattr(cut, name) for name in fields} == fields
+    assert cut.job.cross_entropy_chunk_size == settings.recompute.cross_entropy_chunk_size
+
+
+def test_a_chunk_recomputes_its_own_layers() -> None:
+    """Megatron's block counts in each chunk, the planner in the stage."""
+    flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 2"
+    flags += " --num-layers-per-virtual-pipeline-stage 6"
+    settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B"))
+    assert cut.recomputed(0) == 2 * cut.num_chunks == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--plan 9", "cannot be shared out"),
+        ("--plan 0", "--plan 0 must be at least 1"),
+        ("--plan 16 --plan-device 920", "--device 920 is not known"),
+        ("--plan 16 --swap-attention", "the planner does not know --swap-attention"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> None:
+    with pytest.raises(UserError, match=words):
+        pretraining.pretrain(pretraining_settings.parse(f"{COMMAND} {flags}".split()))
+
+
+def test_lora_is_planned_and_dpo_is_not(tmp_path, capsys) -> None:
+    from qwen2_ascend.finetuning.settings import parse
+
+    make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
+    command = (
+        f"--load {tmp_path / 'hf'} --data-path chats.jsonl --seq-length 32 --train-iters 3 "
+        "--lr 1e-3 --lora-r 4 --plan 2"
+    )
+    tuning.finetune(parse(command.split()))
+    assert "LoRA rank 4" in capsys.readouterr().out
+    with pytest.raises(UserError, match="does not know --stage dpo"):
+        tuning.finetune(parse(f"{command} --stage dpo".split()))
+
+
+def test_nothing_is_trained_or_written(tmp_path) -> None:
+    script = (
+        "import sys; from qwen2_ascend.training import pretrain\n"
+        f"status = pretrain.main('{COMMAND} --save {tmp_path / 'out'} --plan 16'.split())\n"
+        "assert status == 0 and 'megatron' not in sys.modules, status"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+    assert not (tmp_path / "out").exists()
