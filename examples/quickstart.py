@@ -35,6 +35,9 @@ CHAT_TEMPLATE = (
 
 
 def main() -> None:
+    if len(sys.argv) > 2 or (len(sys.argv) == 2 and sys.argv[1].startswith("-")):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     started = time.monotonic()
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
     if folder.exists() and any(folder.iterdir()) and not (folder / ".quickstart").exists():

@@ -52,6 +52,7 @@ def commands() -> list[tuple[str, str]]:
         ("yarn, another", f"{yarn} {scaling} 4"),
         ("yarn, whole", yarn),
         ("no yarn", f"{yarn} --exit-interval 1".replace("{d}/yarn", "{d}/plain")),
+        ("yarn, late", f"{yarn} {scaling} 8".replace("{d}/yarn", "{d}/plain")),
         ("mixed", f"--load {{d}}/mixed {data} --lora-r 2 --train-iters 1 --save {{d}}/m "
          "--save-hf {d}/mixed_hf"),
         ("inside", f"--load {{d}}/hf {data} --train-iters 1 --save {{d}}/i --save-hf {{d}}/i/hf"),
@@ -166,11 +167,13 @@ def test_an_export_that_cannot_be_made_is_refused_before_the_run(
 def test_yarn_of_flags_is_that_of_the_run_its_checkpoints_and_its_export(world: World) -> None:
     """A start that does not say it goes on with it; one that says another is refused."""
     folder, runs = world
-    half, another, whole = (runs[f"yarn, {name}"] for name in ("half", "another", "whole"))
+    names = ("half", "another", "whole", "late")
+    half, another, whole, late = (runs[f"yarn, {name}"] for name in names)
     assert half.status == 0, half.err
     assert "--rope-scaling-factor 8: the run has this YaRN scaling" in half.out
     assert another.status == 2 and "--rope-scaling-factor 4: the config says 8.0" in another.err
     assert whole.status == 0 and "at iteration 1" in whole.out, whole.err
+    assert late.status == 2 and "is without it, and goes on as it began" in late.err
     expected = tiny_config().with_yarn(8, 64)
     for made in ("yarn", "yarn_hf"):
         assert Qwen2Config.from_pretrained(folder / made) == expected

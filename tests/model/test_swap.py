@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -66,6 +68,35 @@ def test_a_layer_fetches_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> N
     for member in (b[0], a[0], a[1]):
         first.take(member)
     assert len(order) == 8
+
+
+def test_tensors_that_follow_each_other_in_one_place_are_told_apart() -> None:
+    """As the chats of a pack, whose tensors of one shape come and go; in several rounds."""
+    swap = HostSwap(CPU)
+    for _ in range(3):
+        group, moved = Group(swap, None), []
+        for number in range(6):
+            tensor = torch.full((64, 64), float(number))
+            moved.append(group.keep(tensor))
+            del tensor
+        group.close()
+        assert [group.take(one)[0, 0].item() for one in moved] == [0, 1, 2, 3, 4, 5]
+
+
+def test_many_equal_documents_have_their_own_gradients() -> None:
+    def gradient(swap: AttentionSwap | None) -> torch.Tensor:
+        x = torch.randn(64, 1, 6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        context = swap.keeping_outside() if swap else nullcontext()
+        with context:
+            q, k, v = (2 * x).split((4, 1, 1), dim=2)
+            ends = tuple(range(8, 65, 8))
+            attended = attention(q, k, v, softmax_scale=0.3, ends=ends)
+        attended.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    for _ in range(3):
+        assert torch.equal(gradient(AttentionSwap(CPU)), gradient(None))
 
 
 def test_host_memory_is_used_again() -> None:

@@ -399,3 +399,37 @@ def test_own_lora_run_and_peft_folder_are_taken_by_the_same_flag(
         saved = tmp_path / f"hf{number}"
         convert(base, saved, "--lora-load", folder, "--lora-r", 4, to="hf").require()
         same_weights(saved, tmp_path / "expected")
+
+
+def test_two_names_of_one_thing_do_not_contradict(original: Path, tmp_path: Path) -> None:
+    base = f"--load-dir {original} --save-dir {tmp_path / 'out'} --save-model-type mg"
+    ended = run(f"{base} --params-dtype fp16 --dtype bf16".split())
+    assert ended.status == 2 and "--dtype says it too; leave one of them out" in ended.err
+    ended = run(f"{base} --adapter a --lora-load b".split())
+    assert ended.status == 2 and "two names of one flag" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_the_other_kind_is_named(original: Path, shards: Path, tmp_path: Path) -> None:
+    for kind, folder, words in (
+        ("mg", original, "is a Hugging Face folder"),
+        ("hf", shards, "holds Megatron shards"),
+    ):
+        line = f"--load-model-type {kind} --load-dir {folder} --save-dir {tmp_path / 'out'}"
+        ended = run(line.split())
+        assert ended.status == 2 and words in ended.err and "--load-model-type" in ended.err
+
+
+@pytest.mark.parametrize("flags", ["--overwrite", ""])
+def test_v2_never_writes_over_the_original(
+    flags: str, original: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Whether or not --hf-cfg-dir names it: what nobody wrote with this project is left alone."""
+    folder = shutil.copytree(original, tmp_path / "hf")
+    before = fingerprint(folder)
+    line = f"--load-model-type mg --save-model-type hf --load-dir {shards} --save-dir {folder}"
+    ended = run(f"{line} --model-type-hf qwen25 --hf-cfg-dir {original} {flags}".split())
+    assert ended.status == 0, ended.err
+    assert (folder / "mg2hf" / "config.json").is_file()
+    shutil.rmtree(folder / "mg2hf")
+    assert fingerprint(folder) == before

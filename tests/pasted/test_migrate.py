@@ -337,3 +337,9 @@ def test_published_lines_become_flags_of_ours(line: CommandLine, tmp_path: Path)
         if flag in known and "GeneralPretrainHandler" not in line.values(flag):
             given = words[words.index(flag) + 1 :][: len(line.values(flag))]
             assert given == line.values(flag)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys) -> None:
+    script = write(tmp_path / "a.sh", "torchrun pretrain_gpt.py --lr 1\n")
+    assert main(["migrate", str(script), "--output", str(tmp_path / "no" / "b.sh")]) == 2
+    assert f"there is no folder {tmp_path / 'no'}; make it" in capsys.readouterr().err

@@ -349,6 +349,13 @@ def test_python_has_the_commands_answer(capsys):
     assert found.plans[0].cut.label() in capsys.readouterr().out
 
 
+def test_python_is_told_of_its_mistakes_too():
+    import qwen2_ascend
+
+    with pytest.raises(UserError, match="--num-devices '8' is not a whole number"):
+        qwen2_ascend.plan("7B", "8")  # type: ignore[arg-type]
+
+
 def test_the_bin_that_a_910b_is_taken_for_is_said(capsys):
     main(["--model", "0.5B", "--num-devices", "1", "--top", "1"])
     assert "--device 910B is taken as 910B2" in capsys.readouterr().out

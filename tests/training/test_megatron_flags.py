@@ -56,6 +56,7 @@ REFUSED = {
     "--use-ascend-mc2": "leave it out",
     "--coc-parallel-num 2": "only 1",
     "--wandb-project mine": "--tensorboard-dir",
+    "--rope-scaling-type linear": "only yarn is supported",
     "--o2-optimizer": "leave it out",
     "--o2-gradient": "leave it out",
     "--context-parallel-size 4": "--sequence-parallel",
@@ -126,6 +127,10 @@ def test_all_of_them_are_named_at_once() -> None:
         ("--max-position-embeddings 16", "is below --seq-length 32"),
         ("--no-pad-to-seq-lengths", "launch/finetune_qwen2.py"),
         ("--is-instruction-dataset", "launch/finetune_qwen2.py"),
+        (
+            "--rope-scaling-type yarn --beta-fast 1 --beta-slow 32",
+            "--beta-fast 1 must be above --beta-slow 32",
+        ),
         ("--rope-scaling-type yarn", "needs --rope-scaling-factor and --rope-scaling-original-max"),
         ("--rope-scaling-factor 8", "says nothing without --rope-scaling-type yarn"),
         ("--beta-fast 16", "says nothing without --rope-scaling-type yarn"),

@@ -197,3 +197,14 @@ def test_every_layer_is_recomputed_where_no_number_is_given() -> None:
         given = parse(f"{full} {method} --recompute-num-layers 3".split())
         assert given.recompute.method_and_layers == (method, 3)
     assert parse(GOOD.split()).recompute.method_and_layers == (None, None)
+
+
+@pytest.mark.parametrize("token", [-1, 99999])
+def test_an_end_that_no_token_is_is_refused(token: int) -> None:
+    from helpers import tiny_config
+    from qwen2_ascend.training.settings import parse, validate
+
+    flags = "--config 7B --data-path data --seq-length 32 --lr 1e-5 --train-iters 3"
+    settings = parse([*flags.split(), "--reset-attention-mask", "--eod-token", str(token)])
+    with pytest.raises(UserError, match=f"--eod-token {token} must be from 0 to"):
+        validate(settings, tiny_config(), 1)

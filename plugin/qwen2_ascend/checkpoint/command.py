@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwen2_ascend.checkpoint.pasted import CONVERT_FLAGS, split_convert_flags, with_places
+from qwen2_ascend.checkpoint.pasted import (
+    CONVERT_FLAGS,
+    contradictions,
+    split_convert_flags,
+    with_places,
+)
 from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.errors import UserError, printable, raise_if
 from qwen2_ascend.parallel import ParallelLayout
@@ -93,6 +98,7 @@ class ConvertOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and converts."""
     words, pasted = split_convert_flags(sys.argv[1:] if argv is None else argv)
+    raise_if(contradictions(sys.argv[1:] if argv is None else argv, pasted))
     options = tyro.cli(ConvertOptions, args=words)
     started = time.monotonic()
     raise_if(pasted_faults(pasted, CONVERT_FLAGS, options, None))

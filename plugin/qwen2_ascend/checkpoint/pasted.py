@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.pasted_flags import MODEL_FLAGS, Meaning, Pasted, Table, same, split_flags
@@ -110,6 +111,17 @@ def split_convert_flags(arguments: Sequence[str]) -> tuple[list[str], Pasted]:
     return split_flags(arguments, CONVERT_FLAGS)
 
 
+def contradictions(arguments: Sequence[str], pasted: Pasted) -> list[str]:
+    """What a command line says twice, and not the same each time."""
+    words = [word.partition("=")[0].replace("_", "-") for word in arguments]
+    faults = []
+    if {"--adapter", "--lora-load"} <= set(words):
+        faults.append("--adapter and --lora-load are two names of one flag; give it once.")
+    if "--dtype" in words and (dtype := dict(pasted).get("--params-dtype")):
+        faults.append(f"--params-dtype {dtype}: --dtype says it too; leave one of them out.")
+    return faults
+
+
 def with_places(options: ConvertOptions, pasted: Pasted) -> ConvertOptions:
     """The options with --save-dir and --hf-cfg-dir where MindSpeed-LLM's users mean them.
 
@@ -120,12 +132,23 @@ def with_places(options: ConvertOptions, pasted: Pasted) -> ConvertOptions:
         return options
     save, config = options.save_dir, options.hf_cfg_dir
     is_v1 = any(flag == "--model-type" for flag, _ in pasted)
-    is_original = config is not None and _is_same(save, config)
+    is_v2 = any(flag == "--model-type-hf" for flag, _ in pasted)
+    is_original = (config is not None and _is_same(save, config)) or (is_v2 and _is_original(save))
     if not (is_v1 or is_original):
         return options
     if config is None and (save / "config.json").is_file():
         config = save
     return replace(options, save_dir=save / MERGED_FOLDER, hf_cfg_dir=config)
+
+
+def _is_original(folder: Path) -> bool:
+    """Whether it is a model that nobody wrote with this project."""
+    weights = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return (
+        (folder / "config.json").is_file()
+        and bool(weights)
+        and not (folder / MANIFEST_FILE).exists()
+    )
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -116,6 +116,26 @@ def detect(folder: str | Path) -> str:
     return "hf"
 
 
+def _check_kind(folder: Path, kind: str) -> None:
+    """Refuses a folder that is all the other kind.
+
+    Raises:
+        UserError: it is.
+    """
+    is_hf = hugging_face.is_model_folder(folder)
+    is_mg = megatron.is_checkpoint_folder(folder)
+    if kind == "mg" and is_hf and not is_mg:
+        raise UserError(
+            f"{folder}: is a Hugging Face folder, no Megatron shards; leave --load-model-type out, "
+            "or say hf."
+        )
+    if kind == "hf" and is_mg and not is_hf:
+        raise UserError(
+            f"{folder}: holds Megatron shards, no Hugging Face weights; leave --load-model-type "
+            "out, or say mg."
+        )
+
+
 def open_source(
     folder: str | Path, kind: str | None = None, hf_cfg_dir: str | Path | None = None
 ) -> Source:
@@ -132,6 +152,8 @@ def open_source(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(hugging_face.missing_model(folder))
+    if kind is not None:
+        _check_kind(folder, kind)
     kind = kind or detect(folder)
     iteration = megatron.iteration_folder(folder) if kind == "mg" else folder
     config_folder = _config_folder(folder, iteration, hf_cfg_dir)

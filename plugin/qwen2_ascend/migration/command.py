@@ -97,6 +97,8 @@ def _option_faults(options: MigrateOptions) -> Iterator[str]:
         yield "name at least one script."
     if options.output is not None and len(options.script) > 1:
         yield f"--output {options.output}: takes one script; leave it out, or run one at a time."
+    if options.output is not None and not options.output.absolute().parent.is_dir():
+        yield f"--output {options.output}: there is no folder {options.output.parent}; make it."
     if options.output is not None and options.output.exists():
         yield f"--output {options.output}: is there already; name another file, or remove it."
 

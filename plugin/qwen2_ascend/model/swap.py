@@ -6,8 +6,8 @@ tensors, and begins to fetch those of the layer before it, whose turn is next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,19 +24,28 @@ class Group:
 
     def __init__(self, swap: HostSwap, before: Group | None) -> None:
         self._swap, self._before = swap, before
-        self._members: dict[tuple[Any, ...], Swapped] = {}
+        self._members: list[Swapped] = []
+        self._seen: dict[tuple[Any, ...], tuple[Tensor, Swapped]] = {}
         self._is_taken = False
 
     def keep(self, tensor: Tensor) -> Swapped:
-        """Moves a tensor out, once however often autograd keeps it."""
+        """Moves a tensor out, once however often autograd keeps it before `close`.
+
+        Until then the tensor is held: what is freed may leave its place to another one.
+        """
         key = tensor.data_ptr(), tensor.shape, tensor.stride()
-        if key not in self._members:
-            self._members[key] = self._swap.out(tensor)
-        return self._members[key]
+        if key not in self._seen:
+            self._seen[key] = tensor, self._swap.out(tensor)
+            self._members.append(self._seen[key][1])
+        return self._seen[key][1]
+
+    def close(self) -> None:
+        """Forward of the layer is over: its tensors may go."""
+        self._seen.clear()
 
     def fetch(self) -> None:
         """Begins to bring all of them back, unless they have been."""
-        for member in () if self._is_taken else self._members.values():
+        for member in () if self._is_taken else self._members:
             self._swap.fetch(member)
 
     def take(self, swapped: Swapped) -> Tensor:
@@ -58,14 +67,16 @@ class AttentionSwap:
         self._swap = HostSwap(device)
         self._last: Group | None = None
 
-    def keeping_outside(self, *held: Tensor) -> AbstractContextManager[Any]:
+    @contextmanager
+    def keeping_outside(self, *held: Tensor) -> Iterator[None]:
         """Where what autograd keeps goes to the host.
 
         Args:
             *held: tensors that others hold too, and so gain nothing.
         """
         if not torch.is_grad_enabled():
-            return nullcontext()
+            yield
+            return
         group = self._last = Group(self._swap, self._last)
         shared = {tensor.untyped_storage().data_ptr() for tensor in held}
 
@@ -77,7 +88,9 @@ class AttentionSwap:
         def unpack(packed: Tensor | Swapped) -> Tensor:
             return group.take(packed) if isinstance(packed, Swapped) else packed
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+        group.close()
 
 
 def swap_attention(layers: Iterable[Any], device: torch.device) -> None:

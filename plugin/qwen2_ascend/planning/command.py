@@ -229,6 +229,13 @@ def _faults(options: PlanOptions) -> list[str]:
         "--network-bandwidth-gb": options.network_bandwidth_gb,
     }
     faults = [
+        f"{k} {v!r} is not a whole number."
+        for k, v in at_least_one.items()
+        if v is not None and not isinstance(v, int)
+    ]
+    if faults:
+        return faults
+    faults = [
         f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
     ]
     faults += [

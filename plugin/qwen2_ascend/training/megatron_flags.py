@@ -98,13 +98,24 @@ def _yarn(name: str, default: float | None = None) -> Check:
 
 
 def _yarn_type(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    if value != "yarn":
+        return "only yarn is supported; models with another scaling are not trained here"
     if config.yarn is not None:
         return None
     given = dict(settings.pasted)
+    fast, slow = (_beta(given, name) for name in ("fast", "slow"))
+    if fast is not None and slow is not None and fast > 0 and not fast > slow:
+        return f"--beta-fast {fast:g} must be above --beta-slow {slow:g}"
     needed = ("--rope-scaling-factor", "--rope-scaling-original-max-position-embeddings")
     if missing := [flag for flag in needed if flag not in given]:
         return f"needs {' and '.join(missing)}"
     return None
+
+
+def _beta(given: Mapping[str, str | None], name: str) -> float | None:
+    default = {"fast": 32.0, "slow": 1.0}[name]
+    flags = [flag for flag, of in YARN_FLAGS.items() if of == f"beta_{name}" and flag in given]
+    return _number(given[flags[-1]]) if flags else default
 
 
 def _of_a_published_model(flag: str, name: str) -> Meaning:
@@ -185,7 +196,7 @@ SHARED: Table = {
     "--init-method-std": Meaning(NOTHING, None, check=_has_weights),
     "--norm-epsilon": _of_a_published_model("--norm-epsilon", "norm_epsilon"),
     "--rotary-base": _of_a_published_model("--rotary-base", "rotary_base"),
-    "--rope-scaling-type": Meaning(YARN, ("yarn",), check=_yarn_type),
+    "--rope-scaling-type": Meaning(YARN, None, check=_yarn_type),
     **{
         flag: Meaning(YARN, None, check=_yarn(name, {"beta_fast": 32, "beta_slow": 1}.get(name)))
         for flag, name in YARN_FLAGS.items()
@@ -206,7 +217,8 @@ SHARED: Table = {
     "--exit-on-missing-checkpoint": Meaning("--load without a checkpoint is an error"),
     "--enable-hf2mg-convert": Meaning("--load takes a Hugging Face folder"),
     "--context-parallel-size": Meaning(
-        "there is no context parallelism; use --sequence-parallel and --recompute-granularity full",
+        "there is no context parallelism; use --sequence-parallel, and recompute whole layers: "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         ("1",),
     ),
     "--context-parallel-algo": Meaning(NO_CP, None),

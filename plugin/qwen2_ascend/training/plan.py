@@ -192,9 +192,15 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     if saved and model.padded_vocab_size is None and model.make_vocab_size_divisible_by is None:
         # the optimizer's state has as many rows as the weights had
         model = replace(model, padded_vocab_size=saved.padded_vocab_size)
+    config = settings.config_of_run(source.config)
+    if saved and not saved.is_foreign and config != source.config:
+        raise UserError(
+            f"--rope-scaling-type yarn: the run in {load} is without it, and goes on as it began; "
+            "leave it out, or begin a new run from its weights with --finetune and another --save."
+        )
     return RunPlan(
         settings=replace(settings, model=model),
-        config=settings.config_of_run(source.config),
+        config=config,
         world_size=world_size,
         source=source,
         saved=saved,

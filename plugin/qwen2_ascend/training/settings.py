@@ -249,7 +249,8 @@ class DataSettings:
     """Leave the loss at the token that ends a document out."""
     reset_attention_mask: Flag = False
     """Let a document see only itself, with positions from its start. A document ends where the data
-    says so, and at --eod-token."""
+    says so, and at --eod-token. The last token of one that does not end with that token has no
+    loss: what follows is another document's."""
     reset_position_ids: Flag = False
     """The same as --reset-attention-mask, as in MindSpeed-LLM 2.2."""
     no_shared_storage: Flag = False
@@ -512,6 +513,12 @@ def validate(
         faults.append("give one of --train-iters and --train-samples.")
     if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
         faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
+    token = data.eod_token
+    if token is not None and not 0 <= token < config.vocab_size:
+        faults.append(
+            f"--eod-token {token} must be from 0 to {config.vocab_size - 1}: the model has "
+            f"{config.vocab_size} tokens."
+        )
     if data.mock_data and data.keep_documents_apart:
         faults.append(
             "--mock-data has no documents to keep apart; leave --reset-attention-mask and "

@@ -97,6 +97,11 @@ def iteration_folder(folder: Path) -> Path:
     for dot, end in _PLACES:
         if is_iteration_folder(folder / f"{dot}{name}{end}"):
             return folder / f"{dot}{name}{end}"
+    if (folder / name / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{folder / name}: is of a LoRA run, adapters without their model; give the model's "
+            f"folder, and these with --lora-load {folder}."
+        )
     raise UserError(f"{tracker}: names {name}, which is missing or holds no checkpoint.")
 
 
