@@ -25,7 +25,7 @@ TORCH_NPU ?= torch_npu==2.13.0
 COMPAT := .venv-compat
 SITE := import sysconfig; site = sysconfig.get_path("purelib")
 # What does not depend on megatron-core's release; whatever is not listed runs with both.
-WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real \
+WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real tests/pasted tests/migration \
   tests/checkpoint/test_*.py tests/checkpoint/formats/test_[!t]*.py \
   tests/checkpoint/formats/test_torch_pt.py \
   tests/data/test_preprocess.py tests/data/test_inputs.py tests/data/test_tokenization.py \
