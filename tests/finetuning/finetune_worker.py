@@ -45,6 +45,7 @@ SFT = {
     "variable": (1, "--micro-batch-size 2 --variable-seq-lengths"),
     "packed": (1, "--micro-batch-size 1 --pack"),
     "packed-rows": (1, "--micro-batch-size 4 --pack"),
+    "packed-swapped": (1, "--micro-batch-size 2 --pack --swap-attention"),
     "packed-recompute": (1, f"--micro-batch-size 2 --pack {RECOMPUTE}"),
     "tp2-sp-packed": (2, f"{TP2} --sequence-parallel --micro-batch-size 2 --pack"),
     "tp2-sp-variable": (
@@ -52,6 +53,11 @@ SFT = {
         f"{TP2} --sequence-parallel --micro-batch-size 2 --variable-seq-lengths",
     ),
     "pp2-packed": (2, f"{PP2} --micro-batch-size 2 --pack"),
+    "pp2-packed-swapped": (
+        2,
+        f"{PP2} --micro-batch-size 2 --pack --swap-attention --recompute-activation-function "
+        "--recompute-norm",
+    ),
     "pp2-variable": (2, f"{PP2} --micro-batch-size 2 --variable-seq-lengths"),
     "pp2-vpp2-packed": (2, f"{VPP2} --micro-batch-size 1 --pack"),
     "dp2-packed": (2, "--use-distributed-optimizer --micro-batch-size 1 --pack"),
