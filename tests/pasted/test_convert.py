@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -397,8 +398,14 @@ def test_own_lora_run_and_peft_folder_are_taken_by_the_same_flag(
     adapted.merge_and_unload().save_pretrained(tmp_path / "expected")
     for number, folder in enumerate((tmp_path / "run", iteration)):
         saved = tmp_path / f"hf{number}"
-        convert(base, saved, "--lora-load", folder, "--lora-r", 4, to="hf").require()
+        ended = convert(base, saved, "--lora-load", folder, "--lora-r", 4, to="hf").require()
         same_weights(saved, tmp_path / "expected")
+        assert "was trained on" not in ended.err
+    config = json.loads((iteration / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "elsewhere/another-model"
+    (iteration / "adapter_config.json").write_text(json.dumps(config))
+    ended = convert(base, tmp_path / "other", "--lora-load", iteration, to="hf").require()
+    assert "was trained on elsewhere/another-model; it is merged into another" in ended.err
 
 
 def test_two_names_of_one_thing_do_not_contradict(original: Path, tmp_path: Path) -> None:

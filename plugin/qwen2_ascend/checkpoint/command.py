@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise_if(pasted_faults(pasted, CONVERT_FLAGS, options, None))
     # imported once the flags are right: --help answers sooner
     from qwen2_ascend.checkpoint.convert import convert, prepare
+    from qwen2_ascend.checkpoint.formats.peft_adapter import other_base
 
     options = _with_kinds(options)
     placed = with_places(options, pasted)
@@ -117,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (adapter := prepared.adapter) is not None:
         targets = ", ".join(adapter.lora.targets)
         _say(f"merging {adapter.folder}: LoRA of rank {adapter.lora.rank} on {targets}")
+        base = other_base(adapter.folder, options.load_dir)
+        if base is not None and prepared.source.kind == "hf":
+            _say(f"the adapter says that it was trained on {base}; it is merged into another model")
     if options.dry_run:
         _print_plan(prepared)
         return

@@ -79,6 +79,20 @@ def encode_config(lora: LoraConfig, base_model: str | None = None) -> bytes:
     return (json.dumps(lora.to_peft(base_model), indent=2, sort_keys=True) + "\n").encode()
 
 
+def other_base(folder: Path, model: Path) -> str | None:
+    """The model that the adapter in `folder` says it was trained on, if its name is not `model`'s.
+
+    None where it says none, or is no PEFT folder.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    said = read_json(folder / CONFIG_FILE)
+    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
+    if not isinstance(base, str) or not base or Path(base).name == model.resolve().name:
+        return None
+    return base
+
+
 def read_lora_config(folder: str | Path) -> LoraConfig:
     """What the adapter in `folder` is; reads headers only.
 
