@@ -180,8 +180,23 @@ def stored_checksum(stored: StoredTensor) -> str:
         os.close(fd)
 
 
+class _HashedBand(threading.local):
+    """One band per thread, for what is read to be hashed: new memory each time costs more."""
+
+    def __init__(self) -> None:
+        self._band: memoryview | None = None
+
+    def band(self) -> memoryview:
+        if self._band is None:
+            self._band = memoryview(bytearray(BAND_BYTES))
+        return self._band
+
+
+_hashed = _HashedBand()
+
+
 def _read_checksum(fd: int, stored: StoredTensor) -> str:
-    checksum, raw = xxhash.xxh3_128(), memoryview(bytearray(BAND_BYTES))
+    checksum, raw = xxhash.xxh3_128(), _hashed.band()
     at, end = stored.offset, stored.offset + stored.num_bytes
     while at < end:
         try:
