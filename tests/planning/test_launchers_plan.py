@@ -76,6 +76,10 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
         ("--plan 0", "--plan 0 must be at least 1"),
         ("--plan 16 --plan-device 920", "--device 920 is not known"),
         ("--plan 16 --swap-attention", "the planner does not know --swap-attention"),
+        (
+            "--plan 16 --recompute-norm --recompute-norm-num-layers 2",
+            "does not know --recompute-norm-num-layers",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> None:

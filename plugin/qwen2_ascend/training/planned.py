@@ -88,6 +88,10 @@ def _not_planned(settings: Any) -> list[str]:
     unknown = {
         "--stage dpo": tuning is not None and tuning.stage == "dpo",
         "--swap-attention": recompute.swap_attention,
+        "--recompute-activation-function-num-layers": (
+            recompute.recompute_activation_function_num_layers is not None
+        ),
+        "--recompute-norm-num-layers": recompute.recompute_norm_num_layers is not None,
         "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,
     }
     return [
