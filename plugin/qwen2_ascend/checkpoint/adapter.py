@@ -21,7 +21,7 @@ class Factors(NamedTuple):
     tensor: str
     """The weight, by its whole-model Megatron name."""
     box: Box
-    """Of the weight's view."""
+    """The box lies in the weight's view."""
     a: Held
     """`[r, columns of the box]`"""
     b: Held

@@ -49,7 +49,7 @@ class Benchmark:
     name: str
     folder: Path
     num_examples: int | None
-    """In front of each question; None for what lm-eval's task says."""
+    """So many stand in front of each question; None takes what lm-eval's task says."""
     subjects: Sequence[Subject]
 
     def describe(self) -> str:
@@ -66,13 +66,13 @@ class Kind(NamedTuple):
 
     pattern: str
     question: Callable[[Any], Row]
-    """From a line to a question in the data set's columns; it raises ValueError for no question."""
+    """Makes a question in the data set's columns of a line; raises ValueError if it is none."""
     num_examples: int | None = None
     suffix: str | None = None
     """Of the names of the files with examples, in the folder dev beside; None where there are
     none."""
     columns: Sequence[str] = ()
-    """Of a CSV file without a head."""
+    """These are the columns of a CSV file without a head."""
 
 
 def read_benchmark(name: str, folder: Path, num_examples: int | None) -> Benchmark:

@@ -71,7 +71,7 @@ class Wishes:
     """What the flags say of tasks."""
 
     max_new_tokens: int | None = None
-    """Of those that generate."""
+    """It bounds the answers of tasks that generate."""
     alternative_prompt: bool = False
     chain_of_thought: bool = False
     on_program: Callable[[Any, str], Mapping[str, float]] | None = None

@@ -320,7 +320,7 @@ class Segment(NamedTuple):
 
     start: int
     stored: StoredTensor
-    """Of one axis."""
+    """The tensor has one axis."""
 
 
 def in_model_order(names: Iterable[str], args: Namespace) -> list[str]:
@@ -438,7 +438,7 @@ class Kinds(NamedTuple):
     """What an optimizer's state has, in a torch_dist folder or in an mp_rank tree."""
 
     names: tuple[str, ...]
-    """Of MOMENTS and MAIN."""
+    """These are some of MOMENTS and MAIN."""
     sharding_type: str | None
     """The distributed optimizer's, in a torch_dist folder."""
 

@@ -87,7 +87,7 @@ _ITEM_BYTES = {theirs: NUMPY_DTYPES[ours].itemsize for ours, theirs in DTYPES.it
     "complex128": 16,
 }
 OURS = {theirs: ours for ours, theirs in DTYPES.items()}
-"""From torch's names of dtypes to ours."""
+"""This maps torch's names of dtypes to ours."""
 _UNTYPED = "torch.storage.UntypedStorage"
 
 
