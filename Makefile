@@ -31,7 +31,7 @@ WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real tests/pasted tes
   tests/data/test_preprocess.py tests/data/test_inputs.py tests/data/test_tokenization.py \
   tests/data/test_chat_formats.py tests/data/test_chat_rendering.py tests/test_*.py \
   tests/finetuning/test_deepspeed.py \
-  tests/alignment/test_compare.py tests/alignment/test_dumps.py tests/alignment/test_statistics.py \
+  tests/comparison \
   tests/distributed/test_harness.py tests/distributed/test_train_job.py \
   tests/distributed/test_failures.py tests/distributed/test_pairs.py tests/training/test_killed_runs.py \
   tests/benchmark/test_attention.py tests/benchmark/test_checkpoint.py \

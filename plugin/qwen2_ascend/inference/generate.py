@@ -6,7 +6,6 @@ stderr, so that stdout has the texts only.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from qwen2_ascend.inference.pasted import GENERATE_FLAGS, served_notes
 from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
 from qwen2_ascend.inference.settings import GenerateSettings, parse, validate
 from qwen2_ascend.launching import launched
+from qwen2_ascend.machine import world_size
 from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def generate(settings: GenerateSettings) -> None:
         UserError: settings, prompts or checkpoint are not as they have to be.
     """
     source = open_model(settings.model).source
-    validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
+    validate(settings, source.config, world_size())
     if settings.tasks():
         _demonstrate(settings, source)
     elif settings.prompts.chat:

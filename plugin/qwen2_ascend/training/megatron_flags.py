@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config, published_names
-from qwen2_ascend.launching import parse_flags
+from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.pasted_flags import (
     EXPERTS,
     MODEL_FLAGS,
@@ -21,20 +19,16 @@ from qwen2_ascend.pasted_flags import (
     Pasted,
     Table,
     same,
-    split_script,
 )
 
-if TYPE_CHECKING:
-    from qwen2_ascend.training.settings import TrainingSettings
-
-S = TypeVar("S", bound="TrainingSettings")
+S = TypeVar("S")
 
 SPEED = "it changes speed or memory, not results; leave it out"
 NO_CP = "without context parallelism it has no meaning"
 NOTHING = "nothing depends on it"
 
 
-def training_flags(kind: type[TrainingSettings]) -> Table:
+def training_flags(kind: type[Any]) -> Table:
     """The table of a launcher, by its settings."""
     return {**SHARED, **(TUNING if "tuning" in kind.__dataclass_fields__ else PRETRAINING)}
 
@@ -43,11 +37,9 @@ def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] |
     """As `parse_flags`, with what is pasted of others' flags beside the settings.
 
     Raises:
-        UserError: the words are from a script that no shell can run.
+        UserError: as `parse_pasted`.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    rest, pasted = split_script(given, training_flags(kind))
-    return replace(parse_flags(kind, program, rest), pasted=pasted)
+    return parse_pasted(kind, program, arguments, training_flags(kind))
 
 
 def config_of_run(config: Qwen2Config, pasted: Pasted) -> Qwen2Config:
@@ -158,7 +150,7 @@ def _has_weights(value: str | None, settings: Any, config: Qwen2Config) -> str |
 
 def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
     """Fine-tuning writes no index: prepared chats are read on every node, from its own disk."""
-    from qwen2_ascend.data.chat.prepare import is_chat_file
+    from qwen2_ascend.data.chat.rows import is_chat_file
 
     data = settings.data
     files = filter(is_chat_file, (*data.data_path, *data.train_data_path, *data.valid_data_path))
