@@ -46,7 +46,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     Raises:
         UserError: settings, texts or checkpoint are not as they have to be.
     """
-    source = open_model(settings.model).source
+    opened = open_model(settings.model)
+    source = opened.source
     validate(settings, source.config, world_size())
     _require_lm_eval(settings)
 
@@ -57,7 +58,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     _require_end_of_text(settings, config_folder(source), tokenizer, defaults)
     texts = _read_texts(settings.perplexity.text_file, tokenizer, source.config.vocab_size)
     local = _local_tasks(settings, tokenizer)
-    runtime, engine, say = start_engine(settings.model, source, num_rows=settings.batch_size)
+    runtime, engine, say = start_engine(settings.model, opened, num_rows=settings.batch_size)
     notes = served_notes(settings, EVALUATE_FLAGS, source.config)
     for line in (*notes, *(local.describe() if local else ())):
         say(line)
