@@ -11,7 +11,7 @@ from distributed import train_worker
 from distributed.harness import Checks, Run, main
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job
 from qwen2_ascend.planning.memory import stage_memory
 from qwen2_ascend.planning.traffic import collectives
 
@@ -75,14 +75,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "length": 512,
         "sequences": 1,
         "dtype": "bf16",
-        "recompute_activation_function": True,
-        "recompute_norm": True,
+        "recompute_activation_function": ALL_LAYERS,
+        "recompute_norm": ALL_LAYERS,
     },
     "tp2-sp-outputs": {
         "tp": 2,
         "sequence_parallel": True,
-        "recompute_activation_function": True,
-        "recompute_norm": True,
+        "recompute_activation_function": ALL_LAYERS,
+        "recompute_norm": ALL_LAYERS,
     },
     "pp2-vpp2-tied-distributed-optimizer": {
         "pp": 2,

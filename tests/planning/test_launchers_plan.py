@@ -12,6 +12,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as tuning
 from qwen2_ascend.planning.devices import find_device
+from qwen2_ascend.planning.job import ALL_LAYERS
 from qwen2_ascend.planning.memory import fullest_stage
 from qwen2_ascend.training import pretrain as pretraining
 from qwen2_ascend.training import settings as pretraining_settings
@@ -39,7 +40,12 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
     ("flags", "fields"),
     [
         ("--reuse-fp32-param", {"reuse_fp32_param": True}),
-        ("--recompute-norm", {"recompute_norm": True}),
+        ("--recompute-norm", {"recompute_norm": ALL_LAYERS}),
+        (
+            "--recompute-activation-function --recompute-activation-function-num-layers 2",
+            {"recompute_activation_function": 2, "recompute_norm": 0},
+        ),
+        ("--swap-attention", {"swap_attention": True}),
         ("--num-layer-list 20,28", {"num_layer_list": (20, 28)}),
         ("--num-layers-per-virtual-pipeline-stage 6", {"layers_per_chunk": 6}),
         ("--cross-entropy-chunk-size 512", {}),
@@ -75,11 +81,6 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
         ("--plan 9", "cannot be shared out"),
         ("--plan 0", "--plan 0 must be at least 1"),
         ("--plan 16 --plan-device 920", "--device 920 is not known"),
-        ("--plan 16 --swap-attention", "the planner does not know --swap-attention"),
-        (
-            "--plan 16 --recompute-norm --recompute-norm-num-layers 2",
-            "does not know --recompute-norm-num-layers",
-        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> None:
@@ -87,7 +88,7 @@ def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> No
         pretraining.pretrain(pretraining_settings.parse(f"{COMMAND} {flags}".split()))
 
 
-def test_lora_is_planned_and_dpo_is_not(tmp_path, capsys) -> None:
+def test_lora_and_dpo_are_planned(tmp_path, capsys) -> None:
     from qwen2_ascend.finetuning.settings import parse
 
     make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
@@ -97,8 +98,8 @@ def test_lora_is_planned_and_dpo_is_not(tmp_path, capsys) -> None:
     )
     tuning.finetune(parse(command.split()))
     assert "LoRA rank 4" in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not know --stage dpo"):
-        tuning.finetune(parse(f"{command} --stage dpo".split()))
+    tuning.finetune(parse(f"{command} --stage dpo".split()))
+    assert "LoRA rank 4, pairs of sequences of 32" in capsys.readouterr().out
 
 
 def test_nothing_is_trained_or_written(tmp_path) -> None:

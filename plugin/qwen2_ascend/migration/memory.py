@@ -8,7 +8,7 @@ from typing import Any, get_args
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.devices import GB, find_device
-from qwen2_ascend.planning.job import Cut, Job, Recompute
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Recompute
 from qwen2_ascend.planning.memory import fullest_stage
 
 DEVICE = "910B"
@@ -71,7 +71,9 @@ def _cut(flags: Flags, num_devices: int | None) -> Cut:
         sequence_parallel="--sequence-parallel" in flags,
         distributed_optimizer="--use-distributed-optimizer" in flags,
         recompute=_recompute(flags),
-        recompute_activation_function="--recompute-activation-function" in flags,
+        recompute_activation_function=(
+            ALL_LAYERS if "--recompute-activation-function" in flags else 0
+        ),
         reuse_fp32_param="--reuse-fp32-param" in flags and job.dtype == "bf16",
         num_layer_list=_layer_list(flags),
         micro_batch_size=micro,

@@ -40,12 +40,12 @@ MC2_SHARE = 0.5
 others, between 0.3 and 0.7 it makes no difference that the measurements show."""
 _FITTED = "fitted to {} published steps of megatron-core ({}; docs/planning.md)"
 ASCEND = Rates(
-    products=0.976,
-    attention=0.323,
-    memory=0.35,
-    links=0.695,
-    layer_seconds=2.63e-3,
-    step_seconds=32.8e-3,
+    products=0.964,
+    attention=0.327,
+    memory=0.331,
+    links=0.689,
+    layer_seconds=2.45e-3,
+    step_seconds=33.3e-3,
     source=_FITTED.format(37, "0.5B to 110B on 1 to 64 cards called 910B"),
 )
 GPU = Rates(

@@ -27,8 +27,8 @@ def parameters(cut: Cut, stage: int) -> Parameters:
     frozen = 0
     if cut.job.lora_rank is not None:
         frozen = sum(map(sum, chunks))
-        layers = _layers(cut, stage)
-        chunks = [layers * adapter_tensors(cut, cut.job.lora_rank) for _ in chunks]
+        adapters = adapter_tensors(cut, cut.job.lora_rank)
+        chunks = [layers * adapters for layers in cut.chunk_layers(stage)]
     trained = sum(map(sum, chunks))
     shared = cut.job.config.tie_word_embeddings and cut.pp > 1 and cut.job.lora_rank is None
     buffers = tuple(_buffer(cut, tensors, shared) for tensors in chunks)
@@ -70,12 +70,8 @@ def embedding(cut: Cut) -> int:
     return cut.padded_vocab_size // cut.tp * cut.job.config.hidden_size
 
 
-def _layers(cut: Cut, stage: int) -> int:
-    return cut.layers_per_chunk or cut.layers_of(stage)
-
-
 def _chunk_tensors(cut: Cut, stage: int, chunk: int) -> list[int]:
-    tensors = _layers(cut, stage) * layer_tensors(cut)
+    tensors = cut.chunk_layers(stage)[chunk] * layer_tensors(cut)
     if (stage, chunk) == (0, 0):
         tensors = [embedding(cut), *tensors]
     if cut.is_last(stage) and chunk == cut.num_chunks - 1:

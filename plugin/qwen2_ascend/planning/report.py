@@ -56,7 +56,8 @@ def answer(result: Result) -> str:
     parameters, unit = job.config.num_parameters, 9 if job.config.num_parameters >= 1e8 else 6
     what = f"{result.model} ({parameters / 10**unit:.2f}e{unit} parameters, {job.dtype}"
     what += ", " + (f"LoRA rank {job.lora_rank}" if job.lora_rank else "all weights")
-    what += f", sequences of {job.seq_length}, {job.global_batch_size} per step)"
+    samples = "pairs of sequences" if job.pairs else "sequences"
+    what += f", {samples} of {job.seq_length}, {job.global_batch_size} per step)"
     where = f"{machine.num_devices} x {machine.device.name}"
     usable = f"{machine.usable_memory / GB:.1f} of {machine.device.memory / GB:.1f} GB usable"
     fitting = sum(plan.fits for plan in result.plans)

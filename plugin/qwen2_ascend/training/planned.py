@@ -46,7 +46,7 @@ def as_cut(
     """The planner's view of a run's settings."""
     parallel, recompute = settings.parallel, settings.recompute
     layout = settings.layout()
-    lora = getattr(settings, "lora", None)
+    lora, tuning = getattr(settings, "lora", None), getattr(settings, "tuning", None)
     kind: Recompute = recompute.recompute_granularity or "none"
     cut = Cut(
         job=Job(
@@ -58,6 +58,7 @@ def as_cut(
             keeps_scores=settings.fusion.attention_backend in ("unfused", "local"),
             cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
             lora_rank=lora.lora_r if lora is not None and lora.is_on else None,
+            pairs=tuning is not None and tuning.stage == "dpo",
         ),
         tp=layout.tp,
         pp=layout.pp,
@@ -68,12 +69,19 @@ def as_cut(
         distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         recompute=kind,
-        recompute_activation_function=recompute.recompute_activation_function,
-        recompute_norm=recompute.recompute_norm,
+        recompute_activation_function=_single_outputs(recompute, "activation_function"),
+        recompute_norm=_single_outputs(recompute, "norm"),
+        swap_attention=recompute.swap_attention,
         reuse_fp32_param=settings.precision.reuse_fp32_param,
         micro_batch_size=settings.batch.micro_batch_size,
     )
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
+
+
+def _single_outputs(recompute: RecomputeSettings, what: Any) -> int:
+    """Layers of a chunk of which one output is computed again."""
+    chosen = recompute.single_outputs(what)
+    return chosen[0] if chosen is not None else 0
 
 
 def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | None:
@@ -84,14 +92,7 @@ def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | N
 
 def _not_planned(settings: Any) -> list[str]:
     """What the planner does not know, one sentence each."""
-    tuning, recompute = getattr(settings, "tuning", None), settings.recompute
     unknown = {
-        "--stage dpo": tuning is not None and tuning.stage == "dpo",
-        "--swap-attention": recompute.swap_attention,
-        "--recompute-activation-function-num-layers": (
-            recompute.recompute_activation_function_num_layers is not None
-        ),
-        "--recompute-norm-num-layers": recompute.recompute_norm_num_layers is not None,
         "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,
     }
     return [
