@@ -83,7 +83,7 @@ def _memory(row: dict[str, Any], rank: dict[str, Any]) -> MemoryRow:
         # HCCL's own memory is not torch's
         hccl = communicators(cut) * HCCL_BYTES if kind == "npu" else 0
         is_first = "first step" in row["measured"]["memory"]["moment"]
-        memory = stage_memory(cut, stage, weights, first_step=is_first)
+        memory = stage_memory(cut, stage, first_step=is_first)
         peak = rank["max_allocated_mib"] * 2**20, memory.total - hccl
     return MemoryRow(row["id"], kind, stage, rest, peak)
 
@@ -130,8 +130,6 @@ def _not_at_peak(row: dict[str, Any]) -> Iterator[str]:
         return
     if "variable" in row["batch"]["data"]:
         yield "chats of unknown lengths"
-    if row["kernels"].get("coc"):
-        yield "COC's own buffers"
     if row["layout"]["cp_algorithm"] == "adaptive_cp_algo":
         yield "adaptive context parallelism"
     if row["lora"]:
@@ -211,6 +209,7 @@ def as_cut(row: dict[str, Any]) -> Cut:
         swap_attention=row["swap_attention"],
         reuse_fp32_param="packed" in precision["main_weights"],
         o2_gradient=precision["gradient_buffer"] in ("bf16", "fp16"),
+        # the state of 12 bytes a weight is one of 16-bit gradients and moments
         o2_optimizer=precision["main_weights"] == "none",
         micro_batch_size=batch["micro_batch_size"],
         mc2=bool(row["kernels"].get("mc2") or row["kernels"].get("coc")),
@@ -235,10 +234,9 @@ def _stack(row: dict[str, Any]) -> Stack:
     return Stack(
         logit_bytes=LOGIT_BYTES.get(branch),
         clips="copy" if clips_a_copy else "in place",
-        keeps_gathered_inputs=bool(row["kernels"].get("mc2") or row["kernels"].get("coc")),
+        keeps_gathered_inputs=bool(row["kernels"].get("mc2")),
         has_whole_mask=True,
         joins_all_weights=False,
-        update_copies=3 if row["precision"]["main_weights"] == "none" else 0,
     )
 
 

@@ -32,8 +32,6 @@ class Stack:
     joins_all_weights: bool = True
     """Whether an update with `reuse_fp32_param` makes all fp32 weights of a rank beside their
     halves, or none."""
-    update_copies: int = 0
-    """fp32 copies that an update without fp32 weights makes of a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ class Cut:
     o2_gradient: bool = False
     """Gradients are added up in 16 bits."""
     o2_optimizer: bool = False
-    """The optimizer updates 16-bit weights; there are no fp32 ones."""
+    """AdamW keeps its moments in 16 bits."""
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each stage; None where all have as many."""
     noop_layers: tuple[int, ...] = ()

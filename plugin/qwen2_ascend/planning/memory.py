@@ -67,21 +67,18 @@ class _Moment(NamedTuple):
         return self.activations + self.logits + self.temporary
 
 
-def stage_memory(
-    cut: Cut, stage: int, weights: Parameters | None = None, *, first_step: bool = False
-) -> Memory:
+def stage_memory(cut: Cut, stage: int, *, first_step: bool = False) -> Memory:
     """The peak of a rank of pipeline stage `stage`.
 
     Args:
         cut: the layout.
         stage: counted from 0.
-        weights: `parameters(cut, stage)`, where the caller has it already.
         first_step: the peak since the run began, once the first update is made: its forward and
             backward ran before the optimizer had moments.
     """
-    weights = weights or parameters(cut, stage)
+    weights = parameters(cut, stage)
     rest = resting_state(cut, weights)
-    moments = 2 * FP32 * sum(weights.buffers) // _share(cut) if first_step else 0
+    moments = _moment_bytes(cut) * sum(weights.buffers) // _share(cut) if first_step else 0
 
     def all_of(moment: _Moment) -> int:
         return moment.total - (0 if moment.name == "update" else moments)
@@ -106,12 +103,13 @@ def resting_state(cut: Cut, weights: Parameters) -> tuple[int, int, int]:
     return (
         held * cut.job.element,
         trained * (cut.job.element if cut.o2_gradient else FP32),
-        (2 * FP32 + _main_bytes(cut)) * trained // _share(cut),
+        (_moment_bytes(cut) + _main_bytes(cut)) * trained // _share(cut),
     )
 
 
 def gradient_copy(cut: Cut, weights: Parameters) -> int:
-    """Bytes of the fp32 copy that an update makes of 16-bit gradients, and the next step drops."""
+    """Bytes of the fp32 copy that an update makes of 16-bit gradients, and the next step drops;
+    with 16-bit moments too it is made of a tensor at a time."""
     if not cut.o2_gradient or cut.o2_optimizer or cut.job.element == FP32:
         return 0
     return sum(weights.buffers) * FP32 // _share(cut)
@@ -122,21 +120,26 @@ def _share(cut: Cut) -> int:
     return cut.replicas if cut.distributed_optimizer else 1
 
 
+def _moment_bytes(cut: Cut) -> int:
+    """Of AdamW's two of a weight."""
+    return 2 * (cut.job.element if cut.o2_optimizer else FP32)
+
+
 def _main_bytes(cut: Cut) -> int:
     """Of what the optimizer keeps of an fp32 weight besides its moments, between two updates."""
-    if cut.job.element == FP32 or cut.o2_optimizer:
+    if cut.job.element == FP32:
         return 0
     return 2 if cut.reuse_fp32_param else FP32
 
 
-def fullest_stage(cut: Cut, weights: dict[int, Parameters] | None = None) -> tuple[int, Memory]:
+def fullest_stage(cut: Cut) -> tuple[int, Memory]:
     """(stage, memory) of the fullest rank: the first stage, or the last with the logits.
 
     Between them a stage holds no embedding and has fewer micro-batches under way than the first;
     where stages have unequal numbers of layers, any may be the fullest.
     """
     stages = {0, cut.pp - 1} if cut.num_layer_list is None else set(range(cut.pp))
-    found = {stage: stage_memory(cut, stage, (weights or {}).get(stage)) for stage in stages}
+    found = {stage: stage_memory(cut, stage) for stage in stages}
     return max(found.items(), key=lambda item: item[1].total)
 
 
@@ -231,15 +234,21 @@ def _joined_weights(cut: Cut, weights: Parameters) -> int:
 
 
 def _summed_and_clipped(cut: Cut, weights: Parameters) -> int:
+    # a tensor, or a rank's piece of one
     largest = min(weights.largest, max(weights.buffers) // _share(cut)) * FP32
+    widened = 0
+    if cut.o2_optimizer:
+        # both moments of a tensor in fp32, and its gradient where that is of 16 bits
+        widened = (2 + cut.o2_gradient) * largest
     if cut.job.stack.clips == "in place":
-        return cut.job.stack.update_copies * largest
+        return widened
     if cut.job.backend == "cuda":
         return weights.trained * FP32 // _share(cut)  # the roots of all second moments at once
     if cut.job.backend == "npu":
-        return largest  # the clipped gradient of a tensor, or of a rank's piece of one
+        return max(widened, largest)  # the clipped gradient; AdamW works in place
     # torch's fused AdamW clips as it reads; gloo scatters sums out of a copy of all gradients
-    return max(weights.buffers) * FP32 if _share(cut) > 1 else 0
+    scattered = max(weights.buffers) * FP32 if _share(cut) > 1 else 0
+    return max(widened, scattered)
 
 
 def _buffers(cut: Cut, stage: int) -> int:

@@ -22,7 +22,25 @@ class Parameters(NamedTuple):
 
 
 def parameters(cut: Cut, stage: int) -> Parameters:
-    """Weights of a rank of `stage`, by its model chunks."""
+    """Weights of a rank of `stage`, by its model chunks; computed once for all cuts alike."""
+    key = (
+        cut.job.config,
+        cut.job.lora_rank,
+        (cut.tp, cut.pp, cut.layers_per_chunk, cut.num_layer_list, cut.noop_layers),
+        cut.replicas if cut.distributed_optimizer else None,
+        stage,
+    )
+    if key not in _KNOWN:
+        if len(_KNOWN) > 100_000:
+            _KNOWN.clear()
+        _KNOWN[key] = _parameters(cut, stage)
+    return _KNOWN[key]
+
+
+_KNOWN: dict[tuple, Parameters] = {}
+
+
+def _parameters(cut: Cut, stage: int) -> Parameters:
     chunks = [_chunk_tensors(cut, stage, chunk) for chunk in range(cut.num_chunks)]
     frozen = 0
     if cut.job.lora_rank is not None:
@@ -32,7 +50,8 @@ def parameters(cut: Cut, stage: int) -> Parameters:
     trained = sum(map(sum, chunks))
     shared = cut.job.config.tie_word_embeddings and cut.pp > 1 and cut.job.lora_rank is None
     buffers = tuple(_buffer(cut, tensors, shared) for tensors in chunks)
-    return Parameters(frozen + trained, trained, buffers, max(map(max, chunks)))
+    largest = max(max(tensors, default=0) for tensors in chunks)
+    return Parameters(frozen + trained, trained, buffers, largest)
 
 
 def layer_tensors(cut: Cut) -> list[int]:

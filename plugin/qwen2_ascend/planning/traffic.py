@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from qwen2_ascend.planning.job import Cut
-from qwen2_ascend.planning.parameters import Parameters, embedding, parameters
+from qwen2_ascend.planning.parameters import embedding, parameters
 
 Kind = Literal["TP", "SP", "PP", "DP"]
 KINDS: tuple[Kind, ...] = ("TP", "SP", "PP", "DP")
@@ -54,10 +54,24 @@ def step_traffic(cut: Cut) -> dict[Kind, float]:
     return total
 
 
-def rank_traffic(cut: Cut, stage: int, weights: Parameters | None = None) -> dict[Kind, float]:
+def rank_traffic(cut: Cut, stage: int) -> dict[Kind, float]:
     """Bytes that one rank of `stage` sends in a step, by kind."""
+    return _sent(collectives(cut, stage))
+
+
+def micro_batches_traffic(cut: Cut, stage: int) -> dict[Kind, float]:
+    """Of those, what its micro-batches send."""
+    return _sent(_of_micro_batches(cut, stage))
+
+
+def update_traffic(cut: Cut, stage: int) -> float:
+    """And what the update sends."""
+    return _sent(_data_parallel(cut, stage))["DP"] if cut.replicas > 1 else 0.0
+
+
+def _sent(calls: Iterator[Collective]) -> dict[Kind, float]:
     sent: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
-    for collective in collectives(cut, stage, weights):
+    for collective in calls:
         sent[collective.kind] += collective.sent_bytes
     return sent
 
@@ -79,14 +93,18 @@ def context_traffic(cut: Cut, stage: int) -> tuple[float, float]:
     )
 
 
-def collectives(cut: Cut, stage: int, weights: Parameters | None = None) -> Iterator[Collective]:
+def collectives(cut: Cut, stage: int) -> Iterator[Collective]:
     """Those of a rank of pipeline stage `stage`; counts may be zero."""
+    yield from _of_micro_batches(cut, stage)
+    if cut.replicas > 1:
+        yield from _data_parallel(cut, stage)
+
+
+def _of_micro_batches(cut: Cut, stage: int) -> Iterator[Collective]:
     if cut.tp > 1:
         yield from _tensor_parallel(cut, stage)
     if cut.pp > 1:
         yield from _pipeline(cut, stage)
-    if cut.replicas > 1:
-        yield from _data_parallel(cut, weights or parameters(cut, stage))
 
 
 def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
@@ -158,10 +176,11 @@ def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
         yield Collective("PP", "all_reduce", 2, embedding(cut) * FP32, int(ends))
 
 
-def _data_parallel(cut: Cut, weights: Parameters) -> Iterator[Collective]:
-    for elements, chunks in Counter(weights.buffers).items():
+def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+    gradient = cut.job.element if cut.o2_gradient else FP32
+    for elements, chunks in Counter(parameters(cut, stage).buffers).items():
         if not cut.distributed_optimizer:
-            yield Collective("DP", "all_reduce", cut.replicas, elements * FP32, chunks)
+            yield Collective("DP", "all_reduce", cut.replicas, elements * gradient, chunks)
             continue
-        yield Collective("DP", "reduce_scatter", cut.replicas, elements * FP32, chunks)
+        yield Collective("DP", "reduce_scatter", cut.replicas, elements * gradient, chunks)
         yield Collective("DP", "all_gather", cut.replicas, elements * cut.job.element, chunks)
