@@ -11,7 +11,6 @@ from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as tuning
-from qwen2_ascend.planning.devices import find_device
 from qwen2_ascend.planning.job import ALL_LAYERS
 from qwen2_ascend.planning.memory import fullest_stage
 from qwen2_ascend.training import pretrain as pretraining
@@ -29,7 +28,7 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
     assert pretraining.main(f"{COMMAND} --plan 16 --plan-device 910B3".split()) == 0
     said = capsys.readouterr().out
     settings = pretraining_settings.parse(COMMAND.split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B3"))
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
     assert (cut.label(), cut.num_microbatches) == ("TP4 PP2 DP2", 16)
     gigabytes = fullest_stage(cut)[1].total / 1e9
     assert "fits: 1 of 1 valid layouts" in said and f"takes {gigabytes:.1f} GB" in said
@@ -61,7 +60,7 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
 )
 def test_what_the_planner_knows_it_is_told(flags: str, fields: dict) -> None:
     settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B"))
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
     assert {name: getattr(cut, name) for name in fields} == fields
     assert cut.job.cross_entropy_chunk_size == settings.recompute.cross_entropy_chunk_size
 
@@ -71,7 +70,7 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
     flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 2"
     flags += " --num-layers-per-virtual-pipeline-stage 6"
     settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B"))
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
     assert cut.recomputed(0) == 2 * cut.num_chunks == 8
 
 

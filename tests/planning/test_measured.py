@@ -27,7 +27,7 @@ from qwen2_ascend.planning.job import Job
 from qwen2_ascend.planning.memory import stage_memory
 from qwen2_ascend.planning.parameters import parameters
 from qwen2_ascend.planning.roofline import step_time
-from qwen2_ascend.planning.search import Machine, find_plans
+from qwen2_ascend.planning.search import Choices, Machine, find_plans
 
 FAMILIES = {"npu": ASCEND, "cuda": GPU}
 
@@ -126,7 +126,9 @@ def test_what_a_vendor_supports_fits(row: dict) -> None:
     )
     device = find_device("910B2")
     where = Machine(device=device, num_devices=number, devices_per_node=8)
-    assert find_plans(asked, where)[0].fits
+    # 14 GB of weights in four copies are more than two cards have
+    in_16_bits = Choices(o2_gradient=True, o2_optimizer=True) if row["id"] == "D02" else Choices()
+    assert find_plans(asked, where, in_16_bits)[0].fits
 
 
 def test_few_measured_steps_move_the_constants_only_as_far_as_they_say() -> None:

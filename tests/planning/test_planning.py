@@ -425,7 +425,7 @@ def test_nothing_heavy_is_imported():
         ("--model 7B --num-devices 0", "--num-devices 0 must be at least 1"),
         ("--model 7B --num-devices 8 --seq-length 262144", "max_position_embeddings=131072"),
         ("--model 7B --num-devices 9 --global-batch-size 16", "cannot share --global-batch-size"),
-        ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "no valid layout"),
+        ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "tensor parallel sizes are"),
         ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),
         ("--model 7B --num-devices 8 --commands -1", "--commands -1 must not be negative"),
         ("--model 7B --num-devices 8 --json not/there.json", "there is no folder .*/not; make it"),

@@ -232,3 +232,18 @@ def find_device(name: str) -> Device:
             "another give the nearest, with --memory-gb, --peak-tflops and so on."
         )
     return by_name[wanted]
+
+
+def device_called(name: str) -> Device | None:
+    """The device that a driver names so, as "Ascend910B3" or "NVIDIA A100-SXM4-80GB"; None for one
+    that is not known, or not for certain ("Ascend910B")."""
+    words = name.upper().replace("-", " ").split()
+    if words[:1] == ["NVIDIA"]:
+        known = [device for key, device in DEVICES.items() if key in words]
+        if known and "40GB" in words:
+            return DEVICES.get(f"{known[0].name}-40GB")
+        return known[0] if known else None
+    bare = name.upper().removeprefix("ASCEND").strip(" -_")
+    exact = {key.upper(): device for key, device in DEVICES.items()}
+    exact |= {key.upper(): DEVICES[ALIASES[key]] for key in ALIASES if key.startswith("910_")}
+    return exact.get(bare)

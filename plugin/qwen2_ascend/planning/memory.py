@@ -159,10 +159,11 @@ def chunks_under_way(cut: Cut, stage: int) -> int:
 def passes_under_way(cut: Cut, stage: int) -> list[int]:
     """Of each chunk, its share of `chunks_under_way`: pp micro-batches go through one, then the
     next."""
-    passes = [0] * cut.num_chunks
-    for number in range(chunks_under_way(cut, stage)):
-        passes[number // cut.pp % cut.num_chunks] += 1
-    return passes
+    rounds, rest = divmod(chunks_under_way(cut, stage), cut.pp * cut.num_chunks)
+    return [
+        (rounds * cut.pp) + min(max(rest - chunk * cut.pp, 0), cut.pp)
+        for chunk in range(cut.num_chunks)
+    ]
 
 
 # --- the moments ----------------------------------------------------------------------------------
@@ -298,18 +299,21 @@ def _row_numbers(cut: Cut) -> int:
 
 def chunk_activations(cut: Cut, stage: int) -> list[int]:
     """Bytes that the layers of each of a stage's chunks keep for backward, of one micro-batch."""
-    layer = _layer_activations(cut, selective=cut.recompute == "selective")
-    found = []
-    for layers, whole in zip(cut.chunk_layers(stage), cut.recomputed_of_chunks(stage), strict=True):
-        others = layers - whole
-        found.append(
-            whole * _hidden(cut)
-            + others * layer
-            - min(cut.recompute_activation_function, others) * _activation_function(cut)
-            - min(cut.recompute_norm, others) * 2 * _hidden(cut)
-            - others * swapped(cut)
-        )
-    return found
+    pairs = list(zip(cut.chunk_layers(stage), cut.recomputed_of_chunks(stage), strict=True))
+    kept = {pair: _kept_by(cut, *pair) for pair in set(pairs)}
+    return [kept[pair] for pair in pairs]
+
+
+def _kept_by(cut: Cut, layers: int, whole: int) -> int:
+    """By so many layers, `whole` of which are recomputed."""
+    others = layers - whole
+    return (
+        whole * _hidden(cut)
+        + others * _layer_activations(cut, selective=cut.recompute == "selective")
+        - min(cut.recompute_activation_function, others) * _activation_function(cut)
+        - min(cut.recompute_norm, others) * 2 * _hidden(cut)
+        - others * swapped(cut)
+    )
 
 
 def swapped(cut: Cut) -> int:

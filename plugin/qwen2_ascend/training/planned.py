@@ -1,15 +1,17 @@
-"""--plan N: what the planner says of this very command on so many devices; nothing is trained."""
+"""What the planner says of a run: by --plan N instead of it, and in its log beside what it took."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.planning import report, search
-from qwen2_ascend.planning.devices import Device, find_device
+from qwen2_ascend.planning.devices import device_called, find_device
 from qwen2_ascend.planning.job import Cut, Job, Recompute
+from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
+from qwen2_ascend.planning.roofline import step_time
 from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
 
 
@@ -26,7 +28,7 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     number, device = settings.report.plan, find_device(settings.report.plan_device)
     assert number is not None
     raise_if(_not_planned(settings))
-    cut = as_cut(settings, config, number, device)
+    cut = as_cut(settings, config, number, device.backend)
     machine = search.Machine(
         device=device, num_devices=number, devices_per_node=device.devices_per_node
     )
@@ -40,10 +42,59 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     return report.text(result, top=1, commands=0)
 
 
-def as_cut(
-    settings: TrainingSettings, config: Qwen2Config, num_devices: int, device: Device
-) -> Cut:
-    """The planner's view of a run's settings."""
+class Expected(NamedTuple):
+    """What the planner predicts of a step of a run."""
+
+    device: str
+    seconds: float
+    memory: int
+    """Bytes that torch allocates on the fullest device at most; HCCL's own are not among them."""
+
+
+def expected(cut: Cut, device_name: str, devices_per_node: int) -> Expected | None:
+    """What the planner predicts of a run; None on a device that it does not know."""
+    device = device_called(device_name)
+    if device is None or device.backend == "cpu":
+        return None
+    time = step_time(cut, device, device.rates, devices_per_node=devices_per_node)
+    memory = fullest_stage(cut)[1].total
+    if device.backend == "npu":
+        memory -= communicators(cut) * HCCL_BYTES
+    return Expected(device.name, time.total, memory)
+
+
+def against_the_plan(
+    planned: Expected, steps: range, seconds: float, peak_memory_bytes: int | None
+) -> str:
+    """The line of a log that says whether the speed and the memory are as they should be.
+
+    Args:
+        planned: by the planner.
+        steps: that were measured.
+        seconds: of one of them.
+        peak_memory_bytes: of the fullest device; None where nobody measured it.
+    """
+    measured = f"{seconds:.3f} s/step ({seconds / planned.seconds - 1:+.0%})"
+    foreseen = f"{planned.seconds:.3f} s/step"
+    if peak_memory_bytes is not None:
+        more = peak_memory_bytes / planned.memory - 1
+        measured += f", {peak_memory_bytes / 2**30:.2f} GiB ({more:+.0%})"
+        foreseen += f", {planned.memory / 2**30:.2f} GiB"
+    return (
+        f"steps {steps[0]} to {steps[-1]} measured: {measured} | planned for {planned.device}: "
+        f"{foreseen} (docs/planning.md)"
+    )
+
+
+def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, backend: str) -> Cut:
+    """The planner's view of a run's settings.
+
+    Args:
+        settings: of a run that megatron-core trains.
+        config: the model's.
+        num_devices: processes.
+        backend: whose operators run, cpu, cuda or npu.
+    """
     parallel, recompute = settings.parallel, settings.recompute
     layout = settings.layout()
     lora, tuning = getattr(settings, "lora", None), getattr(settings, "tuning", None)
@@ -54,7 +105,7 @@ def as_cut(
             seq_length=settings.batch.seq_length,
             global_batch_size=settings.global_batch_size(num_devices),
             dtype=settings.precision_name(),
-            backend=device.backend,
+            backend=backend,
             keeps_scores=settings.fusion.attention_backend in ("unfused", "local"),
             cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
             lora_rank=lora.lora_r if lora is not None and lora.is_on else None,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
+    from qwen2_ascend.training.planned import Expected
 
 Say = Callable[[str], None]
 S = TypeVar("S", bound=TrainingSettings)
@@ -453,7 +454,7 @@ def train_and_report(
             opened.claim()
             if run.settings.has_own_disks:
                 require_shared(run.settings.checkpoint.save)
-        reporter = _reporter(run, plan.config, plan.padded_vocab_size)
+        reporter = _reporter(run, plan.config, plan.padded_vocab_size, _planned(run, plan.config))
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step, say)
         return _train(run, reporter, instruments, opened, say)
@@ -524,7 +525,35 @@ def _will_evaluate(run: TrainingRun) -> bool:
     return is_next and run.valid_data is not None
 
 
-def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> Reporter:
+def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
+    """What the planner predicts of the run; run.json says what it was told.
+
+    Rank 0 alone looks. There is no plan for a CPU or a simulated device, and none by DeepSpeed.
+    """
+    from qwen2_ascend.checkpoint.staging import write_file
+    from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_entry
+    from qwen2_ascend.training.planned import as_cut, expected
+
+    settings, runtime = run.settings, run.runtime
+    if runtime.rank != 0 or hasattr(settings, "zero"):
+        return None
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+
+    def look() -> Expected | None:
+        cut = as_cut(settings, config, runtime.world_size, runtime.name)
+        if runtime.simulated:
+            return None
+        if folder := settings.report.report_dir or settings.checkpoint.save:
+            entry = as_entry(cut, runtime.device_name(), per_node, run.progress.iteration)
+            write_file(folder / RUN_FILE, with_entry(folder / RUN_FILE, entry).encode())
+        return expected(cut, runtime.device_name(), per_node)
+
+    return reporting.attempt("the planner", look)
+
+
+def _reporter(
+    run: TrainingRun, config: Qwen2Config, padded_vocab_size: int, planned: Expected | None
+) -> Reporter:
     from qwen2_ascend.training.logging import Reporter, train_flops
 
     settings = run.settings
@@ -542,6 +571,7 @@ def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> 
         world_size=run.runtime.world_size,
         report_dir=settings.report.report_dir or settings.checkpoint.save,
         tensorboard_dir=settings.report.tensorboard_dir,
+        planned=planned,
         silent=run.runtime.rank != 0,
     )
 
