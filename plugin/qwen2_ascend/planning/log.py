@@ -137,7 +137,8 @@ def _steps(metrics: Path) -> Iterator[tuple[int, float, int]]:
 def as_cut(layout: dict[str, Any]) -> Cut:
     """What `asdict` made of a Cut, made one again."""
     job = dict(layout["job"])
-    job["config"] = _made(Qwen2Config, job["config"])
+    # rope's scaling costs nothing that is planned
+    job["config"] = _made(Qwen2Config, {**job["config"], "yarn": None})
     job["stack"] = _made(Stack, job["stack"])
     return _made(Cut, {**layout, "job": _made(Job, job)})
 
@@ -177,7 +178,7 @@ def table(runs: Sequence[LoggedRun], rates: Rates) -> list[str]:
 
 def same_machine(runs: Sequence[LoggedRun]) -> None:
     """Raises UserError where logs are of different devices."""
-    names = {run.device.name for run in runs}
+    names = dict.fromkeys(run.device.name for run in runs)
     if len(names) > 1:
         raise UserError(f"--from-log: the logs are of different devices: {', '.join(names)}.")
 

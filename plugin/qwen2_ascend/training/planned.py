@@ -80,8 +80,9 @@ def against_the_plan(
         more = peak_memory_bytes / planned.memory - 1
         measured += f", {peak_memory_bytes / 2**30:.2f} GiB ({more:+.0%})"
         foreseen += f", {planned.memory / 2**30:.2f} GiB"
+    numbers = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
     return (
-        f"steps {steps[0]} to {steps[-1]} measured: {measured} | planned for {planned.device}: "
+        f"{numbers} measured: {measured} | planned for {planned.device}: "
         f"{foreseen} (docs/planning.md)"
     )
 
