@@ -25,10 +25,10 @@ def groups(cp: int) -> Any:
 
 def difference(algorithm: str, cp: int, dtype: Any, packing: str, ops: Any, **options: Any) -> Any:
     """The largest error of the result and each gradient on this rank."""
+    import torch.distributed as dist
+
     from qwen2_ascend.model.context_parallel import context_attention
     from qwen2_ascend.ops import get_ops
-
-    import torch.distributed as dist
 
     group = groups(cp)
     rank = dist.get_rank(group)
@@ -55,7 +55,7 @@ def compared(run: Run, algorithm: str, cp: int) -> str:
             for packing in PACKINGS:
                 worst = max(difference(algorithm, cp, dtype, packing, ops))
                 found.append((worst, limit, str(dtype), plain, packing))
-                print('C', *found[-1], sep=',', flush=True)
+                print("C", *found[-1], sep=",", flush=True)
     for one in found:
         assert one[0] <= one[1], one
     return ""
