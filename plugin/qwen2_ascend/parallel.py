@@ -43,6 +43,25 @@ class ParallelLayout:
         return self.context_parallel_size
 
     @property
+    def model_size(self) -> int:
+        """Ranks that compute one copy of the model: they share layers or sequences."""
+        return self.tp * self.pp * self.cp
+
+    def world_fault(self, world_size: int) -> str:
+        """Why so many processes do not do, where `model_size` does not divide their number."""
+        sizes = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            **({"context_parallel_size": self.cp} if self.cp > 1 else {}),
+        }
+        words = " times ".join(f"{name}={size}" for name, size in sizes.items())
+        enough = -(-world_size // self.model_size) * self.model_size
+        return (
+            f"{world_size} process(es) cannot be shared out to {words}; start a multiple of "
+            f"{self.model_size}, for example torchrun --nproc-per-node {enough}."
+        )
+
+    @property
     def of_weights(self) -> ParallelLayout:
         """The same without what cuts sequences: of what a checkpoint says."""
         whole = ParallelLayout()

@@ -216,15 +216,11 @@ SHARED: Table = {
     "--log-throughput": Meaning("it is in every line of the log"),
     "--exit-on-missing-checkpoint": Meaning("--load without a checkpoint is an error"),
     "--enable-hf2mg-convert": Meaning("--load takes a Hugging Face folder"),
-    "--context-parallel-size": Meaning(
-        "there is no context parallelism; use --sequence-parallel, and recompute whole layers: "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        ("1",),
-    ),
-    "--context-parallel-algo": Meaning(NO_CP, None),
-    "--cp-attention-mask-type": Meaning(NO_CP, None),
-    "--use-cp-send-recv-overlap": Meaning(NO_CP),
-    "--use-fused-ring-attention-update": Meaning(NO_CP),
+    "--cp-attention-mask-type": Meaning("x", None),
+    "--attention-mask-type": Meaning("x", None),
+    "--use-cp-send-recv-overlap": Meaning("a ring sends and receives while it attends"),
+    "--use-fused-ring-attention-update": Meaning("x"),
+    "--cp-window-size": Meaning("x", ("1",)),
     # refused
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
