@@ -92,9 +92,7 @@ class CausalAttention(torch.nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         ends = packed.ends if packed else None
         with self._random_state(dropout_p):
-            return attend(
-                q, k, v, softmax_scale=self.softmax_scale, dropout_p=dropout_p, ends=ends
-            )
+            return attend(q, k, v, softmax_scale=self.softmax_scale, dropout_p=dropout_p, ends=ends)
 
     def cached(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
         """`forward` without dropout, over what `cache` holds besides, which k and v go into."""

@@ -24,9 +24,7 @@ class PackedBatch(PackedSeqParams):
         num_parts: context_parallel_size.
     """
 
-    def __init__(
-        self, ends: Sequence[int], position_ids: torch.Tensor, num_parts: int = 1
-    ) -> None:
+    def __init__(self, ends: Sequence[int], position_ids: torch.Tensor, num_parts: int = 1) -> None:
         longest = max(end - start for start, end in pairwise((0, *ends)))
         super().__init__(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest)
         assert ends[-1] == num_parts * position_ids.numel(), (ends[-1], position_ids.shape)

@@ -77,6 +77,13 @@ def cut_attention(layers: Iterable[Any], cut: SequenceCut | None) -> None:
         layer.self_attention.core_attention.sequence_cut = cut
 
 
+def is_first_part() -> bool:
+    """Whether this is the first of the ranks that share each sequence."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_rank() == 0
+
+
 def sum_over_parts(own: Tensor) -> Tensor:
     """Sums over the ranks that share each sequence; backward hands each the gradient of the sum.
 

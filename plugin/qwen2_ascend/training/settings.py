@@ -19,6 +19,7 @@ from qwen2_ascend.parallel import (
     ContextParallelAlgorithm,
     ParallelLayout,
     padded_vocab_size,
+    sequence_faults,
 )
 from qwen2_ascend.pasted_flags import Pasted, expert_faults, pasted_faults
 from qwen2_ascend.telemetry.settings import ProfileSettings
@@ -553,6 +554,12 @@ def shared_faults(
     faults += _layout_faults(settings, config)
     if not faults:
         faults += _world_faults(settings, world_size)
+        faults += sequence_faults(
+            settings.layout(),
+            config,
+            settings.batch.seq_length,
+            sequence_parallel=settings.parallel.sequence_parallel,
+        )
     train_iters = settings.batch.train_iters
     if not faults:
         iteration, consumed = (made.iteration, made.consumed_samples) if made else (0, 0)
@@ -699,13 +706,13 @@ def _recompute_faults(settings: TrainingSettings, config: Qwen2Config) -> list[s
 def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
     """Flags that need or exclude each other."""
     batch, parallel, recompute = settings.batch, settings.parallel, settings.recompute
-    tp = parallel.tensor_model_parallel_size
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     faults = []
     if settings.precision.bf16 and settings.precision.fp16:
         faults.append("--bf16 and --fp16: give one of them.")
     if settings.report.log_energy and settings.report.no_log_energy:
         faults.append("--log-energy and --no-log-energy: give one of them.")
-    if parallel.sequence_parallel and tp > 0 and batch.seq_length % tp:
+    if parallel.sequence_parallel and tp > 0 and cp == 1 and batch.seq_length % tp:
         faults.append(
             f"--sequence-parallel needs --seq-length {batch.seq_length} to be a multiple of "
             f"tensor_model_parallel_size={tp}."
