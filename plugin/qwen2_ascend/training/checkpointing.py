@@ -165,6 +165,7 @@ class MegatronWriter:
             use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
             overlap_grad_reduce=run.settings.parallel.overlap_grad_reduce,
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
             world_size=run.runtime.world_size,

@@ -188,9 +188,12 @@ def _older(settings: TrainingSettings, error: DamagedError) -> Path:
 
 
 def _headline(plan: RunPlan, runtime: Runtime) -> str:
-    settings, parallel = plan.settings, plan.settings.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    words = [f"TP{tp} PP{pp} DP{settings.data_parallel_size(runtime.world_size)}"]
+    settings, parallel, layout = plan.settings, plan.settings.parallel, plan.layout
+    tp, cp = layout.tp, f" CP{layout.cp}" if layout.cp > 1 else ""
+    dp = settings.data_parallel_size(runtime.world_size)
+    words = [f"TP{tp} PP{layout.pp}{cp} DP{dp}"]
+    if layout.cp > 1:
+        words.append(layout.context_parallel_algo)
     if per_chunk := parallel.num_layers_per_virtual_pipeline_stage:
         words.append(f"{per_chunk} layer(s) per virtual stage")
     if parallel.sequence_parallel and tp > 1:
@@ -386,7 +389,7 @@ def checkpoint_identity(plan: RunPlan) -> CheckpointIdentity:
 
     return CheckpointIdentity(
         config=plan.config,
-        layout=plan.layout,
+        layout=plan.layout.of_weights,
         padded_vocab_size=plan.padded_vocab_size,
         dtype=plan.settings.precision_name(),
         side_files=run_side_files(plan),
