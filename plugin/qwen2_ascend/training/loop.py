@@ -210,17 +210,25 @@ class TrainingRun:
 
 
 def wrap_chunks(
-    chunks: Sequence[torch.nn.Module], settings: ParallelSettings
+    chunks: Sequence[torch.nn.Module],
+    settings: ParallelSettings,
+    *,
+    grad_reduce_in_fp32: bool = True,
 ) -> list[DistributedDataParallel]:
     """Puts model chunks into megatron-core's DistributedDataParallel and connects the schedules.
 
     Weights must be loaded before: wrapping moves them into contiguous buffers.
+
+    Args:
+        chunks: this rank's.
+        settings: how gradients and weights are exchanged.
+        grad_reduce_in_fp32: False adds gradients up and reduces them in the weights' dtype.
     """
     config: Any = chunks[0].config
     # before wrapping, which chooses by it whether gradients are averaged or summed
     config.calculate_per_token_loss = True
     keywords = dict(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=grad_reduce_in_fp32,
         overlap_grad_reduce=settings.overlap_grad_reduce,
         overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.use_distributed_optimizer,

@@ -179,6 +179,12 @@ def _mask(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
     return "attention is causal; documents are kept apart by --reset-attention-mask alone"
 
 
+def _no_o2_gradient(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    if not settings.precision.o2_gradient:
+        return None
+    return "--o2-gradient accumulates in bf16; leave one of the two out"
+
+
 def nodes_differ() -> bool:
     """Whether torchrun has started ranks on several nodes."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -223,7 +229,9 @@ SHARED: Table = {
     "--noop-layers": Meaning("give the stages their layers: --num-layer-list", None, refused=True),
     "--attention-dropout": Meaning("the config says it", ("0",)),
     "--no-gradient-accumulation-fusion": Meaning("gradients are accumulated by plain operators"),
-    "--accumulate-allreduce-grads-in-fp32": Meaning("gradients are accumulated in fp32"),
+    "--accumulate-allreduce-grads-in-fp32": Meaning(
+        "gradients are accumulated in fp32", check=_no_o2_gradient
+    ),
     "--sparse-mode": Meaning("attention is causal", ("2",)),
     "--distributed-backend": Meaning("the device says which", ("nccl", "hccl", "gloo")),
     "--log-throughput": Meaning("it is in every line of the log"),
@@ -257,8 +265,6 @@ SHARED: Table = {
         "numbers, and take longer"
     ),
     "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
-    "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
-    "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     **dict.fromkeys(
         ("--wandb-project", "--wandb-exp-name", "--wandb-save-dir", "--wandb-entity"),
         Meaning("say --tensorboard-dir, or read SAVE/metrics.jsonl", None, refused=True),

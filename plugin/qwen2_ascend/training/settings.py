@@ -152,6 +152,12 @@ class PrecisionSettings:
     reuse_fp32_param: Flag = False
     """With --bf16: between updates keep of the fp32 weights only what the bf16 ones lack, 2 bytes
     each instead of 4; nothing else changes."""
+    o2_gradient: Flag = False
+    """With --bf16: add up and reduce gradients in bf16, which takes 2 bytes each instead of 4 and
+    costs precision."""
+    o2_optimizer: Flag = False
+    """With --bf16: keep Adam's two moments in bf16, which takes 2 bytes each instead of 4 and costs
+    precision, most of it where --adam-beta2 is above 0.998."""
     loss_scale: float | None = None
     """A fixed loss scale; by default fp16 finds it."""
     initial_loss_scale: float = 2.0**32
@@ -165,6 +171,21 @@ class PrecisionSettings:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When the loss or the gradient norm is not finite: end the run, or go on without that update.
     The weights are not touched either way."""
+
+    def notes(self, optimizer: OptimizerSettings) -> list[str]:
+        """What a log says of the precision that these flags cost."""
+        notes = []
+        if self.o2_gradient:
+            notes.append("--o2-gradient: gradients are added up and reduced in bf16")
+        if self.o2_optimizer:
+            notes.append("--o2-optimizer: Adam's moments are in bf16")
+            if 1 - optimizer.adam_beta2 < 2**-9:
+                notes.append(
+                    f"--o2-optimizer: with --adam-beta2 {optimizer.adam_beta2:g} second moments "
+                    "never fall, as a step lowers them by less than bf16 resolves; use 0.95, as "
+                    "MindSpeed-LLM's scripts do"
+                )
+        return notes
 
 
 ALL_LAYERS = 1 << 20
@@ -731,6 +752,12 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
     faults += recompute.faults(config.num_layers)
     if settings.precision.reuse_fp32_param and not settings.precision.bf16:
         faults.append("--reuse-fp32-param needs --bf16: other weights are no halves of fp32 ones.")
+    for flag, is_on in (
+        ("--o2-gradient", settings.precision.o2_gradient),
+        ("--o2-optimizer", settings.precision.o2_optimizer),
+    ):
+        if is_on and not settings.precision.bf16:
+            faults.append(f"{flag} needs --bf16, as in MindSpeed-LLM.")
     is_full = recompute.recompute_granularity == "full"
     if is_full and recompute.recompute_method is None:
         faults.append("--recompute-granularity full needs --recompute-method.")

@@ -230,7 +230,7 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
     say(_headline(plan, runtime))
     say(settings.fusion.describe(runtime.name))
     pasted = pasted_notes(settings.pasted, training_flags(type(settings)))
-    for note in (*pasted, *runtime.notes):
+    for note in (*pasted, *settings.precision.notes(settings.optimizer), *runtime.notes):
         say(note)
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
@@ -343,7 +343,9 @@ def build_run(
     from qwen2_ascend.training.schedule import build_schedule
 
     length = length or settings.length(runtime.world_size)
-    wrapped = wrap_chunks(chunks, settings.parallel)
+    wrapped = wrap_chunks(
+        chunks, settings.parallel, grad_reduce_in_fp32=not settings.precision.o2_gradient
+    )
     optimizer = build_optimizer(wrapped, settings)
     return TrainingRun(
         settings=settings,

@@ -109,6 +109,8 @@ class ZeroPrecisionSettings(PrecisionSettings):
     """Number formats, and what happens when numbers run out."""
 
     reuse_fp32_param: Absent[bool] = False
+    o2_gradient: Absent[bool] = False
+    o2_optimizer: Absent[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
