@@ -236,7 +236,7 @@ def _stack(row: dict[str, Any]) -> Stack:
         clips="copy" if clips_a_copy else "in place",
         keeps_gathered_inputs=bool(row["kernels"].get("mc2")),
         has_whole_mask=True,
-        joins_all_weights=False,
+        copies_all=False,
     )
 
 

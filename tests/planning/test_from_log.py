@@ -61,7 +61,10 @@ def write_log(folder: Path, cut: Cut, noise: float = 0.0, first: int = 0, steps:
 
 
 def test_other_layouts_are_predicted_from_a_few_logged_ones(tmp_path: Path) -> None:
-    """On a machine that is half as fast as published ones, from four layouts: within 15%, the published rates off by more."""
+    """On a machine that is half as fast as published ones, from four layouts.
+
+    Within 15%; the published rates are off by more than 20%.
+    """
     logs = [write_log(tmp_path / str(i), cut, 0.02) for i, cut in enumerate(LOGGED)]
     rates = rates_of([run for log in logs for run in read_log(log)])
     usual, fitted = [], []

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.parallel import ContextParallelAlgorithm, ParallelLayout, padded_vocab_size
 
 Recompute = Literal["none", "selective", "full"]
 ALL_LAYERS = 1 << 20
@@ -29,9 +29,9 @@ class Stack:
     has_whole_mask: bool = False
     """The data loader puts a mask of s x s bytes onto the device, and each context-parallel rank
     copies its rows of it."""
-    joins_all_weights: bool = True
-    """Whether an update with `reuse_fp32_param` makes all fp32 weights of a rank beside their
-    halves, or none."""
+    copies_all: bool = True
+    """Whether an update makes fp32 copies of all that a rank updates at once (weights joined from
+    their halves, 16-bit gradients beside 16-bit moments), or of a tensor at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,14 @@ class Cut:
             pipeline_model_parallel_size=self.pp,
             num_layers_per_virtual_pipeline_stage=self.layers_per_chunk,
             num_layer_list=self.num_layer_list,
+            context_parallel_size=self.cp,
+            context_parallel_algo=self.context_parallel_algo,
         )
+
+    @property
+    def context_parallel_algo(self) -> ContextParallelAlgorithm:
+        """By what ranks exchange; gathered keys are as many bytes as those of a ring."""
+        return "ulysses_cp_algo" if self.ulysses > 1 else "megatron_cp_algo"
 
     @property
     def num_devices(self) -> int:

@@ -108,10 +108,12 @@ def resting_state(cut: Cut, weights: Parameters) -> tuple[int, int, int]:
 
 
 def gradient_copy(cut: Cut, weights: Parameters) -> int:
-    """Bytes of the fp32 copy that an update makes of 16-bit gradients, and the next step drops;
-    with 16-bit moments too it is made of a tensor at a time."""
-    if not cut.o2_gradient or cut.o2_optimizer or cut.job.element == FP32:
+    """Bytes of the fp32 copy that an update makes of 16-bit gradients. megatron-core drops it when
+    the next step begins, this package when the update ends."""
+    if not cut.o2_gradient or cut.job.element == FP32:
         return 0
+    if cut.o2_optimizer and not cut.job.stack.copies_all:
+        return 0  # a tensor at a time
     return sum(weights.buffers) * FP32 // _share(cut)
 
 
@@ -229,7 +231,7 @@ def _update_temporary(cut: Cut, weights: Parameters) -> int:
 
 def _joined_weights(cut: Cut, weights: Parameters) -> int:
     """fp32 weights that are made for the update, beside the halves that they are made of."""
-    if not cut.reuse_fp32_param or not cut.job.stack.joins_all_weights:
+    if not cut.reuse_fp32_param or not cut.job.stack.copies_all:
         return 0
     return weights.trained * FP32 // _share(cut)
 
@@ -240,7 +242,7 @@ def _summed_and_clipped(cut: Cut, weights: Parameters) -> int:
     widened = 0
     if cut.o2_optimizer:
         # both moments of a tensor in fp32, and its gradient where that is of 16 bits
-        widened = (2 + cut.o2_gradient) * largest
+        widened = (2 + (cut.o2_gradient and not cut.job.stack.copies_all)) * largest
     if cut.job.stack.clips == "in place":
         return widened
     if cut.job.backend == "cuda":

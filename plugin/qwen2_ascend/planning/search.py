@@ -9,7 +9,7 @@ from itertools import product
 from typing import NamedTuple
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.parallel import tensor_parallel_sizes
+from qwen2_ascend.parallel import sequence_faults, tensor_parallel_sizes
 from qwen2_ascend.planning.devices import Device, Rates
 from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Recompute
 from qwen2_ascend.planning.memory import Memory, fullest_stage
@@ -263,16 +263,12 @@ def _settings(shape: Cut, choices: Choices) -> Iterator[Cut]:
 
 
 def _divides_sequences(cut: Cut) -> bool:
-    """Whether its ranks can share a sequence: two pieces for each context-parallel rank unless
-    heads are exchanged, and equal pieces under sequence parallelism."""
-    pieces = 1
-    if cut.cp > 1:
-        pieces = cut.cp if cut.ulysses > 1 else 2 * cut.cp
-    if cut.ulysses > 1 and cut.heads % cut.ulysses:
+    """Whether its ranks can share a sequence."""
+    if cut.sequence_parallel and (cut.tp == 1 or cut.job.seq_length % cut.tp):
         return False
-    if cut.sequence_parallel and cut.tp == 1:
-        return False
-    return cut.job.seq_length % (pieces * (cut.tp if cut.sequence_parallel else 1)) == 0
+    return not sequence_faults(
+        cut.layout, cut.job.config, cut.job.seq_length, sequence_parallel=cut.sequence_parallel
+    )
 
 
 def _plans(cut: Cut, machine: Machine, choices: Choices) -> Iterator[Plan]:

@@ -10,6 +10,7 @@ Letters: `t` tokens of a micro-batch, `h` hidden, `e` bytes of an activation, `n
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -81,15 +82,20 @@ def context_traffic(cut: Cut, stage: int) -> tuple[float, float]:
 
     Returns:
         Those that exchange heads for tokens and back (Ulysses: q, k, v and the output, forward and
-        backward), and those that go round the ring: k and v forward, and with their gradients back.
+        backward; where ranks outnumber query groups, keys are repeated), and those that go round
+        the ring: k and v forward, and in backward again with their gradients.
     """
-    config, e = cut.job.config, cut.job.element
-    keys = config.num_query_groups * config.kv_channels / cut.tp
-    queries = config.num_attention_heads * config.kv_channels / cut.tp
-    a_token = cut.layers_of(stage) * cut.tokens * e
+    config = cut.job.config
+    one_head = cut.tokens * config.kv_channels * cut.job.element
+    keys = 2 * cut.groups * one_head
+    repeats = cut.ulysses // math.gcd(cut.groups, cut.ulysses)
+    exchanged = 2 * cut.heads * one_head + repeats * keys
+    # what is recomputed exchanges once more
+    again = cut.layers_of(stage) if cut.recompute == "selective" else cut.recomputed(stage)
+    layers = cut.layers_of(stage)
     others = (cut.ulysses - 1) / cut.ulysses
-    return 2 * others * (2 * queries + 2 * keys) * a_token, (
-        (cut.cp // cut.ulysses - 1) * 3 * 2 * keys * a_token
+    return others * exchanged * (2 * layers + again), (
+        (cut.cp // cut.ulysses - 1) * keys * (3 * layers + again)
     )
 
 

@@ -114,6 +114,8 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
         ),
         tp=layout.tp,
         pp=layout.pp,
+        cp=layout.cp,
+        ulysses=layout.cp if layout.context_parallel_algo == "ulysses_cp_algo" else 1,
         dp=settings.data_parallel_size(num_devices),
         layers_per_chunk=layout.num_layers_per_virtual_pipeline_stage,
         num_layer_list=layout.num_layer_list,
@@ -125,6 +127,8 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
         recompute_norm=_single_outputs(recompute, "norm"),
         swap_attention=recompute.swap_attention,
         reuse_fp32_param=settings.precision.reuse_fp32_param,
+        o2_gradient=settings.precision.o2_gradient,
+        o2_optimizer=settings.precision.o2_optimizer,
         micro_batch_size=settings.batch.micro_batch_size,
     )
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
