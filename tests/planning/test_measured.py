@@ -20,6 +20,16 @@ from planning.measured import (
     why_no_time,
 )
 from planning.measured import as_cut as measured_cut
+from planning.measured_page import (
+    BEGIN,
+    END,
+    PAGE,
+    PICTURE,
+    as_steps,
+    points,
+    predicted_seconds,
+    table,
+)
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.planning.devices import ASCEND, GPU, Rates, find_device
 from qwen2_ascend.planning.fitting import Measured, fit_rates
@@ -36,16 +46,6 @@ def measured(kind: str) -> list[TimedRow]:
     return [row for row in timed_rows() if row.kind == kind]
 
 
-def as_steps(found: list[TimedRow]) -> list[Measured]:
-    return [Measured(row.cut, row.device, row.devices_per_node, row.seconds) for row in found]
-
-
-def error(row: TimedRow, rates: Rates) -> float:
-    """Predicted over measured, less one."""
-    time = step_time(row.cut, row.device, rates, devices_per_node=row.devices_per_node)
-    return time.total / row.seconds - 1
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_steps_are_predicted_from_the_other_rows(kind: str) -> None:
     """Within 20% on 80% of the rows, and never twice as long or half."""
@@ -53,7 +53,7 @@ def test_steps_are_predicted_from_the_other_rows(kind: str) -> None:
     errors = {}
     for row in found:
         others = as_steps([other for other in found if other is not row])
-        errors[row.name] = error(row, fit_rates(others))
+        errors[row.name] = predicted_seconds(row, fit_rates(others)) / row.seconds - 1
     sizes = sorted(map(abs, errors.values()))
     near = sum(size <= 0.2 for size in sizes) / len(sizes)
     assert near >= 0.8, errors
@@ -66,6 +66,12 @@ def test_the_constants_are_those_of_the_fit(kind: str, rates: Rates) -> None:
     fitted = fit_rates(as_steps(measured(kind)))
     assert astuple(rates)[:6] == pytest.approx(astuple(fitted)[:6], rel=0.01)
     assert str(len(measured(kind))) in rates.source
+
+
+def test_the_page_says_these_errors() -> None:
+    """docs/planning.md's table is what `python -m planning.measured_page` makes."""
+    assert f"{BEGIN}\n{table(points())}\n{END}" in PAGE.read_text(encoding="utf-8")
+    assert PICTURE.is_file()
 
 
 def test_what_is_not_stated_has_a_reason() -> None:

@@ -266,7 +266,7 @@ def _divides_sequences(cut: Cut) -> bool:
     """Whether its ranks can share a sequence."""
     if cut.sequence_parallel and (cut.tp == 1 or cut.job.seq_length % cut.tp):
         return False
-    return not sequence_faults(
+    return cut.cp == 1 or not sequence_faults(
         cut.layout, cut.job.config, cut.job.seq_length, sequence_parallel=cut.sequence_parallel
     )
 

@@ -27,7 +27,7 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     """
     number, device = settings.report.plan, find_device(settings.report.plan_device)
     assert number is not None
-    raise_if(_not_planned(settings))
+    raise_if(not_planned(settings))
     cut = as_cut(settings, config, number, device.backend)
     machine = search.Machine(
         device=device, num_devices=number, devices_per_node=device.devices_per_node
@@ -146,7 +146,7 @@ def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | N
     return number * num_chunks if method == "block" and number is not None else None
 
 
-def _not_planned(settings: Any) -> list[str]:
+def not_planned(settings: Any) -> list[str]:
     """What the planner does not know, one sentence each."""
     unknown = {
         "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,

@@ -537,10 +537,10 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
     """
     from qwen2_ascend.checkpoint.staging import write_file
     from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_entry
-    from qwen2_ascend.training.planned import as_cut, expected
+    from qwen2_ascend.training.planned import as_cut, expected, not_planned
 
     settings, runtime = run.settings, run.runtime
-    if runtime.rank != 0 or hasattr(settings, "zero"):
+    if runtime.rank != 0 or hasattr(settings, "zero") or not_planned(settings):
         return None
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
 
