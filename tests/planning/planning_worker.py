@@ -256,7 +256,8 @@ def _compare_traffic(cut: Cut, stage: int, calls: Counter) -> None:
     """Equal bytes of each kind of collective over each number of ranks."""
     expected: Counter = Counter()
     for call in collectives(cut, stage):
-        expected[call.op, call.num_ranks] += call.num_bytes * call.num_calls
+        if call.num_ranks > 1:
+            expected[call.op, call.num_ranks] += call.num_bytes * call.num_calls
     found: Counter = Counter()
     for call, count in calls.items():
         if call.num_ranks > 1 and call.num_bytes > CONTROL_BYTES:

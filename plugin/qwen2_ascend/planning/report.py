@@ -147,13 +147,14 @@ def _gb(num_bytes: float) -> str:
 
 
 def _table(plans: list[Plan]) -> list[str]:
-    rows = [[*_COLUMNS, "TP GB", "PP GB", "DP GB", "s/step", "tok/s"]]
+    rows = [[*_COLUMNS, "TP GB", "CP GB", "PP GB", "DP GB", "s/step", "tok/s"]]
     for plan in plans:
         sent = step_traffic(plan.cut)
         devices = plan.cut.num_devices
         rows.append(
             [column(plan) for column in _COLUMNS.values()]
-            + [_gb((sent["TP"] + sent["SP"]) / devices), _gb(sent["PP"] / devices)]
+            + [_gb((sent["TP"] + sent["SP"]) / devices)]
+            + [_gb(sent["CP"] / devices), _gb(sent["PP"] / devices)]
             + [_gb(sent["DP"] / devices), f"{plan.time.total:.3g}"]
             + [f"{plan.cut.job.tokens_per_step / plan.time.total / devices:,.0f}"]
         )
@@ -176,7 +177,7 @@ def _notes(result: Result) -> str:
         assumed = f"\nAssumed, for want of figures: {', '.join(names)}; --help has flags for yours."
     return (
         "GB: of the fullest card, at the fullest moment of a step; tight leaves less than "
-        f"{result.machine.headroom:.0%} of the card. TP (with SP), PP, DP GB: sent "
+        f"{result.machine.headroom:.0%} of the card. TP (with SP), CP, PP, DP GB: sent "
         "per card and step.\ns/step and tok/s (per card) are predicted, not measured "
         f"here: constants are {rates.source}.\n{device.name}: {device.source}." + assumed
     )

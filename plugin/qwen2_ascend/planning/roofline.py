@@ -13,7 +13,7 @@ from typing import NamedTuple
 from qwen2_ascend.planning.devices import MC2_SHARE, Device, Rates
 from qwen2_ascend.planning.job import Cut
 from qwen2_ascend.planning.parameters import embedding, layer_tensors, parameters
-from qwen2_ascend.planning.traffic import context_traffic, micro_batches_traffic, update_traffic
+from qwen2_ascend.planning.traffic import context_parallel, micro_batches_traffic, update_traffic
 
 
 class Work(NamedTuple):
@@ -216,10 +216,10 @@ def _exchange_seconds(cut: Cut, stage: int, device: Device, devices_per_node: in
     if cut.pp > 1:
         seconds += sent["PP"] / n / link(2, cut.num_devices)
     if cut.cp > 1:
-        heads, ring = context_traffic(cut, stage)
         span = cut.tp * cut.cp
-        seconds += heads / link(cut.ulysses, span) if cut.ulysses > 1 else 0.0
-        seconds += ring / link(2, span)
+        for call in context_parallel(cut, stage):
+            if call.sent_bytes:
+                seconds += call.sent_bytes / n / link(call.num_ranks, span)
     return seconds
 
 

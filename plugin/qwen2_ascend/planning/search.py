@@ -288,11 +288,14 @@ def _plans(cut: Cut, machine: Machine, choices: Choices) -> Iterator[Plan]:
 
 
 def _recomputing(cut: Cut, kind: Recompute, choices: Choices) -> Cut:
-    layers = choices.recomputed_layers if kind == "full" else None
-    # a chunk's layers, which the cut counts by stage
-    return replace(
-        cut, recompute=kind, recomputed_layers=None if layers is None else layers * cut.num_chunks
-    )
+    if kind != "full":
+        return replace(cut, recompute=kind)
+    if choices.recomputed_layers is not None:
+        # of each chunk; the cut counts them by stage
+        layers = choices.recomputed_layers * cut.num_chunks
+        return replace(cut, recompute=kind, recomputed_layers=layers)
+    # whole layers have no single outputs to recompute
+    return replace(cut, recompute=kind, recompute_activation_function=0, recompute_norm=0)
 
 
 def _fewest_recomputed(cut: Cut, machine: Machine) -> Iterator[Plan]:

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 from qwen2_ascend.planning.job import Cut
 from qwen2_ascend.planning.parameters import embedding, parameters
 
-Kind = Literal["TP", "SP", "PP", "DP"]
-KINDS: tuple[Kind, ...] = ("TP", "SP", "PP", "DP")
+Kind = Literal["TP", "SP", "CP", "PP", "DP"]
+KINDS: tuple[Kind, ...] = ("TP", "SP", "CP", "PP", "DP")
 FP32 = 4
 
 
@@ -28,7 +28,7 @@ class Collective(NamedTuple):
 
     kind: Kind
     """What causes it; the gradient of tied embeddings on two stages counts as PP."""
-    op: Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+    op: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
     num_ranks: int
     num_bytes: int
     num_calls: int
@@ -77,28 +77,6 @@ def _sent(calls: Iterator[Collective]) -> dict[Kind, float]:
     return sent
 
 
-def context_traffic(cut: Cut, stage: int) -> tuple[float, float]:
-    """Bytes that a rank of a context-parallel group sends in a stage for one micro-batch.
-
-    Returns:
-        Those that exchange heads for tokens and back (Ulysses: q, k, v and the output, forward and
-        backward; where ranks outnumber query groups, keys are repeated), and those that go round
-        the ring: k and v forward, and in backward again with their gradients.
-    """
-    config = cut.job.config
-    one_head = cut.tokens * config.kv_channels * cut.job.element
-    keys = 2 * cut.groups * one_head
-    repeats = cut.ulysses // math.gcd(cut.groups, cut.ulysses)
-    exchanged = 2 * cut.heads * one_head + repeats * keys
-    # what is recomputed exchanges once more
-    again = cut.layers_of(stage) if cut.recompute == "selective" else cut.recomputed(stage)
-    layers = cut.layers_of(stage)
-    others = (cut.ulysses - 1) / cut.ulysses
-    return others * exchanged * (2 * layers + again), (
-        (cut.cp // cut.ulysses - 1) * keys * (3 * layers + again)
-    )
-
-
 def collectives(cut: Cut, stage: int) -> Iterator[Collective]:
     """Those of a rank of pipeline stage `stage`; counts may be zero."""
     yield from _of_micro_batches(cut, stage)
@@ -109,6 +87,8 @@ def collectives(cut: Cut, stage: int) -> Iterator[Collective]:
 def _of_micro_batches(cut: Cut, stage: int) -> Iterator[Collective]:
     if cut.tp > 1:
         yield from _tensor_parallel(cut, stage)
+    if cut.cp > 1:
+        yield from context_parallel(cut, stage)
     if cut.pp > 1:
         yield from _pipeline(cut, stage)
 
@@ -169,6 +149,22 @@ def _adapters(cut: Cut, layers: int, forwards: int) -> Iterator[Collective]:
     # of the matrices that every rank has whole: 5 A and 2 B
     whole = 7 * rank * cut.job.config.hidden_size * layers
     yield Collective("SP", "all_reduce", cut.tp, whole * FP32, 1)
+
+
+def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+    """What attention exchanges: heads for tokens and back (Ulysses: q, k, v and the output, forward
+    and backward; keys are repeated where ranks outnumber query groups), and round the ring k and v
+    forward, and in backward again with their gradients."""
+    layers, n = cut.layers_of(stage), cut.num_microbatches
+    # what is recomputed exchanges once more
+    again = layers if cut.recompute == "selective" else cut.recomputed(stage)
+    one_head = cut.tokens * cut.job.config.kv_channels * cut.job.element
+    keys = 2 * cut.groups * one_head
+    repeats = cut.ulysses // math.gcd(cut.groups, cut.ulysses)
+    exchanged = 2 * cut.heads * one_head + repeats * keys
+    yield Collective("CP", "all_to_all", cut.ulysses, exchanged, n * (2 * layers + again))
+    turns = cut.cp // cut.ulysses - 1
+    yield Collective("CP", "send", 2, keys, n * turns * (3 * layers + again))
 
 
 def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
