@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import qwen2_ascend
+from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config, YarnScaling
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.command import main
@@ -175,3 +178,25 @@ def test_a_log_without_a_second_step_is_no_measurement(tmp_path: Path) -> None:
 def test_devices_are_known_by_what_drivers_call_them(said: str, name: str | None) -> None:
     device = device_called(said)
     assert (device.name if device else None) == name
+
+
+def test_a_run_writes_what_the_planner_reads(tmp_path: Path, capsys) -> None:
+    """On a CPU, whose log has no plan: run.json is the run's layout, and --from-log takes it."""
+    make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
+    flags = (
+        f"--config {tmp_path / 'hf'} --mock-data --device cpu --num-workers 0 --seq-length 32 "
+        f"--global-batch-size 4 --micro-batch-size 2 --train-iters 3 --lr 1e-3 --recompute-norm "
+        f"--report-dir {tmp_path / 'run'}"
+    )
+    script = "import sys; from qwen2_ascend.training import pretrain\n"
+    script += "sys.exit(pretrain.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, *flags.split()]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "planned for" not in said and "iteration 3/3" in said
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    (run,) = read_log(metrics)
+    assert (run.device.name, run.num_steps, run.cut.num_devices) == ("CPU", 2, 1)
+    assert (run.cut.micro_batch_size, run.cut.num_microbatches) == (2, 2)
+    assert run.cut.recompute_norm and run.cut.job.config.hidden_size == tiny_config().hidden_size
+    main(["--from-log", str(metrics), "--num-devices", "2", "--top", "1"])
+    assert "on 2 x CPU" in capsys.readouterr().out
