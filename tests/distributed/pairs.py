@@ -38,6 +38,7 @@ STEPS = {**PROFILE, "--profile": True, "--profile-step-start": 1, "--profile-ste
 SAVE = {"--save": Path(f"{FOLDER}save"), "--load": Path(f"{FOLDER}save")}
 """With --pretrained-checkpoint, which every job has: one command line starts and resumes."""
 STOPPED = {**SAVE, "--exit-interval": 2}
+O2 = {"--bf16": True, "--o2-gradient": True, "--o2-optimizer": True}
 
 NEUTRAL: dict[str, list[Any]] = {
     "--tensor-model-parallel-size": [2],
@@ -146,6 +147,8 @@ KEPT: dict[str, list[Any]] = {
     "--bf16": [True],
     "--fp16": [{"--fp16": True, "--initial-loss-scale": 4096.0}],
     "--reuse-fp32-param": [{"--bf16": True, "--reuse-fp32-param": True}],
+    "--o2-gradient": [{"--bf16": True, "--o2-gradient": True}],
+    "--o2-optimizer": [{"--bf16": True, "--o2-optimizer": True}],
     "--loss-scale": [{"--fp16": True, "--loss-scale": 128.0}],
     "--initial-loss-scale": [{"--fp16": True, "--initial-loss-scale": 1024.0}],
     "--min-loss-scale": [{"--fp16": True, "--min-loss-scale": 2.0}],
@@ -340,8 +343,10 @@ KNOWN: list[tuple[str, int, Row]] = [
             "--train-iters": None,
         },
     ),
+    ("lora", 2, {**STOPPED, **O2, "--use-distributed-optimizer": True}),
+    ("dpo", 2, {**STOPPED, **O2, "--tensor-model-parallel-size": 2, "--ckpt-format": "torch"}),
 ]
-"""Rows of pairs that have been wrong; they are run whatever the seed."""
+"""Rows that have been wrong, or that no seed may miss; they are always run."""
 
 
 def flags_of(settings: type) -> dict[str, tuple[str, str]]:

@@ -196,7 +196,9 @@ def test_memory_is_the_planners() -> None:
     more = {"--num-layer-list": "10,18", "--reuse-fp32-param": None}
     assert f"memory: {memory.total / 1e9:.1f} GB" in memory_line({**flags, **more}, 16)
     for changed, devices, message in (
-        ({"--context-parallel-size": "2"}, 16, "does not know --context-parallel-size"),
+        ({"--context-parallel-size": "3"}, 16, "TP 4 x PP 2 x CP 3 does not divide 16"),
+        ({"--context-parallel-size": "2"}, 16, "TP4 PP2 CP2 DP1"),
+        ({"--recompute-granularity": "some"}, 16, "some is none of the launcher's"),
         ({"--num-layer-list": "10,x"}, 16, "10,x is not a list of whole numbers"),
         ({"--hidden-size": None}, 16, "--hidden-size is not a number"),
         ({}, None, "does not say how many devices"),

@@ -37,8 +37,6 @@ ELSEWHERE = {
     "--context-parallel-size",
     "--coc-parallel-num",
     "--use-ascend-mc2",
-    "--o2-optimizer",
-    "--o2-gradient",
 }
 """Context parallelism, memory and overlap: what is not taken yet, and the only such flags."""
 SERIES = {"qwen2": "Qwen2-", "qwen25": "Qwen2.5-", "qwen25_math": "Qwen2.5-Math-"}

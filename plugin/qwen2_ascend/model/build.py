@@ -23,6 +23,7 @@ from qwen2_ascend.model.cross_entropy import ChunkedLossModel
 from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
 from qwen2_ascend.model.recompute import RecomputedOutputs, choose_layers
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
+from qwen2_ascend.model.sequence_cut import SequenceCut, cut_attention
 from qwen2_ascend.model.swap import swap_attention
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import current, supported_keywords
@@ -82,6 +83,7 @@ def build_model(
     transformer = transformer_config(
         config, layout, dtype=dtype, perform_initialization=perform_initialization, **options
     )
+    sequence_cut = SequenceCut.of_layout(layout)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     chunks = layout.stages(config.num_layers)[stage]
     model_class = GPTModel if cross_entropy_chunk_size is None else ChunkedLossModel
@@ -104,8 +106,9 @@ def build_model(
         if isinstance(model, ChunkedLossModel):
             model.cross_entropy_chunk_size = cross_entropy_chunk_size
         model.rotary_pos_emb = Qwen2RotaryEmbedding(
-            config, transformer.params_dtype, current().device
+            config, transformer.params_dtype, current().device, sequence_cut
         )
+        cut_attention(model.decoder.layers, sequence_cut)
         _check_layers(model, layers)
         choose_layers(model.decoder.layers, recompute_activations, recompute_norms)
         if swaps_attention:
@@ -173,6 +176,7 @@ def transformer_config(
         "fp16": dtype == "fp16",
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
         "virtual_pipeline_model_parallel_size": virtual_size,
         "sequence_parallel": sequence_parallel,
         "recompute_granularity": recompute_granularity,

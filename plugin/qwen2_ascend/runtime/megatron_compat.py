@@ -104,24 +104,20 @@ def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
         num_layers: of the whole model, which with `layout` gives the virtual pipeline size.
 
     Raises:
-        UserError: tensor times pipeline parallel size does not divide the number of processes.
+        UserError: the layout's sizes do not divide the number of processes.
     """
     from megatron.core import parallel_state
 
     from qwen2_ascend.runtime.startup import current
 
     runtime = current()
-    model_size = layout.tp * layout.pp
-    if runtime.world_size % model_size:
-        raise UserError(
-            f"{runtime.world_size} process(es) cannot hold tensor_model_parallel_size={layout.tp} "
-            f"times pipeline_model_parallel_size={layout.pp} = {model_size}; start a multiple of "
-            f"{model_size}."
-        )
+    if runtime.world_size % layout.model_size:
+        raise UserError(layout.world_fault(runtime.world_size))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(layout, num_layers),
+        context_parallel_size=layout.cp,
         # a number of any kind: it goes into a timedelta
         distributed_timeout_minutes=runtime.timeout_seconds / 60,  # pyright: ignore[reportArgumentType]
     )

@@ -24,7 +24,6 @@ from qwen2_ascend.pasted_flags import (
 S = TypeVar("S")
 
 SPEED = "it changes speed or memory, not results; leave it out"
-NO_CP = "without context parallelism it has no meaning"
 NOTHING = "nothing depends on it"
 
 
@@ -162,6 +161,22 @@ def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) 
     )
 
 
+def _mask(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    """A general mask is what keeps documents apart where these are told by the mask itself."""
+    data = settings.data
+    is_apart = getattr(data, "keep_documents_apart", False)
+    is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
+    if value == "causal" or (value == "general" and is_apart):
+        return None
+    return "attention is causal; documents are kept apart by --reset-attention-mask alone"
+
+
+def _no_o2_gradient(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    if not settings.precision.o2_gradient:
+        return None
+    return "--o2-gradient accumulates in bf16; leave one of the two out"
+
+
 def nodes_differ() -> bool:
     """Whether torchrun has started ranks on several nodes."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -181,6 +196,10 @@ YARN_FLAGS: Mapping[str, str] = {
 """By each its name in `YarnScaling`."""
 YARN = "the run has this YaRN scaling, and the config.json that is saved with it says so"
 MSCALE = "YaRN multiplies cos and sin by 0.1 ln(factor) + 1"
+
+MASK_TYPE = Meaning(
+    "attention is causal, and documents that are kept apart stay so", None, check=_mask
+)
 
 SHARED: Table = {
     **MODEL_FLAGS,
@@ -202,21 +221,33 @@ SHARED: Table = {
     "--noop-layers": Meaning("give the stages their layers: --num-layer-list", None, refused=True),
     "--attention-dropout": Meaning("the config says it", ("0",)),
     "--no-gradient-accumulation-fusion": Meaning("gradients are accumulated by plain operators"),
-    "--accumulate-allreduce-grads-in-fp32": Meaning("gradients are accumulated in fp32"),
+    "--accumulate-allreduce-grads-in-fp32": Meaning(
+        "gradients are accumulated in fp32", check=_no_o2_gradient
+    ),
     "--sparse-mode": Meaning("attention is causal", ("2",)),
     "--distributed-backend": Meaning("the device says which", ("nccl", "hccl", "gloo")),
     "--log-throughput": Meaning("it is in every line of the log"),
     "--exit-on-missing-checkpoint": Meaning("--load without a checkpoint is an error"),
     "--enable-hf2mg-convert": Meaning("--load takes a Hugging Face folder"),
-    "--context-parallel-size": Meaning(
-        "there is no context parallelism; use --sequence-parallel, and recompute whole layers: "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        ("1",),
+    "--cp-attention-mask-type": MASK_TYPE,
+    "--attention-mask-type": MASK_TYPE,
+    "--use-cp-send-recv-overlap": Meaning(
+        "the ring of --context-parallel-algo sends and receives while it computes"
     ),
-    "--context-parallel-algo": Meaning(NO_CP, None),
-    "--cp-attention-mask-type": Meaning(NO_CP, None),
-    "--use-cp-send-recv-overlap": Meaning(NO_CP),
-    "--use-fused-ring-attention-update": Meaning(NO_CP),
+    "--use-fused-ring-attention-update": Meaning(
+        "its kernel is not used; parts of attention are joined by plain operators, in fp32"
+    ),
+    "--cp-window-size": Meaning("there is one ring, without rings in it", ("1",)),
+    "--megatron-cp-in-bnsd": Meaning("the order of axes changes no number"),
+    **dict.fromkeys(
+        ("--ulysses-degree-in-cp", "--hierarchical-context-parallel-sizes"),
+        Meaning(
+            "rings and exchanged heads are not mixed; give one of them to --context-parallel-algo",
+            None,
+            refused=True,
+        ),
+    ),
+    "--cp-comm-type": Meaning("say --context-parallel-algo", None, refused=True),
     # refused
     "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
@@ -226,8 +257,6 @@ SHARED: Table = {
         "numbers, and take longer"
     ),
     "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
-    "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
-    "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     **dict.fromkeys(
         ("--wandb-project", "--wandb-exp-name", "--wandb-save-dir", "--wandb-entity"),
         Meaning("say --tensorboard-dir, or read SAVE/metrics.jsonl", None, refused=True),

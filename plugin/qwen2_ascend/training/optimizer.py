@@ -3,9 +3,10 @@
 megatron-core keeps the optimizer's state in three shapes: beside fp32 weights, beside fp32 copies
 of 16-bit weights, or as slices of those over the data-parallel ranks. `state_slices` and
 `new_state` give each in one canonical form: for every parameter that this rank updates, which run
-of its elements, and of that run `exp_avg`, `exp_avg_sq` and, for 16-bit weights, `fp32_param`, all
-fp32. A checkpoint holds nothing else, so it can be resumed at another layout, with or without the
-distributed optimizer, and by fp32 and bf16 runs alike; and no rank needs more than its own slices.
+of its elements, and of that run `exp_avg`, `exp_avg_sq` and, for 16-bit weights, `fp32_param`. A
+checkpoint holds them in fp32 and nothing else, so it can be resumed at another layout, with or
+without the distributed optimizer, and by fp32 and bf16 runs alike; and no rank needs more than its
+own slices.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qwen2_ascend.checkpoint.formats.megatron_optimizer import MOMENTS as MOMENT
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
 from qwen2_ascend.training.halves import Pair, SplitMains, split_mains
+from qwen2_ascend.training.o2 import HalfMomentsAdamW
 from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ class StateSlice(NamedTuple):
     start: int
     stop: int
     tensors: dict[str, torch.Tensor]
-    """By kind, of MOMENTS and MAIN: fp32, in place wherever the optimizer has them. The distributed
-    optimizer has MAIN of fp32 weights too, the weights themselves."""
+    """By kind, of MOMENTS and MAIN, in place wherever the optimizer has them. All are fp32, but for
+    the moments of --o2-optimizer, which are bf16. The distributed optimizer has MAIN of fp32
+    weights too, the weights themselves."""
 
 
 def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> MegatronOptimizer:
@@ -84,6 +87,9 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
     built = get_megatron_optimizer(config, list(chunks))
     chunks[0].config.grad_scale_func = built.scale_loss
     device = next(chunks[0].parameters()).device.type
+    if precision.o2_optimizer:
+        for part in parts(built):
+            part.optimizer = HalfMomentsAdamW(part.optimizer.param_groups)
     if settings.fusion.has_fused_adamw(device):
         _fuse(built)
     if precision.reuse_fp32_param:
@@ -100,6 +106,9 @@ def _pairs(optimizer: Any) -> Iterator[Pair]:
 
 def settle(optimizer: Any) -> None:
     """Gives memory back that the state needs only while it is loaded or updated."""
+    for part in parts(optimizer):
+        if isinstance(part.optimizer, HalfMomentsAdamW):
+            part.optimizer.narrow()
     if mains := split_mains(optimizer):
         mains.split()
 
@@ -143,11 +152,13 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
         if parameters and part.config.clip_grad > 0:
             _clip(part, parameters, grad_norm)
     mains = split_mains(optimizer)
-    if mains is None:
-        return bool(optimizer.step_with_ready_grads())
-    mains.join()
+    if mains is not None:
+        mains.join()
     updated = bool(optimizer.step_with_ready_grads())
-    mains.split()
+    if mains is not None:
+        mains.split()
+    # fp32 copies of 16-bit gradients would stay until the next step
+    optimizer.zero_grad()
     return updated
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
+    from qwen2_ascend.training.planned import Expected
 
 Say = Callable[[str], None]
 S = TypeVar("S", bound=TrainingSettings)
@@ -187,9 +188,12 @@ def _older(settings: TrainingSettings, error: DamagedError) -> Path:
 
 
 def _headline(plan: RunPlan, runtime: Runtime) -> str:
-    settings, parallel = plan.settings, plan.settings.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    words = [f"TP{tp} PP{pp} DP{settings.data_parallel_size(runtime.world_size)}"]
+    settings, parallel, layout = plan.settings, plan.settings.parallel, plan.layout
+    tp, cp = layout.tp, f" CP{layout.cp}" if layout.cp > 1 else ""
+    dp = settings.data_parallel_size(runtime.world_size)
+    words = [f"TP{tp} PP{layout.pp}{cp} DP{dp}"]
+    if layout.cp > 1:
+        words.append(layout.context_parallel_algo)
     if per_chunk := parallel.num_layers_per_virtual_pipeline_stage:
         words.append(f"{per_chunk} layer(s) per virtual stage")
     if parallel.sequence_parallel and tp > 1:
@@ -226,7 +230,7 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
     say(_headline(plan, runtime))
     say(settings.fusion.describe(runtime.name))
     pasted = pasted_notes(settings.pasted, training_flags(type(settings)))
-    for note in (*pasted, *runtime.notes):
+    for note in (*pasted, *settings.precision.notes(settings.optimizer), *runtime.notes):
         say(note)
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
@@ -339,7 +343,9 @@ def build_run(
     from qwen2_ascend.training.schedule import build_schedule
 
     length = length or settings.length(runtime.world_size)
-    wrapped = wrap_chunks(chunks, settings.parallel)
+    wrapped = wrap_chunks(
+        chunks, settings.parallel, grad_reduce_in_fp32=not settings.precision.o2_gradient
+    )
     optimizer = build_optimizer(wrapped, settings)
     return TrainingRun(
         settings=settings,
@@ -385,7 +391,7 @@ def checkpoint_identity(plan: RunPlan) -> CheckpointIdentity:
 
     return CheckpointIdentity(
         config=plan.config,
-        layout=plan.layout,
+        layout=plan.layout.of_weights,
         padded_vocab_size=plan.padded_vocab_size,
         dtype=plan.settings.precision_name(),
         side_files=run_side_files(plan),
@@ -453,7 +459,7 @@ def train_and_report(
             opened.claim()
             if run.settings.has_own_disks:
                 require_shared(run.settings.checkpoint.save)
-        reporter = _reporter(run, plan.config, plan.padded_vocab_size)
+        reporter = _reporter(run, plan.config, plan.padded_vocab_size, _planned(run, plan.config))
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step, say)
         return _train(run, reporter, instruments, opened, say)
@@ -524,7 +530,35 @@ def _will_evaluate(run: TrainingRun) -> bool:
     return is_next and run.valid_data is not None
 
 
-def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> Reporter:
+def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
+    """What the planner predicts of the run; run.json says what it was told.
+
+    Rank 0 alone looks. There is no plan for a CPU or a simulated device, and none by DeepSpeed.
+    """
+    from qwen2_ascend.checkpoint.staging import write_file
+    from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_entry
+    from qwen2_ascend.training.planned import as_cut, expected, not_planned
+
+    settings, runtime = run.settings, run.runtime
+    if runtime.rank != 0 or hasattr(settings, "zero") or not_planned(settings):
+        return None
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+
+    def look() -> Expected | None:
+        cut = as_cut(settings, config, runtime.world_size, runtime.name)
+        if runtime.simulated:
+            return None
+        if folder := settings.report.report_dir or settings.checkpoint.save:
+            entry = as_entry(cut, runtime.device_name(), per_node, run.progress.iteration)
+            write_file(folder / RUN_FILE, with_entry(folder / RUN_FILE, entry).encode())
+        return expected(cut, runtime.device_name(), per_node)
+
+    return reporting.attempt("the planner", look)
+
+
+def _reporter(
+    run: TrainingRun, config: Qwen2Config, padded_vocab_size: int, planned: Expected | None
+) -> Reporter:
     from qwen2_ascend.training.logging import Reporter, train_flops
 
     settings = run.settings
@@ -542,6 +576,7 @@ def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> 
         world_size=run.runtime.world_size,
         report_dir=settings.report.report_dir or settings.checkpoint.save,
         tensorboard_dir=settings.report.tensorboard_dir,
+        planned=planned,
         silent=run.runtime.rank != 0,
     )
 

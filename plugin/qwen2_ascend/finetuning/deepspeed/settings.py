@@ -22,6 +22,7 @@ from qwen2_ascend.finetuning.settings import (
     FinetuneSettings,
     TuningSettings,
 )
+from qwen2_ascend.parallel import ContextParallelAlgorithm
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
@@ -78,6 +79,8 @@ class ZeroParallelSettings(ParallelSettings):
     num_layers_per_virtual_pipeline_stage: Absent[int | None] = None
     num_layer_list: Absent[str | None] = None
     sequence_parallel: Absent[bool] = False
+    context_parallel_size: Absent[int] = 1
+    context_parallel_algo: Absent[ContextParallelAlgorithm] = "megatron_cp_algo"
     use_distributed_optimizer: Absent[bool] = False
     overlap_grad_reduce: Absent[bool] = False
     overlap_param_gather: Absent[bool] = False
@@ -106,6 +109,8 @@ class ZeroPrecisionSettings(PrecisionSettings):
     """Number formats, and what happens when numbers run out."""
 
     reuse_fp32_param: Absent[bool] = False
+    o2_gradient: Absent[bool] = False
+    o2_optimizer: Absent[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
