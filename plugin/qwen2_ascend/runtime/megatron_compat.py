@@ -19,6 +19,7 @@ from typing import Any
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.runtime import absent_triton
 
 
 def supported_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
@@ -181,8 +182,13 @@ def virtual_stage(index: int | None) -> Iterator[int | None]:
         tell(0)
 
 
-def silence_known_notes() -> None:
-    """Keeps out of users' logs what megatron-core says about packages nobody here needs."""
+def prepare_import() -> None:
+    """Comes before megatron-core is imported, on every device.
+
+    It may be imported without triton, and says nothing in users' logs about packages that nobody
+    here needs.
+    """
+    absent_triton.lend()
     for note in (
         ".*Transformer Engine and Apex are not installed",
         "Apex is not installed",

@@ -15,7 +15,7 @@ from qwen2_ascend.runtime.agreement import raise_together, require_equal
 from qwen2_ascend.runtime.device import BACKENDS, Runtime, select_device
 from qwen2_ascend.runtime.ledger import Patch, apply
 from qwen2_ascend.runtime.meeting import Meeting, leave, meet
-from qwen2_ascend.runtime.megatron_compat import silence_known_notes
+from qwen2_ascend.runtime.megatron_compat import prepare_import
 
 _current: Runtime | None = None
 
@@ -55,7 +55,7 @@ def start(
         notes = [warning]
     elif name != "npu":
         notes = []
-    silence_known_notes()
+    prepare_import()
     notes += _redirect(name, mindspeed, megatron_arguments or {})
     _current = _started(name, meeting, timeout_seconds, deterministic, notes)
     return _current
