@@ -114,7 +114,10 @@ def _redirect(
     elif name == "npu":
         npu.redirect()
     stack = mindspeed.current_stack(torch.__version__)
-    choice = mindspeed.choose(with_mindspeed, name, mindspeed.find(), stack)
+    found, adaptor = mindspeed.find(), mindspeed.find_adaptor()
+    choice = mindspeed.choose(with_mindspeed, name, found, stack, adaptor)
+    if choice.active and choice.package == "megatron_adaptor":
+        return [f"MindSpeed: {choice.why}; {npu.activate_adaptor()}"]
     if choice.active:
         return [f"MindSpeed: {choice.why}; {npu.activate_mindspeed(megatron_arguments)}"]
     return [f"MindSpeed: {choice.why}"] if name == "npu" else []
