@@ -228,7 +228,16 @@ print(json.dumps(spec.origin if spec else None))
 
 def _python(machine: Machine) -> Iterator[Finding]:
     version = platform.python_version()
-    yield ok("python", f"{version} ({machine.python}), {platform.system()} {platform.machine()}")
+    text = f"{version} ({machine.python}), {platform.system()} {platform.machine()}"
+    supported = _supported_pythons()
+    place, oldest, newest = (_numbers(v) for v in (version, supported[0], supported[-1]))
+    span = f"{supported[0]} to {supported[-1]}"
+    if place < oldest:
+        yield problem("python", f"{text}; too old", f"use Python {span}.")
+    elif place > newest:
+        yield note("python", f"{text}; not tested, {span} are")
+    else:
+        yield ok("python", text)
 
 
 def _packages(machine: Machine) -> Iterator[Finding]:
@@ -640,6 +649,22 @@ def _requirements() -> dict[str, str]:
         if match and "extra ==" not in line:
             found[match[1]] = match[2].strip()
     return dict(sorted(found.items(), key=lambda item: (item[0] != "torch", item[0])))
+
+
+def _supported_pythons() -> list[str]:
+    """The releases that this package's metadata name, ascending: ["3.10", ...]."""
+    try:
+        lines = importlib.metadata.metadata("qwen2-ascend").get_all("Classifier") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    found = [line.rpartition(" ")[2] for line in lines if "Python :: 3." in line]
+    return sorted(found, key=_numbers) or [platform.python_version()]
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """(3, 10) of 3.10.13."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _fits(version: str, specifier: str) -> bool:

@@ -44,9 +44,7 @@ OTHERS = environments()
 @pytest.mark.skipif(not OTHERS, reason="no environment with another megatron-core is built")
 @pytest.mark.parametrize("other", sorted(OTHERS))
 @pytest.mark.parametrize("written", ["by the other release", "here"])
-def test_torch_dist_is_resumed_by_another_release(
-    written: str, other: str, tmp_path: Path
-) -> None:
+def test_torch_dist_is_resumed_by_another_release(written: str, other: str, tmp_path: Path) -> None:
     """From two pipeline stages to one process; the run that goes on is the reference."""
     here, there = Path(sys.executable), OTHERS[other]
     writer, reader = (there, here) if written != "here" else (here, there)

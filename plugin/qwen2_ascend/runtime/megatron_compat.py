@@ -1,6 +1,6 @@
-"""megatron-core's process groups, and the differences between its releases 0.12 to 0.16.
+"""megatron-core's process groups, and the differences between its releases 0.12 to 0.19.
 
-The differences are of three kinds. Arguments that came or went: `supported_keywords`. What an older
+The differences are of three kinds. Arguments that came or went: `supported_keywords`. What a
 release does wrong: a patch, with its entry in the ledger. What it cannot do: a UserError that names
 the release that can.
 """
