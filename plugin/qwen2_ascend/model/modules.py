@@ -26,7 +26,7 @@ from qwen2_ascend.model.recompute import computed, not_kept
 from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.model.swap import AttentionSwap
 from qwen2_ascend.ops import Ops
-from qwen2_ascend.runtime import current
+from qwen2_ascend.runtime import current, supported_keywords
 
 ROWS_AT_ONCE = 1280
 """How many rows of a weight `column_linear` multiplies at once."""
@@ -213,8 +213,10 @@ class Qwen2MLP(MLP):
     linear_fc1: Any
     linear_fc2: Any
 
-    def __init__(self, *args: Any, ops: Ops, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, ops: Ops, **told: Any) -> None:
+        # Layers since 0.18 tell each MLP what only mixtures of experts take.
+        told = supported_keywords(MLP.__init__, ffn_hidden_size=config.ffn_hidden_size, **told)
+        super().__init__(config, *args, **told)
         self.recomputes_activation = False
         """Whether linear_fc2 keeps how to compute SwiGLU's output, not the output."""
         self._swiglu = ops.swiglu

@@ -1,6 +1,6 @@
-"""megatron-core's process groups, and the differences between its releases 0.12 to 0.16.
+"""megatron-core's process groups, and the differences between its releases 0.12 to 0.19.
 
-The differences are of three kinds. Arguments that came or went: `supported_keywords`. What an older
+The differences are of three kinds. Arguments that came or went: `supported_keywords`. What a
 release does wrong: a patch, with its entry in the ledger. What it cannot do: a UserError that names
 the release that can.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.runtime import absent_triton
 
 
 def supported_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
@@ -177,8 +178,13 @@ def virtual_stage(index: int | None) -> Iterator[int | None]:
         tell(0)
 
 
-def silence_known_notes() -> None:
-    """Keeps out of users' logs what megatron-core says about packages nobody here needs."""
+def prepare_import() -> None:
+    """Comes before megatron-core is imported, on every device.
+
+    It may be imported without triton, and says nothing in users' logs about packages that nobody
+    here needs.
+    """
+    absent_triton.lend()
     for note in (
         ".*Transformer Engine and Apex are not installed",
         "Apex is not installed",
