@@ -40,7 +40,9 @@ def computed(ops, tensors, algorithm, packing, rank):
     launches = [x for x in launches_of(algorithm, packing, rank) if x[0]]
 
     def keys_of(rank):
-        return (k, v) if rank is None else (own(k, CP, rank, algorithm), own(v, CP, rank, algorithm))
+        return (
+            (k, v) if rank is None else (own(k, CP, rank, algorithm), own(v, CP, rank, algorithm))
+        )
 
     for launch, held in launches:
         merged.add(ops.forward(mine, *keys_of(held), launch, softmax_scale=SCALE))
@@ -53,9 +55,7 @@ def computed(ops, tensors, algorithm, packing, rank):
         kept = keys_of(held)
         found = Gradients(d_q, *(torch.zeros_like(x, dtype=d_q.dtype) for x in kept))
         statistics = context, merged.lse
-        ops.backward(
-            d_context, mine, *kept, *statistics, launch, softmax_scale=SCALE, into=found
-        )
+        ops.backward(d_context, mine, *kept, *statistics, launch, softmax_scale=SCALE, into=found)
         where = places if held is None else own(places, CP, held, algorithm)
         for total, share in zip(whole, found[1:], strict=True):
             total.index_add_(0, where.to(total.device), share)
