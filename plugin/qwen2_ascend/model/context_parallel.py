@@ -264,9 +264,9 @@ class _Gathered(torch.autograd.Function):
 def _gather(kv: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All ranks' `[2, s/cp, ...]` as `[2, s, ...]`, in the order of the rows."""
     cp = dist.get_world_size(group)
-    gathered = kv.new_empty(cp, *kv.shape)
+    gathered = kv.new_empty(cp * 2, *kv.shape[1:])
     dist.all_gather_into_tensor(gathered, kv, group=group)
-    early, late = gathered.chunk(2, dim=2)
+    early, late = gathered.unflatten(0, (cp, 2)).chunk(2, dim=2)
     chunks = torch.cat((early, late.flip(0)))  # [2 * cp, 2, s / (2 * cp), ...]
     return chunks.transpose(0, 1).flatten(1, 2)
 
@@ -277,7 +277,7 @@ def _scatter(gradients: Tensor, group: dist.ProcessGroup) -> Tensor:
     early, late = gradients.unflatten(1, (2 * cp, -1)).transpose(0, 1).chunk(2)
     parts = torch.cat((early, late.flip(0)), dim=2)  # [cp, 2, s / cp, ...]
     own = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(own, parts, group=group)
+    dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group)
     return own
 
 
@@ -296,7 +296,9 @@ def _heads_for_tokens(
     numbers = [x.shape[3] for x in each]
     # [cp, s/cp, b, heads, hn]: what goes to each rank, and then what came from each
     sent = torch.cat(each, dim=3).permute(2, 0, 1, 3, 4)
-    return _AllToAll.apply(sent, group).flatten(0, 1).split(numbers, dim=2)  # pyright: ignore
+    received = _AllToAll.apply(sent, group).flatten(0, 1).split(numbers, dim=2)  # pyright: ignore
+    # of one's own each: a kept view of one would keep all three
+    return tuple(x.contiguous() for x in received)
 
 
 def _tokens_for_heads(context: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -110,8 +110,10 @@ def _partial_backward(
         own_lse = queries.of(lse).unflatten(2, grouped).permute(1, 2, 3, 0).unsqueeze(-1)
         scores = _scores(piece, own_q, own_k, softmax_scale)
         weights = (scores - own_lse).exp_()
-        d_weights = torch.einsum("sbgrd,tbgd->bgrst", upstream, own_v).to(weights.dtype)
-        along = (queries.of(context).unflatten(2, grouped) * upstream).to(weights.dtype).sum(-1)
+        # in fp32, for their difference is taken: rounded, one of them would leave its error
+        wide, wide_v = upstream.to(weights.dtype), own_v.to(weights.dtype)
+        d_weights = torch.einsum("sbgrd,tbgd->bgrst", wide, wide_v)
+        along = (queries.of(context).unflatten(2, grouped) * wide).sum(-1)
         d_scores = weights * (d_weights - along.permute(1, 2, 3, 0).unsqueeze(-1)) * softmax_scale
         d_scores, weights = d_scores.to(q.dtype), weights.to(q.dtype)
         d_q = torch.einsum("bgrst,tbgd->sbgrd", d_scores, own_k).flatten(2, 3)
