@@ -350,7 +350,7 @@ def recomputed(run: Run) -> str:
 
 @CHECKS.add(world_size=4)
 def swapped(run: Run) -> str:
-    """--swap-attention; what was here is overwritten once it is at the host."""
+    """--swap-attention."""
     import torch
 
     from qwen2_ascend.model.swap import AttentionSwap
@@ -380,6 +380,44 @@ def without_gradients(run: Run) -> str:
             found = attend(*tensors, softmax_scale=SCALE)
         expected = attend(*(x.requires_grad_() for x in tensors), softmax_scale=SCALE)
         assert torch.equal(found, expected), algorithm
+    return ""
+
+
+@CHECKS.add(world_size=4)
+def an_upstream_gradient_of_odd_strides(run: Run) -> str:
+    """As a sum's, which is one number in the memory of all, and a transposed one's."""
+    import torch
+
+    for algorithm in ALGORITHMS:
+        attend, mine = shared(algorithm, 4)
+        *tensors, upstream = map(mine, inputs(2, torch.float64))
+        ones = torch.ones_like(upstream)
+        expected = output_and_gradients(attend, tensors, ones)
+        found = output_and_gradients(attend, tensors, ones.new_ones(()).expand(ones.shape))
+        assert same(expected, found), algorithm
+        expected = output_and_gradients(attend, tensors, upstream)
+        transposed = upstream.transpose(0, 2).contiguous().transpose(0, 2)
+        assert same(expected, output_and_gradients(attend, tensors, transposed)), algorithm
+    return ""
+
+
+@CHECKS.add(world_size=4)
+def mistakes(run: Run) -> str:
+    """Arguments that contradict each other are refused before anything is sent."""
+    import pytest
+    import torch
+
+    q, k, v = (torch.zeros(6, 1, heads, 4) for heads in (4, 2, 2))
+    for algorithm in (RING, GATHER):
+        attend, _ = shared(algorithm, 4)
+        for wrong, options, message in (
+            ((q, k[:4], v), {}, r"q \[6, 1, 4, 4\], k \[4, 1, 2, 4\]"),
+            ((q, k, v.double()), {}, "v torch.float64"),
+            ((q[:5], k[:5], v[:5]), {}, "5 tokens of a row are not two equal chunks"),
+            ((q, k, v), {"ends": (6,)}, r"ends=\(6\) do not divide 1 row\(s\) of 24 tokens"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                attend(*wrong, softmax_scale=SCALE, **options)
     return ""
 
 
