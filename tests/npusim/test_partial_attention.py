@@ -40,7 +40,9 @@ def computed(ops, tensors, algorithm, packing, rank):
     launches = [x for x in launches_of(algorithm, packing, rank) if x[0]]
 
     def keys_of(rank):
-        return (k, v) if rank is None else (own(k, CP, rank, algorithm), own(v, CP, rank, algorithm))
+        return (
+            (k, v) if rank is None else (own(k, CP, rank, algorithm), own(v, CP, rank, algorithm))
+        )
 
     for launch, held in launches:
         merged.add(ops.forward(mine, *keys_of(held), launch, softmax_scale=SCALE))
@@ -53,30 +55,30 @@ def computed(ops, tensors, algorithm, packing, rank):
         kept = keys_of(held)
         found = Gradients(d_q, *(torch.zeros_like(x, dtype=d_q.dtype) for x in kept))
         statistics = context, merged.lse
-        ops.backward(
-            d_context, mine, *kept, *statistics, launch, softmax_scale=SCALE, into=found
-        )
+        ops.backward(d_context, mine, *kept, *statistics, launch, softmax_scale=SCALE, into=found)
         where = places if held is None else own(places, CP, held, algorithm)
         for total, share in zip(whole, found[1:], strict=True):
             total.index_add_(0, where.to(total.device), share)
     return [context, d_q, *whole]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    ("dtype", "packings"),
+    [("float32", tuple(PACKINGS)), ("bfloat16", ("dense", "two rows")), ("float16", ("dense",))],
+)
 @pytest.mark.parametrize("algorithm", ALGORITHMS[:2])
-def test_what_a_rank_finds_is_the_plain_twins(algorithm, packing, dtype):
+def test_what_a_rank_finds_is_the_plain_twins(algorithm, dtype, packings):
+    """Of rank 1 of 4, which sees keys of ranks before it and after it."""
     import torch
 
     from qwen2_ascend.ops import get_ops
 
     plain, fused = (get_ops(name).partial_attention for name in ("torch", "npu"))
-    tensors = inputs(PACKINGS[packing][0], getattr(torch, dtype))
-    wide = [x.double() for x in tensors]
-    for rank in range(CP):
-        exact = computed(plain, wide, algorithm, packing, rank)
-        twin = computed(plain, tensors, algorithm, packing, rank)
-        found = computed(fused, [x.npu() for x in tensors], algorithm, packing, rank)
+    for packing in packings:
+        tensors = inputs(PACKINGS[packing][0], getattr(torch, dtype))
+        exact = computed(plain, [x.double() for x in tensors], algorithm, packing, 1)
+        twin = computed(plain, tensors, algorithm, packing, 1)
+        found = computed(fused, [x.npu() for x in tensors], algorithm, packing, 1)
         for one, other, right in zip(found, twin, exact, strict=True):
             limit = max(SLACK * error(other, right), torch.finfo(tensors[0].dtype).eps)
-            assert error(one.cpu(), right) <= limit
+            assert error(one.cpu(), right) <= limit, packing

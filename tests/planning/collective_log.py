@@ -16,6 +16,7 @@ OPS = {
     "alltoall": "all_to_all",
     "send": "send",
     "broadcast": "broadcast",
+    "alltoall": "all_to_all",
 }
 
 

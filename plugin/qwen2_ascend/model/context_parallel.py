@@ -33,6 +33,7 @@ from qwen2_ascend.model.context_plan import (
     ulysses_repeats,
 )
 from qwen2_ascend.ops import Ops
+from qwen2_ascend.ops.checks import check_attention, check_ends
 from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Place
 
 KEYS_AND_VALUES, THEIR_GRADIENTS = 0, 1
@@ -68,7 +69,8 @@ def context_attention(
         `[s/cp, b, np * hn]`.
 
     Raises:
-        ValueError: dropout with another algorithm than Ulysses.
+        ValueError: dropout with another algorithm than Ulysses, or arguments that contradict each
+            other.
     """
     options = {"softmax_scale": softmax_scale, "dropout_p": dropout_p, "ends": ends}
     cp = dist.get_world_size(group)
@@ -79,12 +81,21 @@ def context_attention(
         return _tokens_for_heads(ops.attention(q, k, v, **options), group)
     if dropout_p:
         raise ValueError(f"attention dropout {dropout_p} with {algorithm}: use {ULYSSES}.")
-    function, plan = {RING: (_Ring, ring_launches), GATHER: (_Gathered, gathered_launches)}[
-        algorithm
-    ]
+    _check(q, k, v, cp, ends)
+    ways = {RING: (_Ring, ring_launches), GATHER: (_Gathered, gathered_launches)}
+    function, plan = ways[algorithm]
     whole = q.shape[0] * cp, q.shape[1], cp, dist.get_rank(group)
     launches = plan(*whole, None if ends is None else tuple(ends))
     return function.apply(q, k, v, _Work(ops.partial_attention, launches, softmax_scale, group))  # pyright: ignore
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cp: int, ends: Sequence[int] | None) -> None:
+    check_attention(q, k, v, 0.0, None)
+    s, b = q.shape[:2]
+    if s % 2:
+        raise ValueError(f"{s} tokens of a row are not two equal chunks.")
+    if ends is not None:
+        check_ends(ends, s * cp, b)
 
 
 class _Work(NamedTuple):
@@ -149,7 +160,7 @@ def _keep(ctx: Any, q: Tensor, kv: Tensor, merged: _Merged, work: _Work) -> Tens
 
 def _kept(ctx: Any, d_context: Tensor) -> tuple[_Kept, Tensor]:
     q, kv, context, lse = ctx.saved_tensors
-    return _Kept(d_context.view(q.shape), q, context.view(q.shape), lse), kv
+    return _Kept(d_context.contiguous().view(q.shape), q, context.view(q.shape), lse), kv
 
 
 def _zeros(q: Tensor, kv: Tensor) -> Gradients:
@@ -264,9 +275,9 @@ class _Gathered(torch.autograd.Function):
 def _gather(kv: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All ranks' `[2, s/cp, ...]` as `[2, s, ...]`, in the order of the rows."""
     cp = dist.get_world_size(group)
-    gathered = kv.new_empty(cp, *kv.shape)
+    gathered = kv.new_empty(cp * 2, *kv.shape[1:])
     dist.all_gather_into_tensor(gathered, kv, group=group)
-    early, late = gathered.chunk(2, dim=2)
+    early, late = gathered.unflatten(0, (cp, 2)).chunk(2, dim=2)
     chunks = torch.cat((early, late.flip(0)))  # [2 * cp, 2, s / (2 * cp), ...]
     return chunks.transpose(0, 1).flatten(1, 2)
 
@@ -277,7 +288,7 @@ def _scatter(gradients: Tensor, group: dist.ProcessGroup) -> Tensor:
     early, late = gradients.unflatten(1, (2 * cp, -1)).transpose(0, 1).chunk(2)
     parts = torch.cat((early, late.flip(0)), dim=2)  # [cp, 2, s / cp, ...]
     own = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(own, parts, group=group)
+    dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group)
     return own
 
 
@@ -296,7 +307,9 @@ def _heads_for_tokens(
     numbers = [x.shape[3] for x in each]
     # [cp, s/cp, b, heads, hn]: what goes to each rank, and then what came from each
     sent = torch.cat(each, dim=3).permute(2, 0, 1, 3, 4)
-    return _AllToAll.apply(sent, group).flatten(0, 1).split(numbers, dim=2)  # pyright: ignore
+    received = _AllToAll.apply(sent, group).flatten(0, 1).split(numbers, dim=2)  # pyright: ignore
+    # of one's own each: a kept view of one would keep all three
+    return tuple(x.contiguous() for x in received)
 
 
 def _tokens_for_heads(context: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -149,3 +149,34 @@ def _held(chunks: Sequence[range], positions: range) -> range:
 def ulysses_repeats(ng: int, cp: int) -> int:
     """How often each query group's keys are repeated so that every rank gets a group of its own."""
     return cp // math.gcd(ng, cp)
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank sends in one layer for one micro-batch."""
+
+    forward: float
+    backward: float
+
+
+def sent_bytes(
+    algorithm: str, cp: int, *, tokens: int, np: int, ng: int, hn: int, element: int
+) -> Sent:
+    """What attention makes a rank send, where a gather or a scatter is a ring.
+
+    Args:
+        algorithm: context_parallel_algo.
+        cp: context_parallel_size.
+        tokens: of all rows, that this rank holds.
+        np: query heads.
+        ng: query groups.
+        hn: head width.
+        element: bytes of a number of q, k and v.
+    """
+    one_head = tokens * hn * element
+    if algorithm == ULYSSES:
+        others = (cp - 1) / cp
+        there, back = np + 2 * ng * ulysses_repeats(ng, cp), np
+        return Sent(*[others * (there + back) * one_head] * 2)
+    # keys and values; in backward again, and their gradients
+    once = (cp - 1) * 2 * ng * one_head
+    return Sent(once, 2 * once)

@@ -10,7 +10,7 @@ and the number of documents CANN's `aclnnFlashAttentionVarLenScore` and
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -146,7 +146,10 @@ def _partial(
         q.shape[2],
         launch.layout,
         scale=softmax_scale,
-        **launch.options(q.device),
+        atten_mask=launch.mask(q.device),
+        sparse_mode=launch.sparse_mode,
+        actual_seq_qlen=launch.query_ends,
+        actual_seq_kvlen=launch.key_ends,
     )
     lse = largest[..., 0] + total[..., 0].log()
     contexts = launch.taken_apart(context, launch.queries, q.shape[2])
@@ -180,7 +183,10 @@ def _partial_backward(
         softmax_sum=torch.ones_like(statistics),
         attention_in=launch.laid_out(context, launch.queries),
         scale_value=softmax_scale,
-        **launch.options(q.device),
+        atten_mask=launch.mask(q.device),
+        sparse_mode=launch.sparse_mode,
+        actual_seq_qlen=launch.query_ends,
+        actual_seq_kvlen=launch.key_ends,
     )
     shares = [
         launch.taken_apart(share, places, heads)
@@ -222,15 +228,26 @@ class _Launch(NamedTuple):
     def layout(self) -> str:
         return "SBH" if len(self.pieces) == 1 else "TND"
 
-    def options(self, device: torch.device) -> dict[str, Any]:
-        """How the pieces lie, and what their queries see."""
-        options: dict[str, Any] = {}
-        if self.pieces[0].causal:
-            options = {"atten_mask": _causal_mask(device), "sparse_mode": _CAUSAL_FROM_END}
-        if self.layout == "TND":
-            options["actual_seq_qlen"] = list(accumulate(len(p.queries) for p in self.pieces))
-            options["actual_seq_kvlen"] = list(accumulate(len(p.keys) for p in self.pieces))
-        return options
+    @property
+    def sparse_mode(self) -> int:
+        return _CAUSAL_FROM_END if self.pieces[0].causal else 0
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """None where every query sees every key of its piece."""
+        return _causal_mask(device) if self.pieces[0].causal else None
+
+    @property
+    def query_ends(self) -> list[int] | None:
+        """Where each document's queries end."""
+        return self._ends(piece.queries for piece in self.pieces)
+
+    @property
+    def key_ends(self) -> list[int] | None:
+        """Where each document's keys end."""
+        return self._ends(piece.keys for piece in self.pieces)
+
+    def _ends(self, ranges: Iterable[range]) -> list[int] | None:
+        return list(accumulate(map(len, ranges))) if self.layout == "TND" else None
 
     def laid_out(self, x: torch.Tensor, places: list[Place]) -> torch.Tensor:
         """Those tokens of x, `[s, b, n, hn]`, in the call's layout."""

@@ -260,6 +260,34 @@ def each_node_builds_data() -> Iterator[None]:
         yield
 
 
+def finalize_gradients(
+    chunks: list[Any], num_tokens: Any = None, *others: Any, **keywords: Any
+) -> None:
+    """megatron-core's `finalize_model_grads`: sums gradients over ranks, divides by all tokens.
+
+    0.12 counts the tokens of data-parallel ranks only, not of those that share a sequence.
+
+    Args:
+        chunks: in DistributedDataParallel.
+        num_tokens: of this rank; None leaves the division out.
+        *others: of the installed release, as its schedules give them.
+        **keywords: likewise.
+    """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    if num_tokens is not None and not _counts_tokens_of_sequences(finalize_model_grads):
+        group = parallel_state.get_context_parallel_group()
+        torch.distributed.all_reduce(num_tokens, group=group)
+    finalize_model_grads(chunks, num_tokens, *others, **keywords)
+
+
+@functools.cache
+def _counts_tokens_of_sequences(finalize: Callable[..., None]) -> bool:
+    return "with_context_parallel=True" in inspect.getsource(finalize)
+
+
 def _prepare_buckets() -> None:
     """Mends the distributed optimizer of tied embeddings over pipeline stages in 0.12."""
     from qwen2_ascend.runtime.ledger import Patch, apply

@@ -20,7 +20,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -28,6 +27,7 @@ from qwen2_ascend.data.sampler import BATCH_KEYS, PretrainingBatchSampler, build
 from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.runtime import Runtime, supported_keywords
+from qwen2_ascend.runtime.megatron_compat import finalize_gradients
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.schedule import current_lr
@@ -245,7 +245,7 @@ def wrap_chunks(
     if settings.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     return wrapped
 
 

@@ -29,7 +29,9 @@ NOTHING = "nothing depends on it"
 
 def training_flags(kind: type[Any]) -> Table:
     """The table of a launcher, by its settings."""
-    return {**SHARED, **(TUNING if "tuning" in kind.__dataclass_fields__ else PRETRAINING)}
+    groups = kind.__dataclass_fields__
+    table = {**SHARED, **(TUNING if "tuning" in groups else PRETRAINING)}
+    return {**table, **ZERO} if "zero" in groups else table
 
 
 def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] | None) -> S:
@@ -292,3 +294,12 @@ TUNING: Table = {
     "--lora-fusion": Meaning("adapters exchange nothing but their low-rank products"),
 }
 """Of fine-tuning's launchers alone."""
+ZERO: Table = {
+    "--context-parallel-size": Meaning(
+        "every rank computes whole sequences; launch/finetune_qwen2.py cuts them", ("1",)
+    ),
+    "--context-parallel-algo": Meaning(
+        "every rank computes whole sequences; launch/finetune_qwen2.py cuts them", None
+    ),
+}
+"""Of the launcher with DeepSpeed alone."""
