@@ -226,14 +226,7 @@ SHARED: Table = {
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
     # refused
-    "--use-ascend-mc2": Meaning(SPEED, refused=True),
     "--use-mc2": Meaning(SPEED, refused=True),
-    "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),
-    "--coc-fused-kernel": Meaning(
-        "its library of fused kernels is not used; plain products and collectives give the same "
-        "numbers, and take longer"
-    ),
-    "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
     "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
     "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     **dict.fromkeys(
