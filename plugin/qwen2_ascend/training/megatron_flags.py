@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="TrainingSettings")
 
-SPEED = "it changes speed or memory, not results; leave it out"
 NO_CP = "without context parallelism it has no meaning"
 NOTHING = "nothing depends on it"
 
@@ -226,7 +225,7 @@ SHARED: Table = {
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
     # refused
-    "--use-mc2": Meaning(SPEED, refused=True),
+    "--use-mc2": Meaning("say --use-ascend-mc2", refused=True),
     "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
     "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     **dict.fromkeys(

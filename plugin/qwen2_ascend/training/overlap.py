@@ -44,6 +44,11 @@ class OverlapSettings:
         """`build_model`'s coc_parallel_num."""
         return self.coc_parallel_num if self.use_ascend_coc else 1
 
+    @property
+    def is_on(self) -> bool:
+        """Whether products and exchanges overlap, given tensor parallelism."""
+        return self.use_ascend_mc2 or self.number_of_pieces > 1
+
     def faults(self, settings: TrainingSettings, config: Qwen2Config) -> list[str]:
         """What contradicts itself, the layout, the precision or the model."""
         faults = []
