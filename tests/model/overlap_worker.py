@@ -24,47 +24,47 @@ NOISE = 3e-6
 add up in another order. Whole numbers, whose sums are exact in any order, do not differ at all."""
 
 
-def layer(run: Run, number: int, sequence_parallel: bool, frozen: bool = False) -> Any:
-    """A decoder layer with random biases and norms, the same at each call."""
+def layer(
+    run: Run, sequence_parallel: bool, frozen: bool = False, config: Any = CONFIG, **options: Any
+) -> Any:
+    """A decoder layer with random biases and norms, the same at each call, and its rotary table."""
     import torch
-    from megatron.core import tensor_parallel
 
     from qwen2_ascend import runtime
     from qwen2_ascend.model.build import build_model
 
     layout = ParallelLayout(tensor_model_parallel_size=run.runtime.world_size)
     runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(layout, CONFIG.num_layers)
+    runtime.initialize_model_parallel(layout, config.num_layers)
     run.runtime.seed_all(5)
-    (chunk,) = build_model(
-        CONFIG, layout, sequence_parallel=sequence_parallel, coc_parallel_num=number
-    )
-    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
-    with torch.no_grad(), tracker.fork():
+    (chunk,) = build_model(config, layout, sequence_parallel=sequence_parallel, **options)
+    with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             if parameter.dim() == 1:  # norms are the same on all ranks, biases are not
                 own = torch.Generator().manual_seed(run.runtime.rank if "bias" in name else 7)
-                parameter += 0.3 * torch.randn(parameter.shape, generator=own)
+                parameter += 0.3 * torch.randn(parameter.shape, generator=own).to(parameter)
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad_(not (frozen and "linear" in name))
+    chunk = chunk.to(run.runtime.device)
     return chunk.decoder.layers[0], chunk.rotary_pos_emb(LENGTH)
 
 
 def tensors_of(
-    run: Run, number: int, sequence_parallel: bool, frozen: bool = False, length: int = LENGTH
+    run: Run, sequence_parallel: bool, length: int = LENGTH, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """A layer's output and all gradients."""
+    """A layer's output and all gradients; options are those of `layer`."""
     import torch
 
-    module, table = layer(run, number, sequence_parallel, frozen)
+    module, table = layer(run, sequence_parallel, **options)
     n, rank = run.runtime.world_size, run.runtime.rank
-    drawn = torch.randn(2, length, BATCH, CONFIG.hidden_size, generator=torch.manual_seed(11))
-    hidden, upstream = drawn
+    shape = 2, length, BATCH, module.config.hidden_size
+    hidden, upstream = torch.randn(shape, generator=torch.Generator().manual_seed(11))
     if sequence_parallel:
         hidden, upstream = hidden.chunk(n)[rank], upstream.chunk(n)[rank]
-    leaf = hidden.clone().requires_grad_()
+    like = next(module.parameters())
+    leaf = hidden.to(like).detach().requires_grad_()
     output, _ = module(leaf, None, rotary_pos_emb=table[:, :length])
-    output.backward(upstream)
+    output.backward(upstream.to(like))
     found = {"output": output.detach(), "input": leaf.grad}
     found |= {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     assert all(x is not None for x in found.values())
@@ -73,7 +73,7 @@ def tensors_of(
 
 def same(run: Run, number: int, **options: Any) -> float:
     """The largest difference of a cut layer's tensors from those of a whole one."""
-    whole, cut = tensors_of(run, 1, **options), tensors_of(run, number, **options)
+    whole, cut = tensors_of(run, **options), tensors_of(run, coc_parallel_num=number, **options)
     assert whole.keys() == cut.keys() and len(whole) >= 4
     assert min(x.abs().max().item() for x in whole.values()) > 1e-3, "nothing to compare"
     return max((whole[name] - cut[name]).abs().max().item() for name in whole)
@@ -232,7 +232,7 @@ def overlapped(run: Run, sequence_parallel: bool, frozen: bool) -> tuple[tuple[i
     """(hidden, all) collectives of one layer's linear modules, forward and backward, 4 pieces."""
     import torch
 
-    module, table = layer(run, 4, sequence_parallel, frozen)
+    module, table = layer(run, sequence_parallel, frozen, coc_parallel_num=4)
     tokens = LENGTH // (2 if sequence_parallel else 1)
     leaf = torch.ones(tokens, BATCH, CONFIG.hidden_size).requires_grad_()
     with events() as forward:
