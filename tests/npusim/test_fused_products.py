@@ -11,11 +11,10 @@ from npusim.env import SOC_910C
 from npusim.products import FUSED, GOLDEN, SEQUENCE_PARALLEL, WAYS, WIDE, measure, table
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-LOSS_NOISE, NORM_NOISE = 5e-4, 8e-4
-"""Of losses about 6 and, relative, of gradient norms, in bf16: three times what was measured. A
-fused operator rounds its product from fp32 as torch does, and adds up in another order."""
-LAYER_NOISE = 1.5e-2
-"""Of a layer's tensors, relative to the largest number: a few of bf16's roundings, 4e-3 each."""
+COC_NOISE = 1e-3
+"""Of losses about 6 and, relative, of gradient norms and a layer's tensors, in bf16, whose numbers
+are rounded by 4e-3 each. Nothing was measured to differ where this was written; a CPU may have
+another kernel for a piece's few rows."""
 
 
 def golden():
@@ -174,7 +173,12 @@ def test_a_layer_computes_what_a_whole_one_does(cut, way, frozen, run, record_pr
         a, b = tensor.cpu().float(), found[name].cpu().float()
         off[name] = ((a - b).abs().max() / a.abs().max()).item()
     record_property("off", f"{max(off.values()):.1e}")
-    assert max(off.values()) <= LAYER_NOISE, off
+    assert max(off.values()) <= allowed(way), off
+
+
+def allowed(way):
+    """Fused operators are simulated by the very products and sums that they replace."""
+    return 0 if "mc2" in way else COC_NOISE
 
 
 def expected_fused(cut, frozen):
@@ -243,4 +247,4 @@ def test_losses_are_those_of_whole_products(flags, more, run, record_property):
     off = max(abs(a.loss - b.loss) for a, b in zip(whole, found, strict=True))
     norms = max(abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(whole, found, strict=True))
     record_property("off", f"{off:.1e} {norms:.1e}")
-    assert off <= LOSS_NOISE and norms <= NORM_NOISE, (off, norms)
+    assert max(off, norms) <= allowed(more), (off, norms)
