@@ -33,11 +33,8 @@ WHOLE = [line for line in LINES if not line.is_moe and not line.name.endswith(CU
 PATHS = dict.fromkeys(
     ("--load", "--save", "--data-path", "--tokenizer-name-or-path", "--lora-load"), "path"
 )
-ELSEWHERE = {
-    "--coc-parallel-num",
-    "--use-ascend-mc2",
-}
-"""Memory and overlap: what is not taken yet, and the only such flags."""
+ELSEWHERE: set[str] = set()
+"""What is not taken yet, and the only such flags."""
 SERIES = {"qwen2": "Qwen2-", "qwen25": "Qwen2.5-", "qwen25_math": "Qwen2.5-Math-"}
 DISTILLED = {"deepseek_r1_distill_qwen": "DeepSeek-R1-Distill-Qwen-"}
 NOT_ITS_OWN = {"tune_distill_qwen_14b_full": "Qwen2.5-14B-Instruct"}

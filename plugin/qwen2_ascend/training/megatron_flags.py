@@ -23,7 +23,6 @@ from qwen2_ascend.pasted_flags import (
 
 S = TypeVar("S")
 
-SPEED = "it changes speed or memory, not results; leave it out"
 NOTHING = "nothing depends on it"
 
 
@@ -251,14 +250,7 @@ SHARED: Table = {
     ),
     "--cp-comm-type": Meaning("say --context-parallel-algo", None, refused=True),
     # refused
-    "--use-ascend-mc2": Meaning(SPEED, refused=True),
-    "--use-mc2": Meaning(SPEED, refused=True),
-    "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),
-    "--coc-fused-kernel": Meaning(
-        "its library of fused kernels is not used; plain products and collectives give the same "
-        "numbers, and take longer"
-    ),
-    "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
+    "--use-mc2": Meaning("say --use-ascend-mc2", refused=True),
     **dict.fromkeys(
         ("--wandb-project", "--wandb-exp-name", "--wandb-save-dir", "--wandb-entity"),
         Meaning("say --tensorboard-dir, or read SAVE/metrics.jsonl", None, refused=True),

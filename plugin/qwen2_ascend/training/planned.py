@@ -130,6 +130,7 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
         o2_gradient=settings.precision.o2_gradient,
         o2_optimizer=settings.precision.o2_optimizer,
         micro_batch_size=settings.batch.micro_batch_size,
+        mc2=settings.overlap.is_on and layout.tp > 1,
     )
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
 
