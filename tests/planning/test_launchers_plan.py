@@ -77,6 +77,10 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
         ("--plan 16 --plan-device 920", "--device 920 is not known"),
         ("--plan 16 --swap-attention", "the planner does not know --swap-attention"),
         (
+            "--plan 16 --use-distributed-optimizer --optimizer-cpu-offload",
+            "the planner does not know --optimizer-cpu-offload",
+        ),
+        (
             "--plan 16 --recompute-norm --recompute-norm-num-layers 2",
             "does not know --recompute-norm-num-layers",
         ),

@@ -88,6 +88,7 @@ def _not_planned(settings: Any) -> list[str]:
     unknown = {
         "--stage dpo": tuning is not None and tuning.stage == "dpo",
         "--swap-attention": recompute.swap_attention,
+        "--optimizer-cpu-offload": settings.optimizer.optimizer_cpu_offload,
         "--recompute-activation-function-num-layers": (
             recompute.recompute_activation_function_num_layers is not None
         ),

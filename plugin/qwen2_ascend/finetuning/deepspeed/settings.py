@@ -29,6 +29,7 @@ from qwen2_ascend.training.settings import (
     CheckpointSettings,
     Flag,
     ModelSettings,
+    OptimizerSettings,
     ParallelSettings,
     PrecisionSettings,
     RecomputeSettings,
@@ -99,6 +100,14 @@ class ZeroRecomputeSettings(RecomputeSettings):
     recompute_norm_num_layers: Absent[int | None] = None
     swap_attention: Absent[bool] = False
     cross_entropy_chunk_size: Absent[int | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOptimizerSettings(OptimizerSettings):
+    """AdamW and its learning rate; norms and biases have no weight decay."""
+
+    optimizer_cpu_offload: Absent[bool] = False
+    optimizer_offload_fraction: Absent[float] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +183,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
+    optimizer: ZeroOptimizerSettings
     precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
     report: ZeroReportSettings = field(default_factory=ZeroReportSettings)
