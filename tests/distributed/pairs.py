@@ -38,6 +38,12 @@ STEPS = {**PROFILE, "--profile": True, "--profile-step-start": 1, "--profile-ste
 SAVE = {"--save": Path(f"{FOLDER}save"), "--load": Path(f"{FOLDER}save")}
 """With --pretrained-checkpoint, which every job has: one command line starts and resumes."""
 STOPPED = {**SAVE, "--exit-interval": 2}
+OFFLOAD = {
+    "--bf16": True,
+    "--use-distributed-optimizer": True,
+    "--optimizer-cpu-offload": True,
+}
+"""On the CPU it must change nothing; tests/npusim/test_offload.py has it on a device."""
 O2 = {"--bf16": True, "--o2-gradient": True, "--o2-optimizer": True}
 
 NEUTRAL: dict[str, list[Any]] = {
@@ -55,6 +61,8 @@ NEUTRAL: dict[str, list[Any]] = {
     "--overlap-grad-reduce": [True],
     "--overlap-param-gather": [True],
     "--distributed-timeout-minutes": [5.0],
+    "--optimizer-cpu-offload": [OFFLOAD],
+    "--optimizer-offload-fraction": [{**OFFLOAD, "--optimizer-offload-fraction": 0.5}],
     "--micro-batch-size": [2],
     "--exit-interval": [STOPPED],
     "--use-ascend-coc": [

@@ -80,6 +80,10 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
         ("--plan 9", "cannot be shared out"),
         ("--plan 0", "--plan 0 must be at least 1"),
         ("--plan 16 --plan-device 920", "--device 920 is not known"),
+        (
+            "--plan 16 --use-distributed-optimizer --optimizer-cpu-offload",
+            "the planner does not know --optimizer-cpu-offload",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> None:

@@ -225,6 +225,10 @@ SHARED: Table = {
     "--accumulate-allreduce-grads-in-fp32": Meaning(
         "gradients are accumulated in fp32", check=_no_o2_gradient
     ),
+    "--use-precision-aware-optimizer": Meaning(
+        "the optimizer's numbers are fp32, as its dtypes are by default"
+    ),
+    "--overlap-cpu-optimizer-d2h-h2d": Meaning("copies are not overlapped; the numbers are equal"),
     "--sparse-mode": Meaning("attention is causal", ("2",)),
     "--distributed-backend": Meaning("the device says which", ("nccl", "hccl", "gloo")),
     "--log-throughput": Meaning("it is in every line of the log"),

@@ -26,14 +26,14 @@ class HalfMomentsAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
 
     def narrow(self) -> None:
         """Rounds moments that were loaded in fp32."""
         for state in self.state.values():
             _round(state, [state[kind] for kind in MOMENTS])
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             self._begin(state, parameter, group)
@@ -41,7 +41,7 @@ class HalfMomentsAdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         adamw(
             [parameter],
-            [parameter.grad],
+            [grad],
             *([moment] for moment in moments),
             max_exp_avg_sqs=[],
             state_steps=[state["step"]],

@@ -150,6 +150,7 @@ def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | N
 def not_planned(settings: Any) -> list[str]:
     """What the planner does not know, one sentence each."""
     unknown = {
+        "--optimizer-cpu-offload": settings.optimizer.optimizer_cpu_offload,
         "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,
     }
     return [

@@ -140,6 +140,11 @@ class OptimizerSettings:
     """Keeps the division by the second mean finite."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    optimizer_cpu_offload: Flag = False
+    """Keep fp32 weights and moments in the host's memory and update them there; needs
+    --use-distributed-optimizer and --bf16 or --fp16. On a CPU it changes nothing."""
+    optimizer_offload_fraction: float = 1.0
+    """How much of them; whole tensors are kept there until they are at least so much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -764,6 +769,7 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
     ):
         if is_on and not settings.precision.bf16:
             faults.append(f"{flag} needs --bf16, as in MindSpeed-LLM.")
+    faults += _offload_faults(settings)
     is_full = recompute.recompute_granularity == "full"
     if is_full and recompute.recompute_method is None:
         faults.append("--recompute-granularity full needs --recompute-method.")
@@ -776,4 +782,31 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
     runtime = settings.runtime
     if not runtime.manual_gc and (runtime.manual_gc_interval or runtime.no_manual_gc_eval):
         faults.append("--manual-gc-interval and --no-manual-gc-eval need --manual-gc.")
+    return faults
+
+
+def _offload_faults(settings: TrainingSettings) -> list[str]:
+    """What --optimizer-cpu-offload needs and excludes."""
+    optimizer, precision = settings.optimizer, settings.precision
+    flag, fraction = "--optimizer-cpu-offload", optimizer.optimizer_offload_fraction
+    if not 0 <= fraction <= 1:
+        return [f"--optimizer-offload-fraction {fraction:g} must be from 0 to 1."]
+    if not optimizer.optimizer_cpu_offload:
+        return [] if fraction == 1 else [f"--optimizer-offload-fraction needs {flag}."]
+    faults = []
+    if not settings.parallel.use_distributed_optimizer:
+        faults.append(f"{flag} needs --use-distributed-optimizer, as in Megatron-LM.")
+    if not (precision.bf16 or precision.fp16):
+        faults.append(
+            f"{flag} needs --bf16 or --fp16: megatron-core's hybrid optimizer cannot take slices "
+            "of fp32 weights."
+        )
+    for other, is_on in (
+        ("--reuse-fp32-param", precision.reuse_fp32_param),
+        ("--o2-optimizer", precision.o2_optimizer),
+    ):
+        if is_on:
+            faults.append(
+                f"{flag} and {other}: give one of them; both change what the optimizer keeps."
+            )
     return faults

@@ -31,6 +31,7 @@ from qwen2_ascend.training.settings import (
     CheckpointSettings,
     Flag,
     ModelSettings,
+    OptimizerSettings,
     ParallelSettings,
     PrecisionSettings,
     RecomputeSettings,
@@ -116,6 +117,14 @@ class ZeroRecomputeSettings(RecomputeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroOptimizerSettings(OptimizerSettings):
+    """AdamW and its learning rate; norms and biases have no weight decay."""
+
+    optimizer_cpu_offload: Absent[bool] = False
+    optimizer_offload_fraction: Absent[float] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZeroPrecisionSettings(PrecisionSettings):
     """Number formats, and what happens when numbers run out."""
 
@@ -189,6 +198,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
     overlap: ZeroOverlapSettings = field(default_factory=ZeroOverlapSettings)
+    optimizer: ZeroOptimizerSettings
     precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
     report: ZeroReportSettings = field(default_factory=ZeroReportSettings)
