@@ -16,6 +16,7 @@ from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.telemetry import reporting
+from qwen2_ascend.training.description import RUN_FILE, write_description
 from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
@@ -454,6 +455,9 @@ def train_and_report(
             if run.settings.has_own_disks:
                 require_shared(run.settings.checkpoint.save)
         reporter = _reporter(run, plan.config, plan.padded_vocab_size)
+        if reporter.report_dir:
+            where = (reporter.report_dir, plan, run.runtime, run.train_iters)
+            reporting.attempt(RUN_FILE, write_description, *where)
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step, say)
         return _train(run, reporter, instruments, opened, say)
