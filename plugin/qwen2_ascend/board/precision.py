@@ -79,7 +79,7 @@ def _histogram(value: Any) -> dict[str, list[float]] | None:
         return None
     edges, counts = _list(value.get("edges")), _list(value.get("counts"))
     numbers = [_finite(x) for x in (*edges, *counts)]
-    if len(edges) != len(counts) + 1 or None in numbers or len(counts) > 200:
+    if len(edges) != len(counts) + 1 or None in numbers or len(counts) > 300:
         return None
     return {"edges": edges, "counts": counts}
 

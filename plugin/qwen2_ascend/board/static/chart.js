@@ -3,7 +3,7 @@
 import { h, short, t } from "./ui.js";
 
 const LEFT = 58;
-const RIGHT = 12;
+const RIGHT = 26;
 const TOP = 10;
 const BOTTOM = 24;
 const HEIGHT = 210;

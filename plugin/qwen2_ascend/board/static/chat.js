@@ -12,7 +12,7 @@ async function build(panel, state) {
   for (const side of SIDES) {
     const loaded = state.loaded[side] || null;
     if (loaded !== sides[side].loaded) [sides[side].loaded, sides[side].said] = [loaded, ""];
-    sides[side].model ||= loaded || "";
+    sides[side].model ||= loaded || state.models[SIDES.indexOf(side)] || "";
   }
   places = { sides: {}, faults: h("div") };
   const form = h("form", { class: "ask", id: "chat-form" });
@@ -24,7 +24,7 @@ async function build(panel, state) {
   const heat = numberInput("temperature", settings.temperature, { min: 0, max: 10, step: "any" });
   const most = numberInput("max_new_tokens", settings.max_new_tokens, { min: 1 });
   form.append(box, h("div", { class: "row" }, send, stop, clear, field("system_prompt", instruction),
-    field("temperature", heat, t("temperature_hint")), field("max_new_tokens", most)));
+    field("temperature", heat), field("max_new_tokens", most)));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     settings = { temperature: heat.value === "" ? 0 : Number(heat.value), max_new_tokens: most.value };

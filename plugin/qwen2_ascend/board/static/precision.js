@@ -99,16 +99,29 @@ function showCell(detail, one) {
   for (const mine of document.querySelectorAll(".cell")) mine.classList.toggle("is-picked", mine.dataset.cell === one.name);
 }
 
+/** With empty bins on both sides, so that a few bins look like the peak that they are. */
+function widened({ counts, edges }) {
+  const step = edges[1] / edges[0];
+  const more = Math.max(2, Math.ceil((24 - counts.length) / 2));
+  const last = edges[edges.length - 1];
+  const empty = new Array(more).fill(0);
+  return {
+    counts: [...empty, ...counts, ...empty],
+    edges: [...empty.map((_, index) => edges[0] / step ** (more - index)), ...edges, ...empty.map((_, index) => last * step ** (index + 1))],
+  };
+}
+
 function histogram(found) {
   if (!found) return h("p", { class: "quiet" }, t("no_histogram"));
-  const most = Math.max(...found.counts, 1);
-  const bars = found.counts.map((count, index) => {
-    const bar = h("i", { title: `${short(found.edges[index], 2)} – ${short(found.edges[index + 1], 2)}: ${count}` });
+  const { counts, edges } = widened(found);
+  const most = Math.max(...counts, 1);
+  const bars = counts.map((count, index) => {
+    const bar = h("i", { title: `${short(edges[index], 2)} – ${short(edges[index + 1], 2)}: ${count}` });
     bar.style.height = `${(100 * count) / most}%`;
     return bar;
   });
   return h("figure", { class: "histogram", id: "histogram" }, h("figcaption", {}, t("histogram_about")), h("div", { class: "bars" }, bars),
-    h("div", { class: "ends" }, h("span", {}, short(found.edges[0], 2)), h("span", {}, short(found.edges[found.edges.length - 1], 2))));
+    h("div", { class: "ends" }, h("span", {}, short(edges[0], 2)), h("span", {}, short(edges[edges.length - 1], 2))));
 }
 
 export const precisionPanel = { build };

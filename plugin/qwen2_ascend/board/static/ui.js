@@ -106,11 +106,10 @@ export async function guarded(button, place, action) {
 
 // --- forms ----------------------------------------------------------------------------------------
 
-/** A labelled field; `field.value()` is what is in it. */
+/** A labelled field. */
 export function field(key, control, hint) {
   const label = h("label", { class: "field" }, h("span", {}, t(key)), control);
   if (hint) label.append(h("small", {}, hint));
-  label.control = control;
   return label;
 }
 
