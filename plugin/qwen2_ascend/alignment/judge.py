@@ -197,7 +197,7 @@ def token_error(ours: Tensor, reference: Tensor) -> Error:
 
 
 def _by_token(ours: Tensor, reference: Tensor) -> Iterator[Tensor]:
-    """Relative differences `[s]` of one sequence after the other; infinite where one is no number."""
+    """Relative differences `[s]`, sequence by sequence; infinite where one is no number."""
     for a, b in zip(ours, reference, strict=True):
         a, b = a.double(), b.double()
         distance, length = (a - b).norm(dim=-1), b.norm(dim=-1)

@@ -247,8 +247,10 @@ class MetricsFile:
 
     def _fail(self, error: OSError | UserError) -> None:
         self._begin_anew()
-        self.error = str(error) if isinstance(error, UserError) else (
-            f"{self.path.name}: cannot be read: {error.strerror or error}."
+        self.error = (
+            str(error)
+            if isinstance(error, UserError)
+            else (f"{self.path.name}: cannot be read: {error.strerror or error}.")
         )
 
     def _read_on(self, fd: int, most_bytes: int) -> None:

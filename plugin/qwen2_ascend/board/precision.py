@@ -38,7 +38,8 @@ def read_report(path: Path) -> dict[str, Any]:
         "logits": _numbers(value.get("logits")),
         "loss": _numbers(value.get("loss")),
         "columns": [{"name": one.name, "label": one.label} for one in LAYER],
-        "layers": 1 + max((cell["layer"] for cell in cells if cell["layer"] is not None), default=-1),
+        "layers": 1
+        + max((cell["layer"] for cell in cells if cell["layer"] is not None), default=-1),
         "cells": cells,
         "steps": [_numbers(step) for step in _list(value.get("steps"))],
     }

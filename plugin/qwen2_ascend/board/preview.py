@@ -39,7 +39,9 @@ def preview(model: Path, data: Path) -> dict[str, Any]:
             words, capture_output=True, timeout=SECONDS, stdin=subprocess.DEVNULL, check=False
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{data.name}: rendering its chats takes longer than {SECONDS} s.") from None
+        raise UserError(
+            f"{data.name}: rendering its chats takes longer than {SECONDS} s."
+        ) from None
     try:
         found = json.loads(done.stdout)
     except ValueError:

@@ -167,9 +167,7 @@ def differences(first: Mapping[str, str], second: Mapping[str, str]) -> list[dic
     What differs comes first; within that, the order is the first one's.
     """
     names = dict.fromkeys((*first, *second))
-    rows = [
-        {"name": name, "first": first.get(name), "second": second.get(name)} for name in names
-    ]
+    rows = [{"name": name, "first": first.get(name), "second": second.get(name)} for name in names]
     for row in rows:
         row["differs"] = row["first"] != row["second"]
     return sorted(rows, key=lambda row: not row["differs"])

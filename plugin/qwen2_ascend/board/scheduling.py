@@ -41,7 +41,7 @@ def slurm(launch: Launch) -> str:
     gpus = f"#SBATCH --gpus-per-node={launch.devices_per_node}\n" * (launch.device == "cuda")
     return f"""\
 #!/usr/bin/env bash
-# sbatch THIS_FILE, in the folder of qwen2-ascend's repository and in a shell that has its environment.
+# sbatch THIS_FILE, in qwen2-ascend's repository and in a shell that has its environment.
 #SBATCH --job-name=qwen2
 #SBATCH --nodes={launch.num_nodes}
 #SBATCH --ntasks-per-node=1
@@ -56,7 +56,7 @@ TORCHRUN_PID=$(mktemp)        # the file with the process id of torchrun on the 
 export MASTER_ADDR TORCHRUN_PID
 trap 'rm -f "$TORCHRUN_PID"' EXIT
 
-save_and_requeue() {{           # the ranks get the signal, not torchrun: it would kill them after 30 s
+save_and_requeue() {{         # torchrun gets no signal: it would kill its ranks after 30 s
     pkill -TERM -P "$(cat "$TORCHRUN_PID")" || true
     wait "$STEP" || true
     scontrol requeue "$SLURM_JOB_ID"
@@ -82,7 +82,7 @@ def volcano(launch: Launch) -> str:
     asked = f"{{{resource}: {devices}}}" if resource else '{cpu: "8"}'
     driver, mount = _ascend() if launch.device == "npu" else ("", "")
     return f"""\
-# kubectl apply -f THIS_FILE, after changing the image, the claim and the paths. One pod takes a node.
+# kubectl apply -f THIS_FILE, with your image, claim and paths. One pod takes a node.
 apiVersion: batch.volcano.sh/v1alpha1
 kind: Job
 metadata:

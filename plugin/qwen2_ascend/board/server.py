@@ -129,7 +129,7 @@ class Board:
 
     def run(self, form: Form) -> dict[str, Any]:
         """What is known of a run besides its curves."""
-        folder = self._run(text(form, "run"))
+        folder = self.jail.existing(str(self._run(text(form, "run"))))
         log = runs.find_log(folder)
         lines, fault = [], None
         if log is not None:
@@ -350,9 +350,7 @@ def _with_cookie(access: Access) -> Response:
     return response
 
 
-async def _answered(
-    request: Request, answer: Callable[[Form], Awaitable[Response]]
-) -> Response:
+async def _answered(request: Request, answer: Callable[[Form], Awaitable[Response]]) -> Response:
     try:
         return await answer(await _form(request))
     except UserError as error:

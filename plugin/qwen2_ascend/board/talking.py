@@ -2,7 +2,8 @@
 
     {"messages": [...], "max_new_tokens": 256, "temperature": 0.7}   in
     {"stop": true}                                                   in: ends the answer
-    {"ready": "..."}  {"piece": "..."}  {"done": "eos", "tokens": 12, "seconds": 0.5}  {"faults": [...]}
+    {"ready": "..."}   {"piece": "..."}   {"faults": [...]}          out
+    {"done": "eos", "tokens": 12, "seconds": 0.5}                    out
 
 `talker.Talker` starts it. Its standard error is for people.
 """

@@ -1,4 +1,4 @@
-"""run.json beside metrics.jsonl: how a run was configured, where it runs, what it was planned to take.
+"""run.json beside metrics.jsonl: how a run was configured, where it runs, what was planned.
 
 It is for whoever compares runs later; nothing reads it to go on from. Variables of the environment
 are written only where their names belong to the libraries that a run is made of, and no secret's.
@@ -102,7 +102,7 @@ def environment(runtime: Runtime, variables: Mapping[str, str]) -> dict[str, str
 
 
 def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
-    """What the planner says of the fullest rank's memory, and the device's peak, if it knows them."""
+    """The planned memory of the fullest rank, and the device's peak, if the planner knows them."""
     from qwen2_ascend.planning.devices import find_device
     from qwen2_ascend.planning.memory import fullest_stage
     from qwen2_ascend.training.planned import as_cut

@@ -50,7 +50,7 @@ export class Chart {
     this.tip = h("div", { class: "tip" });
     this.heading = h("h3", {}, title);
     this.empty = h("p", { class: "quiet" });
-    this.element = h("figure", { class: "chart" }, this.heading, this.canvas, this.tip, this.empty);
+    this.element = h("figure", { class: "chart is-empty" }, this.heading, this.canvas, this.tip, this.empty);
     this.canvas.addEventListener("mousemove", (event) => this.hover(event));
     this.canvas.addEventListener("mouseleave", () => this.leave());
     new ResizeObserver(() => this.draw()).observe(this.element);
