@@ -2,6 +2,7 @@
 # make test         everything that can be tested on this machine
 # make test-compat  what depends on megatron-core, with the oldest release that is supported
 # make check        format, lint, types
+# make browser      Chromium, without which the tests of the board's page are skipped
 # PIP_ARGS is passed to pip, for example to name an index that has CPU builds of torch.
 
 PYTHON ?= python3
@@ -38,7 +39,7 @@ WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real tests/pasted tes
   tests/benchmark/test_energy.py tests/planning/test_planning.py \
   tests/runtime/test_power*.py tests/telemetry/test_energy.py
 
-.PHONY: venv npu-site compat-venv quickstart test test-compat test-real test-npu check format clean
+.PHONY: venv npu-site compat-venv browser quickstart test test-compat test-real test-npu check format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
 
@@ -51,7 +52,7 @@ $(VENV)/.base:
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.base pyproject.toml constraints.txt
-	$(INSTALL) -e '.[data,report]'
+	$(INSTALL) -e '.[board,data,report]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
@@ -74,6 +75,12 @@ $(COMPAT)/.dev: $(VENV)/.dev constraints-compat.txt
 	$(BIN)/python -m pip --python $(COMPAT)/bin/python install -q --disable-pip-version-check \
 	  $(PIP_ARGS) --no-deps -r constraints-compat.txt
 	@touch $@
+
+# Debian's Chromium, for tests/board/test_browser.py, which Playwright drives; needs root where it is
+# not there yet.
+browser:
+	@command -v chromium > /dev/null || { apt-get update -qq && \
+	  apt-get install -qq -y --no-install-recommends chromium fonts-noto-cjk; }
 
 quickstart: $(VENV)/.run
 	$(BIN)/python examples/quickstart.py

@@ -346,7 +346,7 @@ def test_a_form_becomes_the_command_that_a_person_would_type(tmp_path: Path) -> 
     settings = finetuning.parse(words[5:])
     assert settings.model.load == tmp_path / "model $(touch owned)"
     assert settings.data.data_path == (str(tmp_path / "chats; rm -rf x.jsonl"),)
-    assert settings.checkpoint.save == tmp_path / "new" and settings.data.pack
+    assert settings.checkpoint.save == tmp_path / "new" / "run" and settings.data.pack
     assert (settings.lora.lora_r, settings.lora.lora_alpha) == (8, 16.0)
     assert settings.parallel.sequence_parallel and settings.parallel.use_distributed_optimizer
     assert settings.tuning.num_train_epochs == 1.5 and settings.optimizer.lr == 1e-5

@@ -42,7 +42,8 @@ class Order:
     words: tuple[str, ...]
     """From torchrun on."""
     save: Path
-    """Where the run saves, with its log."""
+    """Where the run saves, with its log: "run" in the folder that the form names, beside "data"
+    and, at its end, "hf"."""
 
     @property
     def shown(self) -> str:
@@ -75,9 +76,9 @@ def order(form: Mapping[str, Any], jail: Jail) -> Order:
     words = ["torchrun", "--standalone"]
     words += ["--nproc-per-node", str(whole(form, "processes", 1, MAX_PROCESSES)), SCRIPT]
     words += ["--load", str(model), "--data-path", str(data)]
-    words += ["--data-cache-path", str(save / "data"), "--save", str(save)]
+    words += ["--data-cache-path", str(save / "data"), "--save", str(save / "run")]
     words += _method(form, save) + _layout(form) + _length(form)
-    return Order(words=tuple(words), save=save)
+    return Order(words=tuple(words), save=save / "run")
 
 
 def _path_faults(model: Path, data: Path, save: Path, jail: Jail) -> list[str]:
@@ -165,7 +166,7 @@ class Jobs:
                 wanted.save.mkdir(parents=True, exist_ok=True)
                 log = (wanted.save / LOG_FILE).open("xb")
             except OSError as error:
-                raise UserError(f"{wanted.save.name}: cannot be used: {error.strerror}.") from None
+                raise UserError(f"{wanted.save}: cannot be used: {error.strerror}.") from None
             with log:
                 log.write(f"$ {wanted.shown}\n".encode())
                 log.flush()
