@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -80,6 +82,8 @@ def serving(*folders: Path, host: str = "127.0.0.1", token: str | None = None) -
         yield Served(board, f"http://127.0.0.1:{listening.getsockname()[1]}")
     finally:
         board.talkers.close()
+        if (state := board.jobs.state())["state"] in ("running", "stopping"):  # a test has failed
+            os.killpg(state["pid"], signal.SIGKILL)
         server.should_exit = True
         thread.join(10)
         listening.close()

@@ -42,7 +42,7 @@ ARGUMENTS = [
 ]
 expect.set_options(timeout=60_000)  # of a machine that does other things too
 TABS = ("runs", "plan", "start", "chat", "precision")
-SLOW = 120_000
+SLOW = 400_000
 """Milliseconds that a process may take to start on a busy machine."""
 HTML_NAME = "<img src=x onerror=document.title='owned'>"
 
@@ -342,7 +342,6 @@ def form_of(page: Page) -> str:
 def test_the_language_is_the_browsers_and_can_be_changed(browser: Browser, served: Served) -> None:
     context = browser.new_context(locale="zh-CN", viewport={"width": 1400, "height": 1000})
     page = context.new_page()
-    pictures = os.environ.get("BOARD_SCREENSHOTS")
     for tab in TABS:
         opened(page, served, tab)
         expect(page.locator(f"#tab-{tab}")).to_have_text(re.compile("[\u4e00-\u9fff]"))
@@ -352,12 +351,11 @@ def test_the_language_is_the_browsers_and_can_be_changed(browser: Browser, serve
     page.reload()
     expect(page.locator("#tab-runs")).to_have_text("Runs")  # it is remembered
     context.close()
-    if pictures:
-        take_pictures(browser, served, Path(pictures))
 
 
-def take_pictures(browser: Browser, served: Served, out: Path) -> None:
-    """A picture of every tab in both languages, as docs/board.md shows them."""
+@pytest.mark.skipif("BOARD_SCREENSHOTS" not in os.environ, reason="only for docs/board.md")
+def test_pictures_of_every_tab_in_both_languages(browser: Browser, served: Served) -> None:
+    out = Path(os.environ["BOARD_SCREENSHOTS"])
     out.mkdir(parents=True, exist_ok=True)
     for language in ("en-GB", "zh-CN"):
         context = browser.new_context(locale=language, viewport={"width": 1280, "height": 800})
