@@ -3,6 +3,7 @@
 # make test-compat  what depends on megatron-core, with the oldest and the newest release
 # make test-pythons what needs no torch, with each Python
 # make check        format, lint, types
+# make browser      Chromium, without which the tests of the board's page are skipped
 # PIP_ARGS is passed to pip, for example to name an index that has CPU builds of torch.
 
 PYTHON ?= python3
@@ -32,7 +33,8 @@ WITH_MEGATRON := tests/distributed/test_releases.py tests/distributed/test_train
   tests/data/test_pretraining.py tests/data/test_helpers_cpp.py tests/training/test_schedule.py \
   tests/finetuning/test_lora.py tests/model/test_model.py
 
-.PHONY: venv npu-site quickstart test test-compat test-pythons test-real test-npu check format clean
+.PHONY: venv npu-site browser quickstart test test-compat test-pythons test-real test-npu check \
+  format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
 
@@ -45,7 +47,7 @@ $(VENV)/.base:
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.base pyproject.toml constraints.txt
-	$(INSTALL) -e '.[data,report]'
+	$(INSTALL) -e '.[board,data,report]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
@@ -69,6 +71,12 @@ $(VENV)/npu-site: $(VENV)/.base constraints.txt
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check \
 	  $(PIP_ARGS) --no-deps --ignore-requires-python 'megatron-core==$*'
 	@touch $@
+
+# Debian's Chromium, for tests/board/test_browser.py, which Playwright drives; needs root where it is
+# not there yet.
+browser:
+	@command -v chromium > /dev/null || { apt-get update -qq && \
+	  apt-get install -qq -y --no-install-recommends chromium fonts-noto-cjk; }
 
 quickstart: $(VENV)/.run
 	$(BIN)/python examples/quickstart.py

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The main job on a small model: split, train on four processes, merge, compare.
+"""The main job on a small model: split, train on four processes, merge, compare, align.
 
 Makes a small Qwen2 with random weights and a small tokenizer, takes the Python standard library's
 sources as text, and runs the commands that a user would run, printing each. Everything goes into
@@ -76,6 +76,7 @@ def main() -> None:
         "--train-iters", TRAIN_ITERS, "--lr", "2e-3", "--lr-decay-style", "cosine",
         "--lr-warmup-iters", "5", "--log-interval", "10",
         "--eval-interval", TRAIN_ITERS, "--eval-iters", "2", "--seed", "1",
+        log=folder / "trained" / "run.log",
     )  # fmt: skip
 
     say("4. Merge: the training checkpoint to Hugging Face")
@@ -91,6 +92,13 @@ def main() -> None:
     if not after < before - 0.5:
         sys.exit("the loss did not fall as it should")
 
+    say("6. Align: every sublayer with transformers', by itself")
+    run(
+        "python", REPOSITORY / "launch" / "align_qwen2.py", "--load", folder / "hf-trained",
+        "--seq-length", "64", "--report", folder / "aligned",
+    )  # fmt: skip
+    shutil.copyfile(REPOSITORY / "examples" / "sft_0.5b" / "chats.jsonl", folder / "chats.jsonl")
+
     say(f"Done in {time.monotonic() - started:.0f} s")
     places = {
         "the model before": folder / "hf",
@@ -99,9 +107,12 @@ def main() -> None:
         "loss curve": folder / "trained" / "loss.png",
         "metrics by step": folder / "trained" / "metrics.jsonl",
         "the trained model": folder / "hf-trained",
+        "alignment report": folder / "aligned" / "report.html",
+        "chats to tune it on": folder / "chats.jsonl",
     }
     for what, place in places.items():
         print(f"  {what:<20} {place}{'' if place.exists() else '  (missing)'}")
+    print(f"look at all of it: qwen2-ascend board {folder}")
 
 
 def make_text(folder: Path) -> tuple[list[str], str]:
@@ -174,15 +185,31 @@ def say(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def run(command: str, *arguments: object) -> None:
-    """Prints and runs one of the installed commands; ends here if it fails."""
+def run(command: str, *arguments: object, log: Path | None = None) -> None:
+    """Prints and runs one of the installed commands; ends here if it fails.
+
+    With `log` its output goes there too, as `| tee` would do it.
+    """
     words = [str(word) for word in arguments]
     print("$", shlex.join([command, *words]), flush=True)
-    result = subprocess.run(
-        [str(BIN / command), *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600
-    )
-    if result.returncode:
-        sys.exit(f"{command} ended with status {result.returncode}")
+    program, environment = str(BIN / command), os.environ | {"OMP_NUM_THREADS": "1"}
+    if log is None:
+        status = subprocess.run([program, *words], env=environment, timeout=600).returncode
+    else:
+        status = run_logged([program, *words], environment, log)
+    if status:
+        sys.exit(f"{command} ended with status {status}")
+
+
+def run_logged(words: list[str], environment: dict[str, str], log: Path) -> int:
+    """Runs a command, shows its output and keeps it in a file; gives the exit status."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+    with log.open("w") as kept, subprocess.Popen(words, env=environment, **pipes) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kept.write(line)
+    return process.returncode
 
 
 if __name__ == "__main__":

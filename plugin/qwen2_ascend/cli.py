@@ -59,6 +59,10 @@ COMMANDS = {
         "qwen2_ascend.planning.command",
         "say which layouts of a training run fit into memory, and which may be fastest",
     ),
+    "board": Command(
+        "qwen2_ascend.board.command",
+        "serve a page that plans, watches, compares and starts runs, and chats",
+    ),
     "benchmark": Command(
         "qwen2_ascend.benchmark.command",
         "measure this machine the way docs/benchmarks.md does",

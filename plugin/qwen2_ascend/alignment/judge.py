@@ -86,6 +86,8 @@ class Finding:
     ratio: float
     """Own error over noise."""
     parted: bool
+    histogram: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """`counts` of tokens whose own error lies between two `edges`."""
 
     @property
     def place(self) -> str:
@@ -187,15 +189,33 @@ def noise_dtype(precision: str) -> tuple[str, float]:
 def token_error(ours: Tensor, reference: Tensor) -> Error:
     """Relative difference by tokens of `[b, s, features]`, computed in fp64."""
     means, worst, count = 0.0, 0.0, 0
-    for a, b in zip(ours, reference, strict=True):
-        a, b = a.double(), b.double()
-        distance, length = (a - b).norm(dim=-1), b.norm(dim=-1)
-        relative = torch.where(distance == 0, 0.0, distance / length)
-        relative = torch.where(torch.isfinite(relative), relative, torch.inf)
+    for relative in _by_token(ours, reference):
         means += relative.sum().item()
         worst = max(worst, relative.max().item())
         count += relative.numel()
     return Error(means / count, worst)
+
+
+def _by_token(ours: Tensor, reference: Tensor) -> Iterator[Tensor]:
+    """Relative differences `[s]`, sequence by sequence; infinite where one is no number."""
+    for a, b in zip(ours, reference, strict=True):
+        a, b = a.double(), b.double()
+        distance, length = (a - b).norm(dim=-1), b.norm(dim=-1)
+        relative = torch.where(distance == 0, 0.0, distance / length)
+        yield torch.where(torch.isfinite(relative), relative, torch.inf)
+
+
+def token_histogram(ours: Tensor, reference: Tensor) -> dict[str, list[float]]:
+    """How many tokens have which relative error, on edges that are a tenth of a decade apart.
+
+    Errors below the first edge count as of the first bin, those above the last one as of the last.
+    """
+    errors = torch.cat([relative.flatten() for relative in _by_token(ours, reference)])
+    numbers = (10 * errors.clamp(1e-18, 1e3).log10()).floor().long()
+    low, high = int(numbers.min()), int(numbers.max())
+    counts = torch.bincount(numbers - low, minlength=high - low + 1)
+    edges = [10 ** (number / 10) for number in range(low, high + 2)]
+    return {"edges": edges, "counts": counts.tolist()}
 
 
 def judge_sublayers(record: Record, model: Any, noise_factor: float) -> list[Finding]:
@@ -303,7 +323,12 @@ def _judge(
     noise = noise.scaled(noise_dtype(record.precision)[1])
     ratio = own.above(noise, _floor(precision))
     return Finding(
-        name=sublayer.name, own=own, noise=noise, ratio=ratio, parted=not ratio <= factor
+        name=sublayer.name,
+        own=own,
+        noise=noise,
+        ratio=ratio,
+        parted=not ratio <= factor,
+        histogram=token_histogram(record.activations[sublayer.name], exact),
     )
 
 

@@ -6,7 +6,7 @@ The flags are MindSpeed-LLM's. As there, the two ways exclude each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,7 +14,6 @@ from qwen2_ascend.ops import mc2_limits
 
 if TYPE_CHECKING:
     from qwen2_ascend.config import Qwen2Config
-    from qwen2_ascend.training.settings import TrainingSettings
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -49,8 +48,13 @@ class OverlapSettings:
         """Whether products and exchanges overlap, given tensor parallelism."""
         return self.use_ascend_mc2 or self.number_of_pieces > 1
 
-    def faults(self, settings: TrainingSettings, config: Qwen2Config) -> list[str]:
-        """What contradicts itself, the layout, the precision or the model."""
+    def faults(self, settings: Any, config: Qwen2Config) -> list[str]:
+        """What contradicts itself, the layout, the precision or the model.
+
+        Args:
+            settings: all flags, a TrainingSettings.
+            config: the model's.
+        """
         faults = []
         if self.use_ascend_mc2 and self.use_ascend_coc:
             faults.append("--use-ascend-mc2 and --use-ascend-coc: give one of them.")
@@ -68,11 +72,11 @@ class OverlapSettings:
             faults += _fused_faults(settings, config)
         return faults
 
-    def device_faults(self, settings: TrainingSettings, device: str, chip: str) -> list[str]:
+    def device_faults(self, settings: Any, device: str, chip: str) -> list[str]:
         """What the device does not have.
 
         Args:
-            settings: all flags.
+            settings: all flags, a TrainingSettings.
             device: cpu, cuda or npu.
             chip: the device as its driver names it.
         """
@@ -121,25 +125,26 @@ class OverlapSettings:
         ]
 
 
-def _pieces_faults(number: int, settings: TrainingSettings) -> list[str]:
+def _pieces_faults(number: int, settings: Any) -> list[str]:
     """Pieces are of one size, as in MindSpeed; batches of their own lengths have others."""
     parallel, batch = settings.parallel, settings.batch
     tp = parallel.tensor_model_parallel_size
     if tp == 1 or getattr(settings.data, "variable_seq_lengths", False):
         return []
     parts = tp if parallel.sequence_parallel else 1
+    parts *= parallel.context_parallel_size
     rows = batch.seq_length * batch.micro_batch_size // max(parts, 1)
     if rows % number == 0:
         return []
     fit = ", ".join(str(n) for n in PIECES if rows % n == 0)
     return [
         f"--coc-parallel-num {number} does not divide the {rows} rows that a rank multiplies "
-        "(--seq-length times --micro-batch-size, over the tensor parallel ranks with "
-        f"--sequence-parallel); use {fit}, or other lengths."
+        "(--seq-length times --micro-batch-size, over the context parallel ranks, and over the "
+        f"tensor parallel ranks with --sequence-parallel); use {fit}, or other lengths."
     ]
 
 
-def _fused_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
+def _fused_faults(settings: Any, config: Qwen2Config) -> list[str]:
     """What the operators' documents rule out."""
     parallel, precision = settings.parallel, settings.precision_name()
     tp = parallel.tensor_model_parallel_size

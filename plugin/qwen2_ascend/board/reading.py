@@ -1,0 +1,100 @@
+"""The metrics files that a page looks at: small ones are read at once, large ones in a thread.
+
+A large file is shown by a sample of its rows until the thread has read it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from qwen2_ascend.board.metrics import MetricsFile
+
+AT_ONCE_BYTES = 1 << 19
+"""Of a file, read while the page waits."""
+SLICE_BYTES = 1 << 21
+"""Read by the thread between two looks at what the page wants."""
+SAMPLED_PLACES = 8000
+"""Of all files of one question together."""
+FEWEST_PLACES, MOST_PLACES = 40, 400
+"""Of one file."""
+MAX_FILES = 400
+"""Kept in memory, each with some 500 kB at most."""
+
+T = TypeVar("T")
+
+
+class Reader:
+    """Keeps what was read of files, the last used MAX_FILES of them."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Path, MetricsFile] = OrderedDict()
+        self._lock = threading.Lock()
+        self._wanted: OrderedDict[Path, None] = OrderedDict()
+        self._work = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+
+    def look(self, paths: Sequence[Path], take: Callable[[MetricsFile], T]) -> list[T]:
+        """What `take` makes of each file as it is known by now; the thread reads the rest."""
+        places = min(MOST_PLACES, max(FEWEST_PLACES, SAMPLED_PLACES // max(len(paths), 1)))
+        found = []
+        for path in paths:
+            with self._lock:
+                file = self._current(path, places)
+                found.append(take(file))
+        self._start()
+        return found
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the thread has read all that was wanted, within that time."""
+        with self._work:
+            return self._work.wait_for(lambda: not self._wanted, seconds)
+
+    def _current(self, path: Path, places: int) -> MetricsFile:
+        file = self._files.get(path)
+        is_new = file is None
+        if file is None:
+            file = self._files[path] = MetricsFile(path)
+            if len(self._files) > MAX_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(path)
+        if is_new and _size(path) > AT_ONCE_BYTES:
+            file.sample(places)
+        elif not file.is_sampled:
+            file.update(AT_ONCE_BYTES)
+        if not file.is_complete:
+            self._wanted[path] = None
+            self._work.notify_all()
+        return file
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._wanted and self._thread is None:
+                self._thread = threading.Thread(target=self._read, daemon=True, name="metrics")
+                self._thread.start()
+
+    def _read(self) -> None:
+        while True:
+            with self._work:
+                if not self._wanted:
+                    self._work.notify_all()
+                    self._work.wait()
+                    continue
+                path = next(reversed(self._wanted))
+                file = self._files.get(path)
+                if file is None:
+                    self._wanted.pop(path)
+                    continue
+                file.update(SLICE_BYTES)
+                if file.is_complete or file.error:
+                    self._wanted.pop(path, None)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
