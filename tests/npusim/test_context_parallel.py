@@ -19,7 +19,7 @@ from model.context_cases import (
 CARDS = 4
 pytestmark = pytest.mark.simulated(cards=CARDS)
 SLACK = 3
-"""Times the error of the plain operator on whole rows; seen 1.5."""
+"""Times the error of the plain operator on whole rows; seen 2.2."""
 
 
 @pytest.fixture(scope="module")
