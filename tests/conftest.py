@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # --- in several processes (-n 2 --dist loadgroup) -------------------------------------------------
 
-LONGEST = ("npusim",)
+LONGEST = ("npusim", "distributed/test_context_parallel.py")
 """Files and folders that take more than a minute, the longest first: begun last, each would be
 waited for alone."""
 

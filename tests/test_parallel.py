@@ -16,7 +16,9 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import (
     ParallelLayout,
     padded_vocab_size,
+    sequence_faults,
     sequence_ranges,
+    sequence_unit,
     tensor_parallel_sizes,
 )
 
@@ -299,3 +301,63 @@ def test_ranks_share_a_sequence_out(cp: int, unit: int, algorithm: str) -> None:
 def test_what_a_checkpoint_says_of_a_layout_is_the_same_at_every_cp() -> None:
     cut = layout(2, 2, context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")
     assert cut.of_weights == layout(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("cut", "seq_length", "sequence_parallel", "words"),
+    [
+        ({"context_parallel_size": 4}, 4100, False, "a multiple of 8, not 4100; use 4096 or 4104"),
+        ({"context_parallel_size": 2, "tp": 4}, 4, True, "a multiple of 8, not 4; use 8"),
+        (
+            {"context_parallel_size": 4, "context_parallel_algo": "ulysses_cp_algo"},
+            4098,
+            False,
+            "a multiple of 4, not 4098; use 4096 or 4100",
+        ),
+        (
+            {"context_parallel_size": 8, "context_parallel_algo": "ulysses_cp_algo", "tp": 2},
+            4096,
+            False,
+            "cannot share out the 4 query heads and 2 query group(s)",
+        ),
+        (
+            {"context_parallel_size": 8, "context_parallel_algo": "ulysses_cp_algo", "tp": 2},
+            4096,
+            False,
+            "use 1, 2 or 4, or megatron_cp_algo",
+        ),
+    ],
+)
+def test_sequences_that_cannot_be_cut_are_refused_with_what_could(
+    cut: dict, seq_length: int, sequence_parallel: bool, words: str
+) -> None:
+    parallel = layout(cut.pop("tp", 1), **cut)
+    found = sequence_faults(
+        parallel, tiny_config(), seq_length, sequence_parallel=sequence_parallel
+    )
+    assert words in "".join(found)
+
+
+@given(
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.integers(1, 3),
+    st.sampled_from(ALGORITHMS),
+)
+def test_a_length_that_is_taken_can_be_cut(
+    cp: int, tp: int, sequence_parallel: bool, times: int, algorithm: str
+) -> None:
+    """Property: every rank gets as much, and tensor-parallel ranks can share it."""
+    parallel = layout(tp, context_parallel_size=cp, context_parallel_algo=algorithm)
+    length = times * sequence_unit(parallel, sequence_parallel=sequence_parallel)
+    for rank in range(cp):
+        held = sum(len(part) for part in sequence_ranges(length, cp, rank, algorithm))
+        assert held * cp == length
+        assert not sequence_parallel or held % tp == 0
+
+
+def test_the_number_of_processes_has_to_fit() -> None:
+    fault = layout(2, 2, context_parallel_size=2).world_fault(12)
+    assert "context_parallel_size=2; start a multiple of 8" in fault
+    assert "--nproc-per-node 16" in fault

@@ -62,23 +62,57 @@ def computed(ops, tensors, algorithm, packing, rank):
     return [context, d_q, *whole]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "packings"),
-    [("float32", tuple(PACKINGS)), ("bfloat16", ("dense", "two rows")), ("float16", ("dense",))],
-)
-@pytest.mark.parametrize("algorithm", ALGORITHMS[:2])
-def test_what_a_rank_finds_is_the_plain_twins(algorithm, dtype, packings):
+def assert_as_near_as_the_plain_twin(algorithm, dtype, packing):
     """Of rank 1 of 4, which sees keys of ranks before it and after it."""
     import torch
 
     from qwen2_ascend.ops import get_ops
 
     plain, fused = (get_ops(name).partial_attention for name in ("torch", "npu"))
+    tensors = inputs(PACKINGS[packing][0], getattr(torch, dtype))
+    exact = computed(plain, [x.double() for x in tensors], algorithm, packing, 1)
+    twin = computed(plain, tensors, algorithm, packing, 1)
+    found = computed(fused, [x.npu() for x in tensors], algorithm, packing, 1)
+    for one, other, right in zip(found, twin, exact, strict=True):
+        limit = max(SLACK * error(other, right), torch.finfo(tensors[0].dtype).eps)
+        assert error(one.cpu(), right) <= limit, packing
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packings"),
+    [("float32", tuple(PACKINGS)), ("bfloat16", ("dense", "two rows")), ("float16", ("dense",))],
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS[:2])
+def test_what_a_rank_finds_is_the_plain_twins(algorithm, dtype, packings):
     for packing in packings:
-        tensors = inputs(PACKINGS[packing][0], getattr(torch, dtype))
-        exact = computed(plain, [x.double() for x in tensors], algorithm, packing, 1)
-        twin = computed(plain, tensors, algorithm, packing, 1)
-        found = computed(fused, [x.npu() for x in tensors], algorithm, packing, 1)
-        for one, other, right in zip(found, twin, exact, strict=True):
-            limit = max(SLACK * error(other, right), torch.finfo(tensors[0].dtype).eps)
-            assert error(one.cpu(), right) <= limit, packing
+        assert_as_near_as_the_plain_twin(algorithm, dtype, packing)
+
+
+MISTAKES = {
+    "a diagonal from the first key": ("npu_fusion_attention", {"sparse_mode": 2}, 1),
+    "no mask": ("npu_fusion_attention", {"atten_mask": None}, 0),
+    "no mask in backward": ("npu_fusion_attention_grad", {"atten_mask": None}, 0),
+    "statistics head by head": ("npu_fusion_attention", {"softmax_layout": ""}, 0),
+    "statistics head by head in backward": (
+        "npu_fusion_attention_grad",
+        {"softmax_layout": ""},
+        0,
+    ),
+    "no scale in backward": ("npu_fusion_attention_grad", {"scale_value": 1.0}, 0),
+}
+"""The operator, what it gets instead, and the algorithm that shows it."""
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_seen(name, monkeypatch):
+    import torch_npu
+
+    operator, wrong, number = MISTAKES[name]
+    genuine = getattr(torch_npu, operator)
+
+    def call(*args, **options):
+        return genuine(*args, **{**options, **wrong})
+
+    monkeypatch.setattr(torch_npu, operator, call)
+    with pytest.raises(AssertionError):
+        assert_as_near_as_the_plain_twin(ALGORITHMS[number], "float32", "two rows")

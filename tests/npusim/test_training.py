@@ -23,6 +23,7 @@ LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
 REDUCTIONS = {"AllReduce", "Reduce", "ReduceScatter", "ReduceScatterV"}
 
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+OVERLAPPED = LAYOUTS["dp2-distributed-optimizer"][1]
 RUNS = {
     "tp1": LAYOUTS["tp1-pp1"],
     "tp2": LAYOUTS["tp2"],
@@ -135,6 +136,45 @@ def test_packed_documents_have_the_losses_of_each_alone(flags, run, monkeypatch)
         finetune_worker.sft_losses_are_those_of_transformers(flags, run)
     assert "aclnnFlashAttentionVarLenScore" in record.ops
     assert "aclnnFlashAttentionScore" not in record.ops
+
+
+CUT_SEQUENCES = {
+    algorithm: f"--context-parallel-size 2 --context-parallel-algo {algorithm}"
+    for algorithm in ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("algorithm", CUT_SEQUENCES)
+@pytest.mark.simulated(cards=2, alone="training")
+def test_cut_sequences_have_the_losses_of_whole_ones(algorithm, run):
+    """Four steps with the distributed optimizer, whose slices go over both cards."""
+    from distributed.train_worker import hugging_face_folder, start, steps
+    from npusim.simulator import recording
+
+    training = start(run, f"{NPU_FLAGS} {OVERLAPPED} {CUT_SEQUENCES[algorithm]}")
+    with recording() as record:
+        results = steps(training, STEPS)
+    assert [op for op in record.ops if op.startswith("aclnnFlashAttention") and "Grad" in op]
+    losses, norms = reference(hugging_face_folder(run, False), False)
+    for found, loss, norm in zip(results, losses, norms, strict=True):
+        assert abs(found.loss - loss) <= TOLERANCE
+        assert abs(found.grad_norm - norm) <= 4 * TOLERANCE
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("algorithm", CUT_SEQUENCES)
+@pytest.mark.simulated(cards=2, alone="training")
+def test_packed_documents_that_cross_a_cut_have_the_losses_of_each_alone(
+    algorithm, run, monkeypatch
+):
+    from finetuning import finetune_worker
+
+    on_npu = finetune_worker.FLAGS.replace("--device cpu", "--device npu")
+    monkeypatch.setattr(finetune_worker, "FLAGS", on_npu)
+    monkeypatch.setattr(finetune_worker, "TOLERANCE", TOLERANCE)
+    flags = f"{CUT_SEQUENCES[algorithm]} --micro-batch-size 2 --pack"
+    finetune_worker.sft_losses_are_those_of_transformers(flags, run)
 
 
 @pytest.mark.filterwarnings("default")

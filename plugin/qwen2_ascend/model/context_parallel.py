@@ -15,7 +15,7 @@ this rank, `hn` head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,7 +201,7 @@ class _Ring(torch.autograd.Function):
         return own.q.to(kv.dtype), (own.k + d_k).to(kv.dtype), (own.v + d_v).to(kv.dtype), None
 
 
-def _round(kv: Tensor, work: _Work):
+def _round(kv: Tensor, work: _Work) -> Iterator[tuple[Tensor, Launch]]:
     """Each rank's keys and values with what to compute of them, one's own first.
 
     While they are computed the next ones are under way.

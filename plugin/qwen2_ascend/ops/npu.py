@@ -150,6 +150,7 @@ def _partial(
         sparse_mode=launch.sparse_mode,
         actual_seq_qlen=launch.query_ends,
         actual_seq_kvlen=launch.key_ends,
+        softmax_layout=launch.softmax_layout,
     )
     lse = largest[..., 0] + total[..., 0].log()
     contexts = launch.taken_apart(context, launch.queries, q.shape[2])
@@ -187,6 +188,7 @@ def _partial_backward(
         sparse_mode=launch.sparse_mode,
         actual_seq_qlen=launch.query_ends,
         actual_seq_kvlen=launch.key_ends,
+        softmax_layout=launch.softmax_layout,
     )
     shares = [
         launch.taken_apart(share, places, heads)
@@ -227,6 +229,13 @@ class _Launch(NamedTuple):
     @property
     def layout(self) -> str:
         return "SBH" if len(self.pieces) == 1 else "TND"
+
+    @property
+    def softmax_layout(self) -> str:
+        """Of packed documents the operator gives the rows' numbers head by head within each
+        document, in a tensor that says [T, N, 8], unless it is told otherwise (which takes CANN
+        8.3 and torch_npu 7.2)."""
+        return "TND" if self.layout == "TND" else ""
 
     @property
     def sparse_mode(self) -> int:

@@ -1,0 +1,154 @@
+"""Memory per rank of one step over a long sequence, with sequences whole and cut.
+
+    PYTHONPATH=plugin:tests python -m distributed.long_sequences [--seq-length 32768]
+
+A model of 2 layers and hidden size 64 trains one step of one sequence at CP1, CP2 and CP4, each
+rank a process. What autograd keeps for backward is counted in bytes, every storage once; the
+weights are not counted. The peak is that of the process's resident memory above what it had before
+the step, which has the gradients and the temporary tensors too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from distributed.harness import Checks, Run, launch, main
+from helpers import tiny_config
+
+SIZES = (1, 2, 4)
+ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
+LENGTH_VARIABLE = "LONG_SEQUENCES_LENGTH"
+
+CHECKS = Checks()
+
+
+def step(cp: int, algorithm: str, run: Run) -> str:
+    """JSON: loss, bytes kept for backward, peak bytes of each rank, seconds."""
+    import torch
+
+    length = int(os.environ[LENGTH_VARIABLE])
+    training = start(run, cp, algorithm, length)
+    batches = training.batches()
+    before, begun = resident(), time.perf_counter()
+    kept = Kept(training)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        result = training.step(batches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    own = torch.tensor([kept.num_bytes, peak], dtype=torch.int64)
+    ranks = [torch.empty_like(own) for _ in range(cp)]
+    torch.distributed.all_gather(ranks, own)
+    kept_bytes, peaks = zip(*(x.tolist() for x in ranks), strict=True)
+    seconds = time.perf_counter() - begun
+    return json.dumps(
+        {"loss": result.loss, "kept": kept_bytes, "peak": peaks, "seconds": round(seconds, 1)}
+    )
+
+
+def start(run: Run, cp: int, algorithm: str, length: int) -> Any:
+    """A run of random weights on random tokens."""
+    from qwen2_ascend import runtime
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.pretrain import prepare
+    from qwen2_ascend.training.settings import parse, validate
+
+    config = tiny_config(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=176,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        vocab_size=1024,
+        max_position_embeddings=length,
+    )
+    path = run.folder / "config.json"
+    if run.runtime.rank == 0:
+        path.write_text(json.dumps(config.to_hugging_face()), encoding="utf-8")
+    run.runtime.barrier()
+    flags = f"--config {path} --mock-data --seq-length {length} --train-iters 1 --lr 1e-3"
+    flags += f" --device cpu --context-parallel-size {cp} --context-parallel-algo {algorithm}"
+    flags += " --cross-entropy-chunk-size 1024"
+    plan = make_plan(parse(flags.split()))
+    validate(plan.settings, plan.config, run.runtime.world_size)
+    runtime.destroy_model_parallel()
+    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    run.runtime.seed_all(1)
+    return prepare(plan, run.runtime, lambda line: None)
+
+
+class Kept:
+    """Counts what autograd keeps of a run's step, each storage once."""
+
+    def __init__(self, training: Any) -> None:
+        parameters = [p for chunk in training.chunks for p in chunk.parameters()]
+        self._seen = {p.untyped_storage().data_ptr() for p in parameters}
+        self._held: list[Any] = []  # so that no storage's place is taken by another
+        self.num_bytes = 0
+
+    def pack(self, tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._held.append(tensor)
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+for _size in SIZES:
+    for _algorithm in ALGORITHMS if _size > 1 else ALGORITHMS[:1]:
+        CHECKS.add(world_size=_size, name=f"{_size} {_algorithm}")(
+            functools.partial(step, _size, _algorithm)
+        )
+
+
+def measure(length: int, checks: list[Any] | None = None) -> dict[tuple[int, str], dict[str, Any]]:
+    """What `step` says, by (CP, algorithm); each in ranks of their own, whose peak is theirs."""
+    os.environ[LENGTH_VARIABLE] = str(length)
+    os.environ["CHECKS_STALL_SECONDS"] = "500"  # ranks wait for each other as long as they compute
+    found = {}
+    for check in checks or CHECKS.all():
+        os.environ[ONLY] = check.name
+        with tempfile.TemporaryDirectory() as folder:
+            result = launch(Path(__file__), check.world_size, Path(folder))[check.name]
+        assert result.ok, result.detail
+        size, algorithm = check.name.split()
+        found[int(size), algorithm] = json.JSONDecoder().raw_decode(result.detail)[0]
+    return found
+
+
+ONLY = "LONG_SEQUENCES_ONLY"
+
+
+def print_table(length: int) -> None:
+    print(f"{length:,} tokens\n")
+    print("| CP | algorithm | kept for backward, MB per rank | peak above rest, MB | loss |")
+    print("|---|---|---|---|---|")
+    for (size, algorithm), found in measure(length).items():
+        kept, peak = (max(found[name]) / 1e6 for name in ("kept", "peak"))
+        words = algorithm if size > 1 else "-"
+        print(f"| {size} | {words} | {kept:,.1f} | {peak:,.0f} | {found['loss']:.7f} |", flush=True)
+
+
+if __name__ == "__main__":
+    if "CHECKS_FOLDER" in os.environ:
+        chosen = Checks([check for check in CHECKS.all() if check.name == os.environ[ONLY]])
+        main(chosen)
+    else:
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("--seq-length", type=int, default=32768)
+        sys.exit(print_table(parser.parse_args().seq_length))
