@@ -1,6 +1,7 @@
 # make quickstart   the main job on a small model: split, train, merge, compare
 # make test         everything that can be tested on this machine
-# make test-compat  what depends on megatron-core, with the oldest release that is supported
+# make test-compat  what depends on megatron-core, with the oldest and the newest release
+# make test-pythons what needs no torch, with each Python
 # make check        format, lint, types
 # make browser      Chromium, without which the tests of the board's page are skipped
 # PIP_ARGS is passed to pip, for example to name an index that has CPU builds of torch.
@@ -21,25 +22,18 @@ PYTEST_ARGS := -n $(TEST_PROCESSES) --dist loadgroup --durations 30
 # transformers fail where they find it among the packages.
 TORCH_NPU ?= torch_npu==2.13.0
 
-# The oldest megatron-core that is supported, in an environment that takes all else from $(VENV).
-# Without what 0.12 requires besides torch (Flask, wandb, nltk and more, 430 MB): it never imports it.
-COMPAT := .venv-compat
+# The oldest and the newest megatron-core that are supported; constraints.txt has the one between.
+# Each has an environment of its own, which takes all else from $(VENV).
+MEGATRON_CORE ?= 0.12.1 0.19.2
 SITE := import sysconfig; site = sysconfig.get_path("purelib")
-# What does not depend on megatron-core's release; whatever is not listed runs with both.
-WITHOUT_MEGATRON := tests/npusim tests/npu tests/ops tests/real tests/pasted tests/migration \
-  tests/checkpoint/test_*.py tests/checkpoint/formats/test_[!t]*.py \
-  tests/checkpoint/formats/test_torch_pt.py \
-  tests/data/test_preprocess.py tests/data/test_inputs.py tests/data/test_tokenization.py \
-  tests/data/test_chat_formats.py tests/data/test_chat_rendering.py tests/test_*.py \
-  tests/finetuning/test_deepspeed.py \
-  tests/alignment/test_compare.py tests/alignment/test_dumps.py tests/alignment/test_statistics.py \
-  tests/distributed/test_harness.py tests/distributed/test_train_job.py \
-  tests/distributed/test_failures.py tests/distributed/test_pairs.py tests/training/test_killed_runs.py \
-  tests/benchmark/test_attention.py tests/benchmark/test_checkpoint.py \
-  tests/benchmark/test_energy.py tests/planning/test_planning.py \
-  tests/runtime/test_power*.py tests/telemetry/test_energy.py
+# What depends on megatron-core's release.
+WITH_MEGATRON := tests/distributed/test_releases.py tests/distributed/test_train.py \
+  tests/distributed/test_parity.py tests/runtime/test_megatron_compat.py \
+  tests/runtime/test_absent_triton.py tests/checkpoint/formats/test_torch_dist.py \
+  tests/data/test_pretraining.py tests/data/test_helpers_cpp.py tests/training/test_schedule.py \
+  tests/finetuning/test_lora.py tests/model/test_model.py
 
-.PHONY: venv npu-site compat-venv browser quickstart test test-compat test-real test-npu check format clean
+.PHONY: venv npu-site browser quickstart test test-compat test-pythons test-real test-npu check format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
 
@@ -65,15 +59,16 @@ $(VENV)/npu-site: $(VENV)/.base constraints.txt
 	  --target $@.new '$(TORCH_NPU)'
 	mv $@.new $@
 
-compat-venv: $(COMPAT)/.dev
-
-$(COMPAT)/.dev: $(VENV)/.dev constraints-compat.txt
-	rm -rf $(COMPAT)
-	$(BIN)/python -m venv --without-pip $(COMPAT)
+# Releases from 0.17 on say that they need Python 3.12, and work with less. Without what a release
+# requires besides torch (Flask, wandb, nltk and more, 430 MB): the project never imports it.
+.PRECIOUS: .venv-compat-%/.dev
+.venv-compat-%/.dev: $(VENV)/.dev
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
 	$(BIN)/python -c '$(SITE); print(f"import site; site.addsitedir({site!r})")' \
-	  > "$$($(COMPAT)/bin/python -c '$(SITE); print(site)')/venv.pth"
-	$(BIN)/python -m pip --python $(COMPAT)/bin/python install -q --disable-pip-version-check \
-	  $(PIP_ARGS) --no-deps -r constraints-compat.txt
+	  > "$$($(@D)/bin/python -c '$(SITE); print(site)')/venv.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check \
+	  $(PIP_ARGS) --no-deps --ignore-requires-python 'megatron-core==$*'
 	@touch $@
 
 # Debian's Chromium, for tests/board/test_browser.py, which Playwright drives; needs root where it is
@@ -88,9 +83,15 @@ quickstart: $(VENV)/.run
 test: $(VENV)/.dev $(VENV)/npu-site
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-compat: $(COMPAT)/.dev
-	$(COMPAT)/bin/python -m pytest $(PYTEST_ARGS) -o cache_dir=$(COMPAT)/.pytest_cache \
-	  $(foreach path,$(WITHOUT_MEGATRON),'--ignore-glob=$(path)')
+test-compat: $(addprefix test-compat-,$(MEGATRON_CORE))
+
+test-compat-%: .venv-compat-%/.dev
+	.venv-compat-$*/bin/python -m pytest $(PYTEST_ARGS) -o cache_dir=.venv-compat-$*/.pytest_cache \
+	  $(WITH_MEGATRON)
+
+# What needs no torch, with each Python that is supported and found here.
+test-pythons: $(VENV)/.base
+	$(BIN)/python tests/pythons.py $(PIP_ARGS)
 
 test-real: $(VENV)/.dev
 	$(BIN)/python -m pytest -m real
@@ -111,4 +112,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) $(COMPAT) quickstart .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-compat* .venv-python-* quickstart .pytest_cache .ruff_cache .hypothesis

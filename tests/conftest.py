@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from distributed.harness import Launches
+from qwen2_ascend.runtime import absent_triton
 
 FOREIGN_WARNINGS = (
     # megatron-core, at import, about packages that an NPU or CPU does not have
@@ -31,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # A shell starts what runs in the background so, and every process here would inherit it:
         # tests of Ctrl-C could not press it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    absent_triton.lend()  # tests import megatron-core where `runtime.start` has not been called
     for warning in FOREIGN_WARNINGS:
         config.addinivalue_line("filterwarnings", warning)
 

@@ -319,7 +319,7 @@ def test_helpers_that_are_not_compiled_need_a_compiler(fake: Fake) -> None:
         ("0.12.1", "0.12.1", "note", "0.12.1 in"),
         ("0.12.1", "0.16.1", "problem", "0.12.1 does not go with megatron-core 0.16.1"),
         ("0.16.0", "0.15.3", "problem", "no MindSpeed goes with megatron-core 0.15.3"),
-        ("0.16.0", "0.17.0", "problem", "no MindSpeed goes with megatron-core 0.17.0"),
+        ("0.16.0", "0.17.0", "note", "0.16.0 is not used: megatron-core 0.17.0 goes with Megatron"),
     ],
 )
 def test_mindspeed_and_megatron_core_go_together(mindspeed, core, level, text, fake: Fake) -> None:
@@ -333,6 +333,59 @@ def test_mindspeed_and_megatron_core_go_together(mindspeed, core, level, text, f
     assert found.level == level
     assert text in found.text
     assert ("core_r0.16.0" in found.way_out) is (level == "problem")
+
+
+@pytest.mark.parametrize(
+    ("core", "engine", "level", "text"),
+    [
+        ("0.18.2", True, "note", "is installed and not used: it is unproven"),
+        ("0.18.2", False, "problem", "needs TransformerEngineNPU, which is not installed"),
+        ("0.16.1", True, "note", "it is for megatron-core 0.17 and later, this is 0.16.1"),
+    ],
+)
+def test_megatron_adaptor_is_named(core, engine, level, text, fake: Fake) -> None:
+    install_megatron(fake, core)
+    fake.package("torch", "2.7.1", CPU_TORCH)
+    fake.package("megatron_adaptor", "0.18.0", "raise SystemExit('must not be imported')")
+    if engine:
+        fake.package("transformer_engine", "2.0")
+    found = fake.only("MindSpeed")
+    assert (found.name, found.level) == ("megatron_adaptor", level)
+    assert text in found.text
+
+
+def test_a_release_of_megatron_is_told_without_the_commit_of_the_folder(fake: Fake) -> None:
+    """megatron-core since 0.18 appends that of whatever git tree it is installed in."""
+    install_megatron(fake, "0.18.2")
+    info = fake.packages / "megatron" / "core" / "package_info.py"
+    info.write_text("__version__ = '0.18.2+1234abc'\n")
+    found = {finding.name: finding for finding in fake.check("megatron")}
+    assert found["megatron.core"].text.startswith("0.18.2 from ")
+
+
+def test_a_triton_that_is_missing_is_no_fault_of_megatron(fake: Fake) -> None:
+    install_megatron(fake, "0.19.2")
+    moe = fake.package("megatron.core.transformer.moe.ops", None)
+    for folder in (moe.parent, moe.parent.parent):
+        (folder / "__init__.py").write_text("")
+    (moe / "paged_stash.py").write_text("import triton")
+    core = fake.packages / "megatron" / "core" / "__init__.py"
+    core.write_text("import megatron.core.transformer.moe.ops.paged_stash")
+    found = {finding.name: finding for finding in fake.check("megatron")}
+    assert found["import megatron.core"].level == "ok"
+    assert "triton is not installed, and nothing here uses it" in found["import megatron.core"].text
+
+
+@pytest.mark.parametrize(
+    ("running", "level"),
+    [("3.10.1", "ok"), ("3.13.0", "ok"), ("3.14.0", "note"), ("3.9.2", "problem")],
+)
+def test_the_python_is_one_that_the_metadata_name(
+    running: str, level: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: running)
+    monkeypatch.setattr(doctor, "_supported_pythons", lambda: ["3.10", "3.11", "3.12", "3.13"])
+    assert fake.only("python").level == level
 
 
 def test_mindspeeds_newer_branches_need_megatrons_training(fake: Fake) -> None:

@@ -159,7 +159,7 @@ SYSTEM = "the system's own files, not a folder's"
 CHECKED = "opened with open_regular before, or found by is_file()"
 ALLOWED = {
     "alignment/align.py": {"_text_tokens": NAMED_BY_USER},
-    "alignment/dumps.py": {
+    "comparison/dumps.py": {
         "load": CHECKED,
         "_read_npy": CHECKED,
         "_read_npz": CHECKED,
@@ -174,7 +174,7 @@ ALLOWED = {
     "board/benchmark.py": {"*": "the benchmark's own files"},
     "board/server.py": {"_pages": "the package's own files"},
     "checkpoint/copying.py": {"_open": "of a descriptor from open_descriptor"},
-    "checkpoint/staging.py": {"_lock": "its own lock", "fsync_folder": "a folder"},
+    "checkpoint/staging.py": {"_lock": "its own lock"},
     "data/helpers_cpp.py": {"*": "a source file of megatron-core's"},
     "data/indexed.py": {"fingerprint": CHECKED},
     "data/inputs.py": {"opened": CHECKED, "parquet_file": CHECKED},

@@ -3,8 +3,8 @@
 
 import sys
 
-from qwen2_ascend.alignment.compare_command import main
 from qwen2_ascend.cli import run_command
+from qwen2_ascend.comparison.command import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

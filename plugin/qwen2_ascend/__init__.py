@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def plan(model: str, num_devices: int, **options: Any) -> Result:
+def plan(model: str | None = None, num_devices: int | None = None, **options: Any) -> Result:
     """What `qwen2-ascend plan` answers, as data: `plans`, the best first, and `fewest`.
 
     Args:
         model: a Hugging Face folder, a config.json, or a published model's name.
-        num_devices: that the job runs on.
+        num_devices: that the job runs on; this and the model may be left to `from_log`.
         **options: the command's other flags, with underscores.
 
     Raises:

@@ -48,7 +48,7 @@ COMMANDS = {
         "turn text or chats into Megatron's .bin/.idx",
     ),
     "compare": Command(
-        "qwen2_ascend.alignment.compare_command",
+        "qwen2_ascend.comparison.command",
         "compare dumped arrays of two runs: figures, a verdict, a picture",
     ),
     "doctor": Command(

@@ -30,7 +30,15 @@ from typing import Any, Literal, NamedTuple
 from qwen2_ascend.runtime import diagnosis, environment, mindspeed
 from qwen2_ascend.runtime.mindspeed import release as _release
 
-OPTIONAL_PACKAGES = ("torch_npu", "mindspeed", "pyarrow", "matplotlib", "tensorboard", "datasets")
+OPTIONAL_PACKAGES = (
+    "torch_npu",
+    "mindspeed",
+    "megatron_adaptor",
+    "pyarrow",
+    "matplotlib",
+    "tensorboard",
+    "datasets",
+)
 
 SMALL_SHM_BYTES = 512 * 2**20
 SMALL_OPEN_FILES = 4096
@@ -179,19 +187,37 @@ version = None
 if core:
     info = os.path.join(os.path.dirname(core), "package_info.py")
     if os.path.exists(info):
-        version = runpy.run_path(info).get("__version__")
-mindspeed = importlib.util.find_spec("mindspeed")
-places = list(mindspeed.submodule_search_locations or []) if mindspeed else []
+        version = runpy.run_path(info).get("__version__", "").partition("+")[0] or None
+def folder(name):
+    spec = importlib.util.find_spec(name)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return places[0] if places else None
 print(json.dumps(dict(core=core, version=version, training=where("megatron.training"),
-    mindspeed=places[0] if places else None,
+    mindspeed=folder("mindspeed"), adaptor=folder("megatron_adaptor"),
+    transformer_engine=folder("transformer_engine") is not None,
     missing=[name for name in ("einops", "scipy", "triton")
              if importlib.util.find_spec(name) is None])))
 """
 
-_IMPORT_MEGATRON = "import json, megatron.core; print(json.dumps(megatron.core.__version__))"
+# As a run imports it: a triton that is missing is no fault. This package comes last on the path.
+_LEND_TRITON = f"""
+sys.path.append({str(Path(__file__).parents[1])!r})
+from qwen2_ascend.runtime import absent_triton
+absent_triton.lend()
+"""
 
-_HELPERS = """
-import importlib.util, json, megatron.core.datasets
+_IMPORT_MEGATRON = f"""
+import importlib.util, json, sys
+{_LEND_TRITON}
+import megatron.core
+lent = [name for name in absent_triton.BORROWERS if name in sys.modules]
+print(json.dumps(bool(lent) and importlib.util.find_spec("triton") is None))
+"""
+
+_HELPERS = f"""
+import importlib.util, json, sys
+{_LEND_TRITON}
+import megatron.core.datasets
 spec = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
 print(json.dumps(spec.origin if spec else None))
 """
@@ -202,7 +228,16 @@ print(json.dumps(spec.origin if spec else None))
 
 def _python(machine: Machine) -> Iterator[Finding]:
     version = platform.python_version()
-    yield ok("python", f"{version} ({machine.python}), {platform.system()} {platform.machine()}")
+    text = f"{version} ({machine.python}), {platform.system()} {platform.machine()}"
+    supported = _supported_pythons()
+    place, oldest, newest = (_numbers(v) for v in (version, supported[0], supported[-1]))
+    span = f"{supported[0]} to {supported[-1]}"
+    if place < oldest:
+        yield problem("python", f"{text}; too old", f"use Python {span}.")
+    elif place > newest:
+        yield note("python", f"{text}; not tested, {span} are")
+    else:
+        yield ok("python", text)
 
 
 def _packages(machine: Machine) -> Iterator[Finding]:
@@ -412,7 +447,8 @@ def _megatron(machine: Machine) -> Iterator[Finding]:
             "install a megatron-core that fits torch, or see the line on torch.",
         )
     else:
-        yield ok("import megatron.core", "works")
+        lent = "; triton is not installed, and nothing here uses it" if imported.answer else ""
+        yield ok("import megatron.core", f"works{lent}")
         yield from _helpers_cpp(machine)
 
 
@@ -436,16 +472,20 @@ def _helpers_cpp(machine: Machine) -> Iterator[Finding]:
 
 def _mindspeed(machine: Machine) -> Iterator[Finding]:
     found = machine.megatron.answer or {}
+    core = found.get("version") or machine.version("megatron-core") or "none"
+    yield from _adaptor(machine, core)
     version = machine.version("mindspeed")
     if not found.get("mindspeed"):
         return
+    if mindspeed.needs_adaptor(core):
+        yield note(
+            "mindspeed",
+            f"{version or 'of unknown version'} is not used: megatron-core {core} goes with "
+            "MegatronAdaptor in its place",
+        )
+        return
     installed = mindspeed.inspect_folder(Path(found["mindspeed"]), version)
-    stack = mindspeed.Stack(
-        megatron_core=found.get("version") or machine.version("megatron-core") or "none",
-        torch=_release(machine.version("torch") or "none"),
-        has_training=bool(found.get("training")),
-        missing=tuple(found.get("missing", ())),
-    )
+    stack = _stack(machine, core)
     if fault := mindspeed.fault(installed, stack):
         what, *pairs = fault.splitlines()
         way_out = "\n".join(["the pairs that go together:", *pairs] if pairs else [])
@@ -453,6 +493,40 @@ def _mindspeed(machine: Machine) -> Iterator[Finding]:
         yield problem("mindspeed", what, f"{way_out}\n{needless}".lstrip())
     else:
         yield note("mindspeed", mindspeed.choose(None, "npu", installed, stack).why)
+
+
+def _stack(machine: Machine, core: str) -> mindspeed.Stack:
+    found = machine.megatron.answer or {}
+    return mindspeed.Stack(
+        megatron_core=core,
+        torch=_release(machine.version("torch") or "none"),
+        has_training=bool(found.get("training")),
+        missing=tuple(found.get("missing", ())),
+    )
+
+
+def _adaptor(machine: Machine, core: str) -> Iterator[Finding]:
+    """MegatronAdaptor and TransformerEngineNPU, where the first is installed."""
+    found = machine.megatron.answer or {}
+    if not found.get("adaptor"):
+        return
+    version = machine.version("megatron_adaptor")
+    adaptor = mindspeed.Adaptor(
+        Path(found["adaptor"]), version, bool(found.get("transformer_engine"))
+    )
+    if not mindspeed.needs_adaptor(core):
+        since = ".".join(map(str, mindspeed.ADAPTOR_SINCE))
+        yield note(
+            "megatron_adaptor",
+            f"{version or 'of unknown version'} is not used: it is for megatron-core {since} and "
+            f"later, this is {core}",
+        )
+    elif fault := mindspeed.adaptor_fault(adaptor, core):
+        yield problem("megatron_adaptor", *fault.split("; ", 1))
+    else:
+        engine = machine.version("transformer_engine") or "of unknown version"
+        why = mindspeed.choose(None, "npu", None, _stack(machine, core), adaptor).why
+        yield note("megatron_adaptor", f"{why}; transformer_engine {engine}")
 
 
 def _environment(machine: Machine) -> Iterator[Finding]:
@@ -575,6 +649,22 @@ def _requirements() -> dict[str, str]:
         if match and "extra ==" not in line:
             found[match[1]] = match[2].strip()
     return dict(sorted(found.items(), key=lambda item: (item[0] != "torch", item[0])))
+
+
+def _supported_pythons() -> list[str]:
+    """The releases that this package's metadata name, ascending: ["3.10", ...]."""
+    try:
+        lines = importlib.metadata.metadata("qwen2-ascend").get_all("Classifier") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    found = [line.rpartition(" ")[2] for line in lines if "Python :: 3." in line]
+    return sorted(found, key=_numbers) or [platform.python_version()]
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """(3, 10) of 3.10.13."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _fits(version: str, specifier: str) -> bool:

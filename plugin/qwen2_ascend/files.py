@@ -1,4 +1,4 @@
-"""Opens the files that a folder's content names: regular ones only, and never more than a bound.
+"""Opens files: regular ones only, and never more than a bound. Writes small ones whole.
 
 A folder that somebody else made may hold a FIFO, on which opening waits for ever, a device, a link
 to another part of the disk, or a file that takes gigabytes once it is parsed. Whatever reads
@@ -7,6 +7,7 @@ users' files opens them here; a test walks the package for other ways.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -189,6 +190,40 @@ def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
         elif real.is_dir() and real not in seen:
             seen.add(real)
             left += path.iterdir()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a small file whole: beside its place, flushed, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    with naming(path):
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds to an OSError which file it was about; those of file descriptors do not say."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "; make room or choose another --save-dir" if full else ""
+        raise OSError(f"{path}: cannot be written: {error.strerror}{way_out}.") from None
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _check(path: str | Path, fd: int) -> None:

@@ -7,12 +7,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from qwen2_ascend.cli import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR
-from qwen2_ascend.errors import UserError, print_any_text
+from qwen2_ascend.errors import UserError, print_any_text, raise_if
+from qwen2_ascend.machine import rank
+from qwen2_ascend.pasted_flags import Table, expert_faults, split_script
 from qwen2_ascend.runtime import ending
 from qwen2_ascend.runtime.diagnosis import has_timed_out, is_lost_connection
 
@@ -50,14 +53,27 @@ def parse_flags(kind: type[T], program: str, arguments: Sequence[str] | None) ->
             description=kind.__doc__,
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes,),
-            console_outputs=ending.rank() == 0,
+            console_outputs=rank() == 0,
         )
     except SystemExit as end:
         if end.code:
             ending.hand_to_torchrun("error: the flags are wrong; what is wrong stands above.")
-            if ending.rank():
+            if rank():
                 ending.wait_for_torchrun()
         raise
+
+
+def parse_pasted(kind: type[T], program: str, arguments: Sequence[str] | None, table: Table) -> T:
+    """As `parse_flags`, with what is pasted of others' flags in the settings' field `pasted`.
+
+    Raises:
+        UserError: the words are from a script that no shell can run, or for a
+            model with experts.
+    """
+    rest, pasted = split_script(sys.argv[1:] if arguments is None else arguments, table)
+    raise_if(expert_faults(pasted))
+    settings: Any = parse_flags(kind, program, rest)
+    return replace(settings, pasted=pasted)
 
 
 def launched(command: Callable[[], None]) -> int:
@@ -73,7 +89,7 @@ def launched(command: Callable[[], None]) -> int:
     try:
         status = _status(command)
     except KeyboardInterrupt:
-        if ending.rank() == 0:
+        if rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         status = EXIT_INTERRUPTED
     if status and _watchdog() is not None:
@@ -106,7 +122,7 @@ def _failed(error: Exception) -> int:
         return _fail([str(error)], EXIT_FAILURE, kind=name)
     words, text = traceback.format_exc(), str(error)
     if told := _explained(error):
-        words += f"error: rank {ending.rank()}: {told}\n"
+        words += f"error: rank {rank()}: {told}\n"
         text += f"\n{told}"
     return _fail([text], EXIT_FAILURE, kind=name, words=words)
 

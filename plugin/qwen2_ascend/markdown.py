@@ -1,4 +1,4 @@
-"""Tables as Markdown has them, to be read in a terminal and pasted into a page."""
+"""Tables for terminals, and as Markdown has them, to be pasted into a page."""
 
 from __future__ import annotations
 
@@ -11,3 +11,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     assert all(len(line) == len(head) for line in lines), lines
     first, *others = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([first, "|---" * len(head) + "|", *others])
+
+
+def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
+    """Lines whose cells stand below one another; the first column is flush left.
+
+    Args:
+        rows: of equal length.
+        right: whether the other columns are flush right, as numbers want it.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if right and index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

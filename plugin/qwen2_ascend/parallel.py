@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 
+ContextParallelAlgorithm = Literal["megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo"]
+"""How attention sees the parts of a sequence that other ranks hold: K and V travel round a ring;
+heads are exchanged for positions; K and V are gathered."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How a model is cut over tensor- and pipeline-parallel ranks."""
+    """How a model is cut over tensor- and pipeline-parallel ranks, and sequences over others."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -20,6 +25,10 @@ class ParallelLayout:
     """Interleaved pipeline (VPP): layers in each of a stage's chunks."""
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each pipeline stage when they are not equal."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence. It cuts nothing that is stored."""
+    context_parallel_algo: ContextParallelAlgorithm = "megatron_cp_algo"
+    """How attention sees what other ranks hold of a sequence."""
 
     @property
     def tp(self) -> int:
@@ -28,6 +37,39 @@ class ParallelLayout:
     @property
     def pp(self) -> int:
         return self.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        return self.context_parallel_size
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that compute one copy of the model: they share layers or sequences."""
+        return self.tp * self.pp * self.cp
+
+    def world_fault(self, world_size: int) -> str:
+        """Why so many processes do not do, where `model_size` does not divide their number."""
+        sizes = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            **({"context_parallel_size": self.cp} if self.cp > 1 else {}),
+        }
+        words = " times ".join(f"{name}={size}" for name, size in sizes.items())
+        enough = -(-world_size // self.model_size) * self.model_size
+        return (
+            f"{world_size} process(es) cannot be shared out to {words}; start a multiple of "
+            f"{self.model_size}, for example torchrun --nproc-per-node {enough}."
+        )
+
+    @property
+    def of_weights(self) -> ParallelLayout:
+        """The same without what cuts sequences: of what a checkpoint says."""
+        whole = ParallelLayout()
+        return replace(
+            self,
+            context_parallel_size=whole.context_parallel_size,
+            context_parallel_algo=whole.context_parallel_algo,
+        )
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Chunks per stage, or None without an interleaved pipeline."""
@@ -66,6 +108,7 @@ class ParallelLayout:
         sizes = {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
             "num_layers_per_virtual_pipeline_stage": self.num_layers_per_virtual_pipeline_stage,
         }
         faults = [
@@ -144,6 +187,71 @@ class ParallelLayout:
         return faults
 
 
+def sequence_faults(
+    layout: ParallelLayout, config: Qwen2Config, seq_length: int, *, sequence_parallel: bool
+) -> list[str]:
+    """Why sequences cannot be cut by `layout`, one sentence each; with what could be.
+
+    Args:
+        layout: otherwise right, for `config`.
+        config: the model's.
+        seq_length: tokens in a sequence.
+        sequence_parallel: whether tensor-parallel ranks share what a context-parallel rank has.
+    """
+    tp, cp, algorithm = layout.tp, layout.cp, layout.context_parallel_algo
+    if cp == 1:
+        return []
+    faults, unit = [], sequence_unit(layout, sequence_parallel=sequence_parallel)
+    if seq_length % unit:
+        near = sorted({max(seq_length // unit, 1) * unit, -(-seq_length // unit) * unit})
+        faults.append(
+            f"context_parallel_size={cp} with {algorithm} needs --seq-length to be a multiple of "
+            f"{unit}, not {seq_length}; use {_either(tuple(near), most=None)}."
+        )
+    heads, groups = config.num_attention_heads // tp, max(config.num_query_groups // tp, 1)
+    if algorithm == "ulysses_cp_algo" and not _shares_heads(heads, groups, cp):
+        usable = tuple(n for n in _divisors(heads) if _shares_heads(heads, groups, n))
+        faults.append(
+            f"context_parallel_size={cp} with {algorithm} cannot share out the {heads} query heads "
+            f"and {groups} query group(s) of a tensor-parallel rank; use {_either(usable)}, or "
+            "megatron_cp_algo, which leaves heads where they are."
+        )
+    return faults
+
+
+def _shares_heads(heads: int, groups: int, cp: int) -> bool:
+    return heads % cp == 0 and not (groups % cp and cp % groups)
+
+
+def sequence_unit(layout: ParallelLayout, *, sequence_parallel: bool) -> int:
+    """What a sequence's length is a multiple of, in tokens."""
+    chunks = 1 if layout.cp == 1 or layout.context_parallel_algo == "ulysses_cp_algo" else 2
+    return math.lcm(chunks * layout.cp, layout.cp * layout.tp if sequence_parallel else 1)
+
+
+def sequence_ranges(length: int, cp: int, rank: int, algorithm: str) -> tuple[range, ...]:
+    """Which positions of every sequence a context-parallel rank holds, in its order.
+
+    A causal query at the end of a sequence has more to do than one at its beginning. Where each
+    rank attends with its own queries, it holds one chunk near each end: `rank` and
+    `2 * cp - 1 - rank` of 2 * cp. With "ulysses_cp_algo" each attends with queries of all
+    positions, and holds one piece.
+
+    Args:
+        length: tokens in a sequence, which the number of chunks divides.
+        cp: context_parallel_size.
+        rank: in the context-parallel group.
+        algorithm: context_parallel_algo.
+    """
+    if cp == 1:
+        return (range(length),)
+    if algorithm == "ulysses_cp_algo":
+        part = length // cp
+        return (range(rank * part, (rank + 1) * part),)
+    part = length // (2 * cp)
+    return tuple(range(n * part, (n + 1) * part) for n in (rank, 2 * cp - 1 - rank))
+
+
 def tensor_parallel_sizes(config: Qwen2Config) -> tuple[int, ...]:
     """Every tensor_model_parallel_size that can cut this model (its vocabulary aside)."""
     sizes = (config.num_attention_heads, config.hidden_size, config.ffn_hidden_size)
@@ -209,8 +317,8 @@ def _divisors(n: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(n // d for d in small)}))
 
 
-def _either(numbers: tuple[int, ...]) -> str:
-    words = [str(n) for n in numbers if n <= 1024]
+def _either(numbers: tuple[int, ...], most: int | None = 1024) -> str:
+    words = [str(n) for n in numbers if most is None or n <= most]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 

@@ -116,6 +116,9 @@ def _agrees(
 
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+CP2 = "--context-parallel-size 2"
+ULYSSES = "--context-parallel-algo ulysses_cp_algo"
+GATHERED = "--context-parallel-algo kvallgather_cp_algo"
 
 _agrees(2, "tp2-fp64", f"{TP2} --precision fp64", 1e-12)
 _agrees(2, "tp2-bf16-curve", f"{TP2} --bf16 --train-iters 2", 0.1)
@@ -126,6 +129,15 @@ _agrees(
     f"{TP2} {PP2} --sequence-parallel --precision fp64 --num-layers-per-virtual-pipeline-stage 1",
     1e-12,
 )
+_agrees(2, "cp2-fp64", f"{CP2} --precision fp64", 1e-12)
+_agrees(2, "cp2-ulysses-bf16-curve", f"{CP2} {ULYSSES} --bf16 --train-iters 2", 0.1)
+_agrees(
+    4,
+    "tp2-sp-cp2-fp32-curve",
+    f"{TP2} --sequence-parallel {CP2} --micro-batch-size 2 --train-iters 3 --lr 1e-2",
+    1e-6,
+)
+_agrees(4, "pp2-cp2-gathered-fp64", f"{PP2} {CP2} {GATHERED} --precision fp64", 1e-12)
 _agrees(
     4,
     "more-ranks-than-groups",
@@ -171,6 +183,18 @@ def no_causal_mask(chunks: list[Any]) -> None:
         return context.permute(2, 0, 1, 3).flatten(2)
 
     layer(chunks, 3).self_attention.core_attention._attention = attend
+
+
+def another_order_of_positions(chunks: list[Any]) -> None:
+    """Of CP2: layer 1's attention takes its chunks for one piece, as Ulysses has it."""
+    attention = layer(chunks, 1).self_attention.core_attention
+    attention.sequence_cut = replace(attention.sequence_cut, algorithm="ulysses_cp_algo")
+
+
+def nothing_from_the_other_rank(chunks: list[Any]) -> None:
+    """Of CP2: layer 2's queries see the keys of their own rank only."""
+    core = layer(chunks, 2).self_attention.core_attention
+    core.sequence_cut = None
 
 
 def no_sum_over_ranks(chunks: list[Any]) -> None:
@@ -219,18 +243,29 @@ FAULTS = {
 }
 
 
+IN_CUT_SEQUENCES = {
+    another_order_of_positions: "layers.1.core_attention",
+    nothing_from_the_other_rank: "layers.2.core_attention",
+}
+
+
 def layer(chunks: list[Any], number: int) -> Any:
-    """A layer of TP2."""
+    """A layer of TP2, or of CP2."""
     return chunks[0].decoder.layers[number]
 
 
 def is_located(
-    plant: Callable[[list[Any]], None], first: str, also: set[str] | None, precision: str, run: Run
+    plant: Callable[[list[Any]], None],
+    first: str,
+    also: set[str] | None,
+    precision: str,
+    run: Run,
+    layout: str = TP2,
 ) -> str:
     """The first is named, and exactly those that are wrong themselves: none that inherit."""
     from qwen2_ascend.alignment.report import describe_verdict
 
-    flags = f"{TP2} --no-gradients --precision {precision}"
+    flags = f"{layout} --no-gradients --precision {precision}"
     found = judged(run, flags, plant)
     if found is None:
         return ""
@@ -256,6 +291,11 @@ for _plant, (_first, _also) in FAULTS.items():
         CHECKS.add(world_size=2, name=f"{_plant.__name__}-{_precision}")(
             functools.partial(is_located, _plant, _first, _also, _precision)
         )
+
+for _plant, _first in IN_CUT_SEQUENCES.items():
+    CHECKS.add(world_size=2, name=_plant.__name__)(
+        functools.partial(is_located, _plant, _first, set(), "fp32", layout=CP2)
+    )
 
 
 @CHECKS.add(world_size=2)
@@ -335,8 +375,8 @@ def _compares_at_the_defaults(ours: Path, theirs: Path) -> None:
     """As files: both activations and gradients pass; a planted fault of either kind does not."""
     from safetensors.torch import load_file, save_file
 
-    from qwen2_ascend.alignment.compare import Rules, compare
-    from qwen2_ascend.alignment.dumps import open_dumps
+    from qwen2_ascend.comparison.compare import Rules, compare
+    from qwen2_ascend.comparison.dumps import open_dumps
 
     def failed() -> list[str]:
         return [x.name for x in compare(*open_dumps(ours, theirs), Rules()).failed]

@@ -768,7 +768,7 @@ WISHES = {
         [*pp(2), "--num-layer-list", "1,2"],
         ["num_layer_list=1,2 sums to 3, not num_layers=2"],
     ),
-    "a layer list of words": (["--num-layer-list", "1,x"], ["1,x: not numbers with commas"]),
+    "a layer list of words": (["--num-layer-list", "1,x"], ["1,x is not a list of whole numbers"]),
     "VPP without PP": (
         ["--num-layers-per-virtual-pipeline-stage", 1],
         ["needs pipeline_model_parallel_size of at least 2"],

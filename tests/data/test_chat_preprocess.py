@@ -14,8 +14,8 @@ from chats import TOOL_TURNS, TOOLS, chat_rows, said, save_chat_tokenizer, write
 
 from qwen2_ascend.cli import main
 from qwen2_ascend.data.chat.settings import ChatSettings
-from qwen2_ascend.data.command import PreprocessSettings
-from qwen2_ascend.data.preprocess import preprocess
+from qwen2_ascend.data.command import preprocess
+from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
 
 ROWS = [*chat_rows(40, seed=1), {"messages": TOOL_TURNS, "tools": TOOLS}]

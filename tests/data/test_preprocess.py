@@ -22,8 +22,8 @@ import pytest
 from corpora import documents, save_tokenizer, write_jsonl
 
 from qwen2_ascend.checkpoint.staging import FolderLock
-from qwen2_ascend.data.command import PreprocessSettings
-from qwen2_ascend.data.preprocess import preprocess
+from qwen2_ascend.data.command import preprocess
+from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "preprocess_data.py"

@@ -61,7 +61,7 @@ def import_all() -> None:
     """Imports, after the redirects that `runtime.start("cpu")` makes before it imports."""
     from qwen2_ascend.runtime import cpu, megatron_compat
 
-    megatron_compat.silence_known_notes()
+    megatron_compat.prepare_import()
     cpu.redirect_torch()
     cpu.redirect_megatron()
     for name in MODULES:

@@ -38,6 +38,13 @@ STEPS = {**PROFILE, "--profile": True, "--profile-step-start": 1, "--profile-ste
 SAVE = {"--save": Path(f"{FOLDER}save"), "--load": Path(f"{FOLDER}save")}
 """With --pretrained-checkpoint, which every job has: one command line starts and resumes."""
 STOPPED = {**SAVE, "--exit-interval": 2}
+OFFLOAD = {
+    "--bf16": True,
+    "--use-distributed-optimizer": True,
+    "--optimizer-cpu-offload": True,
+}
+"""On the CPU it must change nothing; tests/npusim/test_offload.py has it on a device."""
+O2 = {"--bf16": True, "--o2-gradient": True, "--o2-optimizer": True}
 
 NEUTRAL: dict[str, list[Any]] = {
     "--tensor-model-parallel-size": [2],
@@ -45,12 +52,31 @@ NEUTRAL: dict[str, list[Any]] = {
     "--num-layers-per-virtual-pipeline-stage": [1],
     "--num-layer-list": ["1,3"],
     "--sequence-parallel": [True],
+    "--context-parallel-size": [2],
+    "--context-parallel-algo": [
+        {"--context-parallel-size": 2, "--context-parallel-algo": "ulysses_cp_algo"},
+        {"--context-parallel-size": 2, "--context-parallel-algo": "kvallgather_cp_algo"},
+    ],
     "--use-distributed-optimizer": [True],
     "--overlap-grad-reduce": [True],
     "--overlap-param-gather": [True],
     "--distributed-timeout-minutes": [5.0],
+    "--optimizer-cpu-offload": [OFFLOAD],
+    "--optimizer-offload-fraction": [{**OFFLOAD, "--optimizer-offload-fraction": 0.5}],
     "--micro-batch-size": [2],
     "--exit-interval": [STOPPED],
+    "--use-ascend-coc": [
+        {
+            "--use-ascend-coc": True,
+            "--coc-parallel-num": 2,
+            "--tensor-model-parallel-size": 2,
+            "--sequence-parallel": True,
+        },
+    ],
+    "--coc-parallel-num": [
+        {"--use-ascend-coc": True, "--coc-parallel-num": 4, "--tensor-model-parallel-size": 2},
+    ],
+    "--coc-fused-kernel": [{"--use-ascend-coc": True, "--coc-fused-kernel": True}],
     "--recompute-granularity": ["selective"],
     "--recompute-method": [
         {**FULL, "--recompute-method": "uniform", "--recompute-num-layers": 1},
@@ -115,6 +141,7 @@ LAYOUT = {
     "--pipeline-model-parallel-size",
     "--num-layers-per-virtual-pipeline-stage",
     "--sequence-parallel",
+    "--context-parallel-size",
     "--use-distributed-optimizer",
     "--overlap-grad-reduce",
     "--overlap-param-gather",
@@ -146,6 +173,8 @@ KEPT: dict[str, list[Any]] = {
     "--bf16": [True],
     "--fp16": [{"--fp16": True, "--initial-loss-scale": 4096.0}],
     "--reuse-fp32-param": [{"--bf16": True, "--reuse-fp32-param": True}],
+    "--o2-gradient": [{"--bf16": True, "--o2-gradient": True}],
+    "--o2-optimizer": [{"--bf16": True, "--o2-optimizer": True}],
     "--loss-scale": [{"--fp16": True, "--loss-scale": 128.0}],
     "--initial-loss-scale": [{"--fp16": True, "--initial-loss-scale": 1024.0}],
     "--min-loss-scale": [{"--fp16": True, "--min-loss-scale": 2.0}],
@@ -219,6 +248,7 @@ NOT_TRIED = {
     "--report-dir": "every job has it: the losses are read there",
     "--device": "is chosen when the process starts",
     "--mindspeed": "is activated when the process starts, on an npu",
+    "--use-ascend-mc2": "is for an npu; tests/npusim/test_fused_products.py",
     "--log-energy": "needs something that measures energy",
     "--plan": "trains nothing; tests/planning/test_launchers_plan.py",
     "--plan-device": "comes with --plan",
@@ -340,8 +370,10 @@ KNOWN: list[tuple[str, int, Row]] = [
             "--train-iters": None,
         },
     ),
+    ("lora", 2, {**STOPPED, **O2, "--use-distributed-optimizer": True}),
+    ("dpo", 2, {**STOPPED, **O2, "--tensor-model-parallel-size": 2, "--ckpt-format": "torch"}),
 ]
-"""Rows of pairs that have been wrong; they are run whatever the seed."""
+"""Rows that have been wrong, or that no seed may miss; they are always run."""
 
 
 def flags_of(settings: type) -> dict[str, tuple[str, str]]:

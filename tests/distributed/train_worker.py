@@ -482,6 +482,66 @@ def reused_fp32_weights_change_no_bit(run: Run) -> str:
     return str(found)
 
 
+BF16_STATE = 8e-4
+"""How far losses of four steps may be from those with fp32 gradients and moments; it was 2.5e-4."""
+
+
+@CHECKS.add(world_size=2)
+def o2_holds_4n_and_8n_over_dp_bytes(run: Run) -> str:
+    """bf16 gradients and moments, alone, together and with reused fp32 weights."""
+    found = {}
+    for layout in ("dp2-distributed-optimizer", "tp2"):
+        flags = f"{FLAGS} --bf16 {LAYOUTS[layout][1]}"
+        plain = [result.loss for result in steps(start(run, flags), STEPS)]
+        for more, per_weight, per_own in (
+            ("--o2-gradient", 4, 12),
+            ("--o2-optimizer", 6, 8),
+            ("--o2-gradient --o2-optimizer", 4, 8),
+            ("--o2-gradient --o2-optimizer --reuse-fp32-param", 4, 6),
+        ):
+            training = start(run, f"{flags} {more}")
+            losses = [result.loss for result in steps(training, STEPS)]
+            off = max(abs(a - b) for a, b in zip(losses, plain, strict=True))
+            own, whole = updated_weights(training), len_of(weights(training).values())
+            expected, held = per_weight * whole + per_own * own, held_bytes(training)
+            found[f"{layout} {more}"] = f"{off:.1e} {held / expected - 1:.2%}"
+            assert losses != plain and off < BF16_STATE, (layout, more, losses, plain)
+            assert expected <= held <= 1.01 * expected, (layout, more, held, expected)
+    return str(found)
+
+
+@CHECKS.add(world_size=2)
+def bf16_moments_are_resumed_to_the_last_bit(run: Run) -> str:
+    """At the same layout; at another they give its losses, and fp32 runs go on from them."""
+    from qwen2_ascend.training import optimizer as optimizers
+
+    flags = f"{FLAGS} --bf16 --o2-gradient --o2-optimizer"
+    layouts, off = [LAYOUTS[name][1] for name in ("dp2-distributed-optimizer", "tp2")], [0.0]
+    for form in ("torch_dist", "torch"):
+        for number, layout in enumerate(layouts):
+            folder = run.folder / f"o2-{form}-{number}"
+            through = start(run, f"{flags} {layout} --ckpt-format {form} --save {folder}")
+            steps(through, 2)
+            save(through)
+            state = state_of(through)
+            expected = [(result.loss, result.grad_norm) for result in steps(through, 2)]
+            resumed = start(run, f"{flags} {layout}", load=folder)
+            optimizers.settle(resumed.optimizer)
+            again = state_of(resumed)
+            changed = [name for name in state if not (state[name] == again[name]).all()]
+            assert state.keys() == again.keys() and not changed, (form, layout, changed)
+            found = [(result.loss, result.grad_norm) for result in steps(resumed, 2)]
+            assert found == expected, (form, layout, found, expected)
+            other = start(run, f"{flags} {layouts[1 - number]}", load=folder)
+            optimizers.settle(other.optimizer)
+            for one, (loss, _) in zip(steps(other, 2), expected, strict=True):
+                off.append(abs(one.loss - loss))
+            whole = start(run, f"{FLAGS} --bf16 {layout}", load=folder)
+            off.append(abs(steps(whole, 1)[0].loss - expected[0][0]))
+    assert max(off) < 2e-3, off
+    return f"elsewhere {max(off):.1e}"
+
+
 def updated_weights(training: TrainingRun) -> int:
     """Elements of which this rank has the fp32 weights."""
     from qwen2_ascend.training.optimizer import state_slices

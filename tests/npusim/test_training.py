@@ -94,6 +94,27 @@ def test_reused_fp32_weights_change_no_loss(run):
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.simulated(cards=2, alone="training")
+def test_o2_reduces_in_bf16_and_stays_near(run):
+    """Half the bytes go through HCCL, and losses are as near as on the CPU."""
+    from distributed.train_worker import BF16_STATE, start, steps
+    from npusim.cards import hccl_calls
+
+    flags = f"{NPU_FLAGS} --bf16 --use-distributed-optimizer"
+    losses, sent = {}, {}
+    for more in ("", "--o2-gradient --o2-optimizer"):
+        training = start(run, f"{flags} {more}")
+        before = len(hccl_calls())
+        losses[more] = [result.loss for result in steps(training, STEPS)]
+        calls = [call for call in hccl_calls()[before:] if call.op.startswith("ReduceScatter")]
+        assert {call.dtype for call in calls} == {"bf16" if more else "fp32"}
+        sent[more] = sum(call.num_bytes for call in calls)
+    plain, o2 = losses.values()
+    assert max(abs(a - b) for a, b in zip(o2, plain, strict=True)) <= BF16_STATE
+    assert o2 != plain and 2 * sent["--o2-gradient --o2-optimizer"] == sent[""]
+
+
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "flags",
     [

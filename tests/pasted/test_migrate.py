@@ -70,7 +70,7 @@ GPT="
     --lr 1e-5 \\
     --tokenizer-name-or-path ${TOKENIZER} \\
     --bf16 \\
-    --use-ascend-mc2
+    --use-mc2
 "
 
 torchrun $DISTRIBUTED posttrain_gpt.py \\
@@ -150,7 +150,7 @@ def test_training_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         *words_of("--num-attention-heads 28 --num-query-groups 4"),
         *words_of("--untie-embeddings-and-output-weights --config ./hf"),
     ]
-    assert f"{script}: line 50: --use-ascend-mc2: " in told.err
+    assert f"{script}: line 50: --use-mc2: " in told.err
     assert f"{script}: line 28: the comment between quotes is left out" in told.err
     for line in (
         "#   --use-mcore-models: left out: all models are megatron-core's",
@@ -196,7 +196,9 @@ def test_memory_is_the_planners() -> None:
     more = {"--num-layer-list": "10,18", "--reuse-fp32-param": None}
     assert f"memory: {memory.total / 1e9:.1f} GB" in memory_line({**flags, **more}, 16)
     for changed, devices, message in (
-        ({"--context-parallel-size": "2"}, 16, "does not know --context-parallel-size"),
+        ({"--context-parallel-size": "3"}, 16, "TP 4 x PP 2 x CP 3 does not divide 16"),
+        ({"--context-parallel-size": "2"}, 16, "TP4 PP2 CP2 DP1"),
+        ({"--recompute-granularity": "some"}, 16, "some is none of the launcher's"),
         ({"--num-layer-list": "10,x"}, 16, "10,x is not a list of whole numbers"),
         ({"--hidden-size": None}, 16, "--hidden-size is not a number"),
         ({}, None, "does not say how many devices"),
@@ -291,13 +293,13 @@ def test_flags_that_are_lost_are_said(tmp_path: Path) -> None:
     """Unknown ones, refused ones, and those behind a comment that ended the command."""
     text = """torchrun --nproc_per_node 1 pretrain_gpt.py --lr 1 \\
         --no-such-flag 7 \\
-        --use-ascend-mc2 \\
+        --use-mc2 \\
         # --bf16 \\
         --fp16
     """
     _, notes = migrate(write(tmp_path / "a.sh", text))
     assert [note.split(": ")[:2] for note in notes] == [
-        ["line 3", "--use-ascend-mc2"],
+        ["line 3", "--use-mc2"],
         ["line 2", "--no-such-flag"],
         ["line 5", "--fp16 is no part of a command"],
     ]

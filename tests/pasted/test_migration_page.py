@@ -53,7 +53,7 @@ def test_reasons_are_told_in_chinese_too() -> None:
             (
                 "Of {} of its published command lines",
                 "dense Qwen2 models, {}\nstart",
-                "; {} ask for context",
+                "; {} ask for MC2",
                 " and {} contradict",
             ),
         ),
@@ -62,7 +62,7 @@ def test_reasons_are_told_in_chinese_too() -> None:
             (
                 "公开的 {} 条稠密 Qwen2 命令行中",
                 "\n{} 条可原样启动",
-                "{} 条用到上下文并行",
+                "{} 条用到 MC2",
                 "{} 条与其模型的",
             ),
         ),

@@ -33,14 +33,8 @@ WHOLE = [line for line in LINES if not line.is_moe and not line.name.endswith(CU
 PATHS = dict.fromkeys(
     ("--load", "--save", "--data-path", "--tokenizer-name-or-path", "--lora-load"), "path"
 )
-ELSEWHERE = {
-    "--context-parallel-size",
-    "--coc-parallel-num",
-    "--use-ascend-mc2",
-    "--o2-optimizer",
-    "--o2-gradient",
-}
-"""Context parallelism, memory and overlap: what is not taken yet, and the only such flags."""
+ELSEWHERE: set[str] = set()
+"""What is not taken yet, and the only such flags."""
 SERIES = {"qwen2": "Qwen2-", "qwen25": "Qwen2.5-", "qwen25_math": "Qwen2.5-Math-"}
 DISTILLED = {"deepseek_r1_distill_qwen": "DeepSeek-R1-Distill-Qwen-"}
 NOT_ITS_OWN = {"tune_distill_qwen_14b_full": "Qwen2.5-14B-Instruct"}
@@ -67,9 +61,7 @@ def model_of(line: CommandLine) -> str:
 
 def not_taken_yet(line: CommandLine) -> set[str]:
     """Its flags of ELSEWHERE that ask for something."""
-    flags = ELSEWHERE.intersection(line.flags)
-    one = "--context-parallel-size" in flags and line.values("--context-parallel-size") == ["1"]
-    return flags - {"--context-parallel-size"} if one else flags
+    return ELSEWHERE.intersection(line.flags)
 
 
 def without(flags: list[str], left_out: set[str]) -> list[str]:
@@ -117,6 +109,10 @@ def test_a_line_means_what_it_says(line: CommandLine) -> None:
     notes = "\n".join(pasted_notes(settings.pasted, training_flags(type(settings))))
     assert settings.batch.seq_length == int(line.values("--seq-length")[0])
     assert settings.optimizer.lr == float(line.values("--lr")[0])
+    if "--context-parallel-size" in words:
+        parallel = settings.parallel
+        assert parallel.context_parallel_size == int(line.values("--context-parallel-size")[0])
+        assert [parallel.context_parallel_algo] == line.values("--context-parallel-algo")
     for flag, group, name in (
         ("--reset-position-ids", "data", "keep_documents_apart"),
         ("--reset-attention-mask", "data", "keep_documents_apart"),
@@ -188,8 +184,14 @@ LEFT_OUT = {*ELSEWHERE, "--num-layer-list", "--num-layers-per-virtual-pipeline-s
 
 
 def small(line: CommandLine, paths: dict[str, Path], tp: int, device: str = "cpu") -> list[str]:
-    """The line for a small model, cut into `tp` ranks."""
-    values = {**SMALL, "--tensor-model-parallel-size": str(tp)}
+    """The line for a small model, cut into `tp` ranks; where it cuts sequences, into two parts."""
+    cuts_sequences = line.values("--context-parallel-size")[:1] not in ([], ["1"])
+    cp = 2 if cuts_sequences else 1
+    values = {
+        **SMALL,
+        "--tensor-model-parallel-size": str(tp // cp),
+        "--context-parallel-size": str(cp),
+    }
     words = without(line.with_paths(paths), LEFT_OUT | (FUSED if device == "cpu" else set()))
     before = ["", *words]
     changed = [
@@ -240,6 +242,7 @@ def test_yarn_and_manual_gc_run(paths: dict[str, Path]) -> None:
     """The checkpoint's config.json has the scaling, so what is trained with it is used with it."""
     line = by_name("2.2.0/qwen2/pretrain_qwen2_72b_32k_ptd")
     log = run(line, paths, 2)
+    assert "TP1 PP1 CP2 DP1, megatron_cp_algo" in log
     assert "--rope-scaling-type yarn" in log and "config.json" in log
     given = Qwen2Config.from_pretrained(paths["--load"])
     saved = Qwen2Config.from_pretrained(paths["--save"])

@@ -11,7 +11,7 @@ from distributed import train_worker
 from distributed.harness import Checks, Run, main
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job
 from qwen2_ascend.planning.memory import stage_memory
 from qwen2_ascend.planning.traffic import collectives
 
@@ -75,14 +75,33 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "length": 512,
         "sequences": 1,
         "dtype": "bf16",
-        "recompute_activation_function": True,
-        "recompute_norm": True,
+        "recompute_activation_function": ALL_LAYERS,
+        "recompute_norm": ALL_LAYERS,
     },
+    "tp2-sp-products-in-pieces": {"tp": 2, "sequence_parallel": True, "mc2": True},
+    "tp2-products-in-pieces-lora-bf16": {"tp": 2, "mc2": True, "lora": 4, "dtype": "bf16"},
     "tp2-sp-outputs": {
         "tp": 2,
         "sequence_parallel": True,
-        "recompute_activation_function": True,
-        "recompute_norm": True,
+        "recompute_activation_function": ALL_LAYERS,
+        "recompute_norm": ALL_LAYERS,
+    },
+    "cp2-distributed-optimizer-bf16": {"cp": 2, "distributed_optimizer": True, "dtype": "bf16"},
+    "cp2-ulysses-bf16": {"cp": 2, "ulysses": 2, "dtype": "bf16"},
+    "tp2-cp2-sp-full": {"tp": 2, "cp": 2, "sequence_parallel": True, "recompute": "full"},
+    "dp2-distributed-optimizer-o2-bf16": {
+        "dp": 2,
+        "distributed_optimizer": True,
+        "dtype": "bf16",
+        "o2_gradient": True,
+        "o2_optimizer": True,
+    },
+    "tp1-pp1-o2-gradient-bf16": {"dtype": "bf16", "o2_gradient": True},
+    "tp1-pp1-block-swiglu-of-one-bf16": {
+        "dtype": "bf16",
+        "recompute_activation_function": 1,
+        "length": 512,
+        "sequences": 1,
     },
     "pp2-vpp2-tied-distributed-optimizer": {
         "pp": 2,
@@ -144,8 +163,17 @@ def flags(cut: Cut) -> str:
         "--use-distributed-optimizer": cut.distributed_optimizer,
         "--bf16": job.dtype == "bf16",
         "--reuse-fp32-param": cut.reuse_fp32_param,
+        f"--context-parallel-size {cut.cp} --context-parallel-algo {cut.context_parallel_algo}": (
+            cut.cp > 1
+        ),
+        "--o2-gradient": cut.o2_gradient,
+        "--o2-optimizer": cut.o2_optimizer,
         "--recompute-activation-function": cut.recompute_activation_function,
+        f"--recompute-activation-function-num-layers {cut.recompute_activation_function}": 0
+        < cut.recompute_activation_function
+        < ALL_LAYERS,
         "--recompute-norm": cut.recompute_norm,
+        "--use-ascend-coc --coc-parallel-num 4": cut.mc2,
         "--attention-backend unfused": job.keeps_scores,
         "--recompute-granularity selective": cut.recompute == "selective",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
@@ -231,7 +259,8 @@ def _compare_traffic(cut: Cut, stage: int, calls: Counter) -> None:
     """Equal bytes of each kind of collective over each number of ranks."""
     expected: Counter = Counter()
     for call in collectives(cut, stage):
-        expected[call.op, call.num_ranks] += call.num_bytes * call.num_calls
+        if call.num_ranks > 1:
+            expected[call.op, call.num_ranks] += call.num_bytes * call.num_calls
     found: Counter = Counter()
     for call, count in calls.items():
         if call.num_ranks > 1 and call.num_bytes > CONTROL_BYTES:

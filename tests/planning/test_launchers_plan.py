@@ -11,7 +11,7 @@ from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as tuning
-from qwen2_ascend.planning.devices import find_device
+from qwen2_ascend.planning.job import ALL_LAYERS
 from qwen2_ascend.planning.memory import fullest_stage
 from qwen2_ascend.training import pretrain as pretraining
 from qwen2_ascend.training import settings as pretraining_settings
@@ -28,7 +28,7 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
     assert pretraining.main(f"{COMMAND} --plan 16 --plan-device 910B3".split()) == 0
     said = capsys.readouterr().out
     settings = pretraining_settings.parse(COMMAND.split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B3"))
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
     assert (cut.label(), cut.num_microbatches) == ("TP4 PP2 DP2", 16)
     gigabytes = fullest_stage(cut)[1].total / 1e9
     assert "fits: 1 of 1 valid layouts" in said and f"takes {gigabytes:.1f} GB" in said
@@ -39,7 +39,12 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
     ("flags", "fields"),
     [
         ("--reuse-fp32-param", {"reuse_fp32_param": True}),
-        ("--recompute-norm", {"recompute_norm": True}),
+        ("--recompute-norm", {"recompute_norm": ALL_LAYERS}),
+        (
+            "--recompute-activation-function --recompute-activation-function-num-layers 2",
+            {"recompute_activation_function": 2, "recompute_norm": 0},
+        ),
+        ("--swap-attention", {"swap_attention": True}),
         ("--num-layer-list 20,28", {"num_layer_list": (20, 28)}),
         ("--num-layers-per-virtual-pipeline-stage 6", {"layers_per_chunk": 6}),
         ("--cross-entropy-chunk-size 512", {}),
@@ -55,7 +60,7 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
 )
 def test_what_the_planner_knows_it_is_told(flags: str, fields: dict) -> None:
     settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B"))
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
     assert {name: getattr(cut, name) for name in fields} == fields
     assert cut.job.cross_entropy_chunk_size == settings.recompute.cross_entropy_chunk_size
 
@@ -65,7 +70,7 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
     flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 2"
     flags += " --num-layers-per-virtual-pipeline-stage 6"
     settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, find_device("910B"))
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
     assert cut.recomputed(0) == 2 * cut.num_chunks == 8
 
 
@@ -75,10 +80,9 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
         ("--plan 9", "cannot be shared out"),
         ("--plan 0", "--plan 0 must be at least 1"),
         ("--plan 16 --plan-device 920", "--device 920 is not known"),
-        ("--plan 16 --swap-attention", "the planner does not know --swap-attention"),
         (
-            "--plan 16 --recompute-norm --recompute-norm-num-layers 2",
-            "does not know --recompute-norm-num-layers",
+            "--plan 16 --use-distributed-optimizer --optimizer-cpu-offload",
+            "the planner does not know --optimizer-cpu-offload",
         ),
     ],
 )
@@ -87,7 +91,7 @@ def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> No
         pretraining.pretrain(pretraining_settings.parse(f"{COMMAND} {flags}".split()))
 
 
-def test_lora_is_planned_and_dpo_is_not(tmp_path, capsys) -> None:
+def test_lora_and_dpo_are_planned(tmp_path, capsys) -> None:
     from qwen2_ascend.finetuning.settings import parse
 
     make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
@@ -97,8 +101,8 @@ def test_lora_is_planned_and_dpo_is_not(tmp_path, capsys) -> None:
     )
     tuning.finetune(parse(command.split()))
     assert "LoRA rank 4" in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not know --stage dpo"):
-        tuning.finetune(parse(f"{command} --stage dpo".split()))
+    tuning.finetune(parse(f"{command} --stage dpo".split()))
+    assert "LoRA rank 4, pairs of sequences of 32" in capsys.readouterr().out
 
 
 def test_nothing_is_trained_or_written(tmp_path) -> None:

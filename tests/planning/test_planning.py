@@ -7,7 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning import report, search
-from qwen2_ascend.planning.command import main
+from qwen2_ascend.planning.command import PlanOptions, as_launchers_write, main
 from qwen2_ascend.planning.devices import DEVICES, find_device
 from qwen2_ascend.planning.job import Cut, Job
 from qwen2_ascend.planning.memory import fullest_stage, stage_memory
@@ -112,6 +112,86 @@ def test_launch_commands_are_ones_that_the_launcher_takes(model, num_devices, ch
         assert settings.layout() == plan.cut.layout
         assert settings.padded_vocab_size(found.job.config) == plan.cut.padded_vocab_size
         assert settings.data_parallel_size(num_devices) == plan.cut.dp
+
+
+@pytest.mark.parametrize(
+    ("model", "num_devices", "asked", "changes"),
+    [
+        ("0.5B", 8, {}, {"dtype": "fp32"}),
+        ("14B", 8, {}, {}),
+        ("72B", 256, {}, {}),
+        ("7B", 16, {}, {"seq_length": 65536, "global_batch_size": 16}),
+        ("7B", 16, {"context_parallel_algo": "ulysses_cp_algo", "context_parallel_size": 4}, {}),
+        ("7B", 4, {"reuse_fp32_param": True, "swap_attention": True}, {}),
+        ("7B", 2, {"o2_gradient": True, "o2_optimizer": True}, {}),
+        ("7B", 8, {"num_layer_list": (6, 8, 8, 6), "recompute_norm": 3}, {}),
+    ],
+)
+def test_a_launch_command_is_planned_as_it_was_found(model, num_devices, asked, changes):
+    """The launcher's --plan sees the very layout whose flags the search gives."""
+    from qwen2_ascend.training.planned import as_cut
+    from qwen2_ascend.training.settings import parse, validate
+
+    wanted = job(model, **changes)
+    found = search.find_plans(wanted, machine(num_devices), search.Choices(**asked))
+    kinds = {report.recompute_words(plan.cut): plan for plan in reversed(found)}
+    for plan in [found[0], *kinds.values()][:5]:
+        settings = parse(shlex.split(" ".join(report.launch_flags(model, plan.cut))))
+        validate(settings, wanted.config, num_devices)
+        assert as_cut(settings, wanted.config, num_devices, "npu") == plan.cut
+
+
+def test_layouts_are_found_that_only_some_recomputing_lets_in():
+    """By SwiGLU's and the norms' outputs, or by the fewest layers of a block; faster than all."""
+    plans = search.find_plans(job("14B"), machine(8))
+    words = [report.recompute_words(plan.cut) for plan in plans if plan.has_headroom]
+    assert "swiglu+norm" in words and any(word.startswith("block ") for word in words)
+    block = next(p for p in plans if report.recompute_words(p.cut).startswith("block "))
+    assert block.has_headroom
+    fewer = replace(block.cut, recomputed_layers=block.cut.recomputed_layers - block.cut.num_chunks)
+    where = machine(8)
+    assert not search.plan_of(fewer, where).has_headroom
+    whole = replace(block.cut, recomputed_layers=None)
+    assert search.plan_of(whole, where).time.total > block.time.total
+
+
+def test_long_sequences_are_shared():
+    """Context parallelism is tried by itself where it leaves a rank enough tokens."""
+    short = search.find_plans(job("7B"), machine(16))
+    long = search.find_plans(job("7B", seq_length=65536, global_batch_size=16), machine(16))
+    assert {plan.cut.cp for plan in short} == {1}
+    assert {plan.cut.cp for plan in long} == {1, 2, 4, 8, 16}
+
+
+def test_what_would_fit_in_16_bits_is_said(capsys):
+    main(["--model", "7B", "--num-devices", "2", "--memory-gb", "75", "--top", "1"])
+    said = capsys.readouterr().out
+    assert "does not fit" in said
+    assert "With --o2-gradient --o2-optimizer, which cost precision, it fits: " in said
+
+
+def test_flags_are_written_as_the_launchers_take_them(capsys):
+    """Without a value, with one, and denied; what the launchers call a flag is called so here."""
+    from qwen2_ascend.training.settings import (
+        ParallelSettings,
+        PrecisionSettings,
+        RecomputeSettings,
+    )
+
+    words = "--model 7B --num-devices 8 --sequence-parallel --bf16 --no-reuse-fp32-param"
+    expected = "--model 7B --num-devices 8 --sequence-parallel yes --dtype bf16 "
+    expected += "--reuse-fp32-param no"
+    assert as_launchers_write(words.split()) == expected.split()
+    assert as_launchers_write(["--sequence-parallel", "no"]) == ["--sequence-parallel", "no"]
+    main([*words.split(), "--recompute-norm", "--top", "1"])
+    assert "sequence parallel" in capsys.readouterr().out
+    own = {field.name for field in fields(PlanOptions)}
+    groups = (ParallelSettings, RecomputeSettings, PrecisionSettings)
+    theirs = {field.name for group in groups for field in fields(group)}
+    # what moves neither memory nor, as far as is known, time
+    others = {"overlap_param_gather", "distributed_timeout_minutes", "on_nonfinite", "hysteresis"}
+    scales = {name for name in theirs if "loss_scale" in name}
+    assert theirs - own == others | scales | {"bf16", "fp16"}
 
 
 def test_a_vocabulary_that_does_not_divide_is_padded(tmp_path):
@@ -425,7 +505,7 @@ def test_nothing_heavy_is_imported():
         ("--model 7B --num-devices 0", "--num-devices 0 must be at least 1"),
         ("--model 7B --num-devices 8 --seq-length 262144", "max_position_embeddings=131072"),
         ("--model 7B --num-devices 9 --global-batch-size 16", "cannot share --global-batch-size"),
-        ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "no valid layout"),
+        ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "tensor parallel sizes are"),
         ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),
         ("--model 7B --num-devices 8 --commands -1", "--commands -1 must not be negative"),
         ("--model 7B --num-devices 8 --json not/there.json", "there is no folder .*/not; make it"),

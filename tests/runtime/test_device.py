@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.runtime import npu, select_device
+from qwen2_ascend.runtime import ledger, mindspeed, npu, select_device
 
 
 @pytest.fixture
@@ -77,8 +77,18 @@ def test_a_release_is_the_numbers_that_a_version_begins_with(version: str, numbe
     assert npu.release(version) == numbers
 
 
-def test_a_post_release_is_the_same_release(torch_npu: types.SimpleNamespace) -> None:
-    torch_npu.version += ".post2"
+def test_megatron_adaptor_is_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_APPLIED", {})
+    monkeypatch.setattr(mindspeed, "activate_adaptor", lambda: None)
+    assert "no list" in npu.activate_adaptor()
+    assert [patch.target for patch in ledger.applied_patches()] == ["megatron_adaptor:"]
+
+
+@pytest.mark.parametrize("post", [".post2", "rc1"])
+def test_a_post_release_or_a_candidate_is_the_same_release(
+    post: str, torch_npu: types.SimpleNamespace
+) -> None:
+    torch_npu.version += post
     assert select_device("npu") == "npu"
 
 

@@ -11,10 +11,20 @@ import pytest
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import mindspeed
-from qwen2_ascend.runtime.mindspeed import Installed, Stack, choose, fault, inspect_folder
+from qwen2_ascend.runtime.mindspeed import (
+    Adaptor,
+    Choice,
+    Installed,
+    Stack,
+    choose,
+    fault,
+    inspect_folder,
+)
 
 GOOD = Installed(Path("site/mindspeed"), "0.16.0", is_placeholder=False, is_train_26=False)
 STACK = Stack("0.16.1", "2.7.1", has_training=False, missing=())
+NEWER = STACK._replace(megatron_core="0.18.2")
+ADAPTOR = Adaptor(Path("site/megatron_adaptor"), "0.18.0", has_transformer_engine=True)
 
 
 def test_by_itself_it_is_taken_where_its_documents_say_so() -> None:
@@ -32,7 +42,7 @@ def test_with_another_torch_it_has_to_be_asked_for() -> None:
 
 
 def test_it_can_be_refused() -> None:
-    assert choose(False, "npu", GOOD, STACK) == (False, "refused by --no-mindspeed")
+    assert choose(False, "npu", GOOD, STACK) == Choice(False, "refused by --no-mindspeed")
 
 
 def test_the_bring_up_page_has_every_branch() -> None:
@@ -63,7 +73,6 @@ def test_without_it_a_run_goes_on_unless_it_was_asked_for() -> None:
         ({}, "0.12.1", "0.16.0 does not go with megatron-core 0.12.1"),
         ({"version": "0.12.1"}, "0.16.1", "0.12.1 does not go with megatron-core 0.16.1"),
         ({}, "0.15.3", "no MindSpeed goes with megatron-core 0.15.3"),
-        ({}, "0.17.0", "no MindSpeed goes with megatron-core 0.17.0"),
     ],
 )
 def test_a_pair_that_cannot_work_is_refused_with_those_that_can(changes, core, words) -> None:
@@ -75,6 +84,29 @@ def test_a_pair_that_cannot_work_is_refused_with_those_that_can(changes, core, w
     assert all(branch.name in text for branch in mindspeed.BRANCHES)
     left_out = choose(None, "npu", installed, stack)
     assert not left_out.active and words in left_out.why and "\n" not in left_out.why
+
+
+@pytest.mark.parametrize(
+    ("core", "needed"), [("0.16.1", False), ("0.17.0", True), ("0.19.2", True), ("1.0.0", True)]
+)
+def test_from_0_17_on_it_is_megatron_adaptor(core: str, needed: bool) -> None:
+    choice = choose(True, "npu", GOOD, STACK._replace(megatron_core=core), ADAPTOR)
+    assert choice.active and choice.package == ("megatron_adaptor" if needed else "mindspeed")
+
+
+def test_megatron_adaptor_is_taken_only_when_it_is_asked_for() -> None:
+    assert "unproven" in choose(True, "npu", None, NEWER, ADAPTOR).why
+    unasked = choose(None, "npu", None, NEWER, ADAPTOR)
+    assert not unasked.active and "--mindspeed takes it" in unasked.why
+    assert not choose(None, "npu", GOOD, NEWER, None).active
+
+
+def test_without_megatron_adaptor_a_run_that_asks_says_what_to_install() -> None:
+    with pytest.raises(UserError, match=r"MegatronAdaptor of the branch core_r0\.18\.0"):
+        choose(True, "npu", GOOD, NEWER, None)
+    alone = ADAPTOR._replace(has_transformer_engine=False)
+    with pytest.raises(UserError, match="needs TransformerEngineNPU, which is not installed"):
+        choose(True, "npu", GOOD, NEWER, alone)
 
 
 def test_the_newer_branches_need_megatrons_training() -> None:
@@ -146,7 +178,7 @@ def activation(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
         (folder / name).write_text(textwrap.dedent(text))
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), "--tensor-model-parallel-size", "7"],
-        env={"PYTHONPATH": str(tmp_path)},
+        env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2] / 'plugin'}"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -170,6 +202,31 @@ def test_activation_tells_the_sizes_and_hides_the_command_line(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_megatron_adaptor_is_imported_before_megatron_and_sees_no_command_line(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "megatron_adaptor"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "import sys\n"
+        "assert not [name for name in sys.modules if name.startswith('megatron.')]\n"
+        "command_line = list(sys.argv)\n"
+    )
+    done = activation(
+        tmp_path,
+        """
+        import sys
+        from qwen2_ascend.runtime import mindspeed
+        found = mindspeed.find_adaptor()
+        assert found.folder.name == "megatron_adaptor" and not found.has_transformer_engine
+        mindspeed.activate_adaptor()
+        import megatron_adaptor
+        assert megatron_adaptor.command_line == sys.argv[:1] and len(sys.argv) == 3
+        """,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mindspeed_that_breaks_says_the_way_out(tmp_path: Path) -> None:

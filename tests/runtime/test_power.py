@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from qwen2_ascend.runtime import power
-from qwen2_ascend.runtime.power import NoPowerSource, Place, PowerReadingError, find_power_source
+from qwen2_ascend.runtime.power import NoPowerSource, Place, PowerReadingError
 from qwen2_ascend.runtime.power_nvidia import open_nvidia_smi, open_nvml, parse_power_draw
 from qwen2_ascend.runtime.power_rapl import POWERCAP, Rapl, open_rapl
+from qwen2_ascend.runtime.power_sources import find_power_source
 
 RANGE_UJ = 262_143_328_850
 

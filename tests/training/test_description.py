@@ -1,4 +1,4 @@
-"""run.json: what it says of the environment, and that it keeps secrets."""
+"""configuration.json: what it says of the environment, and that it keeps secrets."""
 
 from __future__ import annotations
 
@@ -55,12 +55,14 @@ def test_the_planned_memory_is_the_planners() -> None:
     )
     found = planned(plan, runtime(world_size=2))
     device = find_device("910B2")
-    _, memory = fullest_stage(as_cut(plan.settings, config, 2, device))
+    _, memory = fullest_stage(as_cut(plan.settings, config, 2, "npu"))
     assert found == {"planned_memory_bytes": memory.total, "peak_flops": device.peak_flops}
 
 
 def test_what_the_planner_does_not_know_is_not_told() -> None:
-    plan: Any = SimpleNamespace(settings=settings("--stage", "dpo"), config=Qwen2Config.named("7B"))
+    plan: Any = SimpleNamespace(
+        settings=settings("--lora-load", "x"), config=Qwen2Config.named("7B")
+    )
     assert planned(plan, runtime()) == {}
     plan.settings = settings()
     assert planned(plan, runtime(device="another")) == {}

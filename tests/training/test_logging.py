@@ -11,6 +11,7 @@ import pytest
 from helpers import random_hugging_face_model, tiny_config
 from qwen2_ascend.training import logging
 from qwen2_ascend.training.logging import Reporter, Step, draw_loss, train_flops
+from qwen2_ascend.training.planned import Expected
 
 
 def step(iteration: int, **changes) -> Step:
@@ -58,6 +59,38 @@ def test_one_line_per_interval_with_every_figure() -> None:
         "iteration 2/4 | loss 2.5000 | grad norm 1.500 | lr 1.000e-03 | 1,000 tokens/s | "
         "2 TFLOP/s/device | 1.000 s/step | peak 3.00 GiB"
     ]
+
+
+def test_the_first_steps_are_set_beside_the_plan_once() -> None:
+    """Without the very first; the median of the next four; the same line once at the end."""
+    lines: list[str] = []
+    planned = Expected("910B3", 0.8, 4 * 2**30)
+    report = reporter(lines, train_iters=8, log_interval=1, planned=planned)
+    for iteration, seconds in enumerate((30.0, 1.0, 1.0, 0.9, 7.0, 1.0, 1.0), start=1):
+        report.step(step(iteration, seconds=seconds))
+    report.close()
+    told = [line for line in lines if "planned" in line]
+    assert told == [
+        "steps 2 to 5 measured: 1.000 s/step (+25%), 3.00 GiB (-25%) | planned for 910B3: "
+        "0.800 s/step, 4.00 GiB (docs/planning.md)"
+    ]
+    assert lines.index(told[0]) == 5, "after the lines of the five first steps"
+
+
+def test_a_short_run_says_at_its_end_what_was_planned() -> None:
+    lines: list[str] = []
+    report = reporter(lines, log_interval=1, planned=Expected("910B3", 0.5, 2**30))
+    report.step(step(1))
+    report.step(step(2, peak_memory_bytes=None))
+    report.close()
+    assert lines[-1] == (
+        "step 2 measured: 0.500 s/step (+0%) | planned for 910B3: 0.500 s/step (docs/planning.md)"
+    )
+    lines.clear()
+    report = reporter(lines, log_interval=1, planned=Expected("910B3", 0.5, 2**30))
+    report.step(step(1))
+    report.close()
+    assert len(lines) == 1, "a first step alone says nothing"
 
 
 def test_no_figure_of_a_device_is_told_that_is_not_there(tmp_path: Path) -> None:

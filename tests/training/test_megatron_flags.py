@@ -41,8 +41,8 @@ TRAINING = """
     --ckpt-format torch --no-load-optim --no-load-rng --no-save-optim --no-save-rng --seed 42
     --distributed-backend nccl --log-throughput --exit-on-missing-checkpoint
     --enable-hf2mg-convert --model-type-hf qwen25 --no-shared-storage
-    --context-parallel-size 1 --context-parallel-algo megatron_cp_algo
-    --use-cp-send-recv-overlap --use-fused-ring-attention-update
+    --context-parallel-size 1 --context-parallel-algo megatron_cp_algo --cp-window-size 1
+    --use-cp-send-recv-overlap --use-fused-ring-attention-update --attention-mask-type causal
 """
 TUNING = """
     --finetune --stage sft --is-instruction-dataset --prompt-type qwen --variable-seq-lengths
@@ -53,13 +53,16 @@ TUNING = """
 """
 PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
-    "--use-ascend-mc2": "leave it out",
-    "--coc-parallel-num 2": "only 1",
+    "--use-mc2": "--use-ascend-mc2",
+    "--coc-parallel-num 2": "--use-ascend-coc",
     "--wandb-project mine": "--tensorboard-dir",
     "--rope-scaling-type linear": "only yarn is supported",
     "--o2-optimizer": "leave it out",
     "--o2-gradient": "leave it out",
-    "--context-parallel-size 4": "--sequence-parallel",
+    "--cp-comm-type p2p": "--context-parallel-algo",
+    "--ulysses-degree-in-cp 2": "--context-parallel-algo",
+    "--cp-window-size 2": "only 1",
+    "--attention-mask-type general": "--reset-attention-mask",
     "--ai-framework mindspore": "only pytorch",
     "--transformer-impl transformer_engine": "only local",
     "--normalization LayerNorm": "only RMSNorm",

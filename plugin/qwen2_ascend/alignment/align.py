@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from qwen2_ascend.cli import EXIT_FAILURE
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.launching import launched, silence_foreign_warnings, voice
+from qwen2_ascend.machine import num_cores, rank, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +56,11 @@ def align(settings: AlignSettings) -> bool:
     from qwen2_ascend.checkpoint.source import open_source
 
     source = open_source(settings.model.load, None, settings.model.config)
-    validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
+    validate(settings, source.config, world_size())
 
     silence_foreign_warnings()
     other = _other_record(settings, source.config)
-    say = voice(int(os.environ.get("RANK", "0")))
+    say = voice(rank())
     if settings.output.from_dump is not None:
         from qwen2_ascend.alignment.record import load_record
 
@@ -327,7 +327,7 @@ def _use_every_core(world_size: int) -> None:
     import torch
 
     if world_size > 1:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(num_cores())
 
 
 def _give_memory_back() -> None:

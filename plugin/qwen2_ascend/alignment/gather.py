@@ -1,7 +1,8 @@
 """From every rank's pieces to whole tensors in transformers' names and shapes, on rank 0.
 
-Activations are joined over the tensor-parallel ranks and cut apart as the mapping table cuts the
-weights that made them; gradients go back through the table itself (`checkpoint/rules.py`).
+Activations are joined over the tensor-parallel ranks, and over those that share each sequence, and
+cut apart as the mapping table cuts the weights that made them; gradients go back through the table
+itself (`checkpoint/rules.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen2_ascend.alignment.capture import COLUMNS, GATE_UP, GROUPS, QKV, SEQUENCE, Taken
-from qwen2_ascend.alignment.sublayers import LOGITS
+from qwen2_ascend.alignment.sublayers import LOGITS, LOSS
 from qwen2_ascend.checkpoint.rules import (
     Piece,
     Shard,
@@ -22,6 +23,7 @@ from qwen2_ascend.checkpoint.rules import (
     qwen2_rules,
 )
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.model.sequence_cut import SequenceCut, is_first_part
 from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def gather_activations(
     runtime: Runtime,
     *,
     sequence_parallel: bool,
+    sequence_cut: SequenceCut | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Whole activations `[n * b, s, features]` on rank 0's host; nothing on the others.
 
@@ -46,7 +49,8 @@ def gather_activations(
         taken: this rank's pieces, from `capture.joined`.
         config: the model.
         runtime: the started one.
-        sequence_parallel: whether the sequence is shared.
+        sequence_parallel: whether tensor-parallel ranks share the sequence.
+        sequence_cut: which part of every sequence this rank has; None is all of it.
     """
     from megatron.core import parallel_state
 
@@ -60,10 +64,28 @@ def gather_activations(
                 disagreement[name] = differ
             pieces = pieces[:1]
         if is_first:
-            own.update(_whole(name, pieces, sharing, config))
+            parts = _whole(name, pieces, sharing, config)
+            own |= {key: whole_sequences(key, part, sequence_cut) for key, part in parts.items()}
+    if sequence_cut is not None and sequence_cut.rank:
+        own = {}
     everyones: list[Any] = [None] * runtime.world_size
     torch.distributed.all_gather_object(everyones, disagreement)
     return collect(own, runtime), {name: x for found in everyones for name, x in found.items()}
+
+
+def whole_sequences(name: str, own: torch.Tensor, sequence_cut: SequenceCut | None) -> torch.Tensor:
+    """A tensor of all positions, in their order, from those of the ranks that share them.
+
+    Args:
+        name: of the tensor; of the losses, `[n * b, 1, s]`, the last axis is the sequence.
+        own: this rank's part, else `[n * b, s, features]`.
+        sequence_cut: None where this rank has all positions.
+    """
+    if sequence_cut is None:
+        return own
+    parts = [torch.empty_like(own) for _ in range(sequence_cut.size)]
+    torch.distributed.all_gather(parts, own.contiguous(), group=sequence_cut.group)
+    return sequence_cut.whole(parts, 2 if name == LOSS else 1)
 
 
 def _difference(ours: torch.Tensor, other: torch.Tensor) -> float:
@@ -147,6 +169,7 @@ def gather_gradients(
         f"{tp_rank} {stage} {index} {name}": parameter.main_grad
         for index, chunk in enumerate(chunks)
         for name, parameter in chunk.module.named_parameters()
+        if is_first_part()
     }
     pieces = megatron_pieces(config, layout, padded_vocab_size)
     views: dict[str, torch.Tensor] = {}

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen2_ascend.alignment import statistics
 from qwen2_ascend.alignment.record import DTYPES, Record
 from qwen2_ascend.alignment.reference import (
     Computed,
@@ -44,6 +43,7 @@ from qwen2_ascend.alignment.sublayers import (
     sublayers,
 )
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.comparison import statistics
 
 PIECE = 1 << 22
 """Elements that are widened at once."""

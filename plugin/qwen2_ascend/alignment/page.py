@@ -6,7 +6,6 @@ import base64
 from typing import Any
 
 from qwen2_ascend.alignment.judge import Between, Judgement
-from qwen2_ascend.alignment.report import describe_verdict
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -101,13 +100,18 @@ to the reference, token by token. A sublayer parts above {{ j.noise_factor }} ti
 
 
 def render_page(
-    judgement: Judgement, between: Between | None, picture: bytes, curve: bytes | None
+    judgement: Judgement,
+    between: Between | None,
+    verdict: str,
+    picture: bytes,
+    curve: bytes | None,
 ) -> str:
     """The page.
 
     Args:
         judgement: of this run.
         between: of the run it is compared with.
+        verdict: the finding in words.
         picture: the heat map, PNG.
         curve: the loss curve, PNG.
     """
@@ -118,7 +122,7 @@ def render_page(
         j=judgement,
         ok=judgement.aligned and (between is None or between.other.aligned),
         between=between,
-        verdict=describe_verdict(judgement, between),
+        verdict=verdict,
         picture=base64.b64encode(picture).decode(),
         curve=None if curve is None else base64.b64encode(curve).decode(),
     )

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from qwen2_ascend.alignment.dumps import PRECISION
 from qwen2_ascend.alignment.sublayers import sublayers
+from qwen2_ascend.comparison.dumps import PRECISION
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import json_value, read_text, require_regular

@@ -251,7 +251,8 @@ def write_files(
             from qwen2_ascend.alignment.page import render_page
 
             curve = curve_png(judgement) if judgement.steps else None
-            page = render_page(judgement, between, picture, curve)
+            verdict = describe_verdict(judgement, between)
+            page = render_page(judgement, between, verdict, picture, curve)
             files["html"].write_text(page, encoding="utf-8")
     for path in files.values():
         say(f"report: {path}")

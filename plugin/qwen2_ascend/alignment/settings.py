@@ -15,6 +15,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
+from qwen2_ascend.flags import Flag
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.settings import (
@@ -29,7 +30,6 @@ from qwen2_ascend.training.settings import (
     shared_faults,
 )
 
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Repeated = tyro.conf.UseAppendAction
 
 

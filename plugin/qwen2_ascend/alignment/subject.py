@@ -25,6 +25,7 @@ from qwen2_ascend.alignment.sublayers import LOSS
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.model.build import build_model
+from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.runtime import Runtime
 
 Say = Callable[[str], None]
@@ -98,7 +99,11 @@ def record(
     if losses:
         taken[LOSS] = Taken(torch.cat(losses).unsqueeze(0), WHOLE)
     activations, disagreement = gather_activations(
-        taken, config, runtime, sequence_parallel=_is_sequence_parallel(settings)
+        taken,
+        config,
+        runtime,
+        sequence_parallel=_is_sequence_parallel(settings),
+        sequence_cut=SequenceCut.of_layout(settings.training().layout()),
     )
     gradients = {}
     if with_gradients:
@@ -124,6 +129,8 @@ def describe(settings: AlignSettings, runtime: Runtime, source: Source) -> str:
     """One line for logs and records."""
     parallel = settings.parallel
     words = [f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size}"]
+    if (cp := parallel.context_parallel_size) > 1:
+        words = [f"{words[0]} CP{cp}", parallel.context_parallel_algo]
     if (per_chunk := parallel.num_layers_per_virtual_pipeline_stage) is not None:
         words.append(f"{per_chunk} layer(s) per virtual stage")
     if _is_sequence_parallel(settings):
@@ -182,10 +189,13 @@ def _forward_backward(
 ) -> list[Tensor]:
     """Through megatron-core's schedule; the last stage's losses `[b, s]` of each micro-batch."""
     losses: list[Tensor] = []
+    cut = SequenceCut.of_layout(settings.training().layout())
 
     def step(iterator: Iterator[int], model: Any) -> tuple[Tensor, Callable]:
         index = next(iterator)
         inputs, labels = tokens[index, :, :-1], tokens[index, :, 1:]
+        if cut is not None:
+            inputs, labels = cut.own(inputs, 1), cut.own(labels, 1)
         if settings.precision == "fp64":  # megatron-core's own loss goes through fp32
             output = model(inputs, None, None)
         else:
@@ -195,7 +205,9 @@ def _forward_backward(
             if settings.precision == "fp64":
                 found = _token_losses(found, labels)
             losses.append(found.detach().clone())
-            return found.mean(), {}
+            # megatron-core takes the mean over the ranks of a cut sequence for granted, and
+            # multiplies by their number
+            return found.mean() / (cut.size if cut else 1), {}
 
         return output, objective
 

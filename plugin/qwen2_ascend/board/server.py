@@ -188,9 +188,9 @@ class Board:
         return folder
 
     def _description(self, folder: Path) -> runs.Description:
-        """`runs.describe`, again only when the folder or its run.json has changed."""
+        """`runs.describe`, again only when the folder or its configuration.json has changed."""
         changed = 0.0
-        for path in (folder, folder / runs.RUN_FILE):
+        for path in (folder, folder / runs.DESCRIPTION_FILE):
             try:
                 changed = max(changed, path.stat().st_mtime)
             except OSError:

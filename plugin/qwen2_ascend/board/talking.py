@@ -44,10 +44,11 @@ class Answerer:
         self._out = out
         self._stop = threading.Event()
         model = ServedModelSettings(load=folder)
-        self._source = opening.open_model(model).source
+        opened = opening.open_model(model)
+        self._source = opened.source
         self._tokenizer = opening.open_tokenizer(model, self._source)
         self._folder = opening.config_folder(self._source)
-        self._runtime, self._engine, _ = opening.start_engine(model, self._source, num_rows=1)
+        self._runtime, self._engine, _ = opening.start_engine(model, opened, num_rows=1)
         self.description = f"{self._source.describe()}, {self._runtime.name}"
 
     def stop(self) -> None:

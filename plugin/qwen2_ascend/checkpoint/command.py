@@ -17,16 +17,18 @@ import tyro
 from qwen2_ascend.checkpoint.pasted import (
     CONVERT_FLAGS,
     contradictions,
+    merged_places,
     split_convert_flags,
-    with_places,
 )
 from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.errors import UserError, printable, raise_if
+from qwen2_ascend.flags import layer_list
+from qwen2_ascend.markdown import aligned
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.pasted_flags import pasted_faults, pasted_notes
 
 if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.convert import Conversion, Prepared
+    from qwen2_ascend.checkpoint.convert import Conversion, ConversionPlan
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -107,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qwen2_ascend.checkpoint.formats.peft_adapter import other_base
 
     options = _with_kinds(options)
-    placed = with_places(options, pasted)
+    placed = options
+    if options.save_model_type == "hf":
+        save, config = merged_places(options.save_dir, options.hf_cfg_dir, pasted)
+        placed = replace(options, save_dir=save, hf_cfg_dir=config)
     prepared = prepare(_conversion(placed))
     raise_if(pasted_faults(pasted, CONVERT_FLAGS, options, prepared.source.config))
     for note in pasted_notes(pasted, CONVERT_FLAGS):
@@ -148,9 +153,9 @@ def _with_kinds(options: ConvertOptions) -> ConvertOptions:
     """The options with what to write, which is the other kind where they do not say it."""
     if options.save_model_type is not None:
         return options
-    from qwen2_ascend.checkpoint.source import detect
+    from qwen2_ascend.checkpoint.source import find_reader
 
-    loaded = options.load_model_type or detect(options.load_dir)
+    loaded = options.load_model_type or find_reader(options.load_dir).kind
     return replace(options, save_model_type="hf" if loaded == "mg" else "mg")
 
 
@@ -170,7 +175,7 @@ def _conversion(options: ConvertOptions) -> Conversion:
             tensor_model_parallel_size=options.target_tensor_parallel_size,
             pipeline_model_parallel_size=options.target_pipeline_parallel_size,
             num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
-            num_layer_list=_numbers(options.num_layer_list),
+            num_layer_list=layer_list(options.num_layer_list),
         ),
         adapter=options.adapter,
         lora=GivenLora(
@@ -192,30 +197,18 @@ def _conversion(options: ConvertOptions) -> Conversion:
     )
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--num-layer-list {text}: not numbers with commas between, as 6,8,8,6."
-        ) from None
-
-
-def _print_plan(prepared: Prepared) -> None:
+def _print_plan(prepared: ConversionPlan) -> None:
     """One line per tensor under its file's; cut to the width of a terminal, whole in a pipe."""
     from qwen2_ascend.checkpoint.convert import plan_rows
 
     rows = plan_rows(prepared)
     sizes = {str(file.path): file.total_bytes for file in prepared.target.files}
-    widths = [max(len(row[i]) for row in rows) for i in range(1, 5)]
+    lines = dict(zip(rows, aligned([row[1:] for row in rows], right=False), strict=True))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for file, group in groupby(rows, key=lambda row: row[0]):
         print(f"{file}  {sizes[file]} bytes")
-        for _, *cells, sources in group:
-            padded = [cell.ljust(n) for cell, n in zip(cells, widths, strict=True)]
-            print(printable("  ".join(["", *padded, sources]))[:width])
+        for row in group:
+            print(printable(f"  {lines[row]}")[:width])
     print(
         f"{len(rows)} tensors in {len(prepared.target.files)} files, "
         f"{prepared.target.total_bytes} bytes; every byte has one source. Nothing was written."

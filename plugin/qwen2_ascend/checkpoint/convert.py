@@ -36,7 +36,7 @@ from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan, overla
 from qwen2_ascend.checkpoint.progress import Progress
 from qwen2_ascend.checkpoint.rules import Box
 from qwen2_ascend.checkpoint.source import Source, open_source, target_dtype
-from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_tree, partial_folder, write_file
+from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_tree, partial_folder
 from qwen2_ascend.checkpoint.target import (
     Target,
     check_files,
@@ -46,7 +46,8 @@ from qwen2_ascend.checkpoint.target import (
 from qwen2_ascend.checkpoint.verify import check_base, check_replicas, verify
 from qwen2_ascend.checkpoint.writing import JOURNAL_FILE, Journal, write_target
 from qwen2_ascend.errors import UserError, VerificationError, raise_if
-from qwen2_ascend.files import links_out, read_bytes
+from qwen2_ascend.files import links_out, read_bytes, write_file
+from qwen2_ascend.machine import num_cores
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 
 SPACE_MARGIN_BYTES = 64 << 20
@@ -81,7 +82,7 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class ConversionPlan:
     """A conversion of which everything is known and checked, before its first byte."""
 
     request: Conversion
@@ -98,7 +99,7 @@ class Prepared:
     """Size in bytes and modification time of each source file, when its header was read."""
 
 
-def prepare(request: Conversion) -> Prepared:
+def prepare(request: Conversion) -> ConversionPlan:
     """Opens the source, lays out the target and plans the copying; reads headers only.
 
     Raises:
@@ -142,7 +143,7 @@ def prepare(request: Conversion) -> Prepared:
     check_files(target)
     plan = make_plan(source.held, target.held, source.config.vocab_size)
     check_all_used(plan, source.held, source.config.vocab_size)
-    return Prepared(
+    return ConversionPlan(
         request=request,
         source=source,
         adapter=adapter,
@@ -192,7 +193,7 @@ def to_hugging_face(
     convert(replace(prepared, target=replace(prepared.target, small_files=small)), say)
 
 
-def convert(prepared: Prepared, say: Callable[[str], object]) -> None:
+def convert(prepared: ConversionPlan, say: Callable[[str], object]) -> None:
     """Carries a prepared conversion out.
 
     Args:
@@ -243,7 +244,7 @@ def _read_paths(folder: Path, source: Source) -> Iterator[Path]:
         yield folder / TRACKER_FILE
 
 
-def _not_checked(prepared: Prepared) -> Iterator[str]:
+def _not_checked(prepared: ConversionPlan) -> Iterator[str]:
     """What a reader of the log might think was checked, and was not."""
     request = prepared.request
     for remark in prepared.comparison.remarks:
@@ -266,7 +267,7 @@ def _journal_set_aside(folder: Path) -> Iterator[None]:
         raise
 
 
-def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
+def plan_rows(prepared: ConversionPlan) -> list[tuple[str, ...]]:
     """The plan as a table: file, tensor, shape, dtype, how it is copied, from what."""
     rows, merged = [], _merged_boxes(prepared)
     for write in prepared.plan.writes:
@@ -292,7 +293,7 @@ def plan_rows(prepared: Prepared) -> list[tuple[str, ...]]:
     return rows
 
 
-def _merged_boxes(prepared: Prepared) -> Mapping[str, list[Box]]:
+def _merged_boxes(prepared: ConversionPlan) -> Mapping[str, list[Box]]:
     """What of each tensor an adapter changes."""
     boxes: dict[str, list[Box]] = defaultdict(list)
     if prepared.adapter is not None:
@@ -301,7 +302,7 @@ def _merged_boxes(prepared: Prepared) -> Mapping[str, list[Box]]:
     return boxes
 
 
-def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object]) -> None:
+def _write(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str], object]) -> None:
     request, source, target = prepared.request, prepared.source, prepared.target
     journal = Journal(staged.folder, _identity(prepared), resume=staged.is_resumed)
     if journal.done:
@@ -354,7 +355,7 @@ def _write(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object
         write_file(staged.folder / target.tracker[0], target.tracker[1])
 
 
-def _verify(prepared: Prepared, staged: StagedFolder, say: Callable[[str], object]) -> None:
+def _verify(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str], object]) -> None:
     written = open_source(staged.folder, prepared.target.kind)
     try:
         comparison = compare_with_manifest(written)
@@ -374,13 +375,13 @@ def _verify(prepared: Prepared, staged: StagedFolder, say: Callable[[str], objec
     say(f"verified: every byte was read back and equals the source{merged}")
 
 
-def _open_reader(prepared: Prepared, losses: CastLosses) -> Callable[[], Reader]:
+def _open_reader(prepared: ConversionPlan, losses: CastLosses) -> Callable[[], Reader]:
     if prepared.adapter is None:
         return partial(Reader, losses)
     return partial(MergingReader, prepared.adapter, losses)
 
 
-def _identity(prepared: Prepared) -> Mapping[str, object]:
+def _identity(prepared: ConversionPlan) -> Mapping[str, object]:
     """What must be equal for an unfinished conversion to be finished by this one."""
     small = prepared.target.small_files
     return {
@@ -404,10 +405,7 @@ def _stamps(source: Source, adapter: Adapter | None) -> dict[str, tuple[int, int
 
 
 def _workers(request: Conversion) -> int:
-    if request.workers:
-        return request.workers
-    usable = getattr(os, "sched_getaffinity", None)  # Linux: the cores of this container
-    return min(8, len(usable(0)) if usable else os.cpu_count() or 1)
+    return request.workers or min(8, num_cores())
 
 
 def _request_faults(request: Conversion) -> Iterator[str]:
@@ -453,7 +451,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _check_space(prepared: Prepared, folder: Path) -> None:
+def _check_space(prepared: ConversionPlan, folder: Path) -> None:
     there = sum(
         entry.stat().st_blocks * 512 for entry in folder.rglob("*") if entry.is_file()
     )  # of an unfinished run

@@ -14,7 +14,7 @@ from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.formats import megatron
 from qwen2_ascend.checkpoint.formats.megatron_adapter import has_matrices, open_megatron_adapter
 from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, open_adapter
-from qwen2_ascend.checkpoint.source import layout_of
+from qwen2_ascend.checkpoint.readers.ranks import layout_of
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.lora_config import projections

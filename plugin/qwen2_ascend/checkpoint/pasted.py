@@ -8,17 +8,13 @@ convert_ckpt_v2.py. The first has --model-type and writes a merged model into mg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.pasted_flags import MODEL_FLAGS, Meaning, Pasted, Table, same, split_flags
-
-if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.command import ConvertOptions
 
 MERGED_FOLDER = "mg2hf"
 """What v1's users look for inside --save-dir."""
@@ -122,23 +118,20 @@ def contradictions(arguments: Sequence[str], pasted: Pasted) -> list[str]:
     return faults
 
 
-def with_places(options: ConvertOptions, pasted: Pasted) -> ConvertOptions:
-    """The options with --save-dir and --hf-cfg-dir where MindSpeed-LLM's users mean them.
+def merged_places(save: Path, config: Path | None, pasted: Pasted) -> tuple[Path, Path | None]:
+    """Where MindSpeed-LLM's users mean --save-dir and --hf-cfg-dir of a merge to be.
 
     Merging, v1 takes config.json from --save-dir and writes into mg2hf/ in it. v2 would write over
     the original model where --save-dir is that; it is left alone here, and mg2hf/ is made too.
     """
-    if options.save_model_type != "hf":
-        return options
-    save, config = options.save_dir, options.hf_cfg_dir
     is_v1 = any(flag == "--model-type" for flag, _ in pasted)
     is_v2 = any(flag == "--model-type-hf" for flag, _ in pasted)
     is_original = (config is not None and _is_same(save, config)) or (is_v2 and _is_original(save))
     if not (is_v1 or is_original):
-        return options
+        return save, config
     if config is None and (save / "config.json").is_file():
         config = save
-    return replace(options, save_dir=save / MERGED_FOLDER, hf_cfg_dir=config)
+    return save / MERGED_FOLDER, config
 
 
 def _is_original(folder: Path) -> bool:

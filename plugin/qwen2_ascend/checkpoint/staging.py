@@ -18,10 +18,12 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from qwen2_ascend.errors import UserError, VerificationError
+from qwen2_ascend.files import fsync_folder as fsync_folder
+from qwen2_ascend.files import naming as naming
+from qwen2_ascend.files import write_file as write_file
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -243,15 +245,6 @@ def _replaced_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.replaced"
 
 
-def fsync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def fsync_tree(folder: Path) -> None:
     """Flushes the entries of a folder and of all folders in it, innermost first."""
     for root, _, _ in os.walk(folder, topdown=False):
@@ -265,31 +258,6 @@ def empty_folder(folder: Path) -> None:
             shutil.rmtree(entry.path)
         else:
             os.unlink(entry.path)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a small file whole: beside its place, flushed, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    with naming(path):
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Adds to an OSError which file it was about; those of file descriptors do not say."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "; make room or choose another --save-dir" if full else ""
-        raise OSError(f"{path}: cannot be written: {error.strerror}{way_out}.") from None
 
 
 def _belongs_to_checkpoint(name: str) -> bool:

@@ -331,6 +331,8 @@ def is_one_range(rule: Rule) -> bool:
 
 def _one_range_each(piece: Piece, rules: Mapping[str, Rule]) -> list[Piece]:
     """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
+    # A torch_dist chunk is one box of the global tensor. A rank's linear_fc1 is two of them: stored
+    # as one chunk, its up rows would be loaded as the gate rows that follow its own.
     rule, _ = rule_of(piece, rules)
     (b0, b1), rows, columns = piece.box
     if is_one_range(rule):

@@ -23,10 +23,10 @@ from qwen2_ascend.checkpoint.copying import (
     write_bands,
 )
 from qwen2_ascend.checkpoint.plan import Held, Plan, Write
-from qwen2_ascend.checkpoint.staging import empty_folder, naming
+from qwen2_ascend.checkpoint.staging import empty_folder
 from qwen2_ascend.checkpoint.target import Target, TargetFile
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import read_bytes
+from qwen2_ascend.files import naming, read_bytes
 
 Checksums = dict[tuple[str, str], str]
 """xxh3-128 by (file, tensor name)."""

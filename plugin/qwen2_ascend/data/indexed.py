@@ -12,7 +12,9 @@ import xxhash
 from qwen2_ascend.data.index_files import check_indexed
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import read_json
+from qwen2_ascend.runtime import absent_triton
 
+absent_triton.lend()
 with warnings.catch_warnings():
     # importing megatron.core complains about the absence of CUDA-only packages
     warnings.simplefilter("ignore")

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.staging import FolderLock, fsync_folder, write_file
+from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.parts import State, remove_unfinished
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import read_bytes
+from qwen2_ascend.files import fsync_folder, read_bytes, write_file
 
 
 class Output:

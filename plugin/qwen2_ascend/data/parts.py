@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen2_ascend.checkpoint.staging import fsync_folder, write_file
 from qwen2_ascend.data.inputs import Position, Row
 from qwen2_ascend.data.tokenization import BadRow, Encoded
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import read_bytes
+from qwen2_ascend.files import fsync_folder, read_bytes, write_file
 
 STATE = "state.json"
 

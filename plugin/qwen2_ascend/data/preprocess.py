@@ -22,7 +22,6 @@ from typing import Any
 
 import xxhash
 
-from qwen2_ascend.data.command import PreprocessSettings
 from qwen2_ascend.data.inputs import (
     InputFile,
     Position,
@@ -35,6 +34,7 @@ from qwen2_ascend.data.inputs import (
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Batch, Counts, Parts, State, join
 from qwen2_ascend.data.progress import Progress, print_summary
+from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.data.tokenization import (
     ENDOFTEXT,
     BadRow,
@@ -48,23 +48,20 @@ from qwen2_ascend.data.tokenization import (
     without_ctrl_c,
 )
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.machine import num_cores
 
 BATCH_BYTES, BATCH_ROWS = 256 * 1024, 1024
 BATCHES_PER_WORKER = 3
 SHOWN_BAD_ROWS = 20
 
 
-def preprocess(settings: PreprocessSettings) -> None:
+def preprocess_texts(settings: PreprocessSettings) -> None:
     """Does what `settings` say and prints a summary.
 
     Raises:
         UserError: input, tokenizer or output cannot be used, or a bad row was met.
         OSError: the output cannot be written; finished parts are kept.
     """
-    if settings.task != "pretrain":
-        from qwen2_ascend.data.chat.preprocess import preprocess_chats
-
-        return preprocess_chats(settings)
     started = time.monotonic()
     reading = Reading(settings.json_keys, settings.split_text_on, settings.max_document_bytes)
     files = find_inputs(settings.input, settings.input_format)
@@ -203,11 +200,6 @@ def write_parts(
             )
         parts.finish()
     bad_rows.say_how_many_more()
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(rows: Iterable[tuple[Row, Position, int]], num_bytes: int) -> Iterator[Batch]:

@@ -6,7 +6,6 @@ The log goes to stderr, the table to stdout.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from qwen2_ascend.inference.opening import (
 )
 from qwen2_ascend.inference.pasted import served_notes
 from qwen2_ascend.launching import launched
+from qwen2_ascend.machine import world_size
 from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ def evaluate(settings: EvaluateSettings) -> None:
     Raises:
         UserError: settings, texts or checkpoint are not as they have to be.
     """
-    source = open_model(settings.model).source
-    validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
+    opened = open_model(settings.model)
+    source = opened.source
+    validate(settings, source.config, world_size())
     _require_lm_eval(settings)
 
     from qwen2_ascend.inference.generation_config import Defaults
@@ -57,7 +58,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     _require_end_of_text(settings, config_folder(source), tokenizer, defaults)
     texts = _read_texts(settings.perplexity.text_file, tokenizer, source.config.vocab_size)
     local = _local_tasks(settings, tokenizer)
-    runtime, engine, say = start_engine(settings.model, source, num_rows=settings.batch_size)
+    runtime, engine, say = start_engine(settings.model, opened, num_rows=settings.batch_size)
     notes = served_notes(settings, EVALUATE_FLAGS, source.config)
     for line in (*notes, *(local.describe() if local else ())):
         say(line)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.evaluation.code_runs import PERMISSION, is_python, may_run, passes
+from qwen2_ascend.files import write_file
 
 
 class Programs:
@@ -57,6 +58,4 @@ class Programs:
     def write(self) -> None:
         """Writes them, all of them or nothing; on the first rank only."""
         if self._is_first:
-            part = self._path.with_name(self._path.name + ".part")
-            part.write_text("".join(self._lines), encoding="utf-8")
-            part.replace(self._path)
+            write_file(self._path, "".join(self._lines).encode())

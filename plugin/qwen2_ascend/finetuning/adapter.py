@@ -92,9 +92,10 @@ def lay_out_adapter(state: RankState, rank: int) -> tuple[RankPart, list[Part]]:
         start = owned.run.start
         for box, run in parts_of(owned.piece.box, owned.run, joins_blocks=True):
             own = tensor[run.start - start : run.stop - start]
-            dtype = DTYPE_NAMES[tensor.dtype]
-            parts.append(Part(owned.kind, owned.piece.tensor, box, file, end, dtype))
-            stores.append(Store(f"{owned.kind}{owned.name}{box}", file, end, tuple(own.shape), own))
+            dtype, name = owned.written_dtype(tensor), f"{owned.kind}{owned.name}{box}"
+            named = DTYPE_NAMES[dtype]
+            parts.append(Part(owned.kind, owned.piece.tensor, box, file, end, named))
+            stores.append(Store(name, file, end, tuple(own.shape), own, dtype))
             end += stores[-1].num_bytes
     return RankPart(files={file: FileLayout(total_bytes=end, segments=())}, stores=stores), parts
 

@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid, relu
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
+from qwen2_ascend.model.sequence_cut import is_first_part, sum_over_parts
 from qwen2_ascend.runtime.agreement import made_by_first
 from qwen2_ascend.training.loop import Batch, TrainingRun, forward_only
 from qwen2_ascend.training.setup import Say
@@ -62,7 +63,17 @@ class DpoObjective:
         rest = (of_pairs.detach() - mean).sum()
         margin = shown[0] - shown[1]
         sums = (shown[0].sum(), shown[1].sum(), (margin > 0).float().sum(), margin.sum())
-        return total, pairs.to(torch.int), torch.stack((mean, rest, pairs, *sums))
+        return total, *_once(pairs, torch.stack((mean, rest, pairs, *sums)))
+
+
+def _once(number: torch.Tensor, report: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number and report of whole rows, which all ranks of a context-parallel group know.
+
+    The first says them, the others zeros.
+    """
+    if not is_first_part():
+        number, report = torch.zeros_like(number), torch.zeros_like(report)
+    return number.to(torch.int), report
 
 
 def answer_log_probs(
@@ -70,13 +81,16 @@ def answer_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probability of each answer, its number of tokens), each `[2, b]`: chosen, rejected.
 
+    Under context parallelism each rank has a part of the rows and gets the sums of all parts.
+
     Args:
         losses: of every token, `[2 b, s]`, the chosen rows first.
         loss_mask: `[2 b, s]`, 1 on the answers' tokens.
     """
     mask = loss_mask.float()
     log_probs = -(losses.float() * mask).sum(-1)
-    return log_probs.view(2, -1), mask.sum(-1).clamp(min=1).view(2, -1)
+    log_probs, lengths = sum_over_parts(torch.stack((log_probs, mask.sum(-1)))).unbind()
+    return log_probs.view(2, -1), lengths.clamp(min=1).view(2, -1)
 
 
 def pair_loss(margin: torch.Tensor, tuning: TuningSettings) -> torch.Tensor:
@@ -208,7 +222,7 @@ def _report_log_probs(
     numbers = batch["index"].float()
     one = torch.ones_like(numbers.sum())
     report = torch.cat((torch.stack((one, one, one)), numbers, log_probs.flatten()))
-    return losses.sum(), one.to(torch.int), report
+    return losses.sum(), *_once(one, report)
 
 
 def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
@@ -220,6 +234,7 @@ def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
 
     has_result = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     has_result = has_result and parallel_state.get_tensor_model_parallel_rank() == 0
+    has_result = has_result and is_first_part()
     sums = (found if has_result else torch.zeros_like(found)).to(run.runtime.device)
     torch.distributed.all_reduce(sums)
     sums = sums.cpu()

@@ -260,7 +260,7 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
     if data.variable_seq_lengths and settings.pad_to_multiple_of > data.pad_to_multiple_of:
         say(
             f"batches are padded to a multiple of {settings.pad_to_multiple_of} tokens, which "
-            "--sequence-parallel shares out to the tensor parallel ranks"
+            "are shared out to the ranks that share a sequence"
         )
     return built
 

@@ -18,6 +18,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.parallel import sequence_unit
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
@@ -136,11 +137,11 @@ class FinetuneSettings(TrainingSettings):
     def pad_to_multiple_of(self) -> int:
         """What the length of a batch of --variable-seq-lengths is a multiple of, in tokens.
 
-        Sequence parallelism cuts a batch into as many parts as there are tensor parallel ranks.
+        Context and sequence parallelism cut a batch into parts.
         """
-        parallel = self.parallel
-        parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        return math.lcm(self.data.pad_to_multiple_of, parts)
+        is_shared = self.parallel.sequence_parallel
+        unit = sequence_unit(self.layout(), sequence_parallel=is_shared)
+        return math.lcm(self.data.pad_to_multiple_of, unit)
 
     def lora_config(self) -> LoraConfig | None:
         """The adapters that --lora-r and its companions ask for; None without them.

@@ -6,7 +6,6 @@ stderr, so that stdout has the texts only.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.inference.opening import (
+    OpenedModel,
     Say,
     config_folder,
     open_model,
@@ -24,6 +24,7 @@ from qwen2_ascend.inference.pasted import GENERATE_FLAGS, served_notes
 from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
 from qwen2_ascend.inference.settings import GenerateSettings, parse, validate
 from qwen2_ascend.launching import launched
+from qwen2_ascend.machine import world_size
 from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
@@ -45,38 +46,40 @@ def generate(settings: GenerateSettings) -> None:
     Raises:
         UserError: settings, prompts or checkpoint are not as they have to be.
     """
-    source = open_model(settings.model).source
-    validate(settings, source.config, int(os.environ.get("WORLD_SIZE", "1")))
+    opened = open_model(settings.model)
+    validate(settings, opened.source.config, world_size())
     if settings.tasks():
-        _demonstrate(settings, source)
+        _demonstrate(settings, opened)
     elif settings.prompts.chat:
-        _chat(settings, source)
+        _chat(settings, opened)
     else:
-        _continue(settings, source)
+        _continue(settings, opened)
 
 
-def _demonstrate(settings: GenerateSettings, source: Source) -> None:
+def _demonstrate(settings: GenerateSettings, opened: OpenedModel) -> None:
     """What MindSpeed-LLM's inference.py does."""
     from qwen2_ascend.inference.demonstration import Demonstration
 
+    source = opened.source
     tokenizer = open_tokenizer(settings.model, source)
     vocab_size = source.config.vocab_size
     demonstration = Demonstration(settings, config_folder(source), tokenizer, vocab_size)
-    runtime, engine, say = start_engine(settings.model, source, num_rows=1)
+    runtime, engine, say = start_engine(settings.model, opened, num_rows=1)
     for line in (*_notes(settings, source), *demonstration.describe()):
         say(line)
     demonstration.run(engine, _show if runtime.rank == 0 else _show_nothing)
     runtime.close()
 
 
-def _chat(settings: GenerateSettings, source: Source) -> None:
+def _chat(settings: GenerateSettings, opened: OpenedModel) -> None:
     from qwen2_ascend.inference.chat import Manner, chat
     from qwen2_ascend.inference.text_settings import text_settings
 
+    source = opened.source
     tokenizer = open_tokenizer(settings.model, source)
     text = text_settings(settings.sampling, config_folder(source), tokenizer, is_chat=True)
     text.check([], source.config.vocab_size)
-    runtime, engine, say = start_engine(settings.model, source, num_rows=1)
+    runtime, engine, say = start_engine(settings.model, opened, num_rows=1)
     for line in (*_notes(settings, source), *text.describe()):
         say(line)
     manner = Manner(tokenizer=tokenizer, system_prompt=settings.prompts.system_prompt)
@@ -84,12 +87,13 @@ def _chat(settings: GenerateSettings, source: Source) -> None:
     runtime.close()
 
 
-def _continue(settings: GenerateSettings, source: Source) -> None:
+def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     """Continues the prompts."""
     from qwen2_ascend.inference.text_settings import text_settings
 
     prompts = read_prompts(settings.prompts)
     output = _output_file(settings, prompts)
+    source = opened.source
     tokenizer = open_tokenizer(settings.model, source)
     is_chat = any(prompt.is_chat for prompt in prompts)
     text = text_settings(settings.sampling, config_folder(source), tokenizer, is_chat=is_chat)
@@ -98,7 +102,7 @@ def _continue(settings: GenerateSettings, source: Source) -> None:
     num_done = output.num_done if output else 0
 
     num_rows = min(settings.prompts.batch_size, len(requests))
-    runtime, engine, say = start_engine(settings.model, source, num_rows=num_rows)
+    runtime, engine, say = start_engine(settings.model, opened, num_rows=num_rows)
     for line in (*_notes(settings, source), *text.describe()):
         say(line)
     if num_done:

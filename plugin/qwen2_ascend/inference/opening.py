@@ -102,7 +102,7 @@ def config_folder(source: Source) -> Path:
 
 
 def start_engine(
-    model: ServedModelSettings, source: Source, *, num_rows: int
+    model: ServedModelSettings, opened: OpenedModel, *, num_rows: int
 ) -> tuple[Runtime, Engine, Say]:
     """The device, the process groups and the loaded model; and what prints the log.
 
@@ -112,6 +112,7 @@ def start_engine(
     from qwen2_ascend import runtime as runtimes
 
     silence_foreign_warnings()
+    source, adapter = opened.source, opened.adapter
     runtime = runtimes.start(
         None if model.device == "auto" else model.device,
         mindspeed=model.mindspeed,
@@ -128,7 +129,6 @@ def start_engine(
     from qwen2_ascend.inference.engine import load_engine
 
     start = time.monotonic()
-    adapter = open_model(model).adapter
     engine = load_engine(
         source,
         layout,

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import raise_if
-from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.pasted_flags import (
     EXPERTS,
     MODEL_FLAGS,
@@ -17,43 +12,32 @@ from qwen2_ascend.pasted_flags import (
     Meaning,
     Pasted,
     Table,
-    expert_faults,
     pasted_notes,
-    split_script,
 )
 
-if TYPE_CHECKING:
-    from qwen2_ascend.inference.settings import ServedModelSettings
 
-    class Served(Protocol):
-        """The settings of a command that asks a model."""
+class ServedModel(Protocol):
+    """The settings of the model that a command asks."""
 
-        @property
-        def model(self) -> ServedModelSettings: ...
-        @property
-        def pasted(self) -> Pasted: ...
+    @property
+    def given_dtype(self) -> str | None: ...
+    def dtype(self, config: Qwen2Config) -> str: ...
 
 
-S = TypeVar("S")
+class Served(Protocol):
+    """The settings of a command that asks a model."""
+
+    @property
+    def model(self) -> ServedModel: ...
+    @property
+    def pasted(self) -> Pasted: ...
+
 
 OPERATORS = "--backend says whose operators compute"
 NO_STATES = "nothing but weights is loaded"
 NO_TRAINING = "nothing is trained"
 PADDING = "rows of padding are no words"
 MERGED = "the adapter is merged into the weights"
-
-
-def parse_pasted(kind: type[S], program: str, arguments: Sequence[str] | None, table: Table) -> S:
-    """As `parse_flags`, with what is pasted of others' flags beside the settings.
-
-    Raises:
-        UserError: the words are from a script that no shell can run, or for a model with experts.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    rest, pasted = split_script(given, table)
-    raise_if(expert_faults(pasted))
-    settings: Any = parse_flags(kind, program, rest)
-    return replace(settings, pasted=pasted)
 
 
 def served_notes(settings: Served, table: Table, config: Qwen2Config) -> list[str]:

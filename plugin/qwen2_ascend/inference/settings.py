@@ -16,12 +16,13 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.inference.pasted import GENERATE_FLAGS, parse_pasted
+from qwen2_ascend.flags import Flag, layer_list
+from qwen2_ascend.inference.pasted import GENERATE_FLAGS
+from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
 from qwen2_ascend.pasted_flags import Pasted, pasted_faults
 from qwen2_ascend.prompt_types import PromptType
 
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Repeated = tyro.conf.UseAppendAction
 
 
@@ -84,17 +85,10 @@ class ServedModelSettings:
         Raises:
             UserError: --num-layer-list is not a list of numbers.
         """
-        numbers = self.num_layer_list
-        try:
-            layers = tuple(int(n) for n in numbers.split(",")) if numbers else None
-        except ValueError:
-            raise UserError(
-                f"--num-layer-list {numbers} is not a list of whole numbers such as 6,8,8,6."
-            ) from None
         return ParallelLayout(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            num_layer_list=layers,
+            num_layer_list=layer_list(self.num_layer_list),
         )
 
     def faults(self, config: Qwen2Config, world_size: int) -> list[str]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from qwen2_ascend.errors import UserError
 
 
-class Piece(NamedTuple):
+class WordPart(NamedTuple):
     """A part of a word."""
 
     text: str
@@ -31,7 +31,7 @@ class Word:
     """One word of a command, or an operator such as `|`."""
 
     line: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WordPart, ...]
     source: str
     """As it stands in the script."""
     operator: str | None = None
@@ -127,7 +127,7 @@ class _Lexer:
         start, line = self.at, self.line
         if operator := self._operator():
             return Word(line=line, pieces=(), source=operator, operator=operator)
-        pieces: list[Piece] = []
+        pieces: list[WordPart] = []
         while self.at < len(self.text):
             char = self.text[self.at]
             if char == "(" and _ARRAY.search(self.text[start : self.at]):
@@ -165,11 +165,11 @@ class _Lexer:
             items.append(word)
         raise UserError(f"line {opened}: the bracket of an array is not closed.")
 
-    def _pieces(self, char: str) -> list[Piece]:
+    def _pieces(self, char: str) -> list[WordPart]:
         """What begins at a character that is no blank."""
         line = self.line
         if char == "'":
-            return [Piece(self._until("'"), True, line)]
+            return [WordPart(self._until("'"), True, line)]
         if char == '"':
             return self._double_quoted()
         if char in "$`":
@@ -177,11 +177,11 @@ class _Lexer:
         if char == "\\":
             self.at += 2
             escaped = self.text[self.at - 1 : self.at]
-            return [] if escaped == "\n" else [Piece(escaped, True, line)]
+            return [] if escaped == "\n" else [WordPart(escaped, True, line)]
         match = re.compile(r"[^\s'\"$`\\|&;<>()]+").match(self.text, self.at)
         assert match is not None
         self.at = match.end()
-        return [Piece(match[0], False, line)]
+        return [WordPart(match[0], False, line)]
 
     def _until(self, quote: str) -> str:
         opened = self.line
@@ -191,10 +191,10 @@ class _Lexer:
         inside, self.at = self.text[self.at + 1 : end], end + 1
         return inside
 
-    def _double_quoted(self) -> list[Piece]:
+    def _double_quoted(self) -> list[WordPart]:
         opened = self.line
         self.at += 1
-        pieces = [Piece("", True, opened)]  # "" is a word too
+        pieces = [WordPart("", True, opened)]  # "" is a word too
         while self.at < len(self.text):
             char = self.text[self.at]
             if char == '"':
@@ -208,12 +208,12 @@ class _Lexer:
                 continue
             line = self.line
             if char == "\\" and self.text[self.at + 1 : self.at + 2] in ("\\", '"', "$", "`", "\n"):
-                pieces.append(Piece(self.text[self.at + 1].replace("\n", ""), True, line))
+                pieces.append(WordPart(self.text[self.at + 1].replace("\n", ""), True, line))
                 self.at += 2
                 continue
             match = _QUOTED.match(self.text, self.at)
             run = match[0] if match else char
-            pieces.append(Piece(run, True, line))
+            pieces.append(WordPart(run, True, line))
             self.at += len(run)
         raise UserError(f'line {opened}: the quote " is not closed.')
 
@@ -227,20 +227,20 @@ class _Lexer:
         assert match is not None
         self.at = match.end()
 
-    def _expansion(self, *, is_quoted: bool) -> Piece:
+    def _expansion(self, *, is_quoted: bool) -> WordPart:
         """`$NAME`, `${...}`, `$(...)`, `$((...))` or backquotes; a lonely $ is itself."""
         start, line = self.at, self.line
         if self.text[start] == "`":
             self._until("`")
-            return Piece(self.text[start : self.at], is_quoted, line, True)
+            return WordPart(self.text[start : self.at], is_quoted, line, True)
         if (opener := self.text[start : start + 2]) in _CLOSERS:
             self.at = self._closing(start + 2, *_CLOSERS[opener])
-            return Piece(self.text[start : self.at], is_quoted, line, True)
+            return WordPart(self.text[start : self.at], is_quoted, line, True)
         if match := _NAME.match(self.text, start):
             self.at = match.end()
-            return Piece(match[0], is_quoted, line, True)
+            return WordPart(match[0], is_quoted, line, True)
         self.at += 1
-        return Piece("$", True, line)
+        return WordPart("$", True, line)
 
     def _closing(self, at: int, opens: str, closes: str) -> int:
         opened, depth = self.line, 1

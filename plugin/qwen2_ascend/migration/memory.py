@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.settings import FinetuneSettings, LoraSettings, TuningSettings
 from qwen2_ascend.planning.devices import GB, find_device
-from qwen2_ascend.planning.job import Cut, Job, Recompute
+from qwen2_ascend.planning.job import Cut
 from qwen2_ascend.planning.memory import fullest_stage
+from qwen2_ascend.training.planned import as_cut
+from qwen2_ascend.training.settings import (
+    BatchSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    PrecisionSettings,
+    RecomputeSettings,
+)
+
+T = TypeVar("T")
 
 DEVICE = "910B"
 
@@ -43,57 +54,53 @@ def memory_line(flags: Flags, num_devices: int | None) -> str:
 
 
 def _cut(flags: Flags, num_devices: int | None) -> Cut:
-    for flag in ("--context-parallel-size", "--cp-size"):
-        if flags.get(flag) not in (None, "1"):
-            raise UnknownError(f"the planner does not know {flag}.")
+    """The planner's view of what the launcher would be told."""
     if num_devices is None:
         raise UnknownError("the script does not say how many devices there are.")
-    tp = _number(flags, "--tensor-model-parallel-size", 1)
-    pp = _number(flags, "--pipeline-model-parallel-size", 1)
-    if num_devices % (tp * pp):
-        raise UnknownError(f"TP {tp} x PP {pp} does not divide {num_devices} devices.")
-    dp = num_devices // (tp * pp)
-    micro = _number(flags, "--micro-batch-size", 1)
-    job = Job(
-        config=_config(flags),
-        seq_length=_number(flags, "--seq-length"),
-        global_batch_size=_number(flags, "--global-batch-size", micro * dp),
-        dtype=next((name for name in ("bf16", "fp16") if f"--{name}" in flags), "fp32"),
-        lora_rank=_number(flags, "--lora-r") if "--lora-r" in flags else None,
-    )
-    chunk = "--num-layers-per-virtual-pipeline-stage"
-    cut = Cut(
-        job=job,
-        tp=tp,
-        pp=pp,
-        dp=dp,
-        layers_per_chunk=_number(flags, chunk) if chunk in flags else None,
-        sequence_parallel="--sequence-parallel" in flags,
-        distributed_optimizer="--use-distributed-optimizer" in flags,
-        recompute=_recompute(flags),
-        recompute_activation_function="--recompute-activation-function" in flags,
-        reuse_fp32_param="--reuse-fp32-param" in flags and job.dtype == "bf16",
-        num_layer_list=_layer_list(flags),
-        micro_batch_size=micro,
-    )
-    cut.layout.check(job.config, cut.padded_vocab_size)
+    settings, config = _settings(flags), _config(flags)
+    if num_devices % settings.model_parallel_size:
+        sizes = settings.layout()
+        cp = f" x CP {sizes.cp}" if sizes.cp > 1 else ""
+        raise UnknownError(
+            f"TP {sizes.tp} x PP {sizes.pp}{cp} does not divide {num_devices} devices."
+        )
+    cut = as_cut(settings, config, num_devices, find_device(DEVICE).backend)
+    cut.layout.check(config, cut.padded_vocab_size)
     return cut
 
 
-def _layer_list(flags: Flags) -> tuple[int, ...] | None:
-    text = flags.get("--num-layer-list")
-    if text is None:
-        return None
-    if not all(word.isdecimal() for word in text.split(",")):
-        raise UnknownError(f"--num-layer-list {text} is not a list of whole numbers.")
-    return tuple(map(int, text.split(",")))
+def _settings(flags: Flags) -> FinetuneSettings:
+    """The launcher's settings, as far as the planner reads them."""
+    return FinetuneSettings(
+        parallel=_group(ParallelSettings, flags),
+        batch=_group(BatchSettings, flags),
+        precision=_group(PrecisionSettings, flags),
+        recompute=_group(RecomputeSettings, flags),
+        lora=LoraSettings(lora_r=_number(flags, "--lora-r") if "--lora-r" in flags else None),
+        tuning=TuningSettings(stage="dpo" if flags.get("--stage") == "dpo" else "sft"),
+        optimizer=OptimizerSettings(lr=0.0),
+    )
 
 
-def _recompute(flags: Flags) -> Recompute:
-    granularity: Any = flags.get("--recompute-granularity") or "none"
-    if granularity not in get_args(Recompute):
-        raise UnknownError(f"--recompute-granularity {granularity} is none of the planner's.")
-    return granularity
+def _group(kind: type[T], flags: Flags) -> T:
+    """A group of settings out of the flags that have its fields' names."""
+    said: dict[str, Any] = {}
+    for field, hint in get_type_hints(kind).items():
+        flag = f"--{field.replace('_', '-')}"
+        if flag not in flags:
+            continue
+        if hint is bool:
+            said[field] = True
+        elif int in (hint, *get_args(hint)):
+            said[field] = _number(flags, flag)
+        else:
+            said[field] = flags[flag]
+            choices = [one for part in (hint, *get_args(hint)) for one in get_args(part)]
+            if any(isinstance(one, str) for one in choices) and flags[flag] not in choices:
+                raise UnknownError(f"{flag} {flags[flag]} is none of the launcher's.")
+    if kind is BatchSettings:
+        said.setdefault("seq_length", _number(flags, "--seq-length"))
+    return kind(**said)
 
 
 def _config(flags: Flags) -> Qwen2Config:

@@ -323,7 +323,7 @@ def _convert() -> Program:
 
 def _preprocess() -> Program:
     from qwen2_ascend.data import pasted
-    from qwen2_ascend.data.command import PreprocessSettings
+    from qwen2_ascend.data.settings import PreprocessSettings
 
     return _console("preprocess", PreprocessSettings, pasted.PREPROCESS_FLAGS, pasted.split_flags)
 

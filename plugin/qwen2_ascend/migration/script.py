@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from qwen2_ascend.migration.arithmetic import calculate
-from qwen2_ascend.migration.lexer import Piece, Word, words
+from qwen2_ascend.migration.lexer import Word, WordPart, words
 
 
 class Part(NamedTuple):
@@ -271,7 +271,7 @@ class _Reader:
                 is_open = True
         return [Token(tuple(parts), parts[0].line or word.line) for parts in fields]
 
-    def _parts(self, pieces: Sequence[Piece]) -> tuple[Part, ...]:
+    def _parts(self, pieces: Sequence[WordPart]) -> tuple[Part, ...]:
         found: list[Part] = []
         for piece in pieces:
             if piece.is_expansion:
@@ -280,7 +280,7 @@ class _Reader:
                 found.append(Part(piece.text, piece.text, None, piece.is_quoted, line=piece.line))
         return tuple(found)
 
-    def _expanded(self, piece: Piece) -> list[Part]:
+    def _expanded(self, piece: WordPart) -> list[Part]:
         source = piece.text
         if source.startswith("$(("):
             value = calculate(source[3:-2], self._number)
@@ -294,7 +294,7 @@ class _Reader:
             return [Part(source, value, line=piece.line)]
         return [Part(source, None, is_list=not piece.is_quoted, line=piece.line)]
 
-    def _of_variable(self, name: str, variable: Variable, piece: Piece) -> list[Part]:
+    def _of_variable(self, name: str, variable: Variable, piece: WordPart) -> list[Part]:
         if not variable.is_block and len(variable.values) == 1:
             value = variable.values[0].text
             reference = f"${{{name}}}"
@@ -315,7 +315,7 @@ class _Reader:
         return variable.values[0].text if variable is not None else None
 
 
-def _inner_pieces(text: str) -> tuple[Piece, ...]:
+def _inner_pieces(text: str) -> tuple[WordPart, ...]:
     """The pieces of a text that stands inside `${NAME:-...}`."""
     found = [word for word in words(text) if not word.operator]
     return tuple(piece for word in found for piece in word.pieces)
@@ -395,7 +395,7 @@ def _joined(
     return (replace(before[0], parts=before[0].parts + after[0].parts),)
 
 
-def _value_pieces(word: Word) -> tuple[Piece, ...]:
+def _value_pieces(word: Word) -> tuple[WordPart, ...]:
     """The pieces behind the first `=` of an assignment."""
     first, *others = word.pieces
     value = first.text.partition("=")[2]

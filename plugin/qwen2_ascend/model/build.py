@@ -21,8 +21,10 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.model.cross_entropy import ChunkedLossModel
 from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
+from qwen2_ascend.model.overlap import make_overlap
 from qwen2_ascend.model.recompute import RecomputedOutputs, choose_layers
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
+from qwen2_ascend.model.sequence_cut import SequenceCut, cut_attention
 from qwen2_ascend.model.swap import swap_attention
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import current, supported_keywords
@@ -55,6 +57,8 @@ def build_model(
     recompute_activations: RecomputedOutputs | None = None,
     recompute_norms: RecomputedOutputs | None = None,
     swaps_attention: bool = False,
+    use_ascend_mc2: bool = False,
+    coc_parallel_num: int = 1,
     **options: Any,
 ) -> list[GPTModel]:
     """This rank's model chunks, one without an interleaved pipeline.
@@ -72,6 +76,10 @@ def build_model(
         recompute_activations: layers of each chunk that compute SwiGLU's output again in backward.
         recompute_norms: layers that do so with their norms' outputs.
         swaps_attention: move what attention keeps for backward to the host and back.
+        use_ascend_mc2: let torch_npu's fused operators multiply and exchange in the layers' linear
+            modules; the output layer stays as it is. Nothing is exchanged with tp=1.
+        coc_parallel_num: cut those modules' products into so many pieces, and exchange each while
+            the next is computed; 1 leaves them whole.
         **options: of `transformer_config`.
 
     Raises:
@@ -82,8 +90,12 @@ def build_model(
     transformer = transformer_config(
         config, layout, dtype=dtype, perform_initialization=perform_initialization, **options
     )
+    sequence_cut = SequenceCut.of_layout(layout)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     chunks = layout.stages(config.num_layers)[stage]
+    overlap = None
+    if layout.tp > 1:
+        overlap = make_overlap(use_ascend_mc2=use_ascend_mc2, coc_parallel_num=coc_parallel_num)
     model_class = GPTModel if cross_entropy_chunk_size is None else ChunkedLossModel
     models = []
     for index, layers in enumerate(chunks):
@@ -92,7 +104,7 @@ def build_model(
         with virtual_stage(index if len(chunks) > 1 else None) as vp_stage:
             model = model_class(
                 transformer,
-                get_qwen2_block_spec(len(layers), backend, plain=plain),
+                get_qwen2_block_spec(len(layers), backend, plain=plain, overlap=overlap),
                 vocab_size=padded_vocab_size or config.vocab_size,
                 max_sequence_length=config.max_position_embeddings,
                 pre_process=is_first,
@@ -104,8 +116,9 @@ def build_model(
         if isinstance(model, ChunkedLossModel):
             model.cross_entropy_chunk_size = cross_entropy_chunk_size
         model.rotary_pos_emb = Qwen2RotaryEmbedding(
-            config, transformer.params_dtype, current().device
+            config, transformer.params_dtype, current().device, sequence_cut
         )
+        cut_attention(model.decoder.layers, sequence_cut)
         _check_layers(model, layers)
         choose_layers(model.decoder.layers, recompute_activations, recompute_norms)
         if swaps_attention:
@@ -173,6 +186,7 @@ def transformer_config(
         "fp16": dtype == "fp16",
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
         "virtual_pipeline_model_parallel_size": virtual_size,
         "sequence_parallel": sequence_parallel,
         "recompute_granularity": recompute_granularity,

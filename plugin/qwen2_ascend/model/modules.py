@@ -6,6 +6,7 @@ heads and `ng` query groups of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,12 +19,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import linear
 
+from qwen2_ascend.model.context_parallel import context_attention
 from qwen2_ascend.model.kv_cache import LayerCache
 from qwen2_ascend.model.packed import PackedBatch
 from qwen2_ascend.model.recompute import computed, not_kept
+from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.model.swap import AttentionSwap
 from qwen2_ascend.ops import Ops
-from qwen2_ascend.runtime import current
+from qwen2_ascend.runtime import current, supported_keywords
 
 ROWS_AT_ONCE = 1280
 """How many rows of a weight `column_linear` multiplies at once."""
@@ -72,21 +75,26 @@ class CausalAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale or config.kv_channels**-0.5
         self.dropout_p = config.attention_dropout
         self.sequence_parallel = config.sequence_parallel
+        self.sequence_cut: SequenceCut | None = None
+        """Which part of every sequence this rank has; None is all of it."""
+        self._ops = ops
         self._attention = ops.attention
         self._cached_attention = ops.cached_attention
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch | None = None) -> Tensor:
-        """q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np * hn]`."""
-        dropout_p = self.dropout_p if self.training else 0.0
-        with self._random_state(dropout_p):
-            return self._attention(
-                q,
-                k,
-                v,
-                softmax_scale=self.softmax_scale,
-                dropout_p=dropout_p,
-                ends=packed.ends if packed else None,
+        """q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np * hn]`.
+
+        s is this rank's part of the sequence under context parallelism.
+        """
+        attend: Callable[..., Tensor] = self._attention
+        if (cut := self.sequence_cut) is not None:
+            attend = partial(
+                context_attention, algorithm=cut.algorithm, group=cut.group, ops=self._ops
             )
+        dropout_p = self.dropout_p if self.training else 0.0
+        ends = packed.ends if packed else None
+        with self._random_state(dropout_p):
+            return attend(q, k, v, softmax_scale=self.softmax_scale, dropout_p=dropout_p, ends=ends)
 
     def cached(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
         """`forward` without dropout, over what `cache` holds besides, which k and v go into."""
@@ -207,8 +215,10 @@ class Qwen2MLP(MLP):
     linear_fc1: Any
     linear_fc2: Any
 
-    def __init__(self, *args: Any, ops: Ops, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, ops: Ops, **told: Any) -> None:
+        # Layers since 0.18 tell each MLP what only mixtures of experts take.
+        told = supported_keywords(MLP.__init__, ffn_hidden_size=config.ffn_hidden_size, **told)
+        super().__init__(config, *args, **told)
         self.recomputes_activation = False
         """Whether linear_fc2 keeps how to compute SwiGLU's output, not the output."""
         self._swiglu = ops.swiglu

@@ -19,13 +19,15 @@ class PackedBatch(PackedSeqParams):
         ends: where each document ends, counted over the rows of the batch one after the other:
             rising, without the leading 0, the last is b * s. No document spans two rows; padding
             is a document too.
-        position_ids: `[b, s]`; of packed documents from 0 in each.
+        position_ids: `[b, s]`; of packed documents from 0 in each. Under context parallelism this
+            rank's part of them, while `ends` is of the whole rows.
+        num_parts: context_parallel_size.
     """
 
-    def __init__(self, ends: Sequence[int], position_ids: torch.Tensor) -> None:
+    def __init__(self, ends: Sequence[int], position_ids: torch.Tensor, num_parts: int = 1) -> None:
         longest = max(end - start for start, end in pairwise((0, *ends)))
         super().__init__(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest)
-        assert ends[-1] == position_ids.numel(), (ends[-1], position_ids.shape)
+        assert ends[-1] == num_parts * position_ids.numel(), (ends[-1], position_ids.shape)
         self.ends = tuple(ends)
         self._position_ids = position_ids
         self._cos_sin: torch.Tensor | None = None

@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from qwen2_ascend.config import Qwen2Config, YarnScaling
+from qwen2_ascend.model.sequence_cut import SequenceCut
 
 
 class Qwen2RotaryEmbedding(RotaryEmbedding):
@@ -21,21 +22,38 @@ class Qwen2RotaryEmbedding(RotaryEmbedding):
     megatron-core passes the tensor through to every layer's attention without looking inside.
     """
 
-    def __init__(self, config: Qwen2Config, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Qwen2Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        sequence_cut: SequenceCut | None = None,
+    ) -> None:
         super().__init__(config.kv_channels, rotary_percent=1.0, use_cpu_initialization=True)
         self._dtype = dtype
         wide = torch.promote_types(dtype, torch.float32)
         self.inv_freq = inverse_frequencies(config, wide).to(device)
         self._scale = config.yarn.attention_factor if config.yarn else 1.0
         self._table = torch.empty(2, 0, config.kv_channels, dtype=dtype, device=device)
+        self._cut = sequence_cut
+        self._own = self._table
 
     def forward(  # pyright: ignore[reportIncompatibleVariableOverride]  # theirs is cached
-        self, max_seq_len: int, *args: Any, **kwargs: Any
+        self, max_seq_len: int, *args: Any, packed_seq: bool = False, **kwargs: Any
     ) -> torch.Tensor:
-        """cos and sin of positions 0 ... max_seq_len - 1, `[2, s, hn]`."""
+        """cos and sin of positions 0 ... max_seq_len - 1, `[2, s, hn]`.
+
+        Under context parallelism those of this rank's positions, but of packed documents all: they
+        are looked up by each token's place in its document.
+        """
         if self._table.shape[1] < max_seq_len:
             self._table = self._compute(max_seq_len)
-        return self._table[:, :max_seq_len]
+        table = self._table[:, :max_seq_len]
+        if self._cut is None or packed_seq:
+            return table
+        if self._own.shape[1] * self._cut.size != max_seq_len:
+            self._own = self._cut.own(table, dim=1)
+        return self._own
 
     @torch.no_grad()
     def _compute(self, length: int) -> torch.Tensor:

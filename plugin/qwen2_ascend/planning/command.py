@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,9 +13,12 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.planning import report, search
+from qwen2_ascend.planning import log, report, search
 from qwen2_ascend.planning.devices import GB, TERA, Device, Rates, find_device
-from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Job
+
+YesNo = Literal["yes", "no"]
+DEFAULT_DEVICE = "910B"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,46 +28,87 @@ class PlanOptions:
     qwen2-ascend plan --model 72B --device 910B --num-devices 16
 
     Memory is computed tensor by tensor, as tests measure it on CPU ranks. Times are predicted by a
-    roofline from public figures of the device; nothing ran on it. Pretraining, fine-tuning of all
-    weights and LoRA are planned; uneven stages, DPO and DeepSpeed's ZeRO are not.
+    roofline from public figures of the device; nothing ran on it. Flags that name a layout are the
+    launchers' own.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="DIR|SIZE")]
+    model: Annotated[str | None, tyro.conf.arg(metavar="DIR|SIZE")] = None
     """A Hugging Face folder, a config.json, or a published size (0.5B, 1.5B, 3B, 7B, 14B, 32B,
     72B)."""
-    num_devices: int
+    num_devices: int | None = None
     """Devices; of an Ascend 910C each die is one."""
-    device: str = "910B"
-    """910B1, 910B2, 910B3, 910B4 (32 GB), 910C, A100, A100-40GB, H100, B200, CPU; 910B is taken as
+    from_log: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="METRICS.JSONL ...")] = ()
+    """Logs of runs on the machine, whose speed is then fitted to their steps; what else is asked is
+    as in the last of them, unless flags say otherwise."""
+    device: str | None = None
+    """910B by default;
+    910B1, 910B2, 910B3, 910B4 (32 GB), 910C, A100, A100-40GB, H100, B200, CPU; 910B is taken as
     910B2, and said so. npu-smi names the bin of yours."""
     devices_per_node: int | None = None
     """Devices with fast links to each other; by default the device's usual."""
-    seq_length: int = 4096
-    """Tokens in a sequence."""
+    seq_length: int | None = None
+    """Tokens in a sequence; by default 4096."""
     global_batch_size: int | None = None
     """Sequences per optimizer step; by default 256, or one per device where there are more."""
     micro_batch_size: int | None = None
     """Sequences that go through a rank at once; by default 1, 2, 4 and 8 are tried."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of weights and activations."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Of weights and activations; by default bf16."""
     attention_backend: Literal["auto", "unfused"] = "auto"
     """unfused keeps s x s scores per head; auto is a kernel that does not."""
     cross_entropy_chunk_size: int | None = None
     """Tokens whose logits exist at once; by default all."""
     lora_r: int | None = None
     """Fine-tune LoRA adapters of this rank on all linear layers, instead of all weights."""
+    stage: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    """dpo: a sample is two sequences."""
     tensor_model_parallel_size: int | None = None
-    """Only layouts with this; by default all are tried, as with the next five."""
+    """Only layouts with this; by default all are tried, as with what follows."""
     pipeline_model_parallel_size: int | None = None
     """Only layouts with this."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Only layouts with this."""
-    sequence_parallel: Literal["yes", "no"] | None = None
-    """Only layouts with it, or without."""
-    use_distributed_optimizer: Literal["yes", "no"] | None = None
+    num_layer_list: Annotated[str | None, tyro.conf.arg(metavar="N,N,...")] = None
+    """Only stages of these layers; by default equal ones."""
+    context_parallel_size: int | None = None
+    """Only layouts with this; by default 1, and up to 16 where sequences are long."""
+    context_parallel_algo: Literal["megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo"] = (
+        "megatron_cp_algo"
+    )
+    """What context-parallel ranks exchange."""
+    sequence_parallel: YesNo | None = None
+    """Only layouts with it, or without; the flag alone says yes, --no-sequence-parallel no, as with
+    what follows."""
+    use_distributed_optimizer: YesNo | None = None
     """Only layouts with it, or without."""
     recompute_granularity: Literal["none", "selective", "full"] | None = None
-    """Only layouts with this; full is by single layers."""
+    """Only layouts with this."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full: uniform is by single layers; block recomputes the first of each chunk."""
+    recompute_num_layers: int | None = None
+    """With block: how many."""
+    recompute_activation_function: YesNo | None = None
+    """Only layouts that compute SwiGLU's output again, or that do not."""
+    recompute_activation_function_num_layers: int | None = None
+    """In so many layers of each chunk; by default in all."""
+    recompute_norm: YesNo | None = None
+    """Only layouts that compute the norms' outputs again, or that do not."""
+    recompute_norm_num_layers: int | None = None
+    """In so many layers of each chunk; by default in all."""
+    swap_attention: YesNo = "no"
+    """What attention keeps waits in the host's memory; the copies are taken for hidden."""
+    reuse_fp32_param: YesNo | None = None
+    """fp32 weights are there in the update only; by default tried where nothing fits without."""
+    o2_gradient: YesNo = "no"
+    """Gradients in 16 bits."""
+    o2_optimizer: YesNo = "no"
+    """AdamW's moments in 16 bits."""
+    use_ascend_mc2: YesNo = "no"
+    """Matrix products hide a half of tensor parallelism's traffic."""
+    use_ascend_coc: YesNo = "no"
+    """Likewise, by pieces."""
+    overlap_grad_reduce: YesNo = "no"
+    """Data parallelism's traffic is hidden behind backward."""
     memory_gb: float | None = None
     """Memory of a device, instead of the table's."""
     memory_fraction: float = 0.9
@@ -91,7 +137,24 @@ class PlanOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and prints what fits."""
-    run(tyro.cli(PlanOptions, args=argv, description=PlanOptions.__doc__))
+    words = sys.argv[1:] if argv is None else argv
+    run(tyro.cli(PlanOptions, args=as_launchers_write(words), description=PlanOptions.__doc__))
+
+
+def as_launchers_write(words: Sequence[str]) -> list[str]:
+    """Flags without a value, as the launchers' are, with the value that they stand for."""
+    known = {f"--{f.name.replace('_', '-')}" for f in fields(PlanOptions) if "YesNo" in str(f.type)}
+    written: list[str] = []
+    for word, after in pairwise([*words, ""]):
+        if word in known and after not in ("yes", "no"):
+            written += [word, "yes"]
+        elif word.startswith("--no-") and (flag := f"--{word[5:]}") in known:
+            written += [flag, "no"]
+        elif word in ("--bf16", "--fp16"):
+            written += ["--dtype", word[2:]]
+        else:
+            written.append(word)
+    return written
 
 
 def run(options: PlanOptions) -> None:
@@ -100,10 +163,14 @@ def run(options: PlanOptions) -> None:
     Raises:
         UserError: options that cannot be.
     """
-    result = plan(options)
-    if (name := find_device(options.device).name) not in options.device.upper():
+    logs = _logs(options)
+    result = _plan(options, logs)
+    if logs:
+        print("\n".join([*log.table(logs, result.machine.rates or log.rates_of(logs)), ""]))
+    asked = options.device or DEFAULT_DEVICE
+    if not logs and (name := find_device(asked).name) not in asked.upper():
         print(
-            f"--device {options.device} is taken as {name}; name the bin of your cards, which "
+            f"--device {asked} is taken as {name}; name the bin of your cards, which "
             "npu-smi info shows: 910B1, 910B2, 910B3 or 910B4 (32 GB)."
         )
     print(report.text(result, top=options.top, commands=options.commands))
@@ -123,75 +190,129 @@ def plan(options: PlanOptions) -> report.Result:
     Raises:
         UserError: options that cannot be.
     """
+    return _plan(options, _logs(options))
+
+
+def _logs(options: PlanOptions) -> list[log.LoggedRun]:
+    runs = [run for metrics in options.from_log for run in log.read_log(metrics)]
+    log.same_machine(runs)
+    return runs
+
+
+def _plan(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> report.Result:
     raise_if(_faults(options))
-    job, machine = _job(options), _machine(options)
-    sizes = search.MICRO_BATCH_SIZES
-    if options.micro_batch_size is not None:
-        sizes = (options.micro_batch_size,)
-    plans = search.find_plans(job, machine, micro_batch_sizes=sizes)
-    plans = [plan for plan in plans if _is_wanted(plan.cut, options)]
-    if not plans:
-        raise UserError(
-            f"{options.num_devices} devices and --global-batch-size {job.global_batch_size} have "
-            "no valid layout of the kind asked for; leave out some of the flags that name it."
-        )
-    fewest = search.fewest_devices(job, machine)
-    return report.Result(options.model, job, machine, plans, fewest)
+    job, machine, choices = _job(options, logs), _machine(options, logs), _choices(options)
+    plans = search.find_plans(job, machine, choices)
+    fewest = search.fewest_devices(job, machine, choices)
+    cheaper = None
+    if not any(plan.fits for plan in plans) and job.dtype == "bf16":
+        in_16_bits = replace(choices, o2_gradient=True, o2_optimizer=True)
+        best = search.find_plans(job, machine, in_16_bits)[0]
+        cheaper = best if best.fits and in_16_bits != choices else None
+    return report.Result(_name(options), job, machine, plans, fewest, cheaper)
 
 
-def _is_wanted(cut: Cut, options: PlanOptions) -> bool:
-    """Whether it is as the options that name a layout say."""
-    yes_or_no = {True: "yes", False: "no"}
-    pairs = (
-        (cut.tp, options.tensor_model_parallel_size),
-        (cut.pp, options.pipeline_model_parallel_size),
-        (cut.layers_per_chunk, options.num_layers_per_virtual_pipeline_stage),
-        (yes_or_no[cut.sequence_parallel], options.sequence_parallel),
-        (yes_or_no[cut.distributed_optimizer], options.use_distributed_optimizer),
-        (cut.recompute, options.recompute_granularity),
-    )
-    return all(asked is None or asked == has for has, asked in pairs)
+def _name(options: PlanOptions) -> str:
+    return options.model or "the log's model"
 
 
-def _job(options: PlanOptions) -> Job:
-    path = Path(options.model)
-    config = (
-        Qwen2Config.from_pretrained(path) if path.exists() else Qwen2Config.named(options.model)
-    )
-    return Job(
-        config=config,
-        seq_length=options.seq_length,
-        global_batch_size=options.global_batch_size or max(256, options.num_devices),
-        dtype=options.dtype,
-        backend=find_device(options.device).backend,
-        keeps_scores=options.attention_backend == "unfused",
-        cross_entropy_chunk_size=options.cross_entropy_chunk_size,
-        lora_rank=options.lora_r,
+def _choices(options: PlanOptions) -> search.Choices:
+    micro_batches, granularity = options.micro_batch_size, options.recompute_granularity
+    is_block = options.recompute_method == "block"
+    return search.Choices(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=_layer_list(options),
+        context_parallel_size=options.context_parallel_size,
+        context_parallel_algo=options.context_parallel_algo,
+        sequence_parallel=_is_yes(options.sequence_parallel),
+        use_distributed_optimizer=_is_yes(options.use_distributed_optimizer),
+        micro_batch_sizes=(micro_batches,) if micro_batches else search.MICRO_BATCH_SIZES,
+        recompute=(granularity,) if granularity else search.RECOMPUTE,
+        recomputed_layers=options.recompute_num_layers if is_block else None,
+        recompute_activation_function=_number_of_layers(
+            options.recompute_activation_function, options.recompute_activation_function_num_layers
+        ),
+        recompute_norm=_number_of_layers(options.recompute_norm, options.recompute_norm_num_layers),
+        reuse_fp32_param=_is_yes(options.reuse_fp32_param),
+        swap_attention=options.swap_attention == "yes",
+        o2_gradient=options.o2_gradient == "yes",
+        o2_optimizer=options.o2_optimizer == "yes",
+        mc2="yes" in (options.use_ascend_mc2, options.use_ascend_coc),
+        overlap_grad_reduce=options.overlap_grad_reduce == "yes",
     )
 
 
-def _machine(options: PlanOptions) -> search.Machine:
-    device = _device(options)
+def _is_yes(asked: YesNo | None) -> bool | None:
+    return None if asked is None else asked == "yes"
+
+
+def _number_of_layers(asked: YesNo | None, number: int | None) -> int | None:
+    """Of each chunk, whose output is computed again; None leaves it to the search."""
+    if asked is None:
+        return None
+    return (ALL_LAYERS if number is None else number) if asked == "yes" else 0
+
+
+def _layer_list(options: PlanOptions) -> tuple[int, ...] | None:
+    words = options.num_layer_list
+    return None if words is None else tuple(map(int, words.split(",")))
+
+
+def _job(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> Job:
+    """The last log's, with what the options say otherwise."""
+    model, chunk = options.model, options.cross_entropy_chunk_size
+    config = None
+    if model is not None:
+        path = Path(model)
+        config = Qwen2Config.from_pretrained(path) if path.exists() else Qwen2Config.named(model)
+    given = {
+        "config": config,
+        "seq_length": options.seq_length,
+        "global_batch_size": options.global_batch_size,
+        "dtype": options.dtype,
+        "keeps_scores": options.attention_backend == "unfused" or None,
+        "cross_entropy_chunk_size": chunk,
+        "lora_rank": options.lora_r,
+        "pairs": options.stage == "dpo" or None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if logs:
+        return replace(log.asked_like(logs[-1]), **given)
+    usual = {
+        "seq_length": 4096,
+        "global_batch_size": max(256, options.num_devices or 0),
+        "backend": find_device(options.device or DEFAULT_DEVICE).backend,
+    }
+    return Job(**{**usual, **given})
+
+
+def _machine(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> search.Machine:
+    last = logs[-1] if logs else None
+    device = _device(options, last.device if last else None)
+    rates = log.rates_of(logs) if logs else device.rates
+    per_node = options.devices_per_node or (last.devices_per_node if last else None)
     return search.Machine(
         device=device,
-        num_devices=options.num_devices,
-        devices_per_node=options.devices_per_node or device.devices_per_node,
+        num_devices=options.num_devices or (last.cut.num_devices if last else 0),
+        devices_per_node=per_node or device.devices_per_node,
         memory_fraction=options.memory_fraction,
-        rates=_rates(options, device),
+        rates=_rates(options, rates),
     )
 
 
-def _rates(options: PlanOptions, device: Device) -> Rates:
+def _rates(options: PlanOptions, known: Rates) -> Rates:
     given = {"products": options.efficiency, "links": options.bandwidth_efficiency}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
-        return device.rates
-    source = f"{' and '.join(given)} as given; else {device.rates.source}"
-    return replace(device.rates, **given, source=source)
+        return known
+    source = f"{' and '.join(given)} as given; else {known.source}"
+    return replace(known, **given, source=source)
 
 
-def _device(options: PlanOptions) -> Device:
-    """The table's, with what the options say otherwise."""
+def _device(options: PlanOptions, logged: Device | None) -> Device:
+    """The log's or the table's, with what the options say otherwise."""
     given = {
         "memory": (options.memory_gb, GB),
         "peak_flops": (options.peak_tflops, TERA),
@@ -199,7 +320,7 @@ def _device(options: PlanOptions) -> Device:
         "node_bandwidth": (options.node_bandwidth_gb, GB),
         "network_bandwidth": (options.network_bandwidth_gb, GB),
     }
-    device = find_device(options.device)
+    device = logged or find_device(options.device or DEFAULT_DEVICE)
     changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
     if not changes:
         return device
@@ -208,11 +329,41 @@ def _device(options: PlanOptions) -> Device:
     return replace(device, **changes, source=source, assumed=assumed)
 
 
+def _combination_faults(options: PlanOptions) -> list[str]:
+    """Flags that need another, or exclude one; as the launchers say it."""
+    needs = {
+        "--reuse-fp32-param needs --bf16.": options.reuse_fp32_param == "yes"
+        and options.dtype not in (None, "bf16"),
+        "--o2-gradient needs --bf16.": options.o2_gradient == "yes"
+        and options.dtype not in (None, "bf16"),
+        "--o2-optimizer needs --bf16.": options.o2_optimizer == "yes"
+        and options.dtype not in (None, "bf16"),
+        "--recompute-method needs --recompute-granularity full.": options.recompute_method
+        is not None
+        and options.recompute_granularity != "full",
+        "--recompute-method block needs --recompute-num-layers.": options.recompute_method
+        == "block"
+        and options.recompute_num_layers is None,
+    }
+    for what in ("activation_function", "norm"):
+        flag = f"--recompute-{what.replace('_', '-')}"
+        number = getattr(options, f"recompute_{what}_num_layers")
+        is_on = getattr(options, f"recompute_{what}") == "yes"
+        needs[f"{flag}-num-layers needs {flag}."] = number is not None and not is_on
+    faults = [fault for fault, is_one in needs.items() if is_one]
+    words = options.num_layer_list
+    if words is not None and not all(word.isdecimal() for word in words.split(",")):
+        faults.append(f"--num-layer-list {words}: give whole numbers, as in 6,8,8,6.")
+    return faults
+
+
 def _faults(options: PlanOptions) -> list[str]:
     at_least_one = {
         "--num-devices": options.num_devices,
         "--devices-per-node": options.devices_per_node,
         "--micro-batch-size": options.micro_batch_size,
+        "--context-parallel-size": options.context_parallel_size,
+        "--recompute-num-layers": options.recompute_num_layers,
         "--global-batch-size": options.global_batch_size,
         "--top": options.top,
     }
@@ -246,10 +397,16 @@ def _faults(options: PlanOptions) -> list[str]:
     faults += [
         f"{k} {v} must be above zero." for k, v in above_zero.items() if v is not None and not v > 0
     ]
+    faults += _combination_faults(options)
     if options.commands < 0:
         faults.append(f"--commands {options.commands} must not be negative.")
+    if options.from_log and options.device:
+        faults.append("--from-log says which device it is; leave out --device.")
+    elif not options.from_log:
+        absent = {"--model": options.model, "--num-devices": options.num_devices}
+        faults += [f"give {flag}, or --from-log." for flag, it in absent.items() if it is None]
     try:
-        find_device(options.device)
+        find_device(options.device or DEFAULT_DEVICE)
     except UserError as error:
         faults += error.faults
     for flag, path in {"--json": options.json, "--picture": options.picture}.items():

@@ -40,12 +40,12 @@ MC2_SHARE = 0.5
 others, between 0.3 and 0.7 it makes no difference that the measurements show."""
 _FITTED = "fitted to {} published steps of megatron-core ({}; docs/planning.md)"
 ASCEND = Rates(
-    products=0.976,
-    attention=0.323,
-    memory=0.35,
-    links=0.695,
-    layer_seconds=2.63e-3,
-    step_seconds=32.8e-3,
+    products=0.964,
+    attention=0.327,
+    memory=0.331,
+    links=0.689,
+    layer_seconds=2.45e-3,
+    step_seconds=33.3e-3,
     source=_FITTED.format(37, "0.5B to 110B on 1 to 64 cards called 910B"),
 )
 GPU = Rates(
@@ -232,3 +232,18 @@ def find_device(name: str) -> Device:
             "another give the nearest, with --memory-gb, --peak-tflops and so on."
         )
     return by_name[wanted]
+
+
+def device_called(name: str) -> Device | None:
+    """The device that a driver names so, as "Ascend910B3" or "NVIDIA A100-SXM4-80GB"; None for one
+    that is not known, or not for certain ("Ascend910B")."""
+    words = name.upper().replace("-", " ").split()
+    if words[:1] == ["NVIDIA"]:
+        known = [device for key, device in DEVICES.items() if key in words]
+        if known and "40GB" in words:
+            return DEVICES.get(f"{known[0].name}-40GB")
+        return known[0] if known else None
+    bare = name.upper().removeprefix("ASCEND").strip(" -_")
+    exact = {key.upper(): device for key, device in DEVICES.items()}
+    exact |= {key.upper(): DEVICES[ALIASES[key]] for key in ALIASES if key.startswith("910_")}
+    return exact.get(bare)

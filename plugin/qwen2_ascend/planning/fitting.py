@@ -66,6 +66,21 @@ def fit_rates(
     return replace(prior, **values, source=source)
 
 
+def fit_machine(steps: Sequence[Measured], prior: Rates, *, source: str) -> Rates:
+    """As `fit_rates`, for a machine of which nothing is known but these steps.
+
+    First all rates of `prior` are scaled alike, as far as the peaks allow, until half of the steps
+    are predicted too long and half too short. From there each may go its own way, but not far.
+    """
+    works = [step_work(s.cut, s.device, prior, s.devices_per_node)[0] for s in steps]
+    slower = float(
+        np.median([s.seconds / w.seconds(prior) for s, w in zip(steps, works, strict=True)])
+    )
+    shares = {name: min(getattr(prior, name) / slower, 1.0) for name in NUMBERS[:4]}
+    seconds = {name: getattr(prior, name) * slower for name in NUMBERS[4:]}
+    return fit_rates(steps, replace(prior, **shares, **seconds), freedom=0.5, source=source)
+
+
 def _linearized(
     works: Sequence[Work], measured: np.ndarray, logs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

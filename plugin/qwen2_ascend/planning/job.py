@@ -7,11 +7,31 @@ from functools import cached_property
 from typing import Literal
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.parallel import ContextParallelAlgorithm, ParallelLayout, padded_vocab_size
 
 Recompute = Literal["none", "selective", "full"]
+ALL_LAYERS = 1 << 20
+"""More than any model has."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a weight or an activation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What a trainer's code holds that another's of the same model does not; ours by default."""
+
+    logit_bytes: int | None = None
+    """Of each logit at the loss: 16-bit logits, their fp32 copy, softmax; None is in-place fp32."""
+    clips: Literal["copy", "in place"] = "copy"
+    """Whether clipping copies a gradient at a time, or multiplies it where it is."""
+    keeps_gathered_inputs: bool = False
+    """Sequence parallelism keeps what linear_qkv and linear_fc1 gathered until backward."""
+    has_whole_mask: bool = False
+    """The data loader puts a mask of s x s bytes onto the device, and each context-parallel rank
+    copies its rows of it."""
+    copies_all: bool = True
+    """Whether an update makes fp32 copies of all that a rank updates at once (weights joined from
+    their halves, 16-bit gradients beside 16-bit moments), or of a tensor at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +42,7 @@ class Job:
     seq_length: int
     """Tokens in a sequence."""
     global_batch_size: int
-    """Sequences per optimizer step, over all devices."""
+    """Sequences per optimizer step, over all devices; pairs of them with `pairs`."""
     dtype: str = "bf16"
     """Of weights and activations: bf16, fp16 or fp32."""
     backend: str = "npu"
@@ -33,6 +53,10 @@ class Job:
     """Tokens whose logits exist at once; None keeps all."""
     lora_rank: int | None = None
     """Rank of LoRA adapters on all linear layers; None trains all weights."""
+    pairs: bool = False
+    """A sample is two sequences, the chosen and the rejected one (DPO)."""
+    stack: Stack = Stack()
+    """The trainer."""
 
     @property
     def element(self) -> int:
@@ -40,8 +64,13 @@ class Job:
         return BYTES[self.dtype]
 
     @property
+    def tokens_per_sample(self) -> int:
+        """Of one of `global_batch_size`."""
+        return self.seq_length * (2 if self.pairs else 1)
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.seq_length * self.global_batch_size
+        return self.tokens_per_sample * self.global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +87,26 @@ class Cut:
     distributed_optimizer: bool = False
     recompute: Recompute = "none"
     recomputed_layers: int | None = None
-    """Of a stage, where `recompute` is full; None is all of them."""
-    recompute_activation_function: bool = False
-    """SwiGLU's output is computed again in backward."""
-    recompute_norm: bool = False
-    """So are the norms' outputs."""
+    """Of a stage, where `recompute` is full, spread evenly over its chunks; None is all of them."""
+    recompute_activation_function: int = 0
+    """In so many layers of each chunk, after those that are recomputed whole, SwiGLU's output is
+    computed again in backward; ALL_LAYERS is all."""
+    recompute_norm: int = 0
+    """In so many, the norms' outputs."""
+    swap_attention: bool = False
+    """What attention keeps waits in the host's memory."""
     reuse_fp32_param: bool = False
     """fp32 weights are there in the update only; between updates 2 bytes of each are."""
     micro_batch_size: int = 1
+    o2_gradient: bool = False
+    """Gradients are added up in 16 bits."""
+    o2_optimizer: bool = False
+    """AdamW keeps its moments in 16 bits."""
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each stage; None where all have as many."""
+    noop_layers: tuple[int, ...] = ()
+    """Numbers of layers that do nothing and have no weights, counted among all; the model's
+    `num_layers` are the others."""
     cp: int = 1
     """Context-parallel ranks, which share a sequence."""
     ulysses: int = 1
@@ -83,7 +122,14 @@ class Cut:
             pipeline_model_parallel_size=self.pp,
             num_layers_per_virtual_pipeline_stage=self.layers_per_chunk,
             num_layer_list=self.num_layer_list,
+            context_parallel_size=self.cp,
+            context_parallel_algo=self.context_parallel_algo,
         )
+
+    @property
+    def context_parallel_algo(self) -> ContextParallelAlgorithm:
+        """By what ranks exchange; gathered keys are as many bytes as those of a ring."""
+        return "ulysses_cp_algo" if self.ulysses > 1 else "megatron_cp_algo"
 
     @property
     def num_devices(self) -> int:
@@ -103,24 +149,46 @@ class Cut:
         """Layers of a pipeline stage."""
         if self.num_layer_list is not None:
             return self.num_layer_list[stage]
-        return self.job.config.num_layers // self.pp
+        if not self.noop_layers:
+            return self.job.config.num_layers // self.pp
+        return sum(self.chunk_layers(stage))
+
+    def chunk_layers(self, stage: int) -> tuple[int, ...]:
+        """Layers of each of a stage's model chunks."""
+        if not self.noop_layers:
+            return (self.layers_of(stage) // self.num_chunks,) * self.num_chunks
+        numbers = self.layout.stages(self._num_places)[stage]
+        return tuple(sum(number not in self.noop_layers for number in chunk) for chunk in numbers)
+
+    @property
+    def _num_places(self) -> int:
+        return self.job.config.num_layers + len(self.noop_layers)
 
     def recomputed(self, stage: int) -> int:
         """Layers of a stage whose forward runs again in backward."""
         if self.recompute != "full":
             return 0
-        layers = self.layers_of(stage)
-        return layers if self.recomputed_layers is None else min(self.recomputed_layers, layers)
+        return sum(self.recomputed_of_chunks(stage))
+
+    def recomputed_of_chunks(self, stage: int) -> tuple[int, ...]:
+        """Layers of each of a stage's chunks whose forward runs again, the first of it."""
+        layers, number = self.chunk_layers(stage), self.recomputed_layers
+        if self.recompute != "full":
+            return (0,) * len(layers)
+        if number is None:
+            return layers
+        shares = (-((chunk - number) // len(layers)) for chunk in range(len(layers)))
+        return tuple(max(min(some, n), 0) for some, n in zip(shares, layers, strict=True))
 
     @cached_property
     def num_chunks(self) -> int:
         """Model chunks of a stage; 1 without an interleaved pipeline."""
-        return self.layers_of(0) // (self.layers_per_chunk or self.layers_of(0))
+        return self.layout.virtual_pipeline_size(self._num_places) or 1
 
     @cached_property
     def tokens(self) -> int:
         """Of a micro-batch on one rank."""
-        return self.micro_batch_size * self.job.seq_length // self.cp
+        return self.micro_batch_size * self.job.tokens_per_sample // self.cp
 
     @cached_property
     def vocabulary_is_padded(self) -> bool:

@@ -67,31 +67,64 @@ class _Moment(NamedTuple):
         return self.activations + self.logits + self.temporary
 
 
-def stage_memory(cut: Cut, stage: int, weights: Parameters | None = None) -> Memory:
+def stage_memory(cut: Cut, stage: int, *, first_step: bool = False) -> Memory:
     """The peak of a rank of pipeline stage `stage`.
 
     Args:
         cut: the layout.
         stage: counted from 0.
-        weights: `parameters(cut, stage)`, where the caller has it already.
+        first_step: the peak since the run began, once the first update is made: its forward and
+            backward ran before the optimizer had moments.
     """
-    weights = weights or parameters(cut, stage)
-    trained = sum(weights.buffers)
-    element = cut.job.element
-    # the distributed optimizer computes with a contiguous copy of the weights, padded as theirs
-    held = weights.all + (trained - weights.trained if cut.distributed_optimizer else 0)
-    state = (2 * FP32 + _main_bytes(cut)) * trained
-    peak = max(_moments(cut, stage, weights), key=lambda moment: moment.total)
+    weights = parameters(cut, stage)
+    rest = resting_state(cut, weights)
+    moments = _moment_bytes(cut) * sum(weights.buffers) // _share(cut) if first_step else 0
+
+    def all_of(moment: _Moment) -> int:
+        return moment.total - (0 if moment.name == "update" else moments)
+
+    peak = max(_moments(cut, stage, weights), key=all_of)
     return Memory(
-        weights=held * element,
-        gradients=trained * FP32,
-        optimizer=state // cut.replicas if cut.distributed_optimizer else state,
+        *rest[:2],
+        optimizer=rest[2] - (0 if peak.name == "update" else moments),
         activations=peak.activations,
         logits=peak.logits,
         temporary=peak.temporary,
         buffers=_buffers(cut, stage),
         moment=peak.name,
     )
+
+
+def resting_state(cut: Cut, weights: Parameters) -> tuple[int, int, int]:
+    """Bytes of a rank's weights, gradients and optimizer between two steps."""
+    trained = sum(weights.buffers)
+    # the distributed optimizer computes with a contiguous copy of the weights, padded as theirs
+    held = weights.all + (trained - weights.trained if cut.distributed_optimizer else 0)
+    return (
+        held * cut.job.element,
+        trained * (cut.job.element if cut.o2_gradient else FP32),
+        (_moment_bytes(cut) + _main_bytes(cut)) * trained // _share(cut),
+    )
+
+
+def gradient_copy(cut: Cut, weights: Parameters) -> int:
+    """Bytes of the fp32 copy that an update makes of 16-bit gradients. megatron-core drops it when
+    the next step begins, this package when the update ends."""
+    if not cut.o2_gradient or cut.job.element == FP32:
+        return 0
+    if cut.o2_optimizer and not cut.job.stack.copies_all:
+        return 0  # a tensor at a time
+    return sum(weights.buffers) * FP32 // _share(cut)
+
+
+def _share(cut: Cut) -> int:
+    """Ranks that the optimizer's state is divided over."""
+    return cut.replicas if cut.distributed_optimizer else 1
+
+
+def _moment_bytes(cut: Cut) -> int:
+    """Of AdamW's two of a weight."""
+    return 2 * (cut.job.element if cut.o2_optimizer else FP32)
 
 
 def _main_bytes(cut: Cut) -> int:
@@ -101,14 +134,14 @@ def _main_bytes(cut: Cut) -> int:
     return 2 if cut.reuse_fp32_param else FP32
 
 
-def fullest_stage(cut: Cut, weights: dict[int, Parameters] | None = None) -> tuple[int, Memory]:
+def fullest_stage(cut: Cut) -> tuple[int, Memory]:
     """(stage, memory) of the fullest rank: the first stage, or the last with the logits.
 
     Between them a stage holds no embedding and has fewer micro-batches under way than the first;
     where stages have unequal numbers of layers, any may be the fullest.
     """
     stages = {0, cut.pp - 1} if cut.num_layer_list is None else set(range(cut.pp))
-    found = {stage: stage_memory(cut, stage, (weights or {}).get(stage)) for stage in stages}
+    found = {stage: stage_memory(cut, stage) for stage in stages}
     return max(found.items(), key=lambda item: item[1].total)
 
 
@@ -125,6 +158,16 @@ def chunks_under_way(cut: Cut, stage: int) -> int:
     return min(before + 1, total)
 
 
+def passes_under_way(cut: Cut, stage: int) -> list[int]:
+    """Of each chunk, its share of `chunks_under_way`: pp micro-batches go through one, then the
+    next."""
+    rounds, rest = divmod(chunks_under_way(cut, stage), cut.pp * cut.num_chunks)
+    return [
+        (rounds * cut.pp) + min(max(rest - chunk * cut.pp, 0), cut.pp)
+        for chunk in range(cut.num_chunks)
+    ]
+
+
 # --- the moments ----------------------------------------------------------------------------------
 
 
@@ -133,21 +176,23 @@ def _moments(cut: Cut, stage: int, weights: Parameters) -> list[_Moment]:
     hidden = _hidden(cut)
     first, last = stage == 0, cut.is_last(stage)
     # the schedule keeps what a chunk hands on until its backward
-    kept = chunk_activations(cut, stage) + hidden
+    kept = [bytes_of + hidden for bytes_of in chunk_activations(cut, stage)]
     head_kept = 0
     if last:
         # of the last chunk: the last layer's output and its norm, instead of what is handed on
         head_kept = hidden + _row_numbers(cut)
-    activations = chunks_under_way(cut, stage) * kept + head_kept
+    passes = passes_under_way(cut, stage)
+    activations = sum(number * some for number, some in zip(passes, kept, strict=True)) + head_kept
     full = cut.job.lora_rank is None
     tied = full and cut.job.config.tie_word_embeddings and cut.pp == 1
     wgrad = embedding(cut) * cut.job.element if full else 0
     held = wgrad if tied else 0  # the output layer's part waits for the embedding's
-    moments = [_Moment("backward", activations - head_kept, 0, held + layer_workspace(cut))]
+    workspace = layer_workspace(cut, stage)
+    moments = [_Moment("backward", activations - head_kept, 0, held + workspace)]
     if last:
         moments += _loss_moments(cut, activations, wgrad)
     if first:
-        rest = activations - head_kept - kept
+        rest = activations - head_kept - kept[0]
         # what waited, what is new, and their sum
         moments.append(_Moment("embedding", rest, 0, hidden + 2 * held + wgrad))
     return [*moments, _Moment("update", 0, 0, _update_temporary(cut, weights))]
@@ -159,7 +204,7 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
     full_hidden = t * job.config.hidden_size * e
     vocabulary = cut.padded_vocab_size // cut.tp
     # fp32 logits are turned into the softmax in place, of 16-bit ones there is an fp32 copy
-    widened = FP32 if e == FP32 else e + FP32
+    widened = job.stack.logit_bytes or (FP32 if e == FP32 else e + FP32)
     if (chunk := job.cross_entropy_chunk_size) is not None:
         held = activations + (full_hidden if cut.sequence_parallel else 0)
         some = min(chunk, t) * vocabulary
@@ -177,23 +222,36 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
 
 def _update_temporary(cut: Cut, weights: Parameters) -> int:
     """What summing the gradients, clipping and AdamW make besides the state."""
-    return _joined_weights(cut, weights) + _summed_and_clipped(cut, weights)
+    return (
+        gradient_copy(cut, weights)
+        + _joined_weights(cut, weights)
+        + _summed_and_clipped(cut, weights)
+    )
 
 
 def _joined_weights(cut: Cut, weights: Parameters) -> int:
     """fp32 weights that are made for the update, beside the halves that they are made of."""
-    share = cut.replicas if cut.distributed_optimizer else 1
-    return weights.trained * FP32 // share if cut.reuse_fp32_param else 0
+    if not cut.reuse_fp32_param or not cut.job.stack.copies_all:
+        return 0
+    return weights.trained * FP32 // _share(cut)
 
 
 def _summed_and_clipped(cut: Cut, weights: Parameters) -> int:
+    # a tensor, or a rank's piece of one
+    largest = min(weights.largest, max(weights.buffers) // _share(cut)) * FP32
+    widened = 0
+    if cut.o2_optimizer:
+        # both moments of a tensor in fp32, and its gradient where that is of 16 bits
+        widened = (2 + (cut.o2_gradient and not cut.job.stack.copies_all)) * largest
+    if cut.job.stack.clips == "in place":
+        return widened
     if cut.job.backend == "cuda":
-        share = cut.replicas if cut.distributed_optimizer else 1
-        return weights.trained * FP32 // share  # the roots of all second moments at once
+        return weights.trained * FP32 // _share(cut)  # the roots of all second moments at once
     if cut.job.backend == "npu":
-        return weights.largest * FP32  # the clipped gradient of a tensor; AdamW works in place
+        return max(widened, largest)  # the clipped gradient; AdamW works in place
     # torch's fused AdamW clips as it reads; gloo scatters sums out of a copy of all gradients
-    return max(weights.buffers) * FP32 if cut.distributed_optimizer and cut.replicas > 1 else 0
+    scattered = max(weights.buffers) * FP32 if _share(cut) > 1 else 0
+    return max(widened, scattered)
 
 
 def _buffers(cut: Cut, stage: int) -> int:
@@ -208,7 +266,10 @@ def _buffers(cut: Cut, stage: int) -> int:
         gathered = cut.tokens * job.config.hidden_size * job.element
     # which target each row of an adapter's B belongs to
     owners = _adapter_rows(cut) * job.element * cut.layers_of(stage) if job.lora_rank else 0
-    held = tables + received + gathered + owners
+    mask = 0
+    if job.stack.has_whole_mask:
+        mask = job.seq_length**2 + (job.seq_length**2 // cut.cp if cut.cp > 1 else 0)
+    held = tables + received + gathered + owners + mask
     if job.backend != "npu":
         return held
     return held + _CAUSAL_MASK + communicators(cut) * HCCL_BYTES
@@ -238,26 +299,51 @@ def _row_numbers(cut: Cut) -> int:
     return cut.tokens // (cut.tp if cut.sequence_parallel else 1) * FP32
 
 
-def chunk_activations(cut: Cut, stage: int) -> int:
-    """Bytes that a model chunk's layers keep for backward, of one micro-batch."""
-    whole = _all_activations(cut, selective=cut.recompute == "selective")
-    recomputed = cut.recomputed(stage)
-    kept = recomputed * _hidden(cut) + (cut.layers_of(stage) - recomputed) * whole
-    return kept // cut.num_chunks
+def chunk_activations(cut: Cut, stage: int) -> list[int]:
+    """Bytes that the layers of each of a stage's chunks keep for backward, of one micro-batch."""
+    pairs = list(zip(cut.chunk_layers(stage), cut.recomputed_of_chunks(stage), strict=True))
+    kept = {pair: _kept_by(cut, *pair) for pair in set(pairs)}
+    return [kept[pair] for pair in pairs]
 
 
-def _all_activations(cut: Cut, *, selective: bool = False) -> int:
+def _kept_by(cut: Cut, layers: int, whole: int) -> int:
+    """By so many layers, `whole` of which are recomputed."""
+    others = layers - whole
+    return (
+        whole * _hidden(cut)
+        + others * _layer_activations(cut, selective=cut.recompute == "selective")
+        - min(cut.recompute_activation_function, others) * _activation_function(cut)
+        - min(cut.recompute_norm, others) * 2 * _hidden(cut)
+        - others * swapped(cut)
+    )
+
+
+def swapped(cut: Cut) -> int:
+    """Bytes of what a layer's attention keeps that wait in the host's memory: all but its output,
+    which linear_proj keeps too. A CPU's tensors are there anyway."""
+    if not cut.swap_attention or cut.job.backend == "cpu":
+        return 0
+    kept = _selective_attention(cut) if cut.recompute == "selective" else _attention(cut)
+    context = cut.heads * cut.job.config.kv_channels * cut.job.element
+    return cut.tokens * (kept - context)
+
+
+def _activation_function(cut: Cut) -> int:
+    """Bytes of SwiGLU's output."""
+    return cut.tokens * (cut.job.config.ffn_hidden_size // cut.tp) * cut.job.element
+
+
+def _layer_activations(cut: Cut, *, selective: bool = False) -> int:
     """Without recomputing, or without what attention's core keeps.
 
-    Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep if
-    they are not computed again; what attention keeps; gate and up, SwiGLU's output, likewise, and
-    in plain torch silu(gate).
+    Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep; what
+    attention keeps; gate and up, SwiGLU's output and in plain torch silu(gate).
     """
     job, t = cut.job, cut.tokens
-    mlp = _kept_of_mlp(cut) * (job.config.ffn_hidden_size // cut.tp)
-    norms = 2 if cut.recompute_norm else 4
-    kept = norms * _hidden(cut) + 2 * _row_numbers(cut) + t * mlp * job.element
+    kept = 4 * _hidden(cut) + 2 * _row_numbers(cut) + _kept_of_mlp(cut) * _activation_function(cut)
     kept += t * (_selective_attention(cut) if selective else _attention(cut))
+    if job.stack.keeps_gathered_inputs and cut.sequence_parallel:
+        kept += 2 * (t * job.config.hidden_size * job.element)
     if job.lora_rank is not None:
         # what each adapter's A gives, of 5 + 2 targets, and B spread out under all of them
         kept += (7 * t + _adapter_rows(cut)) * job.lora_rank * job.element
@@ -265,8 +351,8 @@ def _all_activations(cut: Cut, *, selective: bool = False) -> int:
 
 
 def _kept_of_mlp(cut: Cut) -> int:
-    """Times ffn: gate, up, in plain torch silu(gate), and the output if it is kept."""
-    return (3 if cut.job.backend == "npu" else 4) - cut.recompute_activation_function
+    """Times ffn: gate, up, the output, and in plain torch silu(gate)."""
+    return 3 if cut.job.backend == "npu" else 4
 
 
 def _adapter_rows(cut: Cut) -> int:
@@ -301,23 +387,25 @@ def _selective_attention(cut: Cut) -> int:
     return (cut.qkv_rows // cut.tp + cut.heads * cut.job.config.kv_channels) * cut.job.element
 
 
-def layer_workspace(cut: Cut) -> int:
+def layer_workspace(cut: Cut, stage: int) -> int:
     """Bytes that the backward of one layer needs above what all layers keep, at its fullest.
 
     The layer is the newest of a micro-batch. On its way backward frees what the layer kept, so only
     its beginning, the MLP, can be fuller than all that came before.
     """
+    layers, whole = max(cut.chunk_layers(stage)), max(cut.recomputed_of_chunks(stage))
     job, t, e = cut.job, cut.tokens, cut.job.element
     hidden, full_hidden = _hidden(cut), cut.tokens * job.config.hidden_size * job.element
-    ffn = t * (job.config.ffn_hidden_size // cut.tp) * e
+    ffn = _activation_function(cut)
     tensors = layer_tensors(cut)
     train = e if job.lora_rank is None else 0
     gathered = full_hidden if cut.sequence_parallel else 0
+    anew = layers > whole and cut.recompute_activation_function >= layers - whole
     # linear_fc2: its input's gradient, its weight's, and its input where that is computed again
-    second = gathered + ffn + tensors[6] * train + ffn * cut.recompute_activation_function
+    second = gathered + ffn + tensors[6] * train + ffn * anew
     swiglu = 2 * ffn  # gradients of both factors, while they are still kept
-    freed = _kept_of_mlp(cut) * ffn
-    again = hidden * cut.recompute_norm
+    freed = (_kept_of_mlp(cut) - anew) * ffn
+    again = hidden * (layers > whole and cut.recompute_norm >= layers - whole)
     first = 2 * ffn + full_hidden + tensors[5] * train - freed + again  # linear_fc1
     norm = hidden + (2 * e + 8) * hidden // e - freed - full_hidden
     if e == FP32:
@@ -325,10 +413,12 @@ def layer_workspace(cut: Cut) -> int:
     moments = [second, swiglu, first, norm]
     if job.keeps_scores:
         # a softmax with its gradient and result, in fp32; the MLP's part is gone or not yet there
-        anew = 0 if cut.recompute == "selective" else (FP32 + e)
-        moments.append(t * _scores(cut) * (3 * FP32 - anew) - freed - hidden)
+        kept_anew = 0 if cut.recompute == "selective" else (FP32 + e)
+        moments.append(t * _scores(cut) * (3 * FP32 - kept_anew) - freed - hidden)
     workspace = hidden + max(moments)
-    if cut.recompute == "full":
+    if layers > whole:
+        workspace += 2 * swapped(cut)  # what is back of this layer, and of the one before
+    if layers == whole:
         # the layer anew, whose input is what was kept, and its output
-        workspace += _all_activations(cut)
+        workspace += _layer_activations(cut)
     return workspace

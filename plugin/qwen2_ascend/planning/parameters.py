@@ -22,17 +22,36 @@ class Parameters(NamedTuple):
 
 
 def parameters(cut: Cut, stage: int) -> Parameters:
-    """Weights of a rank of `stage`, by its model chunks."""
+    """Weights of a rank of `stage`, by its model chunks; computed once for all cuts alike."""
+    key = (
+        cut.job.config,
+        cut.job.lora_rank,
+        (cut.tp, cut.pp, cut.layers_per_chunk, cut.num_layer_list, cut.noop_layers),
+        cut.replicas if cut.distributed_optimizer else None,
+        stage,
+    )
+    if key not in _KNOWN:
+        if len(_KNOWN) > 100_000:
+            _KNOWN.clear()
+        _KNOWN[key] = _parameters(cut, stage)
+    return _KNOWN[key]
+
+
+_KNOWN: dict[tuple, Parameters] = {}
+
+
+def _parameters(cut: Cut, stage: int) -> Parameters:
     chunks = [_chunk_tensors(cut, stage, chunk) for chunk in range(cut.num_chunks)]
     frozen = 0
     if cut.job.lora_rank is not None:
         frozen = sum(map(sum, chunks))
-        layers = _layers(cut, stage)
-        chunks = [layers * adapter_tensors(cut, cut.job.lora_rank) for _ in chunks]
+        adapters = adapter_tensors(cut, cut.job.lora_rank)
+        chunks = [layers * adapters for layers in cut.chunk_layers(stage)]
     trained = sum(map(sum, chunks))
     shared = cut.job.config.tie_word_embeddings and cut.pp > 1 and cut.job.lora_rank is None
     buffers = tuple(_buffer(cut, tensors, shared) for tensors in chunks)
-    return Parameters(frozen + trained, trained, buffers, max(map(max, chunks)))
+    largest = max(max(tensors, default=0) for tensors in chunks)
+    return Parameters(frozen + trained, trained, buffers, largest)
 
 
 def layer_tensors(cut: Cut) -> list[int]:
@@ -70,12 +89,8 @@ def embedding(cut: Cut) -> int:
     return cut.padded_vocab_size // cut.tp * cut.job.config.hidden_size
 
 
-def _layers(cut: Cut, stage: int) -> int:
-    return cut.layers_per_chunk or cut.layers_of(stage)
-
-
 def _chunk_tensors(cut: Cut, stage: int, chunk: int) -> list[int]:
-    tensors = _layers(cut, stage) * layer_tensors(cut)
+    tensors = cut.chunk_layers(stage)[chunk] * layer_tensors(cut)
     if (stage, chunk) == (0, 0):
         tensors = [embedding(cut), *tensors]
     if cut.is_last(stage) and chunk == cut.num_chunks - 1:

@@ -8,7 +8,7 @@ from typing import Any
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.devices import GB
 from qwen2_ascend.planning.memory import Memory, stage_memory
-from qwen2_ascend.planning.report import Result, best_of_each_shape
+from qwen2_ascend.planning.report import Result, best_of_each_shape, recompute_words
 from qwen2_ascend.planning.search import Plan
 
 PARTS = {
@@ -124,7 +124,7 @@ def _name(plan: Plan) -> str:
     cut = plan.cut
     words = [f"micro-batch {cut.micro_batch_size}"]
     words += ["SP"] * cut.sequence_parallel + ["dist-opt"] * cut.distributed_optimizer
-    words += [f"{cut.recompute} recompute"] * (cut.recompute != "none")
+    words += [f"{recompute_words(cut)} recompute"] * (recompute_words(cut) != "-")
     return f"{cut.label()}\n{', '.join(words)}"
 
 

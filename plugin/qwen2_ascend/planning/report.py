@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.planning.devices import GB
-from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job
 from qwen2_ascend.planning.roofline import bubble_fraction
 from qwen2_ascend.planning.search import Machine, Plan
 from qwen2_ascend.planning.traffic import step_traffic
@@ -26,6 +26,8 @@ class Result(NamedTuple):
     """The best first."""
     fewest: Plan | None
     """On the smallest number of devices that the job fits on."""
+    in_16_bits: Plan | None = None
+    """Where nothing fits: the best with --o2-gradient and --o2-optimizer, if that does."""
 
 
 def best_of_each_shape(plans: list[Plan]) -> list[Plan]:
@@ -56,7 +58,8 @@ def answer(result: Result) -> str:
     parameters, unit = job.config.num_parameters, 9 if job.config.num_parameters >= 1e8 else 6
     what = f"{result.model} ({parameters / 10**unit:.2f}e{unit} parameters, {job.dtype}"
     what += ", " + (f"LoRA rank {job.lora_rank}" if job.lora_rank else "all weights")
-    what += f", sequences of {job.seq_length}, {job.global_batch_size} per step)"
+    samples = "pairs of sequences" if job.pairs else "sequences"
+    what += f", {samples} of {job.seq_length}, {job.global_batch_size} per step)"
     where = f"{machine.num_devices} x {machine.device.name}"
     usable = f"{machine.usable_memory / GB:.1f} of {machine.device.memory / GB:.1f} GB usable"
     fitting = sum(plan.fits for plan in result.plans)
@@ -80,6 +83,12 @@ def answer(result: Result) -> str:
             f"The fewest it fits on: {number}, {_gb(fewest.memory.total)} GB "
             f"({_settings(fewest.cut)})."
         )
+    if result.in_16_bits is not None:
+        plan = result.in_16_bits
+        lines.append(
+            "With --o2-gradient --o2-optimizer, which cost precision, it fits: "
+            f"{_gb(plan.memory.total)} GB ({_settings(plan.cut)})."
+        )
     return "\n".join(lines)
 
 
@@ -88,8 +97,29 @@ def _settings(cut: Cut) -> str:
     words = [cut.label(), f"micro-batch {cut.micro_batch_size}"]
     words += ["sequence parallel"] * cut.sequence_parallel
     words += ["distributed optimizer"] * cut.distributed_optimizer
-    words += [f"{cut.recompute} recompute"] * (cut.recompute != "none")
+    words += [f"{recompute_words(cut)} recompute"] * (recompute_words(cut) != "-")
+    words += [flag for flag, is_on in _memory_flags(cut).items() if is_on]
     return ", ".join(words)
+
+
+def recompute_words(cut: Cut) -> str:
+    """What of a cut is recomputed, in a table's cell."""
+    if cut.recompute == "full" and cut.recomputed_layers is not None:
+        return f"block {cut.recomputed_layers // cut.num_chunks}"
+    if cut.recompute != "none":
+        return cut.recompute
+    outputs = ["swiglu"] * bool(cut.recompute_activation_function)
+    outputs += ["norm"] * bool(cut.recompute_norm)
+    return "+".join(outputs) or "-"
+
+
+def _memory_flags(cut: Cut) -> dict[str, bool]:
+    return {
+        "--reuse-fp32-param": cut.reuse_fp32_param,
+        "--swap-attention": cut.swap_attention,
+        "--o2-gradient": cut.o2_gradient,
+        "--o2-optimizer": cut.o2_optimizer,
+    }
 
 
 _COLUMNS = {
@@ -97,7 +127,7 @@ _COLUMNS = {
     "mbs": lambda plan: str(plan.cut.micro_batch_size),
     "SP": lambda plan: "yes" if plan.cut.sequence_parallel else "-",
     "dist-opt": lambda plan: "yes" if plan.cut.distributed_optimizer else "-",
-    "recompute": lambda plan: plan.cut.recompute.replace("none", "-"),
+    "recompute": lambda plan: recompute_words(plan.cut),
     "GB": lambda plan: _gb(plan.memory.total),
     "fits": lambda plan: "yes" if plan.has_headroom else "tight" if plan.fits else "no",
     "weights": lambda plan: _gb(plan.memory.weights),
@@ -117,13 +147,14 @@ def _gb(num_bytes: float) -> str:
 
 
 def _table(plans: list[Plan]) -> list[str]:
-    rows = [[*_COLUMNS, "TP GB", "PP GB", "DP GB", "s/step", "tok/s"]]
+    rows = [[*_COLUMNS, "TP GB", "CP GB", "PP GB", "DP GB", "s/step", "tok/s"]]
     for plan in plans:
         sent = step_traffic(plan.cut)
         devices = plan.cut.num_devices
         rows.append(
             [column(plan) for column in _COLUMNS.values()]
-            + [_gb((sent["TP"] + sent["SP"]) / devices), _gb(sent["PP"] / devices)]
+            + [_gb((sent["TP"] + sent["SP"]) / devices)]
+            + [_gb(sent["CP"] / devices), _gb(sent["PP"] / devices)]
             + [_gb(sent["DP"] / devices), f"{plan.time.total:.3g}"]
             + [f"{plan.cut.job.tokens_per_step / plan.time.total / devices:,.0f}"]
         )
@@ -146,7 +177,7 @@ def _notes(result: Result) -> str:
         assumed = f"\nAssumed, for want of figures: {', '.join(names)}; --help has flags for yours."
     return (
         "GB: of the fullest card, at the fullest moment of a step; tight leaves less than "
-        f"{result.machine.headroom:.0%} of the card. TP (with SP), PP, DP GB: sent "
+        f"{result.machine.headroom:.0%} of the card. TP (with SP), CP, PP, DP GB: sent "
         "per card and step.\ns/step and tok/s (per card) are predicted, not measured "
         f"here: constants are {rates.source}.\n{device.name}: {device.source}." + assumed
     )
@@ -196,6 +227,11 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
         f"--tensor-model-parallel-size {cut.tp}",
         f"--pipeline-model-parallel-size {cut.pp}",
     ]
+    if cut.num_layer_list is not None:
+        flags.append(f"--num-layer-list {','.join(map(str, cut.num_layer_list))}")
+    if cut.cp > 1:
+        algorithm = "ulysses_cp_algo" if cut.ulysses > 1 else "megatron_cp_algo"
+        flags.append(f"--context-parallel-size {cut.cp} --context-parallel-algo {algorithm}")
     if cut.layers_per_chunk:
         flags.append(f"--num-layers-per-virtual-pipeline-stage {cut.layers_per_chunk}")
     if cut.vocabulary_is_padded:
@@ -209,9 +245,17 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
     ]
     if cut.recompute == "selective":
         flags.append("--recompute-granularity selective")
+    elif cut.recompute == "full" and cut.recomputed_layers is not None:
+        flags.append("--recompute-granularity full --recompute-method block")
+        flags.append(f"--recompute-num-layers {cut.recomputed_layers // cut.num_chunks}")
     elif cut.recompute == "full":
         flags.append("--recompute-granularity full --recompute-method uniform")
         flags.append("--recompute-num-layers 1")
+    for name in ("activation_function", "norm"):
+        number, flag = getattr(cut, f"recompute_{name}"), f"--recompute-{name.replace('_', '-')}"
+        if number:
+            flags.append(flag if number >= ALL_LAYERS else f"{flag} {flag}-num-layers {number}")
+    flags += [flag for flag, is_on in _memory_flags(cut).items() if is_on]
     flags += ["--attention-backend unfused"] * job.keeps_scores
     if job.cross_entropy_chunk_size:
         flags.append(f"--cross-entropy-chunk-size {job.cross_entropy_chunk_size}")
@@ -256,10 +300,19 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "tensor_model_parallel_size": cut.tp,
         "pipeline_model_parallel_size": cut.pp,
         "num_layers_per_virtual_pipeline_stage": cut.layers_per_chunk,
+        "num_layer_list": cut.num_layer_list,
+        "context_parallel_size": cut.cp,
         "data_parallel_size": cut.dp,
         "sequence_parallel": cut.sequence_parallel,
         "use_distributed_optimizer": cut.distributed_optimizer,
         "recompute_granularity": None if cut.recompute == "none" else cut.recompute,
+        "recomputed_layers_of_a_stage": cut.recomputed_layers,
+        "recompute_activation_function": cut.recompute_activation_function > 0,
+        "recompute_norm": cut.recompute_norm > 0,
+        "reuse_fp32_param": cut.reuse_fp32_param,
+        "swap_attention": cut.swap_attention,
+        "o2_gradient": cut.o2_gradient,
+        "o2_optimizer": cut.o2_optimizer,
         "micro_batch_size": cut.micro_batch_size,
         "padded_vocab_size": cut.padded_vocab_size,
         "fits": plan.fits,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from qwen2_ascend.planning.devices import MC2_SHARE, Device, Rates
 from qwen2_ascend.planning.job import Cut
-from qwen2_ascend.planning.parameters import Parameters, embedding, layer_tensors, parameters
-from qwen2_ascend.planning.traffic import context_traffic, rank_traffic
+from qwen2_ascend.planning.parameters import embedding, layer_tensors, parameters
+from qwen2_ascend.planning.traffic import context_parallel, micro_batches_traffic, update_traffic
 
 
 class Work(NamedTuple):
@@ -66,10 +66,9 @@ def step_time(
     rates: Rates,
     *,
     devices_per_node: int,
-    weights: dict[int, Parameters] | None = None,
 ) -> StepTime:
     """Of the slowest stage, and the others' part of the bubble."""
-    work, busy = step_work(cut, device, rates, devices_per_node, weights)
+    work, busy = step_work(cut, device, rates, devices_per_node)
     return StepTime(
         products=busy.products / rates.products,
         attention=busy.attention / rates.attention,
@@ -85,7 +84,6 @@ def step_work(
     device: Device,
     rates: Rates,
     devices_per_node: int,
-    weights: dict[int, Parameters] | None = None,
 ) -> tuple[Work, Work]:
     """(all that a step waits for, the slowest stage's own part of it).
 
@@ -96,7 +94,7 @@ def step_work(
     alike = _alike(cut)
     works = {stage: micro_batch_work(cut, stage, device, devices_per_node) for stage in alike}
     slowest = max(works, key=lambda stage: works[stage].seconds(rates))
-    once = _update_work(cut, slowest, device, devices_per_node, (weights or {}).get(slowest))
+    once = _update_work(cut, slowest, device, devices_per_node)
     busy = once.plus(works[slowest], cut.num_microbatches)
     waiting = Work()
     for stage, number in alike.items():
@@ -174,11 +172,23 @@ def stage_bytes(cut: Cut, stage: int) -> float:
     rotary = 2 * (cut.heads + cut.groups) * config.kv_channels
     layer = 10 * h + rotary + 3 * config.ffn_hidden_size / cut.tp
     total = (3 * cut.layers_of(stage) + cut.recomputed(stage)) * layer * e
+    # outputs that are computed again: SwiGLU's, both norms'
+    swiglu, norms = single_outputs(cut, stage)
+    total += (swiglu * 3 * config.ffn_hidden_size / cut.tp + norms * 4 * h) * e
     if cut.is_last(stage):
         # logits are read in 16 bits and handled in fp32: maximum, exponential, sum, gradient
         total += 6 * 4 * cut.padded_vocab_size / cut.tp
     # each new gradient is read and added to one in fp32
     return total * cut.tokens + (e + 8) * _trained(cut, stage)
+
+
+def single_outputs(cut: Cut, stage: int) -> tuple[int, int]:
+    """Layers of a stage in which SwiGLU's output is computed again, and both norms'."""
+    pairs = zip(cut.chunk_layers(stage), cut.recomputed_of_chunks(stage), strict=True)
+    others = [layers - whole for layers, whole in pairs]
+    asked = (cut.recompute_activation_function, cut.recompute_norm)
+    swiglu, norms = (sum(min(number, n) for n in others) for number in asked)
+    return swiglu, norms
 
 
 def _trained(cut: Cut, stage: int) -> int:
@@ -198,7 +208,7 @@ def _exchange_seconds(cut: Cut, stage: int, device: Device, devices_per_node: in
     def link(num_ranks: int, span: int) -> float:
         return device.link(num_ranks, span, devices_per_node)
 
-    sent, n = rank_traffic(cut, stage), cut.num_microbatches
+    sent, n = micro_batches_traffic(cut, stage), cut.num_microbatches
     seconds = 0.0
     if cut.tp > 1:
         share = MC2_SHARE if cut.mc2 else 1.0
@@ -206,24 +216,21 @@ def _exchange_seconds(cut: Cut, stage: int, device: Device, devices_per_node: in
     if cut.pp > 1:
         seconds += sent["PP"] / n / link(2, cut.num_devices)
     if cut.cp > 1:
-        heads, ring = context_traffic(cut, stage)
         span = cut.tp * cut.cp
-        seconds += heads / link(cut.ulysses, span) if cut.ulysses > 1 else 0.0
-        seconds += ring / link(2, span)
+        for call in context_parallel(cut, stage):
+            if call.sent_bytes:
+                seconds += call.sent_bytes / n / link(call.num_ranks, span)
     return seconds
 
 
-def _update_work(
-    cut: Cut, stage: int, device: Device, devices_per_node: int, weights: Parameters | None
-) -> Work:
+def _update_work(cut: Cut, stage: int, device: Device, devices_per_node: int) -> Work:
     """What a step does once: summing gradients over data-parallel ranks, and AdamW."""
-    weights = weights or parameters(cut, stage)
     share = cut.replicas if cut.distributed_optimizer else 1
     # AdamW reads a gradient, reads and writes a weight and two moments in fp32, writes a 16-bit one
-    num_bytes = sum(weights.buffers) / share * (28 + cut.job.element)
+    num_bytes = sum(parameters(cut, stage).buffers) / share * (28 + cut.job.element)
     links = 0.0
     if cut.replicas > 1 and not cut.overlap_grad_reduce:
         span = cut.tp * cut.replicas
         link = device.link(cut.replicas, span, devices_per_node)
-        links = rank_traffic(cut, stage, weights)["DP"] / link
+        links = update_traffic(cut, stage) / link
     return Work(memory=num_bytes / device.memory_bandwidth, links=links, steps=1)

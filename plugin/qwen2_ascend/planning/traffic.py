@@ -10,15 +10,16 @@ Letters: `t` tokens of a micro-batch, `h` hidden, `e` bytes of an activation, `n
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from qwen2_ascend.planning.job import Cut
-from qwen2_ascend.planning.parameters import Parameters, embedding, parameters
+from qwen2_ascend.planning.parameters import embedding, parameters
 
-Kind = Literal["TP", "SP", "PP", "DP"]
-KINDS: tuple[Kind, ...] = ("TP", "SP", "PP", "DP")
+Kind = Literal["TP", "SP", "CP", "PP", "DP"]
+KINDS: tuple[Kind, ...] = ("TP", "SP", "CP", "PP", "DP")
 FP32 = 4
 
 
@@ -27,7 +28,7 @@ class Collective(NamedTuple):
 
     kind: Kind
     """What causes it; the gradient of tied embeddings on two stages counts as PP."""
-    op: Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+    op: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
     num_ranks: int
     num_bytes: int
     num_calls: int
@@ -54,39 +55,42 @@ def step_traffic(cut: Cut) -> dict[Kind, float]:
     return total
 
 
-def rank_traffic(cut: Cut, stage: int, weights: Parameters | None = None) -> dict[Kind, float]:
+def rank_traffic(cut: Cut, stage: int) -> dict[Kind, float]:
     """Bytes that one rank of `stage` sends in a step, by kind."""
+    return _sent(collectives(cut, stage))
+
+
+def micro_batches_traffic(cut: Cut, stage: int) -> dict[Kind, float]:
+    """Of those, what its micro-batches send."""
+    return _sent(_of_micro_batches(cut, stage))
+
+
+def update_traffic(cut: Cut, stage: int) -> float:
+    """And what the update sends."""
+    return _sent(_data_parallel(cut, stage))["DP"] if cut.replicas > 1 else 0.0
+
+
+def _sent(calls: Iterator[Collective]) -> dict[Kind, float]:
     sent: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
-    for collective in collectives(cut, stage, weights):
+    for collective in calls:
         sent[collective.kind] += collective.sent_bytes
     return sent
 
 
-def context_traffic(cut: Cut, stage: int) -> tuple[float, float]:
-    """Bytes that a rank of a context-parallel group sends in a stage for one micro-batch.
-
-    Returns:
-        Those that exchange heads for tokens and back (Ulysses: q, k, v and the output, forward and
-        backward), and those that go round the ring: k and v forward, and with their gradients back.
-    """
-    config, e = cut.job.config, cut.job.element
-    keys = config.num_query_groups * config.kv_channels / cut.tp
-    queries = config.num_attention_heads * config.kv_channels / cut.tp
-    a_token = cut.layers_of(stage) * cut.tokens * e
-    others = (cut.ulysses - 1) / cut.ulysses
-    return 2 * others * (2 * queries + 2 * keys) * a_token, (
-        (cut.cp // cut.ulysses - 1) * 3 * 2 * keys * a_token
-    )
-
-
-def collectives(cut: Cut, stage: int, weights: Parameters | None = None) -> Iterator[Collective]:
+def collectives(cut: Cut, stage: int) -> Iterator[Collective]:
     """Those of a rank of pipeline stage `stage`; counts may be zero."""
+    yield from _of_micro_batches(cut, stage)
+    if cut.replicas > 1:
+        yield from _data_parallel(cut, stage)
+
+
+def _of_micro_batches(cut: Cut, stage: int) -> Iterator[Collective]:
     if cut.tp > 1:
         yield from _tensor_parallel(cut, stage)
+    if cut.cp > 1:
+        yield from context_parallel(cut, stage)
     if cut.pp > 1:
         yield from _pipeline(cut, stage)
-    if cut.replicas > 1:
-        yield from _data_parallel(cut, weights or parameters(cut, stage))
 
 
 def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
@@ -147,6 +151,22 @@ def _adapters(cut: Cut, layers: int, forwards: int) -> Iterator[Collective]:
     yield Collective("SP", "all_reduce", cut.tp, whole * FP32, 1)
 
 
+def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+    """What attention exchanges: heads for tokens and back (Ulysses: q, k, v and the output, forward
+    and backward; keys are repeated where ranks outnumber query groups), and round the ring k and v
+    forward, and in backward again with their gradients."""
+    layers, n = cut.layers_of(stage), cut.num_microbatches
+    # what is recomputed exchanges once more
+    again = layers if cut.recompute == "selective" else cut.recomputed(stage)
+    one_head = cut.tokens * cut.job.config.kv_channels * cut.job.element
+    keys = 2 * cut.groups * one_head
+    repeats = cut.ulysses // math.gcd(cut.groups, cut.ulysses)
+    exchanged = 2 * cut.heads * one_head + repeats * keys
+    yield Collective("CP", "all_to_all", cut.ulysses, exchanged, n * (2 * layers + again))
+    turns = cut.cp // cut.ulysses - 1
+    yield Collective("CP", "send", 2, keys, n * turns * (3 * layers + again))
+
+
 def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
     config, n, chunks = cut.job.config, cut.num_microbatches, cut.num_chunks
     share = cut.tp if cut.sequence_parallel else 1
@@ -158,10 +178,11 @@ def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
         yield Collective("PP", "all_reduce", 2, embedding(cut) * FP32, int(ends))
 
 
-def _data_parallel(cut: Cut, weights: Parameters) -> Iterator[Collective]:
-    for elements, chunks in Counter(weights.buffers).items():
+def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+    gradient = cut.job.element if cut.o2_gradient else FP32
+    for elements, chunks in Counter(parameters(cut, stage).buffers).items():
         if not cut.distributed_optimizer:
-            yield Collective("DP", "all_reduce", cut.replicas, elements * FP32, chunks)
+            yield Collective("DP", "all_reduce", cut.replicas, elements * gradient, chunks)
             continue
-        yield Collective("DP", "reduce_scatter", cut.replicas, elements * FP32, chunks)
+        yield Collective("DP", "reduce_scatter", cut.replicas, elements * gradient, chunks)
         yield Collective("DP", "all_gather", cut.replicas, elements * cut.job.element, chunks)

@@ -70,6 +70,16 @@ def redirect_torch() -> None:
         ),
         lambda original: lambda device=None: None,
     )
+    apply(
+        Patch(
+            target="torch:cuda.current_stream",
+            why="before it reduces gradients megatron-core 0.19 takes the stream that CUDA graphs "
+            "would be waited for on, with or without graphs",
+            how="answers the CPU's stream, on which waiting does nothing",
+            until=_UNTIL,
+        ),
+        lambda original: lambda device=None: torch.cpu.current_stream(),
+    )
     _redirect_random_state()
 
 

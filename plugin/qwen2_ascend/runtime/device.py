@@ -164,13 +164,15 @@ class Runtime:
         """One line for a log: device, backend, processes and releases."""
         import megatron.core
 
+        # since 0.18 it has the commit of whatever git tree it lies in behind a plus
+        version = megatron.core.__version__.partition("+")[0]
         device = self.name
         if device != "cpu":
             played = "simulated " if self.simulated else ""
             device = f"{device} ({played}{self.device_name()})"
         return (
             f"device {device}, backend {self.backend}, {self.world_size} process(es), "
-            f"torch {torch.__version__}, megatron-core {megatron.core.__version__}"
+            f"torch {torch.__version__}, megatron-core {version}"
         )
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from qwen2_ascend.machine import rank
+
 FIRST_SECONDS = 2
 """How long a rank waits for the first of its node to say the same fault."""
 FIRST_OF_ALL_SECONDS = 60
@@ -33,11 +35,6 @@ _forking: int | None = None
 
 stop_received = False
 """Whether this process was told to stop and is going to: what fails after that needs no words."""
-
-
-def rank() -> int:
-    """This process's rank; 0 of a process alone."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def end_with_parent() -> None:

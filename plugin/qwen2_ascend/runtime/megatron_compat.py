@@ -1,6 +1,6 @@
-"""megatron-core's process groups, and the differences between its releases 0.12 to 0.16.
+"""megatron-core's process groups, and the differences between its releases 0.12 to 0.19.
 
-The differences are of three kinds. Arguments that came or went: `supported_keywords`. What an older
+The differences are of three kinds. Arguments that came or went: `supported_keywords`. What a
 release does wrong: a patch, with its entry in the ledger. What it cannot do: a UserError that names
 the release that can.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.runtime import absent_triton
 
 
 def supported_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
@@ -104,24 +105,20 @@ def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
         num_layers: of the whole model, which with `layout` gives the virtual pipeline size.
 
     Raises:
-        UserError: tensor times pipeline parallel size does not divide the number of processes.
+        UserError: the layout's sizes do not divide the number of processes.
     """
     from megatron.core import parallel_state
 
     from qwen2_ascend.runtime.startup import current
 
     runtime = current()
-    model_size = layout.tp * layout.pp
-    if runtime.world_size % model_size:
-        raise UserError(
-            f"{runtime.world_size} process(es) cannot hold tensor_model_parallel_size={layout.tp} "
-            f"times pipeline_model_parallel_size={layout.pp} = {model_size}; start a multiple of "
-            f"{model_size}."
-        )
+    if runtime.world_size % layout.model_size:
+        raise UserError(layout.world_fault(runtime.world_size))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(layout, num_layers),
+        context_parallel_size=layout.cp,
         # a number of any kind: it goes into a timedelta
         distributed_timeout_minutes=runtime.timeout_seconds / 60,  # pyright: ignore[reportArgumentType]
     )
@@ -181,8 +178,13 @@ def virtual_stage(index: int | None) -> Iterator[int | None]:
         tell(0)
 
 
-def silence_known_notes() -> None:
-    """Keeps out of users' logs what megatron-core says about packages nobody here needs."""
+def prepare_import() -> None:
+    """Comes before megatron-core is imported, on every device.
+
+    It may be imported without triton, and says nothing in users' logs about packages that nobody
+    here needs.
+    """
+    absent_triton.lend()
     for note in (
         ".*Transformer Engine and Apex are not installed",
         "Apex is not installed",
@@ -256,6 +258,34 @@ def each_node_builds_data() -> Iterator[None]:
         lambda original: lambda group=None: place if group is None else original(group),
     ):
         yield
+
+
+def finalize_gradients(
+    chunks: list[Any], num_tokens: Any = None, *others: Any, **keywords: Any
+) -> None:
+    """megatron-core's `finalize_model_grads`: sums gradients over ranks, divides by all tokens.
+
+    0.12 counts the tokens of data-parallel ranks only, not of those that share a sequence.
+
+    Args:
+        chunks: in DistributedDataParallel.
+        num_tokens: of this rank; None leaves the division out.
+        *others: of the installed release, as its schedules give them.
+        **keywords: likewise.
+    """
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    if num_tokens is not None and not _counts_tokens_of_sequences(finalize_model_grads):
+        group = parallel_state.get_context_parallel_group()
+        torch.distributed.all_reduce(num_tokens, group=group)
+    finalize_model_grads(chunks, num_tokens, *others, **keywords)
+
+
+@functools.cache
+def _counts_tokens_of_sequences(finalize: Callable[..., None]) -> bool:
+    return "with_context_parallel=True" in inspect.getsource(finalize)
 
 
 def _prepare_buckets() -> None:

@@ -5,6 +5,10 @@ rewrites of megatron-core around them (the vocabulary's embedding and cross entr
 buckets, the softmax of unfused attention). It replaces about a hundred attributes of torch and
 megatron-core, so it is activated before megatron-core is imported, or not at all.
 
+From megatron-core 0.17 on its place is taken by MegatronAdaptor with TransformerEngineNPU, which
+`--mindspeed` activates there. Neither has been run with this project, so it is never taken
+unasked.
+
 At import this module needs the standard library alone.
 """
 
@@ -21,7 +25,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qwen2_ascend.errors import Lines, UserError
 
@@ -57,6 +61,10 @@ NEEDED_BY_NEWER = ("triton",)
 """The same, from core_r0.16.0 on; for Ascend it is in the package triton-ascend."""
 
 
+ADAPTOR_SINCE = (0, 17)
+"""The first megatron-core that MegatronAdaptor is for, and no MindSpeed."""
+
+
 class Installed(NamedTuple):
     """The `mindspeed` that would be imported, found without importing it."""
 
@@ -67,6 +75,16 @@ class Installed(NamedTuple):
     """The package of that name on the Python package index: no MindSpeed at all."""
     is_train_26: bool
     """Of the branches 26.x and master, which share a version with 2.3.0."""
+
+
+class Adaptor(NamedTuple):
+    """The `megatron_adaptor` that would be imported, found without importing it."""
+
+    folder: Path
+    version: str | None
+    """None where pip does not know it."""
+    has_transformer_engine: bool
+    """Whether a `transformer_engine` is there: TransformerEngineNPU has NVIDIA's name."""
 
 
 class Stack(NamedTuple):
@@ -80,10 +98,11 @@ class Stack(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Whether MindSpeed is going to be activated, and why."""
+    """Whether MindSpeed, or what took its place, is going to be activated, and why."""
 
     active: bool
     why: str
+    package: Literal["mindspeed", "megatron_adaptor"] = "mindspeed"
 
 
 # --- what is there --------------------------------------------------------------------------------
@@ -91,11 +110,24 @@ class Choice(NamedTuple):
 
 def find() -> Installed | None:
     """The MindSpeed of this Python, or None."""
-    spec = importlib.util.find_spec("mindspeed")
+    folder = _folder("mindspeed")
+    return folder and inspect_folder(folder, _metadata_version("mindspeed"))
+
+
+def find_adaptor() -> Adaptor | None:
+    """The MegatronAdaptor of this Python, or None."""
+    folder = _folder("megatron_adaptor")
+    return folder and Adaptor(
+        folder=folder,
+        version=_metadata_version("megatron_adaptor"),
+        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )
+
+
+def _folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
     places = list(spec.submodule_search_locations or ()) if spec else []
-    if not places:
-        return None
-    return inspect_folder(Path(places[0]), _metadata_version("mindspeed"))
+    return Path(places[0]) if places else None
 
 
 def inspect_folder(folder: Path, version: str | None) -> Installed:
@@ -120,7 +152,8 @@ def current_stack(torch_version: str) -> Stack:
         info = Path(core.origin).with_name("package_info.py")
         version = str(runpy.run_path(str(info))["__version__"]) if info.is_file() else version
     return Stack(
-        megatron_core=version,
+        # since 0.18 it has the commit of whatever git tree it lies in behind a plus
+        megatron_core=version.partition("+")[0],
         torch=release(torch_version),
         has_training=importlib.util.find_spec("megatron.training") is not None,
         missing=tuple(
@@ -132,9 +165,17 @@ def current_stack(torch_version: str) -> Stack:
 
 
 def release(version: str) -> str:
-    """The numbers that a version begins with, up to three: what releases are matched by."""
-    numbers = re.match(r"\d+(\.\d+){0,2}", version)
-    return numbers[0] if numbers else version
+    """The three numbers of a version, which releases are matched by.
+
+    So a release candidate, a post-release and a local build are of the release they are named for.
+    """
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        numbers = Version(version).release
+    except InvalidVersion:
+        return version
+    return ".".join(map(str, (*numbers, 0, 0)[:3]))
 
 
 def _metadata_version(package: str) -> str | None:
@@ -190,18 +231,23 @@ def table() -> str:
 
 
 def choose(
-    requested: bool | None, device: str, installed: Installed | None, stack: Stack
+    requested: bool | None,
+    device: str,
+    installed: Installed | None,
+    stack: Stack,
+    adaptor: Adaptor | None = None,
 ) -> Choice:
-    """Whether to activate MindSpeed.
+    """Whether to activate MindSpeed, or MegatronAdaptor with a megatron-core that it is for.
 
-    Asked for, everything that can work is taken. By itself it is taken only with the torch that
-    its documents name: it replaces parts of torch and megatron-core by name.
+    Asked for, everything that can work is taken. By itself MindSpeed is taken only with the torch
+    that its documents name: it replaces parts of torch and megatron-core by name.
 
     Args:
         requested: True for --mindspeed, False for --no-mindspeed, None for neither.
         device: cpu, cuda or npu.
         installed: what `find` found.
         stack: what `current_stack` found.
+        adaptor: what `find_adaptor` found.
 
     Raises:
         UserError: it is asked for and cannot work.
@@ -212,6 +258,8 @@ def choose(
         if requested:
             raise UserError(f"--mindspeed: MindSpeed is for device npu; this run is on {device}.")
         return Choice(False, f"is for device npu, not {device}")
+    if needs_adaptor(stack.megatron_core):
+        return _choose_adaptor(requested, adaptor, stack)
     if installed is None:
         if requested:
             raise UserError(
@@ -247,6 +295,43 @@ def choose(
     )
 
 
+def needs_adaptor(megatron_core: str) -> bool:
+    """Whether MegatronAdaptor is for this megatron-core, and no MindSpeed."""
+    numbers = tuple(int(number) for number in release(megatron_core).split(".") if number.isdigit())
+    return numbers[:2] >= ADAPTOR_SINCE
+
+
+def adaptor_fault(adaptor: Adaptor | None, megatron_core: str) -> str | None:
+    """Why MegatronAdaptor cannot be activated, or None."""
+    if adaptor is None:
+        branch = "core_r" + ".".join(megatron_core.split(".")[:2]) + ".0"
+        return (
+            f"megatron-core {megatron_core} goes with MegatronAdaptor and TransformerEngineNPU in "
+            "place of MindSpeed, and MegatronAdaptor is not installed; install both from their "
+            f"source repositories (gitcode.com/Ascend), MegatronAdaptor of the branch {branch}."
+        )
+    if not adaptor.has_transformer_engine:
+        return (
+            f"MegatronAdaptor in {adaptor.folder} needs TransformerEngineNPU, which is not "
+            "installed; install it from its source repository "
+            "(gitcode.com/Ascend/TransformerEngineNPU)."
+        )
+    return None
+
+
+def _choose_adaptor(requested: bool | None, adaptor: Adaptor | None, stack: Stack) -> Choice:
+    """It is taken only when it is asked for."""
+    wrong = adaptor_fault(adaptor, stack.megatron_core)
+    if wrong and requested:
+        raise UserError(f"--mindspeed: {wrong}")
+    if adaptor is None:
+        return Choice(False, "is not installed; the layers call torch_npu themselves")
+    what = f"MegatronAdaptor {adaptor.version or 'of unknown version'} in {adaptor.folder}"
+    if requested:
+        return Choice(True, f"{what}, asked for; unproven with this project", "megatron_adaptor")
+    return Choice(False, f"{what} is installed and not used: it is unproven; --mindspeed takes it")
+
+
 # --- activation -----------------------------------------------------------------------------------
 
 
@@ -263,9 +348,7 @@ def activate(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         UserError: it cannot be imported. Parts of torch may have been replaced by then.
     """
-    assert not any(name.startswith("megatron.core") for name in sys.modules), (
-        "comes before megatron"
-    )
+    _assert_before_megatron()
     os.environ.setdefault("MIND_SPEED_LOG_LEVEL", "ERROR")
     try:
         with _without_command_line(), warnings.catch_warnings(record=True):
@@ -281,6 +364,29 @@ def activate(arguments: Mapping[str, Any]) -> tuple[str, ...]:
         ) from error
     manager = importlib.import_module("mindspeed.patch_utils").MindSpeedPatchesManager
     return tuple(name for name, patch in manager.patches_info.items() if patch.is_applied)
+
+
+def activate_adaptor() -> None:
+    """Lets MegatronAdaptor patch torch and megatron-core, which its import does.
+
+    Raises:
+        UserError: it cannot be imported. Parts of torch may have been replaced by then.
+    """
+    _assert_before_megatron()
+    try:
+        with _without_command_line(), warnings.catch_warnings(record=True):
+            importlib.import_module("megatron_adaptor")
+    except (ImportError, AttributeError, OSError) as error:
+        raise UserError(
+            f"MegatronAdaptor cannot be activated ({type(error).__name__}: {error}); install its "
+            "requirements and the CANN of its branch, or refuse it with --no-mindspeed."
+        ) from error
+
+
+def _assert_before_megatron() -> None:
+    assert not any(name.startswith("megatron.core") for name in sys.modules), (
+        "comes before megatron"
+    )
 
 
 def relied_on(patched: Sequence[str]) -> tuple[str, ...]:

@@ -133,6 +133,20 @@ def activate_mindspeed(arguments: Mapping[str, Any]) -> str:
     return f"{len(patched)} attributes replaced"
 
 
+def activate_adaptor() -> str:
+    """Activates MegatronAdaptor, records that, and says what is known of it."""
+    mindspeed.activate_adaptor()
+    record(
+        Patch(
+            target="megatron_adaptor:",
+            why="--mindspeed: Ascend's own rewrites of megatron-core 0.17 and later",
+            how="replaces attributes of torch and megatron-core that it keeps no list of",
+            until="the run is started with --no-mindspeed",
+        )
+    )
+    return "it keeps no list of what it replaces"
+
+
 def _mend_device_capability() -> None:
     """Lets MindSpeed's answer be asked as torch does."""
     import torch

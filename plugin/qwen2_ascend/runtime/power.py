@@ -1,11 +1,11 @@
-"""Where the energy of a run can be measured: what every source is, and which one a device has.
+"""Where the energy of a run can be measured: what every source is.
 
 A source counts joules (RAPL, NVML) or says watts (npu-smi, nvidia-smi). Nothing is estimated: a
 device without a source has none, and the reason says what was looked for. Sources that several
 processes share are counted by one of them, so that the sum over all ranks is that of the job.
 
 The standard library alone is imported here; `power_rapl`, `power_npu_smi` and `power_nvidia` are
-the sources.
+the sources, of which `power_sources` chooses.
 """
 
 from __future__ import annotations
@@ -115,41 +115,6 @@ class Place:
             simulated=runtime.simulated,
             uuid=lambda: _cuda_uuid(runtime.local_rank),
         )
-
-
-def find_power_source(
-    place: Place, *, root: Path = Path("/"), environ: Mapping[str, str] = os.environ
-) -> PowerSource:
-    """The best source that measures a device: one that counts energy before one that says power.
-
-    Args:
-        place: the device.
-        root: where /sys is.
-        environ: for PATH and for which devices are visible.
-
-    Raises:
-        NoPowerSource: there is none; with what was looked for and why each did not do.
-    """
-    # here, because they import what is above
-    from qwen2_ascend.runtime import power_npu_smi, power_nvidia, power_rapl
-
-    if place.simulated:
-        raise NoPowerSource("the device is simulated: it draws no power.")
-    attempts: dict[str, Sequence[Callable[[], PowerSource]]] = {
-        "cpu": [lambda: power_rapl.open_rapl(place.local_rank, root)],
-        "npu": [lambda: power_npu_smi.open_npu_smi(place.local_rank, environ)],
-        "cuda": [
-            lambda: power_nvidia.open_nvml(place.uuid()),
-            lambda: power_nvidia.open_nvidia_smi(place.uuid(), environ),
-        ],
-    }
-    reasons = []
-    for attempt in attempts[place.device]:
-        try:
-            return attempt()
-        except NoPowerSource as reason:
-            reasons.append(str(reason))
-    raise NoPowerSource(" ".join(reasons))
 
 
 def find_command(name: str, environ: Mapping[str, str]) -> str:

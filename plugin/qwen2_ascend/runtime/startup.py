@@ -15,7 +15,7 @@ from qwen2_ascend.runtime.agreement import raise_together, require_equal
 from qwen2_ascend.runtime.device import BACKENDS, Runtime, select_device
 from qwen2_ascend.runtime.ledger import Patch, apply
 from qwen2_ascend.runtime.meeting import Meeting, leave, meet
-from qwen2_ascend.runtime.megatron_compat import silence_known_notes
+from qwen2_ascend.runtime.megatron_compat import prepare_import
 
 _current: Runtime | None = None
 
@@ -55,7 +55,7 @@ def start(
         notes = [warning]
     elif name != "npu":
         notes = []
-    silence_known_notes()
+    prepare_import()
     notes += _redirect(name, mindspeed, megatron_arguments or {})
     _current = _started(name, meeting, timeout_seconds, deterministic, notes)
     return _current
@@ -114,7 +114,10 @@ def _redirect(
     elif name == "npu":
         npu.redirect()
     stack = mindspeed.current_stack(torch.__version__)
-    choice = mindspeed.choose(with_mindspeed, name, mindspeed.find(), stack)
+    found, adaptor = mindspeed.find(), mindspeed.find_adaptor()
+    choice = mindspeed.choose(with_mindspeed, name, found, stack, adaptor)
+    if choice.active and choice.package == "megatron_adaptor":
+        return [f"MindSpeed: {choice.why}; {npu.activate_adaptor()}"]
     if choice.active:
         return [f"MindSpeed: {choice.why}; {npu.activate_mindspeed(megatron_arguments)}"]
     return [f"MindSpeed: {choice.why}"] if name == "npu" else []

@@ -26,8 +26,8 @@ from qwen2_ascend.runtime.power import (
     Place,
     PowerReadingError,
     PowerSource,
-    find_power_source,
 )
+from qwen2_ascend.runtime.power_sources import find_power_source
 
 MISSES = 3
 """Readings in a row that may fail before the source counts as lost."""

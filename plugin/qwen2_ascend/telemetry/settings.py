@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen2_ascend.errors import UserError
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+from qwen2_ascend.flags import Flag
 
 
 @dataclass(frozen=True, kw_only=True)

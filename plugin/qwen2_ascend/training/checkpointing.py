@@ -165,6 +165,7 @@ class MegatronWriter:
             use_distributed_optimizer=run.settings.parallel.use_distributed_optimizer,
             overlap_grad_reduce=run.settings.parallel.overlap_grad_reduce,
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
             sequence_parallel=run.settings.parallel.sequence_parallel,
             seed=run.settings.runtime.seed,
             world_size=run.runtime.world_size,
@@ -196,7 +197,7 @@ class MegatronWriter:
             rule, _ = rule_of(owned.piece, self._rules)
             for box, run in parts_of(owned.piece.box, owned.run, joins_blocks=is_one_range(rule)):
                 piece = Piece(owned.piece.tensor, box, rule.shape(box))
-                dtype = DTYPE_NAMES[tensor.dtype]
+                dtype = DTYPE_NAMES[owned.written_dtype(tensor)]
                 key, chunk = torch_dist_chunk(piece, self._rules, config.num_layers, dtype)
                 key = _state_key(owned.kind, key, self._sharding_type)
                 place = file.append_tensor(key, chunk)
@@ -215,6 +216,7 @@ class MegatronWriter:
                 place.offset,
                 place.shape,
                 tensors[place.owned][place.within],
+                self._state.owned[place.owned].written_dtype(tensors[place.owned]),
             )
             for place in chunks.places
         ]
@@ -344,14 +346,17 @@ class MegatronWriter:
         """Where a tensor of what this rank owns goes; `told` has each file's length and offsets."""
         names = _model_names(self._run.chunks)
         file, path, start = self._rank_places[(owned.chunk, owned.name), owned.kind]
-        offset = told[file][1][path] + (start + owned.run.start) * tensor.element_size()
+        offset = (
+            told[file][1][path] + (start + owned.run.start) * owned.written_dtype(tensor).itemsize
+        )
         name = f"{names[owned.chunk]}/{owned.name}" if len(names) > 1 else owned.name
         if owned.kind:
             name = f"{megatron_optimizer.KEY}/{names[owned.chunk]}/{owned.name}/{owned.kind}"
         shape = owned.piece.shape
         if tensor.numel() < volume(owned.piece.box):
             name, shape = f"{name}[{owned.run.start}:{owned.run.stop}]", tuple(tensor.shape)
-        return Store(name, f"{_rank_folder(self._identity.layout)}/{file}", offset, shape, tensor)
+        place = f"{_rank_folder(self._identity.layout)}/{file}"
+        return Store(name, place, offset, shape, tensor, owned.written_dtype(tensor))
 
     def _of_first_replica(self, value: Any) -> Any:
         """What the first of this rank's data-parallel replicas calls with."""

@@ -1,4 +1,4 @@
-"""run.json beside metrics.jsonl: how a run was configured, where it runs, what was planned.
+"""configuration.json beside metrics.jsonl: how a run was configured, where, and what was planned.
 
 It is for whoever compares runs later; nothing reads it to go on from. Variables of the environment
 are written only where their names belong to the libraries that a run is made of, and no secret's.
@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend import __version__
-from qwen2_ascend.errors import UserError
 from qwen2_ascend.telemetry.reporting import attempt
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.plan import RunPlan
 
-RUN_FILE = "run.json"
+DESCRIPTION_FILE = "configuration.json"
 PACKAGES = (
     "torch",
     "torch_npu",
@@ -45,7 +44,7 @@ SECRETS = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
 
 
 def write_description(folder: Path, plan: RunPlan, runtime: Runtime, train_iters: int) -> None:
-    """Writes run.json into a folder.
+    """Writes configuration.json into a folder.
 
     Raises:
         OSError: it cannot be written.
@@ -54,11 +53,11 @@ def write_description(folder: Path, plan: RunPlan, runtime: Runtime, train_iters
 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description(plan, runtime, train_iters), indent=1, default=str)
-    write_file(folder / RUN_FILE, f"{text}\n".encode())
+    write_file(folder / DESCRIPTION_FILE, f"{text}\n".encode())
 
 
 def description(plan: RunPlan, runtime: Runtime, train_iters: int) -> dict[str, Any]:
-    """What run.json says.
+    """What configuration.json says.
 
     Args:
         plan: of the run.
@@ -73,7 +72,7 @@ def description(plan: RunPlan, runtime: Runtime, train_iters: int) -> dict[str, 
         "flags": flags(plan.settings),
         "model": asdict(plan.config),
         "environment": environment(runtime, os.environ),
-        **(attempt(f"what {RUN_FILE} says was planned", _planned, plan, runtime) or {}),
+        **(attempt(f"what {DESCRIPTION_FILE} says was planned", _planned, plan, runtime) or {}),
     }
 
 
@@ -103,19 +102,14 @@ def environment(runtime: Runtime, variables: Mapping[str, str]) -> dict[str, str
 
 def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
     """The planned memory of the fullest rank, and the device's peak, if the planner knows them."""
-    from qwen2_ascend.planning.devices import find_device
+    from qwen2_ascend.planning.devices import device_called
     from qwen2_ascend.planning.memory import fullest_stage
-    from qwen2_ascend.training.planned import as_cut
+    from qwen2_ascend.training.planned import as_cut, not_planned
 
-    settings: Any = plan.settings
-    tuning = getattr(settings, "tuning", None)
-    if settings.recompute.swap_attention or (tuning is not None and tuning.stage == "dpo"):
+    settings, device = plan.settings, device_called(runtime.device_name())
+    if device is None or hasattr(settings, "zero") or not_planned(settings):
         return {}
-    try:
-        device = find_device("CPU" if runtime.name == "cpu" else runtime.device_name())
-    except UserError:
-        return {}
-    _, memory = fullest_stage(as_cut(settings, plan.config, runtime.world_size, device))
+    _, memory = fullest_stage(as_cut(settings, plan.config, runtime.world_size, runtime.name))
     found: dict[str, Any] = {"planned_memory_bytes": memory.total}
     if runtime.name != "cpu":  # the planner's CPU is a round number, no product
         found["peak_flops"] = device.peak_flops

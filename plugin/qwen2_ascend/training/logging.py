@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.telemetry.energy import Energy, format_energy
 from qwen2_ascend.telemetry.reporting import attempt
+from qwen2_ascend.training.planned import Expected, against_the_plan
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "loss.png"
@@ -75,6 +77,7 @@ class Reporter:
         world_size: devices, for TFLOP/s per device.
         report_dir: where metrics.jsonl and the picture go, or None.
         tensorboard_dir: where TensorBoard events go, or None.
+        planned: what the planner predicts, which a line sets beside the first steps; or None.
         silent: say and write nothing (every rank but 0).
         say: prints a line.
     """
@@ -90,6 +93,7 @@ class Reporter:
         world_size: int,
         report_dir: Path | None = None,
         tensorboard_dir: Path | None = None,
+        planned: Expected | None = None,
         silent: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
@@ -103,6 +107,7 @@ class Reporter:
         self._bar: Any = None
         self._print_line = say or self._print
         self._steps: list[Step] = []
+        self._first = _FirstSteps(planned)
         self._tensorboard = None
         if silent:
             return
@@ -129,6 +134,7 @@ class Reporter:
         if self.silent:
             return
         self._steps.append(step)
+        self._first.take(step)
         if self._bar is not None:
             attempt("progress bar", self._advance, step)
         if step.iteration % self.log_interval == 0 or step.iteration >= self.train_iters:
@@ -142,6 +148,8 @@ class Reporter:
         self._steps.clear()
         self._say(format_line(metrics, self.train_iters, names))
         self._write(metrics)
+        if self._first.is_complete:
+            self._say_what_was_planned()
 
     def validation(self, iteration: int, loss: float) -> None:
         """Reports a validation loss."""
@@ -159,6 +167,7 @@ class Reporter:
         if self.silent:
             return
         self.flush()
+        self._say_what_was_planned()
         if self._bar is not None:
             attempt("progress bar", self._bar.close)
             self._bar = None
@@ -167,6 +176,10 @@ class Reporter:
         if self.report_dir:
             files = (self.report_dir / METRICS_FILE, self.report_dir / PICTURE_FILE)
             attempt(f"{files[1]} is not drawn", draw_loss, *files, self._say)
+
+    def _say_what_was_planned(self) -> None:
+        if (line := self._first.line()) is not None:
+            self._say(line)
 
     def _metrics(self) -> dict[str, Any]:
         steps, last = self._steps, self._steps[-1]
@@ -228,6 +241,34 @@ class Reporter:
             self._bar.write(line, file=sys.stdout)
         else:
             print(line, flush=True)
+
+
+class _FirstSteps:
+    """The first steps of a start but the very first, which compiles operators."""
+
+    NUMBER = 4
+
+    def __init__(self, planned: Expected | None) -> None:
+        self._planned = planned
+        self._seen: list[Step] = []
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._seen) > self.NUMBER
+
+    def take(self, step: Step) -> None:
+        if self._planned is not None and not self.is_complete:
+            self._seen.append(step)
+
+    def line(self) -> str | None:
+        """What they took beside what was planned, once; None where there is no such step."""
+        steps, planned = self._seen[1:], self._planned
+        if planned is None or not steps:
+            return None
+        self._planned = None
+        seconds = statistics.median(step.seconds for step in steps)
+        numbers = range(steps[0].iteration, steps[-1].iteration + 1)
+        return against_the_plan(planned, numbers, seconds, steps[-1].peak_memory_bytes)
 
 
 def format_line(metrics: dict[str, Any], train_iters: int, also: Iterable[str] = ()) -> str:

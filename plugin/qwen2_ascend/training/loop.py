@@ -20,13 +20,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from qwen2_ascend.data.sampler import PretrainingBatchSampler, build_data_iterator
+from qwen2_ascend.data.sampler import BATCH_KEYS, PretrainingBatchSampler, build_data_iterator
 from qwen2_ascend.model.packed import PackedBatch
+from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.runtime import Runtime, supported_keywords
+from qwen2_ascend.runtime.megatron_compat import finalize_gradients
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.schedule import current_lr
@@ -51,6 +52,8 @@ class Objective(Protocol):
         Returns:
             The sum to be minimized; the number it is divided by; and what is reported, `[n]`: the
             mean, what it lacks of the sum, the number, and sums of `TrainingRun.metric_names`.
+            Number and report are added up over the ranks of a context-parallel group, which each
+            have a part of every row: what one of them says of a whole row, the others must not.
         """
         ...
 
@@ -164,6 +167,11 @@ class TrainingRun:
         per_step = self.settings.batch.micro_batch_size * data_parallel_place()[1]
         return self.global_batch_size // per_step
 
+    @property
+    def sequence_cut(self) -> SequenceCut | None:
+        """Which part of every sequence this rank computes; None is all of it."""
+        return SequenceCut.of_layout(self.settings.layout())
+
     def batches(self) -> Iterator[Batch | None]:
         """`train_batches`."""
         return train_batches(self)
@@ -202,17 +210,25 @@ class TrainingRun:
 
 
 def wrap_chunks(
-    chunks: Sequence[torch.nn.Module], settings: ParallelSettings
+    chunks: Sequence[torch.nn.Module],
+    settings: ParallelSettings,
+    *,
+    grad_reduce_in_fp32: bool = True,
 ) -> list[DistributedDataParallel]:
     """Puts model chunks into megatron-core's DistributedDataParallel and connects the schedules.
 
     Weights must be loaded before: wrapping moves them into contiguous buffers.
+
+    Args:
+        chunks: this rank's.
+        settings: how gradients and weights are exchanged.
+        grad_reduce_in_fp32: False adds gradients up and reduces them in the weights' dtype.
     """
     config: Any = chunks[0].config
     # before wrapping, which chooses by it whether gradients are averaged or summed
     config.calculate_per_token_loss = True
     keywords = dict(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=grad_reduce_in_fp32,
         overlap_grad_reduce=settings.overlap_grad_reduce,
         overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.use_distributed_optimizer,
@@ -229,7 +245,7 @@ def wrap_chunks(
     if settings.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     return wrapped
 
 
@@ -457,12 +473,23 @@ def _forward_step(
     read = next(batches)
     if read is None:
         return model(None, None, None), run.objective
-    batch = on_device(read, run.runtime)
+    batch = on_device(own_part(read, run.sequence_cut), run.runtime)
     packed: dict[str, Any] = {}
     if "ends" in batch:
-        packed["packed_seq_params"] = PackedBatch(batch["ends"], batch["position_ids"])
+        parts = run.settings.parallel.context_parallel_size
+        packed["packed_seq_params"] = PackedBatch(batch["ends"], batch["position_ids"], parts)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **packed)
     return output, partial(run.objective, batch=batch)
+
+
+def own_part(batch: Batch, cut: SequenceCut | None) -> Batch:
+    """What of a micro-batch this rank of a context-parallel group computes; all read the same.
+
+    Where documents end stays what it is of whole rows: attention sees those.
+    """
+    if cut is None:
+        return batch
+    return {**batch, **{key: cut.own(batch[key], dim=1) for key in BATCH_KEYS}}
 
 
 def on_device(batch: Batch, runtime: Runtime) -> Batch:

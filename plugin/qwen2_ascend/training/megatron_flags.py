@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config, published_names
-from qwen2_ascend.launching import parse_flags
+from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.pasted_flags import (
     EXPERTS,
     MODEL_FLAGS,
@@ -21,33 +19,27 @@ from qwen2_ascend.pasted_flags import (
     Pasted,
     Table,
     same,
-    split_script,
 )
 
-if TYPE_CHECKING:
-    from qwen2_ascend.training.settings import TrainingSettings
+S = TypeVar("S")
 
-S = TypeVar("S", bound="TrainingSettings")
-
-SPEED = "it changes speed or memory, not results; leave it out"
-NO_CP = "without context parallelism it has no meaning"
 NOTHING = "nothing depends on it"
 
 
-def training_flags(kind: type[TrainingSettings]) -> Table:
+def training_flags(kind: type[Any]) -> Table:
     """The table of a launcher, by its settings."""
-    return {**SHARED, **(TUNING if "tuning" in kind.__dataclass_fields__ else PRETRAINING)}
+    groups = kind.__dataclass_fields__
+    table = {**SHARED, **(TUNING if "tuning" in groups else PRETRAINING)}
+    return {**table, **ZERO} if "zero" in groups else table
 
 
 def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] | None) -> S:
     """As `parse_flags`, with what is pasted of others' flags beside the settings.
 
     Raises:
-        UserError: the words are from a script that no shell can run.
+        UserError: as `parse_pasted`.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    rest, pasted = split_script(given, training_flags(kind))
-    return replace(parse_flags(kind, program, rest), pasted=pasted)
+    return parse_pasted(kind, program, arguments, training_flags(kind))
 
 
 def config_of_run(config: Qwen2Config, pasted: Pasted) -> Qwen2Config:
@@ -158,7 +150,7 @@ def _has_weights(value: str | None, settings: Any, config: Qwen2Config) -> str |
 
 def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
     """Fine-tuning writes no index: prepared chats are read on every node, from its own disk."""
-    from qwen2_ascend.data.chat.prepare import is_chat_file
+    from qwen2_ascend.data.chat.rows import is_chat_file
 
     data = settings.data
     files = filter(is_chat_file, (*data.data_path, *data.train_data_path, *data.valid_data_path))
@@ -168,6 +160,22 @@ def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) 
         f"rank 0 prepares {file} for all nodes; give --data-cache-path on storage that all share, "
         "or prepare it first: qwen2-ascend preprocess"
     )
+
+
+def _mask(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    """A general mask is what keeps documents apart where these are told by the mask itself."""
+    data = settings.data
+    is_apart = getattr(data, "keep_documents_apart", False)
+    is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
+    if value == "causal" or (value == "general" and is_apart):
+        return None
+    return "attention is causal; documents are kept apart by --reset-attention-mask alone"
+
+
+def _no_o2_gradient(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
+    if not settings.precision.o2_gradient:
+        return None
+    return "--o2-gradient accumulates in bf16; leave one of the two out"
 
 
 def nodes_differ() -> bool:
@@ -190,6 +198,10 @@ YARN_FLAGS: Mapping[str, str] = {
 YARN = "the run has this YaRN scaling, and the config.json that is saved with it says so"
 MSCALE = "YaRN multiplies cos and sin by 0.1 ln(factor) + 1"
 
+MASK_TYPE = Meaning(
+    "attention is causal, and documents that are kept apart stay so", None, check=_mask
+)
+
 SHARED: Table = {
     **MODEL_FLAGS,
     "--max-position-embeddings": Meaning(NOTHING, None, check=_holds_the_samples),
@@ -210,32 +222,39 @@ SHARED: Table = {
     "--noop-layers": Meaning("give the stages their layers: --num-layer-list", None, refused=True),
     "--attention-dropout": Meaning("the config says it", ("0",)),
     "--no-gradient-accumulation-fusion": Meaning("gradients are accumulated by plain operators"),
-    "--accumulate-allreduce-grads-in-fp32": Meaning("gradients are accumulated in fp32"),
+    "--accumulate-allreduce-grads-in-fp32": Meaning(
+        "gradients are accumulated in fp32", check=_no_o2_gradient
+    ),
+    "--use-precision-aware-optimizer": Meaning(
+        "the optimizer's numbers are fp32, as its dtypes are by default"
+    ),
+    "--overlap-cpu-optimizer-d2h-h2d": Meaning("copies are not overlapped; the numbers are equal"),
     "--sparse-mode": Meaning("attention is causal", ("2",)),
     "--distributed-backend": Meaning("the device says which", ("nccl", "hccl", "gloo")),
     "--log-throughput": Meaning("it is in every line of the log"),
     "--exit-on-missing-checkpoint": Meaning("--load without a checkpoint is an error"),
     "--enable-hf2mg-convert": Meaning("--load takes a Hugging Face folder"),
-    "--context-parallel-size": Meaning(
-        "there is no context parallelism; use --sequence-parallel, and recompute whole layers: "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        ("1",),
+    "--cp-attention-mask-type": MASK_TYPE,
+    "--attention-mask-type": MASK_TYPE,
+    "--use-cp-send-recv-overlap": Meaning(
+        "the ring of --context-parallel-algo sends and receives while it computes"
     ),
-    "--context-parallel-algo": Meaning(NO_CP, None),
-    "--cp-attention-mask-type": Meaning(NO_CP, None),
-    "--use-cp-send-recv-overlap": Meaning(NO_CP),
-    "--use-fused-ring-attention-update": Meaning(NO_CP),
+    "--use-fused-ring-attention-update": Meaning(
+        "its kernel is not used; parts of attention are joined by plain operators, in fp32"
+    ),
+    "--cp-window-size": Meaning("there is one ring, without rings in it", ("1",)),
+    "--megatron-cp-in-bnsd": Meaning("the order of axes changes no number"),
+    **dict.fromkeys(
+        ("--ulysses-degree-in-cp", "--hierarchical-context-parallel-sizes"),
+        Meaning(
+            "rings and exchanged heads are not mixed; give one of them to --context-parallel-algo",
+            None,
+            refused=True,
+        ),
+    ),
+    "--cp-comm-type": Meaning("say --context-parallel-algo", None, refused=True),
     # refused
-    "--use-ascend-mc2": Meaning(SPEED, refused=True),
-    "--use-mc2": Meaning(SPEED, refused=True),
-    "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),
-    "--coc-fused-kernel": Meaning(
-        "its library of fused kernels is not used; plain products and collectives give the same "
-        "numbers, and take longer"
-    ),
-    "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
-    "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
-    "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
+    "--use-mc2": Meaning("say --use-ascend-mc2", refused=True),
     **dict.fromkeys(
         ("--wandb-project", "--wandb-exp-name", "--wandb-save-dir", "--wandb-entity"),
         Meaning("say --tensorboard-dir, or read SAVE/metrics.jsonl", None, refused=True),
@@ -271,3 +290,12 @@ TUNING: Table = {
     "--lora-fusion": Meaning("adapters exchange nothing but their low-rank products"),
 }
 """Of fine-tuning's launchers alone."""
+ZERO: Table = {
+    "--context-parallel-size": Meaning(
+        "every rank computes whole sequences; launch/finetune_qwen2.py cuts them", ("1",)
+    ),
+    "--context-parallel-algo": Meaning(
+        "every rank computes whole sequences; launch/finetune_qwen2.py cuts them", None
+    ),
+}
+"""Of the launcher with DeepSpeed alone."""

@@ -20,6 +20,7 @@ from qwen2_ascend.checkpoint.formats.megatron_optimizer import (
 from qwen2_ascend.checkpoint.formats.pickles import DType
 from qwen2_ascend.checkpoint.formats.stored import TensorSpec
 from qwen2_ascend.checkpoint.formats.torch_pt import KeyPath
+from qwen2_ascend.training import offload
 from qwen2_ascend.training import optimizer as optimizers
 
 _SCALE = ("grad_scaler", "scale")
@@ -127,7 +128,7 @@ def _groups(optimizer: Any, part: Any) -> list[dict[str, Any]]:
     left_out = {"fused": None, "foreach": None, "step": optimizers.num_updates(optimizer)}
     return [
         {key: value for key, value in group.items() if key != "params"} | left_out
-        for group in part.optimizer.param_groups
+        for group in (offload.plain_group(part.optimizer, g) for g in part.optimizer.param_groups)
     ]
 
 

@@ -3,9 +3,10 @@
 megatron-core keeps the optimizer's state in three shapes: beside fp32 weights, beside fp32 copies
 of 16-bit weights, or as slices of those over the data-parallel ranks. `state_slices` and
 `new_state` give each in one canonical form: for every parameter that this rank updates, which run
-of its elements, and of that run `exp_avg`, `exp_avg_sq` and, for 16-bit weights, `fp32_param`, all
-fp32. A checkpoint holds nothing else, so it can be resumed at another layout, with or without the
-distributed optimizer, and by fp32 and bf16 runs alike; and no rank needs more than its own slices.
+of its elements, and of that run `exp_avg`, `exp_avg_sq` and, for 16-bit weights, `fp32_param`. A
+checkpoint holds them in fp32 and nothing else, so it can be resumed at another layout, with or
+without the distributed optimizer, and by fp32 and bf16 runs alike; and no rank needs more than its
+own slices.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN as MAIN
 from qwen2_ascend.checkpoint.formats.megatron_optimizer import MOMENTS as MOMENTS
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
+from qwen2_ascend.training import offload
 from qwen2_ascend.training.halves import Pair, SplitMains, split_mains
+from qwen2_ascend.training.o2 import HalfMomentsAdamW
 from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -43,8 +46,9 @@ class StateSlice(NamedTuple):
     start: int
     stop: int
     tensors: dict[str, torch.Tensor]
-    """By kind, of MOMENTS and MAIN: fp32, in place wherever the optimizer has them. The distributed
-    optimizer has MAIN of fp32 weights too, the weights themselves."""
+    """By kind, of MOMENTS and MAIN, in place wherever the optimizer has them. All are fp32, but for
+    the moments of --o2-optimizer, which are bf16. The distributed optimizer has MAIN of fp32
+    weights too, the weights themselves."""
 
 
 def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> MegatronOptimizer:
@@ -59,6 +63,7 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     optimizer, precision = settings.optimizer, settings.precision
+    device = next(chunks[0].parameters()).device.type
     keywords = dict(
         optimizer="adam",
         lr=optimizer.lr,
@@ -78,14 +83,17 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
         hysteresis=precision.hysteresis,
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
         overlap_param_gather=settings.parallel.overlap_param_gather,
+        **offload.config_keywords(optimizer, device),
     )
     prepare_distributed_optimizer()
     config = OptimizerConfig(**supported_keywords(OptimizerConfig, **keywords))
+    offload.leave_weights_to_hybrid(config)
     built = get_megatron_optimizer(config, list(chunks))
     chunks[0].config.grad_scale_func = built.scale_loss
-    device = next(chunks[0].parameters()).device.type
-    if settings.fusion.has_fused_adamw(device):
-        _fuse(built)
+    if precision.o2_optimizer:
+        for part in parts(built):
+            part.optimizer = HalfMomentsAdamW(part.optimizer.param_groups)
+    _fuse(built, settings.fusion.has_fused_adamw(device))
     if precision.reuse_fp32_param:
         built.split_mains = SplitMains(_pairs(built))  # pyright: ignore[reportAttributeAccessIssue]
     return built
@@ -100,21 +108,27 @@ def _pairs(optimizer: Any) -> Iterator[Pair]:
 
 def settle(optimizer: Any) -> None:
     """Gives memory back that the state needs only while it is loaded or updated."""
+    for part in parts(optimizer):
+        if isinstance(part.optimizer, HalfMomentsAdamW):
+            part.optimizer.narrow()
     if mains := split_mains(optimizer):
         mains.split()
 
 
-def _fuse(optimizer: Any) -> None:
+def _fuse(optimizer: Any, has_fused: bool) -> None:
     """Lets one kernel update a whole tensor: `aclnnApplyAdamWV2` on an NPU, torch's own on a CPU.
 
     megatron-core builds torch's AdamW without saying how it is to run; the groups are where `step`
     looks. torch_npu's own `NpuFusedAdamW` keeps copies of its own of what it updates, which the
-    slices of the distributed optimizer and the canonical state would know nothing of.
+    slices of the distributed optimizer and the canonical state would know nothing of. A hybrid
+    optimizer is fused without being told.
     """
     for part in parts(optimizer):
-        if _counts_per_parameter(part.optimizer):
-            for group in part.optimizer.param_groups:
+        for group in part.optimizer.param_groups:
+            if has_fused and _counts_per_parameter(part.optimizer):
                 group.update(fused=True, foreach=False)
+            elif not has_fused and offload.is_hybrid(part.optimizer):
+                group.update(fused=False)
 
 
 def params_dtype(settings: TrainingSettings) -> torch.dtype:
@@ -143,11 +157,13 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
         if parameters and part.config.clip_grad > 0:
             _clip(part, parameters, grad_norm)
     mains = split_mains(optimizer)
-    if mains is None:
-        return bool(optimizer.step_with_ready_grads())
-    mains.join()
+    if mains is not None:
+        mains.join()
     updated = bool(optimizer.step_with_ready_grads())
-    mains.split()
+    if mains is not None:
+        mains.split()
+    # fp32 copies of 16-bit gradients would stay until the next step
+    optimizer.zero_grad()
     return updated
 
 
@@ -155,12 +171,18 @@ def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
     """Brings the norm of the gradient down to the largest that is allowed."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+    is_hybrid = offload.is_hybrid(part.optimizer)
     if _is_fused(part.optimizer) and parameters[0].device.type == "cpu":
         # torch's kernel divides as it reads; megatron-core's way is two passes over all gradients
         excess = (grad_norm + 1e-6) / part.config.clip_grad
         part.optimizer.grad_scale = torch.tensor(excess) if excess > 1 else None
         return
-    clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    clip_grad_by_total_norm_fp32(
+        parameters,
+        max_norm=part.config.clip_grad,
+        total_norm=grad_norm,
+        **supported_keywords(clip_grad_by_total_norm_fp32, use_decoupled_grad=is_hybrid),
+    )
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
@@ -190,8 +212,10 @@ def _on_host(scale: torch.Tensor) -> float:
 
 def num_updates(optimizer: MegatronOptimizer) -> int:
     """Updates that Adam has made, which its bias correction goes by."""
-    for part in parts(optimizer):
-        inner = part.optimizer
+    inners = [
+        inner for part in parts(optimizer) for inner in offload.sub_optimizers(part.optimizer)
+    ]
+    for inner in inners:
         steps = [state["step"] for state in inner.state.values() if "step" in state]
         steps += [group["step"] for group in inner.param_groups if "step" in group]
         if steps:
@@ -251,7 +275,7 @@ def new_state(
             state["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=device)
         own.optimizer.state[own.main] = state
     for part in parts(optimizer):
-        if not _counts_per_parameter(part.optimizer):
+        if not all(map(_counts_per_parameter, offload.sub_optimizers(part.optimizer))):
             for group in part.optimizer.param_groups:
                 group["step"] = num_updates
     return state_slices(optimizer)
@@ -317,8 +341,9 @@ def _slices(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
 def _distributed_slices(part: Any) -> Iterator[tuple[torch.nn.Parameter, Slice]]:
     for parameter, (group, place) in part.model_param_group_index_map.items():
         held = part._get_model_param_range_map(parameter)["param"]
-        main = part.optimizer.param_groups[group]["params"][place]
-        yield parameter, Slice(main, held.start, held.end, part.optimizer)
+        shard = part.optimizer.param_groups[group]["params"][place]
+        main, inner = offload.updated(part.optimizer, shard)
+        yield parameter, Slice(main, held.start, held.end, inner)
 
 
 def is_finite(*values: float) -> bool:

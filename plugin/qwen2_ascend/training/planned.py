@@ -1,15 +1,17 @@
-"""--plan N: what the planner says of this very command on so many devices; nothing is trained."""
+"""What the planner says of a run: by --plan N instead of it, and in its log beside what it took."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.planning import report, search
-from qwen2_ascend.planning.devices import Device, find_device
+from qwen2_ascend.planning.devices import device_called, find_device
 from qwen2_ascend.planning.job import Cut, Job, Recompute
+from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
+from qwen2_ascend.planning.roofline import step_time
 from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
 
 
@@ -25,8 +27,8 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     """
     number, device = settings.report.plan, find_device(settings.report.plan_device)
     assert number is not None
-    raise_if(_not_planned(settings))
-    cut = as_cut(settings, config, number, device)
+    raise_if(not_planned(settings))
+    cut = as_cut(settings, config, number, device.backend)
     machine = search.Machine(
         device=device, num_devices=number, devices_per_node=device.devices_per_node
     )
@@ -40,13 +42,63 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     return report.text(result, top=1, commands=0)
 
 
-def as_cut(
-    settings: TrainingSettings, config: Qwen2Config, num_devices: int, device: Device
-) -> Cut:
-    """The planner's view of a run's settings."""
+class Expected(NamedTuple):
+    """What the planner predicts of a step of a run."""
+
+    device: str
+    seconds: float
+    memory: int
+    """Bytes that torch allocates on the fullest device at most; HCCL's own are not among them."""
+
+
+def expected(cut: Cut, device_name: str, devices_per_node: int) -> Expected | None:
+    """What the planner predicts of a run; None on a device that it does not know."""
+    device = device_called(device_name)
+    if device is None or device.backend == "cpu":
+        return None
+    time = step_time(cut, device, device.rates, devices_per_node=devices_per_node)
+    memory = fullest_stage(cut)[1].total
+    if device.backend == "npu":
+        memory -= communicators(cut) * HCCL_BYTES
+    return Expected(device.name, time.total, memory)
+
+
+def against_the_plan(
+    planned: Expected, steps: range, seconds: float, peak_memory_bytes: int | None
+) -> str:
+    """The line of a log that says whether the speed and the memory are as they should be.
+
+    Args:
+        planned: by the planner.
+        steps: that were measured.
+        seconds: of one of them.
+        peak_memory_bytes: of the fullest device; None where nobody measured it.
+    """
+    measured = f"{seconds:.3f} s/step ({seconds / planned.seconds - 1:+.0%})"
+    foreseen = f"{planned.seconds:.3f} s/step"
+    if peak_memory_bytes is not None:
+        more = peak_memory_bytes / planned.memory - 1
+        measured += f", {peak_memory_bytes / 2**30:.2f} GiB ({more:+.0%})"
+        foreseen += f", {planned.memory / 2**30:.2f} GiB"
+    numbers = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+    return (
+        f"{numbers} measured: {measured} | planned for {planned.device}: "
+        f"{foreseen} (docs/planning.md)"
+    )
+
+
+def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, backend: str) -> Cut:
+    """The planner's view of a run's settings.
+
+    Args:
+        settings: of a run that megatron-core trains.
+        config: the model's.
+        num_devices: processes.
+        backend: whose operators run, cpu, cuda or npu.
+    """
     parallel, recompute = settings.parallel, settings.recompute
     layout = settings.layout()
-    lora = getattr(settings, "lora", None)
+    lora, tuning = getattr(settings, "lora", None), getattr(settings, "tuning", None)
     kind: Recompute = recompute.recompute_granularity or "none"
     cut = Cut(
         job=Job(
@@ -54,13 +106,16 @@ def as_cut(
             seq_length=settings.batch.seq_length,
             global_batch_size=settings.global_batch_size(num_devices),
             dtype=settings.precision_name(),
-            backend=device.backend,
+            backend=backend,
             keeps_scores=settings.fusion.attention_backend in ("unfused", "local"),
             cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
             lora_rank=lora.lora_r if lora is not None and lora.is_on else None,
+            pairs=tuning is not None and tuning.stage == "dpo",
         ),
         tp=layout.tp,
         pp=layout.pp,
+        cp=layout.cp,
+        ulysses=layout.cp if layout.context_parallel_algo == "ulysses_cp_algo" else 1,
         dp=settings.data_parallel_size(num_devices),
         layers_per_chunk=layout.num_layers_per_virtual_pipeline_stage,
         num_layer_list=layout.num_layer_list,
@@ -68,12 +123,22 @@ def as_cut(
         distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         recompute=kind,
-        recompute_activation_function=recompute.recompute_activation_function,
-        recompute_norm=recompute.recompute_norm,
+        recompute_activation_function=_single_outputs(recompute, "activation_function"),
+        recompute_norm=_single_outputs(recompute, "norm"),
+        swap_attention=recompute.swap_attention,
         reuse_fp32_param=settings.precision.reuse_fp32_param,
+        o2_gradient=settings.precision.o2_gradient,
+        o2_optimizer=settings.precision.o2_optimizer,
         micro_batch_size=settings.batch.micro_batch_size,
+        mc2=settings.overlap.is_on and layout.tp > 1,
     )
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
+
+
+def _single_outputs(recompute: RecomputeSettings, what: Any) -> int:
+    """Layers of a chunk of which one output is computed again."""
+    chosen = recompute.single_outputs(what)
+    return chosen[0] if chosen is not None else 0
 
 
 def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | None:
@@ -82,16 +147,10 @@ def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | N
     return number * num_chunks if method == "block" and number is not None else None
 
 
-def _not_planned(settings: Any) -> list[str]:
+def not_planned(settings: Any) -> list[str]:
     """What the planner does not know, one sentence each."""
-    tuning, recompute = getattr(settings, "tuning", None), settings.recompute
     unknown = {
-        "--stage dpo": tuning is not None and tuning.stage == "dpo",
-        "--swap-attention": recompute.swap_attention,
-        "--recompute-activation-function-num-layers": (
-            recompute.recompute_activation_function_num_layers is not None
-        ),
-        "--recompute-norm-num-layers": recompute.recompute_norm_num_layers is not None,
+        "--optimizer-cpu-offload": settings.optimizer.optimizer_cpu_offload,
         "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,
     }
     return [

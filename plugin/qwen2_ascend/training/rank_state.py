@@ -30,6 +30,10 @@ class Owned(NamedTuple):
     """Of the whole parameter."""
     run: Run
 
+    def written_dtype(self, tensor: torch.Tensor) -> torch.dtype:
+        """The optimizer's tensors are fp32 in a checkpoint, whatever the optimizer keeps."""
+        return torch.float32 if self.kind else tensor.dtype
+
 
 class RankState:
     """The trained parameters of this rank and the optimizer's tensors of those it updates."""

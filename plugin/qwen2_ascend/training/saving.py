@@ -60,10 +60,16 @@ class Store(NamedTuple):
     shape: tuple[int, ...]
     tensor: torch.Tensor
     """Contiguous, of any shape with as many elements, on any device."""
+    dtype: torch.dtype | None = None
+    """What it is written as; by default what it is."""
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        return self.dtype or self.tensor.dtype
 
     @property
     def num_bytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.tensor.numel() * self.written_dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +140,7 @@ def _write_file(path: Path, layout: FileLayout, stores: Sequence[Store]) -> dict
             os.close(fd)
     return {
         store.name: {
-            "dtype": DTYPE_NAMES[store.tensor.dtype],
+            "dtype": DTYPE_NAMES[store.written_dtype],
             "shape": list(store.shape),
             "offset": store.offset,
             "xxh3_128": checksum,
@@ -145,7 +151,7 @@ def _write_file(path: Path, layout: FileLayout, stores: Sequence[Store]) -> dict
 
 def _write_tensor(fd: int, store: Store) -> str:
     checksum, position = xxhash.xxh3_128(), store.offset
-    for band in _bands(store.tensor):
+    for band in _bands(store):
         checksum.update(band)
         pwrite(fd, band, position)
         start_writeback(fd, position, len(band))
@@ -153,9 +159,10 @@ def _write_tensor(fd: int, store: Store) -> str:
     return checksum.hexdigest()
 
 
-def _bands(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes on the host, a few at a time."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
-    ends = [*range(0, len(flat), _BAND_BYTES), len(flat)]
+def _bands(store: Store) -> Iterator[memoryview]:
+    """The tensor's bytes on the host as they are written, a few at a time."""
+    flat, dtype = store.tensor.detach().reshape(-1), store.written_dtype
+    ends = [*range(0, len(flat), _BAND_BYTES // dtype.itemsize), len(flat)]
     for start, stop in pairwise(ends):
-        yield memoryview(flat[start:stop].cpu().numpy().data)
+        band = flat[start:stop].cpu().to(dtype).view(torch.uint8)
+        yield memoryview(band.numpy().data)

@@ -15,7 +15,12 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, UserError, raise_if
-from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.parallel import (
+    ContextParallelAlgorithm,
+    ParallelLayout,
+    padded_vocab_size,
+    sequence_faults,
+)
 from qwen2_ascend.pasted_flags import Pasted, expert_faults, pasted_faults
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
@@ -25,6 +30,7 @@ from qwen2_ascend.training.megatron_flags import (
     parse_training_flags,
     training_flags,
 )
+from qwen2_ascend.training.overlap import OverlapSettings
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -67,8 +73,14 @@ class ParallelSettings:
     """Layers of each pipeline stage when they are not equal, as in 6,8,8,6."""
     sequence_parallel: Flag = False
     """Split norms and residuals over the tensor parallel ranks along the sequence."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence, for sequences whose activations one rank cannot hold."""
+    context_parallel_algo: ContextParallelAlgorithm = "megatron_cp_algo"
+    """How attention sees what other ranks hold of a sequence. megatron_cp_algo: keys and values
+    travel round a ring. ulysses_cp_algo: heads are exchanged for positions. kvallgather_cp_algo:
+    keys and values are gathered."""
     use_distributed_optimizer: Flag = False
-    """Split the optimizer's state over the data parallel ranks."""
+    """Split the optimizer's state over the data (and context) parallel ranks."""
     overlap_grad_reduce: Flag = False
     """Reduce gradients while backward is still running."""
     overlap_param_gather: Flag = False
@@ -128,6 +140,11 @@ class OptimizerSettings:
     """Keeps the division by the second mean finite."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    optimizer_cpu_offload: Flag = False
+    """Keep fp32 weights and moments in the host's memory and update them there; needs
+    --use-distributed-optimizer and --bf16 or --fp16. On a CPU it changes nothing."""
+    optimizer_offload_fraction: float = 1.0
+    """How much of them; whole tensors are kept there until they are at least so much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +158,12 @@ class PrecisionSettings:
     reuse_fp32_param: Flag = False
     """With --bf16: between updates keep of the fp32 weights only what the bf16 ones lack, 2 bytes
     each instead of 4; nothing else changes."""
+    o2_gradient: Flag = False
+    """With --bf16: add up and reduce gradients in bf16, which takes 2 bytes each instead of 4 and
+    costs precision."""
+    o2_optimizer: Flag = False
+    """With --bf16: keep Adam's two moments in bf16, which takes 2 bytes each instead of 4 and costs
+    precision, most of it where --adam-beta2 is above 0.998."""
     loss_scale: float | None = None
     """A fixed loss scale; by default fp16 finds it."""
     initial_loss_scale: float = 2.0**32
@@ -154,6 +177,21 @@ class PrecisionSettings:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When the loss or the gradient norm is not finite: end the run, or go on without that update.
     The weights are not touched either way."""
+
+    def notes(self, optimizer: OptimizerSettings) -> list[str]:
+        """What a log says of the precision that these flags cost."""
+        notes = []
+        if self.o2_gradient:
+            notes.append("--o2-gradient: gradients are added up and reduced in bf16")
+        if self.o2_optimizer:
+            notes.append("--o2-optimizer: Adam's moments are in bf16")
+            if 1 - optimizer.adam_beta2 < 2**-9:
+                notes.append(
+                    f"--o2-optimizer: with --adam-beta2 {optimizer.adam_beta2:g} second moments "
+                    "never fall, as a step lowers them by less than bf16 resolves; use 0.95, as "
+                    "MindSpeed-LLM's scripts do"
+                )
+        return notes
 
 
 ALL_LAYERS = 1 << 20
@@ -370,6 +408,7 @@ class TrainingSettings:
 
     model: ModelSettings = field(default_factory=ModelSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    overlap: OverlapSettings = field(default_factory=OverlapSettings)
     batch: BatchSettings
     optimizer: OptimizerSettings
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
@@ -399,12 +438,13 @@ class TrainingSettings:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        layout = self.parallel
-        return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+        """Ranks that compute one copy of the model: they share layers or sequences."""
+        sizes = self.parallel
+        model = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size
+        return model * sizes.context_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model."""
+        """Copies of the model, each with sequences of its own."""
         return world_size // self.model_parallel_size
 
     def global_batch_size(self, world_size: int) -> int:
@@ -457,6 +497,8 @@ class TrainingSettings:
                 self.parallel.num_layers_per_virtual_pipeline_stage
             ),
             num_layer_list=layers,
+            context_parallel_size=self.parallel.context_parallel_size,
+            context_parallel_algo=self.parallel.context_parallel_algo,
         )
 
     def padded_vocab_size(self, config: Qwen2Config) -> int:
@@ -540,6 +582,12 @@ def shared_faults(
     faults += _layout_faults(settings, config)
     if not faults:
         faults += _world_faults(settings, world_size)
+        faults += sequence_faults(
+            settings.layout(),
+            config,
+            settings.batch.seq_length,
+            sequence_parallel=settings.parallel.sequence_parallel,
+        )
     train_iters = settings.batch.train_iters
     if not faults:
         iteration, consumed = (made.iteration, made.consumed_samples) if made else (0, 0)
@@ -548,6 +596,10 @@ def shared_faults(
         faults += _schedule_faults(settings.optimizer, train_iters)
         faults += _recompute_faults(settings, config)
     faults += settings.fusion.faults(settings.runtime.device)
+    faults += settings.overlap.faults(settings, config)
+    if settings.runtime.device in ("cpu", "cuda"):
+        device = settings.runtime.device
+        faults += settings.overlap.device_faults(settings, device, device)
     faults += settings.profile.faults(world_size, train_iters, settings.checkpoint.save)
     table = training_flags(type(settings))
     faults += pasted_faults(settings.pasted, table, settings, config)
@@ -617,14 +669,9 @@ def _layout_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]
 
 def _world_faults(settings: TrainingSettings, world_size: int) -> list[str]:
     """What the number of processes has to do with the layout and the batch."""
-    layout = settings.parallel
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        return [
-            f"{world_size} process(es) cannot be shared out to tensor_model_parallel_size={tp} "
-            f"times pipeline_model_parallel_size={pp}; start a multiple of {tp * pp}, for example "
-            f"torchrun --nproc-per-node {-(-world_size // (tp * pp)) * tp * pp}."
-        ]
+    layout = settings.layout()
+    if world_size % layout.model_size:
+        return [layout.world_fault(world_size)]
     dp = settings.data_parallel_size(world_size)
     unit = settings.batch.micro_batch_size * dp
     size = settings.global_batch_size(world_size)
@@ -634,11 +681,11 @@ def _world_faults(settings: TrainingSettings, world_size: int) -> list[str]:
             f"{settings.batch.micro_batch_size} times {dp} data parallel rank(s); "
             f"use a multiple of {unit}."
         ]
-    if layout.num_layers_per_virtual_pipeline_stage is not None and size // unit % pp:
+    if layout.num_layers_per_virtual_pipeline_stage is not None and size // unit % layout.pp:
         return [
             f"an interleaved pipeline needs a number of micro-batches that is a multiple of "
-            f"pipeline_model_parallel_size={pp}, not {size // unit}; "
-            f"use a --global-batch-size that is a multiple of {unit * pp}."
+            f"pipeline_model_parallel_size={layout.pp}, not {size // unit}; "
+            f"use a --global-batch-size that is a multiple of {unit * layout.pp}."
         ]
     return []
 
@@ -691,13 +738,13 @@ def _recompute_faults(settings: TrainingSettings, config: Qwen2Config) -> list[s
 def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
     """Flags that need or exclude each other."""
     batch, parallel, recompute = settings.batch, settings.parallel, settings.recompute
-    tp = parallel.tensor_model_parallel_size
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     faults = []
     if settings.precision.bf16 and settings.precision.fp16:
         faults.append("--bf16 and --fp16: give one of them.")
     if settings.report.log_energy and settings.report.no_log_energy:
         faults.append("--log-energy and --no-log-energy: give one of them.")
-    if parallel.sequence_parallel and tp > 0 and batch.seq_length % tp:
+    if parallel.sequence_parallel and tp > 0 and cp == 1 and batch.seq_length % tp:
         faults.append(
             f"--sequence-parallel needs --seq-length {batch.seq_length} to be a multiple of "
             f"tensor_model_parallel_size={tp}."
@@ -716,6 +763,13 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
     faults += recompute.faults(config.num_layers)
     if settings.precision.reuse_fp32_param and not settings.precision.bf16:
         faults.append("--reuse-fp32-param needs --bf16: other weights are no halves of fp32 ones.")
+    for flag, is_on in (
+        ("--o2-gradient", settings.precision.o2_gradient),
+        ("--o2-optimizer", settings.precision.o2_optimizer),
+    ):
+        if is_on and not settings.precision.bf16:
+            faults.append(f"{flag} needs --bf16, as in MindSpeed-LLM.")
+    faults += _offload_faults(settings)
     is_full = recompute.recompute_granularity == "full"
     if is_full and recompute.recompute_method is None:
         faults.append("--recompute-granularity full needs --recompute-method.")
@@ -728,4 +782,31 @@ def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list
     runtime = settings.runtime
     if not runtime.manual_gc and (runtime.manual_gc_interval or runtime.no_manual_gc_eval):
         faults.append("--manual-gc-interval and --no-manual-gc-eval need --manual-gc.")
+    return faults
+
+
+def _offload_faults(settings: TrainingSettings) -> list[str]:
+    """What --optimizer-cpu-offload needs and excludes."""
+    optimizer, precision = settings.optimizer, settings.precision
+    flag, fraction = "--optimizer-cpu-offload", optimizer.optimizer_offload_fraction
+    if not 0 <= fraction <= 1:
+        return [f"--optimizer-offload-fraction {fraction:g} must be from 0 to 1."]
+    if not optimizer.optimizer_cpu_offload:
+        return [] if fraction == 1 else [f"--optimizer-offload-fraction needs {flag}."]
+    faults = []
+    if not settings.parallel.use_distributed_optimizer:
+        faults.append(f"{flag} needs --use-distributed-optimizer, as in Megatron-LM.")
+    if not (precision.bf16 or precision.fp16):
+        faults.append(
+            f"{flag} needs --bf16 or --fp16: megatron-core's hybrid optimizer cannot take slices "
+            "of fp32 weights."
+        )
+    for other, is_on in (
+        ("--reuse-fp32-param", precision.reuse_fp32_param),
+        ("--o2-optimizer", precision.o2_optimizer),
+    ):
+        if is_on:
+            faults.append(
+                f"{flag} and {other}: give one of them; both change what the optimizer keeps."
+            )
     return faults

@@ -16,7 +16,7 @@ from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.telemetry import reporting
-from qwen2_ascend.training.description import RUN_FILE, write_description
+from qwen2_ascend.training.description import DESCRIPTION_FILE, write_description
 from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
     from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
+    from qwen2_ascend.training.planned import Expected
 
 Say = Callable[[str], None]
 S = TypeVar("S", bound=TrainingSettings)
@@ -188,9 +189,12 @@ def _older(settings: TrainingSettings, error: DamagedError) -> Path:
 
 
 def _headline(plan: RunPlan, runtime: Runtime) -> str:
-    settings, parallel = plan.settings, plan.settings.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    words = [f"TP{tp} PP{pp} DP{settings.data_parallel_size(runtime.world_size)}"]
+    settings, parallel, layout = plan.settings, plan.settings.parallel, plan.layout
+    tp, cp = layout.tp, f" CP{layout.cp}" if layout.cp > 1 else ""
+    dp = settings.data_parallel_size(runtime.world_size)
+    words = [f"TP{tp} PP{layout.pp}{cp} DP{dp}"]
+    if layout.cp > 1:
+        words.append(layout.context_parallel_algo)
     if per_chunk := parallel.num_layers_per_virtual_pipeline_stage:
         words.append(f"{per_chunk} layer(s) per virtual stage")
     if parallel.sequence_parallel and tp > 1:
@@ -221,13 +225,17 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
         megatron_arguments=megatron_arguments(settings),
     )
     say = partial(reporting.attempt, "the log", voice(runtime.rank))
-    raise_if(settings.fusion.faults(runtime.name))
+    faults = settings.fusion.faults(runtime.name)
+    faults += settings.overlap.device_faults(settings, runtime.name, runtime.device_name())
+    raise_if(faults)
     if settings.report.log_energy:
         require_power_source(runtime)
     say(_headline(plan, runtime))
     say(settings.fusion.describe(runtime.name))
     pasted = pasted_notes(settings.pasted, training_flags(type(settings)))
-    for note in (*pasted, *runtime.notes):
+    overlap = settings.overlap.notes(settings.parallel.tensor_model_parallel_size)
+    precision = settings.precision.notes(settings.optimizer)
+    for note in (*overlap, *precision, *pasted, *runtime.notes):
         say(note)
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
@@ -282,6 +290,8 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
         recompute_activations=_outputs(recompute, "activation_function"),
         recompute_norms=_outputs(recompute, "norm"),
         swaps_attention=recompute.swap_attention,
+        use_ascend_mc2=settings.overlap.use_ascend_mc2,
+        coc_parallel_num=settings.overlap.number_of_pieces,
         deterministic_mode=settings.runtime.deterministic,
         **model_options,
     )
@@ -340,7 +350,9 @@ def build_run(
     from qwen2_ascend.training.schedule import build_schedule
 
     length = length or settings.length(runtime.world_size)
-    wrapped = wrap_chunks(chunks, settings.parallel)
+    wrapped = wrap_chunks(
+        chunks, settings.parallel, grad_reduce_in_fp32=not settings.precision.o2_gradient
+    )
     optimizer = build_optimizer(wrapped, settings)
     return TrainingRun(
         settings=settings,
@@ -386,7 +398,7 @@ def checkpoint_identity(plan: RunPlan) -> CheckpointIdentity:
 
     return CheckpointIdentity(
         config=plan.config,
-        layout=plan.layout,
+        layout=plan.layout.of_weights,
         padded_vocab_size=plan.padded_vocab_size,
         dtype=plan.settings.precision_name(),
         side_files=run_side_files(plan),
@@ -454,10 +466,10 @@ def train_and_report(
             opened.claim()
             if run.settings.has_own_disks:
                 require_shared(run.settings.checkpoint.save)
-        reporter = _reporter(run, plan.config, plan.padded_vocab_size)
+        reporter = _reporter(run, plan.config, plan.padded_vocab_size, _planned(run, plan.config))
         if reporter.report_dir:
             where = (reporter.report_dir, plan, run.runtime, run.train_iters)
-            reporting.attempt(RUN_FILE, write_description, *where)
+            reporting.attempt(DESCRIPTION_FILE, write_description, *where)
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step, say)
         return _train(run, reporter, instruments, opened, say)
@@ -528,7 +540,35 @@ def _will_evaluate(run: TrainingRun) -> bool:
     return is_next and run.valid_data is not None
 
 
-def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> Reporter:
+def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
+    """What the planner predicts of the run; run.json says what it was told.
+
+    Rank 0 alone looks. There is no plan for a CPU or a simulated device, and none by DeepSpeed.
+    """
+    from qwen2_ascend.checkpoint.staging import write_file
+    from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_entry
+    from qwen2_ascend.training.planned import as_cut, expected, not_planned
+
+    settings, runtime = run.settings, run.runtime
+    if runtime.rank != 0 or hasattr(settings, "zero") or not_planned(settings):
+        return None
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+
+    def look() -> Expected | None:
+        cut = as_cut(settings, config, runtime.world_size, runtime.name)
+        if runtime.simulated:
+            return None
+        if folder := settings.report.report_dir or settings.checkpoint.save:
+            entry = as_entry(cut, runtime.device_name(), per_node, run.progress.iteration)
+            write_file(folder / RUN_FILE, with_entry(folder / RUN_FILE, entry).encode())
+        return expected(cut, runtime.device_name(), per_node)
+
+    return reporting.attempt("the planner", look)
+
+
+def _reporter(
+    run: TrainingRun, config: Qwen2Config, padded_vocab_size: int, planned: Expected | None
+) -> Reporter:
     from qwen2_ascend.training.logging import Reporter, train_flops
 
     settings = run.settings
@@ -546,6 +586,7 @@ def _reporter(run: TrainingRun, config: Qwen2Config, padded_vocab_size: int) -> 
         world_size=run.runtime.world_size,
         report_dir=settings.report.report_dir or settings.checkpoint.save,
         tensorboard_dir=settings.report.tensorboard_dir,
+        planned=planned,
         silent=run.runtime.rank != 0,
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.formats import safetensors, torch_dist, torch_pt
+from qwen2_ascend.checkpoint.formats import safetensors, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.rules import Shard
 from qwen2_ascend.errors import UserError, raise_if
@@ -246,22 +246,3 @@ def _chunk(key: str) -> int:
 def _clean(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     named = ((plain_name(name), tensor) for name, tensor in tensors.items())
     return {name: tensor for name, tensor in named if name is not None}
-
-
-__all__ = [
-    "MANIFEST_FILE",
-    "PT_FILE",
-    "TRACKER_FILE",
-    "RankFiles",
-    "is_checkpoint_folder",
-    "is_torch_dist",
-    "iteration_folder",
-    "model_key",
-    "models_of",
-    "plain_name",
-    "rank_folder_name",
-    "rank_folders",
-    "read_ranks",
-    "torch_dist",
-    "torch_dist_key",
-]

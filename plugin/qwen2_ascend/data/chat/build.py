@@ -95,9 +95,8 @@ def build_chat_datasets(
     preparation = Preparation(
         task, tokenizer, chat or ChatSettings(), on_bad_row, data_cache_path, workers
     )
-    given = {"train": data_path or train_data_path, "valid": data_path or valid_data_path}
-    prefixes = prepared(list(dict.fromkeys(chain.from_iterable(given.values()))), preparation)
-    shares = _shares(split) if data_path else ((0.0, 1.0), (0.0, 1.0))
+    given = (data_path or train_data_path, data_path or valid_data_path)
+    prefixes = prepared(list(dict.fromkeys(chain.from_iterable(given))), preparation)
     making = _Making(
         seq_length,
         seed,
@@ -107,30 +106,23 @@ def build_chat_datasets(
         pad_to_multiple_of,
         vocab_size,
         keep_chats_apart,
+        shuffle,
+        split,
     )
-    built: list[EpochDataset | None] = []
-    for (name, words), share, wanted in zip(given.items(), shares, num_samples, strict=True):
-        source = None
-        if words and wanted != 0:
-            source = making.source(name, [prefixes[word] for word in words], share, task)
-        if wanted and source is None:
-            raise UserError(
-                f"{wanted} {name} samples are wanted and there is no {name} data; give "
-                f"--{name}-data-path, or {name} a share of --split {split}."
-            )
-        dataset = None
-        if source is not None:
-            dataset = EpochDataset(
-                source, num_samples=wanted, seed=seed, shuffle=shuffle, vocab_size=vocab_size
-            )
-        built.append(dataset)
-    train, valid = built
+    train, valid = (
+        making.epochs(name, [prefixes[word] for word in words], share, wanted, task)
+        for name, words, share, wanted in zip(
+            ("train", "valid"), given, _shares(split, data_path), num_samples, strict=True
+        )
+    )
     if train is None:
         raise UserError("there is no training data: give --data-path or --train-data-path.")
     return ChatDatasets(train, valid, tuple(making.notes))
 
 
-def _shares(split: str) -> tuple[tuple[float, float], ...]:
+def _shares(split: str, data_path: Sequence[str]) -> tuple[tuple[float, float], ...]:
+    if not data_path:
+        return (0.0, 1.0), (0.0, 1.0)
     from qwen2_ascend.data.pretraining import split_matrix
 
     return tuple(split_matrix(split)[:2])
@@ -148,7 +140,38 @@ class _Making:
     pad_to_multiple_of: int
     vocab_size: int | None
     keep_chats_apart: bool
+    shuffle: bool
+    split: str
     notes: list[str] = field(default_factory=list)
+
+    def epochs(
+        self,
+        name: str,
+        prefixes: Sequence[str],
+        share: tuple[float, float],
+        wanted: int | None,
+        task: str,
+    ) -> EpochDataset | None:
+        """As many samples of this share of the rows as are wanted; None where there are none.
+
+        Raises:
+            UserError: as `source`; or samples are wanted, and there is no row to take them from.
+        """
+        source = self.source(name, prefixes, share, task) if prefixes and wanted != 0 else None
+        if source is not None:
+            return EpochDataset(
+                source,
+                num_samples=wanted,
+                seed=self.seed,
+                shuffle=self.shuffle,
+                vocab_size=self.vocab_size,
+            )
+        if wanted:
+            raise UserError(
+                f"{wanted} {name} samples are wanted and there is no {name} data; give "
+                f"--{name}-data-path, or {name} a share of --split {self.split}."
+            )
+        return None
 
     def source(
         self, name: str, prefixes: Sequence[str], share: tuple[float, float], task: str

@@ -11,8 +11,12 @@ from typing import Any
 
 from qwen2_ascend.data.chat.encoding import parse_row
 from qwen2_ascend.data.chat.formats import RowFormat, detect_format, parse_map_keys, row_format
-from qwen2_ascend.data.chat.prepare import is_chat_file
-from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows, where
+from qwen2_ascend.data.chat.rows import (
+    find_chat_files,
+    is_chat_file,
+    read_chat_rows,
+    where,
+)
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.data.chat.stored import SIDES, dataset_path
 from qwen2_ascend.data.index_files import check_indexed

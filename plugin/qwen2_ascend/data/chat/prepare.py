@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
+from qwen2_ascend.data.chat.rows import is_chat_file
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import missing, read_bytes
@@ -19,7 +20,6 @@ from qwen2_ascend.pretrained import pretrained_folder
 
 T = TypeVar("T")
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".jl", ".parquet")
 CACHE_FOLDER = ".qwen2_ascend_cache"
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 CODE = (
@@ -43,11 +43,6 @@ class Preparation(NamedTuple):
     on_bad_row: str
     data_cache_path: str | Path | None
     workers: int | None
-
-
-def is_chat_file(word: str) -> bool:
-    """Whether a word of --data-path is a file of chats, not a prefix."""
-    return word.lower().removesuffix(".gz").endswith(SUFFIXES)
 
 
 def prepared(words: Sequence[str], preparation: Preparation) -> dict[str, str]:
@@ -113,7 +108,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _prepare(word: str, preparation: Preparation) -> str:
     """Prepares a file, if that has not been done; the prefix of the result."""
     from qwen2_ascend.data.chat.preprocess import preprocess_chats
-    from qwen2_ascend.data.command import PreprocessSettings
+    from qwen2_ascend.data.settings import PreprocessSettings
 
     prefix = _cached_prefix(word, preparation)
     try:

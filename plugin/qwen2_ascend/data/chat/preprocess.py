@@ -27,11 +27,12 @@ from qwen2_ascend.data.chat.rendering import given_template
 from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows
 from qwen2_ascend.data.chat.stored import IGNORED
 from qwen2_ascend.data.chat.summary import Summary
-from qwen2_ascend.data.command import PreprocessSettings
 from qwen2_ascend.data.inputs import InputFile
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Counts, State, join
-from qwen2_ascend.data.preprocess import num_cores, write_parts
+from qwen2_ascend.data.preprocess import write_parts
+from qwen2_ascend.data.settings import PreprocessSettings
+from qwen2_ascend.machine import num_cores
 from qwen2_ascend.pretrained import open_tokenizer
 from qwen2_ascend.prompt_types import check_tokenizer
 

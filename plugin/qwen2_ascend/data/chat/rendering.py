@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
     """bool, `[n]`."""
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A part of a rendered chat."""
 
     text: str
@@ -150,7 +150,7 @@ class ChatRenderer:
             add_generation_prompt=ask,
         )
 
-    def cut(self, chat: Chat) -> list[Piece]:
+    def cut(self, chat: Chat) -> list[Segment]:
         """The rendered chat, cut where the loss begins and ends.
 
         Raises:
@@ -162,9 +162,9 @@ class ChatRenderer:
         whole = self.render(chat)
         self._check_whole(chat, whole)
         if self._train_on_prompt:
-            return [Piece(whole, True)]
+            return [Segment(whole, True)]
         at = self._end_of_system(chat, whole)
-        pieces = [Piece(whole[:at], False)]
+        pieces = [Segment(whole[:at], False)]
         for turn in chat.trained[-1:] if self._mask_history else chat.trained:
             if turn == 0:
                 raise ChatError(
@@ -177,9 +177,9 @@ class ChatRenderer:
             self._check_said(said, chat, (turn,))
             if not self._is_named and self._turn_end and (match := self._turn_end.match(said)):
                 said = match[1]
-            pieces += [Piece(whole[at:begin], False), Piece(said, True)]
+            pieces += [Segment(whole[at:begin], False), Segment(said, True)]
             at = begin + len(said)
-        pieces.append(Piece(whole[at:], False))
+        pieces.append(Segment(whole[at:], False))
         return [piece for piece in pieces if piece.text]
 
     def _end_of_system(self, chat: Chat, whole: str) -> int:
@@ -210,7 +210,7 @@ class ChatRenderer:
         said = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         return list(chat.trained) == said
 
-    def _marked(self, chat: Chat) -> list[Piece]:
+    def _marked(self, chat: Chat) -> list[Segment]:
         """The rendered chat, cut at the template's markers."""
         template = template_for(self._tokenizer, chat.tools, self._given)
         whole, spans = templates.render_marked(
@@ -221,9 +221,9 @@ class ChatRenderer:
         pieces, at = [], 0
         for begin, end in sorted(spans):
             begin = max(begin, at)
-            pieces += [Piece(whole[at:begin], False), Piece(whole[begin:end], True)]
+            pieces += [Segment(whole[at:begin], False), Segment(whole[begin:end], True)]
             at = max(at, end)
-        pieces.append(Piece(whole[at:], False))
+        pieces.append(Segment(whole[at:], False))
         return [piece for piece in pieces if piece.text]
 
     def _check_said(self, said: str, chat: Chat, turns: Sequence[int]) -> None:

@@ -23,6 +23,13 @@ from qwen2_ascend.data.inputs import (
 from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import json_value
 
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".jl", ".parquet")
+
+
+def is_chat_file(word: str) -> bool:
+    """Whether a word of --data-path is a file of chats, not a prefix."""
+    return word.lower().removesuffix(".gz").endswith(SUFFIXES)
+
 
 def find_chat_files(
     words: Sequence[str], input_format: str, max_row_bytes: int

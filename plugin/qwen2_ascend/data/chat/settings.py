@@ -12,9 +12,8 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.flags import Flag
 from qwen2_ascend.prompt_types import PromptType
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 HANDLERS = {
     "AlpacaStyleInstructionHandler": "alpaca",

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from qwen2_ascend.data.chat.encoding import UNUSED
-from qwen2_ascend.data.command import PreprocessSettings
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import State
+from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.pretrained import one_line
 
 MOST_KEYS = 20

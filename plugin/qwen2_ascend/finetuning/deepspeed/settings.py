@@ -22,13 +22,16 @@ from qwen2_ascend.finetuning.settings import (
     FinetuneSettings,
     TuningSettings,
 )
+from qwen2_ascend.parallel import ContextParallelAlgorithm
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
+from qwen2_ascend.training.overlap import OverlapSettings
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
     Flag,
     ModelSettings,
+    OptimizerSettings,
     ParallelSettings,
     PrecisionSettings,
     RecomputeSettings,
@@ -78,9 +81,21 @@ class ZeroParallelSettings(ParallelSettings):
     num_layers_per_virtual_pipeline_stage: Absent[int | None] = None
     num_layer_list: Absent[str | None] = None
     sequence_parallel: Absent[bool] = False
+    context_parallel_size: Absent[int] = 1
+    context_parallel_algo: Absent[ContextParallelAlgorithm] = "megatron_cp_algo"
     use_distributed_optimizer: Absent[bool] = False
     overlap_grad_reduce: Absent[bool] = False
     overlap_param_gather: Absent[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOverlapSettings(OverlapSettings):
+    """There is no tensor parallelism."""
+
+    use_ascend_mc2: Absent[bool] = False
+    use_ascend_coc: Absent[bool] = False
+    coc_parallel_num: Absent[int] = 1
+    coc_fused_kernel: Absent[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +117,20 @@ class ZeroRecomputeSettings(RecomputeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroOptimizerSettings(OptimizerSettings):
+    """AdamW and its learning rate; norms and biases have no weight decay."""
+
+    optimizer_cpu_offload: Absent[bool] = False
+    optimizer_offload_fraction: Absent[float] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZeroPrecisionSettings(PrecisionSettings):
     """Number formats, and what happens when numbers run out."""
 
     reuse_fp32_param: Absent[bool] = False
+    o2_gradient: Absent[bool] = False
+    o2_optimizer: Absent[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +197,8 @@ class ZeroFinetuneSettings(FinetuneSettings):
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
+    overlap: ZeroOverlapSettings = field(default_factory=ZeroOverlapSettings)
+    optimizer: ZeroOptimizerSettings
     precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
     report: ZeroReportSettings = field(default_factory=ZeroReportSettings)

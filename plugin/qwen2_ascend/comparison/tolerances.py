@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen2_ascend.alignment.statistics import Difference, LogitsAgreement
+from qwen2_ascend.comparison.statistics import Difference, LogitsAgreement
 
 
 @dataclass(frozen=True, kw_only=True)

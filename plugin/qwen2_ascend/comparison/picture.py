@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_ascend.alignment.compare import Comparison, Pair, Report, Rules, match
-from qwen2_ascend.alignment.compare_text import number
-from qwen2_ascend.alignment.dumps import Dump
-from qwen2_ascend.alignment.statistics import difference_histogram
-from qwen2_ascend.alignment.tolerances import cosine_text
+from qwen2_ascend.comparison.compare import Comparison, Pair, Report, Rules, match
+from qwen2_ascend.comparison.dumps import Dump
+from qwen2_ascend.comparison.statistics import difference_histogram
+from qwen2_ascend.comparison.text import number
+from qwen2_ascend.comparison.tolerances import cosine_text
 from qwen2_ascend.errors import UserError, raise_if
 
 if TYPE_CHECKING:

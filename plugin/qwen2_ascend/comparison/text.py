@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from qwen2_ascend.alignment.compare import Comparison, Report, Side
-from qwen2_ascend.alignment.statistics import Difference, Summary
-from qwen2_ascend.alignment.tolerances import Tolerances, cosine_text, short_rows
+from qwen2_ascend.comparison.compare import Comparison, Report, Side
+from qwen2_ascend.comparison.statistics import Difference, Summary
+from qwen2_ascend.comparison.tolerances import Tolerances, cosine_text, short_rows
+from qwen2_ascend.markdown import aligned
 
 HEADINGS = (
     *("name", "shape", "dtype", "Cosine", "MaxAbsErr", "MaxRelativeErr", "RelativeL2"),
@@ -121,10 +122,7 @@ def _details(comparison: Comparison) -> Iterator[str]:
     rows = [header, _side_row("ours", ours), _side_row("theirs", theirs)]
     moments = (found.max, found.min, found.mean, found.std)
     rows.append(("ours - theirs", "", "", *map(number, moments), "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        cells = [word.rjust(n) for word, n in zip(row[1:], widths[1:], strict=True)]
-        yield "  " + "  ".join([row[0].ljust(widths[0]), *cells]).rstrip()
+    yield from (f"  {line}" for line in aligned(rows))
     for label, text in _figures(found):
         yield f"  {label:<16}{text}"
     if comparison.tolerances is not None and comparison.tolerances.usual_rows:

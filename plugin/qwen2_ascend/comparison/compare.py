@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from qwen2_ascend import __version__
-from qwen2_ascend.alignment import tolerances as tolerance
-from qwen2_ascend.alignment.dumps import Dump, Stored
-from qwen2_ascend.alignment.statistics import (
+from qwen2_ascend.comparison import tolerances as tolerance
+from qwen2_ascend.comparison.dumps import Dump, Stored
+from qwen2_ascend.comparison.statistics import (
     FLOATS,
     Difference,
     LogitsAgreement,
@@ -25,7 +25,7 @@ from qwen2_ascend.alignment.statistics import (
     dtype_name,
     logits_agreement,
 )
-from qwen2_ascend.alignment.tolerances import Finding, Tolerances
+from qwen2_ascend.comparison.tolerances import Finding, Tolerances
 from qwen2_ascend.errors import UserError
 
 LOGITS = ("*logits*",)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen2_ascend.alignment.dumps import open_dump, open_dumps
+from qwen2_ascend.comparison.dumps import open_dump, open_dumps
 from qwen2_ascend.errors import UserError
 
 BF16 = ml_dtypes.bfloat16

@@ -17,8 +17,8 @@ import tyro
 from qwen2_ascend.errors import UserError, raise_if
 
 if TYPE_CHECKING:
-    from qwen2_ascend.alignment.compare import Report, Rules
-    from qwen2_ascend.alignment.dumps import Dump
+    from qwen2_ascend.comparison.compare import Report, Rules
+    from qwen2_ascend.comparison.dumps import Dump
 
 EXIT_DIFFERENT = 1
 PROGRESS_BYTES = 1 << 29
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(CompareOptions, args=argv)
     raise_if(_faults(options))
     # imported once the flags are right: --help answers sooner
-    from qwen2_ascend.alignment.dumps import open_dumps
+    from qwen2_ascend.comparison.dumps import open_dumps
 
     ours, theirs = open_dumps(options.ours, options.theirs)
     rules = _rules(options)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write_json(report, options.json)
     _print(report, options)
     if options.png is not None:
-        from qwen2_ascend.alignment.compare_picture import draw
+        from qwen2_ascend.comparison.picture import draw
 
         draw(report, ours, theirs, rules, options.png, options.png_name)
     sys.stdout.flush()
@@ -138,7 +138,7 @@ def _unwritable(flag: str, path: Path | None) -> Iterator[str]:
 
 
 def _rules(options: CompareOptions) -> Rules:
-    from qwen2_ascend.alignment.compare import GRADIENTS, LOGITS, Rules
+    from qwen2_ascend.comparison.compare import GRADIENTS, LOGITS, Rules
 
     return Rules(
         rtol=options.rtol,
@@ -158,8 +158,8 @@ def _rules(options: CompareOptions) -> Rules:
 
 
 def _compare(ours: Dump, theirs: Dump, rules: Rules, png_name: str | None) -> Report:
-    from qwen2_ascend.alignment.compare import compare, match
     from qwen2_ascend.checkpoint.progress import Progress
+    from qwen2_ascend.comparison.compare import compare, match
 
     pairs = match(ours, theirs, rules)
     if png_name is not None and png_name not in {pair.name for pair in pairs}:
@@ -183,7 +183,7 @@ def _write_json(report: Report, path: Path) -> None:
 
 
 def _print(report: Report, options: CompareOptions) -> None:
-    from qwen2_ascend.alignment.compare_text import report_lines
+    from qwen2_ascend.comparison.text import report_lines
 
     out = sys.stderr if _is_stdout(options.json) else sys.stdout
     width = shutil.get_terminal_size().columns if out.isatty() else None

@@ -16,10 +16,11 @@ import torch
 from safetensors.numpy import save_file
 
 from qwen2_ascend import cli
-from qwen2_ascend.alignment import compare_command, statistics, tolerances
-from qwen2_ascend.alignment.compare import Comparison, Rules, compare, match
-from qwen2_ascend.alignment.compare_text import report_lines
-from qwen2_ascend.alignment.dumps import open_dump
+from qwen2_ascend.comparison import command as compare_command
+from qwen2_ascend.comparison import statistics, tolerances
+from qwen2_ascend.comparison.compare import Comparison, Rules, compare, match
+from qwen2_ascend.comparison.dumps import open_dump
+from qwen2_ascend.comparison.text import report_lines
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TOOL = Path(__file__).parents[2] / "tools" / "compare_outputs.py"

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from qwen2_ascend.alignment.statistics import dtype_name, is_comparable
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
 from qwen2_ascend.checkpoint.formats.torch_pt import check_size
+from qwen2_ascend.comparison.statistics import dtype_name, is_comparable
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import open_regular
 

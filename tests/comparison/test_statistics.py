@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from qwen2_ascend.alignment import statistics
-from qwen2_ascend.alignment.statistics import (
+from qwen2_ascend.comparison import statistics
+from qwen2_ascend.comparison.statistics import (
     coarser,
     describe,
     difference,

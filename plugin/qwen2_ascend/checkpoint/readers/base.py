@@ -1,0 +1,157 @@
+"""What an opened checkpoint is, the protocol of its readers, and the faults that all can find.
+
+Everything is checked against the mapping table from headers alone, before any byte moves: missing
+and extra tensors, shapes, dtypes, all named at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qwen2_ascend.checkpoint.formats.stored import StoredTensor
+from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.progress import size_text
+from qwen2_ascend.checkpoint.rules import Piece
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError, printable
+from qwen2_ascend.parallel import ParallelLayout
+
+WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
+_MOST_NAMED = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened checkpoint: headers read and checked, no tensor data touched."""
+
+    kind: str
+    """ "hf" or "mg"."""
+    folder: Path
+    config: Qwen2Config
+    held: tuple[Held, ...]
+    side_files: tuple[Path, ...]
+    """config.json, tokenizer and chat template files."""
+    format: str
+    """"safetensors", "megatron" or "torch_dist"."""
+    layout: ParallelLayout | None = None
+    """How Megatron shards are cut; None where the files do not depend on a layout."""
+    padded_vocab_size: int
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({held.stored.dtype for held in self.held}))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(held.stored.path for held in self.held))
+
+    def describe(self) -> str:
+        """One line for a log."""
+        size = size_text(sum(held.stored.num_bytes for held in self.held))
+        cut = ""
+        if self.layout is not None:
+            cut = f", TP{self.layout.tp} PP{self.layout.pp}"
+            if n := self.layout.num_layers_per_virtual_pipeline_stage:
+                cut += f", {n} layers per virtual stage"
+        return printable(
+            f"{self.folder}: {'Hugging Face' if self.kind == 'hf' else 'Megatron shards'} "
+            f"({self.format}){cut}, {len(self.held)} tensors, {size} {'/'.join(self.dtypes)}"
+        )
+
+
+@dataclass(frozen=True)
+class MegatronFolder:
+    """What the readers of Megatron's checkpoints are made of."""
+
+    folder: Path
+    """The checkpoint's, or the iteration's own."""
+    iteration: Path
+    kind: str = "mg"
+
+    @property
+    def config_folders(self) -> tuple[Path, ...]:
+        return self.folder, self.iteration, self.iteration.parent
+
+
+class Reader(Protocol):
+    """One folder of a known kind."""
+
+    @property
+    def kind(self) -> str:
+        """ "hf" or "mg"."""
+        ...
+
+    @property
+    def config_folders(self) -> tuple[Path, ...]:
+        """Where config.json and the tokenizer may be, the likeliest first."""
+        ...
+
+    def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+        """Reads every header and fits the tensors to the table.
+
+        Args:
+            config: the model's.
+            side_files: what goes along with the weights.
+
+        Raises:
+            UserError: damaged files, or tensors that do not fit the config; every fault at once.
+        """
+        ...
+
+
+def check_layer_count(where: Path | str, config: Qwen2Config, num_tensors: int) -> None:
+    """Before anything is enumerated per layer: a config may claim any number of them."""
+    if config.num_layers > num_tensors:
+        raise UserError(
+            f"{where}: config.json says {config.num_layers} layers, "
+            f"but there are only {num_tensors} tensors."
+        )
+
+
+def match(
+    pieces: Mapping[str, Piece], tensors: Mapping[str, StoredTensor]
+) -> tuple[list[Held], list[str]]:
+    """Pairs expected pieces with stored tensors; what does not fit, in sentences."""
+    faults = name_faults("missing tensors", [n for n in pieces if n not in tensors])
+    faults += name_faults("unexpected tensors", [n for n in tensors if n not in pieces])
+    extra_layers = layers(tensors) - layers(pieces)
+    if extra_layers:
+        faults.append(
+            f"the files hold layers up to {max(extra_layers)}, "
+            f"config.json says {len(layers(pieces))} layers."
+        )
+    held = [Held(name, piece, tensors[name]) for name, piece in pieces.items() if name in tensors]
+    return held, faults + at_most([fault for one in held for fault in _tensor_faults(one)])
+
+
+def _tensor_faults(held: Held) -> Iterator[str]:
+    name, piece, stored = held
+    if stored.shape != piece.shape:
+        yield f"{name}: expected shape {piece.shape}, found {stored.shape} in {stored.path.name}."
+    if stored.dtype not in WEIGHT_DTYPES:
+        yield (
+            f"{name}: dtype {stored.dtype} is none of {', '.join(WEIGHT_DTYPES)}, "
+            f"in {stored.path.name}."
+        )
+
+
+def name_faults(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]
+
+
+def at_most(faults: list[str]) -> list[str]:
+    if len(faults) <= _MOST_NAMED:
+        return faults
+    return [*faults[:_MOST_NAMED], f"and {len(faults) - _MOST_NAMED} more faults of this kind."]
+
+
+def layers(names: Iterable[str]) -> set[int]:
+    found = (re.search(r"\blayers\.(\d{1,9})\.", name) for name in names)
+    return {int(match[1]) for match in found if match}

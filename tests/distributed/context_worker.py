@@ -1,0 +1,269 @@
+"""Context parallelism: the same losses, norms and checkpoints as without it.
+
+Every check runs the same flags once with a cut of the sequences and once without, on as many
+ranks, which then are data parallel; what those compute, other workers compare with transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from distributed import train_worker as pretraining
+from distributed.harness import Checks, Run, main
+from finetuning import finetune_worker as tuning
+
+if TYPE_CHECKING:
+    from qwen2_ascend.training.loop import TrainingRun
+
+TOLERANCE = 5e-7
+"""Of fp32 losses near 5.6, one rounding of which is 4.8e-7; over 4 steps 6e-8 is seen."""
+NORM_TOLERANCE = 5e-6
+"""Of gradient norms, relative; 5e-7 is seen."""
+STEPS = 4
+ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
+
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
+ZERO1 = "--use-distributed-optimizer"
+OVERLAP = f"{ZERO1} --overlap-grad-reduce --overlap-param-gather"
+CP2 = "--context-parallel-size 2"
+
+DATA = {
+    "mock": "--mock-data --seq-length 24",
+    "documents": "--reset-attention-mask --eod-token 0 --split 100,0,0 --seq-length 48",
+    "packed": "--pack",
+    "variable": "--variable-seq-lengths",
+    "lora": "--lora-r 4 --lora-alpha 8 --pack",
+    "dpo": "--stage dpo --dpo-label-smoothing 0.1 --pref-ftx 0.5",
+    "ipo": "--stage dpo --dpo-loss-type ipo --variable-seq-lengths",
+    "lora-dpo": "--stage dpo --lora-r 4 --lora-alpha 8",
+}
+"""Flags of pretraining, then of fine-tuning."""
+PRETRAINING = ("mock", "documents")
+
+CHECKS = Checks()
+
+
+class Case(NamedTuple):
+    """What is run with `layout` and without."""
+
+    data: str
+    layout: str
+    flags: str = ""
+    """Of both runs."""
+    tolerance: float = TOLERANCE
+    world_size: int = 2
+
+
+def _cases() -> dict[str, Case]:
+    cases = {}
+    for algorithm in ALGORITHMS:
+        layout, word = f"{CP2} --context-parallel-algo {algorithm}", algorithm.split("_")[0]
+        for data in ("mock", "documents", "packed", "dpo"):
+            cases[f"cp2-{word}-{data}"] = Case(data, layout)
+        cases[f"cp4-{word}-mock"] = Case("mock", layout.replace("2", "4", 1), world_size=4)
+        cases[f"cp4-{word}-packed"] = Case("packed", layout.replace("2", "4", 1), world_size=4)
+        tp2 = f"{TP2} --sequence-parallel {layout}"
+        cases[f"tp2-cp2-{word}-documents"] = Case("documents", tp2, world_size=4)
+    cases |= {
+        "cp2-zero1": Case("mock", CP2, OVERLAP),
+        "cp2-variable": Case("variable", CP2),
+        "cp2-lora": Case("lora", CP2),
+        "cp2-ipo": Case("ipo", CP2, "", 5e-6),  # of losses near 25, one rounding of which is 2e-6
+        "cp2-lora-dpo": Case("lora-dpo", CP2, ZERO1),
+        "cp2-recompute": Case(
+            "packed",
+            f"{CP2} --recompute-granularity full --recompute-method uniform --swap-attention",
+        ),
+        "cp2-selective": Case("documents", f"{CP2} --recompute-granularity selective"),
+        "cp2-outputs": Case("mock", f"{CP2} --recompute-activation-function --recompute-norm"),
+        "cp2-chunked-swapped": Case(
+            "packed", f"{CP2} --cross-entropy-chunk-size 8 --swap-attention"
+        ),
+        "cp2-unfused": Case("documents", f"{CP2} --attention-backend unfused"),
+        # a rounding of bf16 is 2^-8; whichever part of a sum is rounded first is another one
+        "cp2-bf16": Case("mock", CP2, f"--bf16 {ZERO1}", 5e-3),
+        "cp2-halves": Case("packed", CP2, f"--bf16 {OVERLAP} --reuse-fp32-param", 5e-3),
+        "tp2-cp2": Case("mock", f"{TP2} {CP2}", world_size=4),
+        "tp2-cp2-sp-variable": Case("variable", f"{TP2} --sequence-parallel {CP2}", world_size=4),
+        "tp2-cp2-dpo": Case("dpo", f"{TP2} --sequence-parallel {CP2}", world_size=4),
+        "pp2-cp2": Case("mock", f"{PP2} {CP2}", world_size=4),
+        "pp2-cp2-packed": Case("packed", f"{PP2} {CP2}", ZERO1, world_size=4),
+        "pp2-cp2-dpo": Case("dpo", f"{PP2} {CP2}", world_size=4),
+        "vpp2-cp2": Case("mock", f"{VPP2} {CP2}", OVERLAP, world_size=4),
+        "vpp2-cp2-lora": Case("lora", f"{VPP2} {CP2}", world_size=4),
+        "cp2-dp2": Case("mock", CP2, OVERLAP, world_size=4),
+        "cp2-dp2-documents": Case("documents", CP2, OVERLAP, world_size=4),
+        "cp2-dp2-dpo": Case("dpo", CP2, ZERO1, world_size=4),
+    }
+    return cases
+
+
+def losses_are_those_of_whole_sequences(case: Case, run: Run) -> str:
+    """Losses and gradient norms of four steps, whose updates they therefore share."""
+    losses, norms = trained(run, case.data, f"{case.flags} {case.layout}")
+    expected, expected_norms = whole(run, case.data, case.flags)
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    norm = max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True))
+    assert worst <= case.tolerance, f"losses {losses} instead of {expected}"
+    assert norm <= 10 * case.tolerance, f"gradient norms {norms} instead of {expected_norms}"
+    assert max(expected) - min(expected) > 1e-3, f"nothing is learnt: {expected}"
+    return f"losses {worst:.1e}, norms {norm:.1e}"
+
+
+for _name, _case in _cases().items():
+    CHECKS.add(world_size=_case.world_size, name=_name)(
+        functools.partial(losses_are_those_of_whole_sequences, _case)
+    )
+
+
+@CHECKS.add(world_size=2)
+def the_validation_loss_is_that_of_whole_sequences(run: Run) -> str:
+    flags = "--eval-iters 2"
+    found, expected = (start(run, "mock", f"{flags} {layout}").evaluate() for layout in (CP2, ""))
+    assert abs(found - expected) <= TOLERANCE, (found, expected)
+    return f"{abs(found - expected):.1e}"
+
+
+@CHECKS.add(world_size=2)
+def a_part_without_any_loss_counts_nothing(run: Run) -> str:
+    """One rank's positions have no loss at all; every other token weighs the same."""
+    results = []
+    for layout in (f"{CP2} --context-parallel-algo ulysses_cp_algo", ""):
+        training = start(run, "mock", layout)
+        training.train_data = FirstHalf(training.train_data)
+        results.append(pretraining.steps(training, 2))
+    for own, other in zip(*results, strict=True):
+        assert own.num_tokens == other.num_tokens
+        assert abs(own.loss - other.loss) <= TOLERANCE, results
+        assert abs(own.grad_norm - other.grad_norm) <= TOLERANCE * 10, results
+    return str(results[0][0].num_tokens)
+
+
+class FirstHalf:
+    """Samples whose second half has no loss."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.data[index]
+        sample["loss_mask"][len(sample["loss_mask"]) // 2 :] = 0
+        return sample
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+MOVED = [
+    # data, format, flags of all, layouts one after the other
+    ("mock", "torch_dist", OVERLAP, (CP2, "", "--context-parallel-size 4")),
+    ("mock", "torch", ZERO1, (CP2, "", "--context-parallel-size 4")),
+    ("mock", "torch_dist", "", (f"{TP2} {CP2}", f"{PP2} {CP2}", TP2)),
+    ("packed", "torch_dist", ZERO1, ("--context-parallel-size 4", f"{PP2} {CP2}", CP2)),
+    ("lora", "torch_dist", ZERO1, (CP2, "", "--context-parallel-size 4")),
+]
+
+
+def a_run_goes_on_at_other_sizes(
+    data: str, form: str, flags: str, layouts: tuple[str, ...], run: Run
+) -> str:
+    """Two steps at one size, one at the next and one at the last are four undisturbed ones."""
+    expected, _ = whole(run, data, flags)
+    name = f"moved-{data}-{form}-{len(flags)}"
+    losses, load = [], None
+    for number, (layout, count) in enumerate(zip(layouts, (2, 1, 1), strict=True)):
+        folder = run.folder / f"{name}-{number}"
+        words = f"{flags} {layout} --ckpt-format {form} --save {folder} --save-interval 100"
+        prepared = prepare(run, data, words, load)
+        training = prepared.run
+        assert training.progress.iteration == len(losses)
+        losses += [result.loss for result in pretraining.steps(training, count)]
+        prepared.save() if prepared.save else pretraining.save(training)
+        load = folder
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    assert worst <= pretraining.MOVED_TOLERANCE, (losses, expected)
+    return f"{worst:.1e}"
+
+
+for _moved in MOVED:
+    CHECKS.add(world_size=4, name=f"moved-{_moved[0]}-{_moved[1]}-{_moved[3][0].split()[0][2:4]}")(
+        functools.partial(a_run_goes_on_at_other_sizes, *_moved)
+    )
+
+
+@CHECKS.add(world_size=4)
+def nothing_is_written_twice(run: Run) -> str:
+    """A checkpoint says the same of a run whatever its sequences are cut into, in as many bytes."""
+    found = {}
+    for name, layout in (("cut", CP2), ("whole", "")):
+        folder = run.folder / f"once-{name}"
+        training = start(run, "mock", f"{ZERO1} {layout} --save {folder}")
+        pretraining.steps(training, 1)
+        saved = pretraining.save(training)
+        sizes = [path.stat().st_size for path in saved.rglob("*.distcp")]
+        found[name] = (sum(sizes), _said(saved))
+    (cut, said), (other, said_of_whole) = found.values()
+    assert said == said_of_whole, found
+    assert abs(cut - other) < 0.01 * other, found
+    return str(found)
+
+
+def _said(folder: Path) -> Any:
+    """What a checkpoint's manifest says of how the run was cut."""
+    from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
+
+    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["layout"]
+
+
+# --- shared --------------------------------------------------------------------------------------
+
+
+def flags_of(run: Run, data: str) -> str:
+    """Everything but the layout."""
+    if data in PRETRAINING:
+        flags = f"{pretraining.FLAGS} {DATA[data]}"
+        if data == "documents":
+            prefix = pretraining.write_documents(run, "context", has_eod=True)
+            flags = flags.replace("--mock-data", f"--data-path {prefix}")
+        return flags
+    prefix = tuning.pairs(run) if "--stage dpo" in DATA[data] else tuning.chats(run)
+    size = "" if "--micro-batch-size" in DATA[data] else "--micro-batch-size 2"
+    return f"{tuning.FLAGS} {size} {DATA[data]} --data-path {prefix}"
+
+
+def prepare(run: Run, data: str, flags: str, load: Path | None = None) -> tuning.Prepared:
+    """A run as its launcher builds it."""
+    words = f"{flags_of(run, data)} {flags}"
+    if data in PRETRAINING:
+        return tuning.Prepared(pretraining.start(run, words, load=load), None, None)  # type: ignore
+    return tuning.start(run, words, load=load)
+
+
+def start(run: Run, data: str, flags: str) -> TrainingRun:
+    return prepare(run, data, flags).run
+
+
+def trained(run: Run, data: str, flags: str) -> tuple[list[float], list[float]]:
+    """(losses, gradient norms)"""
+    results = pretraining.steps(start(run, data, flags), STEPS)
+    return [result.loss for result in results], [result.grad_norm for result in results]
+
+
+_WHOLE: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+
+
+def whole(run: Run, data: str, flags: str) -> tuple[list[float], list[float]]:
+    """`trained` without a cut of sequences; run once in a launch."""
+    if (data, flags) not in _WHOLE:
+        _WHOLE[data, flags] = trained(run, data, flags)
+    return _WHOLE[data, flags]
+
+
+if __name__ == "__main__":
+    main(CHECKS)
