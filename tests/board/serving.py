@@ -94,13 +94,13 @@ def serving(*folders: Path, host: str = "127.0.0.1", token: str | None = None) -
 
 
 def write_run(folder: Path, steps: int, offset: float = 0.0, **described: Any) -> Path:
-    """A run's folder with a metrics.jsonl; with a configuration.json where that is given."""
+    """A run's folder with a metrics.jsonl; with a run.json where that is given."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metrics.jsonl").open("w") as out:
         for i in range(1, steps + 1):
             out.write(json.dumps(row(i, offset)) + "\n")
     if described:
-        (folder / "configuration.json").write_text(json.dumps(described))
+        (folder / "run.json").write_text(json.dumps(described))
     return folder
 
 

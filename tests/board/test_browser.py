@@ -320,7 +320,7 @@ def test_a_fine_tune_is_started_watched_and_stopped(
     expect(page.locator("#job-log")).to_contain_text("was told to stop (SIGTERM)")
     run = folder / "tuned" / "run"
     saved = list(run.glob("iter_*"))
-    assert len(saved) == 1 and (run / "configuration.json").is_file()
+    assert len(saved) == 1 and (run / "run.json").is_file()
     opened(page, served, "runs")
     page.locator("#run-list button", has_text="out/tuned/run").click()
     expect(page.locator("#checkpoints")).to_contain_text(saved[0].name)

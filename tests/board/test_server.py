@@ -212,8 +212,8 @@ def test_hostile_runs_are_shown_as_such_and_stay_as_they_are(tmp_path: Path) -> 
     (tmp_path / "empty" / "metrics.jsonl").touch()
     (tmp_path / "fifo").mkdir()
     os.mkfifo(tmp_path / "fifo" / "metrics.jsonl")
-    bad = write_run(tmp_path / "bad configuration.json", 3)
-    (bad / "configuration.json").write_text("[" * 100_000)
+    bad = write_run(tmp_path / "bad run.json", 3)
+    (bad / "run.json").write_text("[" * 100_000)
     huge = write_run(tmp_path / "huge", 3)
     with (huge / "metrics.jsonl").open("ab") as out:
         out.truncate(1 << 33)  # 8 GB of zeros
@@ -231,6 +231,6 @@ def test_hostile_runs_are_shown_as_such_and_stay_as_they_are(tmp_path: Path) -> 
         assert by_name[script.name]["curves"]["loss"]
         for name in names:
             assert "faults" not in served.ask("run", run=name)
-        detail = served.ask("run", run=f"{tmp_path.name}/bad configuration.json")
-        assert "configuration.json" in detail["notes"][0]
+        detail = served.ask("run", run=f"{tmp_path.name}/bad run.json")
+        assert "run.json" in detail["notes"][0]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

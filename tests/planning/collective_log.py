@@ -13,7 +13,6 @@ OPS = {
     "allreduce": "all_reduce",
     "allgather": "all_gather",
     "reduce_scatter": "reduce_scatter",
-    "alltoall": "all_to_all",
     "send": "send",
     "broadcast": "broadcast",
     "alltoall": "all_to_all",

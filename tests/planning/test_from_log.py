@@ -17,7 +17,7 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.command import main
 from qwen2_ascend.planning.devices import device_called, find_device
 from qwen2_ascend.planning.job import Cut, Job
-from qwen2_ascend.planning.log import RUN_FILE, as_cut, as_entry, rates_of, read_log, with_entry
+from qwen2_ascend.planning.log import RUN_FILE, as_cut, as_entry, rates_of, read_log, with_start
 from qwen2_ascend.planning.roofline import step_time
 
 DEVICE = find_device("910B3")
@@ -54,7 +54,8 @@ def write_log(folder: Path, cut: Cut, noise: float = 0.0, first: int = 0, steps:
     """A log as a run writes it: a slow first step, then steps that differ by `noise`."""
     folder.mkdir(exist_ok=True)
     file = folder / RUN_FILE
-    file.write_text(with_entry(file, as_entry(cut, "Ascend910B3", 8, first)), encoding="utf-8")
+    starts = with_start(file, as_entry(cut, "Ascend910B3", 8, first))
+    file.write_text(json.dumps({"starts": starts}), encoding="utf-8")
     metrics = folder / "metrics.jsonl"
     with metrics.open("a", encoding="utf-8") as lines:
         for at in range(first + 1, first + steps + 1):

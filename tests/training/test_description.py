@@ -1,4 +1,4 @@
-"""configuration.json: what it says of the environment, and that it keeps secrets."""
+"""run.json: what it says of the environment, and that it keeps secrets."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_planned_memory_is_the_planners() -> None:
 
 def test_what_the_planner_does_not_know_is_not_told() -> None:
     plan: Any = SimpleNamespace(
-        settings=settings("--lora-load", "x"), config=Qwen2Config.named("7B")
+        settings=settings("--lora-r", "2", "--lora-load", "x"), config=Qwen2Config.named("7B")
     )
     assert planned(plan, runtime()) == {}
     plan.settings = settings()

@@ -26,7 +26,7 @@ FRESH_SECONDS = 2.0
 DATA = (".jsonl", ".json", ".parquet")
 OTHER_JSON = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens|"
-    r"adapter_config|metadata|report|run|configuration|qwen2_ascend_manifest|model\.safetensors\.index)\.json"
+    r"adapter_config|metadata|report|run|qwen2_ascend_manifest|model\.safetensors\.index)\.json"
 )
 _SKIPPED = re.compile(r"\.|iter_\d+$|release$|node_modules$|__pycache__$|cache$")
 

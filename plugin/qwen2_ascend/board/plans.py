@@ -98,7 +98,7 @@ def answer(asked: Question) -> dict[str, Any]:
 
 def _planned(asked: Question) -> report.Result:
     """The planner's answer; the same question again is answered from memory."""
-    path = Path(asked.options.model or "")
+    path = Path(str(asked.options.model))
     config = path / "config.json" if path.is_dir() else path
     changed = config.stat().st_mtime_ns if config.exists() else 0
     return _kept(asked.options, changed)

@@ -15,7 +15,7 @@ from qwen2_ascend.board.listing import METRICS_FILE
 from qwen2_ascend.board.metrics import Row, last_rows, number
 from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.files import open_regular, read_json
-from qwen2_ascend.training.description import DESCRIPTION_FILE
+from qwen2_ascend.training.description import RUN_FILE
 
 LIVE_SECONDS = 60.0
 """A run is live when its metrics were written so recently, or within LIVE_STEPS of its steps."""
@@ -109,7 +109,7 @@ def _iteration(*rows: Row | None) -> int | None:
 
 
 def describe(folder: Path) -> Description:
-    """How a run was made: its configuration.json, or what its last checkpoint says of it."""
+    """How a run was made: its run.json, or what its last checkpoint says of it."""
     notes: list[str] = []
     try:
         described = _described(folder)
@@ -135,7 +135,7 @@ def describe(folder: Path) -> Description:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION_FILE
+    path = folder / RUN_FILE
     if not path.exists():
         return {}
     value = read_json(path)

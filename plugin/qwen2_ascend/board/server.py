@@ -34,6 +34,7 @@ from qwen2_ascend.board.preview import preview
 from qwen2_ascend.board.reading import Reader
 from qwen2_ascend.board.talker import SIDES, Talkers, question
 from qwen2_ascend.errors import UserError, printable, shown
+from qwen2_ascend.training.description import RUN_FILE
 
 MAX_BODY_BYTES = 1 << 20
 MAX_RUNS = 400
@@ -188,9 +189,9 @@ class Board:
         return folder
 
     def _description(self, folder: Path) -> runs.Description:
-        """`runs.describe`, again only when the folder or its configuration.json has changed."""
+        """`runs.describe`, again only when the folder or its run.json has changed."""
         changed = 0.0
-        for path in (folder, folder / runs.DESCRIPTION_FILE):
+        for path in (folder, folder / RUN_FILE):
             try:
                 changed = max(changed, path.stat().st_mtime)
             except OSError:

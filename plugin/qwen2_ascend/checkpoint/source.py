@@ -15,6 +15,17 @@ from qwen2_ascend.checkpoint.readers.torch_dist import TorchDistReader, open_tor
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 
+__all__ = [
+    "Source",
+    "find_reader",
+    "lacks_config",
+    "open_rank_states",
+    "open_source",
+    "open_states",
+    "open_torch_dist_states",
+    "target_dtype",
+]
+
 
 def find_reader(folder: str | Path, kind: str | None = None) -> Reader:
     """Asks a folder what it is.

@@ -17,7 +17,8 @@ from qwen2_ascend.errors import raise_if
 from qwen2_ascend.evaluation.benchmarks import KINDS
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.files import missing
-from qwen2_ascend.inference.settings import Flag, ServedModelSettings
+from qwen2_ascend.flags import Flag
+from qwen2_ascend.inference.settings import ServedModelSettings
 from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.pasted_flags import Pasted, pasted_faults
 

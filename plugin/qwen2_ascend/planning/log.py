@@ -1,7 +1,8 @@
 """What a training log tells the planner: run.json the layout, metrics.jsonl how long steps took.
 
-A run writes run.json beside metrics.jsonl when it begins. It is a list, with an entry for each time
-that the run was started or resumed, as a run may go on with another layout.
+A run writes run.json beside metrics.jsonl when it begins (training/description.py). Its `starts`
+have an entry for each time that the run was started or resumed, as a run may go on with another
+layout.
 """
 
 from __future__ import annotations
@@ -55,16 +56,15 @@ def as_entry(cut: Cut, device_name: str, devices_per_node: int, first_iteration:
     }
 
 
-def with_entry(file: Path, entry: dict[str, Any]) -> str:
-    """The text of run.json with a new start; what came after it in an earlier one is dropped."""
-    earlier: list[Any] = []
-    if file.is_file():
-        try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            earlier = []  # cut short by a kill
-    kept = [one for one in earlier if one["first_iteration"] < entry["first_iteration"]]
-    return json.dumps([*kept, entry], indent=1) + "\n"
+def with_start(file: Path, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The starts that run.json tells of and a new one; what came after that one is dropped."""
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier = []  # there is none, or it was cut short by a kill
+    if entry is None:
+        return earlier
+    return [one for one in earlier if one["first_iteration"] < entry["first_iteration"]] + [entry]
 
 
 def read_log(metrics: Path) -> list[LoggedRun]:
@@ -81,7 +81,7 @@ def read_log(metrics: Path) -> list[LoggedRun]:
                 f"{RUN_FILE} into --report-dir, or else into --save."
             )
     try:
-        starts = json.loads(beside.read_text(encoding="utf-8"))
+        starts = json.loads(beside.read_text(encoding="utf-8"))["starts"]
         steps = list(_steps(metrics))
         ends = [*(start["first_iteration"] for start in starts[1:]), float("inf")]
         found = [
@@ -121,7 +121,7 @@ def _run(
 
 def _steps(metrics: Path) -> Iterator[tuple[int, float, int]]:
     """(iteration, seconds of a step, steps that they are the mean of) of each line."""
-    rows = [(0, None)]
+    rows: list[tuple[int, float | None]] = [(0, None)]
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)

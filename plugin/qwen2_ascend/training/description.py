@@ -1,6 +1,6 @@
-"""configuration.json beside metrics.jsonl: how a run was configured, where, and what was planned.
+"""run.json beside metrics.jsonl: how a run was configured, where it runs, what was planned.
 
-It is for whoever compares runs later; nothing reads it to go on from. Variables of the environment
+It is for whoever compares runs later, and for `plan --from-log`; nothing reads it to go on from. Variables of the environment
 are written only where their names belong to the libraries that a run is made of, and no secret's.
 """
 
@@ -18,13 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend import __version__
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import write_file
+from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_start
 from qwen2_ascend.telemetry.reporting import attempt
 
 if TYPE_CHECKING:
+    from qwen2_ascend.planning.job import Cut
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.plan import RunPlan
 
-DESCRIPTION_FILE = "configuration.json"
+__all__ = ["RUN_FILE", "description", "environment", "write_description"]
+
 PACKAGES = (
     "torch",
     "torch_npu",
@@ -43,21 +48,31 @@ VARIABLES = re.compile(
 SECRETS = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
 
 
-def write_description(folder: Path, plan: RunPlan, runtime: Runtime, train_iters: int) -> None:
-    """Writes configuration.json into a folder.
+def write_description(
+    folder: Path, plan: RunPlan, runtime: Runtime, train_iters: int, first_iteration: int
+) -> None:
+    """Writes run.json into a folder.
+
+    Args:
+        folder: of metrics.jsonl.
+        plan: of the run.
+        runtime: its device.
+        train_iters: steps of the whole run.
+        first_iteration: steps that were made before this start.
 
     Raises:
         OSError: it cannot be written.
     """
-    from qwen2_ascend.checkpoint.staging import write_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(description(plan, runtime, train_iters), indent=1, default=str)
-    write_file(folder / DESCRIPTION_FILE, f"{text}\n".encode())
+    told = description(plan, runtime, train_iters)
+    entry = attempt(f"how {RUN_FILE} tells the layout", _start, plan, runtime, first_iteration)
+    told["starts"] = with_start(folder / RUN_FILE, entry)
+    text = json.dumps(told, indent=1, default=str)
+    write_file(folder / RUN_FILE, f"{text}\n".encode())
 
 
 def description(plan: RunPlan, runtime: Runtime, train_iters: int) -> dict[str, Any]:
-    """What configuration.json says.
+    """What run.json says.
 
     Args:
         plan: of the run.
@@ -72,7 +87,7 @@ def description(plan: RunPlan, runtime: Runtime, train_iters: int) -> dict[str, 
         "flags": flags(plan.settings),
         "model": asdict(plan.config),
         "environment": environment(runtime, os.environ),
-        **(attempt(f"what {DESCRIPTION_FILE} says was planned", _planned, plan, runtime) or {}),
+        **(attempt(f"what {RUN_FILE} says was planned", _planned, plan, runtime) or {}),
     }
 
 
@@ -102,15 +117,36 @@ def environment(runtime: Runtime, variables: Mapping[str, str]) -> dict[str, str
 
 def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
     """The planned memory of the fullest rank, and the device's peak, if the planner knows them."""
-    from qwen2_ascend.planning.devices import device_called
+    from qwen2_ascend.planning.devices import find_device
     from qwen2_ascend.planning.memory import fullest_stage
-    from qwen2_ascend.training.planned import as_cut, not_planned
 
-    settings, device = plan.settings, device_called(runtime.device_name())
-    if device is None or hasattr(settings, "zero") or not_planned(settings):
+    cut = _cut(plan, runtime)
+    try:
+        device = find_device("CPU" if runtime.name == "cpu" else runtime.device_name())
+    except UserError:
         return {}
-    _, memory = fullest_stage(as_cut(settings, plan.config, runtime.world_size, runtime.name))
+    if cut is None:
+        return {}
+    _, memory = fullest_stage(cut)
     found: dict[str, Any] = {"planned_memory_bytes": memory.total}
     if runtime.name != "cpu":  # the planner's CPU is a round number, no product
         found["peak_flops"] = device.peak_flops
     return found
+
+
+def _cut(plan: RunPlan, runtime: Runtime) -> Cut | None:
+    """The planner's view of a run; None of one that it does not know."""
+    from qwen2_ascend.training.planned import as_cut, not_planned
+
+    settings: Any = plan.settings
+    if hasattr(settings, "zero") or not_planned(settings):
+        return None
+    return as_cut(settings, plan.config, runtime.world_size, runtime.name)
+
+
+def _start(plan: RunPlan, runtime: Runtime, first_iteration: int) -> dict[str, Any] | None:
+    cut = None if runtime.simulated else _cut(plan, runtime)
+    if cut is None:
+        return None
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    return as_entry(cut, runtime.device_name(), per_node, first_iteration)

@@ -16,7 +16,7 @@ from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings, voice
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.telemetry import reporting
-from qwen2_ascend.training.description import DESCRIPTION_FILE, write_description
+from qwen2_ascend.training.description import RUN_FILE, write_description
 from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
@@ -469,7 +469,8 @@ def train_and_report(
         reporter = _reporter(run, plan.config, plan.padded_vocab_size, _planned(run, plan.config))
         if reporter.report_dir:
             where = (reporter.report_dir, plan, run.runtime, run.train_iters)
-            reporting.attempt(DESCRIPTION_FILE, write_description, *where)
+            where += (run.progress.iteration,)
+            reporting.attempt(RUN_FILE, write_description, *where)
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step, say)
         return _train(run, reporter, instruments, opened, say)
@@ -541,26 +542,21 @@ def _will_evaluate(run: TrainingRun) -> bool:
 
 
 def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
-    """What the planner predicts of the run; run.json says what it was told.
+    """What the planner predicts of the run.
 
     Rank 0 alone looks. There is no plan for a CPU or a simulated device, and none by DeepSpeed.
     """
-    from qwen2_ascend.checkpoint.staging import write_file
-    from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_entry
     from qwen2_ascend.training.planned import as_cut, expected, not_planned
 
     settings, runtime = run.settings, run.runtime
-    if runtime.rank != 0 or hasattr(settings, "zero") or not_planned(settings):
+    if runtime.rank != 0 or runtime.simulated or hasattr(settings, "zero"):
+        return None
+    if not_planned(settings):
         return None
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
 
     def look() -> Expected | None:
         cut = as_cut(settings, config, runtime.world_size, runtime.name)
-        if runtime.simulated:
-            return None
-        if folder := settings.report.report_dir or settings.checkpoint.save:
-            entry = as_entry(cut, runtime.device_name(), per_node, run.progress.iteration)
-            write_file(folder / RUN_FILE, with_entry(folder / RUN_FILE, entry).encode())
         return expected(cut, runtime.device_name(), per_node)
 
     return reporting.attempt("the planner", look)
