@@ -13,13 +13,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import uvicorn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen2_ascend.board.access import Access
 from qwen2_ascend.board.jail import Jail
-from qwen2_ascend.board.server import Board, create_app
+
+if TYPE_CHECKING:
+    from qwen2_ascend.board.server import Board
 
 
 class Answer(NamedTuple):
@@ -70,6 +70,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 @contextlib.contextmanager
 def serving(*folders: Path, host: str = "127.0.0.1", token: str | None = None) -> Iterator[Served]:
     """A board of some folders until the block ends."""
+    import uvicorn
+
+    from qwen2_ascend.board.server import Board, create_app
+
     board = Board(jail=Jail(folders), access=Access(host, token))
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(create_app(board), log_level="error", ws="none", lifespan="off")
@@ -90,7 +94,7 @@ def serving(*folders: Path, host: str = "127.0.0.1", token: str | None = None) -
 
 
 def write_run(folder: Path, steps: int, offset: float = 0.0, **described: Any) -> Path:
-    """A run's folder with a metrics.jsonl, and a run.json where something is described."""
+    """A run's folder with a metrics.jsonl; with a run.json where that is given."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metrics.jsonl").open("w") as out:
         for i in range(1, steps + 1):

@@ -16,5 +16,6 @@ it is no Gradio page. Nothing here imports torch: what needs it runs in a proces
     talker.py       a process that holds a model and answers; talking.py is that process
     server.py       the pages' requests; access.py is who may make them
     command.py      the command line
+    benchmark.py    how fast a folder of many long runs opens
     static/         the page
 """

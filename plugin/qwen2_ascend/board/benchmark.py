@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,41 +59,50 @@ def _row(iteration: int, steps: int, draw: random.Random) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Seconds and bytes of a board that is started and opened."""
+def measure(folder: Path) -> Iterator[tuple[str, float, str]]:
+    """Figures of a board that is started and opened, each as (what, how much, unit).
+
+    Seconds are the clock's; CPU seconds are the board's own, which other work on the machine does
+    not change.
+    """
     command = [sys.executable, "-m", "qwen2_ascend.cli", "board", str(folder), "--port", "0"]
     begin = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as board:
         try:
             assert board.stdout is not None
             url = board.stdout.readline().strip()
-            return _measured(url, psutil.Process(board.pid), begin)
+            yield from _measured(url, psutil.Process(board.pid), begin)
         finally:
             board.terminate()
 
 
-def _measured(url: str, board: psutil.Process, begin: float) -> dict[str, float]:
-    found: dict[str, float] = {"start_seconds": time.monotonic() - begin}
-    names = [run["name"] for run in _timed(found, "list", url, "runs")["runs"]]
-    _timed(found, "first", url, "curves", runs=names[:FIRST_SHOWN], series=SERIES)
-    found["open_cpu_seconds"] = sum(board.cpu_times()[:2])
-    _timed(found, "all", url, "curves", runs=names, series=SERIES)
-    found["bytes_after_all_sampled"] = board.memory_info().rss
-    begin = time.monotonic()
-    while True:
-        curves = _ask(url, "curves", runs=names, series=["loss"])["runs"].values()
-        found["bytes"] = max(found.get("bytes", 0), board.memory_info().rss)
-        if not any(one["is_sampled"] for one in curves):
-            found["read_seconds"] = time.monotonic() - begin
-            return found
-        time.sleep(1)
+def _measured(url: str, board: psutil.Process, begin: float) -> Iterator[tuple[str, float, str]]:
+    _ask(url, "state")
+    yield "started", time.monotonic() - begin, "s"
+    yield "started", _cpu(board), "CPU s"
+    yield "memory of an empty page", board.memory_info().rss / 1e6, "MB"
+    names = [run["name"] for run in _ask(url, "runs")["runs"]]
+    _ask(url, "curves", runs=names[:FIRST_SHOWN], series=SERIES)
+    yield "opened: the list and the newest six runs", time.monotonic() - begin, "s"
+    yield "opened: the list and the newest six runs", _cpu(board), "CPU s"
+    before, begin = _cpu(board), time.monotonic()
+    _ask(url, "curves", runs=names, series=SERIES)
+    yield "all runs in one picture, from then on", time.monotonic() - begin, "s"
+    yield "all runs in one picture, from then on", _cpu(board) - before, "CPU s"
+    yield "memory then", board.memory_info().rss / 1e6, "MB"
+    most = 0
+    while any(
+        x["is_sampled"] for x in _ask(url, "curves", runs=names, series=["loss"])["runs"].values()
+    ):
+        most = max(most, board.memory_info().rss)
+        time.sleep(5)
+    yield "every row read in the background, from then on", time.monotonic() - begin, "s"
+    yield "every row read in the background, from then on", _cpu(board) - before, "CPU s"
+    yield "memory at most", most / 1e6, "MB"
 
 
-def _timed(found: dict[str, float], name: str, url: str, question: str, **form: Any) -> Any:
-    begin = time.monotonic()
-    answer = _ask(url, question, **form)
-    found[f"{name}_seconds"] = time.monotonic() - begin
-    return answer
+def _cpu(board: psutil.Process) -> float:
+    return sum(board.cpu_times()[:2])
 
 
 def _ask(url: str, question: str, **form: Any) -> Any:
@@ -107,12 +117,8 @@ def main() -> None:
     folder, *numbers = sys.argv[1:]
     num_runs, steps = map(int, numbers) if numbers else (200, 100_000)
     make_folder(Path(folder), num_runs, steps)
-    for name, value in measure(Path(folder)).items():
-        is_bytes = "bytes" in name
-        print(
-            f"{name.replace('bytes', 'megabytes') if is_bytes else name:<28}"
-            f"{value / 1e6 if is_bytes else value:8.2f}"
-        )
+    for what, value, unit in measure(Path(folder)):
+        print(f"{what:<50}{value:8.2f} {unit}", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,17 +36,25 @@ class Reader:
         self._wanted: OrderedDict[Path, None] = OrderedDict()
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
+        self._num_looking = 0
+        """Pages that wait for an answer; the thread lets them go first."""
 
     def look(self, paths: Sequence[Path], take: Callable[[MetricsFile], T]) -> list[T]:
         """What `take` makes of each file as it is known by now; the thread reads the rest."""
         places = min(MOST_PLACES, max(FEWEST_PLACES, SAMPLED_PLACES // max(len(paths), 1)))
-        found = []
-        for path in paths:
-            with self._lock:
-                file = self._current(path, places)
-                found.append(take(file))
-        self._start()
-        return found
+        with self._lock:
+            self._num_looking += 1
+        try:
+            return [self._taken(path, places, take) for path in paths]
+        finally:
+            with self._work:
+                self._num_looking -= 1
+                self._work.notify_all()
+            self._start()
+
+    def _taken(self, path: Path, places: int, take: Callable[[MetricsFile], T]) -> T:
+        with self._lock:
+            return take(self._current(path, places))
 
     def wait(self, seconds: float) -> bool:
         """Whether the thread has read all that was wanted, within that time."""
@@ -67,7 +75,6 @@ class Reader:
             file.update(AT_ONCE_BYTES)
         if not file.is_complete:
             self._wanted[path] = None
-            self._work.notify_all()
         return file
 
     def _start(self) -> None:
@@ -79,7 +86,7 @@ class Reader:
     def _read(self) -> None:
         while True:
             with self._work:
-                if not self._wanted:
+                if not self._wanted or self._num_looking:
                     self._work.notify_all()
                     self._work.wait()
                     continue

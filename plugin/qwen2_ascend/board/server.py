@@ -40,8 +40,8 @@ MAX_BODY_BYTES = 1 << 20
 MAX_RUNS = 400
 """In one picture."""
 MAX_SERIES = 16
-MOST_POINTS = 1000
-"""Of a curve."""
+FEWEST_POINTS, MOST_POINTS = 60, 1000
+"""Of a curve: fewer where there are many."""
 DERIVED = {"mfu": "tflops_per_device"}
 """Series that the page may ask for, and what they are computed from."""
 TYPES = {
@@ -100,7 +100,7 @@ class Board:
         known = form.get("known")
         known = known if isinstance(known, Mapping) else {}
         folders = [self._run(name) for name in names]
-        most = max(100, min(MOST_POINTS, 40_000 // max(len(names), 1)))
+        most = max(FEWEST_POINTS, min(MOST_POINTS, 12_000 // max(len(names), 1)))
 
         def take(file: MetricsFile) -> dict[str, Any]:
             return self._curves(file, series, most, known)
