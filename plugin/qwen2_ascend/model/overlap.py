@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def start_sum(x: Tensor, group: ProcessGroup) -> Pending:
     return partial(_finished, all_reduce(x, group=group, async_op=True), x, x)
 
 
-def _finished(work: torch.distributed.Work, result: Tensor, source: Tensor) -> Tensor:
+def _finished(work: Any, result: Tensor, source: Tensor) -> Tensor:
     """Waits; whoever holds this holds `source` too, which must live until then."""
     work.wait()
     return result
