@@ -28,11 +28,7 @@ def faults(flags: str, model: str = "7B", world_size: int = 8) -> list[str]:
     [
         (f"{MC2} {COC} --bf16 {TP2}", "7B", ["give one of them"]),
         (f"{MC2} {TP2} {SP}", "7B", ["multiplies bf16 or fp16, not fp32; add --bf16"]),
-        (
-            f"{MC2} --bf16 --tensor-model-parallel-size 14 --padded-vocab-size 151942",
-            "0.5B",
-            ["2, 4 or 8, not 14"],
-        ),
+        (f"{MC2} --bf16 --tensor-model-parallel-size 16", "72B", ["2, 4 or 8, not 16"]),
         (f"{MC2} --bf16 {TP2} --device cpu", "7B", ["the device is cpu"]),
         (f"{MC2} {TP2} --device cpu", "7B", ["add --bf16", "the device is cpu"]),
         (f"{COC} --coc-parallel-num 3", "7B", ["3 is not 1, 2, 4 or 8"]),
@@ -48,7 +44,7 @@ def faults(flags: str, model: str = "7B", world_size: int = 8) -> list[str]:
 )
 def test_what_cannot_be_is_refused(flags: str, model: str, words: list[str]) -> None:
     """With the way out; several faults at once."""
-    found = faults(flags, model, world_size=14 if model == "0.5B" else 8)
+    found = faults(flags, model, world_size=16)
     told = "\n".join(found)
     assert all(word in told for word in words), told
     assert len(found) == (2 if "add --bf16" in told and "device" in told else 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwen2_ascend.ops import mc2_limits
+from qwen2_ascend.ops.mc2_limits import COLUMNS, DTYPES, RANKS, SUMMING_CHIP
 
 if TYPE_CHECKING:
     from qwen2_ascend.config import Qwen2Config
@@ -88,7 +88,7 @@ class OverlapSettings:
                 f"--use-ascend-mc2 asks for operators of torch_npu's, and the device is {device}; "
                 "leave it out, or say --use-ascend-coc --coc-parallel-num 2."
             ]
-        if not parallel.sequence_parallel and mc2_limits.SUMMING_CHIP not in chip:
+        if not parallel.sequence_parallel and SUMMING_CHIP not in chip:
             return [
                 f"--use-ascend-mc2: {chip} has no npu_mm_all_reduce_base; give --sequence-parallel."
             ]
@@ -151,19 +151,19 @@ def _fused_faults(settings: Any, config: Qwen2Config) -> list[str]:
     if tp == 1:
         return []
     faults = []
-    if precision not in mc2_limits.DTYPES:
+    if precision not in DTYPES:
         faults.append(f"--use-ascend-mc2 multiplies bf16 or fp16, not {precision}; add --bf16.")
-    if tp not in mc2_limits.RANKS:
+    if tp not in RANKS:
         faults.append(
             f"--use-ascend-mc2 takes tensor_model_parallel_size=2, 4 or 8, not {tp}; leave it out."
         )
     elif parallel.sequence_parallel:
-        limits = mc2_limits.COLUMNS
         faults += [
-            f"--use-ascend-mc2 takes from {limits.start} to {limits.stop - 1} columns of a rank's "
-            f"{layer}, not {columns}; leave it out, or choose another tensor_model_parallel_size."
+            f"--use-ascend-mc2 takes from {COLUMNS.start} to {COLUMNS.stop - 1} columns of a "
+            f"rank's {layer}, not {columns}; leave it out, or choose another "
+            "tensor_model_parallel_size."
             for layer, columns in _columns(config, tp).items()
-            if columns not in limits
+            if columns not in COLUMNS
         ]
     return faults
 
