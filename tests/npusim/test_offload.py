@@ -14,7 +14,7 @@ FLAGS = f"{NPU_FLAGS} --use-distributed-optimizer --num-workers 0"
 STEPS = 3
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction"
 TOLERANCE = 1e-6
-"""Of losses: none differed; the host's AdamW and the device's may round an fp32 weight otherwise."""
+"""Of losses: none differed. The AdamW of the host and that of the device may round otherwise."""
 
 pytestmark = [
     # Foreign warnings are errors in the CPU's training tests, and torch_npu adds many of its own.
