@@ -121,7 +121,7 @@ def _run(
 
 def _steps(metrics: Path) -> Iterator[tuple[int, float, int]]:
     """(iteration, seconds of a step, steps that they are the mean of) of each line."""
-    rows = [(0, None)]
+    rows: list[tuple[int, float | None]] = [(0, None)]
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
