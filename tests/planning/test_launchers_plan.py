@@ -11,11 +11,13 @@ from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as tuning
+from qwen2_ascend.planning.devices import find_device
 from qwen2_ascend.planning.job import ALL_LAYERS
-from qwen2_ascend.planning.memory import fullest_stage
+from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
+from qwen2_ascend.planning.search import Machine, plan_of
 from qwen2_ascend.training import pretrain as pretraining
 from qwen2_ascend.training import settings as pretraining_settings
-from qwen2_ascend.training.planned import as_cut
+from qwen2_ascend.training.planned import as_cut, expected
 
 COMMAND = (
     "--config 14B --mock-data --seq-length 4096 --train-iters 3 --lr 1e-5 --bf16 "
@@ -33,6 +35,19 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
     gigabytes = fullest_stage(cut)[1].total / 1e9
     assert "fits: 1 of 1 valid layouts" in said and f"takes {gigabytes:.1f} GB" in said
     assert "16 x 910B3" in said
+
+
+def test_a_log_is_told_what_the_plan_was() -> None:
+    """On devices by the names that their drivers give; torch's memory is without HCCL's."""
+    settings = pretraining_settings.parse(COMMAND.split())
+    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
+    planned = expected(cut, "Ascend910B3", 8)
+    assert planned is not None and planned.device == "910B3"
+    device = find_device("910B3")
+    plan = plan_of(cut, Machine(device=device, num_devices=16, devices_per_node=8))
+    assert planned.seconds == plan.time.total
+    assert planned.memory == plan.memory.total - communicators(cut) * HCCL_BYTES
+    assert expected(cut, "cpu", 8) is None and expected(cut, "Ascend920", 8) is None
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ class ReportSettings:
     tensorboard_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write TensorBoard events there."""
     report_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write metrics.jsonl and loss.png there; by default into --save."""
+    """Write metrics.jsonl, run.json and loss.png there; by default into --save."""
     log_energy: Flag = False
     """Log joules per token and watts, above idle too, or fail. Without this and --no-log-energy
     they are logged where something measures them (npu-smi, NVML, nvidia-smi, RAPL)."""
