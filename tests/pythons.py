@@ -21,22 +21,13 @@ ROOT = Path(__file__).parents[1]
 WITHOUT = ("megatron-core", "torch")
 TESTERS = ("hypothesis", "pyarrow", "pytest", "pytest-timeout")
 TESTS = (
-    "test_config.py",
-    "test_doctor.py",
     "test_errors.py",
     "test_files.py",
     "test_parallel.py",
-    "checkpoint/test_rules.py",
-    "checkpoint/test_slices.py",
-    "checkpoint/formats/test_safetensors.py",
-    "migration",
-    "planning/test_planning.py",
-    "runtime/test_diagnosis.py",
+    "runtime/test_absent_triton.py",
     "runtime/test_environment.py",
     "runtime/test_ledger.py",
     "runtime/test_mindspeed.py",
-    "training/test_megatron_flags.py",
-    "training/test_settings.py",
 )
 
 
