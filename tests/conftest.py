@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from distributed.harness import Launches
 from qwen2_ascend.runtime import absent_triton
 
+pytest_plugins = ["selection"]
+
 FOREIGN_WARNINGS = (
     # megatron-core, at import, about packages that an NPU or CPU does not have
     "ignore:.*Transformer Engine and Apex are not installed",
@@ -74,6 +76,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launches:
     """The launches of this test run; see distributed/harness.py."""
-    return Launches(tmp_path_factory.mktemp("launches"))
+    import selection  # a plugin: pytest imports it first
+
+    folder = tmp_path_factory.mktemp("launches")
+    return Launches(folder, selection.wanted_checks(request.session.items))

@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -121,7 +121,10 @@ def main(checks: Checks) -> None:
     running = runtime.start("cpu", timeout_seconds=STALL_SECONDS)
     folder = Path(os.environ["CHECKS_FOLDER"])
     results: dict[str, dict[str, object]] = {}
+    names = json.loads(os.environ["CHECKS_NAMES"])
     for check in checks.of(running.world_size):
+        if names and check.name not in names:
+            continue
         results[check.name] = _run(check, Run(running, folder))
         path = folder / f"results.{running.rank}.json"
         path.write_text(json.dumps(results), encoding="utf-8")
@@ -155,26 +158,49 @@ def _wait_for_others(running: Runtime, name: str) -> None:
 
 
 class Launches:
-    """Starts each worker once per world size, on demand, and remembers the results."""
+    """Starts each worker once per world size, on demand, and remembers the results.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where the launches' folders are made.
+        wanted: names of the checks that this test run has by worker; None for all. A check that is
+            not among them gets a launch of its own when it is asked for.
+    """
+
+    def __init__(self, folder: Path, wanted: Mapping[Path, Collection[str]] | None = None) -> None:
         self._folder = folder
-        self._results: dict[tuple[Path, int], dict[str, Result]] = {}
+        self._wanted = wanted
+        self._results: dict[tuple[Path, int, str], dict[str, Result]] = {}
 
     def result(self, worker: Path, check: Check) -> Result:
-        """The result of `check`, launching all of its world size's checks the first time."""
-        key = (worker, check.world_size)
+        """The result of `check`, launching all wanted ones of its world size the first time."""
+        names = [] if self._wanted is None else sorted(self._wanted.get(worker, ()))
+        alone = self._wanted is not None and check.name not in names
+        key = (worker, check.world_size, check.name if alone else "")
         if key not in self._results:
-            folder = self._folder / f"{worker.stem}-{check.world_size}"
-            self._results[key] = launch(worker, check.world_size, folder)
+            folder = self._folder / "-".join(filter(None, (worker.stem, *map(str, key[1:]))))
+            self._results[key] = launch(
+                worker, check.world_size, folder, names=[check.name] if alone else names
+            )
         results = self._results[key]
         return results.get(check.name) or Result(False, f"not reached. {results['launch'].detail}")
 
 
 def launch(
-    worker: Path, world_size: int, folder: Path, timeout: float = TIMEOUT_SECONDS
+    worker: Path,
+    world_size: int,
+    folder: Path,
+    timeout: float = TIMEOUT_SECONDS,
+    *,
+    names: Sequence[str] = (),
 ) -> dict[str, Result]:
     """Runs all ranks to their end or the time-out; no process of them is left either way.
+
+    Args:
+        worker: the script.
+        world_size: how many ranks run it.
+        folder: the ranks' own.
+        timeout: seconds.
+        names: of the checks to run; none for all of the world size.
 
     Returns:
         A Result per check that at least one rank finished, and "launch" for the run itself.
@@ -184,7 +210,8 @@ def launch(
     log.touch()
     servers = [_fork_server(number) for number in range(min(world_size, 2))]
     try:
-        status = _run_ranks(servers, worker, _environments(world_size, folder), log, timeout)
+        environments = _environments(world_size, folder, names)
+        status = _run_ranks(servers, worker, environments, log, timeout)
     finally:
         for server in servers:
             server.end()
@@ -224,11 +251,12 @@ def _named(status: int) -> str:
     return f"exit status {status}" if status > 0 else signal.Signals(-status).name
 
 
-def _environments(world_size: int, folder: Path) -> list[dict[str, str]]:
+def _environments(world_size: int, folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
     """What torchrun --standalone --nproc-per-node WORLD_SIZE gives each rank, but for the port."""
     shared = {
         **_environment(),
         "CHECKS_FOLDER": str(folder),
+        "CHECKS_NAMES": json.dumps(list(names)),
         "GROUP_RANK": "0",
         "GROUP_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
