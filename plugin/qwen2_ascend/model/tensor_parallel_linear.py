@@ -56,10 +56,6 @@ class OverlappedRowLinear(RowParallelLinear):
         return result, None
 
 
-def _group() -> Any:
-    """The ranks that share each layer."""
-    return parallel_state.get_tensor_model_parallel_group()
-
 
 class _ColumnProduct(torch.autograd.Function):
     @staticmethod
