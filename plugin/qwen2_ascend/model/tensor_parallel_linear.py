@@ -56,7 +56,6 @@ class OverlappedRowLinear(RowParallelLinear):
         return result, None
 
 
-
 class _ColumnProduct(torch.autograd.Function):
     @staticmethod
     def forward(
