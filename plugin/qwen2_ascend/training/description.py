@@ -1,7 +1,8 @@
 """run.json beside metrics.jsonl: how a run was configured, where it runs, what was planned.
 
-It is for whoever compares runs later, and for `plan --from-log`; nothing reads it to go on from. Variables of the environment
-are written only where their names belong to the libraries that a run is made of, and no secret's.
+It is for whoever compares runs later, and for `plan --from-log`; no run reads it to go on.
+Variables of the environment are written only where their names belong to the libraries that a run
+is made of, and no secret's.
 """
 
 from __future__ import annotations
