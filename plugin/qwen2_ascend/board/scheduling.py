@@ -51,7 +51,7 @@ def slurm(launch: Launch) -> str:
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 TORCHRUN_PID=$(mktemp)        # the file with the process id of torchrun on the first node
 export MASTER_ADDR TORCHRUN_PID
 trap 'rm -f "$TORCHRUN_PID"' EXIT
