@@ -1,5 +1,6 @@
 # make quickstart   the main job on a small model: split, train, merge, compare
-# make test         everything that can be tested on this machine
+# make test         what every commit runs: of costly families of tests a part, chosen by the commit
+# make test-all     everything that can be tested on this machine
 # make test-compat  what depends on megatron-core, with the oldest and the newest release
 # make test-pythons what needs no torch, with each Python
 # make check        format, lint, types
@@ -33,7 +34,7 @@ WITH_MEGATRON := tests/distributed/test_releases.py tests/distributed/test_train
   tests/data/test_pretraining.py tests/data/test_helpers_cpp.py tests/training/test_schedule.py \
   tests/finetuning/test_lora.py tests/model/test_model.py
 
-.PHONY: venv npu-site browser quickstart test test-compat test-pythons test-real test-npu check \
+.PHONY: venv npu-site browser quickstart test test-all test-compat test-pythons test-real test-npu check \
   format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
@@ -83,6 +84,9 @@ quickstart: $(VENV)/.run
 
 test: $(VENV)/.dev $(VENV)/npu-site
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev $(VENV)/npu-site
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --all
 
 test-compat: $(addprefix test-compat-,$(MEGATRON_CORE))
 

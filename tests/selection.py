@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SEEDS = ("QWEN2_CRASH_SEED", "PAIRS_SEED")
+"""Of tests that choose their own part: where a run is killed, which flags meet."""
 SEED = "TEST_SEED"
 """Environment variable that chooses the part instead of the commit."""
 
@@ -29,6 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_in(n): of its cases, one in n is run; all with --all")
     if config.getoption("--all"):
         os.environ.setdefault("QWEN2_CRASH_POINTS", "all")
+    number = str(int(_digest(seed())[:6], 16))
+    for name in SEEDS:
+        os.environ.setdefault(name, number)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
