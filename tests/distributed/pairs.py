@@ -25,7 +25,7 @@ Row = dict[str, Any]
 """Values by flag."""
 
 SEED = int(os.environ.get("PAIRS_SEED", "0"))
-"""Another one for every commit (selection.py); a test's name has it, so that it can be run again."""
+"""Another one for every commit (selection.py); a test's name has it, to run it again."""
 ROWS = int(os.environ.get("PAIRS_ROWS", "4"))
 """Rows of each kind and world size; 0 is all that there are."""
 FOLDER, DATA = "$folder/", "$data/"
