@@ -132,6 +132,15 @@ def test_the_band_is_three_deviations_of_a_run_from_the_pairs_mean() -> None:
     assert back is not None and back.share == 0.6 and back.since is None
 
 
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_the_band_of_a_few_iterations_has_as_many(number: int) -> None:
+    first, second = ([Point(i, x + i, 0.0, 9.0) for i in range(number)] for x in (0.0, 0.1))
+    band = noise.noise_band(first, second)
+    assert band is not None
+    assert len(band.iterations) == len(band.middle) == len(band.width) == number
+    assert noise.outside(band, first) is not None
+
+
 def test_runs_logged_at_other_intervals_are_compared_where_both_are() -> None:
     band = noise.noise_band(curve(*range(100)), curve(*range(9, 100, 10), step=10))
     assert band is not None and band.iterations[0] == 10 and band.iterations[-1] == 100

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from board.serving import Served, serving, write_run
+from board.serving import Served, row, serving, write_run
 
 server = pytest.importorskip("qwen2_ascend.board.server", reason="the extra board is not installed")
 
@@ -234,3 +234,43 @@ def test_hostile_runs_are_shown_as_such_and_stay_as_they_are(tmp_path: Path) -> 
         detail = served.ask("run", run=f"{tmp_path.name}/bad run.json")
         assert "run.json" in detail["notes"][0]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_links_of_a_run_to_what_is_outside_are_not_read(tmp_path: Path) -> None:
+    """A run.json or a checkpoint that is a link shows nothing of what it leads to."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "run.json").write_text(json.dumps({"flags": {"name": "SECRET"}, "train_iters": 77}))
+    (outside / "tracker").write_text("SECRET")
+    linked = write_run(root / "linked", 3)
+    (linked / "run.json").symlink_to(outside / "run.json")
+    tracked = write_run(root / "tracked", 3)
+    (tracked / "latest_checkpointed_iteration.txt").symlink_to(outside / "tracker")
+    moved = write_run(root / "moved", 3)
+    (moved / "latest_checkpointed_iteration.txt").write_text("2")
+    (moved / "iter_0000002").symlink_to(outside)
+    with serving(root) as served:
+        for run in (linked, tracked, moved):
+            found = served.ask("run", run=f"root/{run.name}")
+            assert "SECRET" not in json.dumps(found) and found["train_iters"] is None
+            assert "is a link" in found["notes"][0], found
+        assert all(run["train_iters"] is None for run in served.ask("runs")["runs"])
+
+
+def test_figures_beyond_all_measure_spoil_no_picture(tmp_path: Path) -> None:
+    """Their sums, squares and quotients are infinite, which JSON does not have."""
+    write_run(tmp_path / "good", 5)
+    write_run(tmp_path / "peak", 5, peak_flops=1e-300)
+    large = write_run(tmp_path / "large", 0)
+    with (large / "metrics.jsonl").open("w") as out:
+        for i in range(1, 3000):
+            out.write(json.dumps(row(i) | {"loss": 1.7e308 if i % 2 else 2.0}) + "\n")
+    names = [f"{tmp_path.name}/{name}" for name in ("good", "peak", "large")]
+    with serving(tmp_path) as served:
+        assert served.ask("curves", runs=names, series=["loss", "mfu"]).keys() == {"runs"}
+        assert served.board.reader.wait(60)
+        curves = served.ask("curves", runs=names, series=["loss", "mfu"])["runs"]
+        assert curves[names[0]]["curves"]["loss"] and not curves[names[1]]["curves"]["mfu"]
+        assert {point[1] for point in curves[names[2]]["curves"]["loss"]} == {2.0}
+        noise = served.ask("noise", series="loss", first=names[0], second=names[2], runs=names)
+        assert "faults" not in noise

@@ -209,6 +209,33 @@ def a_resumed_dpo_run_keeps_its_reference(run: Run) -> str:
     return resumed_losses(run, "dpo", flags, flags, tolerance=0.0)
 
 
+@CHECKS.add(world_size=2)
+def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
+    """Each start saves into a folder of its own; the third knows nothing of the first's."""
+    from distributed.train_worker import save
+    from qwen2_ascend.finetuning.dpo import _Kept
+
+    flags = f"{FLAGS} {TP2} --stage dpo --micro-batch-size 2 --data-path {pairs(run)}"
+    expected, _ = trained(start(run, flags).run)
+    losses, load = [], None
+    for number, steps in enumerate((2, 1, 1)):
+        folder = run.folder / f"dpo-on-{number}"
+        prepared = start(run, f"{flags} --save {folder}", load=load)
+        losses += trained(prepared.run, steps=steps)[0]
+        prepared.save() if prepared.save else save(prepared.run)
+        load = folder
+    assert losses == expected, (losses, expected)
+    kept = [
+        _Kept.read(run.folder / f"dpo-on-{number}" / "dpo_reference.safetensors")
+        for number in range(3)
+    ]
+    first = kept[0]
+    for own in kept:
+        assert own and first and own.log_probs.equal(first.log_probs)
+        assert own[1:] == first[1:], "it is said to be of other pairs or weights"
+    return str(losses)
+
+
 # --- LoRA ----------------------------------------------------------------------------------------
 
 LORA = "--lora-r 4 --lora-alpha 8 --micro-batch-size 2"

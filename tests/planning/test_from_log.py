@@ -54,7 +54,7 @@ def write_log(folder: Path, cut: Cut, noise: float = 0.0, first: int = 0, steps:
     """A log as a run writes it: a slow first step, then steps that differ by `noise`."""
     folder.mkdir(exist_ok=True)
     file = folder / RUN_FILE
-    starts = with_start(file, as_entry(cut, "Ascend910B3", 8, first))
+    starts = with_start(file, as_entry(cut, "Ascend910B3", 8, first), first)
     file.write_text(json.dumps({"starts": starts}), encoding="utf-8")
     metrics = folder / "metrics.jsonl"
     with metrics.open("a", encoding="utf-8") as lines:
@@ -99,6 +99,40 @@ def test_a_resumed_run_may_have_another_layout(tmp_path: Path) -> None:
     assert (first.num_steps, second.num_steps) == (5, 5)
     assert first.seconds == pytest.approx(seconds(LOGGED[0]))
     assert second.seconds == pytest.approx(seconds(LOGGED[1]))
+
+
+def test_steps_of_a_start_that_the_planner_does_not_know_are_no_others(tmp_path: Path) -> None:
+    """A run with --optimizer-cpu-offload goes on in the folder, twice as slow."""
+    metrics = write_log(tmp_path, LOGGED[0], steps=6)
+    starts = with_start(tmp_path / RUN_FILE, None, 6)
+    (tmp_path / RUN_FILE).write_text(json.dumps({"starts": starts}), encoding="utf-8")
+    with metrics.open("a", encoding="utf-8") as lines:
+        for at in range(7, 20):
+            lines.write(json.dumps({"iteration": at, "step_seconds": 1e3}) + "\n")
+    (run,) = read_log(metrics)
+    assert run.num_steps == 5 and run.seconds == pytest.approx(seconds(LOGGED[0]))
+    starts = with_start(tmp_path / RUN_FILE, None, 0)
+    assert [one["layout"] for one in starts] == [None], "a new run in the folder has no others'"
+
+
+@pytest.mark.parametrize("starts", [[1], {"a": 1}, [{}], 5])
+def test_a_run_json_that_somebody_broke_is_begun_anew(tmp_path: Path, starts: object) -> None:
+    (tmp_path / RUN_FILE).write_text(json.dumps({"starts": starts}), encoding="utf-8")
+    entry = as_entry(LOGGED[0], "cpu", 1, 3)
+    assert with_start(tmp_path / RUN_FILE, entry, 3) == [entry]
+
+
+@pytest.mark.parametrize(
+    ("device", "iteration"), [(5, 2), ("cpu", "Infinity"), ("cpu", "NaN"), ("cpu", '"x"')]
+)
+def test_a_log_of_odd_values_is_a_fault(tmp_path: Path, device: object, iteration: object) -> None:
+    metrics = write_log(tmp_path, LOGGED[0])
+    starts = [as_entry(LOGGED[0], "cpu", 1, 0) | {"device": device}]
+    (tmp_path / RUN_FILE).write_text(json.dumps({"starts": starts}), encoding="utf-8")
+    with metrics.open("a", encoding="utf-8") as lines:
+        lines.write(f'{{"iteration": {iteration}, "step_seconds": 1}}\n')
+    with pytest.raises(UserError, match=r"--from-log .* cannot be read"):
+        read_log(metrics)
 
 
 def test_lines_of_several_steps_count_as_that_many(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -564,3 +565,17 @@ def _table() -> str:
         cells = [device.name, *(f"{figure:.4g}{mark}" for figure, mark in pairs)]
         rows.append(f"| {' | '.join(cells)} | {device.devices_per_node} |")
     return "\n".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("--memory-gb inf", "--memory-gb inf must be above zero, and a figure"),
+        ("--memory-gb 1e300", "--memory-gb 1e+300 must be above zero, and a figure"),
+        ("--peak-tflops inf", "--peak-tflops inf must be above zero, and a figure"),
+        ("--recompute-norm --recompute-norm-num-layers -2", "-num-layers -2 must not be negative"),
+    ],
+)
+def test_figures_that_no_device_has_are_faults(words: str, fault: str) -> None:
+    with pytest.raises(UserError, match=re.escape(fault)):
+        main(["--model", "0.5B", "--num-devices", "4", *words.split()])

@@ -10,7 +10,6 @@ rest: it is what a page shows of a large file at once, until `update` has read a
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,8 @@ MAX_NAME = 80
 """Characters of a series' name."""
 TAIL_BYTES = 1 << 15
 """Of the end of a file, in which its last rows are."""
+LARGEST = 1e100
+"""A figure beyond it is none: sums of it and squares would be infinite, which JSON cannot say."""
 SAMPLE_BYTES = 2048
 """Read at each place of a sample; a row has about 300."""
 _MARK = 64
@@ -387,7 +388,7 @@ def _numbers(rows: Sequence[Row], name: str) -> np.ndarray | None:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         values = np.array([np.nan if (x := _number(v)) is None else x for v in given])
-    values[~np.isfinite(values)] = np.nan
+    values[~(np.abs(values) < LARGEST)] = np.nan
     return None if np.isnan(values).all() else values
 
 
@@ -398,4 +399,4 @@ def _number(value: Any) -> float | None:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < LARGEST else None

@@ -48,7 +48,8 @@ def noise_band(first: Sequence[Point], second: Sequence[Point]) -> Band | None:
     a, b = _at(first, places), _at(second, places)
     # two draws differ by sqrt(2) deviations; each is off their mean by half the difference
     squares = (a - b) ** 2 / 2
-    reach = max(1, round(WINDOW * len(places)))
+    # np.convolve gives as many values as the longer of its arguments has
+    reach = min(max(1, round(WINDOW * len(places))), (len(places) - 1) // 2)
     kernel = np.ones(2 * reach + 1)
     weights = np.convolve(np.ones(len(places)), kernel, "same")
     deviation = np.sqrt(np.convolve(squares, kernel, "same") / weights)

@@ -13,6 +13,7 @@ from typing import Any
 
 from qwen2_ascend.board.listing import METRICS_FILE
 from qwen2_ascend.board.metrics import Row, last_rows, number
+from qwen2_ascend.checkpoint.formats.megatron import TRACKER_FILE
 from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.files import open_regular, read_json
 from qwen2_ascend.training.description import RUN_FILE
@@ -129,13 +130,15 @@ def describe(folder: Path) -> Description:
         environment=_texts(environment),
         train_iters=_whole(described.get("train_iters")),
         planned_memory_bytes=_whole(planned),
-        peak_flops=number(described, "peak_flops"),
+        peak_flops=_peak(number(described, "peak_flops")),
         notes=notes,
     )
 
 
 def _described(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
+    if path.is_symlink():
+        raise UserError(f"{path.name}: is a link; the board follows none from a run's folder.")
     if not path.exists():
         return {}
     value = read_json(path)
@@ -157,6 +160,9 @@ def _from_checkpoint(folder: Path) -> dict[str, str]:
 
     if not is_checkpoint_folder(folder):
         return {}
+    tracker = folder / TRACKER_FILE
+    if tracker.is_symlink() or (folder / (_last_iteration(folder) or "")).is_symlink():
+        raise UserError("its checkpoint is a link; the board follows none from a run's folder.")
     saved = find_saved_run(folder)
     return {} if saved is None else _texts(vars(saved.common["args"]))
 
@@ -202,7 +208,7 @@ def _iteration_folders(folder: Path) -> list[Path]:
 
 def _last_iteration(folder: Path) -> str | None:
     try:
-        with open_regular(folder / "latest_checkpointed_iteration.txt") as file:
+        with open_regular(folder / TRACKER_FILE) as file:
             word = file.read(32).decode("ascii", "replace").strip()
     except (OSError, UserError):
         return None
@@ -290,6 +296,11 @@ def _text(value: Any) -> str:
         except (TypeError, ValueError):
             value = str(value)
     return printable(value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}...")
+
+
+def _peak(flops: float | None) -> float | None:
+    """A peak that a device can have; MFU of any other would be no number."""
+    return flops if flops is not None and 1e6 < flops < 1e30 else None
 
 
 def _whole(value: Any) -> int | None:

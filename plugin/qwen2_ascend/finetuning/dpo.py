@@ -146,24 +146,36 @@ def _reference(
 ) -> torch.Tensor:
     """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on every rank."""
     identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
+    save = plan.settings.checkpoint.save
     if kept is not None:
-        path, log_probs = kept
+        path, numbers, weights = kept
         say(f"reference log-probabilities: {path}")
-        return torch.from_numpy(log_probs)
+        log_probs = torch.from_numpy(numbers)
+        if save is not None and save.absolute() != path.parent.absolute():
+            # a later start may know that folder alone; the reference stays that of its weights
+            _keep(run, save, log_probs, {**identity, "weights": weights})
+        return log_probs
     parts = []
     for source in sources:
         say(f"reference log-probabilities of {len(source):,} pairs: computing")
         parts.append(reference_log_probs(run, source))
-    log_probs, save = torch.cat(parts), plan.settings.checkpoint.save
-    if run.runtime.rank == 0 and save is not None:
-        save.mkdir(parents=True, exist_ok=True)
-        _Kept(log_probs=log_probs, **identity).write(save / REFERENCE_FILE)
+    log_probs = torch.cat(parts)
+    if save is not None:
+        _keep(run, save, log_probs, identity)
     return log_probs
+
+
+def _keep(
+    run: TrainingRun, folder: Path, log_probs: torch.Tensor, identity: dict[str, str]
+) -> None:
+    if run.runtime.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _Kept(log_probs=log_probs, **identity).write(folder / REFERENCE_FILE)
 
 
 def _kept_reference(
     plan: RunPlan[FinetuneSettings], sources: list[Any]
-) -> tuple[dict[str, str], tuple[Path, np.ndarray] | None]:
+) -> tuple[dict[str, str], tuple[Path, np.ndarray, str] | None]:
     """What pairs and weights these are; and their file with what it says, if there is one.
 
     Raises:
@@ -176,7 +188,7 @@ def _kept_reference(
         if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
             continue
         if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
-            return identity, (folder / REFERENCE_FILE, kept.log_probs.numpy())
+            return identity, (folder / REFERENCE_FILE, kept.log_probs.numpy(), kept.weights)
     if resumed is None:
         return identity, None
     raise UserError(

@@ -19,6 +19,8 @@ from qwen2_ascend.planning.job import ALL_LAYERS, Job
 
 YesNo = Literal["yes", "no"]
 DEFAULT_DEVICE = "910B"
+MOST = 1e12
+"""Of GB, GB/s and TFLOP/s: beyond it a device's figures are slips, or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +352,7 @@ def _combination_faults(options: PlanOptions) -> list[str]:
         number = getattr(options, f"recompute_{what}_num_layers")
         is_on = getattr(options, f"recompute_{what}") == "yes"
         needs[f"{flag}-num-layers needs {flag}."] = number is not None and not is_on
+        needs[f"{flag}-num-layers {number} must not be negative."] = (number or 0) < 0
     faults = [fault for fault, is_one in needs.items() if is_one]
     words = options.num_layer_list
     if words is not None and not all(word.isdecimal() for word in words.split(",")):
@@ -395,7 +398,9 @@ def _faults(options: PlanOptions) -> list[str]:
         if v is not None and not 0 < v <= 1
     ]
     faults += [
-        f"{k} {v} must be above zero." for k, v in above_zero.items() if v is not None and not v > 0
+        f"{k} {v} must be above zero, and a figure that a device can have."
+        for k, v in above_zero.items()
+        if v is not None and not 0 < v < MOST
     ]
     faults += _combination_faults(options)
     if options.commands < 0:

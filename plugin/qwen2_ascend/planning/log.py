@@ -56,15 +56,23 @@ def as_entry(cut: Cut, device_name: str, devices_per_node: int, first_iteration:
     }
 
 
-def with_start(file: Path, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The starts that run.json tells of and a new one; what came after that one is dropped."""
+def with_start(
+    file: Path, entry: dict[str, Any] | None, first_iteration: int
+) -> list[dict[str, Any]]:
+    """The starts that run.json tells of and a new one; what came after that one is dropped.
+
+    Args:
+        file: run.json, which need not be there.
+        entry: what `as_entry` says of the new start; None where the planner does not know it. Its
+            steps are then nobody's: without a word of it they would count as the start's before.
+        first_iteration: steps that were made before it.
+    """
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))["starts"]
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
+        earlier = [one for one in starts if one["first_iteration"] < first_iteration]
     except (OSError, ValueError, KeyError, TypeError):
         earlier = []  # there is none, or it was cut short by a kill
-    if entry is None:
-        return earlier
-    return [one for one in earlier if one["first_iteration"] < entry["first_iteration"]] + [entry]
+    return [*earlier, entry or {"first_iteration": first_iteration, "layout": None}]
 
 
 def read_log(metrics: Path) -> list[LoggedRun]:
@@ -86,9 +94,9 @@ def read_log(metrics: Path) -> list[LoggedRun]:
         ends = [*(start["first_iteration"] for start in starts[1:]), float("inf")]
         found = [
             _run(f"{metrics} {start['first_iteration'] + 1}", start, steps, end)
-            for start, end in zip(starts, ends, strict=True)
+            for start, end in zip(starts, ends, strict=False)
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"--from-log {metrics}: {beside} cannot be read: {error!r}.") from None
     runs = [run for run in found if run is not None]
     if not runs:
@@ -99,6 +107,8 @@ def read_log(metrics: Path) -> list[LoggedRun]:
 def _run(
     name: str, start: dict[str, Any], steps: list[tuple[int, float, int]], end: float
 ) -> LoggedRun | None:
+    if start["layout"] is None:
+        return None
     begin = start["first_iteration"] + WARM_UP_STEPS
     # a line stands for the steps since the line before it
     mine = [

@@ -67,7 +67,7 @@ def write_description(
     folder.mkdir(parents=True, exist_ok=True)
     told = description(plan, runtime, train_iters)
     entry = attempt(f"how {RUN_FILE} tells the layout", _start, plan, runtime, first_iteration)
-    told["starts"] = with_start(folder / RUN_FILE, entry)
+    told["starts"] = with_start(folder / RUN_FILE, entry, first_iteration)
     text = json.dumps(told, indent=1, default=str)
     write_file(folder / RUN_FILE, f"{text}\n".encode())
 
