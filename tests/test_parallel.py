@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from helpers import tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size, tensor_parallel_sizes
+from qwen2_ascend.parallel import (
+    ParallelLayout,
+    padded_vocab_size,
+    sequence_ranges,
+    tensor_parallel_sizes,
+)
 
 
 def layout(tp: int = 1, pp: int = 1, **others) -> ParallelLayout:
@@ -269,3 +274,28 @@ def test_without_padding_the_vocabulary_stays_or_the_way_out_works(vocab_size, t
 def test_padding_mistakes_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         padded_vocab_size(tiny_config(), 2, **options)
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.sampled_from(ALGORITHMS))
+def test_ranks_share_a_sequence_out(cp: int, unit: int, algorithm: str) -> None:
+    """Property: every position is on one rank, and all hold as many; where a rank attends with its
+    own queries alone, all have as many pairs of a query and a key it sees."""
+    length = 2 * cp * unit
+    held = [
+        list(chain.from_iterable(sequence_ranges(length, cp, rank, algorithm)))
+        for rank in range(cp)
+    ]
+    assert sorted(chain.from_iterable(held)) == list(range(length))
+    assert {len(positions) for positions in held} == {length // cp}
+    if algorithm != "ulysses_cp_algo":
+        assert len({sum(position + 1 for position in positions) for positions in held}) == 1
+
+
+def test_what_a_checkpoint_says_of_a_layout_is_the_same_at_every_cp() -> None:
+    cut = layout(2, 2, context_parallel_size=4, context_parallel_algo="ulysses_cp_algo")
+    assert cut.of_weights == layout(2, 2)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 
+ContextParallelAlgorithm = Literal["megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo"]
+"""How attention sees the parts of a sequence that other ranks hold: K and V travel round a ring;
+heads are exchanged for positions; K and V are gathered."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How a model is cut over tensor- and pipeline-parallel ranks."""
+    """How a model is cut over tensor- and pipeline-parallel ranks, and sequences over others."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -20,6 +25,10 @@ class ParallelLayout:
     """Interleaved pipeline (VPP): layers in each of a stage's chunks."""
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each pipeline stage when they are not equal."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence. It cuts nothing that is stored."""
+    context_parallel_algo: ContextParallelAlgorithm = "megatron_cp_algo"
+    """How attention sees what other ranks hold of a sequence."""
 
     @property
     def tp(self) -> int:
@@ -28,6 +37,20 @@ class ParallelLayout:
     @property
     def pp(self) -> int:
         return self.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        return self.context_parallel_size
+
+    @property
+    def of_weights(self) -> ParallelLayout:
+        """The same without what cuts sequences: of what a checkpoint says."""
+        whole = ParallelLayout()
+        return replace(
+            self,
+            context_parallel_size=whole.context_parallel_size,
+            context_parallel_algo=whole.context_parallel_algo,
+        )
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Chunks per stage, or None without an interleaved pipeline."""
@@ -66,6 +89,7 @@ class ParallelLayout:
         sizes = {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
             "num_layers_per_virtual_pipeline_stage": self.num_layers_per_virtual_pipeline_stage,
         }
         faults = [
@@ -142,6 +166,29 @@ class ParallelLayout:
                 f"num_layer_list={_comma(numbers)} sums to {total}, not num_layers={num_layers}."
             )
         return faults
+
+
+def sequence_ranges(length: int, cp: int, rank: int, algorithm: str) -> tuple[range, ...]:
+    """Which positions of every sequence a context-parallel rank holds, in its order.
+
+    A causal query at the end of a sequence has more to do than one at its beginning. Where each
+    rank attends with its own queries, it holds one chunk near each end: `rank` and
+    `2 * cp - 1 - rank` of 2 * cp. With "ulysses_cp_algo" each attends with queries of all
+    positions, and holds one piece.
+
+    Args:
+        length: tokens in a sequence, which the number of chunks divides.
+        cp: context_parallel_size.
+        rank: in the context-parallel group.
+        algorithm: context_parallel_algo.
+    """
+    if cp == 1:
+        return (range(length),)
+    if algorithm == "ulysses_cp_algo":
+        part = length // cp
+        return (range(rank * part, (rank + 1) * part),)
+    part = length // (2 * cp)
+    return tuple(range(n * part, (n + 1) * part) for n in (rank, 2 * cp - 1 - rank))
 
 
 def tensor_parallel_sizes(config: Qwen2Config) -> tuple[int, ...]:

@@ -69,6 +69,8 @@ class AttentionCall:
     key_ends: Sequence[int] | None = None
     key_lengths: Sequence[int] | None = None
     """Of a batch with a cache: how many keys of each sequence count."""
+    softmax_layout: str = ""
+    """Of a packed batch's statistics: token by token where it is "TND"."""
     keep_prob: float = 1.0
     seed: int = 0
     offset: int = 0
@@ -86,6 +88,11 @@ class AttentionCall:
         _require(
             self.num_heads % self.num_key_value_heads == 0,
             f"{self.num_heads} query heads are no multiple of {self.num_key_value_heads}",
+        )
+        allowed = ("", "TND") if self.layout == "TND" else ("",)
+        _require(
+            self.softmax_layout in allowed,
+            f"softmax_layout {self.softmax_layout} is not one of {allowed}",
         )
         if self.layout == "TND":
             _check_ends(self.query_ends, query.shape[0], "actual_seq_qlen")
@@ -213,9 +220,19 @@ def by_sequence(x: Tensor, layout: str, heads: int, ends: Sequence[int] | None) 
     return list(x if layout == "BNSD" else x.transpose(1, 2))
 
 
-def _statistics_by_sequence(x: Tensor, layout: str, ends: Sequence[int] | None) -> list[Tensor]:
+def _statistics_by_sequence(x: Tensor, call: AttentionCall) -> list[Tensor]:
     """Views [N, S, 8] of softmax_max or softmax_sum."""
-    return by_sequence(x, "TND" if layout == "TND" else "BNSD", 0, ends)
+    if call.layout != "TND":
+        return by_sequence(x, "BNSD", 0, None)
+    ends = call.query_ends
+    assert ends is not None
+    if call.softmax_layout == "TND":
+        return by_sequence(x, "TND", 0, ends)
+    # whatever the shape says, [T, N, 8]: the numbers of each sequence lie head by head
+    heads = call.num_heads
+    rows = x.view(-1, x.shape[-1])
+    bounds = itertools.pairwise((0, *ends))
+    return [rows[a * heads : b * heads].unflatten(0, (heads, -1)) for a, b in bounds]
 
 
 def _attend(call: AttentionCall, output: Tensor, largest: Tensor | None, total: Tensor | None):
@@ -231,7 +248,7 @@ def _attend(call: AttentionCall, output: Tensor, largest: Tensor | None, total: 
         places[index].copy_(weights @ sequence.value)
         for statistic, rows in ((largest, row_largest), (total, row_total)):
             if statistic is not None:
-                _statistics_by_sequence(statistic, call.layout, call.query_ends)[index].copy_(rows)
+                _statistics_by_sequence(statistic, call)[index].copy_(rows)
 
 
 def _training_call(
@@ -269,6 +286,7 @@ def _training_call(
         zero_hidden_rows=sparse_mode in (3, 4) or inner_precise == 2,
         query_ends=_as_list(actual_seq_qlen),
         key_ends=_as_list(actual_seq_kvlen),
+        softmax_layout=others.get("softmax_layout") or "",
         keep_prob=keep_prob,
         seed=_as_int(others.get("seed")),
         offset=_as_int(others.get("offset")),
@@ -317,8 +335,8 @@ def _(_outputs, *, dy, softmax_max, softmax_sum, attention_in, **inputs):
     d_value = by_sequence(gradients[2], layout, call.num_key_value_heads, call.key_ends)
     d_outputs = by_sequence(dy.float(), layout, call.num_heads, ends)
     outputs = by_sequence(attention_in.float(), layout, call.num_heads, ends)
-    largest = _statistics_by_sequence(softmax_max, layout, ends)
-    totals = _statistics_by_sequence(softmax_sum, layout, ends)
+    largest = _statistics_by_sequence(softmax_max, call)
+    totals = _statistics_by_sequence(softmax_sum, call)
     for index, sequence in enumerate(call.sequences()):
         weights = (sequence.scores - largest[index][..., :1]).exp() / totals[index][..., :1]
         if call.zero_hidden_rows:

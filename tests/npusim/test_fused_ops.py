@@ -354,7 +354,7 @@ def test_what_the_inference_operator_cannot_do_plain_torch_does_and_says_so_once
 # --- the mask, and what stays on the host ---------------------------------------------------------
 
 
-def test_the_only_call_of_fused_attention_has_the_causal_mask():
+def test_every_call_of_fused_attention_has_the_causal_mask():
     """Without one it attends to later tokens, whatever the mode says, so no argument removes it."""
     calls = [
         node
@@ -362,10 +362,46 @@ def test_the_only_call_of_fused_attention_has_the_causal_mask():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and "npu_fusion_attention" in ast.unparse(node.func)
     ]
-    (only,) = calls
-    given = {keyword.arg: ast.unparse(keyword.value) for keyword in only.keywords}
-    assert given["atten_mask"] == "_causal_mask(q.device)"
-    assert given["sparse_mode"] == "_CAUSAL_FROM_START"
+    masks = [
+        (given.get("atten_mask"), given.get("sparse_mode"))
+        for given in ({kw.arg: ast.unparse(kw.value) for kw in call.keywords} for call in calls)
+    ]
+    of_pieces = "launch.mask(q.device)", "launch.sparse_mode"  # forward and its gradient
+    whole = "_causal_mask(q.device)", "_CAUSAL_FROM_START"
+    assert sorted(masks) == sorted([whole, of_pieces, of_pieces])
+
+
+def test_causal_pieces_have_the_mask_and_full_ones_none():
+    import torch
+
+    from qwen2_ascend.ops import npu
+    from qwen2_ascend.ops.pieces import Piece
+
+    q, k = torch.zeros(8, 1, 4, 16).npu(), torch.zeros(8, 1, 2, 16).npu()
+    for causal in (True, False):
+        piece = Piece(range(1), range(4), range(8), causal)
+        launch = npu._Launch.of([piece], q, k)
+        assert launch.sparse_mode == (3 if causal else 0)
+        assert launch.mask(q.device) is (npu._causal_mask(q.device) if causal else None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces", "message"),
+    [
+        (2**20 + 1, 1, "1048577 tokens at once, at most 1048576"),
+        (1, 2049, "2049 packed documents at once, at most 2048"),
+    ],
+)
+def test_pieces_beyond_the_limits_are_refused(tokens, pieces, message):
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.ops import get_ops
+    from qwen2_ascend.ops.pieces import Piece
+
+    q = k = expanded(tokens * pieces, 1, 2, 16)
+    own = (range(n * tokens, (n + 1) * tokens) for n in range(pieces))
+    launch = [Piece(range(1), places, places, True) for places in own]
+    with pytest.raises(UserError, match=message):
+        get_ops("npu").partial_attention.forward(q, k, k, launch, softmax_scale=1.0)
 
 
 def test_the_mask_is_made_once_for_each_device(simulator):

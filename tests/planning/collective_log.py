@@ -15,6 +15,7 @@ OPS = {
     "reduce_scatter": "reduce_scatter",
     "send": "send",
     "broadcast": "broadcast",
+    "alltoall": "all_to_all",
 }
 
 

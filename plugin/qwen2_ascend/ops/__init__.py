@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.ops.pieces import PartialAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,7 @@ class Ops(NamedTuple):
 
     attention: Callable[..., Tensor]
     cached_attention: Callable[..., Tensor]
+    partial_attention: PartialAttention
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
@@ -31,7 +33,7 @@ def get_ops(backend: str = "torch", *, plain: Collection[str] = ()) -> Ops:
     Args:
         backend: "torch" or "npu".
         plain: names of operators that no fused kernel is to compute, to hunt a difference:
-            `unfused.py`'s attention, and of the others the plain ones.
+            `unfused.py`'s attention, whole and partial, and of the others the plain ones.
 
     Raises:
         UserError: a backend or an operator that this release does not have.
@@ -43,7 +45,8 @@ def get_ops(backend: str = "torch", *, plain: Collection[str] = ()) -> Ops:
     if backend not in ("torch", "npu"):
         raise UserError(f"backend={backend!r} is not known; use 'torch' or 'npu'.")
     ops = _torch_ops() if backend == "torch" else _npu_ops()
-    return ops._replace(**{name: getattr(_unfused_ops(), name) for name in plain})
+    names = {*plain} | ({"partial_attention"} if "attention" in plain else set())
+    return ops._replace(**{name: getattr(_unfused_ops(), name) for name in names})
 
 
 def _npu_ops() -> Ops:
@@ -58,15 +61,15 @@ def _npu_ops() -> Ops:
 
 
 def _unfused_ops() -> Ops:
-    from qwen2_ascend.ops.unfused import attention
+    from qwen2_ascend.ops.unfused import attention, partial_attention
 
-    return _torch_ops()._replace(attention=attention)
+    return _torch_ops()._replace(attention=attention, partial_attention=partial_attention)
 
 
 def _torch_ops() -> Ops:
-    from qwen2_ascend.ops.attention import attention, cached_attention
+    from qwen2_ascend.ops.attention import attention, cached_attention, partial_attention
     from qwen2_ascend.ops.rms_norm import rms_norm
     from qwen2_ascend.ops.rotary import rotary
     from qwen2_ascend.ops.swiglu import swiglu
 
-    return Ops(attention, cached_attention, rms_norm, rotary, swiglu)
+    return Ops(attention, cached_attention, partial_attention, rms_norm, rotary, swiglu)

@@ -35,10 +35,11 @@ def check_attention(
     if not 0 <= dropout_p < 1:
         raise UserError(f"attention_dropout={dropout_p} is not a share: 0 or more, less than 1.")
     if ends is not None:
-        _check_ends(ends, s, b)
+        check_ends(ends, s, b)
 
 
-def _check_ends(ends: Sequence[int], s: int, b: int) -> None:
+def check_ends(ends: Sequence[int], s: int, b: int) -> None:
+    """Raises ValueError unless the ends divide b rows of s tokens into documents."""
     if not isinstance(ends, (tuple, list)):
         raise ValueError(f"ends is a {type(ends).__name__}; pass a tuple of host numbers.")
     rising = all(map(lt, (0, *ends), ends))

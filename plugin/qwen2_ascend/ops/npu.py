@@ -10,9 +10,10 @@ and the number of documents CANN's `aclnnFlashAttentionVarLenScore` and
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch_npu  # pyright: ignore[reportMissingImports]  # installed where there is an NPU
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.ops import Ops, checks
 from qwen2_ascend.ops import attention as plain
+from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Piece, Place
 
 _COMPRESSED = 2048
 """Side of the mask that the causal modes take for sequences of any length."""
@@ -30,6 +32,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEADS, _MAX_WIDTH, _MAX_TOKENS, _MAX_DOCUMENTS = 256, 768, 2**20, 2048
 """Of npu_fusion_attention: query heads, head width, tokens of a sequence or of a packed batch,
 documents of one."""
+_REPEATED = 8
+"""How often npu_fusion_attention gives the maximum and the sum of each row."""
 _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**18
 """Of npu_fused_infer_attention_score; the last where there is one new token."""
 _MAX_ROTARY_AXIS = 999
@@ -38,7 +42,7 @@ _MAX_ROTARY_AXIS = 999
 
 def npu_ops() -> Ops:
     """The fused operators."""
-    return Ops(attention, cached_attention, rms_norm, rotary, swiglu)
+    return Ops(attention, cached_attention, partial_attention, rms_norm, rotary, swiglu)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -55,8 +59,8 @@ def attention(
 ) -> torch.Tensor:
     """Flash attention: SBH for whole sequences, TND for packed documents; K and V not expanded."""
     checks.check_attention(q, k, v, dropout_p, ends)
-    _check_limits(q, ends)
     s, b, heads, width = q.shape
+    _check_limits(q, s if ends is None else s * b, 0 if ends is None else len(ends))
     # v is a view of linear_qkv's output. Backward keeps the operator's inputs: a copy of v instead
     # of that view lets the whole output go.
     if ends is None:
@@ -83,14 +87,18 @@ def attention(
     return context.view(b, s, heads * width).transpose(0, 1).contiguous()
 
 
-def _check_limits(q: torch.Tensor, ends: Sequence[int] | None) -> None:
-    """Raises UserError for what npu_fusion_attention does not take."""
+def _check_limits(q: torch.Tensor, tokens: int, documents: int) -> None:
+    """Raises UserError for what npu_fusion_attention does not take.
+
+    Args:
+        q: `[s, b, np, hn]`.
+        tokens: of a sequence, or of all packed ones.
+        documents: packed ones; 0 for whole sequences.
+    """
     _check_dtype(q)
-    s, b, heads, width = q.shape
-    tokens = s if ends is None else s * b
+    heads, width = q.shape[2:]
     # torch_npu's own scaled_dot_product_attention keeps such widths from the operator too.
     aligned = q.dtype != torch.float32 or width % 4 == 0
-    documents = 0 if ends is None else len(ends)
     fits = heads <= _MAX_HEADS and width <= _MAX_WIDTH and tokens <= _MAX_TOKENS
     if fits and aligned and documents <= _MAX_DOCUMENTS:
         return
@@ -117,6 +125,183 @@ def _causal_mask(device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         ones = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device)
         return torch.triu(ones, diagonal=1)
+
+
+# --- attention over pieces ------------------------------------------------------------------------
+
+
+def _partial(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: Sequence[Piece],
+    *,
+    softmax_scale: float,
+) -> list[Part]:
+    launch = _Launch.of(pieces, q, k)
+    context, largest, total, *_ = torch_npu.npu_fusion_attention(
+        launch.laid_out(q, launch.queries),
+        launch.laid_out(k, launch.keys),
+        launch.laid_out(v, launch.keys),
+        q.shape[2],
+        launch.layout,
+        scale=softmax_scale,
+        atten_mask=launch.mask(q.device),
+        sparse_mode=launch.sparse_mode,
+        actual_seq_qlen=launch.query_ends,
+        actual_seq_kvlen=launch.key_ends,
+        softmax_layout=launch.softmax_layout,
+    )
+    lse = largest[..., 0] + total[..., 0].log()
+    contexts = launch.taken_apart(context, launch.queries, q.shape[2])
+    parts = zip(launch.queries, contexts, launch.statistics_apart(lse), strict=True)
+    return [Part(place.rows, place.tokens, context, lse) for place, context, lse in parts]
+
+
+def _partial_backward(
+    d_context: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    context: torch.Tensor,
+    lse: torch.Tensor,
+    pieces: Sequence[Piece],
+    *,
+    softmax_scale: float,
+    into: Gradients,
+) -> None:
+    launch = _Launch.of(pieces, q, k)
+    # exp(score - largest) / sum is exp(score - lse) / 1
+    statistics = launch.statistics(lse)
+    d_q, d_k, d_v, *_ = torch_npu.npu_fusion_attention_grad(
+        launch.laid_out(q, launch.queries),
+        launch.laid_out(k, launch.keys),
+        launch.laid_out(v, launch.keys),
+        launch.laid_out(d_context, launch.queries),
+        q.shape[2],
+        launch.layout,
+        softmax_max=statistics,
+        softmax_sum=torch.ones_like(statistics),
+        attention_in=launch.laid_out(context, launch.queries),
+        scale_value=softmax_scale,
+        atten_mask=launch.mask(q.device),
+        sparse_mode=launch.sparse_mode,
+        actual_seq_qlen=launch.query_ends,
+        actual_seq_kvlen=launch.key_ends,
+        softmax_layout=launch.softmax_layout,
+    )
+    shares = [
+        launch.taken_apart(share, places, heads)
+        for share, places, heads in (
+            (d_q, launch.queries, q.shape[2]),
+            (d_k, launch.keys, k.shape[2]),
+            (d_v, launch.keys, k.shape[2]),
+        )
+    ]
+    into.add(launch.queries, launch.keys, shares)
+
+
+partial_attention = PartialAttention(_partial, _partial_backward)
+"""Partial attention by npu_fusion_attention, whose maxima and sums give the log-sum-exp."""
+
+
+class _Launch(NamedTuple):
+    """Pieces as one call: SBH for a single one, else TND with each piece as a document."""
+
+    pieces: Sequence[Piece]
+    queries: list[Place]
+    """Of neighbouring pieces together, so that few views are taken."""
+    keys: list[Place]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], q: torch.Tensor, k: torch.Tensor) -> _Launch:
+        """Raises UserError for what the operator does not take."""
+        launch = cls(
+            pieces,
+            _runs([Place(piece.rows, piece.queries) for piece in pieces]),
+            _runs([Place(piece.rows, piece.keys) for piece in pieces]),
+        )
+        both = launch.queries, launch.keys
+        tokens = max(sum(len(place.tokens) for place in places) for places in both)
+        _check_limits(q, tokens, 0 if launch.layout == "SBH" else len(pieces))
+        return launch
+
+    @property
+    def layout(self) -> str:
+        return "SBH" if len(self.pieces) == 1 else "TND"
+
+    @property
+    def softmax_layout(self) -> str:
+        """Of packed documents the operator gives the rows' numbers head by head within each
+        document, in a tensor that says [T, N, 8], unless it is told otherwise (which takes CANN
+        8.3 and torch_npu 7.2)."""
+        return "TND" if self.layout == "TND" else ""
+
+    @property
+    def sparse_mode(self) -> int:
+        return _CAUSAL_FROM_END if self.pieces[0].causal else 0
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """None where every query sees every key of its piece."""
+        return _causal_mask(device) if self.pieces[0].causal else None
+
+    @property
+    def query_ends(self) -> list[int] | None:
+        """Where each document's queries end."""
+        return self._ends(piece.queries for piece in self.pieces)
+
+    @property
+    def key_ends(self) -> list[int] | None:
+        """Where each document's keys end."""
+        return self._ends(piece.keys for piece in self.pieces)
+
+    def _ends(self, ranges: Iterable[range]) -> list[int] | None:
+        return list(accumulate(map(len, ranges))) if self.layout == "TND" else None
+
+    def laid_out(self, x: torch.Tensor, places: list[Place]) -> torch.Tensor:
+        """Those tokens of x, `[s, b, n, hn]`, in the call's layout."""
+        if self.layout == "SBH":
+            return places[0].of(x).flatten(2).contiguous()
+        return torch.cat([place.of(x).squeeze(1) for place in places])
+
+    def taken_apart(
+        self, result: torch.Tensor, places: list[Place], heads: int
+    ) -> list[torch.Tensor]:
+        """`laid_out` back: `[tokens, rows, n, hn]` of each place."""
+        if self.layout == "SBH":
+            return [result.unflatten(2, (heads, -1))]
+        sizes = [len(place.tokens) for place in places]
+        return [part.unsqueeze(1) for part in result.split(sizes)]
+
+    def statistics(self, lse: torch.Tensor) -> torch.Tensor:
+        """The queries' part of `[s, b, np]` as the operator has its rows' numbers: eight times."""
+        if self.layout == "SBH":
+            rows = self.queries[0].of(lse).permute(1, 2, 0)
+        else:
+            rows = torch.cat([place.of(lse).squeeze(1) for place in self.queries])
+        return rows.unsqueeze(-1).repeat(*[1] * rows.dim(), _REPEATED)
+
+    def statistics_apart(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """The operator's rows' numbers as `[queries, rows, np]` of each place."""
+        if self.layout == "SBH":
+            return [rows.permute(2, 0, 1)]
+        sizes = [len(place.tokens) for place in self.queries]
+        return [part.unsqueeze(1) for part in rows.split(sizes)]
+
+
+def _runs(places: list[Place]) -> list[Place]:
+    """The same, neighbours as one."""
+    runs: list[Place] = []
+    for rows, tokens in places:
+        last = runs[-1] if runs else None
+        if last and last.rows == rows and last.tokens.stop == tokens.start:
+            runs[-1] = Place(rows, range(last.tokens.start, tokens.stop))
+        else:
+            runs.append(Place(rows, tokens))
+    return runs
+
+
+# --- attention over a cache -----------------------------------------------------------------------
 
 
 def cached_attention(

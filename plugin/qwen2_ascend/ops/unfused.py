@@ -6,13 +6,17 @@ NPU the same one as `npu.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch.nn.functional import dropout
 
 from qwen2_ascend.ops.checks import check_attention
+from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Piece, Place
+
+QUERIES_AT_ONCE = 1024
+"""Whose scores partial attention holds in memory."""
 
 
 def attention(
@@ -61,3 +65,91 @@ def _hidden(s: int, b: int, ends: Sequence[int] | None, device: torch.device) ->
     lengths = torch.tensor([stop - start for start, stop in pairwise((0, *ends))])
     document = torch.arange(len(ends)).repeat_interleave(lengths).view(b, 1, 1, s).to(device)
     return later | (document[..., :, None] != document[..., None, :])
+
+
+# --- over pieces ----------------------------------------------------------------------------------
+
+
+def _partial(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: Sequence[Piece],
+    *,
+    softmax_scale: float,
+) -> list[Part]:
+    parts = []
+    for piece in _bands(pieces):
+        own_q, own_k, own_v = _grouped(piece, q, k, v)
+        scores = _scores(piece, own_q, own_k, softmax_scale)
+        lse = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - lse).exp_().to(q.dtype)
+        context = torch.einsum("bgrst,tbgd->sbgrd", weights, own_v).flatten(2, 3)
+        lse = lse.squeeze(-1).permute(3, 0, 1, 2).flatten(2)
+        parts.append(Part(piece.rows, piece.queries, context, lse))
+    return parts
+
+
+def _partial_backward(
+    d_context: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    context: torch.Tensor,
+    lse: torch.Tensor,
+    pieces: Sequence[Piece],
+    *,
+    softmax_scale: float,
+    into: Gradients,
+) -> None:
+    for piece in _bands(pieces):
+        queries, keys = Place(piece.rows, piece.queries), Place(piece.rows, piece.keys)
+        own_q, own_k, own_v = _grouped(piece, q, k, v)
+        grouped = (k.shape[2], -1)
+        upstream = queries.of(d_context).unflatten(2, grouped)
+        own_lse = queries.of(lse).unflatten(2, grouped).permute(1, 2, 3, 0).unsqueeze(-1)
+        scores = _scores(piece, own_q, own_k, softmax_scale)
+        weights = (scores - own_lse).exp_()
+        # in fp32, for their difference is taken: rounded, one of them would leave its error
+        wide, wide_v = upstream.to(weights.dtype), own_v.to(weights.dtype)
+        d_weights = torch.einsum("sbgrd,tbgd->bgrst", wide, wide_v)
+        along = (queries.of(context).unflatten(2, grouped) * wide).sum(-1)
+        d_scores = weights * (d_weights - along.permute(1, 2, 3, 0).unsqueeze(-1)) * softmax_scale
+        d_scores, weights = d_scores.to(q.dtype), weights.to(q.dtype)
+        d_q = torch.einsum("bgrst,tbgd->sbgrd", d_scores, own_k).flatten(2, 3)
+        d_k = torch.einsum("bgrst,sbgrd->tbgd", d_scores, own_q)
+        d_v = torch.einsum("bgrst,sbgrd->tbgd", weights, upstream)
+        into.add([queries], [keys], ([d_q], [d_k], [d_v]))
+
+
+partial_attention = PartialAttention(_partial, _partial_backward)
+"""Partial attention by matrix products, on every device."""
+
+
+def _bands(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The pieces with at most QUERIES_AT_ONCE queries each."""
+    for piece in pieces:
+        for start in range(0, len(piece.queries), QUERIES_AT_ONCE):
+            queries = piece.queries[start : start + QUERIES_AT_ONCE]
+            # the later queries' own keys are hidden from the earlier ones
+            hidden = piece.queries.stop - queries.stop if piece.causal else 0
+            yield piece._replace(queries=queries, keys=piece.keys[: len(piece.keys) - hidden])
+
+
+def _grouped(
+    piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The piece's q `[s, b, ng, np / ng, hn]`, k and v `[t, b, ng, hn]`."""
+    queries, keys = Place(piece.rows, piece.queries), Place(piece.rows, piece.keys)
+    return queries.of(q).unflatten(2, (k.shape[2], -1)), keys.of(k), keys.of(v)
+
+
+def _scores(piece: Piece, q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+    """`[b, ng, np / ng, s, t]` in fp32 or wider, -inf where a query must not look."""
+    scores = torch.einsum("sbgrd,tbgd->bgrst", q, k)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * softmax_scale
+    if not piece.causal:
+        return scores
+    s, t = len(piece.queries), len(piece.keys)
+    later = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(t - s + 1)
+    return scores.masked_fill(later, -torch.inf)
