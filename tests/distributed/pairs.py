@@ -51,6 +51,18 @@ NEUTRAL: dict[str, list[Any]] = {
     "--distributed-timeout-minutes": [5.0],
     "--micro-batch-size": [2],
     "--exit-interval": [STOPPED],
+    "--use-ascend-coc": [
+        {
+            "--use-ascend-coc": True,
+            "--coc-parallel-num": 2,
+            "--tensor-model-parallel-size": 2,
+            "--sequence-parallel": True,
+        },
+    ],
+    "--coc-parallel-num": [
+        {"--use-ascend-coc": True, "--coc-parallel-num": 4, "--tensor-model-parallel-size": 2},
+    ],
+    "--coc-fused-kernel": [{"--use-ascend-coc": True, "--coc-fused-kernel": True}],
     "--recompute-granularity": ["selective"],
     "--recompute-method": [
         {**FULL, "--recompute-method": "uniform", "--recompute-num-layers": 1},
@@ -219,6 +231,7 @@ NOT_TRIED = {
     "--report-dir": "every job has it: the losses are read there",
     "--device": "is chosen when the process starts",
     "--mindspeed": "is activated when the process starts, on an npu",
+    "--use-ascend-mc2": "is for an npu; tests/npusim/test_fused_products.py",
     "--log-energy": "needs something that measures energy",
     "--plan": "trains nothing; tests/planning/test_launchers_plan.py",
     "--plan-device": "comes with --plan",

@@ -25,6 +25,7 @@ import torch_npu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import npusim.fused_products  # noqa: F401  (registers its references)
 from npusim.references import ATEN_REFERENCES, NPU_REFERENCES
 
 _acl = ctypes.CDLL("libascendcl.so")

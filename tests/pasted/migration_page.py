@@ -35,6 +35,11 @@ ELSEWHERE = {
     "its parts",
     ("preprocess", "--pack"): "the same attention; which chats share a pack differs",
     ("preprocess", "--neat-pack"): "the same attention; which chats share a pack differs",
+    **{
+        (kind, "--coc-fused-kernel"): "its library of kernels is not used; `--coc-parallel-num` "
+        "cuts the products, or `--use-ascend-mc2` takes torch_npu's fused operators"
+        for kind in ("pretrain", "finetune")
+    },
     ("finetune", "--neat-pack"): "files of chats and data that was prepared without it are packed "
     "at start",
 }

@@ -70,7 +70,7 @@ GPT="
     --lr 1e-5 \\
     --tokenizer-name-or-path ${TOKENIZER} \\
     --bf16 \\
-    --use-ascend-mc2
+    --use-mc2
 "
 
 torchrun $DISTRIBUTED posttrain_gpt.py \\
@@ -150,7 +150,7 @@ def test_training_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         *words_of("--num-attention-heads 28 --num-query-groups 4"),
         *words_of("--untie-embeddings-and-output-weights --config ./hf"),
     ]
-    assert f"{script}: line 50: --use-ascend-mc2: " in told.err
+    assert f"{script}: line 50: --use-mc2: " in told.err
     assert f"{script}: line 28: the comment between quotes is left out" in told.err
     for line in (
         "#   --use-mcore-models: left out: all models are megatron-core's",
@@ -291,13 +291,13 @@ def test_flags_that_are_lost_are_said(tmp_path: Path) -> None:
     """Unknown ones, refused ones, and those behind a comment that ended the command."""
     text = """torchrun --nproc_per_node 1 pretrain_gpt.py --lr 1 \\
         --no-such-flag 7 \\
-        --use-ascend-mc2 \\
+        --use-mc2 \\
         # --bf16 \\
         --fp16
     """
     _, notes = migrate(write(tmp_path / "a.sh", text))
     assert [note.split(": ")[:2] for note in notes] == [
-        ["line 3", "--use-ascend-mc2"],
+        ["line 3", "--use-mc2"],
         ["line 2", "--no-such-flag"],
         ["line 5", "--fp16 is no part of a command"],
     ]

@@ -35,12 +35,10 @@ PATHS = dict.fromkeys(
 )
 ELSEWHERE = {
     "--context-parallel-size",
-    "--coc-parallel-num",
-    "--use-ascend-mc2",
     "--o2-optimizer",
     "--o2-gradient",
 }
-"""Context parallelism, memory and overlap: what is not taken yet, and the only such flags."""
+"""Context parallelism and memory: what is not taken yet, and the only such flags."""
 SERIES = {"qwen2": "Qwen2-", "qwen25": "Qwen2.5-", "qwen25_math": "Qwen2.5-Math-"}
 DISTILLED = {"deepseek_r1_distill_qwen": "DeepSeek-R1-Distill-Qwen-"}
 NOT_ITS_OWN = {"tune_distill_qwen_14b_full": "Qwen2.5-14B-Instruct"}

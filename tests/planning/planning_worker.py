@@ -78,6 +78,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "recompute_activation_function": True,
         "recompute_norm": True,
     },
+    "tp2-sp-products-in-pieces": {"tp": 2, "sequence_parallel": True, "mc2": True},
+    "tp2-products-in-pieces-lora-bf16": {"tp": 2, "mc2": True, "lora": 4, "dtype": "bf16"},
     "tp2-sp-outputs": {
         "tp": 2,
         "sequence_parallel": True,
@@ -146,6 +148,7 @@ def flags(cut: Cut) -> str:
         "--reuse-fp32-param": cut.reuse_fp32_param,
         "--recompute-activation-function": cut.recompute_activation_function,
         "--recompute-norm": cut.recompute_norm,
+        "--use-ascend-coc --coc-parallel-num 4": cut.mc2,
         "--attention-backend unfused": job.keeps_scores,
         "--recompute-granularity selective": cut.recompute == "selective",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (

@@ -53,8 +53,8 @@ TUNING = """
 """
 PRETRAINING = "--handler-name GeneralPretrainHandler --reset-position-ids"
 REFUSED = {
-    "--use-ascend-mc2": "leave it out",
-    "--coc-parallel-num 2": "only 1",
+    "--use-mc2": "--use-ascend-mc2",
+    "--coc-parallel-num 2": "--use-ascend-coc",
     "--wandb-project mine": "--tensorboard-dir",
     "--rope-scaling-type linear": "only yarn is supported",
     "--o2-optimizer": "leave it out",

@@ -21,6 +21,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.model.cross_entropy import ChunkedLossModel
 from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
+from qwen2_ascend.model.overlap import make_overlap
 from qwen2_ascend.model.recompute import RecomputedOutputs, choose_layers
 from qwen2_ascend.model.rotary_embedding import Qwen2RotaryEmbedding
 from qwen2_ascend.model.swap import swap_attention
@@ -55,6 +56,8 @@ def build_model(
     recompute_activations: RecomputedOutputs | None = None,
     recompute_norms: RecomputedOutputs | None = None,
     swaps_attention: bool = False,
+    use_ascend_mc2: bool = False,
+    coc_parallel_num: int = 1,
     **options: Any,
 ) -> list[GPTModel]:
     """This rank's model chunks, one without an interleaved pipeline.
@@ -72,6 +75,10 @@ def build_model(
         recompute_activations: layers of each chunk that compute SwiGLU's output again in backward.
         recompute_norms: layers that do so with their norms' outputs.
         swaps_attention: move what attention keeps for backward to the host and back.
+        use_ascend_mc2: let torch_npu's fused operators multiply and exchange in the layers' linear
+            modules; the output layer stays as it is. Nothing is exchanged with tp=1.
+        coc_parallel_num: cut those modules' products into so many pieces, and exchange each while
+            the next is computed; 1 leaves them whole.
         **options: of `transformer_config`.
 
     Raises:
@@ -84,6 +91,9 @@ def build_model(
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     chunks = layout.stages(config.num_layers)[stage]
+    overlap = None
+    if layout.tp > 1:
+        overlap = make_overlap(use_ascend_mc2=use_ascend_mc2, coc_parallel_num=coc_parallel_num)
     model_class = GPTModel if cross_entropy_chunk_size is None else ChunkedLossModel
     models = []
     for index, layers in enumerate(chunks):
@@ -92,7 +102,7 @@ def build_model(
         with virtual_stage(index if len(chunks) > 1 else None) as vp_stage:
             model = model_class(
                 transformer,
-                get_qwen2_block_spec(len(layers), backend, plain=plain),
+                get_qwen2_block_spec(len(layers), backend, plain=plain, overlap=overlap),
                 vocab_size=padded_vocab_size or config.vocab_size,
                 max_sequence_length=config.max_position_embeddings,
                 pre_process=is_first,

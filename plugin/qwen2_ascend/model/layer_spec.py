@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from qwen2_ascend.model.modules import CausalAttention, Qwen2MLP, Qwen2SelfAttention, RMSNorm
+from qwen2_ascend.model.overlap import MakeOverlap
+from qwen2_ascend.model.tensor_parallel_linear import OverlappedColumnLinear, OverlappedRowLinear
 from qwen2_ascend.ops import get_ops
 
 TORCH_DIST_NAMES = {
@@ -28,34 +30,39 @@ TORCH_DIST_NAMES = {
 Megatron-LM reads ours and we read its."""
 
 
-def get_qwen2_layer_spec(backend: str = "torch", *, plain: Collection[str] = ()) -> ModuleSpec:
+def get_qwen2_layer_spec(
+    backend: str = "torch", *, plain: Collection[str] = (), overlap: MakeOverlap | None = None
+) -> ModuleSpec:
     """One decoder layer: RMSNorm, attention with QKV bias, RMSNorm, SwiGLU.
 
     Args:
         backend: whose operators the modules call: "npu" is torch_npu's fused ones, "torch" runs on
             every device.
         plain: names of operators (fields of `Ops`) to take from "torch" all the same.
+        overlap: makes the way in which products and exchanges overlap; None keeps megatron-core's
+            linear layers.
 
     Raises:
         UserError: a backend or an operator this release does not have.
     """
     ops = {"ops": get_ops(backend, plain=plain)}
     norm = ModuleSpec(module=RMSNorm, params=ops)
+    column, row = _linear_layers(overlap)
     attention = ModuleSpec(
         module=Qwen2SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, **ops},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ModuleSpec(module=ColumnParallelLinear),
+            linear_qkv=column,
             core_attention=ModuleSpec(module=CausalAttention, params=ops),
-            linear_proj=ModuleSpec(module=RowParallelLinear),
+            linear_proj=row,
         ),
     )
     mlp = ModuleSpec(
         module=Qwen2MLP,
         params=ops,
         submodules=MLPSubmodules(
-            linear_fc1=ModuleSpec(module=ColumnParallelLinear),
-            linear_fc2=ModuleSpec(module=RowParallelLinear),
+            linear_fc1=column,
+            linear_fc2=row,
         ),
     )
     # megatron-core takes functions here too, though its own annotations say types only.
@@ -74,8 +81,23 @@ def get_qwen2_layer_spec(backend: str = "torch", *, plain: Collection[str] = ())
     )
 
 
+def _linear_layers(overlap: MakeOverlap | None) -> tuple[ModuleSpec, ModuleSpec]:
+    """The column- and the row-parallel one."""
+    if overlap is None:
+        return ModuleSpec(module=ColumnParallelLinear), ModuleSpec(module=RowParallelLinear)
+    params = {"overlap": overlap}
+    return (
+        ModuleSpec(module=OverlappedColumnLinear, params=params),
+        ModuleSpec(module=OverlappedRowLinear, params=params),
+    )
+
+
 def get_qwen2_block_spec(
-    num_layers: int, backend: str = "torch", *, plain: Collection[str] = ()
+    num_layers: int,
+    backend: str = "torch",
+    *,
+    plain: Collection[str] = (),
+    overlap: MakeOverlap | None = None,
 ) -> ModuleSpec:
     """The decoder of one model chunk: `num_layers` layers and, in the last chunk, the final norm.
 
@@ -83,7 +105,7 @@ def get_qwen2_block_spec(
     parallelism.
     """
     norm = ModuleSpec(module=RMSNorm, params={"ops": get_ops(backend, plain=plain)})
-    layers = [get_qwen2_layer_spec(backend, plain=plain)] * num_layers
+    layers = [get_qwen2_layer_spec(backend, plain=plain, overlap=overlap)] * num_layers
     return ModuleSpec(
         module=TransformerBlock,
         submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),

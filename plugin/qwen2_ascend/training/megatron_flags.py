@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="TrainingSettings")
 
-SPEED = "it changes speed or memory, not results; leave it out"
 NO_CP = "without context parallelism it has no meaning"
 NOTHING = "nothing depends on it"
 
@@ -226,14 +225,7 @@ SHARED: Table = {
     "--use-cp-send-recv-overlap": Meaning(NO_CP),
     "--use-fused-ring-attention-update": Meaning(NO_CP),
     # refused
-    "--use-ascend-mc2": Meaning(SPEED, refused=True),
-    "--use-mc2": Meaning(SPEED, refused=True),
-    "--use-ascend-coc": Meaning("products are cut by --coc-parallel-num alone, and that is 1"),
-    "--coc-fused-kernel": Meaning(
-        "its library of fused kernels is not used; plain products and collectives give the same "
-        "numbers, and take longer"
-    ),
-    "--coc-parallel-num": Meaning("products are not cut here", ("1",)),
+    "--use-mc2": Meaning("say --use-ascend-mc2", refused=True),
     "--o2-optimizer": Meaning("the optimizer's state is in fp32; leave it out", refused=True),
     "--o2-gradient": Meaning("gradients are added up in fp32; leave it out", refused=True),
     **dict.fromkeys(

@@ -72,6 +72,7 @@ def as_cut(
         recompute_norm=recompute.recompute_norm,
         reuse_fp32_param=settings.precision.reuse_fp32_param,
         micro_batch_size=settings.batch.micro_batch_size,
+        mc2=settings.overlap.is_on and layout.tp > 1,
     )
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
 

@@ -25,6 +25,7 @@ from qwen2_ascend.training.megatron_flags import (
     parse_training_flags,
     training_flags,
 )
+from qwen2_ascend.training.overlap import OverlapSettings
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -370,6 +371,7 @@ class TrainingSettings:
 
     model: ModelSettings = field(default_factory=ModelSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    overlap: OverlapSettings = field(default_factory=OverlapSettings)
     batch: BatchSettings
     optimizer: OptimizerSettings
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
@@ -548,6 +550,10 @@ def shared_faults(
         faults += _schedule_faults(settings.optimizer, train_iters)
         faults += _recompute_faults(settings, config)
     faults += settings.fusion.faults(settings.runtime.device)
+    faults += settings.overlap.faults(settings, config)
+    if settings.runtime.device in ("cpu", "cuda"):
+        device = settings.runtime.device
+        faults += settings.overlap.device_faults(settings, device, device)
     faults += settings.profile.faults(world_size, train_iters, settings.checkpoint.save)
     table = training_flags(type(settings))
     faults += pasted_faults(settings.pasted, table, settings, config)

@@ -220,13 +220,16 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
         megatron_arguments=megatron_arguments(settings),
     )
     say = partial(reporting.attempt, "the log", voice(runtime.rank))
-    raise_if(settings.fusion.faults(runtime.name))
+    faults = settings.fusion.faults(runtime.name)
+    faults += settings.overlap.device_faults(settings, runtime.name, runtime.device_name())
+    raise_if(faults)
     if settings.report.log_energy:
         require_power_source(runtime)
     say(_headline(plan, runtime))
     say(settings.fusion.describe(runtime.name))
     pasted = pasted_notes(settings.pasted, training_flags(type(settings)))
-    for note in (*pasted, *runtime.notes):
+    overlap = settings.overlap.notes(settings.parallel.tensor_model_parallel_size)
+    for note in (*overlap, *pasted, *runtime.notes):
         say(note)
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
@@ -281,6 +284,8 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
         recompute_activations=_outputs(recompute, "activation_function"),
         recompute_norms=_outputs(recompute, "norm"),
         swaps_attention=recompute.swap_attention,
+        use_ascend_mc2=settings.overlap.use_ascend_mc2,
+        coc_parallel_num=settings.overlap.number_of_pieces,
         deterministic_mode=settings.runtime.deterministic,
         **model_options,
     )

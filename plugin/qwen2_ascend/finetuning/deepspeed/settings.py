@@ -25,6 +25,7 @@ from qwen2_ascend.finetuning.settings import (
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
+from qwen2_ascend.training.overlap import OverlapSettings
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
     Flag,
@@ -81,6 +82,16 @@ class ZeroParallelSettings(ParallelSettings):
     use_distributed_optimizer: Absent[bool] = False
     overlap_grad_reduce: Absent[bool] = False
     overlap_param_gather: Absent[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroOverlapSettings(OverlapSettings):
+    """There is no tensor parallelism."""
+
+    use_ascend_mc2: Absent[bool] = False
+    use_ascend_coc: Absent[bool] = False
+    coc_parallel_num: Absent[int] = 1
+    coc_fused_kernel: Absent[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +183,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
+    overlap: ZeroOverlapSettings = field(default_factory=ZeroOverlapSettings)
     precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
     report: ZeroReportSettings = field(default_factory=ZeroReportSettings)
