@@ -27,16 +27,21 @@ def model(path: str, *beside: str) -> ModuleType:
         path: of the file, in the checkout.
         beside: modules of its folder that it imports by name.
     """
-    checkouts = [Path(x) for x in os.environ.get(VARIABLE, "").split(os.pathsep) if x]
-    if not checkouts:
-        pytest.skip(f"{VARIABLE} names no checkout of CANN's operator repositories")
-    missing = [str(x) for x in checkouts if not x.is_dir()]
-    assert not missing, f"{VARIABLE}: no folder {missing}"
-    found = next((x / path for x in checkouts if (x / path).is_file()), None)
+    found = next((x / path for x in checkouts() if (x / path).is_file()), None)
     if found is None:
         pytest.skip(f"none of the checkouts of {VARIABLE} has {path}")
     with _importing(found.parent, beside):
         return _load(found)
+
+
+def checkouts() -> list[Path]:
+    """Those that CANN_OPS_PATH names; skips the test where it names none."""
+    named = [Path(x) for x in os.environ.get(VARIABLE, "").split(os.pathsep) if x]
+    if not named:
+        pytest.skip(f"{VARIABLE} names no checkout of CANN's operator repositories")
+    missing = [str(x) for x in named if not x.is_dir()]
+    assert not missing, f"{VARIABLE}: no folder {missing}"
+    return named
 
 
 def _load(path: Path) -> ModuleType:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from npusim.cann_referee import model
+from npusim.cann_referee import checkouts, model
 from npusim.references import NPU_REFERENCES, by_sequence, kept_weights
 
 TOLERANCE = 4e-6
@@ -45,6 +45,7 @@ def differences() -> Iterator[dict[str, float]]:
 @pytest.fixture
 def worst(request: pytest.FixtureRequest, differences: dict[str, float]) -> Callable[[float], None]:
     """Takes a difference that this test has seen."""
+    checkouts()  # before anything is computed
     name = request.node.originalname
 
     def seen(difference: float) -> None:
