@@ -102,8 +102,14 @@ def test_a_run_on_hardware_leaves_a_report(tmp_path: Path) -> None:
     assert raw["machine"]["chip"] == "Ascend910B3" and "torch" in raw["machine"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("npu", "no NPU: `npu-smi info` does not work here"), ("cuda", "no CUDA: torch sees no dev")],
+)
 @pytest.mark.skipif("npu" in os.environ.get("PATH", ""), reason="npu-smi may be there")
-def test_without_hardware_all_is_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_without_hardware_all_is_skipped_with_the_reason(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
     folder = Path(__file__).parent
     done = subprocess.run(
         [
@@ -117,12 +123,18 @@ def test_without_hardware_all_is_skipped_with_the_reason(tmp_path: Path) -> None
             "no:cacheprovider",
             str(folder),
         ],
-        env={**os.environ, "PATH": "/nowhere", "NPU_REPORT": str(tmp_path / "report")},
+        env={
+            **os.environ,
+            "PATH": "/nowhere",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HARDWARE": kind,
+            "NPU_REPORT": str(tmp_path / "report"),
+        },
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no NPU: `npu-smi info` does not work here" in done.stdout
+    assert reason in done.stdout
     assert "passed" not in done.stdout.splitlines()[-1]
     assert not (tmp_path / "report").exists()
