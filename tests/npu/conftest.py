@@ -1,79 +1,55 @@
-"""Tests marked `npu` run on this machine's Ascend NPUs, or skip and say why there is none.
+"""Tests marked `hardware` run on this machine's devices, or skip and say why there is none.
 
-`make test-npu` runs them and leaves a report (report.py) in npu-report, or where NPU_REPORT says.
+HARDWARE says of which kind: npu (the default), cuda, or cpu, which proves the tests (hardware.py).
+`make test-npu` and `make test-cuda` run them and leave a report (report.py) in npu-report and
+cuda-report, or where REPORT says.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from npu.report import Check, anonymous, npu_smi, parse_driver, versions, write
+from npu.hardware import Hardware, chosen
+from npu.report import Check, anonymous, versions, write
 
 FIGURES = pytest.StashKey[dict]()
 CHECKS = pytest.StashKey[list]()
 REASON = pytest.StashKey[str]()
 DEVICE = pytest.StashKey[dict]()
 
-PROBE = """
-import json
-import torch_npu
-from qwen2_ascend.runtime import npu
-import torch
-count = torch.npu.device_count()
-print(json.dumps({"devices": count, "simulated": npu.is_simulated(),
-    "chip": torch.npu.get_device_name(0) if count else None,
-    "memory_gib": torch.npu.get_device_properties(0).total_memory / 2**30 if count else None}))
-"""
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "npu(cards): needs so many real Ascend NPUs, one without")
+    config.addinivalue_line("markers", "hardware(cards): needs so many real devices, one without")
     # of the module whose check functions are used here too
     config.addinivalue_line("markers", "simulated(cards, soc, alone): see tests/npusim")
     config.stash[CHECKS] = []
 
 
 def no_hardware() -> tuple[str | None, dict]:
-    """(why there is no NPU or None, what is known of it)."""
-    if (text := npu_smi("info")) is None:
-        return "`npu-smi info` does not work here", {}
-    environ = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROBE],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        return f"torch_npu does not work: {last[0]}", {}
-    device = {"driver": parse_driver(text), **json.loads(done.stdout.splitlines()[-1])}
-    if not device["devices"]:
-        return "torch_npu sees no device", device
-    if device["simulated"]:
-        return "the device is simulated", device
-    return None, device
+    """(why there is no device of the chosen kind or None, what is known of it)."""
+    return chosen().find()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("npu")]
+    marked = [item for item in items if item.get_closest_marker("hardware")]
     if not marked:
         return
     reason, device = no_hardware()
     config.stash[DEVICE] = device
     for item in marked:
-        cards = item.get_closest_marker("npu").kwargs.get("cards", 1)  # type: ignore[union-attr]
+        cards = item.get_closest_marker("hardware").kwargs.get("cards", 1)  # type: ignore[union-attr]
         if reason:
-            item.add_marker(pytest.mark.skip(reason=f"no NPU: {reason}"))
+            item.add_marker(pytest.mark.skip(reason=f"no {chosen().name.upper()}: {reason}"))
         elif device["devices"] < cards:
             item.add_marker(pytest.mark.skip(reason=f"{cards} cards, {device['devices']} here"))
+
+
+@pytest.fixture(scope="session")
+def hardware() -> Hardware:
+    """The kind of device that is tested."""
+    return chosen()
 
 
 @pytest.fixture
@@ -85,7 +61,7 @@ def figures(request: pytest.FixtureRequest) -> dict:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = (yield).get_result()
-    if item.get_closest_marker("npu") is None:
+    if item.get_closest_marker("hardware") is None:
         return
     if report.when != "call" and report.outcome == "passed":
         return
@@ -113,6 +89,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     checks = session.config.stash[CHECKS]
     if not any(check.outcome != "skipped" for check in checks):
         return
-    folder = Path(os.environ.get("NPU_REPORT", "npu-report"))
+    folder = Path(chosen().report)
     write(folder, {**versions(), **session.config.stash[DEVICE]}, checks)
     print(f"\nreport: {folder / 'report.txt'} and report.json; please send them back")

@@ -10,8 +10,6 @@ import importlib.metadata
 import json
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -90,29 +88,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def npu_smi(*arguments: str) -> str | None:
-    """What npu-smi prints, or None where it is not there or fails."""
-    program = shutil.which("npu-smi")
-    if program is None:
-        return None
-    try:
-        done = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, errors="replace", timeout=60
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def parse_driver(text: str) -> str | None:
-    """The version in the first line of `npu-smi info`."""
-    found = re.search(r"Version:\s*([\w.]+)", text)
-    return found[1] if found else None
-
-
-def parse_power(text: str) -> float | None:
-    """Watts in `npu-smi info -t power -i CARD -c CHIP`; the first, which is the chip's own."""
-    found = re.search(r"(?:NPU Real-time Power|Power Dissipation)\(W\)\s*:\s*([\d.]+)", text)
-    return float(found[1]) if found else None

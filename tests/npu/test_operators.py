@@ -1,4 +1,4 @@
-"""The fused operators on the card, against their plain twins in fp64 on the CPU.
+"""The device's operators, fused on an NPU, against their plain twins in fp64 on the CPU.
 
 The figures are largest errors, relative to the largest number of the result: `result` and
 `gradient` of the card, and beside them `noise`, what the plain twin itself is off in that dtype.
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pytest
 
+from npu.hardware import chosen
 from npusim.test_fused_ops import DTYPES, HEADS, PACKINGS, error, qkv_of, randn, run
 
-pytestmark = [pytest.mark.npu, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.hardware, pytest.mark.filterwarnings("default")]
 
 SLACK = 10
 """Times the noise of the dtype."""
@@ -21,10 +22,10 @@ heads = pytest.mark.parametrize("heads", HEADS, ids=["14/2", "28/4"])
 
 
 @pytest.fixture(scope="module")
-def runtime():
+def runtime(hardware):
     from qwen2_ascend import runtime
 
-    running = runtime.start("npu", mindspeed=False)
+    running = runtime.start(hardware.name, mindspeed=False)
     yield running
     running.close()
 
@@ -35,10 +36,13 @@ def compare(name, tensors, dtype, figures, constants=(), **options) -> None:
 
     from qwen2_ascend.ops import get_ops
 
-    plain, fused = getattr(get_ops("torch"), name), getattr(get_ops("npu"), name)
+    device = chosen()
+    plain, fused = getattr(get_ops("torch"), name), getattr(get_ops(device.backend), name)
     rounded = [x.to(getattr(torch, dtype)) for x in tensors]
     fixed = [x.to(getattr(torch, dtype)) for x in constants]
-    found = run(fused, [x.npu() for x in rounded], [x.npu() for x in fixed], **options)
+    found = run(
+        fused, [x.to(device.name) for x in rounded], [x.to(device.name) for x in fixed], **options
+    )
     twin = run(plain, rounded, fixed, **options)
     exact = run(plain, [x.double() for x in rounded], [x.double() for x in fixed], **options)
     errors = [error(own, right) for own, right in zip(found, exact, strict=True)]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from npu.report import Check, anonymous, as_text, parse_driver, parse_power, versions, write
+from npu.hardware import parse_driver
+from npu.report import Check, anonymous, as_text, versions, write
 
 CHECKS = [
     Check(name="test_rms_norm", outcome="passed", seconds=1.26, figures={"result": 1.234e-7}),
@@ -47,10 +48,6 @@ def test_npu_smi_is_read() -> None:
     """Its output as the documents print it; it was never run here."""
     assert parse_driver("| npu-smi 24.1.rc3     Version: 24.1.rc3       |") == "24.1.rc3"
     assert parse_driver("nothing") is None
-    common = "\tNPU ID : 0\n\tChip Name : x\n\tNPU Real-time Power(W) : 93.5\n"
-    assert parse_power(common + "\tChip Name : mcu\n\tNPU Real-time Power(W) : 9.1\n") == 93.5
-    assert parse_power("\tPower Dissipation(W) : 12.8") == 12.8
-    assert parse_power("\tPower Dissipation(W) : NA") is None
 
 
 def test_versions_name_what_is_installed() -> None:
@@ -61,13 +58,13 @@ def test_versions_name_what_is_installed() -> None:
 
 MADE_UP = """
 import pytest
-@pytest.mark.npu
+@pytest.mark.hardware
 def test_good(figures):
     figures["error"] = 1e-7
-@pytest.mark.npu
+@pytest.mark.hardware
 def test_bad(figures):
     assert 1 == 2, "/srv/x"
-@pytest.mark.npu(cards=8)
+@pytest.mark.hardware(cards=8)
 def test_many(): ...
 def test_other(): ...
 """
@@ -105,17 +102,39 @@ def test_a_run_on_hardware_leaves_a_report(tmp_path: Path) -> None:
     assert raw["machine"]["chip"] == "Ascend910B3" and "torch" in raw["machine"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("npu", "no NPU: `npu-smi info` does not work here"), ("cuda", "no CUDA: torch sees no dev")],
+)
 @pytest.mark.skipif("npu" in os.environ.get("PATH", ""), reason="npu-smi may be there")
-def test_without_hardware_all_is_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_without_hardware_all_is_skipped_with_the_reason(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
     folder = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "npu", "-p", "no:cacheprovider", str(folder)],
-        env={**os.environ, "PATH": "/nowhere", "NPU_REPORT": str(tmp_path / "report")},
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "hardware",
+            "-p",
+            "no:cacheprovider",
+            str(folder),
+        ],
+        env={
+            **os.environ,
+            "PATH": "/nowhere",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HARDWARE": kind,
+            "NPU_REPORT": str(tmp_path / "report"),
+        },
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no NPU: `npu-smi info` does not work here" in done.stdout
+    assert reason in done.stdout
     assert "passed" not in done.stdout.splitlines()[-1]
     assert not (tmp_path / "report").exists()

@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from helpers import make_tiny_hugging_face_folder
-from npu.report import npu_smi, parse_power
 
-pytestmark = [pytest.mark.npu, pytest.mark.timeout(1900)]
+pytestmark = [pytest.mark.hardware, pytest.mark.timeout(1900)]
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
 FLAGS = "--mock-data --seq-length 32 --global-batch-size 8 --micro-batch-size 2 --train-iters 8 "
@@ -32,7 +30,7 @@ TOLERANCES = {"": 1e-4, "--bf16": 3e-2}
 layouts = pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(name, marks=pytest.mark.npu(cards=cards))
+        pytest.param(name, marks=pytest.mark.hardware(cards=cards))
         for name, (cards, _) in LAYOUTS.items()
     ],
 )
@@ -71,9 +69,11 @@ def launch(cards: int, flags: str, model: Path, folder: Path) -> list[dict]:
 
 @layouts
 @pytest.mark.parametrize("precision", TOLERANCES, ids=["fp32", "bf16"])
-def test_losses_are_those_of_the_cpu(precision, layout, model, on_cpu, tmp_path, figures) -> None:
+def test_losses_are_those_of_the_cpu(
+    precision, layout, model, on_cpu, tmp_path, figures, hardware
+) -> None:
     cards, sizes = LAYOUTS[layout]
-    found = launch(cards, f"{FLAGS} {precision} {sizes} --device npu", model, tmp_path)
+    found = launch(cards, f"{FLAGS} {precision} {sizes} --device {hardware.name}", model, tmp_path)
     pairs = list(zip(found, on_cpu(precision), strict=True))
     figures["loss difference"] = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
     figures["grad norm difference"] = max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in pairs)
@@ -81,46 +81,16 @@ def test_losses_are_those_of_the_cpu(precision, layout, model, on_cpu, tmp_path,
     figures["peak MiB"] = found[-1]["peak_memory_bytes"] / 2**20
     assert len(found) == 8
     assert figures["loss difference"] <= TOLERANCES[precision]
-    assert found[-1]["peak_memory_bytes"] > 0 and found[-1]["tflops_per_device"] > 0
+    assert found[-1]["peak_memory_bytes"] > 0
 
 
 @layouts
-def test_deterministic_runs_end_with_the_same_bits(layout, model, tmp_path, figures) -> None:
+def test_deterministic_runs_end_with_the_same_bits(
+    layout, model, tmp_path, figures, hardware
+) -> None:
     cards, sizes = LAYOUTS[layout]
-    flags = f"{FLAGS} {sizes} --bf16 --deterministic --device npu"
+    flags = f"{FLAGS} {sizes} --bf16 --deterministic --device {hardware.name}"
     runs = [launch(cards, flags, model, tmp_path / name) for name in ("first", "second")]
     first, second = ([(row["loss"], row["grad_norm"]) for row in run] for run in runs)
     figures["steps that differ"] = sum(a != b for a, b in zip(first, second, strict=True))
     assert first == second
-
-
-def test_speed_memory_and_power_of_a_larger_model(tmp_path, figures) -> None:
-    """Qwen2.5-0.5B with random weights: figures for the report, not a limit."""
-    flags = "--config 0.5B --mock-data --seq-length 2048 --global-batch-size 8 --train-iters 12 "
-    flags += "--lr 1e-5 --bf16 --no-mindspeed --device npu"
-    command = [sys.executable, str(LAUNCH), *flags.split(), "--report-dir", str(tmp_path)]
-    environ = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-        try:
-            watts = list(_powers(process, time.monotonic() + 1500))
-        finally:
-            process.kill()
-    assert process.wait() == 0, (tmp_path / "log.txt").read_text(encoding="utf-8")[-3000:]
-    rows = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(rows[-1])
-    figures["tokens per second"] = last["tokens_per_second"]
-    figures["TFLOP/s"] = last["tflops_per_device"]
-    figures["peak GiB"] = last["peak_memory_bytes"] / 2**30
-    if watts:
-        figures["most watts"] = max(watts)
-    assert last["loss"] < 13  # ln(151936) is 11.9
-
-
-def _powers(process: subprocess.Popen, deadline: float):
-    """The first card's power once a second, until the process ends."""
-    while process.poll() is None and time.monotonic() < deadline:
-        text = npu_smi("info", "-t", "power", "-i", "0", "-c", "0")
-        if text is not None and (watts := parse_power(text)) is not None:
-            yield watts
-        time.sleep(1)

@@ -3,14 +3,15 @@
     PYTHONPATH=tests python -m npusim.launches           # the tables of docs/benchmarks.md
     PYTHONPATH=tests python -m npusim.launches --write   # writes goldens/ anew: read the difference
 
-A launch is one call of an aclnn operator by torch_npu's host code. What CANN starts inside such a
-call, for example to make an input contiguous, is not seen.
+A launch is one call of an aclnn operator by torch_npu's host code, not a kernel. What CANN starts
+inside such a call is not seen, but some of it follows from what it is given: see `hidden_copies`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -194,14 +195,49 @@ _TENSOR = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 def launch_bytes(launch: Launch) -> int:
     """The size of all tensors a launch was given: what it reads or writes, each once."""
-    total = 0
-    for argument in launch.arguments:
-        for _, bits, shape in _TENSOR.findall(str(argument)):
-            size = int(bits) // 8
-            for n in filter(None, shape.split(",")):
-                size *= int(n)
-            total += size
-    return total
+    return sum(_tensor_bytes(str(argument)) for argument in launch.arguments)
+
+
+def _tensor_bytes(text: str) -> int:
+    """Of all tensors in a launch's argument."""
+    return sum(
+        int(bits) // 8 * math.prod(int(n) for n in filter(None, shape.split(",")))
+        for _, bits, shape in _TENSOR.findall(text)
+    )
+
+
+def hidden_copies(launch: Launch) -> list[int]:
+    """Bytes read and written by the copies that CANN makes inside a fused operator, one each.
+
+    CANN's host code makes every strided input of these operators contiguous before the kernel
+    (ops-transformer and ops-nn: `l0op::Contiguous` in op_api, `AutoContiguous` in *_def.cpp), and
+    attention in SBH or BSND transposes what lies more than 65,535 numbers apart: q, k, v and the
+    result forward; also the results' gradients, and the gradients back, backward.
+    """
+    if launch.op not in FUSED_OPERATORS:
+        return []
+    tensors = [x for x in launch.arguments if isinstance(x, str) and _TENSOR.search(x)]
+    copied = [x for x in tensors if x.endswith("strided")]
+    if launch.op.startswith("aclnnFlashAttention"):
+        layout = next(x for x in launch.arguments if x in ("'SBH'", "'BSND'", "'TND'"))
+        wide = [x for x in tensors if _sequence_stride(x, layout) > 65_535]
+        if wide:  # then q, k, v, what is like them, and the results, all together
+            copied += [x for x in tensors if _TENSOR.fullmatch(x) and _is_activation(x, layout)]
+    return [2 * _tensor_bytes(x) for x in copied]
+
+
+def _is_activation(tensor: str, layout: str) -> bool:
+    shape = _TENSOR.findall(tensor)[0][2].split(",")
+    return not tensor.startswith(("bool", "f32")) and len(shape) == len(layout.strip("'"))
+
+
+def _sequence_stride(tensor: str, layout: str) -> int:
+    """Numbers from one token of a sequence to its next; 0 of what has no such axis."""
+    if layout == "'TND'" or not _is_activation(tensor, layout):
+        return 0
+    shape = [int(n) for n in _TENSOR.findall(tensor)[0][2].split(",")]
+    after = shape[1:] if layout == "'SBH'" else shape[2:]
+    return math.prod(after)
 
 
 # --- golden files and the tables ------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -100,7 +101,7 @@ class AttentionCall:
 
     def sequences(self) -> Iterator[Scores]:
         """The scores of every sequence, in order."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.offset) % 2**63)
+        drawn = 0
         queries = by_sequence(self.query, self.layout, self.num_heads, self.query_ends)
         groups = self.num_key_value_heads
         keys = by_sequence(self.key, self.layout, groups, self.key_ends)
@@ -118,7 +119,11 @@ class AttentionCall:
                 scores = scores.masked_fill(hidden, -torch.inf)
             kept = None
             if self.keep_prob < 1:
-                kept = torch.rand(scores.shape, generator=generator) < self.keep_prob
+                shape = (*scores.shape[:2], _up_to_multiple(scores.shape[2], 16))
+                count = shape[0] * shape[1] * shape[2]
+                bits = kept_weights(self.seed, self.offset, drawn, count, self.keep_prob)
+                kept = bits.view(shape)[..., : scores.shape[2]]
+                drawn += count
             yield Scores(query.float(), *expanded, scores, kept)
 
     def _hidden(self, index: int, num_queries: int, num_keys: int) -> Tensor | None:
@@ -156,6 +161,37 @@ class AttentionCall:
         if mask.dim() == 4:
             mask = mask[index if mask.shape[0] > 1 else 0]
         return mask[..., :num_queries, :num_keys]
+
+
+def kept_weights(seed: int, offset: int, start: int, count: int, keep_prob: float) -> Tensor:
+    """Which of `count` attention weights dropout leaves, from the `start`-th on: bool `[count]`.
+
+    Every weight takes a byte of Philox4x32 (Salmon et al. 2011) with 7 rounds, whose counter begins
+    at a sixteenth of the offset, and stays if the byte is at most keep_prob * 255. The weights are
+    those of one sequence after the other, `[N, S, keys]`, the keys filled up to a multiple of 16.
+    So a share of (floor(keep_prob * 255) + 1) / 256 stays, and is divided by keep_prob.
+    """
+    assert start % 16 == 0 == count % 16, "whole blocks of 16 bytes"
+    blocks = np.arange(count // 16, dtype=np.uint64) + np.uint64(-(-offset // 16) + start // 16)
+    low, word = np.uint64(0xFFFFFFFF), np.uint64(32)
+    counter = [blocks & low, blocks >> word, np.zeros_like(blocks), np.zeros_like(blocks)]
+    key = [seed % 2**32, seed // 2**32 % 2**32]
+    for _ in range(7):
+        first = counter[0] * np.uint64(0xD2511F53)
+        second = counter[2] * np.uint64(0xCD9E8D57)
+        counter = [
+            (second >> word) ^ counter[1] ^ np.uint64(key[0]),
+            second & low,
+            (first >> word) ^ counter[3] ^ np.uint64(key[1]),
+            first & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    drawn = np.stack(counter, axis=-1).astype("<u4").reshape(-1).view(np.uint8)
+    return torch.from_numpy(drawn <= keep_prob * 255)
+
+
+def _up_to_multiple(size: int, of: int) -> int:
+    return -(-size // of) * of
 
 
 class Scores(NamedTuple):

@@ -51,8 +51,9 @@ class Launch:
     op: str
     """As in aclnnRmsNorm."""
     arguments: tuple[object, ...]
-    """Tensors and arrays as text ("f32[3,4]", "[1,2]"), text in quotes, other words as integers;
-    0 for an absent tensor. Floating-point arguments are in `doubles` instead."""
+    """Tensors and arrays as text ("f32[3,4]", "f32[3,4] strided" if not contiguous, "[1,2]"), text
+    in quotes, other words as integers; 0 for an absent tensor. Floating-point arguments are in
+    `doubles` instead."""
     doubles: tuple[float, ...]
     """The eight floating-point registers; what the operator does not take is left over."""
 

@@ -179,6 +179,44 @@ def test_attention_of_views_of_linear_qkv(packing, heads):
     assert_close(found, run(plain, [qkv], tables), exact, "float32")
 
 
+def launched_attention(b, monkeypatch=None):
+    """The launches of the 7B's attention of b short sequences and of its gradient, and results."""
+    import torch
+
+    from npusim.simulator import recording
+    from qwen2_ascend.ops import get_ops, npu
+
+    if monkeypatch is not None:
+        monkeypatch.setattr(npu, "_MAX_STRIDE", 10**9)
+    tensors = [x.bfloat16().npu() for x in qkv_of((28, 4, 128), b, 3)]
+    with recording() as record:
+        found = run(get_ops("npu").attention, tensors, softmax_scale=128**-0.5)
+    torch.npu.synchronize()
+    own = [launch for launch in record.launches if "FlashAttention" in launch.op]
+    assert len(own) == 2
+    return own, found
+
+
+def test_a_large_batch_lies_so_that_cann_transposes_nothing(monkeypatch):
+    """19 sequences of the 7B's 28 heads of 128 are more than 65,535 numbers from token to token."""
+    from npusim.launches import hidden_copies
+
+    small, _ = launched_attention(18)
+    large, found = launched_attention(19)
+    assert all("'SBH'" in launch.arguments for launch in small)
+    assert all("'BSND'" in launch.arguments for launch in large)
+    forced, other = launched_attention(19, monkeypatch)
+    assert all("'SBH'" in launch.arguments for launch in forced)
+    for own, same in zip(found, other, strict=True):
+        assert own.equal(same)
+    q, k = 2 * 19 * 3 * 28 * 128, 2 * 19 * 3 * 4 * 128
+    assert [hidden_copies(launch) for launch in small] == [[], []]
+    # of the result's gradient, which is the next layer's in another order
+    assert [hidden_copies(launch) for launch in large] == [[], [2 * q]]
+    copied = [sorted(hidden_copies(launch)) for launch in forced]
+    assert copied == [[2 * k] * 2 + [2 * q] * 2, [2 * k] * 4 + [2 * q] * 4]
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
@@ -266,7 +304,7 @@ def expanded(*shape, dtype=None):
         ((4, 1, 1, 770), None, "heads of 770, at most 768"),
         ((4, 1, 1, 6), None, "heads of 6 in fp32, only multiples of 4"),
         ((2**20 + 1, 1, 1, 4), None, "1048577 tokens at once"),
-        ((2**19 + 1, 2, 1, 4), (2**19 + 1, 2**20 + 2), "1048578 tokens at once"),
+        ((500_001, 2, 1, 4), (500_001, 1_000_002), "1000002 tokens at once, at most 1000000"),
         ((2049, 1, 1, 4), tuple(range(1, 2050)), "2049 packed documents at once, at most 2048"),
     ],
 )

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from npusim.env import SOC_910B, SOC_910C
-from npusim.launches import LAYERS, golden, layer_launches, layer_table, step_launches
+from npusim.launches import (
+    LAYERS,
+    golden,
+    host_code,
+    layer_launches,
+    layer_table,
+    step_launches,
+)
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 FUSED = {
@@ -88,6 +95,47 @@ def test_a_step_grows_by_the_same_number_of_launches_with_every_layer(
     own = len(layer["forward"]) + len(layer["backward"])
     # and the gradient of each of its 7 tensors is added to a sum, measured and, in two, clipped
     assert found[1] - found[0] == own + 4 * 7
+
+
+@pytest.mark.filterwarnings("default")
+@on(SOC_910B)
+def test_one_copy_of_q_k_and_v_would_move_as_many_bytes(chip, runtime, simulator):
+    """What splitting linear_qkv's output moves today, copies inside CANN included.
+
+    Rotary has its strided q and k copied, and ops/ copies v. One copy of all three before it would
+    read and write the same; so would rotating in place, which takes contiguous tensors too.
+    """
+    import torch
+
+    from npusim.launches import hidden_copies, launch_bytes
+    from npusim.simulator import recording
+    from qwen2_ascend.ops import get_ops
+
+    ops = get_ops("npu")
+    s, b, groups, heads, width = 16, 2, 2, 14, 64
+    mixed = torch.randn(s, b, groups, heads // groups + 2, width).bfloat16().npu()
+    angles = torch.randn(s, width).bfloat16().npu()
+
+    def rotated(q, k, v):
+        with recording() as record:
+            q, k = ops.rotary(q, angles, angles), ops.rotary(k, angles, angles)
+            parts = (x.reshape(s, b, -1, width) for x in (q, k, v))
+            ops.attention(*parts, softmax_scale=0.1)
+        return record.launches
+
+    with host_code(simulator):
+        now = rotated(*mixed.split([heads // groups, 1, 1], dim=3))
+        with recording() as copies:
+            split = [x.contiguous() for x in mixed.split([heads // groups, 1, 1], dim=3)]
+        once = copies.launches + rotated(*split)
+
+    def moved(launches):
+        return sum(launch_bytes(x) + sum(hidden_copies(x)) for x in launches)
+
+    hidden = [len(hidden_copies(launch)) for launch in now if "Rotary" in launch.op]
+    assert hidden == [1, 1]
+    assert sum(map(len, map(hidden_copies, once))) == 0
+    assert moved(now) == moved(once)
 
 
 def test_no_chip_launches_another_layer():

@@ -29,9 +29,13 @@ _COMPRESSED = 2048
 _CAUSAL_FROM_START, _CAUSAL_FROM_END = 2, 3
 """`sparse_mode`: the diagonal starts at the first key, or ends at the last."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HEADS, _MAX_WIDTH, _MAX_TOKENS, _MAX_DOCUMENTS = 256, 768, 2**20, 2048
-"""Of npu_fusion_attention: query heads, head width, tokens of a sequence or of a packed batch,
-documents of one."""
+_MAX_HEADS, _MAX_WIDTH, _MAX_TOKENS = 256, 768, 2**20
+"""Of npu_fusion_attention: query heads, head width, tokens of a sequence."""
+_MAX_PACKED_TOKENS, _MAX_DOCUMENTS = 10**6, 2048
+"""Of a packed batch: tokens, of more CANN's gradient says that it may time out, and documents."""
+_MAX_STRIDE = 65_535
+"""Numbers between a sequence's tokens that npu_fusion_attention steps over; of more it transposes
+its inputs and results, forward and backward, in further kernels."""
 _REPEATED = 8
 """How often npu_fusion_attention gives the maximum and the sum of each row."""
 _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**18
@@ -57,14 +61,19 @@ def attention(
     dropout_p: float = 0.0,
     ends: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Flash attention: SBH for whole sequences, TND for packed documents; K and V not expanded."""
+    """Flash attention: whole sequences or packed documents (TND); K and V are not expanded.
+
+    Whole sequences stay as they lie (SBH) while the operator takes that without transposing them.
+    """
     checks.check_attention(q, k, v, dropout_p, ends)
     s, b, heads, width = q.shape
     _check_limits(q, s if ends is None else s * b, 0 if ends is None else len(ends))
     # v is a view of linear_qkv's output. Backward keeps the operator's inputs: a copy of v instead
     # of that view lets the whole output go.
-    if ends is None:
+    if ends is None and b * heads * _padded(width) <= _MAX_STRIDE:
         layout, inputs = "SBH", [x.flatten(2).contiguous() for x in (q, k, v)]
+    elif ends is None:
+        layout, inputs = "BSND", [x.transpose(0, 1).contiguous() for x in (q, k, v)]
     else:
         layout = "TND"
         inputs = [x.transpose(0, 1).flatten(0, 1).contiguous() for x in (q, k, v)]
@@ -82,9 +91,15 @@ def attention(
         actual_seq_kvlen=ends,
         sparse_mode=_CAUSAL_FROM_START,
     )[0]
-    if ends is None:
+    if layout == "SBH":
         return context
     return context.view(b, s, heads * width).transpose(0, 1).contiguous()
+
+
+def _padded(width: int) -> int:
+    """The head width that the operator's gradient computes with; forward's is never more."""
+    multiple = 16 if width < 128 else 128
+    return -(-width // multiple) * multiple
 
 
 def _check_limits(q: torch.Tensor, tokens: int, documents: int) -> None:
@@ -99,7 +114,8 @@ def _check_limits(q: torch.Tensor, tokens: int, documents: int) -> None:
     heads, width = q.shape[2:]
     # torch_npu's own scaled_dot_product_attention keeps such widths from the operator too.
     aligned = q.dtype != torch.float32 or width % 4 == 0
-    fits = heads <= _MAX_HEADS and width <= _MAX_WIDTH and tokens <= _MAX_TOKENS
+    most = _MAX_PACKED_TOKENS if documents else _MAX_TOKENS
+    fits = heads <= _MAX_HEADS and width <= _MAX_WIDTH and tokens <= most
     if fits and aligned and documents <= _MAX_DOCUMENTS:
         return
     way_out = "--attention-backend unfused does"
@@ -109,9 +125,7 @@ def _check_limits(q: torch.Tensor, tokens: int, documents: int) -> None:
         ),
         f"heads of {width}, at most {_MAX_WIDTH}: {way_out} more": width > _MAX_WIDTH,
         f"heads of {width} in fp32, only multiples of 4: use bf16; {way_out} all": not aligned,
-        f"{tokens} tokens at once, at most {_MAX_TOKENS}: shorten the sequences": (
-            tokens > _MAX_TOKENS
-        ),
+        f"{tokens} tokens at once, at most {most}: shorten the sequences": tokens > most,
         f"{documents} packed documents at once, at most {_MAX_DOCUMENTS}: lower the micro-batch "
         "size or the sequence length": documents > _MAX_DOCUMENTS,
     }
@@ -382,8 +396,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     _check_dtype(x)
     s, b, width = x.shape[0], x.shape[1], x.shape[-1]
     if cos.dim() == 2 or b == 1:
-        # The operator's batch: every sequence and every group of heads, a view of linear_qkv's
-        # output, which it reads as it lies.
+        # The operator's batch: every sequence and every group of heads. x is a view of linear_qkv's
+        # output, which CANN makes contiguous before the kernel: a copy of x here would be no more.
         batched, rows = x.flatten(1, -3), (s, 1, 1, width)
     else:
         batched, rows = x.reshape(s, b, -1, width), (s, b, 1, width)

@@ -79,11 +79,26 @@ const Object *find_object(uint64_t word)
     return found == live.end() ? nullptr : found->second;
 }
 
+bool is_contiguous(const Object &tensor)
+{
+    int64_t expected = 1;
+    for (size_t dim = tensor.shape.size(); dim-- > 0;) {
+        if (tensor.shape[dim] == 0) return true;
+        if (dim < tensor.strides.size() && tensor.shape[dim] != 1 &&
+            tensor.strides[dim] != expected)
+            return false;
+        expected *= tensor.shape[dim];
+    }
+    return true;
+}
+
 std::string describe(const Object &object)
 {
     auto integer = [](int64_t value) { return std::to_string(value); };
     switch (object.kind) {
-        case Kind::tensor: return dtype_name(object.dtype) + listed(object.shape, integer);
+        case Kind::tensor:
+            return dtype_name(object.dtype) + listed(object.shape, integer) +
+                   (is_contiguous(object) ? "" : " strided");
         case Kind::scalar: return number(object.real);
         case Kind::floats: return listed(object.floats, number);
         case Kind::integers:

@@ -33,7 +33,10 @@ struct Object {
 // The live object at this address, or null: an argument word can be anything.
 const Object *find_object(uint64_t word);
 
-// As in "f32[3,4]", "[1,2]" or "0.5".
+// Whether its numbers lie one after the other, in order.
+bool is_contiguous(const Object &tensor);
+
+// As in "f32[3,4]", "f32[3,4] strided", "[1,2]" or "0.5".
 std::string describe(const Object &object);
 
 // Does what the operator means, for the few that torch_npu's own C++ calls below the Python
