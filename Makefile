@@ -34,8 +34,8 @@ WITH_MEGATRON := tests/distributed/test_releases.py tests/distributed/test_train
   tests/data/test_pretraining.py tests/data/test_helpers_cpp.py tests/training/test_schedule.py \
   tests/finetuning/test_lora.py tests/model/test_model.py
 
-.PHONY: venv npu-site browser quickstart test test-all test-compat test-pythons test-real test-npu check \
-  format clean
+.PHONY: venv npu-site browser quickstart test test-all test-compat test-pythons test-real test-npu \
+  test-cuda check format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
 
@@ -106,6 +106,12 @@ NPU_PYTHON ?= python3
 
 test-npu:
 	$(NPU_PYTHON) -m pytest tests/npu
+
+# The same on a machine with CUDA devices; nobody has run it yet.
+CUDA_PYTHON ?= python3
+
+test-cuda:
+	HARDWARE=cuda $(CUDA_PYTHON) -m pytest tests/npu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check
