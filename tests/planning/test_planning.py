@@ -155,6 +155,15 @@ def test_layouts_are_found_that_only_some_recomputing_lets_in():
     assert search.plan_of(whole, where).time.total > block.time.total
 
 
+def test_fused_products_are_proposed_with_sequence_parallelism():
+    """A launcher refuses --use-ascend-mc2 without it; --use-ascend-coc takes both."""
+    for flag, expected in (("mc2", {True}), ("coc", {True, False})):
+        options = PlanOptions(**{f"use_ascend_{flag}": "yes"}, **WANTED)
+        found = [plan.cut for plan in search.find_plans(job("7B"), machine(16), _choices(options))]
+        assert {cut.sequence_parallel for cut in found if cut.tp > 1} == expected
+        assert any(cut.tp == 1 for cut in found)
+
+
 def test_long_sequences_are_shared():
     """Context parallelism is tried by itself where it leaves a rank enough tokens."""
     short = search.find_plans(job("7B"), machine(16))
