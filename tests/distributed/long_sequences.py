@@ -4,9 +4,9 @@
         [--model 0.5B --algorithms megatron_cp_algo]
 
 A model of 2 layers, of hidden size 64 or of the 0.5B's widths, trains one step of one sequence at
-CP1, CP2 and CP4, each rank a process. What autograd keeps for backward is counted in bytes, every storage once; the
-weights are not counted. The peak is that of the process's resident memory above what it had before
-the step, which has the gradients and the temporary tensors too.
+CP1, CP2 and CP4, each rank a process. What autograd keeps for backward is counted in bytes, every
+storage once; the weights are not counted. The peak is that of the process's resident memory above
+what it had before the step, which has the gradients and the temporary tensors too.
 """
 
 from __future__ import annotations

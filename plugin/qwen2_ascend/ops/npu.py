@@ -10,7 +10,7 @@ and the number of documents CANN's `aclnnFlashAttentionVarLenScore` and
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -148,7 +148,9 @@ def _partial(
         scale=softmax_scale,
         atten_mask=launch.mask(q.device),
         sparse_mode=launch.sparse_mode,
-        **launch.packing(),
+        actual_seq_qlen=launch.query_ends,
+        actual_seq_kvlen=launch.key_ends,
+        **({"softmax_layout": "TND"} if launch.layout == "TND" else {}),
     )
     lse = largest[..., 0] + total[..., 0].log()
     contexts = launch.taken_apart(context, launch.queries, q.shape[2])
@@ -184,7 +186,9 @@ def _partial_backward(
         scale_value=softmax_scale,
         atten_mask=launch.mask(q.device),
         sparse_mode=launch.sparse_mode,
-        **launch.packing(),
+        actual_seq_qlen=launch.query_ends,
+        actual_seq_kvlen=launch.key_ends,
+        **({"softmax_layout": "TND"} if launch.layout == "TND" else {}),
     )
     shares = [
         launch.taken_apart(share, places, heads)
@@ -201,11 +205,20 @@ partial_attention = PartialAttention(_partial, _partial_backward)
 """Partial attention by npu_fusion_attention, whose maxima and sums give the log-sum-exp."""
 
 
+def _schema(operator: str) -> str:
+    """The arguments that an operator of the installed torch_npu takes."""
+    return str(getattr(torch.ops.npu, operator).default._schema)
+
+
 @cache
 def pieces_faults() -> list[str]:
-    """Why this torch_npu cannot attend over pieces of packed documents, in one call."""
-    operators = torch.ops.npu.npu_fusion_attention, torch.ops.npu.npu_fusion_attention_grad
-    if all("softmax_layout" in str(operator.default._schema) for operator in operators):
+    """Why this torch_npu cannot attend over pieces of packed documents.
+
+    Of those the operator gives the rows' numbers head by head within each document, in a tensor
+    that says [T, N, 8], unless softmax_layout says otherwise.
+    """
+    operators = "npu_fusion_attention", "npu_fusion_attention_grad"
+    if all("softmax_layout" in _schema(name) for name in operators):
         return []
     return [
         f"npu_fusion_attention of torch_npu {torch_npu.__version__} has no softmax_layout, which "
@@ -231,6 +244,8 @@ class _Launch(NamedTuple):
             _runs([Place(piece.rows, piece.queries) for piece in pieces]),
             _runs([Place(piece.rows, piece.keys) for piece in pieces]),
         )
+        if launch.layout == "TND":
+            raise_if(pieces_faults())
         both = launch.queries, launch.keys
         tokens = max(sum(len(place.tokens) for place in places) for places in both)
         _check_limits(q, tokens, 0 if launch.layout == "SBH" else len(pieces))
@@ -240,23 +255,6 @@ class _Launch(NamedTuple):
     def layout(self) -> str:
         return "SBH" if len(self.pieces) == 1 else "TND"
 
-    def packing(self) -> dict[str, Any]:
-        """Of a TND call alone: where each document's queries and keys end.
-
-        Of packed documents the operator gives the rows' numbers head by head within each document,
-        in a tensor that says [T, N, 8], unless softmax_layout says otherwise.
-        """
-        if self.layout == "SBH":
-            return {}
-        raise_if(pieces_faults())
-        ends = {
-            "actual_seq_qlen": (piece.queries for piece in self.pieces),
-            "actual_seq_kvlen": (piece.keys for piece in self.pieces),
-        }
-        return {"softmax_layout": "TND"} | {
-            name: list(accumulate(map(len, ranges))) for name, ranges in ends.items()
-        }
-
     @property
     def sparse_mode(self) -> int:
         return _CAUSAL_FROM_END if self.pieces[0].causal else 0
@@ -264,6 +262,19 @@ class _Launch(NamedTuple):
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """None where every query sees every key of its piece."""
         return _causal_mask(device) if self.pieces[0].causal else None
+
+    @property
+    def query_ends(self) -> list[int] | None:
+        """Where each document's queries end."""
+        return self._ends(piece.queries for piece in self.pieces)
+
+    @property
+    def key_ends(self) -> list[int] | None:
+        """Where each document's keys end."""
+        return self._ends(piece.keys for piece in self.pieces)
+
+    def _ends(self, ranges: Iterable[range]) -> list[int] | None:
+        return list(accumulate(map(len, ranges))) if self.layout == "TND" else None
 
     def laid_out(self, x: torch.Tensor, places: list[Place]) -> torch.Tensor:
         """Those tokens of x, `[s, b, n, hn]`, in the call's layout."""
