@@ -318,7 +318,7 @@ def test_what_a_checkpoint_says_of_a_layout_is_the_same_at_every_cp() -> None:
             {"context_parallel_size": 8, "context_parallel_algo": "ulysses_cp_algo", "tp": 2},
             4096,
             False,
-            "cannot share out the 4 query heads and 2 query group(s)",
+            "cannot share out the 4 query heads of a tensor-parallel rank",
         ),
         (
             {"context_parallel_size": 8, "context_parallel_algo": "ulysses_cp_algo", "tp": 2},
@@ -336,6 +336,33 @@ def test_sequences_that_cannot_be_cut_are_refused_with_what_could(
         parallel, tiny_config(), seq_length, sequence_parallel=sequence_parallel
     )
     assert words in "".join(found)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_dropped_attention_weights_are_refused_where_results_are_merged(algorithm: str) -> None:
+    """A run would otherwise end in its first step."""
+    cut = layout(1, context_parallel_size=2, context_parallel_algo=algorithm)
+    config = tiny_config(attention_dropout=0.1)
+    told = "".join(sequence_faults(cut, config, 64, sequence_parallel=False))
+    assert ("attention_dropout=0.1" in told) == (algorithm != "ulysses_cp_algo")
+    assert ("--context-parallel-algo ulysses_cp_algo" in told) == bool(told)
+    assert sequence_faults(layout(1), config, 64, sequence_parallel=False) == []
+
+
+@pytest.mark.parametrize("cp", [2, 3, 4, 6, 7, 12, 14])
+def test_ulysses_needs_ranks_that_divide_the_query_heads_alone(cp: int) -> None:
+    """Then there are enough copies of the groups' keys for every rank's heads to find theirs."""
+    from qwen2_ascend.model.context_plan import ulysses_repeats
+
+    for heads, groups in ((14, 2), (12, 4), (12, 3), (28, 4)):
+        config = tiny_config(num_attention_heads=heads, num_query_groups=groups)
+        cut = layout(1, context_parallel_size=cp, context_parallel_algo="ulysses_cp_algo")
+        is_refused = bool(sequence_faults(cut, config, 84 * cp, sequence_parallel=False))
+        assert is_refused == (heads % cp != 0)
+        if not is_refused:
+            own = groups * ulysses_repeats(groups, cp) // cp
+            assert heads // cp % own == 0, "a rank's groups have equally many heads"
+            assert groups * ulysses_repeats(groups, cp) % cp == 0
 
 
 @given(

@@ -208,19 +208,20 @@ def sequence_faults(
             f"context_parallel_size={cp} with {algorithm} needs --seq-length to be a multiple of "
             f"{unit}, not {seq_length}; use {_either(tuple(near), most=None)}."
         )
-    heads, groups = config.num_attention_heads // tp, max(config.num_query_groups // tp, 1)
-    if algorithm == "ulysses_cp_algo" and not _shares_heads(heads, groups, cp):
-        usable = tuple(n for n in _divisors(heads) if _shares_heads(heads, groups, n))
+    heads = config.num_attention_heads // tp
+    if algorithm == "ulysses_cp_algo" and heads % cp:
         faults.append(
             f"context_parallel_size={cp} with {algorithm} cannot share out the {heads} query heads "
-            f"and {groups} query group(s) of a tensor-parallel rank; use {_either(usable)}, or "
-            "megatron_cp_algo, which leaves heads where they are."
+            f"of a tensor-parallel rank; use {_either(_divisors(heads))}, or megatron_cp_algo, "
+            "which leaves heads where they are."
+        )
+    if algorithm != "ulysses_cp_algo" and config.attention_dropout:
+        faults.append(
+            f"context_parallel_size={cp} with {algorithm} cannot drop attention weights, and "
+            f"config.json says attention_dropout={config.attention_dropout}; use "
+            "--context-parallel-algo ulysses_cp_algo, or set attention_dropout to 0 there."
         )
     return faults
-
-
-def _shares_heads(heads: int, groups: int, cp: int) -> bool:
-    return heads % cp == 0 and not (groups % cp and cp % groups)
 
 
 def sequence_unit(layout: ParallelLayout, *, sequence_parallel: bool) -> int:

@@ -1,11 +1,12 @@
 """Memory per rank of one step over a long sequence, with sequences whole and cut.
 
     PYTHONPATH=plugin:tests python -m distributed.long_sequences [--seq-length 32768]
+        [--model 0.5B --algorithms megatron_cp_algo]
 
-A model of 2 layers and hidden size 64 trains one step of one sequence at CP1, CP2 and CP4, each
-rank a process. What autograd keeps for backward is counted in bytes, every storage once; the
-weights are not counted. The peak is that of the process's resident memory above what it had before
-the step, which has the gradients and the temporary tensors too.
+A model of 2 layers, of hidden size 64 or of the 0.5B's widths, trains one step of one sequence at
+CP1, CP2 and CP4, each rank a process. What autograd keeps for backward is counted in bytes, every
+storage once; the weights are not counted. The peak is that of the process's resident memory above
+what it had before the step, which has the gradients and the temporary tensors too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,25 @@ from helpers import tiny_config
 
 SIZES = (1, 2, 4)
 ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
-LENGTH_VARIABLE = "LONG_SEQUENCES_LENGTH"
+LENGTH_VARIABLE, MODEL_VARIABLE = "LONG_SEQUENCES_LENGTH", "LONG_SEQUENCES_MODEL"
+
+MODELS = {
+    "tiny": {
+        "hidden_size": 64,
+        "ffn_hidden_size": 176,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+    },
+    "0.5B": {
+        "hidden_size": 896,
+        "ffn_hidden_size": 4864,
+        "num_attention_heads": 14,
+        "num_query_groups": 2,
+        "kv_channels": 64,
+    },
+}
+"""Widths of a layer."""
 
 CHECKS = Checks()
 
@@ -61,12 +80,8 @@ def start(run: Run, cp: int, algorithm: str, length: int) -> Any:
     from qwen2_ascend.training.settings import parse, validate
 
     config = tiny_config(
+        **MODELS[os.environ[MODEL_VARIABLE]],
         num_layers=2,
-        hidden_size=64,
-        ffn_hidden_size=176,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=16,
         vocab_size=1024,
         max_position_embeddings=length,
     )
@@ -116,9 +131,11 @@ for _size in SIZES:
         )
 
 
-def measure(length: int, checks: list[Any] | None = None) -> dict[tuple[int, str], dict[str, Any]]:
+def measure(
+    length: int, checks: list[Any] | None = None, *, model: str = "tiny"
+) -> dict[tuple[int, str], dict[str, Any]]:
     """What `step` says, by (CP, algorithm); each in ranks of their own, whose peak is theirs."""
-    os.environ[LENGTH_VARIABLE] = str(length)
+    os.environ |= {LENGTH_VARIABLE: str(length), MODEL_VARIABLE: model}
     os.environ["CHECKS_STALL_SECONDS"] = "500"  # ranks wait for each other as long as they compute
     found = {}
     for check in checks or CHECKS.all():
@@ -134,11 +151,14 @@ def measure(length: int, checks: list[Any] | None = None) -> dict[tuple[int, str
 ONLY = "LONG_SEQUENCES_ONLY"
 
 
-def print_table(length: int) -> None:
-    print(f"{length:,} tokens\n")
+def print_table(length: int, model: str, algorithms: list[str]) -> None:
+    print(f"{length:,} tokens, {model}\n")
     print("| CP | algorithm | kept for backward, MB per rank | peak above rest, MB | loss |")
     print("|---|---|---|---|---|")
-    for (size, algorithm), found in measure(length).items():
+    for check in CHECKS.all():
+        if check.world_size > 1 and check.name.split()[1] not in algorithms:
+            continue
+        ((size, algorithm), found) = measure(length, [check], model=model).popitem()
         kept, peak = (max(found[name]) / 1e6 for name in ("kept", "peak"))
         words = algorithm if size > 1 else "-"
         print(f"| {size} | {words} | {kept:,.1f} | {peak:,.0f} | {found['loss']:.7f} |", flush=True)
@@ -151,4 +171,7 @@ if __name__ == "__main__":
     else:
         parser = argparse.ArgumentParser(description=__doc__)
         parser.add_argument("--seq-length", type=int, default=32768)
-        sys.exit(print_table(parser.parse_args().seq_length))
+        parser.add_argument("--model", choices=MODELS, default="tiny")
+        parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
+        given = parser.parse_args()
+        sys.exit(print_table(given.seq_length, given.model, given.algorithms))

@@ -101,10 +101,11 @@ for algorithm in ALGORITHMS:
 
 @CHECKS.add(world_size=4)
 def heads_of_all_kinds(run: Run) -> str:
-    """Among them fewer groups than ranks, whose keys Ulysses repeats."""
+    """Among them fewer groups than ranks, and numbers that do not divide each other; Ulysses
+    repeats their keys."""
     import torch
 
-    for heads in ((4, 4, 8), (12, 2, 8), (4, 1, 8), (12, 6, 8)):
+    for heads in ((4, 4, 8), (12, 2, 8), (4, 1, 8), (12, 6, 8), (12, 3, 8)):
         for algorithm in ALGORITHMS:
             found = difference(algorithm, 4, torch.float64, "two rows", heads)
             assert found <= LIMITS["float64"], (heads, algorithm, found)

@@ -37,14 +37,6 @@ def _(_outputs, *, input, x2, hcom, world_size, reduce_op, **others):
     return _exchanged("reduce_scatter_tensor", _product(input, x2), hcom, 1 / world_size)
 
 
-@reference("npu_mm_all_reduce_base")
-def _(_outputs, *, x1, x2, hcom, reduce_op, **others):
-    soc = torch.npu.get_device_name()
-    _require("910B" in soc, f"npu_mm_all_reduce_base is for Atlas A2, not {soc}")
-    _check(x1, x2, hcom, _group(hcom).size(), others, reduce_op)
-    return _exchanged("all_reduce", _product(x1, x2), hcom, 1)
-
-
 def _check(
     x1: Tensor, x2: Tensor, hcom: str, ranks: int, others: dict[str, Any], reduce_op: str = "sum"
 ) -> None:
@@ -81,11 +73,7 @@ def _exchanged(collective: str, x: Tensor, hcom: str, factor: float) -> Tensor:
     from npusim.simulator import _drain, _to_npu, host_view
 
     source = _to_npu(x.contiguous(), torch.device("npu", torch.npu.current_device()))
-    if collective == "all_reduce":
-        dist.all_reduce(source, group=_group(hcom))
-        result = source
-    else:
-        result = torch.empty(int(len(x) * factor), x.shape[1], dtype=x.dtype, device=source.device)
-        getattr(dist, collective)(result, source, group=_group(hcom))
+    result = torch.empty(int(len(x) * factor), x.shape[1], dtype=x.dtype, device=source.device)
+    getattr(dist, collective)(result, source, group=_group(hcom))
     _drain()
     return host_view(result).clone()

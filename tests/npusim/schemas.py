@@ -110,8 +110,19 @@ def faults(use: Use) -> list[str]:
     return [f"{use.op}: {fault}" for fault in min(found, key=len)]
 
 
+def _spelled_out(keyword: ast.keyword) -> list[ast.keyword]:
+    """The arguments of `**({"name": value} if condition else {})`; of others themselves."""
+    choice = keyword.value
+    if keyword.arg or not (isinstance(choice, ast.IfExp) and isinstance(choice.body, ast.Dict)):
+        return [keyword]
+    names = [name.value if isinstance(name, ast.Constant) else None for name in choice.body.keys]
+    given = map(ast.keyword, names, choice.body.values)
+    return list(given) if ast.unparse(choice.orelse) == "{}" else [keyword]
+
+
 def _argument_faults(call: ast.Call, schema: torch._C.FunctionSchema) -> Iterator[str]:
-    if any(isinstance(a, ast.Starred) for a in call.args) or any(not k.arg for k in call.keywords):
+    keywords = [spelled for keyword in call.keywords for spelled in _spelled_out(keyword)]
+    if any(isinstance(a, ast.Starred) for a in call.args) or any(not k.arg for k in keywords):
         yield "*args and **kwargs hide the arguments; spell them out"
         return
     arguments = {argument.name: argument for argument in schema.arguments}
@@ -119,7 +130,7 @@ def _argument_faults(call: ast.Call, schema: torch._C.FunctionSchema) -> Iterato
     if len(call.args) > len(positional):
         yield f"{len(call.args)} positional arguments, and it takes {len(positional)}"
     given = dict(zip(positional, call.args, strict=False))
-    for keyword in call.keywords:
+    for keyword in keywords:
         if keyword.arg not in arguments:
             yield f"no argument {keyword.arg!r}"
         elif keyword.arg in given:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from npusim.env import SOC_910C
-from npusim.products import FUSED, GOLDEN, SEQUENCE_PARALLEL, WAYS, WIDE, measure, table
+from npusim.products import CASES, FUSED, GOLDEN, SEQUENCE_PARALLEL, WAYS, WIDE, measure, table
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 COC_NOISE = 1e-3
@@ -58,18 +57,14 @@ def test_gathered_product(ranks, transposed):
 
 
 @on_cards
-@pytest.mark.parametrize("name", ["npu_mm_reduce_scatter_base", "npu_mm_all_reduce_base"])
-def test_summed_products(ranks, name):
+def test_summed_product(ranks):
     import torch
     import torch_npu
 
     parts, own = parts_of(ranks, 8 * ranks.size, 256, seed=3)
     w = torch.randn(256, 24, generator=torch.Generator().manual_seed(4)).bfloat16()
-    size = [ranks.size] if "scatter" in name else []
-    output = getattr(torch_npu, name)(own, w.npu(), named(ranks), *size)
-    expected = (parts.float() @ w.float()).sum(0)
-    if size:
-        expected = expected.chunk(ranks.size)[ranks.rank]
+    output = torch_npu.npu_mm_reduce_scatter_base(own, w.npu(), named(ranks), ranks.size)
+    expected = (parts.float() @ w.float()).sum(0).chunk(ranks.size)[ranks.rank]
     # each rank's product is rounded to bf16, and so is each partial sum
     torch.testing.assert_close(output.cpu().float(), expected, rtol=2e-2, atol=0.5)
 
@@ -96,20 +91,6 @@ def test_references_refuse_what_the_documents_rule_out(ranks):
             operator(*arguments, **options)
 
 
-@pytest.mark.filterwarnings("default")
-@pytest.mark.simulated(cards=2, soc=SOC_910C)
-def test_910c_has_no_summing_operator(ranks):
-    """So --use-ascend-mc2 needs --sequence-parallel there; see training/overlap.py."""
-    import torch
-    import torch_npu
-
-    from npusim.references import InvalidCall
-
-    x, w = torch.ones(4, 256).bfloat16().npu(), torch.ones(256, 8).bfloat16().npu()
-    with pytest.raises(InvalidCall, match="Atlas A2"):
-        torch_npu.npu_mm_all_reduce_base(x, w, named(ranks))
-
-
 # --- layers --------------------------------------------------------------------------------------
 
 layers = pytest.mark.parametrize(
@@ -118,8 +99,8 @@ layers = pytest.mark.parametrize(
         pytest.param(
             cut, way, marks=pytest.mark.simulated(cards=2, alone="products"), id=f"{cut}-{n}"
         )
-        for cut in SEQUENCE_PARALLEL
-        for n, way in enumerate(WAYS)
+        for cut, way in CASES
+        for n in [list(WAYS).index(way)]
     ],
 )
 
@@ -134,18 +115,28 @@ def test_a_layer_launches_and_exchanges_what_it_did(cut, way, run, simulator):
 def test_fused_operators_take_the_place_of_products_and_exchanges():
     """With sequence parallelism forward exchanges nothing by itself, backward the column-parallel
     layers' inputs and their gradients, whose products are hidden by each other."""
-    for cut, fused in {
-        "TP2 SP": (
-            ["aclnnAllGatherMatmul", "aclnnMatmulReduceScatter"] * 2,
-            ["aclnnAllGatherMatmul"] * 2,
-        ),
-        "TP2": (["aclnnMatmulAllReduce"] * 2, ["aclnnMatmulAllReduce"] * 2),
-    }.items():
-        mc2, whole = golden()[f"{cut} | `--use-ascend-mc2`"], golden()[f"{cut} | whole"]
-        assert (mc2["forward"]["fused"], mc2["backward"]["fused"]) == fused
-        for part, ours in zip(("forward", "backward"), fused, strict=True):
-            assert mc2[part]["exchanges"] == whole[part]["exchanges"] - len(ours)
-            assert mc2[part]["launches"] <= whole[part]["launches"]
+    fused = (
+        ["aclnnAllGatherMatmul", "aclnnMatmulReduceScatter"] * 2,
+        ["aclnnAllGatherMatmul"] * 2,
+    )
+    mc2, whole = golden()["TP2 SP | `--use-ascend-mc2`"], golden()["TP2 SP | whole"]
+    assert (mc2["forward"]["fused"], mc2["backward"]["fused"]) == fused
+    for part, ours in zip(("forward", "backward"), fused, strict=True):
+        assert mc2[part]["exchanges"] == whole[part]["exchanges"] - len(ours)
+        assert mc2[part]["launches"] <= whole[part]["launches"]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.simulated(cards=2, alone="products")
+def test_without_sequence_parallelism_there_is_no_fused_product(run):
+    """Of callers of `build_model`; training refuses it at start."""
+    from helpers import tiny_config
+    from model.overlap_worker import tensors_of
+    from qwen2_ascend.errors import UserError
+
+    options = {"frozen": False, "config": tiny_config(**WIDE), "dtype": "bf16", "backend": "npu"}
+    with pytest.raises(UserError, match="needs sequence_parallel=True"):
+        tensors_of(run, False, **options, use_ascend_mc2=True)
 
 
 def test_the_table_is_that_of_the_document():
@@ -166,7 +157,7 @@ def test_a_layer_computes_what_a_whole_one_does(cut, way, frozen, run, record_pr
     with recording() as record:
         found = tensors_of(run, SEQUENCE_PARALLEL[cut], **options, **WAYS[way])
     fused = [op for op in record.ops if op in FUSED]
-    assert len(fused) == (expected_fused(cut, frozen) if "mc2" in way else 0)
+    assert len(fused) == (expected_fused(frozen) if "mc2" in way else 0)
     assert whole.keys() == found.keys()
     off = {}
     for name, tensor in whole.items():
@@ -181,13 +172,11 @@ def allowed(way):
     return 0 if "mc2" in way else COC_NOISE
 
 
-def expected_fused(cut, frozen):
+def expected_fused(frozen):
     """Fused operators of a layer, forward and backward.
 
     Frozen weights leave nothing to hide the inputs' gradients, which are then fused too.
     """
-    if cut == "TP2":
-        return 2 + 2
     return 4 + 2 + (2 if frozen else 0)
 
 
@@ -227,12 +216,15 @@ def results_of(run, flags):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("more", [MC2, COC], ids=["mc2", "coc"])
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "more"),
     [
-        pytest.param(flags, marks=pytest.mark.simulated(cards=2, alone="products"), id=name)
+        pytest.param(
+            flags, more, marks=pytest.mark.simulated(cards=2, alone="products"), id=f"{name}-{way}"
+        )
         for name, flags in RUNS.items()
+        for way, more in (("mc2", MC2), ("coc", COC))
+        if more == COC or "--sequence-parallel" in flags
     ],
 )
 def test_losses_are_those_of_whole_products(flags, more, run, record_property):

@@ -88,6 +88,68 @@ def test_what_a_rank_finds_is_the_plain_twins(algorithm, dtype, packings):
         assert_as_near_as_the_plain_twin(algorithm, dtype, packing)
 
 
+def given_to_operators(monkeypatch, packing):
+    """The names of the options that the calls of a rank's attention, both ways, give by keyword."""
+    import torch
+    import torch_npu
+
+    from qwen2_ascend.ops import get_ops
+
+    found = []
+    for operator in ("npu_fusion_attention", "npu_fusion_attention_grad"):
+        genuine = getattr(torch_npu, operator)
+
+        def call(*args, _genuine=genuine, **options):
+            found.append(options.keys())
+            return _genuine(*args, **options)
+
+        monkeypatch.setattr(torch_npu, operator, call)
+    tensors = [x.npu() for x in inputs(PACKINGS[packing][0], torch.float32)]
+    for algorithm in ALGORITHMS[:2]:
+        computed(get_ops("npu").partial_attention, tensors, algorithm, packing, 1)
+    return found
+
+
+def test_whole_rows_need_no_newer_operator(monkeypatch):
+    """What torch_npu takes since 7.2 alone goes with packed documents alone."""
+    from qwen2_ascend.ops import npu
+
+    monkeypatch.setattr(npu, "_schema", lambda name: "(Tensor query, int[]? actual_seq_qlen)")
+    npu.pieces_faults.cache_clear()
+    calls = given_to_operators(monkeypatch, "dense")
+    assert calls and all("softmax_layout" not in options for options in calls)
+    npu.pieces_faults.cache_clear()
+
+
+def test_packed_documents_are_refused_by_an_older_operator(monkeypatch):
+    """Once by the check at start, and by the operator's caller."""
+    from qwen2_ascend.errors import UserError
+    from qwen2_ascend.ops import npu
+
+    assert npu.pieces_faults() == []
+    assert any(
+        "softmax_layout" in options for options in given_to_operators(monkeypatch, "two rows")
+    )
+    monkeypatch.setattr(npu, "_schema", lambda name: "(Tensor query, int[]? actual_seq_qlen)")
+    npu.pieces_faults.cache_clear()
+    with pytest.raises(UserError, match=r"8\.3\.RC1 or later, or use --context-parallel-algo"):
+        given_to_operators(monkeypatch, "two rows")
+    assert faults_at_start("--reset-attention-mask") == npu.pieces_faults() != []
+    assert faults_at_start("") == []
+    assert faults_at_start("--reset-attention-mask --attention-backend unfused") == []
+    assert faults_at_start("--reset-attention-mask --context-parallel-algo ulysses_cp_algo") == []
+    npu.pieces_faults.cache_clear()
+
+
+def faults_at_start(flags):
+    from qwen2_ascend.training.settings import parse
+    from qwen2_ascend.training.setup import _pieces_faults
+
+    needed = "--config 7B --data-path x --seq-length 32 --lr 1e-5 --train-iters 3"
+    settings = parse(f"{needed} --context-parallel-size 2 {flags}".split())
+    return _pieces_faults(settings, settings.layout(), "npu")
+
+
 MISTAKES = {
     "a diagonal from the first key": ("npu_fusion_attention", {"sparse_mode": 2}, 1),
     "no mask": ("npu_fusion_attention", {"atten_mask": None}, 0),

@@ -20,7 +20,7 @@ from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning import report, search
-from qwen2_ascend.planning.command import PlanOptions, as_launchers_write, main
+from qwen2_ascend.planning.command import PlanOptions, _choices, as_launchers_write, main
 from qwen2_ascend.planning.devices import DEVICES, find_device
 from qwen2_ascend.planning.job import Cut, Job
 from qwen2_ascend.planning.memory import fullest_stage, stage_memory
@@ -154,6 +154,15 @@ def test_layouts_are_found_that_only_some_recomputing_lets_in():
     assert not search.plan_of(fewer, where).has_headroom
     whole = replace(block.cut, recomputed_layers=None)
     assert search.plan_of(whole, where).time.total > block.time.total
+
+
+def test_fused_products_are_proposed_with_sequence_parallelism():
+    """A launcher refuses --use-ascend-mc2 without it; --use-ascend-coc takes both."""
+    for flag, expected in (("mc2", {True}), ("coc", {True, False})):
+        choices = _choices(PlanOptions(**{f"use_ascend_{flag}": "yes"}))
+        found = [plan.cut for plan in search.find_plans(job("7B"), machine(16), choices)]
+        assert {cut.sequence_parallel for cut in found if cut.tp > 1} == expected
+        assert any(cut.tp == 1 for cut in found)
 
 
 def test_long_sequences_are_shared():

@@ -26,11 +26,12 @@ def faults(flags: str, model: str = "7B", world_size: int = 8) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "model", "words"),
     [
-        (f"{MC2} {COC} --bf16 {TP2}", "7B", ["give one of them"]),
+        (f"{MC2} {COC} --bf16 {TP2} {SP}", "7B", ["give one of them"]),
         (f"{MC2} {TP2} {SP}", "7B", ["multiplies bf16 or fp16, not fp32; add --bf16"]),
-        (f"{MC2} --bf16 --tensor-model-parallel-size 16", "72B", ["2, 4 or 8, not 16"]),
-        (f"{MC2} --bf16 {TP2} --device cpu", "7B", ["the device is cpu"]),
-        (f"{MC2} {TP2} --device cpu", "7B", ["add --bf16", "the device is cpu"]),
+        (f"{MC2} --bf16 {SP} --tensor-model-parallel-size 16", "72B", ["2, 4 or 8, not 16"]),
+        (f"{MC2} --bf16 {TP2}", "7B", ["needs --sequence-parallel", "or say --use-ascend-coc"]),
+        (f"{MC2} --bf16 {TP2} {SP} --device cpu", "7B", ["the device is cpu"]),
+        (f"{MC2} {TP2} {SP} --device cpu", "7B", ["add --bf16", "the device is cpu"]),
         (f"{COC} --coc-parallel-num 3", "7B", ["3 is not 1, 2, 4 or 8"]),
         ("--coc-parallel-num 4", "7B", ["4 needs --use-ascend-coc"]),
         ("--coc-fused-kernel", "7B", ["needs --use-ascend-coc"]),
@@ -62,9 +63,6 @@ def test_columns_outside_the_operators_range_are_refused(columns: str, limit: in
     settings = pretraining.parse(f"{NEEDED} --config 7B {MC2} {TP2} {SP} --bf16".split())
     found = settings.overlap.faults(settings, config)
     assert any(f"a rank's {columns}, not" in fault for fault in found)
-    # without sequence parallelism the operator that sums has no such limit
-    settings = pretraining.parse(f"{NEEDED} --config 7B {MC2} {TP2} --bf16".split())
-    assert settings.overlap.faults(settings, config) == []
 
 
 @pytest.mark.parametrize("size", ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"])
@@ -83,7 +81,7 @@ def test_every_published_model_fits_the_operators(size: str) -> None:
         ("", []),
         (f"{MC2}", ["--use-ascend-mc2 has no effect: without tensor parallelism"]),
         (f"{COC} --coc-parallel-num 4", ["--use-ascend-coc has no effect: without"]),
-        (f"{MC2} {TP2} --bf16", ["torch_npu's fused operators"]),
+        (f"{MC2} {TP2} {SP} --bf16", ["torch_npu's fused operators"]),
         (f"{COC} {TP2}", ["no effect with --coc-parallel-num 1"]),
         (f"{COC} {TP2} --coc-parallel-num 4", ["products in 4 pieces"]),
         (
@@ -98,19 +96,6 @@ def test_the_log_says_what_has_an_effect(flags: str, notes: list[str]) -> None:
     found = settings.overlap.notes(settings.parallel.tensor_model_parallel_size)
     assert len(found) == len(notes)
     assert all(word in note for word, note in zip(notes, found, strict=True))
-
-
-def test_a_910c_needs_sequence_parallelism() -> None:
-    """It has no operator that sums over all ranks; a 910B has."""
-    for flags, chip, words in (
-        (f"{MC2} {TP2}", "Ascend910_9391", "give --sequence-parallel"),
-        (f"{MC2} {TP2} {SP}", "Ascend910_9391", ""),
-        (f"{MC2} {TP2}", "Ascend910B2", ""),
-        (MC2, "Ascend910_9391", ""),
-    ):
-        settings = pretraining.parse(f"{NEEDED} --config 7B --bf16 {flags}".split())
-        told = "".join(settings.overlap.device_faults(settings, "npu", chip))
-        assert (words in told) if words else not told
 
 
 def test_batches_of_their_own_lengths_are_cut_as_equally_as_can_be() -> None:

@@ -147,7 +147,10 @@ def _held(chunks: Sequence[range], positions: range) -> range:
 
 
 def ulysses_repeats(ng: int, cp: int) -> int:
-    """How often each query group's keys are repeated so that every rank gets a group of its own."""
+    """How often each query group's keys are repeated so that every rank gets as many.
+
+    The query heads that cp divides are then as many for each of them.
+    """
     return cp // math.gcd(ng, cp)
 
 

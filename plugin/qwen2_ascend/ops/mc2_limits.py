@@ -7,5 +7,3 @@ RANKS = (2, 4, 8)
 COLUMNS = range(256, 65535)
 """Columns of one rank's input, of npu_all_gather_base_mm and npu_mm_reduce_scatter_base."""
 DTYPES = ("bf16", "fp16")
-SUMMING_CHIP = "910B"
-"""The only one that has npu_mm_all_reduce_base, which is used without sequence parallelism."""

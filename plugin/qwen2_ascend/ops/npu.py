@@ -164,7 +164,7 @@ def _partial(
         sparse_mode=launch.sparse_mode,
         actual_seq_qlen=launch.query_ends,
         actual_seq_kvlen=launch.key_ends,
-        softmax_layout=launch.softmax_layout,
+        **({"softmax_layout": "TND"} if launch.layout == "TND" else {}),
     )
     lse = largest[..., 0] + total[..., 0].log()
     contexts = launch.taken_apart(context, launch.queries, q.shape[2])
@@ -202,7 +202,7 @@ def _partial_backward(
         sparse_mode=launch.sparse_mode,
         actual_seq_qlen=launch.query_ends,
         actual_seq_kvlen=launch.key_ends,
-        softmax_layout=launch.softmax_layout,
+        **({"softmax_layout": "TND"} if launch.layout == "TND" else {}),
     )
     shares = [
         launch.taken_apart(share, places, heads)
@@ -217,6 +217,29 @@ def _partial_backward(
 
 partial_attention = PartialAttention(_partial, _partial_backward)
 """Partial attention by npu_fusion_attention, whose maxima and sums give the log-sum-exp."""
+
+
+def _schema(operator: str) -> str:
+    """The arguments that an operator of the installed torch_npu takes."""
+    return str(getattr(torch.ops.npu, operator).default._schema)
+
+
+@cache
+def pieces_faults() -> list[str]:
+    """Why this torch_npu cannot attend over pieces of packed documents.
+
+    Of those the operator gives the rows' numbers head by head within each document, in a tensor
+    that says [T, N, 8], unless softmax_layout says otherwise.
+    """
+    operators = "npu_fusion_attention", "npu_fusion_attention_grad"
+    if all("softmax_layout" in _schema(name) for name in operators):
+        return []
+    return [
+        f"npu_fusion_attention of torch_npu {torch_npu.__version__} has no softmax_layout, which "
+        "packed documents need under context parallelism; install Ascend Extension for PyTorch "
+        "7.2.0 or later with CANN 8.3.RC1 or later, or use --context-parallel-algo "
+        "ulysses_cp_algo."
+    ]
 
 
 class _Launch(NamedTuple):
@@ -235,6 +258,8 @@ class _Launch(NamedTuple):
             _runs([Place(piece.rows, piece.queries) for piece in pieces]),
             _runs([Place(piece.rows, piece.keys) for piece in pieces]),
         )
+        if launch.layout == "TND":
+            raise_if(pieces_faults())
         both = launch.queries, launch.keys
         tokens = max(sum(len(place.tokens) for place in places) for places in both)
         _check_limits(q, tokens, 0 if launch.layout == "SBH" else len(pieces))
@@ -243,13 +268,6 @@ class _Launch(NamedTuple):
     @property
     def layout(self) -> str:
         return "SBH" if len(self.pieces) == 1 else "TND"
-
-    @property
-    def softmax_layout(self) -> str:
-        """Of packed documents the operator gives the rows' numbers head by head within each
-        document, in a tensor that says [T, N, 8], unless it is told otherwise (which takes CANN
-        8.3 and torch_npu 7.2)."""
-        return "TND" if self.layout == "TND" else ""
 
     @property
     def sparse_mode(self) -> int:

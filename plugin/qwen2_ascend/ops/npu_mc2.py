@@ -2,9 +2,10 @@
 
 They are the other implementation of `model/overlap.py`'s `Overlap`. The limits are those of the
 operators' documents for Atlas A2 and A3 (910B and 910C): op-plugin's
-`docs/zh/custom_APIs/torch_npu`, `npu_all_gather_base_mm`, `npu_mm_reduce_scatter_base` and
-`npu_mm_all_reduce_base`. `training/overlap.py` refuses at start what they do not take; what is
-checked here is for callers of `build_model`.
+`docs/zh/custom_APIs/torch_npu`, `npu_all_gather_base_mm` and `npu_mm_reduce_scatter_base`. The
+third, `npu_mm_all_reduce_base`, is documented for inference, and MindSpeed does not train with it
+either: without sequence parallelism there is no fused product. `training/overlap.py` refuses at
+start what the operators do not take; what is checked here is for callers of `build_model`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class FusedProducts:
 
     def gathered(self, x: Tensor, w: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
         """npu_all_gather_base_mm."""
-        _check(x, w, COLUMNS)
+        _check(x, w)
         output, total = torch_npu.npu_all_gather_base_mm(
             x.contiguous(), w, self._name, self._size, gather_index=0, gather_output=keep
         )
@@ -47,28 +48,26 @@ class FusedProducts:
 
     def scattered(self, x: Tensor, w: Tensor) -> Callable[[], Tensor]:
         """npu_mm_reduce_scatter_base; there is nothing to wait for."""
-        _check(x, w, COLUMNS)
+        _check(x, w)
         output = torch_npu.npu_mm_reduce_scatter_base(
             x.contiguous(), w, self._name, self._size, reduce_op="sum"
         )
         return lambda: output
 
     def summed(self, x: Tensor, w: Tensor) -> Callable[[], Tensor]:
-        """npu_mm_all_reduce_base; there is nothing to wait for."""
-        _check(x, w, None)
-        output = torch_npu.npu_mm_all_reduce_base(x.contiguous(), w, self._name, reduce_op="sum")
-        return lambda: output
+        """Raises UserError: there is no operator for it."""
+        raise UserError("use_ascend_mc2 needs sequence_parallel=True.")
 
 
-def _check(x: Tensor, w: Tensor, columns: range | None) -> None:
+def _check(x: Tensor, w: Tensor) -> None:
     """Raises UserError for what the operators do not take."""
     if x.dtype not in (torch.float16, torch.bfloat16) or w.dtype != x.dtype:
         raise UserError(
             f"use_ascend_mc2: torch_npu's operators multiply bf16 or fp16, not {x.dtype} with "
             f"{w.dtype}."
         )
-    if columns is not None and len(w) not in columns:
+    if len(w) not in COLUMNS:
         raise UserError(
-            f"use_ascend_mc2: torch_npu's operators take from {columns.start} to "
-            f"{columns.stop - 1} columns of one rank's input, not {len(w)}."
+            f"use_ascend_mc2: torch_npu's operators take from {COLUMNS.start} to "
+            f"{COLUMNS.stop - 1} columns of one rank's input, not {len(w)}."
         )

@@ -106,7 +106,7 @@ class PlanOptions:
     o2_optimizer: YesNo = "no"
     """AdamW's moments in 16 bits."""
     use_ascend_mc2: YesNo = "no"
-    """Matrix products hide a half of tensor parallelism's traffic."""
+    """Matrix products hide a half of tensor parallelism's traffic, with sequence parallelism."""
     use_ascend_coc: YesNo = "no"
     """Likewise, by pieces."""
     overlap_grad_reduce: YesNo = "no"
@@ -242,6 +242,7 @@ def _choices(options: PlanOptions) -> search.Choices:
         o2_gradient=options.o2_gradient == "yes",
         o2_optimizer=options.o2_optimizer == "yes",
         mc2="yes" in (options.use_ascend_mc2, options.use_ascend_coc),
+        is_fused=options.use_ascend_mc2 == "yes",
         overlap_grad_reduce=options.overlap_grad_reduce == "yes",
     )
 

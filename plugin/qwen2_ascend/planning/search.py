@@ -97,6 +97,8 @@ class Choices:
     o2_gradient: bool = False
     o2_optimizer: bool = False
     mc2: bool = False
+    is_fused: bool = False
+    """By --use-ascend-mc2, which tensor parallelism has with sequence parallelism only."""
     overlap_grad_reduce: bool = False
 
 
@@ -258,6 +260,8 @@ def _settings(shape: Cut, choices: Choices) -> Iterator[Cut]:
             None,
             is_distributed,
         ) and choices.sequence_parallel in (None, in_sequence)
+        if choices.is_fused and shape.tp > 1 and not in_sequence:
+            continue
         if is_asked and _divides_sequences(cut):
             yield cut
 

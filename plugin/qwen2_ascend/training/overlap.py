@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwen2_ascend.ops.mc2_limits import COLUMNS, DTYPES, RANKS, SUMMING_CHIP
+from qwen2_ascend.ops.mc2_limits import COLUMNS, DTYPES, RANKS
 
 if TYPE_CHECKING:
     from qwen2_ascend.config import Qwen2Config
@@ -27,8 +27,8 @@ class OverlapSettings:
     is exchanged, and these have no effect."""
 
     use_ascend_mc2: Flag = False
-    """On an npu: torch_npu's fused operators multiply and exchange at once, in bf16 or fp16, in the
-    linear layers of every decoder layer."""
+    """On an npu, with --sequence-parallel: torch_npu's fused operators multiply and exchange at
+    once, in bf16 or fp16, in the linear layers of every decoder layer."""
     use_ascend_coc: Flag = False
     """Cut the products of these layers into --coc-parallel-num pieces, and exchange each while the
     next is computed; on every device."""
@@ -72,27 +72,20 @@ class OverlapSettings:
             faults += _fused_faults(settings, config)
         return faults
 
-    def device_faults(self, settings: Any, device: str, chip: str) -> list[str]:
+    def device_faults(self, settings: Any, device: str) -> list[str]:
         """What the device does not have.
 
         Args:
             settings: all flags, a TrainingSettings.
             device: cpu, cuda or npu.
-            chip: the device as its driver names it.
         """
-        parallel = settings.parallel
-        if not self.use_ascend_mc2 or parallel.tensor_model_parallel_size == 1:
+        tp = settings.parallel.tensor_model_parallel_size
+        if not self.use_ascend_mc2 or tp == 1 or device == "npu":
             return []
-        if device != "npu":
-            return [
-                f"--use-ascend-mc2 asks for operators of torch_npu's, and the device is {device}; "
-                "leave it out, or say --use-ascend-coc --coc-parallel-num 2."
-            ]
-        if not parallel.sequence_parallel and SUMMING_CHIP not in chip:
-            return [
-                f"--use-ascend-mc2: {chip} has no npu_mm_all_reduce_base; give --sequence-parallel."
-            ]
-        return []
+        return [
+            f"--use-ascend-mc2 asks for operators of torch_npu's, and the device is {device}; "
+            "leave it out, or say --use-ascend-coc --coc-parallel-num 2."
+        ]
 
     def notes(self, tensor_model_parallel_size: int) -> list[str]:
         """For the log: what is overlapped, and which flags have no effect."""
@@ -151,13 +144,19 @@ def _fused_faults(settings: Any, config: Qwen2Config) -> list[str]:
     if tp == 1:
         return []
     faults = []
+    if not parallel.sequence_parallel:
+        faults.append(
+            "--use-ascend-mc2 needs --sequence-parallel, as in MindSpeed: torch_npu's operator for "
+            "whole sequences is documented for inference; add it, or say --use-ascend-coc "
+            "--coc-parallel-num 2."
+        )
     if precision not in DTYPES:
         faults.append(f"--use-ascend-mc2 multiplies bf16 or fp16, not {precision}; add --bf16.")
     if tp not in RANKS:
         faults.append(
             f"--use-ascend-mc2 takes tensor_model_parallel_size=2, 4 or 8, not {tp}; leave it out."
         )
-    elif parallel.sequence_parallel:
+    else:
         faults += [
             f"--use-ascend-mc2 takes from {COLUMNS.start} to {COLUMNS.stop - 1} columns of a "
             f"rank's {layer}, not {columns}; leave it out, or choose another "

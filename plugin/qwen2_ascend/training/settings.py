@@ -599,7 +599,7 @@ def shared_faults(
     faults += settings.overlap.faults(settings, config)
     if settings.runtime.device in ("cpu", "cuda"):
         device = settings.runtime.device
-        faults += settings.overlap.device_faults(settings, device, device)
+        faults += settings.overlap.device_faults(settings, device)
     faults += settings.profile.faults(world_size, train_iters, settings.checkpoint.save)
     table = training_flags(type(settings))
     faults += pasted_faults(settings.pasted, table, settings, config)

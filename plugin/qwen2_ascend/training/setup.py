@@ -26,6 +26,7 @@ from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.model.recompute import RecomputedOutputs
+    from qwen2_ascend.parallel import ParallelLayout
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.telemetry.energy import Energy
     from qwen2_ascend.telemetry.instruments import Instruments
@@ -226,7 +227,8 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
     )
     say = partial(reporting.attempt, "the log", voice(runtime.rank))
     faults = settings.fusion.faults(runtime.name)
-    faults += settings.overlap.device_faults(settings, runtime.name, runtime.device_name())
+    faults += settings.overlap.device_faults(settings, runtime.name)
+    faults += _pieces_faults(settings, plan.layout, runtime.name)
     raise_if(faults)
     if settings.report.log_energy:
         require_power_source(runtime)
@@ -240,6 +242,18 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
     return runtime, say
+
+
+def _pieces_faults(settings: TrainingSettings, layout: ParallelLayout, device: str) -> list[str]:
+    """What an npu's attention lacks for documents that ranks share."""
+    is_apart = getattr(settings.data, "keep_documents_apart", False)
+    is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
+    in_pieces = layout.cp > 1 and layout.context_parallel_algo != "ulysses_cp_algo"
+    if not (is_apart and in_pieces and "attention" in settings.fusion.fused(device)):
+        return []
+    from qwen2_ascend.ops.npu import pieces_faults
+
+    return pieces_faults()
 
 
 def megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
