@@ -98,7 +98,7 @@ def _settings(cut: Cut) -> str:
     words += ["sequence parallel"] * cut.sequence_parallel
     words += ["distributed optimizer"] * cut.distributed_optimizer
     words += [f"{recompute_words(cut)} recompute"] * (recompute_words(cut) != "-")
-    words += [flag for flag, is_on in _memory_flags(cut).items() if is_on]
+    words += [flag for flag, is_on in _further_flags(cut).items() if is_on]
     return ", ".join(words)
 
 
@@ -113,8 +113,15 @@ def recompute_words(cut: Cut) -> str:
     return "+".join(outputs) or "-"
 
 
-def _memory_flags(cut: Cut) -> dict[str, bool]:
+def _further_flags(cut: Cut) -> dict[str, bool]:
+    fraction = cut.optimizer_offload_fraction
+    of_it = f" --optimizer-offload-fraction {fraction:g}" * (fraction < 1)
+    pieces = cut.coc_parallel_num
     return {
+        f"--optimizer-cpu-offload{of_it}": fraction > 0,
+        "--use-ascend-mc2": cut.mc2 and pieces == 1,
+        f"--use-ascend-coc --coc-parallel-num {pieces}": cut.mc2 and pieces > 1,
+        "--overlap-grad-reduce": cut.overlap_grad_reduce,
         "--reuse-fp32-param": cut.reuse_fp32_param,
         "--swap-attention": cut.swap_attention,
         "--o2-gradient": cut.o2_gradient,
@@ -230,8 +237,8 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
     if cut.num_layer_list is not None:
         flags.append(f"--num-layer-list {','.join(map(str, cut.num_layer_list))}")
     if cut.cp > 1:
-        algorithm = "ulysses_cp_algo" if cut.ulysses > 1 else "megatron_cp_algo"
-        flags.append(f"--context-parallel-size {cut.cp} --context-parallel-algo {algorithm}")
+        flags.append(f"--context-parallel-size {cut.cp}")
+        flags.append(f"--context-parallel-algo {cut.context_parallel_algo}")
     if cut.layers_per_chunk:
         flags.append(f"--num-layers-per-virtual-pipeline-stage {cut.layers_per_chunk}")
     if cut.vocabulary_is_padded:
@@ -255,7 +262,7 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
         number, flag = getattr(cut, f"recompute_{name}"), f"--recompute-{name.replace('_', '-')}"
         if number:
             flags.append(flag if number >= ALL_LAYERS else f"{flag} {flag}-num-layers {number}")
-    flags += [flag for flag, is_on in _memory_flags(cut).items() if is_on]
+    flags += [flag for flag, is_on in _further_flags(cut).items() if is_on]
     flags += ["--attention-backend unfused"] * job.keeps_scores
     if job.cross_entropy_chunk_size:
         flags.append(f"--cross-entropy-chunk-size {job.cross_entropy_chunk_size}")
@@ -313,6 +320,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "swap_attention": cut.swap_attention,
         "o2_gradient": cut.o2_gradient,
         "o2_optimizer": cut.o2_optimizer,
+        "use_ascend_mc2": cut.mc2 and cut.coc_parallel_num == 1,
+        "coc_parallel_num": cut.coc_parallel_num,
+        "optimizer_offload_fraction": cut.optimizer_offload_fraction,
+        "context_parallel_algo": cut.context_parallel_algo,
         "micro_batch_size": cut.micro_batch_size,
         "padded_vocab_size": cut.padded_vocab_size,
         "fits": plan.fits,

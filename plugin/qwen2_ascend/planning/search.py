@@ -97,6 +97,9 @@ class Choices:
     o2_gradient: bool = False
     o2_optimizer: bool = False
     mc2: bool = False
+    coc_parallel_num: int = 1
+    optimizer_offload_fraction: float = 0.0
+    """Needs the distributed optimizer and 16-bit weights; other layouts are not tried then."""
     overlap_grad_reduce: bool = False
 
 
@@ -201,7 +204,10 @@ def _shapes(job: Job, num_devices: int, choices: Choices) -> Iterator[Cut]:
                 swap_attention=choices.swap_attention,
                 o2_gradient=choices.o2_gradient,
                 o2_optimizer=choices.o2_optimizer,
+                gathers_keys=cp > 1 and choices.context_parallel_algo == "kvallgather_cp_algo",
                 mc2=choices.mc2 and tp > 1,
+                coc_parallel_num=choices.coc_parallel_num if tp > 1 else 1,
+                optimizer_offload_fraction=choices.optimizer_offload_fraction,
                 overlap_grad_reduce=choices.overlap_grad_reduce,
             )
 
@@ -247,6 +253,8 @@ def _settings(shape: Cut, choices: Choices) -> Iterator[Cut]:
     if shape.layers_per_chunk is not None:
         sizes = [size for size in sizes if per_rank // size % shape.pp == 0]
     distributed = (True, False) if shape.replicas > 1 else (False,)
+    if shape.optimizer_offload_fraction:
+        distributed = (True,)  # which the host's optimizer needs
     for is_distributed, size, in_sequence in product(distributed, sizes, (True, False)):
         cut = replace(
             shape,

@@ -154,7 +154,8 @@ def _adapters(cut: Cut, layers: int, forwards: int) -> Iterator[Collective]:
 def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
     """What attention exchanges: heads for tokens and back (Ulysses: q, k, v and the output, forward
     and backward; keys are repeated where ranks outnumber query groups), and round the ring k and v
-    forward, and in backward again with their gradients."""
+    forward, and in backward again with their gradients. Or all are gathered, in backward anew, and
+    their gradients scattered."""
     layers, n = cut.layers_of(stage), cut.num_microbatches
     # what is recomputed exchanges once more
     again = layers if cut.recompute == "selective" else cut.recomputed(stage)
@@ -163,6 +164,10 @@ def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
     repeats = cut.ulysses // math.gcd(cut.groups, cut.ulysses)
     exchanged = 2 * cut.heads * one_head + repeats * keys
     yield Collective("CP", "all_to_all", cut.ulysses, exchanged, n * (2 * layers + again))
+    if cut.gathers_keys:
+        yield Collective("CP", "all_gather", cut.cp, keys * cut.cp, n * (2 * layers + again))
+        yield Collective("CP", "reduce_scatter", cut.cp, keys * cut.cp, n * layers)
+        return
     turns = cut.cp // cut.ulysses - 1
     yield Collective("CP", "send", 2, keys, n * turns * (3 * layers + again))
 

@@ -115,6 +115,7 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
+        gathers_keys=layout.cp > 1 and layout.context_parallel_algo == "kvallgather_cp_algo",
         ulysses=layout.cp if layout.context_parallel_algo == "ulysses_cp_algo" else 1,
         dp=settings.data_parallel_size(num_devices),
         layers_per_chunk=layout.num_layers_per_virtual_pipeline_stage,
@@ -131,6 +132,10 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
         o2_optimizer=settings.precision.o2_optimizer,
         micro_batch_size=settings.batch.micro_batch_size,
         mc2=settings.overlap.is_on and layout.tp > 1,
+        coc_parallel_num=settings.overlap.number_of_pieces if layout.tp > 1 else 1,
+        optimizer_offload_fraction=settings.optimizer.optimizer_offload_fraction
+        if settings.optimizer.optimizer_cpu_offload
+        else 0.0,
     )
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
 
@@ -150,7 +155,6 @@ def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | N
 def not_planned(settings: Any) -> list[str]:
     """What the planner does not know, one sentence each."""
     unknown = {
-        "--optimizer-cpu-offload": settings.optimizer.optimizer_cpu_offload,
         "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,
     }
     return [
