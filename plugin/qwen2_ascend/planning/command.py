@@ -15,7 +15,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.planning import log, report, search
 from qwen2_ascend.planning.devices import DEVICES, GB, TERA, Device, Rates, find_device
-from qwen2_ascend.planning.job import ALL_LAYERS, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
 
 YesNo = Literal["yes", "no"]
 DEFAULT_DEVICE = "910B"
@@ -114,6 +114,13 @@ class PlanOptions:
     optimizer. The seconds do not know how slow the host's update and its copies are."""
     optimizer_offload_fraction: float = 1.0
     """How much of them."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """DeepSpeed's ZeRO trains (launch/finetune_qwen2_deepspeed.py), with data-parallel ranks alone;
+    all weights, with attention that keeps no scores."""
+    offload_optimizer: YesNo = "no"
+    """With --zero-stage: the optimizer's state is in the host's memory."""
+    offload_param: YesNo = "no"
+    """With --zero-stage 3: the weights too."""
     overlap_grad_reduce: YesNo = "no"
     """Data parallelism's traffic is hidden behind backward."""
     memory_gb: float | None = None
@@ -227,7 +234,8 @@ def _plan(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> report.Result:
     plans = search.find_plans(job, machine, choices)
     fewest = search.fewest_devices(job, machine, choices)
     cheaper = None
-    if not any(plan.fits for plan in plans) and job.dtype == "bf16":
+    can_halve = job.dtype == "bf16" and choices.zero is None
+    if can_halve and not any(plan.fits for plan in plans):
         in_16_bits = replace(choices, o2_gradient=True, o2_optimizer=True)
         best = search.find_plans(job, machine, in_16_bits)[0]
         cheaper = best if best.fits and in_16_bits != choices else None
@@ -266,6 +274,17 @@ def _choices(options: PlanOptions) -> search.Choices:
         coc_parallel_num=options.coc_parallel_num,
         optimizer_offload_fraction=options.optimizer_offload_fraction if is_offloaded else 0.0,
         overlap_grad_reduce=options.overlap_grad_reduce == "yes",
+        zero=_zero(options),
+    )
+
+
+def _zero(options: PlanOptions) -> Zero | None:
+    if options.zero_stage is None:
+        return None
+    return Zero(
+        stage=options.zero_stage,
+        offload_optimizer=options.offload_optimizer == "yes",
+        offload_param=options.offload_param == "yes",
     )
 
 
@@ -376,11 +395,44 @@ def _combination_faults(options: PlanOptions) -> list[str]:
         is_on = getattr(options, f"recompute_{what}") == "yes"
         needs[f"{flag}-num-layers needs {flag}."] = number is not None and not is_on
     faults = [fault for fault, is_one in needs.items() if is_one]
-    faults += _overlap_and_offload_faults(options)
+    faults += _overlap_and_offload_faults(options) + _zero_faults(options)
     words = options.num_layer_list
     if words is not None and not all(word.isdecimal() for word in words.split(",")):
         faults.append(f"--num-layer-list {words}: give whole numbers, as in 6,8,8,6.")
     return faults
+
+
+def _zero_faults(options: PlanOptions) -> list[str]:
+    stage = options.zero_stage
+    rules = {
+        "--offload-optimizer needs --zero-stage.": options.offload_optimizer == "yes"
+        and stage is None,
+        "--offload-param needs --zero-stage 3.": options.offload_param == "yes" and stage != 3,
+    }
+    absent = {
+        "--lora-r": options.lora_r is not None,
+        "--stage dpo": options.stage == "dpo",
+        "--attention-backend unfused": options.attention_backend == "unfused",
+        "--cross-entropy-chunk-size": options.cross_entropy_chunk_size is not None,
+        "--sequence-parallel": options.sequence_parallel == "yes",
+        "--use-distributed-optimizer": options.use_distributed_optimizer == "yes",
+        "--optimizer-cpu-offload": options.optimizer_cpu_offload == "yes",
+        "--reuse-fp32-param": options.reuse_fp32_param == "yes",
+        "--o2-gradient": options.o2_gradient == "yes",
+        "--o2-optimizer": options.o2_optimizer == "yes",
+        "--swap-attention": options.swap_attention == "yes",
+        "--recompute-norm": options.recompute_norm == "yes",
+        "--recompute-activation-function": options.recompute_activation_function == "yes",
+        "--recompute-granularity selective": options.recompute_granularity == "selective",
+        "--recompute-method block": options.recompute_method == "block",
+        "--num-layer-list": options.num_layer_list is not None,
+    }
+    rules |= {
+        f"{flag} is not planned with --zero-stage; leave one of them out.": is_on
+        and stage is not None
+        for flag, is_on in absent.items()
+    }
+    return [fault for fault, is_broken in rules.items() if is_broken]
 
 
 def _overlap_and_offload_faults(options: PlanOptions) -> list[str]:

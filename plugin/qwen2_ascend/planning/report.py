@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.planning.devices import GB
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Zero
 from qwen2_ascend.planning.roofline import bubble_fraction
 from qwen2_ascend.planning.search import Machine, Plan
 from qwen2_ascend.planning.traffic import step_traffic
@@ -45,7 +45,7 @@ def text(result: Result, *, top: int, commands: int) -> str:
     lines = [answer(result), "", *_table(shown), "", _notes(result)]
     for plan in fitting[:commands]:
         what = "on random tokens (give --load and --data-path instead)"
-        if result.job.lora_rank is not None:
+        if result.job.lora_rank is not None or plan.cut.zero is not None:
             what = "with the model's folder and your chats"
         lines += ["", f"{plan.cut.label()}, {what}:"]
         lines += ["", launch_command(result.model, plan.cut, result.machine)]
@@ -95,6 +95,8 @@ def answer(result: Result) -> str:
 def _settings(cut: Cut) -> str:
     """All of a cut in a few words."""
     words = [cut.label(), f"micro-batch {cut.micro_batch_size}"]
+    if cut.zero is not None:
+        words.append(f"ZeRO stage {cut.zero.stage}")
     words += ["sequence parallel"] * cut.sequence_parallel
     words += ["distributed optimizer"] * cut.distributed_optimizer
     words += [f"{recompute_words(cut)} recompute"] * (recompute_words(cut) != "-")
@@ -207,6 +209,8 @@ def launch_command(model: str, cut: Cut, machine: Machine) -> str:
 
 
 def _script(cut: Cut) -> str:
+    if cut.zero is not None:
+        return "launch/finetune_qwen2_deepspeed.py"
     kind = "pretrain" if cut.job.lora_rank is None else "finetune"
     return f"launch/{kind}_qwen2.py"
 
@@ -223,6 +227,8 @@ def _torchrun(cut: Cut, machine: Machine) -> Iterator[str]:
 
 def launch_flags(model: str, cut: Cut) -> list[str]:
     """The launcher's flags, each with its value."""
+    if cut.zero is not None:
+        return _zero_flags(model, cut, cut.zero)
     job = cut.job
     data = ["--mock-data"] if job.lora_rank is None else ["--data-path CHATS.jsonl"]
     flags = [
@@ -270,6 +276,24 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
         flags.append(f"--lora-r {job.lora_rank}")
     flags += [f"--{job.dtype}"] * (job.dtype != "fp32")
     return [*flags, "--train-iters 20", "--lr 1e-5"]
+
+
+def _zero_flags(model: str, cut: Cut, zero: Zero) -> list[str]:
+    job = cut.job
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    return [
+        f"--load {shlex.quote(model)} --data-path CHATS.jsonl",
+        f"--device {job.backend}",
+        f"--zero-stage {zero.stage}",
+        *["--offload-optimizer"] * zero.offload_optimizer,
+        *["--offload-param"] * zero.offload_param,
+        f"--micro-batch-size {cut.micro_batch_size}",
+        f"--global-batch-size {job.global_batch_size}",
+        f"--seq-length {job.seq_length}",
+        *[full] * (cut.recompute == "full"),
+        *[f"--{job.dtype}"] * (job.dtype != "fp32"),
+        "--train-iters 20 --lr 1e-5",
+    ]
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -322,6 +346,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "o2_optimizer": cut.o2_optimizer,
         "use_ascend_mc2": cut.mc2 and cut.coc_parallel_num == 1,
         "coc_parallel_num": cut.coc_parallel_num,
+        "zero": None if cut.zero is None else asdict(cut.zero),
         "optimizer_offload_fraction": cut.optimizer_offload_fraction,
         "context_parallel_algo": cut.context_parallel_algo,
         "micro_batch_size": cut.micro_batch_size,

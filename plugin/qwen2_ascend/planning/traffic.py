@@ -184,6 +184,9 @@ def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
 
 
 def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+    if cut.zero is not None:
+        yield from _zero(cut, cut.zero.stage)
+        return
     gradient = cut.job.element if cut.o2_gradient else FP32
     for elements, chunks in Counter(parameters(cut, stage).buffers).items():
         if not cut.distributed_optimizer:
@@ -191,3 +194,14 @@ def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
             continue
         yield Collective("DP", "reduce_scatter", cut.replicas, elements * gradient, chunks)
         yield Collective("DP", "all_gather", cut.replicas, elements * cut.job.element, chunks)
+
+
+def _zero(cut: Cut, zero_stage: int) -> Iterator[Collective]:
+    """As Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count: stage 1 scatters sums of
+    gradients once, the others after each micro-batch; weights are gathered after the update, in
+    stage 3 before each forward and each backward."""
+    num_bytes = sum(parameters(cut, 0).buffers) * cut.job.element
+    n = cut.num_microbatches
+    gathers = 2 * n if zero_stage == 3 else 1
+    yield Collective("DP", "reduce_scatter", cut.replicas, num_bytes, 1 if zero_stage == 1 else n)
+    yield Collective("DP", "all_gather", cut.replicas, num_bytes, gathers)
