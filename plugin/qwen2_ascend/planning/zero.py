@@ -55,7 +55,10 @@ def zero_at_rest(cut: Cut) -> tuple[int, int, int]:
     own = -(-trained // d)
     optimizer = 0 if zero.offload_optimizer else 3 * FP32 * own
     if zero.stage < 3:
-        return (trained + frozen) * element, 0, optimizer
+        # CPU ranks of DeepSpeed 0.19 hold the weights a second time, beside the flat buffer; nobody
+        # has seen whether a card's do
+        times = 2 if cut.job.backend == "cpu" else 1
+        return times * (trained + frozen) * element, 0, optimizer
     weights = 0 if zero.offload_param else -(-counted.all // d) * element
     gradients = 0 if zero.offload_optimizer else own * element
     return weights + _persistent(cut) * element, gradients, optimizer
