@@ -56,6 +56,7 @@ OPTIONS = (
     "--optimizer-cpu-offload --optimizer-offload-fraction 0.5",
     "--optimizer-cpu-offload",
 )
+CAUSAL_MASK = 2048 * 2048
 ALLOCATOR = {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:False"}
 """The simulated runtime reserves no addresses."""
 
@@ -98,6 +99,27 @@ def measured(run: Any, flags: str) -> Bytes:
         at_rest=at_rest - before,
         peak=peak - before,
     )
+
+
+class Planned(NamedTuple):
+    """What the planner says of rank 0; neither HCCL's memory nor the causal mask is in it."""
+
+    at_rest: int
+    peak: int
+
+
+def planned(flags: str) -> Planned:
+    """Of an option, rounded up to no whole tensor of what the host keeps."""
+    from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, stage_memory
+    from qwen2_ascend.training.planned import as_cut
+    from qwen2_ascend.training.settings import parse
+
+    settings = parse(f"{LAYOUT} {flags} --config 0.5B".split())
+    cut = as_cut(settings, tiny_config(**MODEL), TP * DP, "npu")
+    memory = stage_memory(cut, 0)
+    elsewhere = communicators(cut) * HCCL_BYTES + CAUSAL_MASK
+    rest = memory.at_rest + memory.buffers - elsewhere
+    return Planned(rest, memory.total - elsewhere)
 
 
 def requested(when: str) -> int:

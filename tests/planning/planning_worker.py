@@ -25,6 +25,7 @@ CHECKS = Checks()
 LENGTH = 128
 CONTROL_BYTES = 256
 """Tensors up to this size are what ranks tell each other: losses, tokens, the norm."""
+PIECES = {"mc2": True, "coc_parallel_num": 4}
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-pp1": {},
@@ -78,8 +79,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "recompute_activation_function": ALL_LAYERS,
         "recompute_norm": ALL_LAYERS,
     },
-    "tp2-sp-products-in-pieces": {"tp": 2, "sequence_parallel": True, "mc2": True},
-    "tp2-products-in-pieces-lora-bf16": {"tp": 2, "mc2": True, "lora": 4, "dtype": "bf16"},
+    "tp2-sp-products-in-pieces": {"tp": 2, "sequence_parallel": True, **PIECES},
+    "tp2-products-in-pieces-lora-bf16": {"tp": 2, **PIECES, "lora": 4, "dtype": "bf16"},
     "tp2-sp-outputs": {
         "tp": 2,
         "sequence_parallel": True,
@@ -88,6 +89,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "cp2-distributed-optimizer-bf16": {"cp": 2, "distributed_optimizer": True, "dtype": "bf16"},
     "cp2-ulysses-bf16": {"cp": 2, "ulysses": 2, "dtype": "bf16"},
+    "cp2-kvallgather-bf16": {"cp": 2, "gathers_keys": True, "dtype": "bf16"},
+    "cp4-kvallgather-full": {"cp": 4, "gathers_keys": True, "recompute": "full"},
     "tp2-cp2-sp-full": {"tp": 2, "cp": 2, "sequence_parallel": True, "recompute": "full"},
     "dp2-distributed-optimizer-o2-bf16": {
         "dp": 2,
@@ -173,7 +176,7 @@ def flags(cut: Cut) -> str:
         < cut.recompute_activation_function
         < ALL_LAYERS,
         "--recompute-norm": cut.recompute_norm,
-        "--use-ascend-coc --coc-parallel-num 4": cut.mc2,
+        f"--use-ascend-coc --coc-parallel-num {cut.coc_parallel_num}": cut.mc2,
         "--attention-backend unfused": job.keeps_scores,
         "--recompute-granularity selective": cut.recompute == "selective",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (

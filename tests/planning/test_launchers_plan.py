@@ -11,10 +11,14 @@ from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import finetune as tuning
+from qwen2_ascend.finetuning.deepspeed import finetune as by_zero
+from qwen2_ascend.finetuning.deepspeed import settings as zero_settings
+from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.devices import find_device
-from qwen2_ascend.planning.job import ALL_LAYERS
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Zero
 from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
 from qwen2_ascend.planning.search import Machine, plan_of
+from qwen2_ascend.planning.zero import zero_at_rest, zero_memory
 from qwen2_ascend.training import pretrain as pretraining
 from qwen2_ascend.training import settings as pretraining_settings
 from qwen2_ascend.training.planned import as_cut, expected
@@ -23,6 +27,12 @@ COMMAND = (
     "--config 14B --mock-data --seq-length 4096 --train-iters 3 --lr 1e-5 --bf16 "
     "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 2 "
     "--use-distributed-optimizer --global-batch-size 64 --micro-batch-size 2"
+)
+
+
+ZERO_COMMAND = (
+    "--config 7B --data-path chats.jsonl --seq-length 4096 --train-iters 3 --lr 1e-5 "
+    "--bf16 --global-batch-size 64 --micro-batch-size 2"
 )
 
 
@@ -60,6 +70,18 @@ def test_a_log_is_told_what_the_plan_was() -> None:
             {"recompute_activation_function": 2, "recompute_norm": 0},
         ),
         ("--swap-attention", {"swap_attention": True}),
+        ("--optimizer-cpu-offload", {"optimizer_offload_fraction": 1.0}),
+        (
+            "--optimizer-cpu-offload --optimizer-offload-fraction 0.25",
+            {"optimizer_offload_fraction": 0.25},
+        ),
+        ("--use-ascend-mc2", {"mc2": True, "coc_parallel_num": 1}),
+        ("--use-ascend-coc --coc-parallel-num 4", {"mc2": True, "coc_parallel_num": 4}),
+        ("--use-ascend-coc", {"mc2": False, "coc_parallel_num": 1}),
+        (
+            "--context-parallel-size 2 --context-parallel-algo kvallgather_cp_algo",
+            {"cp": 2, "gathers_keys": True, "context_parallel_algo": "kvallgather_cp_algo"},
+        ),
         ("--num-layer-list 20,28", {"num_layer_list": (20, 28)}),
         ("--num-layers-per-virtual-pipeline-stage 6", {"layers_per_chunk": 6}),
         ("--cross-entropy-chunk-size 512", {}),
@@ -95,10 +117,6 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
         ("--plan 9", "cannot be shared out"),
         ("--plan 0", "--plan 0 must be at least 1"),
         ("--plan 16 --plan-device 920", "--device 920 is not known"),
-        (
-            "--plan 16 --use-distributed-optimizer --optimizer-cpu-offload",
-            "the planner does not know --optimizer-cpu-offload",
-        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> None:
@@ -128,3 +146,75 @@ def test_nothing_is_trained_or_written(tmp_path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "zero"),
+    [
+        ("", Zero(stage=2)),
+        ("--zero-stage 1", Zero(stage=1)),
+        ("--zero-stage 3 --offload-optimizer", Zero(stage=3, offload_optimizer=True)),
+        (
+            "--zero-stage 3 --offload-param --offload-optimizer",
+            Zero(stage=3, offload_optimizer=True, offload_param=True),
+        ),
+    ],
+)
+def test_zero_is_planned(flags: str, zero: Zero, capsys) -> None:
+    """By its launcher, and `plan` names the launcher and its flags for the same layout."""
+    words = f"{ZERO_COMMAND} {flags}".split()
+    assert by_zero.main([*words, "--plan", "8", "--plan-device", "910B3"]) == 0
+    said = capsys.readouterr().out
+    cut = as_cut(zero_settings.parse(words), Qwen2Config.named("7B"), 8, "npu")
+    assert cut.zero == zero and f"ZeRO stage {zero.stage}" in said
+    assert f"takes {zero_memory(cut).total / 1e9:.1f} GB" in said
+    command = report.launch_command(
+        "7B", cut, search.Machine(device=find_device("910B3"), num_devices=8, devices_per_node=8)
+    )
+    told = command.replace("\\\n", " ").split("finetune_qwen2_deepspeed.py")[1].split()
+    assert as_cut(zero_settings.parse(told), Qwen2Config.named("7B"), 8, "npu") == cut
+
+
+def test_zero_s_own_file_is_planned(tmp_path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(
+        '{"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e7, "sub_group_size": 1e6,'
+        ' "stage3_param_persistence_threshold": 10, "overlap_comm": true}}'
+    )
+    settings = zero_settings.parse([*ZERO_COMMAND.split(), "--deepspeed-config", str(file)])
+    assert settings.planned_zero(8, "npu") == Zero(
+        stage=3,
+        reduce_bucket_size=50_000_000,
+        sub_group_size=1_000_000,
+        param_persistence_threshold=10,
+        overlap_comm=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora-r 8", "does not know LoRA by DeepSpeed"),
+        ("--attention-backend unfused", "does not know --attention-backend unfused by DeepSpeed"),
+        ("--plan 7", "use a multiple of 14"),
+    ],
+)
+def test_what_of_zero_cannot_be_planned_is_refused(flags: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        by_zero.finetune(zero_settings.parse(f"{ZERO_COMMAND} --plan 8 {flags}".split()))
+
+
+def test_more_stages_and_ranks_hold_less() -> None:
+    """Of what lasts between steps: 16 N / d at stage 3, and 12 N / d of the optimizer at all."""
+    job = Job(config=Qwen2Config.named("7B"), seq_length=4096, global_batch_size=64)
+    at_rest = [
+        [sum(zero_at_rest(Cut(job=job, dp=d, zero=Zero(stage=stage)))) for d in (2, 4, 8)]
+        for stage in (1, 2, 3)
+    ]
+    assert at_rest[0] == at_rest[1]
+    for row in at_rest:
+        assert row[0] > row[1] > row[2]
+    n = job.config.num_parameters
+    assert at_rest[0][2] == pytest.approx((2 + 12 / 8) * n, rel=1e-6)
+    assert at_rest[2][2] == pytest.approx(16 / 8 * n, rel=0.01)  # small tensors are whole
+    assert at_rest[2][2] > 16 / 8 * n

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,9 @@ from qwen2_ascend.planning.memory import fullest_stage, stage_memory
 from qwen2_ascend.planning.parameters import parameters
 from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops, step_time
 from qwen2_ascend.planning.traffic import step_traffic
+from qwen2_ascend.training import settings as pretraining
 from qwen2_ascend.training.logging import train_flops
+from qwen2_ascend.training.planned import as_cut
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "README.md"
@@ -448,12 +450,88 @@ def test_python_is_told_of_its_mistakes_too():
 
 def test_the_bin_that_a_910b_is_taken_for_is_said(capsys):
     main(["--model", "0.5B", "--num-devices", "1", "--top", "1"])
-    assert "--device 910B is taken as 910B2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--device 910B is taken as 910B2 (64 GiB" in said
+    for name, gib in {"910B1": 64, "910B3": 64, "910B4": 32}.items():
+        assert f"{name} ({gib} GiB" in said
     main(["--model", "0.5B", "--num-devices", "1", "--top", "1", "--device", "910B3"])
     assert "is taken as" not in capsys.readouterr().out
 
 
 # --- the command ----------------------------------------------------------------------------------
+
+
+def test_help_waits_for_no_numpy():
+    """Which took half of the second that a command's start had taken; --from-log alone needs it."""
+    script = "import sys, qwen2_ascend.planning.command; sys.exit('numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optimizer-cpu-offload",
+        "--optimizer-cpu-offload --optimizer-offload-fraction 0.25",
+        "--use-ascend-mc2",
+        "--use-ascend-coc --coc-parallel-num 4",
+        "--context-parallel-size 2 --context-parallel-algo kvallgather_cp_algo",
+        "--overlap-grad-reduce",
+    ],
+)
+def test_the_command_asks_for_what_was_planned(flags, capsys):
+    """The launch command has the flags, and the launcher's settings take them for the same cut."""
+    given = f"{flags} --tensor-model-parallel-size 2 --device 910B2"
+    main(["--model", "1.5B", "--num-devices", "8", "--top", "1", *given.split()])
+    said = capsys.readouterr().out
+    command = said[said.index("torchrun") :].replace("\\\n", " ")
+    words = command[command.index("launch/") :].split()[1:]
+    import qwen2_ascend
+
+    found = qwen2_ascend.plan("1.5B", 8, **_keywords(given)).plans[0].cut
+    settings = pretraining.parse(words)
+    assert as_cut(settings, found.job.config, 8, "npu") == found
+    assert all(word in words for word in flags.split())
+
+
+def _keywords(flags: str) -> dict:
+    """Of `qwen2_ascend.plan`."""
+    words, keywords = flags.split(), {}
+    for word, after in pairwise([*words, "--"]):
+        if word.startswith("--"):
+            value = "yes" if after.startswith("--") else after
+            numbers = {"--optimizer-offload-fraction": float, "--coc-parallel-num": int}
+            kind = numbers.get(word, int if word.endswith("-size") else str)
+            keywords[word[2:].replace("-", "_")] = kind(value)
+    return keywords
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ("--use-ascend-mc2 --use-ascend-coc", "give one of them"),
+        ("--coc-parallel-num 4", "needs --use-ascend-coc"),
+        ("--use-ascend-coc --coc-parallel-num 3", "is not 1, 2, 4 or 8"),
+        ("--optimizer-offload-fraction 0.5", "needs --optimizer-cpu-offload"),
+        ("--optimizer-cpu-offload --optimizer-offload-fraction 2", "must be from 0 to 1"),
+        ("--optimizer-cpu-offload --dtype fp32", "needs --bf16"),
+        ("--optimizer-cpu-offload --o2-optimizer", "give one of them"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_refused(flags, fault):
+    with pytest.raises(UserError, match=fault):
+        main(["--model", "0.5B", "--num-devices", "2", *flags.split()])
+
+
+def test_an_offloaded_element_takes_12_bytes_of_the_device():
+    """AdamW's fp32 weight and two moments; on a CPU they are in the host's memory anyway."""
+    plain = Cut(job=job("0.5B"), dp=2)
+    plain = replace(plain, distributed_optimizer=True)
+    half = replace(plain, optimizer_offload_fraction=0.5)
+    updated = sum(parameters(plain, 0).buffers) // 2
+    saved = stage_memory(plain, 0).at_rest - stage_memory(half, 0).at_rest
+    assert saved == pytest.approx(12 * updated / 2, abs=1)
+    on_cpu = [replace(cut, job=replace(cut.job, backend="cpu")) for cut in (plain, half)]
+    assert stage_memory(on_cpu[0], 0) == stage_memory(on_cpu[1], 0)
 
 
 def test_the_command_answers_in_words_json_and_a_picture(tmp_path, capsys):

@@ -6,6 +6,7 @@ docs/planning.md says what the figures mean; tests/planning holds memory and tra
     job.py        what is to be trained on, and one way to cut it
     parameters.py weights of each rank
     memory.py     bytes of each rank at the fullest moment of a step
+    zero.py       and where DeepSpeed's ZeRO trains
     traffic.py    the collectives of a step
     roofline.py   seconds of a step; fitting.py its constants, from measured steps
     search.py     every valid layout, ranked; the fewest devices that hold the job

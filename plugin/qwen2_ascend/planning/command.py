@@ -14,8 +14,8 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.planning import log, report, search
-from qwen2_ascend.planning.devices import GB, TERA, Device, Rates, find_device
-from qwen2_ascend.planning.job import ALL_LAYERS, Job
+from qwen2_ascend.planning.devices import DEVICES, GB, TERA, Device, Rates, find_device
+from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
 
 YesNo = Literal["yes", "no"]
 DEFAULT_DEVICE = "910B"
@@ -44,7 +44,7 @@ class PlanOptions:
     as in the last of them, unless flags say otherwise."""
     device: str | None = None
     """910B by default;
-    910B1, 910B2, 910B3, 910B4 (32 GB), 910C, A100, A100-40GB, H100, B200, CPU; 910B is taken as
+    910B1, 910B2, 910B3, 910B4 (32 GiB), 910C, A100, A100-40GB, H100, B200, CPU; 910B is taken as
     910B2, and said so. npu-smi names the bin of yours."""
     devices_per_node: int | None = None
     """Devices with fast links to each other; by default the device's usual."""
@@ -109,6 +109,20 @@ class PlanOptions:
     """Matrix products hide a half of tensor parallelism's traffic, with sequence parallelism."""
     use_ascend_coc: YesNo = "no"
     """Likewise, by pieces."""
+    coc_parallel_num: int = 1
+    """With --use-ascend-coc: how many pieces, 1 (not cut), 2, 4 or 8."""
+    optimizer_cpu_offload: YesNo = "no"
+    """fp32 weights and moments are in the host's memory; only layouts with the distributed
+    optimizer. The seconds do not know how slow the host's update and its copies are."""
+    optimizer_offload_fraction: float = 1.0
+    """How much of them."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """DeepSpeed's ZeRO trains (launch/finetune_qwen2_deepspeed.py), with data-parallel ranks alone;
+    all weights, with attention that keeps no scores."""
+    offload_optimizer: YesNo = "no"
+    """With --zero-stage: the optimizer's state is in the host's memory."""
+    offload_param: YesNo = "no"
+    """With --zero-stage 3: the weights too."""
     overlap_grad_reduce: YesNo = "no"
     """Data parallelism's traffic is hidden behind backward."""
     memory_gb: float | None = None
@@ -169,12 +183,8 @@ def run(options: PlanOptions) -> None:
     result = _plan(options, logs)
     if logs:
         print("\n".join([*log.table(logs, result.machine.rates or log.rates_of(logs)), ""]))
-    asked = options.device or DEFAULT_DEVICE
-    if not logs and (name := find_device(asked).name) not in asked.upper():
-        print(
-            f"--device {asked} is taken as {name}; name the bin of your cards, which "
-            "npu-smi info shows: 910B1, 910B2, 910B3 or 910B4 (32 GB)."
-        )
+    if not logs:
+        print(_which_bin(options.device or DEFAULT_DEVICE), end="")
     print(report.text(result, top=options.top, commands=options.commands))
     if options.json:
         report.write_json(result, options.json)
@@ -184,6 +194,25 @@ def run(options: PlanOptions) -> None:
 
         draw(result, options.picture)
         print(f"\nwrote {options.picture}")
+
+
+def _which_bin(asked: str) -> str:
+    """The line that says which bin a name without one stands for, and what the others are."""
+    device = find_device(asked)
+    if device.name in asked.upper():
+        return ""
+    kind = device.name.rstrip("0123456789")
+    bins = [
+        f"{name} ({other.memory / 2**30:.0f} GiB, {other.peak_flops / TERA:.0f} TFLOP/s)"
+        for name, other in DEVICES.items()
+        if name.startswith(kind) and name != device.name
+    ]
+    taken = f"--device {asked} is taken as {device.name} ({device.memory / 2**30:.0f} GiB"
+    taken += f", {device.peak_flops / TERA:.0f} TFLOP/s)"
+    if len(bins) < 2:
+        return f"{taken}.\n"
+    others = f"{', '.join(bins[:-1])} or {bins[-1]}"
+    return f"{taken}. npu-smi info names yours; give --device if it is another: {others}.\n"
 
 
 def plan(options: PlanOptions) -> report.Result:
@@ -207,7 +236,8 @@ def _plan(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> report.Result:
     plans = search.find_plans(job, machine, choices)
     fewest = search.fewest_devices(job, machine, choices)
     cheaper = None
-    if not any(plan.fits for plan in plans) and job.dtype == "bf16":
+    can_halve = job.dtype == "bf16" and choices.zero is None
+    if can_halve and not any(plan.fits for plan in plans):
         in_16_bits = replace(choices, o2_gradient=True, o2_optimizer=True)
         best = search.find_plans(job, machine, in_16_bits)[0]
         cheaper = best if best.fits and in_16_bits != choices else None
@@ -221,6 +251,7 @@ def _name(options: PlanOptions) -> str:
 def _choices(options: PlanOptions) -> search.Choices:
     micro_batches, granularity = options.micro_batch_size, options.recompute_granularity
     is_block = options.recompute_method == "block"
+    is_offloaded = options.optimizer_cpu_offload == "yes"
     return search.Choices(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
@@ -241,9 +272,22 @@ def _choices(options: PlanOptions) -> search.Choices:
         swap_attention=options.swap_attention == "yes",
         o2_gradient=options.o2_gradient == "yes",
         o2_optimizer=options.o2_optimizer == "yes",
-        mc2="yes" in (options.use_ascend_mc2, options.use_ascend_coc),
+        mc2=options.use_ascend_mc2 == "yes" or options.coc_parallel_num > 1,
         is_fused=options.use_ascend_mc2 == "yes",
+        coc_parallel_num=options.coc_parallel_num,
+        optimizer_offload_fraction=options.optimizer_offload_fraction if is_offloaded else 0.0,
         overlap_grad_reduce=options.overlap_grad_reduce == "yes",
+        zero=_zero(options),
+    )
+
+
+def _zero(options: PlanOptions) -> Zero | None:
+    if options.zero_stage is None:
+        return None
+    return Zero(
+        stage=options.zero_stage,
+        offload_optimizer=options.offload_optimizer == "yes",
+        offload_param=options.offload_param == "yes",
     )
 
 
@@ -355,10 +399,68 @@ def _combination_faults(options: PlanOptions) -> list[str]:
         needs[f"{flag}-num-layers needs {flag}."] = number is not None and not is_on
         needs[f"{flag}-num-layers {number} must not be negative."] = (number or 0) < 0
     faults = [fault for fault, is_one in needs.items() if is_one]
+    faults += _overlap_and_offload_faults(options) + _zero_faults(options)
     words = options.num_layer_list
     if words is not None and not all(word.isdecimal() for word in words.split(",")):
         faults.append(f"--num-layer-list {words}: give whole numbers, as in 6,8,8,6.")
     return faults
+
+
+def _zero_faults(options: PlanOptions) -> list[str]:
+    stage = options.zero_stage
+    rules = {
+        "--offload-optimizer needs --zero-stage.": options.offload_optimizer == "yes"
+        and stage is None,
+        "--offload-param needs --zero-stage 3.": options.offload_param == "yes" and stage != 3,
+    }
+    absent = {
+        "--lora-r": options.lora_r is not None,
+        "--stage dpo": options.stage == "dpo",
+        "--attention-backend unfused": options.attention_backend == "unfused",
+        "--cross-entropy-chunk-size": options.cross_entropy_chunk_size is not None,
+        "--sequence-parallel": options.sequence_parallel == "yes",
+        "--use-distributed-optimizer": options.use_distributed_optimizer == "yes",
+        "--optimizer-cpu-offload": options.optimizer_cpu_offload == "yes",
+        "--reuse-fp32-param": options.reuse_fp32_param == "yes",
+        "--o2-gradient": options.o2_gradient == "yes",
+        "--o2-optimizer": options.o2_optimizer == "yes",
+        "--swap-attention": options.swap_attention == "yes",
+        "--recompute-norm": options.recompute_norm == "yes",
+        "--recompute-activation-function": options.recompute_activation_function == "yes",
+        "--recompute-granularity selective": options.recompute_granularity == "selective",
+        "--recompute-method block": options.recompute_method == "block",
+        "--num-layer-list": options.num_layer_list is not None,
+    }
+    rules |= {
+        f"{flag} is not planned with --zero-stage; leave one of them out.": is_on
+        and stage is not None
+        for flag, is_on in absent.items()
+    }
+    return [fault for fault, is_broken in rules.items() if is_broken]
+
+
+def _overlap_and_offload_faults(options: PlanOptions) -> list[str]:
+    """As the launchers say it."""
+    pieces, fraction = options.coc_parallel_num, options.optimizer_offload_fraction
+    coc, offload = "--use-ascend-coc", "--optimizer-cpu-offload"
+    is_coc, is_offloaded = options.use_ascend_coc == "yes", options.optimizer_cpu_offload == "yes"
+    rules = {
+        f"--use-ascend-mc2 and {coc}: give one of them.": is_coc
+        and options.use_ascend_mc2 == "yes",
+        f"--coc-parallel-num {pieces} is not 1, 2, 4 or 8, as in MindSpeed.": pieces
+        not in (1, 2, 4, 8),
+        f"--coc-parallel-num {pieces} needs {coc}.": pieces != 1 and not is_coc,
+        f"--optimizer-offload-fraction {fraction:g} must be from 0 to 1.": not 0 <= fraction <= 1,
+        f"--optimizer-offload-fraction needs {offload}.": fraction != 1 and not is_offloaded,
+        f"{offload} needs --bf16 or --fp16.": is_offloaded and options.dtype == "fp32",
+        f"{offload} needs --use-distributed-optimizer, as in Megatron-LM.": is_offloaded
+        and options.use_distributed_optimizer == "no",
+        f"{offload} and --reuse-fp32-param: give one of them.": is_offloaded
+        and options.reuse_fp32_param == "yes",
+        f"{offload} and --o2-optimizer: give one of them.": is_offloaded
+        and options.o2_optimizer == "yes",
+    }
+    return [fault for fault, is_broken in rules.items() if is_broken]
 
 
 def _faults(options: PlanOptions) -> list[str]:

@@ -74,6 +74,29 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Zero:
+    """DeepSpeed's ZeRO; names and defaults are those of its zero_optimization."""
+
+    stage: int
+    """1, 2 or 3."""
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    reduce_bucket_size: int = 500_000_000
+    """Elements of a buffer that gradients are collected in; DeepSpeed makes all of it at once."""
+    param_persistence_threshold: int = 100_000
+    """Elements below which stage 3 keeps a tensor whole."""
+    sub_group_size: int = 1_000_000_000
+    """Elements that stage 3 updates at once."""
+    overlap_comm: bool | None = None
+    """Collects in one buffer while another is summed; None is in stage 3 alone."""
+
+    @property
+    def buckets(self) -> int:
+        """Buffers; stage 3 has one all the same."""
+        return 2 if self.overlap_comm and self.stage < 3 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cut:
     """One way to run a Job."""
 
@@ -102,6 +125,11 @@ class Cut:
     """Gradients are added up in 16 bits."""
     o2_optimizer: bool = False
     """AdamW keeps its moments in 16 bits."""
+    zero: Zero | None = None
+    """DeepSpeed trains, and not megatron-core."""
+    optimizer_offload_fraction: float = 0.0
+    """Of the fp32 weights and moments, what the host keeps and updates; it rounds up to whole
+    tensors in a run, which is not counted."""
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each stage; None where all have as many."""
     noop_layers: tuple[int, ...] = ()
@@ -111,8 +139,12 @@ class Cut:
     """Context-parallel ranks, which share a sequence."""
     ulysses: int = 1
     """Of those, the ranks that exchange heads; the others pass keys and values round a ring."""
+    gathers_keys: bool = False
+    """Context-parallel ranks gather all keys and values (kvallgather_cp_algo)."""
     mc2: bool = False
     """Matrix products overlap with the collectives of tensor parallelism (MC2, COC)."""
+    coc_parallel_num: int = 1
+    """With `mc2`: the pieces that COC cuts a product into; 1 is MC2."""
     overlap_grad_reduce: bool = False
 
     @property
@@ -128,7 +160,9 @@ class Cut:
 
     @property
     def context_parallel_algo(self) -> ContextParallelAlgorithm:
-        """By what ranks exchange; gathered keys are as many bytes as those of a ring."""
+        """By what ranks exchange."""
+        if self.gathers_keys:
+            return "kvallgather_cp_algo"
         return "ulysses_cp_algo" if self.ulysses > 1 else "megatron_cp_algo"
 
     @property

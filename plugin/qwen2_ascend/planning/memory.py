@@ -103,8 +103,14 @@ def resting_state(cut: Cut, weights: Parameters) -> tuple[int, int, int]:
     return (
         held * cut.job.element,
         trained * (cut.job.element if cut.o2_gradient else FP32),
-        (_moment_bytes(cut) + _main_bytes(cut)) * trained // _share(cut),
+        _state_bytes(cut, trained),
     )
+
+
+def _state_bytes(cut: Cut, trained: int) -> int:
+    """Of a rank's optimizer on the device: fp32 weights and moments that the host does not keep."""
+    kept = 1 - (cut.optimizer_offload_fraction if cut.job.backend != "cpu" else 0)
+    return int((_moment_bytes(cut) + _main_bytes(cut)) * trained * kept) // _share(cut)
 
 
 def gradient_copy(cut: Cut, weights: Parameters) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.planning.devices import GB
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Zero
 from qwen2_ascend.planning.roofline import bubble_fraction
 from qwen2_ascend.planning.search import Machine, Plan
 from qwen2_ascend.planning.traffic import step_traffic
@@ -45,7 +45,7 @@ def text(result: Result, *, top: int, commands: int) -> str:
     lines = [answer(result), "", *_table(shown), "", _notes(result)]
     for plan in fitting[:commands]:
         what = "on random tokens (give --load and --data-path instead)"
-        if result.job.lora_rank is not None:
+        if result.job.lora_rank is not None or plan.cut.zero is not None:
             what = "with the model's folder and your chats"
         lines += ["", f"{plan.cut.label()}, {what}:"]
         lines += ["", launch_command(result.model, plan.cut, result.machine)]
@@ -95,10 +95,12 @@ def answer(result: Result) -> str:
 def _settings(cut: Cut) -> str:
     """All of a cut in a few words."""
     words = [cut.label(), f"micro-batch {cut.micro_batch_size}"]
+    if cut.zero is not None:
+        words.append(f"ZeRO stage {cut.zero.stage}")
     words += ["sequence parallel"] * cut.sequence_parallel
     words += ["distributed optimizer"] * cut.distributed_optimizer
     words += [f"{recompute_words(cut)} recompute"] * (recompute_words(cut) != "-")
-    words += [flag for flag, is_on in _memory_flags(cut).items() if is_on]
+    words += [flag for flag, is_on in _further_flags(cut).items() if is_on]
     return ", ".join(words)
 
 
@@ -113,8 +115,15 @@ def recompute_words(cut: Cut) -> str:
     return "+".join(outputs) or "-"
 
 
-def _memory_flags(cut: Cut) -> dict[str, bool]:
+def _further_flags(cut: Cut) -> dict[str, bool]:
+    fraction = cut.optimizer_offload_fraction
+    of_it = f" --optimizer-offload-fraction {fraction:g}" * (fraction < 1)
+    pieces = cut.coc_parallel_num
     return {
+        f"--optimizer-cpu-offload{of_it}": fraction > 0,
+        "--use-ascend-mc2": cut.mc2 and pieces == 1,
+        f"--use-ascend-coc --coc-parallel-num {pieces}": cut.mc2 and pieces > 1,
+        "--overlap-grad-reduce": cut.overlap_grad_reduce,
         "--reuse-fp32-param": cut.reuse_fp32_param,
         "--swap-attention": cut.swap_attention,
         "--o2-gradient": cut.o2_gradient,
@@ -200,6 +209,8 @@ def launch_command(model: str, cut: Cut, machine: Machine) -> str:
 
 
 def _script(cut: Cut) -> str:
+    if cut.zero is not None:
+        return "launch/finetune_qwen2_deepspeed.py"
     kind = "pretrain" if cut.job.lora_rank is None else "finetune"
     return f"launch/{kind}_qwen2.py"
 
@@ -216,6 +227,8 @@ def _torchrun(cut: Cut, machine: Machine) -> Iterator[str]:
 
 def launch_flags(model: str, cut: Cut) -> list[str]:
     """The launcher's flags, each with its value."""
+    if cut.zero is not None:
+        return _zero_flags(model, cut, cut.zero)
     job = cut.job
     data = ["--mock-data"] if job.lora_rank is None else ["--data-path CHATS.jsonl"]
     flags = [
@@ -230,8 +243,8 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
     if cut.num_layer_list is not None:
         flags.append(f"--num-layer-list {','.join(map(str, cut.num_layer_list))}")
     if cut.cp > 1:
-        algorithm = "ulysses_cp_algo" if cut.ulysses > 1 else "megatron_cp_algo"
-        flags.append(f"--context-parallel-size {cut.cp} --context-parallel-algo {algorithm}")
+        flags.append(f"--context-parallel-size {cut.cp}")
+        flags.append(f"--context-parallel-algo {cut.context_parallel_algo}")
     if cut.layers_per_chunk:
         flags.append(f"--num-layers-per-virtual-pipeline-stage {cut.layers_per_chunk}")
     if cut.vocabulary_is_padded:
@@ -255,7 +268,7 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
         number, flag = getattr(cut, f"recompute_{name}"), f"--recompute-{name.replace('_', '-')}"
         if number:
             flags.append(flag if number >= ALL_LAYERS else f"{flag} {flag}-num-layers {number}")
-    flags += [flag for flag, is_on in _memory_flags(cut).items() if is_on]
+    flags += [flag for flag, is_on in _further_flags(cut).items() if is_on]
     flags += ["--attention-backend unfused"] * job.keeps_scores
     if job.cross_entropy_chunk_size:
         flags.append(f"--cross-entropy-chunk-size {job.cross_entropy_chunk_size}")
@@ -263,6 +276,24 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
         flags.append(f"--lora-r {job.lora_rank}")
     flags += [f"--{job.dtype}"] * (job.dtype != "fp32")
     return [*flags, "--train-iters 20", "--lr 1e-5"]
+
+
+def _zero_flags(model: str, cut: Cut, zero: Zero) -> list[str]:
+    job = cut.job
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    return [
+        f"--load {shlex.quote(model)} --data-path CHATS.jsonl",
+        f"--device {job.backend}",
+        f"--zero-stage {zero.stage}",
+        *["--offload-optimizer"] * zero.offload_optimizer,
+        *["--offload-param"] * zero.offload_param,
+        f"--micro-batch-size {cut.micro_batch_size}",
+        f"--global-batch-size {job.global_batch_size}",
+        f"--seq-length {job.seq_length}",
+        *[full] * (cut.recompute == "full"),
+        *[f"--{job.dtype}"] * (job.dtype != "fp32"),
+        "--train-iters 20 --lr 1e-5",
+    ]
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -313,6 +344,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "swap_attention": cut.swap_attention,
         "o2_gradient": cut.o2_gradient,
         "o2_optimizer": cut.o2_optimizer,
+        "use_ascend_mc2": cut.mc2 and cut.coc_parallel_num == 1,
+        "coc_parallel_num": cut.coc_parallel_num,
+        "zero": None if cut.zero is None else asdict(cut.zero),
+        "optimizer_offload_fraction": cut.optimizer_offload_fraction,
+        "context_parallel_algo": cut.context_parallel_algo,
         "micro_batch_size": cut.micro_batch_size,
         "padded_vocab_size": cut.padded_vocab_size,
         "fits": plan.fits,

@@ -225,7 +225,7 @@ def _exchange_seconds(cut: Cut, stage: int, device: Device, devices_per_node: in
 
 def _update_work(cut: Cut, stage: int, device: Device, devices_per_node: int) -> Work:
     """What a step does once: summing gradients over data-parallel ranks, and AdamW."""
-    share = cut.replicas if cut.distributed_optimizer else 1
+    share = cut.replicas if cut.distributed_optimizer or cut.zero is not None else 1
     # AdamW reads a gradient, reads and writes a weight and two moments in fp32, writes a 16-bit one
     num_bytes = sum(parameters(cut, stage).buffers) / share * (28 + cut.job.element)
     links = 0.0

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import sequence_faults, tensor_parallel_sizes
 from qwen2_ascend.planning.devices import Device, Rates
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Recompute
+from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Recompute, Zero
 from qwen2_ascend.planning.memory import Memory, fullest_stage
 from qwen2_ascend.planning.roofline import StepTime, step_time
+from qwen2_ascend.planning.zero import fullest_rank
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 LEAST_TOKENS = 4096
@@ -99,7 +100,12 @@ class Choices:
     mc2: bool = False
     is_fused: bool = False
     """By --use-ascend-mc2, which tensor parallelism has with sequence parallelism only."""
+    coc_parallel_num: int = 1
+    optimizer_offload_fraction: float = 0.0
+    """Needs the distributed optimizer and 16-bit weights; other layouts are not tried then."""
     overlap_grad_reduce: bool = False
+    zero: Zero | None = None
+    """DeepSpeed trains, with data-parallel ranks alone."""
 
 
 def find_plans(job: Job, machine: Machine, choices: Choices | None = None) -> list[Plan]:
@@ -111,7 +117,8 @@ def find_plans(job: Job, machine: Machine, choices: Choices | None = None) -> li
     check_job(job)
     choices = choices or Choices()
     plans = _all_plans(job, machine, choices)
-    can_reuse = job.dtype == "bf16" and job.lora_rank is None
+    can_reuse = job.dtype == "bf16" and job.lora_rank is None and choices.zero is None
+    can_reuse = can_reuse and not choices.optimizer_offload_fraction
     if choices.reuse_fp32_param is None and can_reuse and not any(plan.fits for plan in plans):
         plans += _all_plans(job, machine, replace(choices, reuse_fp32_param=True))
     if not plans:
@@ -185,6 +192,8 @@ def _shapes(job: Job, num_devices: int, choices: Choices) -> Iterator[Cut]:
     """Cuts by sizes alone, which the model can be cut by and that divide devices and batch."""
     for tp, pp, cp in product(_tp_sizes(job, choices), _pp_sizes(job, choices), _cp(job, choices)):
         ranks = tp * pp * cp
+        if choices.zero is not None and ranks > 1:
+            continue
         if num_devices % ranks or job.global_batch_size % (num_devices // ranks):
             continue
         for chunk in _chunks(job, pp, choices):
@@ -203,8 +212,12 @@ def _shapes(job: Job, num_devices: int, choices: Choices) -> Iterator[Cut]:
                 swap_attention=choices.swap_attention,
                 o2_gradient=choices.o2_gradient,
                 o2_optimizer=choices.o2_optimizer,
+                gathers_keys=cp > 1 and choices.context_parallel_algo == "kvallgather_cp_algo",
                 mc2=choices.mc2 and tp > 1,
+                coc_parallel_num=choices.coc_parallel_num if tp > 1 else 1,
+                optimizer_offload_fraction=choices.optimizer_offload_fraction,
                 overlap_grad_reduce=choices.overlap_grad_reduce,
+                zero=choices.zero,
             )
 
 
@@ -248,7 +261,9 @@ def _settings(shape: Cut, choices: Choices) -> Iterator[Cut]:
     sizes = [size for size in choices.micro_batch_sizes if per_rank % size == 0]
     if shape.layers_per_chunk is not None:
         sizes = [size for size in sizes if per_rank // size % shape.pp == 0]
-    distributed = (True, False) if shape.replicas > 1 else (False,)
+    distributed = (True, False) if shape.replicas > 1 and shape.zero is None else (False,)
+    if shape.optimizer_offload_fraction:
+        distributed = (True,)  # which the host's optimizer needs
     for is_distributed, size, in_sequence in product(distributed, sizes, (True, False)):
         cut = replace(
             shape,
@@ -278,8 +293,12 @@ def _divides_sequences(cut: Cut) -> bool:
 def _plans(cut: Cut, machine: Machine, choices: Choices) -> Iterator[Plan]:
     """A cut with each way to recompute; by parts of layers only where keeping all is too much and
     recomputing all is enough."""
-    plans = {kind: plan_of(_recomputing(cut, kind, choices), machine) for kind in choices.recompute}
+    # transformers' layers are recomputed whole
+    kinds = [one for one in choices.recompute if cut.zero is None or one != "selective"]
+    plans = {kind: plan_of(_recomputing(cut, kind, choices), machine) for kind in kinds}
     yield from plans.values()
+    if cut.zero is not None:
+        return
     none, full = plans.get("none"), plans.get("full")
     if none is None or full is None or none.has_headroom or not full.has_headroom:
         return
@@ -319,7 +338,7 @@ def _fewest_recomputed(cut: Cut, machine: Machine) -> Iterator[Plan]:
 
 def plan_of(cut: Cut, machine: Machine) -> Plan:
     """What is predicted of a cut on as many devices as the machine has."""
-    stage, memory = fullest_stage(cut)
+    stage, memory = fullest_rank(cut)
     time = step_time(
         cut,
         machine.device,

@@ -154,7 +154,8 @@ def _adapters(cut: Cut, layers: int, forwards: int) -> Iterator[Collective]:
 def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
     """What attention exchanges: heads for tokens and back (Ulysses: q, k, v and the output, forward
     and backward; keys are repeated where ranks outnumber query groups), and round the ring k and v
-    forward, and in backward again with their gradients."""
+    forward, and in backward again with their gradients. Or all are gathered, in backward anew, and
+    their gradients scattered."""
     layers, n = cut.layers_of(stage), cut.num_microbatches
     # what is recomputed exchanges once more
     again = layers if cut.recompute == "selective" else cut.recomputed(stage)
@@ -163,6 +164,10 @@ def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
     repeats = cut.ulysses // math.gcd(cut.groups, cut.ulysses)
     exchanged = 2 * cut.heads * one_head + repeats * keys
     yield Collective("CP", "all_to_all", cut.ulysses, exchanged, n * (2 * layers + again))
+    if cut.gathers_keys:
+        yield Collective("CP", "all_gather", cut.cp, keys * cut.cp, n * (2 * layers + again))
+        yield Collective("CP", "reduce_scatter", cut.cp, keys * cut.cp, n * layers)
+        return
     turns = cut.cp // cut.ulysses - 1
     yield Collective("CP", "send", 2, keys, n * turns * (3 * layers + again))
 
@@ -179,6 +184,9 @@ def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
 
 
 def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+    if cut.zero is not None:
+        yield from _zero(cut, cut.zero.stage)
+        return
     gradient = cut.job.element if cut.o2_gradient else FP32
     for elements, chunks in Counter(parameters(cut, stage).buffers).items():
         if not cut.distributed_optimizer:
@@ -186,3 +194,14 @@ def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
             continue
         yield Collective("DP", "reduce_scatter", cut.replicas, elements * gradient, chunks)
         yield Collective("DP", "all_gather", cut.replicas, elements * cut.job.element, chunks)
+
+
+def _zero(cut: Cut, zero_stage: int) -> Iterator[Collective]:
+    """As Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count: stage 1 scatters sums of
+    gradients once, the others after each micro-batch; weights are gathered after the update, in
+    stage 3 before each forward and each backward."""
+    num_bytes = sum(parameters(cut, 0).buffers) * cut.job.element
+    n = cut.num_microbatches
+    gathers = 2 * n if zero_stage == 3 else 1
+    yield Collective("DP", "reduce_scatter", cut.replicas, num_bytes, 1 if zero_stage == 1 else n)
+    yield Collective("DP", "all_gather", cut.replicas, num_bytes, gathers)

@@ -37,7 +37,7 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
         cut.job,
         machine,
         [search.plan_of(cut, machine)],
-        search.fewest_devices(cut.job, machine),
+        search.fewest_devices(cut.job, machine, search.Choices(zero=cut.zero)),
     )
     return report.text(result, top=1, commands=0)
 
@@ -87,11 +87,11 @@ def against_the_plan(
     )
 
 
-def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, backend: str) -> Cut:
+def as_cut(settings: Any, config: Qwen2Config, num_devices: int, backend: str) -> Cut:
     """The planner's view of a run's settings.
 
     Args:
-        settings: of a run that megatron-core trains.
+        settings: all flags, a TrainingSettings.
         config: the model's.
         num_devices: processes.
         backend: whose operators run, cpu, cuda or npu.
@@ -99,6 +99,7 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
     parallel, recompute = settings.parallel, settings.recompute
     layout = settings.layout()
     lora, tuning = getattr(settings, "lora", None), getattr(settings, "tuning", None)
+    zero = settings.planned_zero(num_devices, backend) if hasattr(settings, "zero") else None
     kind: Recompute = recompute.recompute_granularity or "none"
     cut = Cut(
         job=Job(
@@ -115,6 +116,8 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
+        zero=zero,
+        gathers_keys=layout.cp > 1 and layout.context_parallel_algo == "kvallgather_cp_algo",
         ulysses=layout.cp if layout.context_parallel_algo == "ulysses_cp_algo" else 1,
         dp=settings.data_parallel_size(num_devices),
         layers_per_chunk=layout.num_layers_per_virtual_pipeline_stage,
@@ -131,6 +134,10 @@ def as_cut(settings: TrainingSettings, config: Qwen2Config, num_devices: int, ba
         o2_optimizer=settings.precision.o2_optimizer,
         micro_batch_size=settings.batch.micro_batch_size,
         mc2=settings.overlap.is_on and layout.tp > 1,
+        coc_parallel_num=settings.overlap.number_of_pieces if layout.tp > 1 else 1,
+        optimizer_offload_fraction=settings.optimizer.optimizer_offload_fraction
+        if settings.optimizer.optimizer_cpu_offload
+        else 0.0,
     )
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
 
@@ -149,8 +156,11 @@ def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | N
 
 def not_planned(settings: Any) -> list[str]:
     """What the planner does not know, one sentence each."""
+    by_zero = hasattr(settings, "zero")
     unknown = {
-        "--optimizer-cpu-offload": settings.optimizer.optimizer_cpu_offload,
+        "LoRA by DeepSpeed": by_zero and settings.lora.is_on,
+        "--attention-backend unfused by DeepSpeed": by_zero
+        and settings.fusion.attention_backend in ("unfused", "local"),
         "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,
     }
     return [

@@ -23,6 +23,7 @@ from qwen2_ascend.training.setup import (
     begin,
     checkpoint_identity,
     from_sound_checkpoint,
+    is_planned_only,
     say_resumed,
     train_and_report,
 )
@@ -54,7 +55,8 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    from_sound_checkpoint(settings, _finetune)
+    if not is_planned_only(settings, make_plan, validate):
+        from_sound_checkpoint(settings, _finetune)
 
 
 def _finetune(settings: ZeroFinetuneSettings) -> None:

@@ -17,12 +17,17 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.finetuning import settings as finetuning
-from qwen2_ascend.finetuning.deepspeed.config import deepspeed_config
+from qwen2_ascend.finetuning.deepspeed.config import (
+    deepspeed_config,
+    offloads_optimizer,
+    zero_stage,
+)
 from qwen2_ascend.finetuning.settings import (
     FinetuneSettings,
     TuningSettings,
 )
 from qwen2_ascend.parallel import ContextParallelAlgorithm
+from qwen2_ascend.planning.job import Zero
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
@@ -35,7 +40,6 @@ from qwen2_ascend.training.settings import (
     ParallelSettings,
     PrecisionSettings,
     RecomputeSettings,
-    ReportSettings,
     RuntimeSettings,
 )
 
@@ -134,14 +138,6 @@ class ZeroPrecisionSettings(PrecisionSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroReportSettings(ReportSettings):
-    """What is said about the run, and where it is kept."""
-
-    plan: Absent[int | None] = None
-    plan_device: Absent[str] = "910B"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ZeroFusionSettings(FusionSettings):
     """Fused kernels: attention, on an npu. The other layers are transformers' own."""
 
@@ -201,11 +197,30 @@ class ZeroFinetuneSettings(FinetuneSettings):
     optimizer: ZeroOptimizerSettings
     precision: ZeroPrecisionSettings = field(default_factory=ZeroPrecisionSettings)
     recompute: ZeroRecomputeSettings = field(default_factory=ZeroRecomputeSettings)
-    report: ZeroReportSettings = field(default_factory=ZeroReportSettings)
     fusion: ZeroFusionSettings = field(default_factory=ZeroFusionSettings)
     checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)
     runtime: ZeroRuntimeSettings = field(default_factory=ZeroRuntimeSettings)
     tuning: ZeroTuningSettings = field(default_factory=ZeroTuningSettings)
+
+    def planned_zero(self, world_size: int, device: str) -> Zero:
+        """What the planner has to know of DeepSpeed's configuration.
+
+        Raises:
+            UserError: its file cannot be read, or contradicts the flags.
+        """
+        config = deepspeed_config(self, world_size, device)
+        said = config["zero_optimization"]
+        # DeepSpeed's older names of stage 3's settings
+        threshold = said.get("stage3_param_persistence_threshold")
+        given = {**said, "param_persistence_threshold": threshold}
+        known = ("reduce_bucket_size", "sub_group_size", "param_persistence_threshold")
+        return Zero(
+            stage=zero_stage(config),
+            offload_optimizer=offloads_optimizer(config),
+            offload_param=said.get("offload_param", {}).get("device", "none") != "none",
+            overlap_comm=said.get("overlap_comm"),
+            **{name: int(given[name]) for name in known if given.get(name) is not None},
+        )
 
 
 def parse(arguments: Sequence[str] | None = None) -> ZeroFinetuneSettings:

@@ -1,0 +1,23 @@
+"""Memory as planned for ZeRO is that of DeepSpeed's steps on CPU ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from distributed.harness import Check, Launches
+from planning.zero_worker import CHECKS
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+
+
+# not importorskip: DeepSpeed's import looks for devices
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="the extra `deepspeed` is not installed"
+)
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
+def test_planned_is_measured(check: Check, launches: Launches) -> None:
+    launches.result(WORKER, check).require()
