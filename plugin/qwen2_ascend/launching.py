@@ -1,4 +1,4 @@
-"""What every launcher does around its work: quiet foreign warnings, exit statuses, one voice."""
+"""What every launcher does around its work: quiet foreign warnings, exit statuses, the log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tyro
 
 from qwen2_ascend.cli import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from qwen2_ascend.errors import UserError, print_any_text, raise_if
+from qwen2_ascend.log import Stream, shown_log
 from qwen2_ascend.machine import rank
 from qwen2_ascend.pasted_flags import Table, expert_faults, split_script
 from qwen2_ascend.runtime import ending
@@ -76,8 +77,13 @@ def parse_pasted(kind: type[T], program: str, arguments: Sequence[str] | None, t
     return replace(settings, pasted=pasted)
 
 
-def launched(command: Callable[[], None]) -> int:
+def launched(command: Callable[[], None], *, log: Stream = "stdout", goes_on: bool = False) -> int:
     """Calls `command` as one rank of torchrun's or as a process alone.
+
+    Args:
+        command: what to call.
+        log: where rank 0 writes what the package logs.
+        goes_on: whether the command goes on where a line of the log cannot be written.
 
     Returns:
         0; 2 for a mistake in what was asked for; 1 for a failure; 130 for Ctrl-C. What is wrong is
@@ -87,7 +93,8 @@ def launched(command: Callable[[], None]) -> int:
     ending.end_with_parent()
     print_any_text()
     try:
-        status = _status(command)
+        with shown_log(log, goes_on=goes_on):
+            status = _status(command)
     except KeyboardInterrupt:
         if rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
@@ -175,16 +182,3 @@ def _explained(error: BaseException) -> str | None:
     """What an error of the device's software means, where a device had been started."""
     startup = sys.modules.get("qwen2_ascend.runtime.startup")
     return startup.explain(error) if startup is not None else None
-
-
-def voice(rank: int) -> Callable[[str], None]:
-    """What prints a line of the log: on rank 0 only."""
-    return _say if rank == 0 else _say_nothing
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    pass

@@ -68,7 +68,7 @@ def judged(
         return None
     if dump is not None:
         save_record(record, dump)
-    found = judge(settings, source, record, print)
+    found = judge(settings, source, record)
     if curve is not None:
         found = replace(found, steps=tuple(judge_curve(settings, source, curve, tokens)))
     return found
@@ -337,7 +337,7 @@ def a_fault_of_the_optimizer_is_seen(run: Run) -> str:
     if record is None:
         return ""
     assert curve is not None
-    found = judge(settings, source, record, print)
+    found = judge(settings, source, record)
     found = replace(found, steps=tuple(judge_curve(settings, source, curve, tokens)))
     assert found.first is None and found.first_gradient is None
     assert found.first_step is not None and found.first_step.step == 2

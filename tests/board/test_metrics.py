@@ -39,7 +39,6 @@ def test_what_a_training_log_writes_is_what_is_shown(tmp_path: Path) -> None:
         flops_per_step=1e9,
         world_size=1,
         report_dir=tmp_path,
-        say=lambda line: None,
     )
     for iteration, loss in enumerate((3.0, float("inf"), 2.0), 1):
         reporter.step(

@@ -97,7 +97,7 @@ def start(run: Run, cp: int, algorithm: str, length: int) -> Any:
     runtime.destroy_model_parallel()
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(1)
-    return prepare(plan, run.runtime, lambda line: None)
+    return prepare(plan, run.runtime)
 
 
 class Kept:

@@ -89,18 +89,15 @@ def begin_once(settings: Any) -> bool:
     from qwen2_ascend.training.settings import PretrainSettings, validate
     from qwen2_ascend.training.setup import begin, train_and_report
 
-    def say(line: str) -> None:
-        pass
-
     if isinstance(settings, PretrainSettings):
-        plan, running, _ = begin(settings, make_plan, validate, pretrain.check_data)
-        return train_and_report(pretrain.prepare(plan, running, say), plan, say)
-    plan, running, _ = begin(settings, finetune.make_plan, finetune.validate, finetune.check_data)
-    training, plan = finetune.prepare(plan, running, say)
-    is_complete = train_and_report(training, plan, say, finetune.checkpointer(training, plan))
+        plan, running = begin(settings, make_plan, validate, pretrain.check_data)
+        return train_and_report(pretrain.prepare(plan, running), plan)
+    plan, running = begin(settings, finetune.make_plan, finetune.validate, finetune.check_data)
+    training, plan = finetune.prepare(plan, running)
+    is_complete = train_and_report(training, plan, finetune.checkpointer(training, plan))
     stays: Any = SimpleNamespace(rank=running.rank, close=lambda: None)
     write = functools.partial(finetune.write_adapter, training, plan)
-    finetune.finish(plan, stays, say, is_complete, write)
+    finetune.finish(plan, stays, is_complete, write)
     return is_complete
 
 

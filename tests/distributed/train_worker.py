@@ -293,7 +293,7 @@ def merging_a_training_checkpoint_gives_its_weights(run: Run) -> str:
         save(training)
         merged = run.folder / f"merged-{form}"
         request = Conversion(load_dir=folder, save_dir=merged, save_model_type="hf", verify=True)
-        convert(prepare(request), lambda line: None)
+        convert(prepare(request))
         model = AutoModelForCausalLM.from_pretrained(merged)
         assert model.dtype == getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])
         embedding = dict(unwrap(training.chunks[0]).named_parameters())[
@@ -833,7 +833,7 @@ def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) ->
     runtime.destroy_model_parallel()
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
-    return prepare(plan, run.runtime, lambda line: None)
+    return prepare(plan, run.runtime)
 
 
 def save(training: TrainingRun) -> Path:

@@ -163,7 +163,7 @@ def a_checkpoint_goes_to_shards_and_back(run: Run) -> str:
         request = convert.Conversion(
             load_dir=source, save_dir=target, save_model_type=kind, layout=to, verify=True
         )
-        convert.convert(convert.prepare(request), lambda line: None)
+        convert.convert(convert.prepare(request))
     assert data_of(back) == data_of(saved)
     return "bf16, TP2 PP2, bit-equal"
 
@@ -182,7 +182,7 @@ def weights_of_shards_and_of_the_folder_are_the_same(run: Run) -> str:
         request = convert.Conversion(
             load_dir=source, save_dir=shards, save_model_type="mg", layout=layout
         )
-        convert.convert(convert.prepare(request), lambda line: None)
+        convert.convert(convert.prepare(request))
     torch.distributed.barrier()
     flags = f"{FLAGS} --zero-stage 3 --micro-batch-size 2 --data-path {chats(run)}"
     found = [steps_of(start(run, flags, load=folder)[0], 2)[0] for folder in (source, shards)]
@@ -484,7 +484,7 @@ def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Call
     forget_groups()
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
-    training, plan = prepare(plan, run.runtime, lambda line: None)
+    training, plan = prepare(plan, run.runtime)
     make = functools.partial(checkpointer, training, plan)
     return training, functools.partial(save_once, training, make)
 

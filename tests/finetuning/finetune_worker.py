@@ -340,7 +340,7 @@ def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
     runtime.destroy_model_parallel()
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
-    training, plan = prepare(plan, run.runtime, lambda line: None)
+    training, plan = prepare(plan, run.runtime)
     make = checkpointer(training, plan)
     save = functools.partial(save_once, training, make) if make else None
     return Prepared(training, plan, save)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from data.chats import save_chat_tokenizer
+from logs import logged_lines
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.finetuning.taught import taught_files
 from qwen2_ascend.prompt_types import prompt_template
@@ -27,8 +28,8 @@ def test_model_chats_by_the_prompt_type_it_was_tuned_with(name: Any, tmp_path: P
         ),
         source=SimpleNamespace(side_files=(tokenizer / "generation_config.json",)),
     )
-    said: list[str] = []
-    files = taught_files(plan, said.append)
+    with logged_lines() as said:
+        files = taught_files(plan)
     if name is None:
         assert not files and not said
         return

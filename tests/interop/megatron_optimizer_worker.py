@@ -14,6 +14,7 @@ from typing import Any
 from distributed.harness import Checks, Run, main
 from distributed.train_worker import FLAGS, LAYOUTS, save, settle, start, state_of, steps
 from interop import megatron_core_files
+from logs import logged_lines
 
 CHECKS = Checks()
 
@@ -326,8 +327,8 @@ def _started(run: Run, flags: str, load: Path) -> tuple[Any, list[str]]:
     runtime.destroy_model_parallel()
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
-    lines: list[str] = []
-    return prepare(plan, run.runtime, lines.append), lines
+    with logged_lines() as lines:
+        return prepare(plan, run.runtime), lines
 
 
 def _folder(run: Run, *words: object) -> Path:

@@ -24,7 +24,7 @@ def test_a_run_is_refused_where_cann_has_no_profiler(tmp_path: Path) -> None:
         train_iters=20,
     )
     with pytest.raises(UserError, match=r"CANN's libmsprofiler\.so, which is not found"):
-        Instruments(run, 8, print)  # type: ignore[arg-type]
+        Instruments(run, 8)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

@@ -230,7 +230,7 @@ def start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
     runtime.destroy_model_parallel()
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     run.runtime.seed_all(plan.settings.runtime.seed)
-    chunks = build_chunks(plan, run.runtime, lambda line: None)
+    chunks = build_chunks(plan, run.runtime)
     apply_lora(chunks, LoraConfig(rank=cut.job.lora_rank), plan.config, plan.layout)
     data, _ = pretraining_data(plan)
     return build_run(plan.settings, run.runtime, chunks, train_data=data)

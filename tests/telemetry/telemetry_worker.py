@@ -12,6 +12,7 @@ from unittest import mock
 
 from distributed.harness import Checks, Run, main
 from distributed.train_worker import start
+from logs import logged_lines
 
 CHECKS = Checks()
 FLAGS = (
@@ -64,9 +65,9 @@ def trained(run: Run, name: str, flags: str = "", source: Counter | None = None)
     folder = run.folder / name
     training = start(run, f"{FLAGS} --report-dir {folder} {flags}")
     plan = make_plan(training.settings)
-    said: list[str] = []
-    with mock.patch.object(EnergyMeter, "idle_seconds", 0.3), powered(source):
-        train_and_report(training, plan, said.append)
+    steady = mock.patch.object(EnergyMeter, "idle_seconds", 0.3)
+    with logged_lines() as said, steady, powered(source):
+        train_and_report(training, plan)
     run.runtime.barrier()
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return Trained(said, [json.loads(line) for line in lines])

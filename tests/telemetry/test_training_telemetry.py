@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from distributed.harness import Check, Launches
+from logs import logged_lines
 from qwen2_ascend.telemetry import training_energy
 from qwen2_ascend.telemetry.energy import EnergyMeter
 from qwen2_ascend.telemetry.training_energy import EnergyLog
@@ -32,8 +33,7 @@ def test_a_step_waits_for_the_reading_after_it(monkeypatch: pytest.MonkeyPatch) 
     meter = EnergyMeter(source, clock=lambda: clock.now)
     meter.idle_watts = 50.0
     meter.start()
-    said: list[str] = []
-    log = EnergyLog(SimpleNamespace(), meter, said.append)  # type: ignore[arg-type]
+    log = EnergyLog(SimpleNamespace(), meter)  # type: ignore[arg-type]
     figures = []
     for step in range(1, 6):
         clock.now = 0.5 * step
@@ -46,7 +46,8 @@ def test_a_step_waits_for_the_reading_after_it(monkeypatch: pytest.MonkeyPatch) 
     assert figures[1].joules_per_token == pytest.approx(2 * 0.4 * 200 / 200)
     assert figures[1].joules_per_token_above_idle == pytest.approx(2 * 0.4 * 150 / 200)
     clock.now = 3.0
-    log.finish()
+    with logged_lines() as said:
+        log.finish()
     assert said == [
         "energy: 400 J for 500 tokens, 0.8 J/token (0.6 above idle) | 200.0 W, idle 50.0 W"
     ]

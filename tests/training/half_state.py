@@ -96,7 +96,7 @@ def trained(
     runtime.destroy_model_parallel()
     runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
     running.seed_all(1)  # the weights are the same whatever the data's seed
-    run = prepare(plan, running, lambda line: None)
+    run = prepare(plan, running)
     batches = run.batches()
     losses = [run.step(batches).loss for _ in range(num_steps)]
     return losses, run.evaluate()

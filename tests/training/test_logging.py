@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from helpers import random_hugging_face_model, tiny_config
+from logs import logged_lines
 from qwen2_ascend.training import logging
 from qwen2_ascend.training.logging import Reporter, Step, draw_loss, train_flops
 from qwen2_ascend.training.planned import Expected
@@ -30,7 +32,13 @@ def step(iteration: int, **changes) -> Step:
     return plain._replace(**changes)
 
 
-def reporter(lines: list[str], **changes) -> Reporter:
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    with logged_lines() as found:
+        yield found
+
+
+def reporter(**changes) -> Reporter:
     plain = dict(
         train_iters=4,
         first_iteration=0,
@@ -38,7 +46,6 @@ def reporter(lines: list[str], **changes) -> Reporter:
         tokens_per_step=1000,
         flops_per_step=4e12,
         world_size=2,
-        say=lines.append,
     )
     return Reporter(**{**plain, **changes})
 
@@ -48,9 +55,8 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_one_line_per_interval_with_every_figure() -> None:
-    lines: list[str] = []
-    report = reporter(lines)
+def test_one_line_per_interval_with_every_figure(lines: list[str]) -> None:
+    report = reporter()
     report.step(step(1))
     assert lines == []
     report.step(step(2, num_tokens=300, seconds=1.5))
@@ -61,11 +67,10 @@ def test_one_line_per_interval_with_every_figure() -> None:
     ]
 
 
-def test_the_first_steps_are_set_beside_the_plan_once() -> None:
+def test_the_first_steps_are_set_beside_the_plan_once(lines: list[str]) -> None:
     """Without the very first; the median of the next four; the same line once at the end."""
-    lines: list[str] = []
     planned = Expected("910B3", 0.8, 4 * 2**30)
-    report = reporter(lines, train_iters=8, log_interval=1, planned=planned)
+    report = reporter(train_iters=8, log_interval=1, planned=planned)
     for iteration, seconds in enumerate((30.0, 1.0, 1.0, 0.9, 7.0, 1.0, 1.0), start=1):
         report.step(step(iteration, seconds=seconds))
     report.close()
@@ -77,9 +82,8 @@ def test_the_first_steps_are_set_beside_the_plan_once() -> None:
     assert lines.index(told[0]) == 5, "after the lines of the five first steps"
 
 
-def test_a_short_run_says_at_its_end_what_was_planned() -> None:
-    lines: list[str] = []
-    report = reporter(lines, log_interval=1, planned=Expected("910B3", 0.5, 2**30))
+def test_a_short_run_says_at_its_end_what_was_planned(lines: list[str]) -> None:
+    report = reporter(log_interval=1, planned=Expected("910B3", 0.5, 2**30))
     report.step(step(1))
     report.step(step(2, peak_memory_bytes=None))
     report.close()
@@ -87,33 +91,30 @@ def test_a_short_run_says_at_its_end_what_was_planned() -> None:
         "step 2 measured: 0.500 s/step (+0%) | planned for 910B3: 0.500 s/step (docs/planning.md)"
     )
     lines.clear()
-    report = reporter(lines, log_interval=1, planned=Expected("910B3", 0.5, 2**30))
+    report = reporter(log_interval=1, planned=Expected("910B3", 0.5, 2**30))
     report.step(step(1))
     report.close()
     assert len(lines) == 1, "a first step alone says nothing"
 
 
-def test_no_figure_of_a_device_is_told_that_is_not_there(tmp_path: Path) -> None:
+def test_no_figure_of_a_device_is_told_that_is_not_there(lines: list[str], tmp_path: Path) -> None:
     """On a simulated one: neither in the line nor in the files."""
-    lines: list[str] = []
-    report = reporter(lines, log_interval=1, flops_per_step=None, report_dir=tmp_path)
+    report = reporter(log_interval=1, flops_per_step=None, report_dir=tmp_path)
     report.step(step(1, peak_memory_bytes=None))
     assert "TFLOP/s" not in lines[0] and "GiB" not in lines[0]
     assert not {"tflops_per_device", "peak_memory_bytes"} & set(rows(tmp_path)[0])
 
 
-def test_skipped_steps_and_the_loss_scale_are_shown() -> None:
-    lines: list[str] = []
-    report = reporter(lines)
+def test_skipped_steps_and_the_loss_scale_are_shown(lines: list[str]) -> None:
+    report = reporter()
     report.step(step(1, loss=math.nan, grad_norm=math.nan, updated=False, loss_scale=1024.0))
     report.step(step(2, loss_scale=512.0))
     assert lines[0].endswith("loss scale 512 | 1 skipped")
     assert "loss 2.0000" in lines[0], "a loss that is not finite does not spoil the mean"
 
 
-def test_metrics_go_into_json_lines_and_a_picture(tmp_path: Path) -> None:
-    lines: list[str] = []
-    report = reporter(lines, report_dir=tmp_path, log_interval=1)
+def test_metrics_go_into_json_lines_and_a_picture(lines: list[str], tmp_path: Path) -> None:
+    report = reporter(report_dir=tmp_path, log_interval=1)
     for iteration in range(1, 4):
         report.step(step(iteration))
     report.step(step(4, loss=math.inf))
@@ -128,12 +129,12 @@ def test_metrics_go_into_json_lines_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_continues_the_curve(tmp_path: Path) -> None:
-    first = reporter([], report_dir=tmp_path, log_interval=1)
+    first = reporter(report_dir=tmp_path, log_interval=1)
     for iteration in range(1, 4):
         first.step(step(iteration))
     with (tmp_path / logging.METRICS_FILE).open("a", encoding="utf-8") as file:
         file.write('{"iteration": 4, "lo')  # killed while writing
-    second = reporter([], report_dir=tmp_path, log_interval=1, first_iteration=2)
+    second = reporter(report_dir=tmp_path, log_interval=1, first_iteration=2)
     second.step(step(3, loss=9.0))
     assert [(row["iteration"], row["loss"]) for row in rows(tmp_path)] == [
         (1, 4.0),
@@ -146,7 +147,7 @@ def test_metrics_that_cannot_be_written_are_missed_once_and_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / logging.METRICS_FILE).mkdir()
-    report = reporter([], report_dir=tmp_path, log_interval=1)
+    report = reporter(report_dir=tmp_path, log_interval=1)
     report.step(step(1))
     report.step(step(2))
     told = capsys.readouterr().err
@@ -157,7 +158,7 @@ def test_metrics_that_cannot_be_written_are_missed_once_and_tried_again(
 
 
 def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
-    report = reporter([], report_dir=tmp_path, log_interval=1)
+    report = reporter(report_dir=tmp_path, log_interval=1)
     report.step(step(1))
     with (tmp_path / logging.METRICS_FILE).open("a", encoding="utf-8") as file:
         file.write('{"iteration": 2, "lo')  # a full disk
@@ -168,19 +169,19 @@ def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
     assert (tmp_path / logging.PICTURE_FILE).exists()
 
 
-def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = reporter([], report_dir=tmp_path, tensorboard_dir=tmp_path, silent=True, say=None)
-    report.say("hello")
+def test_other_ranks_are_silent(lines: list[str], tmp_path: Path) -> None:
+    report = reporter(report_dir=tmp_path, tensorboard_dir=tmp_path, silent=True)
+    report.interrupt("hello")
     report.step(step(4))
     report.close()
-    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+    assert lines == [] and list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_has_the_losses_each_under_its_own_name(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    report = reporter([], tensorboard_dir=tmp_path)
+    report = reporter(tensorboard_dir=tmp_path)
     report.step(step(1))
     report.step(step(2))
     report.validation(2, 1.5)
@@ -194,14 +195,13 @@ def test_tensorboard_has_the_losses_each_under_its_own_name(tmp_path: Path) -> N
 
 
 def test_without_the_report_extra_one_line_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    lines: list[str] = []
-    report = reporter(lines, report_dir=tmp_path, tensorboard_dir=tmp_path / "events")
+    report = reporter(report_dir=tmp_path, tensorboard_dir=tmp_path / "events")
     report.step(step(4))
     report.close()
     assert sum("not installed" in line for line in lines) == 2
@@ -210,7 +210,7 @@ def test_without_the_report_extra_one_line_says_so(
 
 
 def test_no_metrics_no_picture(tmp_path: Path) -> None:
-    draw_loss(tmp_path / "none.jsonl", tmp_path / "none.png", lambda line: None)
+    draw_loss(tmp_path / "none.jsonl", tmp_path / "none.png")
     assert list(tmp_path.iterdir()) == []
 
 

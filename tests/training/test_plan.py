@@ -57,7 +57,7 @@ def test_shards_without_a_config_take_that_beside_the_tokenizer(tmp_path: Path) 
         save_model_type="mg",
         layout=ParallelLayout(tensor_model_parallel_size=2),
     )
-    convert(prepare(request), lambda line: None)
+    convert(prepare(request))
     other = tmp_path / "other"
     other.mkdir()
     changed = replace(tiny_config(), rotary_base=7.0).to_hugging_face()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ from qwen2_ascend.alignment.settings import AlignSettings, parse, validate
 from qwen2_ascend.cli import EXIT_FAILURE
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.launching import launched, silence_foreign_warnings, voice
-from qwen2_ascend.machine import num_cores, rank, world_size
+from qwen2_ascend.launching import launched, silence_foreign_warnings
+from qwen2_ascend.machine import num_cores, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
     from qwen2_ascend.runtime import Runtime
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +61,6 @@ def align(settings: AlignSettings) -> bool:
 
     silence_foreign_warnings()
     other = _other_record(settings, source.config)
-    say = voice(rank())
     if settings.output.from_dump is not None:
         from qwen2_ascend.alignment.record import load_record
 
@@ -69,31 +69,32 @@ def align(settings: AlignSettings) -> bool:
         if other is not None:
             raise_if(_token_mismatches(record, other))
     else:
-        runtime = start(settings, source, say)
+        runtime = start(settings, source)
         tokens = make_tokens(settings, source, other)
         record, curve = run_subject(settings, source, runtime, tokens)
         runtime.close()
         if record is None:
             return True
-        _dump(record, settings, say)
+        _dump(record, settings)
         if settings.output.dump_only:
             return True
         _give_memory_back()  # the model is done with
         _use_every_core(runtime.world_size)
     from qwen2_ascend.alignment.report import describe_verdict, print_report, write_files
 
-    judgement, between = judge_both(settings, source, record, other, say)
+    judgement, between = judge_both(settings, source, record, other)
     del record, other  # with their gradients: the curve needs the room
     if curve is not None and tokens is not None:
         steps = judge_curve(settings, source, curve, tokens)
         judgement = replace(judgement, steps=tuple(steps))
-    print_report(judgement, between, say)
-    write_files(judgement, between, settings.output.files(), say)
-    say(describe_verdict(judgement, between))
+    print_report(judgement, between)
+    write_files(judgement, between, settings.output.files())
+    for line in describe_verdict(judgement, between).splitlines():
+        logger.info(line)
     return judgement.aligned and (between is None or between.other.aligned)
 
 
-def start(settings: AlignSettings, source: Source, say: Say) -> Runtime:
+def start(settings: AlignSettings, source: Source) -> Runtime:
     """The device and the process groups of the layout.
 
     Raises:
@@ -114,7 +115,7 @@ def start(settings: AlignSettings, source: Source, say: Say) -> Runtime:
     if settings.precision == "fp64" and runtime.name == "npu":
         raise UserError("--precision fp64: an NPU's operators have no fp64; use --device cpu.")
     for note in runtime.notes:
-        say(note)
+        logger.info(note)
     runtimes.initialize_model_parallel(training.layout(), source.config.num_layers)
     runtime.seed_all(settings.tokens.seed)
     return runtime
@@ -197,7 +198,7 @@ def run_subject(
 
 
 def judge_both(
-    settings: AlignSettings, source: Source, record: Record, other: Record | None, say: Say
+    settings: AlignSettings, source: Source, record: Record, other: Record | None
 ) -> tuple[Judgement, Between | None]:
     """This run's judgement and, of an earlier record, its own and the differences between the two.
 
@@ -205,10 +206,10 @@ def judge_both(
     """
     from qwen2_ascend.alignment.judge import compare_records
 
-    ours, between = judge(settings, source, record, say), None
+    ours, between = judge(settings, source, record), None
     if other is not None:
-        say(f"compared with {settings.output.compare_with}")
-        between = compare_records(record, judge(settings, source, other, say))
+        logger.info(f"compared with {settings.output.compare_with}")
+        between = compare_records(record, judge(settings, source, other))
         between = replace(between, other=_without_gradients(between.other))
     return _without_gradients(ours), between
 
@@ -217,14 +218,13 @@ def _without_gradients(judgement: Judgement) -> Judgement:
     return replace(judgement, record=replace(judgement.record, gradients={}))
 
 
-def judge(settings: AlignSettings, source: Source, record: Record, say: Say) -> Judgement:
+def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
     """Holds a record to transformers, on this process alone.
 
     Args:
         settings: for the factor and the reference's weights.
         source: the weights.
         record: of this run or another.
-        say: prints a line.
     """
     from qwen2_ascend.alignment import judge as judging
     from qwen2_ascend.alignment.record import DTYPES
@@ -232,8 +232,10 @@ def judge(settings: AlignSettings, source: Source, record: Record, say: Say) -> 
 
     factor, precision = settings.checks.noise_factor, record.precision
     wide, (narrow, scale) = judging.wide_dtype(precision), judging.noise_dtype(precision)
-    say(f"subject: {record.origin}")
-    say(f"reference: transformers {_transformers_release()} in {wide}; noise: it in {narrow}")
+    logger.info(f"subject: {record.origin}")
+    logger.info(
+        f"reference: transformers {_transformers_release()} in {wide}; noise: it in {narrow}"
+    )
     model = load_model(source, settings.model.reference_model, DTYPES[narrow])
     with_gradients = bool(record.gradients)
     noisy = compute(model, record.tokens, with_gradients=with_gradients)
@@ -314,12 +316,12 @@ def _token_mismatches(record: Record, other: Record) -> list[str]:
     return ["--from-dump and --compare-with hold runs on different tokens; make one of them anew."]
 
 
-def _dump(record: Record, settings: AlignSettings, say: Say) -> None:
+def _dump(record: Record, settings: AlignSettings) -> None:
     from qwen2_ascend.alignment.record import save_record
 
     if settings.output.dump is not None:
         save_record(record, settings.output.dump)
-        say(f"dump: {settings.output.dump}")
+        logger.info(f"dump: {settings.output.dump}")
 
 
 def _use_every_core(world_size: int) -> None:

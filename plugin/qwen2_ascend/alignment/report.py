@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from qwen2_ascend.alignment.judge import Between, Error, Finding, Judgement
 from qwen2_ascend.alignment.sublayers import LAYER, LOGITS, split_name
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 
 _ROTARY = "the rotary base or scaling of config.json, the positions, the rotary operator"
 _QKV = "linear_qkv: the order of q, k and v in a query group, its bias, the head counts"
@@ -111,9 +113,9 @@ def _parted_verdict(judgement: Judgement, first: Finding) -> str:
     return " ".join(words)
 
 
-def print_report(judgement: Judgement, between: Between | None, say: Say) -> None:
+def print_report(judgement: Judgement, between: Between | None) -> None:
     """A line for every layer, with its worst sublayer."""
-    say(
+    logger.info(
         f"{'':<12}{'worst sublayer':<22}{'own error':>10}{'noise':>10}{'ratio':>9}  "
         f"{'whole model':>11}{'noise':>10}"
     )
@@ -125,13 +127,13 @@ def print_report(judgement: Judgement, between: Between | None, say: Say) -> Non
         place = worst.place if layer is None else f"layer {layer}"
         total = "" if last.total is None else f"{_number(last.total.mean):>11}"
         noise = "" if last.total_noise is None else f"{_number(last.total_noise.mean):>10}"
-        say(
+        logger.info(
             f"{place:<12}{label:<22}{_number(worst.own.worst):>10}"
             f"{_number(worst.noise.worst):>10}{_times(worst.ratio):>9}  {total}{noise}"
             f"{'   PARTED' if worst.parted else ''}"
         )
     for line in _summary(judgement, between):
-        say(line)
+        logger.info(line)
 
 
 def _by_layer(judgement: Judgement) -> list[list[Finding]]:
@@ -222,16 +224,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_files(
-    judgement: Judgement, between: Between | None, files: Mapping[str, Path], say: Say
-) -> None:
+def write_files(judgement: Judgement, between: Between | None, files: Mapping[str, Path]) -> None:
     """Writes what is asked for.
 
     Args:
         judgement: of this run.
         between: of the run it is compared with.
         files: paths by "html", "png" and "json".
-        say: prints a line.
 
     Raises:
         OSError: a file cannot be written.
@@ -255,7 +254,7 @@ def write_files(
             page = render_page(judgement, between, verdict, picture, curve)
             files["html"].write_text(page, encoding="utf-8")
     for path in files.values():
-        say(f"report: {path}")
+        logger.info(f"report: {path}")
 
 
 def _number(value: float) -> str:

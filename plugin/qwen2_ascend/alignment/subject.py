@@ -28,7 +28,6 @@ from qwen2_ascend.model.build import build_model
 from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.runtime import Runtime
 
-Say = Callable[[str], None]
 Plant = Callable[[list[Any]], None]
 """Changes the loaded chunks; tests plant faults so."""
 

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any, TextIO
 
 from qwen2_ascend.errors import UserError, printable
+from qwen2_ascend.log import shown_log
 
 
 class _Stopped(Exception):
@@ -48,7 +49,7 @@ class Answerer:
         self._source = opened.source
         self._tokenizer = opening.open_tokenizer(model, self._source)
         self._folder = opening.config_folder(self._source)
-        self._runtime, self._engine, _ = opening.start_engine(model, opened, num_rows=1)
+        self._runtime, self._engine = opening.start_engine(model, opened, num_rows=1)
         self.description = f"{self._source.describe()}, {self._runtime.name}"
 
     def stop(self) -> None:
@@ -88,19 +89,20 @@ class Answerer:
                 number, reason = len(done.tokens), done.finish_reason
         except _Stopped:
             pass
-        self.say(done=reason, tokens=number, seconds=time.monotonic() - begin)
+        self.write(done=reason, tokens=number, seconds=time.monotonic() - begin)
 
     def _take(self, _: int, piece: str) -> None:
-        self.say(piece=piece)
+        self.write(piece=piece)
         if self._stop.is_set():
             raise _Stopped
 
-    def say(self, **fields: Any) -> None:
+    def write(self, **fields: Any) -> None:
         """Writes a line of the answer."""
         self._out.write(json.dumps(fields) + "\n")
         self._out.flush()
 
 
+@shown_log("stderr")
 def main() -> None:
     """Answers until the standard input ends."""
     # what libraries print goes to stderr; the answers have the standard output to themselves
@@ -111,15 +113,15 @@ def main() -> None:
     try:
         answerer = Answerer(Path(sys.argv[1]), out)
     except Exception as error:
-        _say_faults(out, error)
+        _write_faults(out, error)
         return
     threading.Thread(target=_listen, args=(questions, answerer), daemon=True).start()
-    answerer.say(ready=answerer.description)
+    answerer.write(ready=answerer.description)
     while (question := questions.get()) is not None:
         try:
             answerer.answer(question)
         except Exception as error:
-            _say_faults(out, error)
+            _write_faults(out, error)
 
 
 def _listen(questions: SimpleQueue[dict[str, Any] | None], answerer: Answerer) -> None:
@@ -133,7 +135,7 @@ def _listen(questions: SimpleQueue[dict[str, Any] | None], answerer: Answerer) -
     questions.put(None)
 
 
-def _say_faults(out: TextIO, error: Exception) -> None:
+def _write_faults(out: TextIO, error: Exception) -> None:
     faults = error.faults if isinstance(error, UserError) else (str(error) or type(error).__name__,)
     out.write(json.dumps({"faults": [printable(fault) for fault in faults]}) + "\n")
     out.flush()

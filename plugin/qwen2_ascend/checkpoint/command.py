@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
@@ -23,12 +24,15 @@ from qwen2_ascend.checkpoint.pasted import (
 from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.errors import UserError, printable, raise_if
 from qwen2_ascend.flags import layer_list
+from qwen2_ascend.log import shown_log
 from qwen2_ascend.markdown import aligned
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.pasted_flags import pasted_faults, pasted_notes
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.convert import Conversion, ConversionPlan
+
+logger = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -97,6 +101,7 @@ class ConvertOptions:
     """Accept tensors that ranks hold twice and differently; the first rank's is taken."""
 
 
+@shown_log("stderr")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` and converts."""
     words, pasted = split_convert_flags(sys.argv[1:] if argv is None else argv)
@@ -116,25 +121,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepared = prepare(_conversion(placed))
     raise_if(pasted_faults(pasted, CONVERT_FLAGS, options, prepared.source.config))
     for note in pasted_notes(pasted, CONVERT_FLAGS):
-        _say(note)
+        logger.info(note)
     if placed.save_dir != options.save_dir:
-        _say(f"{options.save_dir} stays as it is; the result is {placed.save_dir}")
-    _say(f"from {prepared.source.describe()}")
+        logger.info(f"{options.save_dir} stays as it is; the result is {placed.save_dir}")
+    logger.info(f"from {prepared.source.describe()}")
     if (adapter := prepared.adapter) is not None:
         targets = ", ".join(adapter.lora.targets)
-        _say(f"merging {adapter.folder}: LoRA of rank {adapter.lora.rank} on {targets}")
+        logger.info(f"merging {adapter.folder}: LoRA of rank {adapter.lora.rank} on {targets}")
         base = other_base(adapter.folder, options.load_dir)
         if base is not None and prepared.source.kind == "hf":
-            _say(f"the adapter says that it was trained on {base}; it is merged into another model")
+            logger.info(
+                f"the adapter says that it was trained on {base}; it is merged into another model"
+            )
     if options.dry_run:
         _print_plan(prepared)
         return
-    _say(
+    logger.info(
         f"to {prepared.target.format} in {len(prepared.target.files)} files, "
         f"{size_text(prepared.target.total_bytes)}"
     )
-    convert(prepared, _say)
-    _say(f"done in {time.monotonic() - started:.1f} s")
+    convert(prepared)
+    logger.info(f"done in {time.monotonic() - started:.1f} s")
 
 
 def parse_size(text: str) -> int:
@@ -213,7 +220,3 @@ def _print_plan(prepared: ConversionPlan) -> None:
         f"{len(rows)} tensors in {len(prepared.target.files)} files, "
         f"{prepared.target.total_bytes} bytes; every byte has one source. Nothing was written."
     )
-
-
-def _say(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)

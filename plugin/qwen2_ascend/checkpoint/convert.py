@@ -7,6 +7,7 @@ replaced whole.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -49,6 +50,8 @@ from qwen2_ascend.errors import UserError, VerificationError, raise_if
 from qwen2_ascend.files import links_out, read_bytes, write_file
 from qwen2_ascend.machine import num_cores
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+
+logger = logging.getLogger(__name__)
 
 SPACE_MARGIN_BYTES = 64 << 20
 
@@ -158,7 +161,6 @@ def prepare(request: Conversion) -> ConversionPlan:
 def to_hugging_face(
     load_dir: Path,
     save_dir: Path,
-    say: Callable[[str], object],
     *,
     adapter: Path | None = None,
     dtype: str | None = None,
@@ -171,7 +173,6 @@ def to_hugging_face(
     Args:
         load_dir: the checkpoint.
         save_dir: a new folder.
-        say: prints a line.
         adapter: a PEFT folder to merge on the way.
         dtype: of the weights; by default the checkpoint's own.
         also: contents of other files to write, by name.
@@ -190,15 +191,14 @@ def to_hugging_face(
     )
     prepared = prepare(request)
     small = {**prepared.target.small_files, **{Path(name): data for name, data in also.items()}}
-    convert(replace(prepared, target=replace(prepared.target, small_files=small)), say)
+    convert(replace(prepared, target=replace(prepared.target, small_files=small)))
 
 
-def convert(prepared: ConversionPlan, say: Callable[[str], object]) -> None:
+def convert(prepared: ConversionPlan) -> None:
     """Carries a prepared conversion out.
 
     Args:
         prepared: from `prepare`.
-        say: gets one line per step.
 
     Raises:
         UserError: the target is in the way, the disk too small, or the source inconsistent.
@@ -212,26 +212,26 @@ def convert(prepared: ConversionPlan, say: Callable[[str], object]) -> None:
     if prepared.adapter is not None:
         check_base(prepared.source, prepared.adapter)
     for remark in _not_checked(prepared):
-        say(f"source: {remark}")
+        logger.info(f"source: {remark}")
     begun = False
     try:
         with staged:
             begun = True
             _check_space(prepared, staged.folder)
-            _write(prepared, staged, say)
+            _write(prepared, staged)
             if request.verify:
-                _verify(prepared, staged, say)
+                _verify(prepared, staged)
             with _journal_set_aside(staged.folder):
                 staged.publish()
     except BaseException:
         if begun and staged.folder.is_dir():
             flags = "--resume --overwrite" if request.overwrite else "--resume"
-            say(
+            logger.info(
                 f"what is written so far stays in {staged.folder}; finish it by repeating the "
                 f"command with {flags}, or remove that folder"
             )
         raise
-    say(f"written: {request.save_dir}")
+    logger.info(f"written: {request.save_dir}")
 
 
 def _read_paths(folder: Path, source: Source) -> Iterator[Path]:
@@ -302,11 +302,12 @@ def _merged_boxes(prepared: ConversionPlan) -> Mapping[str, list[Box]]:
     return boxes
 
 
-def _write(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str], object]) -> None:
+def _write(prepared: ConversionPlan, staged: StagedFolder) -> None:
     request, source, target = prepared.request, prepared.source, prepared.target
     journal = Journal(staged.folder, _identity(prepared), resume=staged.is_resumed)
     if journal.done:
-        say(f"resuming: {len(journal.done)} of {len(prepared.plan.writes)} tensors are there")
+        num_done, num_writes = len(journal.done), len(prepared.plan.writes)
+        logger.info(f"resuming: {num_done} of {num_writes} tensors are there")
     try:
         way_out = " --no-check-source takes it as it is."
         checks = SourceChecks(prepared.comparison.parts, way_out)
@@ -328,7 +329,7 @@ def _write(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str], 
     finally:
         journal.close()
     for remark in losses.remarks():
-        say(f"cast: {remark}")
+        logger.info(f"cast: {remark}")
     if _stamps(source, prepared.adapter) != prepared.stamps:
         raise VerificationError(
             f"{source.folder}: changed while it was read; convert it when it is at rest."
@@ -337,7 +338,9 @@ def _write(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str], 
         checks.finish(source.held, reader)
     if n := len(prepared.comparison.parts):
         files = prepared.comparison.num_files
-        say(f"source: {n} tensors have the checksums they were written with, {files} files too")
+        logger.info(
+            f"source: {n} tensors have the checksums they were written with, {files} files too"
+        )
     for path, data in target.small_files.items():
         write_file(staged.folder / path, data)
     layout = request.layout if target.kind == "mg" else None
@@ -355,7 +358,7 @@ def _write(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str], 
         write_file(staged.folder / target.tracker[0], target.tracker[1])
 
 
-def _verify(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str], object]) -> None:
+def _verify(prepared: ConversionPlan, staged: StagedFolder) -> None:
     written = open_source(staged.folder, prepared.target.kind)
     try:
         comparison = compare_with_manifest(written)
@@ -372,7 +375,7 @@ def _verify(prepared: ConversionPlan, staged: StagedFolder, say: Callable[[str],
             open_reader=_open_reader(prepared, CastLosses(allow_overflow=True)),
         )
     merged = "" if prepared.adapter is None else " merged with the adapter"
-    say(f"verified: every byte was read back and equals the source{merged}")
+    logger.info(f"verified: every byte was read back and equals the source{merged}")
 
 
 def _open_reader(prepared: ConversionPlan, losses: CastLosses) -> Callable[[], Reader]:

@@ -6,8 +6,8 @@ peak is its parameters and what of the source it has mapped.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ from qwen2_ascend.parallel import ParallelLayout
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 Slices = Iterable[tuple[Piece, Run, "torch.Tensor"]]
 """A tensor of this rank, which run of its elements, and the tensor that takes them."""
 _IN_MEMORY = Path("memory")
@@ -43,7 +45,6 @@ def load_checkpoint_weights(
     tp_rank: int,
     pp_stage: int,
     adapter: Adapter | None = None,
-    say: Callable[[str], object] | None = None,
 ) -> None:
     """Fills this rank's parameters; vocabulary padding becomes zero.
 
@@ -56,7 +57,6 @@ def load_checkpoint_weights(
         tp_rank: this rank's tensor-parallel rank.
         pp_stage: this rank's pipeline stage.
         adapter: to merge into the weights.
-        say: prints how many numbers became zero in the model's dtype; by default to stderr.
 
     Raises:
         UserError: the source does not fit its config, holds a tensor twice and differently, has
@@ -70,7 +70,6 @@ def load_checkpoint_weights(
         tp_rank=tp_rank,
         pp_stage=pp_stage,
         adapter=adapter,
-        say=say,
     )
 
 
@@ -83,7 +82,6 @@ def load_tensors(
     tp_rank: int,
     pp_stage: int,
     adapter: Adapter | None = None,
-    say: Callable[[str], object] | None = None,
 ) -> None:
     """As `load_checkpoint_weights`, into tensors that have a parameter's name and shape each.
 
@@ -108,16 +106,13 @@ def load_tensors(
                 checks.before(write, reader)
                 fill(tensors[write.target.name], write, reader)
             checks.raise_damaged(source.held)
-    say_losses(reader, say)
+    log_losses(reader)
 
 
-def say_losses(reader: Reader, say: Callable[[str], object] | None = None) -> None:
-    """Says, by default on stderr, how many of the numbers read became zero in the casts."""
+def log_losses(reader: Reader) -> None:
+    """Logs how many of the numbers read became zero in the casts."""
     for remark in reader.losses.remarks():
-        if say is None:
-            print(f"weights: {remark}", file=sys.stderr, flush=True)
-        else:
-            say(f"weights: {remark}")
+        logger.warning(f"weights: {remark}")
 
 
 def checks_of(source: Source, *, is_whole: bool = True) -> SourceChecks:

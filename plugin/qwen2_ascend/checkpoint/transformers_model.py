@@ -17,7 +17,7 @@ import torch
 
 from qwen2_ascend.checkpoint.copying import Reader
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.load import fill, say_losses
+from qwen2_ascend.checkpoint.load import fill, log_losses
 from qwen2_ascend.checkpoint.plan import Held, make_plan
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
 from qwen2_ascend.checkpoint.source import Source
@@ -66,7 +66,7 @@ def load_weights(
             with whole([parameter], modifier_rank=0):
                 if reads:
                     fill(parameter.detach(), write, reader)
-    say_losses(reader)
+    log_losses(reader)
 
 
 def save_hugging_face(

@@ -6,6 +6,7 @@ The log goes to stderr, the table to stdout.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     from qwen2_ascend.inference.generation_config import Defaults
     from qwen2_ascend.inference.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `launch/evaluate_qwen2.py`; gives its exit status."""
-    return launched(lambda: evaluate(parse(arguments)))
+    return launched(lambda: evaluate(parse(arguments)), log="stderr")
 
 
 def evaluate(settings: EvaluateSettings) -> None:
@@ -58,10 +61,10 @@ def evaluate(settings: EvaluateSettings) -> None:
     _require_end_of_text(settings, config_folder(source), tokenizer, defaults)
     texts = _read_texts(settings.perplexity.text_file, tokenizer, source.config.vocab_size)
     local = _local_tasks(settings, tokenizer)
-    runtime, engine, say = start_engine(settings.model, opened, num_rows=settings.batch_size)
+    runtime, engine = start_engine(settings.model, opened, num_rows=settings.batch_size)
     notes = served_notes(settings, EVALUATE_FLAGS, source.config)
     for line in (*notes, *(local.describe() if local else ())):
-        say(line)
+        logger.info(line)
     rows = _perplexities(settings, engine, texts)
     details: dict[str, Any] = {}
     if settings.lm_eval.tasks:
@@ -76,7 +79,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         if settings.output_json is not None:
             results = {"model": str(settings.model.load), "results": rows, "lm_eval": details}
             _write(settings.output_json, results)
-            say(f"wrote {settings.output_json}")
+            logger.info(f"wrote {settings.output_json}")
     runtime.close()
 
 

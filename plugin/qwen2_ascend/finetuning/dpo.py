@@ -7,6 +7,7 @@ once, before the first step, and kept beside the checkpoints, so no second model
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
 from qwen2_ascend.model.sequence_cut import is_first_part, sum_over_parts
 from qwen2_ascend.runtime.agreement import made_by_first
 from qwen2_ascend.training.loop import Batch, TrainingRun, forward_only
-from qwen2_ascend.training.setup import Say
 
 if TYPE_CHECKING:
     from qwen2_ascend.training.plan import RunPlan
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "dpo_reference.safetensors"
 METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
@@ -109,7 +111,7 @@ def pair_loss(margin: torch.Tensor, tuning: TuningSettings) -> torch.Tensor:
     return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
 
 
-def prepare_dpo(run: TrainingRun, plan: RunPlan[FinetuneSettings], say: Say) -> None:
+def prepare_dpo(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> None:
     """Gives `run` the objective, with what the model says before the first step as reference.
 
     Raises:
@@ -119,7 +121,7 @@ def prepare_dpo(run: TrainingRun, plan: RunPlan[FinetuneSettings], say: Say) -> 
     sources = [data.source for data in (run.train_data, run.valid_data) if data is not None]
     if run.valid_data is not None:
         run.valid_data = _Numbered(run.valid_data, first=len(sources[0]))
-    reference = _reference(run, plan, sources, say)
+    reference = _reference(run, plan, sources)
     run.objective = DpoObjective(reference.to(run.runtime.device), plan.settings.tuning)
 
 
@@ -142,14 +144,14 @@ class _Numbered:
 
 
 def _reference(
-    run: TrainingRun, plan: RunPlan[FinetuneSettings], sources: list[Any], say: Say
+    run: TrainingRun, plan: RunPlan[FinetuneSettings], sources: list[Any]
 ) -> torch.Tensor:
     """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on every rank."""
     identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
     save = plan.settings.checkpoint.save
     if kept is not None:
         path, numbers, weights = kept
-        say(f"reference log-probabilities: {path}")
+        logger.info(f"reference log-probabilities: {path}")
         log_probs = torch.from_numpy(numbers)
         if save is not None and save.absolute() != path.parent.absolute():
             # a later start may know that folder alone; the reference stays that of its weights
@@ -157,7 +159,7 @@ def _reference(
         return log_probs
     parts = []
     for source in sources:
-        say(f"reference log-probabilities of {len(source):,} pairs: computing")
+        logger.info(f"reference log-probabilities of {len(source):,} pairs: computing")
         parts.append(reference_log_probs(run, source))
     log_probs = torch.cat(parts)
     if save is not None:

@@ -9,6 +9,7 @@ can be made is known before the run begins.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -26,7 +27,8 @@ from qwen2_ascend.training.plan import RunPlan
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 WriteAdapter = Callable[[Path, Mapping[str, bytes]], None]
 EXPORT_FILE = "qwen2_ascend_export.json"
 SAVE_HF, SAVE_ADAPTER = "--save-hf", "--save-adapter"
@@ -62,7 +64,6 @@ def is_all_done(plan: RunPlan[FinetuneSettings]) -> bool:
 def finish(
     plan: RunPlan[FinetuneSettings],
     runtime: Runtime,
-    say: Say,
     is_complete: bool,
     write_adapter: WriteAdapter,
 ) -> None:
@@ -71,7 +72,6 @@ def finish(
     Args:
         plan: of the run, with its length.
         runtime: of this rank, which is closed.
-        say: prints a line.
         is_complete: whether the run is; if not, nothing is exported.
         write_adapter: writes a PEFT folder, on every rank.
     """
@@ -80,18 +80,18 @@ def finish(
     asked = {flag: folder for flag, folder in flags.items() if folder is not None}
     due = {flag: folder for flag, folder in asked.items() if flag not in made and is_complete}
     for flag in made:
-        say(f"{flag} {asked[flag]}: is there already, and complete")
+        logger.info(f"{flag} {asked[flag]}: is there already, and complete")
     if asked and not is_complete:
         goes_on = "the same command goes on with it"
         if plan.settings.checkpoint.save is None:
             goes_on = "without --save it cannot be gone on with"
-        say(f"{' and '.join(asked)}: written when the run is complete; {goes_on}")
+        logger.info(f"{' and '.join(asked)}: written when the run is complete; {goes_on}")
     also = {EXPORT_FILE: _export_file(plan)} if due else {}
     if SAVE_ADAPTER in due:
         write_adapter(due[SAVE_ADAPTER], also)
     runtime.close()
     if SAVE_HF in due and runtime.rank == 0:
-        _write_hugging_face(plan, due[SAVE_HF], say, also)
+        _write_hugging_face(plan, due[SAVE_HF], also)
 
 
 def _export_file(plan: RunPlan[FinetuneSettings]) -> bytes:
@@ -106,7 +106,7 @@ def _export_file(plan: RunPlan[FinetuneSettings]) -> bytes:
 
 
 def _write_hugging_face(
-    plan: RunPlan[FinetuneSettings], folder: Path, say: Say, also: Mapping[str, bytes]
+    plan: RunPlan[FinetuneSettings], folder: Path, also: Mapping[str, bytes]
 ) -> None:
     """Makes a Hugging Face folder of the last checkpoint, adapters merged into it."""
     from qwen2_ascend.checkpoint.convert import to_hugging_face
@@ -114,7 +114,7 @@ def _write_hugging_face(
     from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
     from qwen2_ascend.finetuning.taught import taught_files
 
-    also = {**also, **taught_files(plan, say)}
+    also = {**also, **taught_files(plan)}
     checkpoint, adapter = plan.settings.checkpoint.save, None
     assert checkpoint is not None
     if plan.lora is not None:
@@ -123,7 +123,7 @@ def _write_hugging_face(
     elif (zero := find_saved_zero(checkpoint)) is not None:
         checkpoint = zero.folder
     dtype = merged_dtype(plan)
-    to_hugging_face(checkpoint, folder, say, adapter=adapter, dtype=dtype, also=also)
+    to_hugging_face(checkpoint, folder, adapter=adapter, dtype=dtype, also=also)
 
 
 def _check_conversion(plan: RunPlan[FinetuneSettings], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,15 +18,14 @@ from qwen2_ascend.launching import launched
 from qwen2_ascend.training import plan as plans
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
 from qwen2_ascend.training.setup import (
-    Say,
     begin,
     build_chunks,
     build_run,
     checkpoint_identity,
     from_sound_checkpoint,
     is_planned_only,
+    log_resumed,
     resume_if_saved,
-    say_resumed,
     train_and_report,
 )
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.loop import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as `launched` has it.
     """
-    return launched(lambda: finetune(parse(arguments)))
+    return launched(lambda: finetune(parse(arguments)), goes_on=True)
 
 
 def finetune(settings: FinetuneSettings) -> None:
@@ -60,13 +62,13 @@ def finetune(settings: FinetuneSettings) -> None:
 
 
 def _finetune(settings: FinetuneSettings) -> None:
-    plan, runtime, say = begin(settings, make_plan, validate, check_data)
+    plan, runtime = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
-        finish(plan, runtime, say, True, write_adapter=lambda *_: None)
+        finish(plan, runtime, True, write_adapter=lambda *_: None)
         return
-    run, plan = prepare(plan, runtime, say)
-    is_complete = train_and_report(run, plan, say, checkpointer(run, plan))
-    finish(plan, runtime, say, is_complete, partial(write_adapter, run, plan))
+    run, plan = prepare(plan, runtime)
+    is_complete = train_and_report(run, plan, checkpointer(run, plan))
+    finish(plan, runtime, is_complete, partial(write_adapter, run, plan))
 
 
 def check_data(settings: FinetuneSettings) -> None:
@@ -156,19 +158,19 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
 
 
 def prepare(
-    plan: RunPlan[FinetuneSettings], runtime: Runtime, say: Say
+    plan: RunPlan[FinetuneSettings], runtime: Runtime
 ) -> tuple[TrainingRun, RunPlan[FinetuneSettings]]:
     """Data, model, objective and, when one is resumed, the state of the run; and its length.
 
     Raises:
         UserError: data or checkpoint are not as they have to be.
     """
-    data = chat_data(plan, say)
+    data = chat_data(plan)
     plan = plan.with_epochs(data.train.samples_per_epoch)
     settings = plan.settings
-    chunks = build_chunks(plan, runtime, say, **_model_options(settings))
+    chunks = build_chunks(plan, runtime, **_model_options(settings))
     if plan.lora is not None:
-        add_adapters(chunks, plan, say)
+        add_adapters(chunks, plan)
     run = build_run(
         settings,
         runtime,
@@ -180,19 +182,19 @@ def prepare(
     if settings.tuning.stage == "dpo":
         from qwen2_ascend.finetuning.dpo import prepare_dpo
 
-        prepare_dpo(run, plan, say)
-    resume_if_saved(run, plan, say)
+        prepare_dpo(run, plan)
+    resume_if_saved(run, plan)
     if plan.lora is not None and isinstance(plan.saved, SavedLora):
         from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
 
         notes = MegatronLora(run, checkpoint_identity(plan), plan.lora).resume(plan.saved)
-        say_resumed(run, plan.saved.folder, notes, say)
+        log_resumed(run, plan.saved.folder, notes)
     return run, plan
 
 
 def checkpointer(
     run: TrainingRun, plan: RunPlan[FinetuneSettings]
-) -> Callable[[Say], Checkpointer] | None:
+) -> Callable[[Callable[[str], None]], Checkpointer] | None:
     """Makes what writes checkpoints; None writes all weights."""
     if plan.lora is None:
         return None
@@ -201,7 +203,7 @@ def checkpointer(
     return MegatronLora(run, checkpoint_identity(plan), plan.lora, plan.base).checkpointer
 
 
-def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings], say: Say) -> None:
+def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings]) -> None:
     """Freezes the weights and adds the adapters, new ones or those that are given.
 
     Raises:
@@ -216,7 +218,7 @@ def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings], say: Sa
     given = adapter_to_load(plan)
     if given is not None:
         load_adapter(chunks, lora, config, layout, given)
-    say(lora.describe(given))
+    logger.info(lora.describe(given))
 
 
 def adapter_to_load(plan: RunPlan[FinetuneSettings]) -> Path | None:
@@ -224,7 +226,7 @@ def adapter_to_load(plan: RunPlan[FinetuneSettings]) -> Path | None:
     return plan.saved.folder if isinstance(plan.saved, SavedLora) else plan.settings.lora.lora_load
 
 
-def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
+def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
     """Training data of one epoch and as much validation data as is asked for.
 
     Raises:
@@ -256,9 +258,9 @@ def chat_data(plan: RunPlan[FinetuneSettings], say: Say) -> ChatDatasets:
         keep_chats_apart=settings.keep_chats_apart,
     )
     for note in built.notes:
-        say(note)
+        logger.info(note)
     if data.variable_seq_lengths and settings.pad_to_multiple_of > data.pad_to_multiple_of:
-        say(
+        logger.info(
             f"batches are padded to a multiple of {settings.pad_to_multiple_of} tokens, which "
             "are shared out to the ranks that share a sequence"
         )

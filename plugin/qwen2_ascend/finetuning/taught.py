@@ -7,7 +7,7 @@ knows its own end of text alone. So the folder of --save-hf says both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from qwen2_ascend.finetuning.settings import FinetuneSettings
 from qwen2_ascend.pretrained import open_tokenizer, read_json_object
 from qwen2_ascend.training.plan import RunPlan
 
+logger = logging.getLogger(__name__)
+
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def taught_files(plan: RunPlan[FinetuneSettings], say: Callable[[str], None]) -> dict[str, bytes]:
+def taught_files(plan: RunPlan[FinetuneSettings]) -> dict[str, bytes]:
     """Files of the exported folder that differ from the base model's, by name.
 
     Args:
         plan: of the run.
-        say: told of what is added.
 
     Raises:
         UserError: --chat-template cannot be read.
@@ -45,7 +46,9 @@ def taught_files(plan: RunPlan[FinetuneSettings], say: Callable[[str], None]) ->
     eos = known if isinstance(known, list) else [] if known is None else [known]
     if token is None or token in eos:
         return files
-    say(f"generation_config.json: answers end with token {token} too, as the chats have taught")
+    logger.info(
+        f"generation_config.json: answers end with token {token} too, as the chats have taught"
+    )
     generation["eos_token_id"] = [token, *eos]
     files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
     return files

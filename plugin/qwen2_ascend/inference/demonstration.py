@@ -5,7 +5,7 @@ How tokens are chosen is its own, too: generation_config.json only says which to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,6 @@ from qwen2_ascend.inference.settings import GenerateSettings, SamplingSettings, 
 from qwen2_ascend.inference.text_settings import TextSettings, text_settings
 
 if TYPE_CHECKING:
-    from qwen2_ascend.inference.opening import Say
     from qwen2_ascend.inference.tokenizer import Tokenizer
 
 QUESTION = "how are you?"
@@ -74,7 +73,7 @@ class Demonstration:
         yield f"tasks {' '.join(self._texts)}: texts {written}, {turns} turn(s) remembered"
         yield from dict.fromkeys(line for text in self._texts.values() for line in text.describe())
 
-    def run(self, engine: Engine, show: Say) -> None:
+    def run(self, engine: Engine, show: Callable[[str], None]) -> None:
         """Does the tasks in their order.
 
         Args:

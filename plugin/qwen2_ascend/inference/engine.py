@@ -60,7 +60,6 @@ def load_engine(
     num_rows: int = 1,
     config: Qwen2Config | None = None,
     adapter: Adapter | None = None,
-    say: Callable[[str], object] | None = None,
 ) -> Engine:
     """The engine of this rank, with its weights read from a checkpoint of any kind.
 
@@ -74,7 +73,6 @@ def load_engine(
         num_rows: sequences at once.
         config: the model's shape; needed with a folder only.
         adapter: to merge into the weights.
-        say: prints a line about the weights; by default to stderr.
 
     Raises:
         UserError: the checkpoint does not fit, the model or `dtype`.
@@ -99,7 +97,6 @@ def load_engine(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
         adapter=adapter,
-        say=say,
     )
     return Engine(chunks[0].to(current().device), config, num_rows=num_rows)
 

@@ -6,6 +6,7 @@ stderr, so that stdout has the texts only.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.inference.opening import (
     OpenedModel,
-    Say,
     config_folder,
     open_model,
     open_tokenizer,
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from qwen2_ascend.inference.tokenizer import Tokenizer
     from qwen2_ascend.runtime import Runtime
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `launch/generate_qwen2.py`; gives its exit status."""
-    return launched(lambda: generate(parse(arguments)))
+    return launched(lambda: generate(parse(arguments)), log="stderr")
 
 
 def generate(settings: GenerateSettings) -> None:
@@ -64,9 +66,9 @@ def _demonstrate(settings: GenerateSettings, opened: OpenedModel) -> None:
     tokenizer = open_tokenizer(settings.model, source)
     vocab_size = source.config.vocab_size
     demonstration = Demonstration(settings, config_folder(source), tokenizer, vocab_size)
-    runtime, engine, say = start_engine(settings.model, opened, num_rows=1)
+    runtime, engine = start_engine(settings.model, opened, num_rows=1)
     for line in (*_notes(settings, source), *demonstration.describe()):
-        say(line)
+        logger.info(line)
     demonstration.run(engine, _show if runtime.rank == 0 else _show_nothing)
     runtime.close()
 
@@ -79,9 +81,9 @@ def _chat(settings: GenerateSettings, opened: OpenedModel) -> None:
     tokenizer = open_tokenizer(settings.model, source)
     text = text_settings(settings.sampling, config_folder(source), tokenizer, is_chat=True)
     text.check([], source.config.vocab_size)
-    runtime, engine, say = start_engine(settings.model, opened, num_rows=1)
+    runtime, engine = start_engine(settings.model, opened, num_rows=1)
     for line in (*_notes(settings, source), *text.describe()):
-        say(line)
+        logger.info(line)
     manner = Manner(tokenizer=tokenizer, system_prompt=settings.prompts.system_prompt)
     chat(text.generator(engine, tokenizer), manner, text.max_new_tokens)
     runtime.close()
@@ -102,13 +104,13 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     num_done = output.num_done if output else 0
 
     num_rows = min(settings.prompts.batch_size, len(requests))
-    runtime, engine, say = start_engine(settings.model, opened, num_rows=num_rows)
+    runtime, engine = start_engine(settings.model, opened, num_rows=num_rows)
     for line in (*_notes(settings, source), *text.describe()):
-        say(line)
+        logger.info(line)
     if num_done:
-        say(f"{num_done} of {len(requests)} results are there already")
+        logger.info(f"{num_done} of {len(requests)} results are there already")
     generator = text.generator(engine, tokenizer)
-    _run(generator, requests[num_done:], prompts, output, runtime, say)
+    _run(generator, requests[num_done:], prompts, output, runtime)
     runtime.close()
 
 
@@ -179,7 +181,6 @@ def _run(
     prompts: Sequence[Prompt],
     output: OutputFile | None,
     runtime: Runtime,
-    say: Say,
 ) -> None:
     """Continues the prompts; rank 0 shows or writes the texts."""
     terminal = None
@@ -206,7 +207,7 @@ def _run(
         output.close()
     seconds = time.monotonic() - start
     rate = num_tokens / seconds if seconds else 0.0
-    say(f"{num_tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s")
+    logger.info(f"{num_tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s")
 
 
 def _show(line: str) -> None:

@@ -5,9 +5,8 @@ Imports of torch and megatron-core wait until the settings are known to be right
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.inference.tokenizer import Tokenizer
     from qwen2_ascend.runtime import Runtime
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +102,8 @@ def config_folder(source: Source) -> Path:
 
 def start_engine(
     model: ServedModelSettings, opened: OpenedModel, *, num_rows: int
-) -> tuple[Runtime, Engine, Say]:
-    """The device, the process groups and the loaded model; and what prints the log.
+) -> tuple[Runtime, Engine]:
+    """The device, the process groups and the loaded model.
 
     Raises:
         UserError: the device cannot be used or the weights do not fit.
@@ -118,12 +117,11 @@ def start_engine(
         mindspeed=model.mindspeed,
         timeout_seconds=60 * model.distributed_timeout_minutes,
     )
-    say = _say if runtime.rank == 0 else _say_nothing
     layout, dtype = model.layout(), model.dtype(source.config)
     backend = model.backend
     if backend == "auto":
         backend = "npu" if runtime.name == "npu" else "torch"
-    say(f"{runtime.describe()}, TP{layout.tp} PP{layout.pp}, {dtype}, {backend} operators")
+    logger.info(f"{runtime.describe()}, TP{layout.tp} PP{layout.pp}, {dtype}, {backend} operators")
     runtimes.initialize_model_parallel(layout, source.config.num_layers)
 
     from qwen2_ascend.inference.engine import load_engine
@@ -136,16 +134,7 @@ def start_engine(
         backend=backend,
         num_rows=max(num_rows, 1),
         adapter=adapter,
-        say=say,
     )
     merged = f" with the adapter in {adapter.folder}" if adapter else ""
-    say(f"weights: {source.describe()}{merged}, loaded in {time.monotonic() - start:.1f} s")
-    return runtime, engine, say
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    pass
+    logger.info(f"weights: {source.describe()}{merged}, loaded in {time.monotonic() - start:.1f} s")
+    return runtime, engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,12 @@ from qwen2_ascend.errors import raise_if
 from qwen2_ascend.telemetry.energy import Energy
 from qwen2_ascend.telemetry.profiling import StepProfiler
 from qwen2_ascend.telemetry.reporting import attempt
-from qwen2_ascend.telemetry.training_energy import EnergyLog, Say
+from qwen2_ascend.telemetry.training_energy import EnergyLog
 
 if TYPE_CHECKING:
     from qwen2_ascend.training.loop import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 class Instruments:
@@ -21,21 +24,20 @@ class Instruments:
     Args:
         run: begins at its progress.
         tokens_per_step: that all ranks together read.
-        say: prints a line, on rank 0.
 
     Raises:
         UserError: steps are to be profiled on a device without a profiler.
     """
 
-    def __init__(self, run: TrainingRun, tokens_per_step: int, say: Say) -> None:
+    def __init__(self, run: TrainingRun, tokens_per_step: int) -> None:
         self._run = run
         self._tokens = tokens_per_step
         is_to_train = run.progress.iteration < run.train_iters
         is_wanted = is_to_train and not run.settings.report.no_log_energy
-        self._energy = EnergyLog.open(run.runtime, say) if is_wanted else None
+        self._energy = EnergyLog.open(run.runtime) if is_wanted else None
         if self._energy is not None:
             self._energy.begin()
-        self._profiler = _profiler(run, say)
+        self._profiler = _profiler(run)
 
     def step(self, seconds: float) -> Energy | None:
         """Takes a step that took `seconds` until now; figures where the log wants them."""
@@ -64,7 +66,7 @@ class Instruments:
             attempt("profiling", self._profiler.close)
 
 
-def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
+def _profiler(run: TrainingRun) -> StepProfiler | None:
     """None where this rank records nothing."""
     from qwen2_ascend.runtime.profiling import open_profiler, profiler_fault
 
@@ -74,11 +76,13 @@ def _profiler(run: TrainingRun, say: Say) -> StepProfiler | None:
         return None
     begin, end = window
     if first >= end:
-        say(f"nothing is profiled: {first} steps have been made, and recording ends at {end}")
+        logger.info(
+            f"nothing is profiled: {first} steps have been made, and recording ends at {end}"
+        )
         return None
     raise_if([fault] if (fault := profiler_fault(run.runtime.name)) else [])
     ranks = ", ".join(map(str, settings.profile_ranks))
-    say(f"profiling iterations {max(begin, first) + 1}-{end} on rank(s) {ranks}: {folder}")
+    logger.info(f"profiling iterations {max(begin, first) + 1}-{end} on rank(s) {ranks}: {folder}")
     runtime = run.runtime
     if runtime.rank not in settings.profile_ranks:
         return None

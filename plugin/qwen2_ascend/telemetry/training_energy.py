@@ -7,8 +7,9 @@ every rank has read its source after it; until then it waits for the next line o
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2_ascend.errors import UserError
@@ -18,7 +19,7 @@ from qwen2_ascend.telemetry.energy import Energy, EnergyMeter, format_energy
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 class _Step(NamedTuple):
@@ -66,31 +67,28 @@ class EnergyLog:
     Args:
         runtime: of this rank.
         meter: of this rank's device; `begin` starts it.
-        say: prints a line, on rank 0.
     """
 
-    def __init__(self, runtime: Runtime, meter: EnergyMeter, say: Say) -> None:
+    def __init__(self, runtime: Runtime, meter: EnergyMeter) -> None:
         self._runtime = runtime
         self._meter = meter
-        self._say = say
         self._waiting: deque[_Step] = deque()
         self._total = _Sum()
         self._is_over = False
 
     @classmethod
-    def open(cls, runtime: Runtime, say: Say, meter: EnergyMeter | None = None) -> EnergyLog | None:
+    def open(cls, runtime: Runtime, meter: EnergyMeter | None = None) -> EnergyLog | None:
         """The log, or None and a line where a rank has no source; all ranks call it.
 
         Args:
             runtime: of this rank.
-            say: prints a line, on rank 0.
             meter: of this rank's device; looked for by default.
         """
         meter = meter or EnergyMeter.find(Place.of(runtime))
         if reasons := _why_not(runtime, meter):
-            say(f"energy: not measured. {reasons}")
+            logger.info(f"energy: not measured. {reasons}")
             return None
-        return cls(runtime, meter, say)
+        return cls(runtime, meter)
 
     def begin(self) -> None:
         """Measures the idle devices, all at once, and starts; before the first step."""
@@ -104,7 +102,7 @@ class EnergyLog:
             return
         names = told_by_ranks(self._runtime, self._meter.name)
         watts = sum(row[0] for row in _gather(self._runtime, [idle or 0.0]))
-        self._say(f"energy: {names}; idle {watts:.1f} W, measured for {seconds:.1f} s")
+        logger.info(f"energy: {names}; idle {watts:.1f} W, measured for {seconds:.1f} s")
 
     def step(
         self, begin: float, end: float, tokens: int, *, is_due: bool, is_last: bool = False
@@ -142,7 +140,7 @@ class EnergyLog:
         if not total.tokens:
             return
         figures = total.figures()
-        self._say(
+        logger.info(
             f"energy: {total.joules:,.0f} J for {total.tokens:,} tokens, {format_energy(figures)}, "
             f"idle {figures.idle_watts:.1f} W"
         )
@@ -177,7 +175,7 @@ class EnergyLog:
         self._is_over = True
         self._meter.stop()
         self._waiting.clear()
-        self._say(f"energy: no more figures. {reasons}")
+        logger.info(f"energy: no more figures. {reasons}")
         return 0
 
 

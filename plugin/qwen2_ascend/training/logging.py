@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.log import log_above
 from qwen2_ascend.telemetry.energy import Energy, format_energy
 from qwen2_ascend.telemetry.reporting import attempt
 from qwen2_ascend.training.planned import Expected, against_the_plan
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "loss.png"
@@ -78,8 +82,7 @@ class Reporter:
         report_dir: where metrics.jsonl and the picture go, or None.
         tensorboard_dir: where TensorBoard events go, or None.
         planned: what the planner predicts, which a line sets beside the first steps; or None.
-        silent: say and write nothing (every rank but 0).
-        say: prints a line.
+        silent: log and write nothing (every rank but 0).
     """
 
     def __init__(
@@ -95,7 +98,6 @@ class Reporter:
         tensorboard_dir: Path | None = None,
         planned: Expected | None = None,
         silent: bool = False,
-        say: Callable[[str], None] | None = None,
     ) -> None:
         self.train_iters = train_iters
         self.log_interval = log_interval
@@ -105,29 +107,25 @@ class Reporter:
         self.silent = silent
         self.report_dir = None if silent else report_dir
         self._bar: Any = None
-        self._print_line = say or self._print
         self._steps: list[Step] = []
         self._first = _FirstSteps(planned)
         self._tensorboard = None
         if silent:
             return
         self._bar = attempt("progress bar", _progress_bar, train_iters, first_iteration)
+        log_above(self._bar)
         if tensorboard_dir:
             self._tensorboard = attempt(
-                f"TensorBoard in {tensorboard_dir}", _tensorboard_writer, tensorboard_dir, self._say
+                f"TensorBoard in {tensorboard_dir}", _tensorboard_writer, tensorboard_dir
             )
         if self.report_dir:
             attempt(METRICS_FILE, _forget_after, self.report_dir / METRICS_FILE, first_iteration)
 
-    def say(self, line: str) -> None:
-        """Prints a line above the progress bar."""
-        if not self.silent:
-            self._say(line)
-
     def interrupt(self, line: str) -> None:
-        """Reports the steps since the last line, then prints a line of another kind."""
-        self.flush()
-        self.say(line)
+        """Reports the steps since the last line, then logs a line of another kind."""
+        if not self.silent:
+            self.flush()
+            logger.info(line)
 
     def step(self, step: Step) -> None:
         """Takes a step; reports when it ends an interval or the run."""
@@ -146,17 +144,17 @@ class Reporter:
             return
         metrics, names = self._metrics(), self._steps[-1].metrics
         self._steps.clear()
-        self._say(format_line(metrics, self.train_iters, names))
+        logger.info(format_line(metrics, self.train_iters, names))
         self._write(metrics)
         if self._first.is_complete:
-            self._say_what_was_planned()
+            self._log_what_was_planned()
 
     def validation(self, iteration: int, loss: float) -> None:
         """Reports a validation loss."""
         if self.silent:
             return
         perplexity = math.exp(min(loss, 20.0))
-        self._say(
+        logger.info(
             f"iteration {iteration}/{self.train_iters} | validation loss {loss:.4f} | "
             f"perplexity {perplexity:.4g}"
         )
@@ -167,7 +165,8 @@ class Reporter:
         if self.silent:
             return
         self.flush()
-        self._say_what_was_planned()
+        self._log_what_was_planned()
+        log_above(None)
         if self._bar is not None:
             attempt("progress bar", self._bar.close)
             self._bar = None
@@ -175,11 +174,11 @@ class Reporter:
             attempt("TensorBoard", self._tensorboard.close)
         if self.report_dir:
             files = (self.report_dir / METRICS_FILE, self.report_dir / PICTURE_FILE)
-            attempt(f"{files[1]} is not drawn", draw_loss, *files, self._say)
+            attempt(f"{files[1]} is not drawn", draw_loss, *files)
 
-    def _say_what_was_planned(self) -> None:
+    def _log_what_was_planned(self) -> None:
         if (line := self._first.line()) is not None:
-            self._say(line)
+            logger.info(line)
 
     def _metrics(self) -> dict[str, Any]:
         steps, last = self._steps, self._steps[-1]
@@ -232,15 +231,6 @@ class Reporter:
     def _advance(self, step: Step) -> None:
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}", refresh=False)
-
-    def _say(self, line: str) -> None:
-        attempt("the log", self._print_line, line)
-
-    def _print(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
 
 
 class _FirstSteps:
@@ -295,8 +285,8 @@ def format_line(metrics: dict[str, Any], train_iters: int, also: Iterable[str] =
     return " | ".join(words)
 
 
-def draw_loss(metrics: Path, picture: Path, say: Callable[[str], None]) -> None:
-    """Draws the losses and the learning rate that `metrics` holds; says so, or why not."""
+def draw_loss(metrics: Path, picture: Path) -> None:
+    """Draws the losses and the learning rate that `metrics` holds; logs that, or why not."""
     if not metrics.is_file():
         return
     rows = [row for _, row in _rows(metrics)]
@@ -310,7 +300,9 @@ def draw_loss(metrics: Path, picture: Path, say: Callable[[str], None]) -> None:
         os.environ.setdefault("MPLBACKEND", "Agg")
         from matplotlib.figure import Figure
     except ImportError:
-        say(f"{picture.name}: not drawn, matplotlib is not installed (pip: qwen2-ascend[report]).")
+        logger.info(
+            f"{picture.name}: not drawn, matplotlib is not installed (pip: qwen2-ascend[report])."
+        )
         return
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -329,7 +321,7 @@ def draw_loss(metrics: Path, picture: Path, say: Callable[[str], None]) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=120)
-    say(f"loss curve: {picture}")
+    logger.info(f"loss curve: {picture}")
 
 
 def _append(file: Path, metrics: Mapping[str, Any]) -> None:
@@ -377,10 +369,10 @@ def _progress_bar(total: int, initial: int) -> Any:
     return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, leave=False)
 
 
-def _tensorboard_writer(folder: Path, say: Callable[[str], None]) -> Any:
+def _tensorboard_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("--tensorboard-dir: tensorboard is not installed (pip: qwen2-ascend[report]).")
+        logger.info("--tensorboard-dir: tensorboard is not installed (pip: qwen2-ascend[report]).")
         return None
     return SummaryWriter(str(folder))

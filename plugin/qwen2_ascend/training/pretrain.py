@@ -7,6 +7,7 @@ refusals answer at once, and `--mindspeed` has to come before megatron-core.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from qwen2_ascend.launching import launched
 from qwen2_ascend.training.plan import RunPlan, make_plan
 from qwen2_ascend.training.settings import PretrainSettings, parse, validate
 from qwen2_ascend.training.setup import (
-    Say,
     begin,
     build_chunks,
     build_run,
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.loop import TrainingRun
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `launch/pretrain_qwen2.py`.
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as `launched` has it.
     """
-    return launched(lambda: pretrain(parse(arguments)))
+    return launched(lambda: pretrain(parse(arguments)), goes_on=True)
 
 
 def pretrain(settings: PretrainSettings) -> None:
@@ -56,8 +58,8 @@ def pretrain(settings: PretrainSettings) -> None:
 
 
 def _pretrain(settings: PretrainSettings) -> None:
-    plan, runtime, say = begin(settings, make_plan, validate, check_data)
-    train_and_report(prepare(plan, runtime, say), plan, say)
+    plan, runtime = begin(settings, make_plan, validate, check_data)
+    train_and_report(prepare(plan, runtime), plan)
     runtime.close()
 
 
@@ -78,7 +80,7 @@ def check_data(settings: PretrainSettings) -> None:
     )
 
 
-def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime, say: Say) -> TrainingRun:
+def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime) -> TrainingRun:
     """Data, model and, when one is resumed, the state of the run.
 
     Raises:
@@ -88,8 +90,10 @@ def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime, say: Say) -> Trai
     if plan.settings.data.keep_documents_apart:
         token = _eod_token(plan)
         ends = "where the data says so" + ("" if token is None else f" and after token {token}")
-        say(f"a document sees only itself, its positions count from its start; it ends {ends}")
-    chunks = build_chunks(plan, runtime, say)
+        logger.info(
+            f"a document sees only itself, its positions count from its start; it ends {ends}"
+        )
+    chunks = build_chunks(plan, runtime)
     run = build_run(
         plan.settings,
         runtime,
@@ -98,7 +102,7 @@ def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime, say: Say) -> Trai
         valid_data=valid_data,
         length=plan.length,
     )
-    resume_if_saved(run, plan, say)
+    resume_if_saved(run, plan)
     return run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
-from qwen2_ascend.launching import silence_foreign_warnings, voice
+from qwen2_ascend.launching import silence_foreign_warnings
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.telemetry import reporting
 from qwen2_ascend.training.description import RUN_FILE, write_description
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.loop import TrainingRun
     from qwen2_ascend.training.planned import Expected
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 S = TypeVar("S", bound=TrainingSettings)
 T = TypeVar("T")
 
@@ -79,7 +81,7 @@ def begin(
     make: Callable[[S, Found | None], RunPlan[S]],
     check: Callable[[S, Qwen2Config, int, RunLength | None], None],
     check_data: Callable[[S], None],
-) -> tuple[RunPlan[S], Runtime, Say]:
+) -> tuple[RunPlan[S], Runtime]:
     """Plans the run on rank 0, has all ranks agree on it, and joins them.
 
     Args:
@@ -102,12 +104,12 @@ def begin(
         raise_if(faults)
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
     plan = agree(partial(make, settings), own, timeout_seconds)
-    runtime, say = start_runtime(plan)
+    runtime = start_runtime(plan)
     if plan.saved is not None and not hasattr(plan.saved, "common"):
         # DeepSpeed and peft read whole files, and check nothing
         share = {"share": runtime.rank, "num_shares": runtime.world_size}
         undamaged(plan.saved.folder, partial(check_iteration, plan.saved.folder, **share))
-    return plan, runtime, say
+    return plan, runtime
 
 
 def _checked_plan(
@@ -207,8 +209,8 @@ def _headline(plan: RunPlan, runtime: Runtime) -> str:
     return f"{runtime.describe()}, {', '.join(words)}"
 
 
-def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
-    """The device, the process groups of the layout and the seeds; and what prints the log.
+def start_runtime(plan: RunPlan) -> Runtime:
+    """The device, the process groups of the layout and the seeds.
 
     Raises:
         UserError: the device or the number of processes does not do.
@@ -225,23 +227,22 @@ def start_runtime(plan: RunPlan) -> tuple[Runtime, Say]:
         deterministic=settings.runtime.deterministic,
         megatron_arguments=megatron_arguments(settings),
     )
-    say = partial(reporting.attempt, "the log", voice(runtime.rank))
     faults = settings.fusion.faults(runtime.name)
     faults += settings.overlap.device_faults(settings, runtime.name)
     faults += _pieces_faults(settings, plan.layout, runtime.name)
     raise_if(faults)
     if settings.report.log_energy:
         require_power_source(runtime)
-    say(_headline(plan, runtime))
-    say(settings.fusion.describe(runtime.name))
+    logger.info(_headline(plan, runtime))
+    logger.info(settings.fusion.describe(runtime.name))
     pasted = pasted_notes(settings.pasted, training_flags(type(settings)))
     overlap = settings.overlap.notes(settings.parallel.tensor_model_parallel_size)
     precision = settings.precision.notes(settings.optimizer)
     for note in (*overlap, *precision, *pasted, *runtime.notes):
-        say(note)
+        logger.info(note)
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
-    return runtime, say
+    return runtime
 
 
 def _pieces_faults(settings: TrainingSettings, layout: ParallelLayout, device: str) -> list[str]:
@@ -268,7 +269,7 @@ def megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any) -> list[Any]:
+def build_chunks(plan: RunPlan, runtime: Runtime, **model_options: Any) -> list[Any]:
     """This rank's model chunks with their weights, on the device.
 
     `runtime.initialize_model_parallel` has built the process groups of `plan.layout`.
@@ -318,12 +319,11 @@ def build_chunks(plan: RunPlan, runtime: Runtime, say: Say, **model_options: Any
             padded_vocab_size=padded,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
-            say=say,
         )
         undamaged(source.folder, load)
-        say(f"weights: {source.describe()}")
+        logger.info(f"weights: {source.describe()}")
     else:
-        say(f"weights: random, seed {settings.runtime.seed}")
+        logger.info(f"weights: random, seed {settings.runtime.seed}")
     return [chunk.to(runtime.device) for chunk in chunks]
 
 
@@ -381,7 +381,7 @@ def build_run(
     )
 
 
-def resume_if_saved(run: TrainingRun, plan: RunPlan, say: Say) -> None:
+def resume_if_saved(run: TrainingRun, plan: RunPlan) -> None:
     """Goes on from `plan.saved`, if there is a training state of all weights.
 
     Raises:
@@ -394,16 +394,16 @@ def resume_if_saved(run: TrainingRun, plan: RunPlan, say: Say) -> None:
         return
     load = partial(resume, run, plan.saved, checkpoint_identity(plan), run.settings.checkpoint)
     notes = undamaged(plan.saved.folder, load)
-    say_resumed(run, plan.saved.folder, notes, say)
+    log_resumed(run, plan.saved.folder, notes)
 
 
-def say_resumed(run: TrainingRun, folder: Path, notes: Sequence[str], say: Say) -> None:
+def log_resumed(run: TrainingRun, folder: Path, notes: Sequence[str]) -> None:
     """Tells where the run goes on, what is not as it was, and whether anything is left to do."""
     for note in notes:
-        say(note)
-    say(f"resumed {folder} at iteration {run.progress.iteration}")
+        logger.info(note)
+    logger.info(f"resumed {folder} at iteration {run.progress.iteration}")
     if run.progress.iteration >= run.train_iters:
-        say(f"nothing is left to do: the run ends at iteration {run.train_iters}")
+        logger.info(f"nothing is left to do: the run ends at iteration {run.train_iters}")
 
 
 def checkpoint_identity(plan: RunPlan) -> CheckpointIdentity:
@@ -454,15 +454,13 @@ def _side_files(plan: RunPlan) -> Mapping[Path, bytes]:
 def train_and_report(
     run: TrainingRun,
     plan: RunPlan,
-    say: Say,
-    checkpointer: Callable[[Say], Checkpointer] | None = None,
+    checkpointer: Callable[[Callable[[str], None]], Checkpointer] | None = None,
 ) -> bool:
     """Trains to the end or until told to stop, with a log and checkpoints where they are asked for.
 
     Args:
         run: begins at its progress.
         plan: of the run.
-        say: prints a line.
         checkpointer: makes what writes checkpoints, given what prints a line; by default it writes
             all weights.
 
@@ -486,8 +484,8 @@ def train_and_report(
             where += (run.progress.iteration,)
             reporting.attempt(RUN_FILE, write_description, *where)
         log = reporter.interrupt
-        instruments = Instruments(run, reporter.tokens_per_step, say)
-        return _train(run, reporter, instruments, opened, say)
+        instruments = Instruments(run, reporter.tokens_per_step)
+        return _train(run, reporter, instruments, opened)
 
 
 def require_shared(save: Path) -> None:
@@ -516,7 +514,6 @@ def _train(
     reporter: Reporter,
     instruments: Instruments,
     checkpointer: Checkpointer | None,
-    say: Say,
 ) -> bool:
     from qwen2_ascend.training.loop import train
     from qwen2_ascend.training.signals import StopSignal
@@ -544,7 +541,7 @@ def _train(
             instruments.close()
             reporter.close()
     if reason:
-        say(f"stopped after iteration {run.progress.iteration}: {reason}")
+        logger.info(f"stopped after iteration {run.progress.iteration}: {reason}")
     return reason is None
 
 

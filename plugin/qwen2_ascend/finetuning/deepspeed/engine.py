@@ -7,6 +7,7 @@ the mean over ranks of that is the mean over all tokens, in any cut of the batch
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ from qwen2_ascend.training.loop import (
 from qwen2_ascend.training.optimizer import is_finite, params_dtype
 from qwen2_ascend.training.plan import RunPlan
 from qwen2_ascend.training.schedule import build_schedule, current_lr
-from qwen2_ascend.training.setup import Say
+
+logger = logging.getLogger(__name__)
 
 INITIALIZER_RANGE = 0.02
 
@@ -161,7 +163,6 @@ class ZeroRun(TrainingRun):
 def build_zero_run(
     plan: RunPlan[ZeroFinetuneSettings],
     runtime: Runtime,
-    say: Say,
     *,
     train_data: Any,
     valid_data: Any = None,
@@ -172,7 +173,6 @@ def build_zero_run(
     Args:
         plan: of the run.
         runtime: of this rank.
-        say: prints a line.
         train_data: as long as the run.
         valid_data: None where its loss is not asked for.
         adapter: a PEFT folder with their values, else they change nothing at first.
@@ -187,21 +187,21 @@ def build_zero_run(
         raise UserError(f"--fp16: DeepSpeed does not compute in fp16 on a {runtime.name}; --bf16.")
     config = deepspeed_config(settings, runtime.world_size, runtime.name)
     stage = zero_stage(config)
-    say(f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage}{_offloads(config)}")
+    logger.info(f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage}{_offloads(config)}")
     whole: Whole = deepspeed.zero.GatheredParameters if stage == 3 else as_it_is
     model = _build_model(deepspeed, settings, plan.config, runtime, config)
     if source is not None:
         load_weights(model, source, whole, reads=stage < 3 or runtime.rank == 0)
-        say(f"weights: {source.describe()}")
+        logger.info(f"weights: {source.describe()}")
     else:
         _initialize_weights(model, whole, seed=settings.runtime.seed)
-        say(f"weights: random, seed {settings.runtime.seed}")
+        logger.info(f"weights: random, seed {settings.runtime.seed}")
     if lora is not None:
         like = {"dtype": params_dtype(settings), "device": runtime.device}
         add_adapters(model, lora, seed=settings.runtime.seed, **like)
         if adapter is not None:
             load_adapter(model, plan.config, lora, adapter)
-        say(lora.describe(adapter))
+        logger.info(lora.describe(adapter))
     adam = _build_adam(model, settings, config)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=config)
     engine.train()

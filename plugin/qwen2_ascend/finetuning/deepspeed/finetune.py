@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,11 @@ from qwen2_ascend.launching import launched
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
 from qwen2_ascend.training.saved_run import SavedRun
 from qwen2_ascend.training.setup import (
-    Say,
     begin,
     checkpoint_identity,
     from_sound_checkpoint,
     is_planned_only,
-    say_resumed,
+    log_resumed,
     train_and_report,
 )
 
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as `launched` has it.
     """
-    return launched(lambda: finetune(parse(arguments)))
+    return launched(lambda: finetune(parse(arguments)), goes_on=True)
 
 
 def finetune(settings: ZeroFinetuneSettings) -> None:
@@ -60,13 +59,13 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
 
 
 def _finetune(settings: ZeroFinetuneSettings) -> None:
-    plan, runtime, say = begin(settings, make_plan, validate, check_data)
+    plan, runtime = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
-        finish(plan, runtime, say, True, write_adapter=lambda *_: None)
+        finish(plan, runtime, True, write_adapter=lambda *_: None)
         return
-    run, plan = prepare(plan, runtime, say)
-    is_complete = train_and_report(run, plan, say, partial(checkpointer, run, plan))
-    finish(plan, runtime, say, is_complete, partial(write_adapter, run, plan))
+    run, plan = prepare(plan, runtime)
+    is_complete = train_and_report(run, plan, partial(checkpointer, run, plan))
+    finish(plan, runtime, is_complete, partial(write_adapter, run, plan))
 
 
 def make_plan(settings: ZeroFinetuneSettings, found: Found | None = None) -> Plan:
@@ -104,7 +103,7 @@ def make_plan(settings: ZeroFinetuneSettings, found: Found | None = None) -> Pla
     return megatron_path.with_exports(plan) if found is None else plan
 
 
-def prepare(plan: Plan, runtime: Runtime, say: Say) -> tuple[ZeroRun, Plan]:
+def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
     """Data, model, engine and, when one is resumed, the state of the run; and its length.
 
     Raises:
@@ -112,21 +111,20 @@ def prepare(plan: Plan, runtime: Runtime, say: Say) -> tuple[ZeroRun, Plan]:
     """
     from qwen2_ascend.finetuning.deepspeed.engine import build_zero_run
 
-    data = megatron_path.chat_data(plan, say)
+    data = megatron_path.chat_data(plan)
     plan = plan.with_epochs(data.train.samples_per_epoch)
     run = build_zero_run(
         plan,
         runtime,
-        say,
         train_data=data.train.with_num_samples(plan.length.num_samples),
         valid_data=data.valid,
         adapter=megatron_path.adapter_to_load(plan),
     )
-    resume_if_saved(run, plan, say)
+    resume_if_saved(run, plan)
     return run, plan
 
 
-def resume_if_saved(run: ZeroRun, plan: Plan, say: Say) -> None:
+def resume_if_saved(run: ZeroRun, plan: Plan) -> None:
     """Goes on from the checkpoint that --load holds, if there is one.
 
     Raises:
@@ -142,10 +140,10 @@ def resume_if_saved(run: ZeroRun, plan: Plan, say: Say) -> None:
         notes = resume_zero(run, saved)
     else:
         return
-    say_resumed(run, saved.folder, notes, say)
+    log_resumed(run, saved.folder, notes)
 
 
-def checkpointer(run: ZeroRun, plan: Plan, log: Say) -> Checkpointer:
+def checkpointer(run: ZeroRun, plan: Plan, log: Callable[[str], None]) -> Checkpointer:
     """What writes the run's checkpoints."""
     from qwen2_ascend.finetuning.deepspeed.checkpoint import zero_checkpointer
     from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
