@@ -294,7 +294,9 @@ def _plans(cut: Cut, machine: Machine, choices: Choices) -> Iterator[Plan]:
     """A cut with each way to recompute; by parts of layers only where keeping all is too much and
     recomputing all is enough."""
     # transformers' layers are recomputed whole
-    kinds: list[Recompute] = [one for one in choices.recompute if cut.zero is None or one != "selective"]
+    kinds: list[Recompute] = [
+        one for one in choices.recompute if cut.zero is None or one != "selective"
+    ]
     plans = {kind: plan_of(_recomputing(cut, kind, choices), machine) for kind in kinds}
     yield from plans.values()
     if cut.zero is not None:
