@@ -190,6 +190,8 @@ def prepare_import() -> None:
         "Apex is not installed",
         # About the default of a field that nobody here sets.
         "full scope is deprecated",
+        # 0.19, of a process that is no rank, such as a command's that prepares data.
+        "Could not determine rank from torch.distributed",
     ):
         warnings.filterwarnings("ignore", message=note, category=UserWarning)
     # An MLP of another class than megatron-core's own takes the tensor-parallel group by itself.
