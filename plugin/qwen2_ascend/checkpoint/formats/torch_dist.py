@@ -189,11 +189,11 @@ def read_common(folder: str | Path) -> dict[str, Any]:
 def _common(folder: Path, stored: dict[_Index, _StorageInfo]) -> dict[str, Any]:
     path = folder / "common.pt"
     info = stored.get(_Index(_COMMON_OBJECT, None))
-    # in megatron-core's order: the file comes first
-    is_file = info is None or os.path.lexists(path)
-    common = torch_pt.read(path) if is_file else _object(folder, _COMMON_OBJECT, info)
+    if info is None or os.path.lexists(path):  # in megatron-core's order
+        said, common = str(path), torch_pt.read(path)
+    else:
+        said, common = f"{folder}: {_COMMON_OBJECT}", _object(folder, _COMMON_OBJECT, info)
     if type(common) is not dict:
-        said = path if is_file else f"{folder}: {_COMMON_OBJECT}"
         raise UserError(f"{said}: holds {type(common).__name__}, not a dict.")
     return common
 
