@@ -22,6 +22,8 @@ FOREIGN_WARNINGS = (
     "ignore:Apex is not installed",
     # megatron-core's own default for a field that nobody sets here
     "ignore:full scope is deprecated",
+    # megatron-core 0.19, where it is used in a process that is no rank
+    "ignore:Could not determine rank from torch.distributed",
     # megatron-core's own imports of what it has deprecated itself
     "ignore::DeprecationWarning:megatron",
     # torch's inductor, which megatron-core imports when the runtime has not kept it from that

@@ -21,6 +21,17 @@ ROOT = Path(__file__).parents[1]
 WITHOUT = ("megatron-core", "torch")
 TESTERS = ("hypothesis", "pyarrow", "pytest", "pytest-timeout")
 TESTS = (
+    "checkpoint/formats/test_optimizer_layout.py",
+    "checkpoint/formats/test_safetensors.py",
+    "checkpoint/test_iteration.py",
+    "checkpoint/test_progress.py",
+    "checkpoint/test_slices.py",
+    "data/test_chat_formats.py",
+    "data/test_inputs.py",
+    "inference/test_prompts.py",
+    "migration/test_script.py",
+    "pasted/test_migration_page.py",
+    "planning/test_measured.py",
     "test_errors.py",
     "test_files.py",
     "test_parallel.py",

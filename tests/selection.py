@@ -3,6 +3,8 @@
     @pytest.mark.one_in(3)      # of this test's cases, a third; which one depends on the commit
 
 Whoever names a test (`-k`, `file.py::test`) gets it. What is left out is counted as deselected.
+`--one-in 3` takes a third of all distributed tests' cases, of named ones too: for a run beside a
+whole one, with another release of megatron-core.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ SEED = "TEST_SEED"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="every test, not a part of the costly ones")
+    parser.addoption(
+        "--one-in", type=int, default=1, metavar="N", help="of distributed tests' cases one in N"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,12 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all") or is_named(config):
+    least, named = config.getoption("--one-in"), is_named(config)
+    if config.getoption("--all") or (named and least == 1):
         return
     chosen = seed()
     left_out = {
         id(item)
-        for (_, n), cases in groupby(items, key=_family)
+        for (_, n), cases in groupby(items, key=lambda item: _family(item, least, named))
         if n > 1
         for item in left_over(list(cases), n, chosen)
     }
@@ -82,9 +88,12 @@ def left_over(cases: Sequence[pytest.Item], n: int, chosen: str) -> list[pytest.
     return mixed[-(-len(cases) // n) :]
 
 
-def _family(item: pytest.Item) -> tuple[str, int]:
-    marker = item.get_closest_marker("one_in")
-    return item.nodeid.partition("[")[0], marker.args[0] if marker else 1
+def _family(item: pytest.Item, least: int, named: bool) -> tuple[str, int]:
+    marker = None if named else item.get_closest_marker("one_in")
+    n = marker.args[0] if marker else 1
+    if item.get_closest_marker("distributed"):
+        n = max(n, least)
+    return item.nodeid.partition("[")[0], n
 
 
 def _digest(text: str) -> str:

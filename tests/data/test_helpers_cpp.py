@@ -16,6 +16,8 @@ from qwen2_ascend.errors import UserError
 HIDDEN = """
 import sys
 import numpy as np
+from qwen2_ascend.runtime import absent_triton
+absent_triton.lend()
 import megatron.core.datasets as package
 
 real = list(package.__path__)[0]

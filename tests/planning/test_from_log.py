@@ -192,6 +192,33 @@ def test_what_cannot_be_fitted_is_told(words: str, fault: str, tmp_path: Path) -
         main(words.format(**named).split())
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        (RUN_FILE, '{"starts": [', f"{RUN_FILE}: not valid JSON"),
+        (RUN_FILE, '{"starts": 1}', f"{RUN_FILE} cannot be read: TypeError"),
+        ("metrics.jsonl", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ],
+)
+def test_files_that_are_none_of_a_log_are_refused(
+    name: str, text: str, fault: str, tmp_path: Path
+) -> None:
+    metrics = write_log(tmp_path, LOGGED[0])
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"^[^(]*{fault}"):
+        read_log(metrics)
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
+    """A kill cuts a line short; a disk that was full may leave any bytes."""
+    metrics = write_log(tmp_path, LOGGED[0], steps=3)
+    (before,) = read_log(metrics)
+    for bad in (b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[1]\n", b'{"iteration": 9'):
+        metrics.write_bytes(bad + metrics.read_bytes())
+        metrics.write_bytes(metrics.read_bytes() + bad)
+    assert read_log(metrics) == [before]
+
+
 def test_a_log_without_a_second_step_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no step after a first one"):
         read_log(write_log(tmp_path, LOGGED[0], steps=1))

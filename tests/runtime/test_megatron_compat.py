@@ -48,7 +48,7 @@ def test_only_new_releases_cut_a_query_group(monkeypatch: pytest.MonkeyPatch) ->
     check_tensor_parallel(four, num_query_groups=2)
     release(monkeypatch, 0, 15)
     check_tensor_parallel(two, num_query_groups=2)
-    with pytest.raises(UserError, match=r"=4 is above .*=2, .* 0\.15 cannot do.*-core 0\.16"):
+    with pytest.raises(UserError, match=r"=4 is above .*=2, .* 0\.15 cannot do.* 0\.16 or later"):
         check_tensor_parallel(four, num_query_groups=2)
 
 

@@ -124,8 +124,8 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
         runtime=s.RuntimeSettings(device=work.device, seed=SEED),  # pyright: ignore
     )
     plan = make_plan(settings)
-    runtime, _ = start_runtime(plan)
-    return prepare(plan, runtime, lambda line: None), plan
+    runtime = start_runtime(plan)
+    return prepare(plan, runtime), plan
 
 
 def _ours_plain(work: Work) -> Trainer:

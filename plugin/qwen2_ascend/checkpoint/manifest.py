@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from qwen2_ascend import __version__
-from qwen2_ascend.checkpoint.formats import megatron_optimizer, safetensors, torch_pt
+from qwen2_ascend.checkpoint.formats import megatron_optimizer, safetensors, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.plan import Held
@@ -251,7 +251,8 @@ def _is_marked(source: Source) -> bool:
     first = source.files[0]
     if source.format == "safetensors":
         return safetensors.read_header(first).metadata.items() >= MARK.items()
-    state = torch_pt.read(source.folder / "common.pt" if source.format == "torch_dist" else first)
+    is_torch_dist = source.format == "torch_dist"
+    state = torch_dist.read_common(source.folder) if is_torch_dist else torch_pt.read(first)
     args = state.get("args")
     return isinstance(args, Namespace) and vars(args).items() >= MARK.items()
 

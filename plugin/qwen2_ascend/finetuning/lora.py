@@ -52,7 +52,7 @@ from qwen2_ascend.checkpoint.rules import BY_COLUMNS, Box, Rule
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
-from qwen2_ascend.runtime.megatron_compat import megatron_release
+from qwen2_ascend.runtime.megatron_compat import sums_only_gradients_that_are_there
 
 __all__ = [
     "LoraConfig",
@@ -98,7 +98,7 @@ def apply_lora(
                 module.add_module("adapter", adapter)
                 module.register_forward_hook(_add_adapter)
         _let_gradients_through(chunk)
-        if megatron_release() < (0, 16):
+        if not sums_only_gradients_that_are_there():
             _hold_frozen_embedding(chunk, layout)
 
 

@@ -7,7 +7,6 @@ layout.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import json_value, open_regular, read_json
 from qwen2_ascend.planning.devices import Device, Rates, device_called
 from qwen2_ascend.planning.job import Cut, Job, Stack
 from qwen2_ascend.planning.roofline import step_time
@@ -67,9 +67,9 @@ def with_start(
         first_iteration: steps that were made before it.
     """
     try:
-        starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
+        starts = read_json(file)["starts"]
         earlier = [one for one in starts if one["first_iteration"] < first_iteration]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         earlier = []  # there is none, or it was cut short by a kill
     return [*earlier, entry or {"first_iteration": first_iteration, "layout": None}]
 
@@ -88,13 +88,15 @@ def read_log(metrics: Path) -> list[LoggedRun]:
                 f"{RUN_FILE} into --report-dir, or else into --save."
             )
     try:
-        starts = json.loads(beside.read_text(encoding="utf-8"))["starts"]
+        starts = read_json(beside)["starts"]
         steps = list(_steps(metrics))
         ends = [*(start["first_iteration"] for start in starts[1:]), float("inf")]
         found = [
             _run(f"{metrics} {start['first_iteration'] + 1}", start, steps, end)
             for start, end in zip(starts, ends, strict=False)
         ]
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"--from-log {metrics}: {beside} cannot be read: {error!r}.") from None
     runs = [run for run in found if run is not None]
@@ -131,13 +133,14 @@ def _run(
 def _steps(metrics: Path) -> Iterator[tuple[int, float, int]]:
     """(iteration, seconds of a step, steps that they are the mean of) of each line."""
     rows: list[tuple[int, float | None]] = [(0, None)]
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut short by a kill
-        if isinstance(row, dict) and row.get("step_seconds"):
-            rows.append((int(row["iteration"]), float(row["step_seconds"])))
+    with open_regular(metrics) as lines:
+        for line in lines:
+            try:
+                row = json_value(line)
+            except ValueError:
+                continue  # cut short by a kill
+            if isinstance(row, dict) and row.get("step_seconds"):
+                rows.append((int(row["iteration"]), float(row["step_seconds"])))
     for (before, _), (at, seconds) in pairwise(rows):
         if seconds is not None and at > before:
             yield at, seconds, at - before

@@ -49,7 +49,7 @@ def check_tensor_parallel(layout: ParallelLayout, num_query_groups: int) -> None
         raise UserError(
             f"tensor_model_parallel_size={layout.tp} is above num_query_groups="
             f"{num_query_groups}, which the installed megatron-core {_name(release)} cannot do; "
-            f"use {num_query_groups} at most, or install megatron-core 0.16."
+            f"use {num_query_groups} at most, or install megatron-core 0.16 or later."
         )
 
 
@@ -190,6 +190,8 @@ def prepare_import() -> None:
         "Apex is not installed",
         # About the default of a field that nobody here sets.
         "full scope is deprecated",
+        # 0.19, of a process that is no rank, such as a command's that prepares data.
+        "Could not determine rank from torch.distributed",
     ):
         warnings.filterwarnings("ignore", message=note, category=UserWarning)
     # An MLP of another class than megatron-core's own takes the tensor-parallel group by itself.
@@ -284,6 +286,16 @@ def finalize_gradients(
 
 
 @functools.cache
+def sums_only_gradients_that_are_there() -> bool:
+    """Whether megatron-core leaves a tied embedding that is frozen out of its stages' sum.
+
+    0.12 asks for its gradient without looking whether it has one.
+    """
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    return "grad is None and skip_if_none" in inspect.getsource(module)
+
+
+@functools.cache
 def _counts_tokens_of_sequences(finalize: Callable[..., None]) -> bool:
     return "with_context_parallel=True" in inspect.getsource(finalize)
 
@@ -292,10 +304,12 @@ def _prepare_buckets() -> None:
     """Mends the distributed optimizer of tied embeddings over pipeline stages in 0.12."""
     from qwen2_ascend.runtime.ledger import Patch, apply
 
-    if megatron_release() < (0, 13):
+    name = "megatron.core.distributed.param_and_grad_buffer"
+    source = inspect.getsource(importlib.import_module(name))
+    if "if param_start_index % self.data_parallel_world_size" in source:
         apply(
             Patch(
-                target="megatron.core.distributed.param_and_grad_buffer:math",
+                target=f"{name}:math",
                 why="a tied embedding has a bucket of its own; megatron-core 0.12 pads the one "
                 "before to 128 elements but begins the embedding at the next multiple of 64, so "
                 "that it may be in both, which the distributed optimizer refuses by an assertion",

@@ -119,6 +119,44 @@ def save_and_read(tied: bool, run: Run) -> str:
     return f"{sum(map(len, found.chunks.values()))} chunks of {len(whole)} tensors"
 
 
+@CHECKS.add(world_size=2)
+def common_state_of_0_19(run: Run) -> str:
+    """Newer releases write no common.pt; any release can write the object that takes its place."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    model = gpt_model(run, tied=True)
+    folder = run.folder / "common-object"
+    if run.runtime.rank == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    common = {"args": Namespace(tensor_model_parallel_size=2), "iteration": 7}
+    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+    if _writes_common_object():
+        state |= common
+    else:
+        replica = run.runtime.rank
+        state["common"] = ShardedObject("common_state", common, (1,), (0,), replica_id=replica)
+    dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
+    torch.distributed.barrier()
+    if run.runtime.rank == 0:
+        (folder / "common.pt").unlink(missing_ok=True)
+    torch.distributed.barrier()
+    found = torch_dist.read(folder, wanted=lambda key: False)
+    assert found.common == torch_dist.read_common(folder) == common
+    assert set(found.objects) == set(torch_dist.extra_states(4)) - OF_TRANSFORMER_ENGINE
+    return str(found.common)
+
+
+def _writes_common_object() -> bool:
+    import inspect
+
+    from megatron.core.dist_checkpointing import serialization
+
+    return '"common_state"' in inspect.getsource(serialization)
+
+
 def ends(offsets, shape) -> list[tuple[int, int]]:
     return [(start, start + n) for start, n in zip(offsets, shape, strict=True)]
 

@@ -1,7 +1,8 @@
 """megatron-core's "torch_dist" checkpoint folders, read and laid out in place without torch.
 
     metadata.json      which backends wrote it: {"sharded_backend": "torch_dist", ...}
-    common.pt          a `.pt` of what every rank has alike: args, iteration, ...
+    common.pt          a `.pt` of what every rank has alike: args, iteration, ...; 0.19 writes an
+                       object common_state/shard_0_1 instead, which is read here, not written
     .metadata          a pickled torch.distributed.checkpoint Metadata: every tensor's global shape,
                        its chunks, and the (file, offset, length) of each chunk
     __RANK_N.distcp    torch.save files one after the other, one per chunk or object
@@ -34,6 +35,7 @@ What megatron-core 0.16.1 stores for Qwen2 (seen in folders it wrote at TP1, TP2
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -94,6 +96,9 @@ class Chunk(NamedTuple):
     """The bytes; its shape is the box's, as many axes as `global_shape`."""
 
 
+_COMMON_OBJECT = "common_state/shard_0_1"
+
+
 class ChunkSpec(NamedTuple):
     """A Chunk to be written."""
 
@@ -107,7 +112,7 @@ class TorchDistCheckpoint:
     """What one folder holds."""
 
     common: dict[str, Any]
-    """The plain state of common.pt (args, iteration, ...), with StoredTensor leaves."""
+    """What every rank has alike (args, iteration, ...), with StoredTensor leaves."""
     chunks: dict[str, list[Chunk]]
     """Every tensor by key, its chunks ordered by offsets."""
     objects: tuple[str, ...]
@@ -147,10 +152,8 @@ def read(
     """
     folder = Path(folder)
     _check_config(folder / "metadata.json")
-    common = torch_pt.read(folder / "common.pt")
-    if type(common) is not dict:
-        raise UserError(f"{folder / 'common.pt'}: holds {type(common).__name__}, not a dict.")
     tensors, objects, stored = _read_metadata(folder / ".metadata")
+    common = _common(folder, stored)
     raise_if(_file_faults(folder, stored.values()))
     chunks: dict[str, list[Chunk]] = {key: [] for key in tensors if wanted(key)}
     faults = []
@@ -169,7 +172,30 @@ def read(
     raise_if(faults)
     for parts in chunks.values():
         parts.sort(key=lambda chunk: chunk.offsets)
-    return TorchDistCheckpoint(common=common, chunks=chunks, objects=objects)
+    others = tuple(key for key in objects if key != _COMMON_OBJECT)
+    return TorchDistCheckpoint(common=common, chunks=chunks, objects=others)
+
+
+def read_common(folder: str | Path) -> dict[str, Any]:
+    """What every rank has alike; as `read` finds it.
+
+    Raises:
+        UserError: it is missing or damaged, or its pickle asks for anything unknown.
+    """
+    folder = Path(folder)
+    return _common(folder, _read_metadata(folder / ".metadata")[2])
+
+
+def _common(folder: Path, stored: dict[_Index, _StorageInfo]) -> dict[str, Any]:
+    path = folder / "common.pt"
+    info = stored.get(_Index(_COMMON_OBJECT, None))
+    if info is None or os.path.lexists(path):  # in megatron-core's order
+        said, common = str(path), torch_pt.read(path)
+    else:
+        said, common = f"{folder}: {_COMMON_OBJECT}", _object(folder, _COMMON_OBJECT, info)
+    if type(common) is not dict:
+        raise UserError(f"{said}: holds {type(common).__name__}, not a dict.")
+    return common
 
 
 def read_object(folder: str | Path, key: str) -> Any:
@@ -182,6 +208,10 @@ def read_object(folder: str | Path, key: str) -> Any:
     info = _read_metadata(folder / ".metadata")[2].get(_Index(key, None))
     if info is None:
         raise UserError(f"{folder}: has no {key}; the folder is damaged.")
+    return _object(folder, key, info)
+
+
+def _object(folder: Path, key: str, info: _StorageInfo) -> Any:
     raise_if(_file_faults(folder, [info]))
     path = folder / info.file
     with open_regular(path) as file:
