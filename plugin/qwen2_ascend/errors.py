@@ -102,7 +102,7 @@ def raise_if(faults: Iterable[str]) -> None:
 class Faults(list[str]):
     """Faults that independent checks find, for `raise_if`: one that fails hides no other."""
 
-    def of(self, check: Callable[[], T]) -> T | None:
+    def collect(self, check: Callable[[], T]) -> T | None:
         """What the check gives, or None where it raises UserError, which is added."""
         try:
             return check()

@@ -18,9 +18,9 @@ from qwen2_ascend.checkpoint.rules import (
     EMBEDDING,
     FINAL_NORM,
     OUTPUT,
-    Piece,
     Rule,
     Shard,
+    TensorSlice,
     hugging_face_pieces,
     megatron_pieces,
     qwen2_rules,
@@ -319,7 +319,7 @@ def test_keys_of_a_stage_by_hand() -> None:
         {EMBEDDING: vocabulary, **layer},
         {**layer, FINAL_NORM: (64,), OUTPUT: vocabulary},
     ]
-    assert last[OUTPUT] == Piece(EMBEDDING, ((0, 1), (128, 256), (0, 64)), vocabulary)
+    assert last[OUTPUT] == TensorSlice(EMBEDDING, ((0, 1), (128, 256), (0, 64)), vocabulary)
     assert last["decoder.layers.0.mlp.linear_fc2.weight"].tensor.startswith("decoder.layers.1.")
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2_ascend.checkpoint.rules import Piece
+from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.checkpoint.slices import Run, owners, parts_of, share_of
 
 small = st.integers(1, 5)
@@ -54,7 +54,7 @@ def test_replicas_share_every_element_once_and_equally(sizes, num_replicas):
 def test_of_equal_tensors_one_rank_writes():
     whole, left, right = (((0, 1), rows, (0, 4)) for rows in ((0, 6), (0, 3), (3, 6)))
     pieces = {
-        "a": {"norm": Piece("norm", whole, (6, 4)), "w": Piece("w", left, (3, 4))},
-        "b": {"norm": Piece("norm", whole, (6, 4)), "w": Piece("w", right, (3, 4))},
+        "a": {"norm": TensorSlice("norm", whole, (6, 4)), "w": TensorSlice("w", left, (3, 4))},
+        "b": {"norm": TensorSlice("norm", whole, (6, 4)), "w": TensorSlice("w", right, (3, 4))},
     }
     assert owners(pieces) == {"a": {"norm", "w"}, "b": {"w"}}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen2_ascend.checkpoint.rules import Piece, Shard, megatron_pieces, qwen2_rules
+from qwen2_ascend.checkpoint.rules import Shard, TensorSlice, megatron_pieces, qwen2_rules
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.parallel import ParallelLayout
 
@@ -96,7 +96,7 @@ def expected_parameters(
     return {name: _cut(piece, rules, tensors) for name, piece in pieces.items()}
 
 
-def _cut(piece: Piece, rules: Mapping, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _cut(piece: TensorSlice, rules: Mapping, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     words = piece.tensor.split(".")
     layer = next((word for word in words if word.isdigit()), "")
     rule = rules[".".join("{}" if word.isdigit() else word for word in words)]

@@ -111,11 +111,11 @@ class Planned(NamedTuple):
 def planned(flags: str) -> Planned:
     """Of an option, rounded up to no whole tensor of what the host keeps."""
     from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, stage_memory
-    from qwen2_ascend.training.planned import as_cut
+    from qwen2_ascend.training.planned import as_run_layout
     from qwen2_ascend.training.settings import parse
 
     settings = parse(f"{LAYOUT} {flags} --config 0.5B".split())
-    cut = as_cut(settings, tiny_config(**MODEL), TP * DP, "npu")
+    cut = as_run_layout(settings, tiny_config(**MODEL), TP * DP, "npu")
     memory = stage_memory(cut, 0)
     elsewhere = communicators(cut) * HCCL_BYTES + CAUSAL_MASK
     rest = memory.at_rest + memory.buffers - elsewhere

@@ -168,7 +168,7 @@ def test_training_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_memory_is_the_planners() -> None:
     from qwen2_ascend.config import Qwen2Config
-    from qwen2_ascend.planning.job import Cut, Job
+    from qwen2_ascend.planning.job import Job, RunLayout
     from qwen2_ascend.planning.memory import fullest_stage
 
     words = """--num-layers 28 --hidden-size 3584 --ffn-hidden-size 18944 --num-attention-heads 28
@@ -179,7 +179,7 @@ def test_memory_is_the_planners() -> None:
     switches = ("--bf16", "--sequence-parallel", "--use-distributed-optimizer")
     flags = {**flags, **dict.fromkeys((*switches, "--untie-embeddings-and-output-weights"))}
     job = Job(config=Qwen2Config.named("7B"), seq_length=4096, global_batch_size=32)
-    cut = Cut(
+    cut = RunLayout(
         job=job,
         tp=4,
         pp=2,

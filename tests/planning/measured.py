@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.planning.devices import Device, find_device
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Stack
+from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Stack
 from qwen2_ascend.planning.memory import (
     HCCL_BYTES,
     communicators,
@@ -31,7 +31,7 @@ class TimedRow(NamedTuple):
     """A measured step that the planner can state."""
 
     name: str
-    cut: Cut
+    cut: RunLayout
     device: Device
     devices_per_node: int
     seconds: float
@@ -72,7 +72,7 @@ def _ranks(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memory(row: dict[str, Any], rank: dict[str, Any]) -> MemoryRow:
-    cut, stage = as_cut(row), rank["stage"]
+    cut, stage = as_run_layout(row), rank["stage"]
     weights = parameters(cut, stage)
     kind = cut.job.backend
     rest = peak = None
@@ -171,14 +171,14 @@ def _timed(row: dict[str, Any]) -> TimedRow:
     name = row["device"]["name"]
     return TimedRow(
         name=row["id"],
-        cut=as_cut(row),
+        cut=as_run_layout(row),
         device=find_device(DEVICES.get(name, name)),
         devices_per_node=row["device"]["devices_per_node"],
         seconds=row["measured"]["time"]["ms_per_step"] / 1e3,
     )
 
 
-def as_cut(row: dict[str, Any]) -> Cut:
+def as_run_layout(row: dict[str, Any]) -> RunLayout:
     """The layout of a row."""
     layout, batch, recompute = row["layout"], row["batch"], row["recompute"]
     per_stage = layout["layers_per_stage"]
@@ -190,7 +190,7 @@ def as_cut(row: dict[str, Any]) -> Cut:
     is_even = len(set(per_stage)) == 1
     precision = row["precision"]
     function = row["recompute_activation_function"]
-    return Cut(
+    return RunLayout(
         job=_job(row),
         tp=layout["tp"],
         pp=layout["pp"],

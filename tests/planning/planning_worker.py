@@ -11,7 +11,7 @@ from distributed import train_worker
 from distributed.harness import Checks, Run, main
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job
+from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout
 from qwen2_ascend.planning.memory import stage_memory
 from qwen2_ascend.planning.traffic import collectives
 
@@ -128,7 +128,7 @@ def planned(
     sequences: int = 2,
     backend: str = "cpu",
     **cut: Any,
-) -> Cut:
+) -> RunLayout:
     """The planner's view of a layout: four micro-batches of `sequences` sequences per rank."""
     config = tiny_config(
         hidden_size=128,
@@ -149,10 +149,10 @@ def planned(
         cross_entropy_chunk_size=chunk,
         lora_rank=lora,
     )
-    return Cut(job=job, micro_batch_size=sequences, **cut)
+    return RunLayout(job=job, micro_batch_size=sequences, **cut)
 
 
-def flags(cut: Cut) -> str:
+def flags(cut: RunLayout) -> str:
     """The launcher's."""
     job = cut.job
     words = {
@@ -187,7 +187,7 @@ def flags(cut: Cut) -> str:
     return " ".join(word for word, is_on in words.items() if is_on)
 
 
-def memory_and_traffic(cut: Cut, run: Run) -> str:
+def memory_and_traffic(cut: RunLayout, run: Run) -> str:
     """Peak memory within a twentieth, memory at rest within a hundredth, the same bytes sent."""
     from megatron.core import parallel_state
 
@@ -215,7 +215,7 @@ def memory_and_traffic(cut: Cut, run: Run) -> str:
     return told
 
 
-def start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
+def start(cut: RunLayout, run: Run, folder: Path) -> TrainingRun:
     if cut.job.lora_rank is None:
         return train_worker.start(run, flags(cut), load=folder)
     from qwen2_ascend import runtime
@@ -236,7 +236,7 @@ def start(cut: Cut, run: Run, folder: Path) -> TrainingRun:
     return build_run(plan.settings, run.runtime, chunks, train_data=data)
 
 
-def weights(cut: Cut, run: Run) -> Path:
+def weights(cut: RunLayout, run: Run) -> Path:
     """A folder of the model's shape, written by the first rank that asks."""
     import torch
 
@@ -258,7 +258,7 @@ def _compare_memory(expected: Memory, at_rest: int, peak: int) -> str:
     return told
 
 
-def _compare_traffic(cut: Cut, stage: int, calls: Counter) -> None:
+def _compare_traffic(cut: RunLayout, stage: int, calls: Counter) -> None:
     """Equal bytes of each kind of collective over each number of ranks."""
     expected: Counter = Counter()
     for call in collectives(cut, stage):

@@ -16,8 +16,15 @@ from qwen2_ascend.config import Qwen2Config, YarnScaling
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.command import main
 from qwen2_ascend.planning.devices import device_called, find_device
-from qwen2_ascend.planning.job import Cut, Job
-from qwen2_ascend.planning.log import RUN_FILE, as_cut, as_entry, rates_of, read_log, with_start
+from qwen2_ascend.planning.job import Job, RunLayout
+from qwen2_ascend.planning.log import (
+    RUN_FILE,
+    as_entry,
+    as_run_layout,
+    rates_of,
+    read_log,
+    with_start,
+)
 from qwen2_ascend.planning.roofline import step_time
 
 DEVICE = find_device("910B3")
@@ -32,25 +39,29 @@ SLOW = replace(
 )
 JOB = Job(config=Qwen2Config.named("7B"), seq_length=4096, global_batch_size=64)
 LOGGED = [
-    Cut(job=JOB, tp=2, dp=4, sequence_parallel=True, distributed_optimizer=True),
-    Cut(job=JOB, tp=8, sequence_parallel=True, micro_batch_size=2),
-    Cut(job=JOB, tp=2, pp=4, sequence_parallel=True),
-    Cut(job=JOB, tp=4, dp=2, distributed_optimizer=True, recompute="full"),
+    RunLayout(job=JOB, tp=2, dp=4, sequence_parallel=True, distributed_optimizer=True),
+    RunLayout(job=JOB, tp=8, sequence_parallel=True, micro_batch_size=2),
+    RunLayout(job=JOB, tp=2, pp=4, sequence_parallel=True),
+    RunLayout(job=JOB, tp=4, dp=2, distributed_optimizer=True, recompute="full"),
 ]
 HELD_OUT = [
-    Cut(job=JOB, tp=4, pp=2, sequence_parallel=True),
-    Cut(job=JOB, pp=4, dp=2, distributed_optimizer=True, recompute="full"),
-    Cut(job=replace(JOB, seq_length=16384), tp=8, sequence_parallel=True, recompute="selective"),
-    Cut(job=replace(JOB, global_batch_size=256), tp=4, dp=2, sequence_parallel=True),
+    RunLayout(job=JOB, tp=4, pp=2, sequence_parallel=True),
+    RunLayout(job=JOB, pp=4, dp=2, distributed_optimizer=True, recompute="full"),
+    RunLayout(
+        job=replace(JOB, seq_length=16384), tp=8, sequence_parallel=True, recompute="selective"
+    ),
+    RunLayout(job=replace(JOB, global_batch_size=256), tp=4, dp=2, sequence_parallel=True),
 ]
 
 
-def seconds(cut: Cut) -> float:
+def seconds(cut: RunLayout) -> float:
     """Of a step on the machine of the test."""
     return step_time(cut, DEVICE, SLOW, devices_per_node=8).total
 
 
-def write_log(folder: Path, cut: Cut, noise: float = 0.0, first: int = 0, steps: int = 6) -> Path:
+def write_log(
+    folder: Path, cut: RunLayout, noise: float = 0.0, first: int = 0, steps: int = 6
+) -> Path:
     """A log as a run writes it: a slow first step, then steps that differ by `noise`."""
     folder.mkdir(exist_ok=True)
     file = folder / RUN_FILE
@@ -148,9 +159,11 @@ def test_lines_of_several_steps_count_as_that_many(tmp_path: Path) -> None:
 def test_a_layout_survives_the_file() -> None:
     yarn = YarnScaling(factor=4.0, original_max_position_embeddings=32768, attention_factor=1.0)
     config = replace(JOB.config, yarn=yarn)
-    cut = Cut(job=replace(JOB, config=config, lora_rank=8), pp=2, num_layer_list=(12, 16), cp=2)
+    cut = RunLayout(
+        job=replace(JOB, config=config, lora_rank=8), pp=2, num_layer_list=(12, 16), cp=2
+    )
     entry = json.loads(json.dumps(as_entry(cut, "Ascend910B3", 8, 0)))
-    assert as_cut(entry["layout"]) == replace(cut, job=replace(cut.job, config=JOB.config))
+    assert as_run_layout(entry["layout"]) == replace(cut, job=replace(cut.job, config=JOB.config))
 
 
 def test_the_command_plans_on_the_machine_of_the_log(tmp_path: Path, capsys) -> None:

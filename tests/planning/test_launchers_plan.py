@@ -15,13 +15,13 @@ from qwen2_ascend.finetuning.deepspeed import finetune as by_zero
 from qwen2_ascend.finetuning.deepspeed import settings as zero_settings
 from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.devices import find_device
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Zero
+from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Zero
 from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
 from qwen2_ascend.planning.search import Machine, plan_of
 from qwen2_ascend.planning.zero import zero_at_rest, zero_memory
 from qwen2_ascend.training import pretrain as pretraining
 from qwen2_ascend.training import settings as pretraining_settings
-from qwen2_ascend.training.planned import as_cut, expected
+from qwen2_ascend.training.planned import as_run_layout, expected
 
 COMMAND = (
     "--config 14B --mock-data --seq-length 4096 --train-iters 3 --lr 1e-5 --bf16 "
@@ -40,7 +40,7 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
     assert pretraining.main(f"{COMMAND} --plan 16 --plan-device 910B3".split()) == 0
     said = capsys.readouterr().out
     settings = pretraining_settings.parse(COMMAND.split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
+    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
     assert (cut.label(), cut.num_microbatches) == ("TP4 PP2 DP2", 16)
     gigabytes = fullest_stage(cut)[1].total / 1e9
     assert "fits: 1 of 1 valid layouts" in said and f"takes {gigabytes:.1f} GB" in said
@@ -50,7 +50,7 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
 def test_a_log_is_told_what_the_plan_was() -> None:
     """On devices by the names that their drivers give; torch's memory is without HCCL's."""
     settings = pretraining_settings.parse(COMMAND.split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
+    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
     planned = expected(cut, "Ascend910B3", 8)
     assert planned is not None and planned.device == "910B3"
     device = find_device("910B3")
@@ -97,7 +97,7 @@ def test_a_log_is_told_what_the_plan_was() -> None:
 )
 def test_what_the_planner_knows_it_is_told(flags: str, fields: dict) -> None:
     settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
+    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
     assert {name: getattr(cut, name) for name in fields} == fields
     assert cut.job.cross_entropy_chunk_size == settings.recompute.cross_entropy_chunk_size
 
@@ -107,7 +107,7 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
     flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 2"
     flags += " --num-layers-per-virtual-pipeline-stage 6"
     settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_cut(settings, Qwen2Config.named("14B"), 16, "npu")
+    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
     assert cut.recomputed(0) == 2 * cut.num_chunks == 8
 
 
@@ -165,14 +165,14 @@ def test_zero_is_planned(flags: str, zero: Zero, capsys) -> None:
     words = f"{ZERO_COMMAND} {flags}".split()
     assert by_zero.main([*words, "--plan", "8", "--plan-device", "910B3"]) == 0
     said = capsys.readouterr().out
-    cut = as_cut(zero_settings.parse(words), Qwen2Config.named("7B"), 8, "npu")
+    cut = as_run_layout(zero_settings.parse(words), Qwen2Config.named("7B"), 8, "npu")
     assert cut.zero == zero and f"ZeRO stage {zero.stage}" in said
     assert f"takes {zero_memory(cut).total / 1e9:.1f} GB" in said
     command = report.launch_command(
         "7B", cut, search.Machine(device=find_device("910B3"), num_devices=8, devices_per_node=8)
     )
     told = command.replace("\\\n", " ").split("finetune_qwen2_deepspeed.py")[1].split()
-    assert as_cut(zero_settings.parse(told), Qwen2Config.named("7B"), 8, "npu") == cut
+    assert as_run_layout(zero_settings.parse(told), Qwen2Config.named("7B"), 8, "npu") == cut
 
 
 def test_zero_s_own_file_is_planned(tmp_path) -> None:
@@ -208,7 +208,7 @@ def test_more_stages_and_ranks_hold_less() -> None:
     """Of what lasts between steps: 16 N / d at stage 3, and 12 N / d of the optimizer at all."""
     job = Job(config=Qwen2Config.named("7B"), seq_length=4096, global_batch_size=64)
     at_rest = [
-        [sum(zero_at_rest(Cut(job=job, dp=d, zero=Zero(stage=stage)))) for d in (2, 4, 8)]
+        [sum(zero_at_rest(RunLayout(job=job, dp=d, zero=Zero(stage=stage)))) for d in (2, 4, 8)]
         for stage in (1, 2, 3)
     ]
     assert at_rest[0] == at_rest[1]

@@ -19,7 +19,7 @@ from planning.measured import (
     why_no_rest,
     why_no_time,
 )
-from planning.measured import as_cut as measured_cut
+from planning.measured import as_run_layout as measured_cut
 from planning.measured_page import (
     BEGIN,
     END,

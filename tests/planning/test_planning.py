@@ -22,14 +22,14 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.command import PlanOptions, _choices, as_launchers_write, main
 from qwen2_ascend.planning.devices import DEVICES, find_device
-from qwen2_ascend.planning.job import Cut, Job
+from qwen2_ascend.planning.job import Job, RunLayout
 from qwen2_ascend.planning.memory import fullest_stage, stage_memory
 from qwen2_ascend.planning.parameters import parameters
 from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops, step_time
 from qwen2_ascend.planning.traffic import step_traffic
 from qwen2_ascend.training import settings as pretraining
 from qwen2_ascend.training.logging import train_flops
-from qwen2_ascend.training.planned import as_cut
+from qwen2_ascend.training.planned import as_run_layout
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "README.md"
@@ -78,7 +78,7 @@ def _some_of(found: report.Result) -> list[search.Plan]:
 def test_every_rank_has_the_parameters_of_the_table(cut, tied):
     tp, pp, per_chunk = cut
     config = tiny_config(tie_word_embeddings=tied)
-    asked = Cut(job=job(config=config), tp=tp, pp=pp, layers_per_chunk=per_chunk)
+    asked = RunLayout(job=job(config=config), tp=tp, pp=pp, layers_per_chunk=per_chunk)
     pieces = megatron_pieces(config, asked.layout, config.vocab_size)
     for stage in range(pp):
         shards = [shard for shard in pieces if (shard.tp_rank, shard.pp_stage) == (0, stage)]
@@ -132,7 +132,7 @@ def test_launch_commands_are_ones_that_the_launcher_takes(model, num_devices, ch
 )
 def test_a_launch_command_is_planned_as_it_was_found(model, num_devices, asked, changes):
     """The launcher's --plan sees the very layout whose flags the search gives."""
-    from qwen2_ascend.training.planned import as_cut
+    from qwen2_ascend.training.planned import as_run_layout
     from qwen2_ascend.training.settings import parse, validate
 
     wanted = job(model, **changes)
@@ -141,7 +141,7 @@ def test_a_launch_command_is_planned_as_it_was_found(model, num_devices, asked, 
     for plan in [found[0], *kinds.values()][:5]:
         settings = parse(shlex.split(" ".join(report.launch_flags(model, plan.cut))))
         validate(settings, wanted.config, num_devices)
-        assert as_cut(settings, wanted.config, num_devices, "npu") == plan.cut
+        assert as_run_layout(settings, wanted.config, num_devices, "npu") == plan.cut
 
 
 def test_layouts_are_found_that_only_some_recomputing_lets_in():
@@ -254,7 +254,7 @@ def test_every_layout_that_the_launcher_takes_is_found():
         if 8 % (tp * pp) == 0
         for chunk, size in product((None, 1, 2, 3), search.MICRO_BATCH_SIZES)
         if _is_taken(
-            cut := Cut(
+            cut := RunLayout(
                 job=asked,
                 tp=tp,
                 pp=pp,
@@ -266,7 +266,7 @@ def test_every_layout_that_the_launcher_takes_is_found():
     }
 
 
-def _is_taken(cut: Cut) -> bool:
+def _is_taken(cut: RunLayout) -> bool:
     """By the launcher's own checks; a chunk that is a whole stage is no interleaved pipeline."""
     from qwen2_ascend.training.settings import validate
 
@@ -326,7 +326,7 @@ def test_the_fullest_stage_is_the_first_or_the_last():
 
 def test_memory_is_what_the_parts_say():
     """Weights and optimizer by their definition; recomputing and chunking only save."""
-    cut = Cut(job=job(), tp=2, dp=8, distributed_optimizer=True)
+    cut = RunLayout(job=job(), tp=2, dp=8, distributed_optimizer=True)
     memory = stage_memory(cut, 0)
     own = parameters(cut, 0)
     assert memory.weights == 2 * own.buffers[0] and memory.gradients == 4 * own.buffers[0]
@@ -355,7 +355,7 @@ def test_traffic_is_what_the_simulated_cards_recorded(name):
         seq_length=LENGTH,
         global_batch_size=MICRO_BATCHES * MICRO_BATCH * layout.dp,
     )
-    cut = Cut(
+    cut = RunLayout(
         job=asked,
         tp=layout.tp,
         pp=layout.pp,
@@ -372,7 +372,7 @@ def test_traffic_is_what_the_simulated_cards_recorded(name):
 def test_arithmetic_is_that_of_the_training_log():
     """Added up over the ranks; recomputing layers costs a third more."""
     asked = job("14B")
-    cut = Cut(job=asked, tp=4, pp=4, dp=2, micro_batch_size=2)
+    cut = RunLayout(job=asked, tp=4, pp=4, dp=2, micro_batch_size=2)
     expected = train_flops(
         asked.config,
         num_sequences=asked.global_batch_size,
@@ -387,7 +387,7 @@ def test_arithmetic_is_that_of_the_training_log():
 
 
 def test_more_micro_batches_and_chunks_leave_a_smaller_bubble():
-    cut = Cut(job=job("14B"), pp=4, dp=4)
+    cut = RunLayout(job=job("14B"), pp=4, dp=4)
     assert bubble_fraction(cut) == pytest.approx(3 / (64 + 3))
     assert bubble_fraction(replace(cut, layers_per_chunk=3)) == pytest.approx(0.75 / (64 + 0.75))
     assert bubble_fraction(replace(cut, pp=1)) == 0
@@ -405,7 +405,9 @@ def test_a_mesh_gives_few_cards_few_links():
 def test_more_tensor_parallelism_never_means_more_on_a_card():
     for distributed in (False, True):
         sizes = [
-            stage_memory(Cut(job=job("72B"), tp=tp, distributed_optimizer=distributed), 0).at_rest
+            stage_memory(
+                RunLayout(job=job("72B"), tp=tp, distributed_optimizer=distributed), 0
+            ).at_rest
             for tp in (1, 2, 4, 8)
         ]
         assert sizes == sorted(sizes, reverse=True)
@@ -416,7 +418,7 @@ def test_a_pipeline_waits_for_the_other_stages_once():
     device = find_device("910B2")
 
     def bubble(batch: int, chunk: int | None = None) -> float:
-        cut = Cut(job=job("14B", global_batch_size=batch), pp=8, layers_per_chunk=chunk)
+        cut = RunLayout(job=job("14B", global_batch_size=batch), pp=8, layers_per_chunk=chunk)
         return step_time(cut, device, device.rates, devices_per_node=8).bubble
 
     assert bubble(8) == pytest.approx(bubble(512))
@@ -489,7 +491,7 @@ def test_the_command_asks_for_what_was_planned(flags, capsys):
 
     found = qwen2_ascend.plan("1.5B", 8, **_keywords(given)).plans[0].cut
     settings = pretraining.parse(words)
-    assert as_cut(settings, found.job.config, 8, "npu") == found
+    assert as_run_layout(settings, found.job.config, 8, "npu") == found
     assert all(word in words for word in flags.split())
 
 
@@ -524,7 +526,7 @@ def test_flags_that_exclude_each_other_are_refused(flags, fault):
 
 def test_an_offloaded_element_takes_12_bytes_of_the_device():
     """AdamW's fp32 weight and two moments; on a CPU they are in the host's memory anyway."""
-    plain = Cut(job=job("0.5B"), dp=2)
+    plain = RunLayout(job=job("0.5B"), dp=2)
     plain = replace(plain, distributed_optimizer=True)
     half = replace(plain, optimizer_offload_fraction=0.5)
     updated = sum(parameters(plain, 0).buffers) // 2
@@ -622,7 +624,7 @@ def test_scores_in_memory_take_what_they_take(capsys):
     words = "--model 7B --num-devices 8 --seq-length 16384 --recompute-granularity none"
     main(f"{words} --attention-backend unfused".split())
     assert "does not fit" in capsys.readouterr().out
-    cut = Cut(job=job(keeps_scores=True), tp=4)
+    cut = RunLayout(job=job(keeps_scores=True), tp=4)
     more = stage_memory(cut, 0).activations - stage_memory(replace(cut, job=job()), 0).activations
     scores = 28 * 4096**2 * (28 // 4)
     assert 6 * scores < more < 6.5 * scores

@@ -13,7 +13,7 @@ from typing import Any
 from distributed.harness import Checks, Run, main
 from finetuning.finetune_worker import chats
 from planning.planning_worker import planned, weights
-from qwen2_ascend.planning.job import Cut, Zero
+from qwen2_ascend.planning.job import RunLayout, Zero
 from qwen2_ascend.planning.zero import zero_at_rest, zero_memory
 
 CHECKS = Checks()
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def flags(cut: Cut, run: Run) -> str:
+def flags(cut: RunLayout, run: Run) -> str:
     """The launcher's; every chat is padded to the sequence's length."""
     assert cut.zero is not None
     config = run.folder / "zero.json"
@@ -52,7 +52,7 @@ def flags(cut: Cut, run: Run) -> str:
     )
 
 
-def memory_of_a_step(cut: Cut, run: Run) -> str:
+def memory_of_a_step(cut: RunLayout, run: Run) -> str:
     """The second step's peak within a twentieth, and what is held before it within a hundredth."""
     from finetuning.deepspeed_worker import start, steps_of
     from planning.tensor_memory import TensorMemory

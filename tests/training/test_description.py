@@ -47,7 +47,7 @@ def settings(*more: str) -> Any:
 def test_the_planned_memory_is_the_planners() -> None:
     from qwen2_ascend.planning.devices import find_device
     from qwen2_ascend.planning.memory import fullest_stage
-    from qwen2_ascend.training.planned import as_cut
+    from qwen2_ascend.training.planned import as_run_layout
 
     config = Qwen2Config.named("0.5B")
     plan: Any = SimpleNamespace(
@@ -55,7 +55,7 @@ def test_the_planned_memory_is_the_planners() -> None:
     )
     found = planned(plan, runtime(world_size=2))
     device = find_device("910B2")
-    _, memory = fullest_stage(as_cut(plan.settings, config, 2, "npu"))
+    _, memory = fullest_stage(as_run_layout(plan.settings, config, 2, "npu"))
     assert found == {"planned_memory_bytes": memory.total, "peak_flops": device.peak_flops}
 
 

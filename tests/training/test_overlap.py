@@ -109,9 +109,11 @@ def test_batches_of_their_own_lengths_are_cut_as_equally_as_can_be() -> None:
 
 def test_the_planner_hides_half_of_the_exchange() -> None:
     from qwen2_ascend.planning.devices import find_device
-    from qwen2_ascend.training.planned import as_cut
+    from qwen2_ascend.training.planned import as_run_layout
 
     for flags, hides in (("", False), (f"{COC} --coc-parallel-num 2", True), (MC2, True)):
         words = f"{NEEDED} --config 7B --bf16 {TP2} {flags}".split()
-        cut = as_cut(pretraining.parse(words), Qwen2Config.named("7B"), 8, find_device("910B"))
+        cut = as_run_layout(
+            pretraining.parse(words), Qwen2Config.named("7B"), 8, find_device("910B")
+        )
         assert cut.mc2 is hides

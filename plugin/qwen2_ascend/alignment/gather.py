@@ -16,8 +16,8 @@ import torch
 from qwen2_ascend.alignment.capture import COLUMNS, GATE_UP, GROUPS, QKV, SEQUENCE, Taken
 from qwen2_ascend.alignment.sublayers import LOGITS, LOSS
 from qwen2_ascend.checkpoint.rules import (
-    Piece,
     Shard,
+    TensorSlice,
     hugging_face_pieces,
     megatron_pieces,
     qwen2_rules,
@@ -192,7 +192,7 @@ def gather_gradients(
     }
 
 
-def _rule_name(piece: Piece) -> str:
+def _rule_name(piece: TensorSlice) -> str:
     return ".".join("{}" if word.isdigit() else word for word in piece.tensor.split("."))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.rules import Box
 from qwen2_ascend.lora_config import LoraConfig
 
@@ -22,9 +22,9 @@ class Factors(NamedTuple):
     """The weight, by its whole-model Megatron name."""
     box: Box
     """The box lies in the weight's view."""
-    a: Held
+    a: StoredSlice
     """`[r, columns of the box]`"""
-    b: Held
+    b: StoredSlice
     """`[rows of the box, block after block, r]`"""
     scaling: float | None = None
     """Where it is another than the adapter's."""
@@ -37,11 +37,11 @@ class Adapter:
     folder: Path
     lora: LoraConfig
     factors: tuple[Factors, ...]
-    base: tuple[Held, ...] = ()
+    base: tuple[StoredSlice, ...] = ()
     """The weights that it was trained on, where they are stored with it."""
 
     @property
-    def held(self) -> tuple[Held, ...]:
+    def held(self) -> tuple[StoredSlice, ...]:
         """All its matrices, each once."""
         return tuple(dict.fromkeys(held for one in self.factors for held in (one.a, one.b)))
 

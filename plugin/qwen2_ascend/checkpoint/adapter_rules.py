@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qwen2_ascend.checkpoint.rules import BY_COLUMNS, Piece, Rule, Shard, qwen2_rules
+from qwen2_ascend.checkpoint.rules import BY_COLUMNS, Rule, Shard, TensorSlice, qwen2_rules
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
@@ -48,11 +48,11 @@ def adapter_rules(config: Qwen2Config, lora: LoraConfig) -> tuple[Rule, ...]:
     )
 
 
-def peft_pieces(config: Qwen2Config, lora: LoraConfig) -> dict[str, Piece]:
+def peft_pieces(config: Qwen2Config, lora: LoraConfig) -> dict[str, TensorSlice]:
     """Every tensor of the PEFT adapter by name, in the order of the model."""
     rules = adapter_rules(config, lora)
     return {
-        name.format(layer): Piece(rule.megatron.format(layer), box, rule.shape(box))
+        name.format(layer): TensorSlice(rule.megatron.format(layer), box, rule.shape(box))
         for layer in range(config.num_layers)
         for rule in rules
         for name, box in rule.parts
@@ -61,7 +61,7 @@ def peft_pieces(config: Qwen2Config, lora: LoraConfig) -> dict[str, Piece]:
 
 def adapter_pieces(
     config: Qwen2Config, lora: LoraConfig, layout: ParallelLayout
-) -> dict[Shard, dict[str, Piece]]:
+) -> dict[Shard, dict[str, TensorSlice]]:
     """Every rank's adapter tensors under their parameters' names, layers numbered in the chunk."""
     rules = adapter_rules(config, lora)
     pieces = {}
@@ -70,7 +70,7 @@ def adapter_pieces(
         for stage, chunks in enumerate(layout.stages(config.num_layers)):
             for chunk, layers in enumerate(chunks):
                 pieces[Shard(tp_rank, stage, chunk)] = {
-                    rule.megatron.format(local): Piece(
+                    rule.megatron.format(local): TensorSlice(
                         rule.megatron.format(layer), box, rule.shape(box)
                     )
                     for local, layer in enumerate(layers)

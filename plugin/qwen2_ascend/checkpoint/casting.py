@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
-from qwen2_ascend.checkpoint.plan import Held, volume
+from qwen2_ascend.checkpoint.plan import StoredSlice, volume
 from qwen2_ascend.checkpoint.rules import Box
 from qwen2_ascend.errors import UserError
 
@@ -55,15 +55,15 @@ class CastLosses:
             allow_overflow: whether `check` accepts numbers that became infinite.
         """
         self._way_out, self._allow_overflow = way_out, allow_overflow
-        self._lost: dict[Held, dict[Box, Lost]] = defaultdict(dict)
+        self._lost: dict[StoredSlice, dict[Box, Lost]] = defaultdict(dict)
         self._lock = threading.Lock()
         self._dtypes: set[str] = set()
 
-    def __contains__(self, source: Held) -> bool:
+    def __contains__(self, source: StoredSlice) -> bool:
         with self._lock:
             return source in self._lost
 
-    def add(self, source: Held, box: Box, lost: Lost, dtype: np.dtype) -> None:
+    def add(self, source: StoredSlice, box: Box, lost: Lost, dtype: np.dtype) -> None:
         """Takes what `box` of `source` lost when it was cast to `dtype`."""
         if any(lost):
             with self._lock:
@@ -102,7 +102,7 @@ class CastLosses:
                     f"{self._way_out}"
                 )
 
-    def _count(self, held: Held, kind: str) -> int:
+    def _count(self, held: StoredSlice, kind: str) -> int:
         return sum(getattr(lost, kind) for lost in self._lost[held].values())
 
     def _dtypes_text(self) -> str:

@@ -21,8 +21,8 @@ import xxhash
 
 from qwen2_ascend.checkpoint.casting import CastLosses, assign
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.checkpoint.plan import Copy, Held, Write, bands, overlap, volume
-from qwen2_ascend.checkpoint.rules import Box, Piece
+from qwen2_ascend.checkpoint.plan import Copy, StoredSlice, Write, bands, overlap, volume
+from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.errors import DamagedError, VerificationError
 from qwen2_ascend.files import open_descriptor
 
@@ -65,7 +65,7 @@ class Reader:
                 self._files[path] = (fd, mmap.mmap(fd, 0, prot=mmap.PROT_READ))
             return self._files[path]
 
-    def view(self, held: Held, box: Box) -> np.ndarray:
+    def view(self, held: StoredSlice, box: Box) -> np.ndarray:
         """`box` (of the tensor's view) as a `[blocks, rows, columns]` array over the file.
 
         Raises:
@@ -82,7 +82,7 @@ class Reader:
         )
         return flat.reshape(shape)[within(box, held.piece.box)]
 
-    def read_run(self, held: Held, box: Box, out: np.ndarray) -> None:
+    def read_run(self, held: StoredSlice, box: Box, out: np.ndarray) -> None:
         """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype).
 
         Raises:
@@ -103,7 +103,7 @@ class Reader:
                 raise _ended(held)
             raw, start = raw[n:], start + n
 
-    def checksum(self, held: Held) -> str:
+    def checksum(self, held: StoredSlice) -> str:
         """The xxh3-128 checksum of a stored tensor's bytes, in hexadecimal."""
         return _read_checksum(self._open(held.stored.path)[0], held.stored)
 
@@ -123,7 +123,7 @@ class Reader:
                 values = self.view(copy.source, common)
                 self.cast(out[within(common, box)], values, copy.source, common)
 
-    def cast(self, out: np.ndarray, values: np.ndarray, source: Held, box: Box) -> None:
+    def cast(self, out: np.ndarray, values: np.ndarray, source: StoredSlice, box: Box) -> None:
         """Casts `values`, which are made of `box` of `source`, and counts what that loses."""
         self.losses.add(source, box, assign(out, values), out.dtype)
 
@@ -237,7 +237,7 @@ class SourceChecks:
         for copy in write.copies:
             self._check(copy.source, reader)
 
-    def finish(self, sources: Iterable[Held], reader: Reader) -> None:
+    def finish(self, sources: Iterable[StoredSlice], reader: Reader) -> None:
         """Checks those of `sources` that no write read (replicas, or of an earlier run).
 
         Raises:
@@ -248,7 +248,7 @@ class SourceChecks:
             self._check(held, reader)
         self.raise_damaged(sources)
 
-    def raise_damaged(self, sources: Iterable[Held]) -> None:
+    def raise_damaged(self, sources: Iterable[StoredSlice]) -> None:
         """Ends the work where one of `sources` that was read is not as it was written.
 
         Raises:
@@ -262,11 +262,11 @@ class SourceChecks:
                 if held.stored in self._damaged
             )
 
-    def _check(self, held: Held, reader: Reader) -> None:
+    def _check(self, held: StoredSlice, reader: Reader) -> None:
         for part, expected in self._left.pop(held.stored, ()):  # whoever takes it checks it
             flat = ((0, 1), (0, 1), (0, prod(part.shape)))
-            piece = Piece(held.piece.tensor, flat, part.shape)
-            if reader.checksum(Held(held.name, piece, part)) != expected:
+            piece = TensorSlice(held.piece.tensor, flat, part.shape)
+            if reader.checksum(StoredSlice(held.name, piece, part)) != expected:
                 self._damaged.append(held.stored)
 
 
@@ -278,7 +278,7 @@ def allow_many_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _ended(held: Held) -> VerificationError:
+def _ended(held: StoredSlice) -> VerificationError:
     return VerificationError(
         f"{held.stored.path} became shorter while it was read ({held.name} is gone); something "
         "else is writing it."
@@ -294,14 +294,14 @@ def within(box: Box, outer: Box) -> tuple[slice, ...]:
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))
 
 
-def _is_run(held: Held, box: Box) -> bool:
+def _is_run(held: StoredSlice, box: Box) -> bool:
     """Whether `box` is one run of the stored bytes (rows of one block, all columns)."""
     blocks, _, columns = box
     whole = held.piece.box
     return columns == whole[2] and (blocks[1] - blocks[0] == 1 or box[1] == whole[1])
 
 
-def _run_start(held: Held, box: Box) -> int:
+def _run_start(held: StoredSlice, box: Box) -> int:
     _, rows, columns = _extent(held.piece.box)
     block, row, column = (a - c for (a, _), (c, _) in zip(box, held.piece.box, strict=True))
     element = (block * rows + row) * columns + column

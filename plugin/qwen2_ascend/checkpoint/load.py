@@ -18,8 +18,8 @@ from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.manifest import compare_with_manifest
 from qwen2_ascend.checkpoint.merging import MergingReader
-from qwen2_ascend.checkpoint.plan import Held, Write, make_plan, volume
-from qwen2_ascend.checkpoint.rules import Piece, Shard, megatron_pieces
+from qwen2_ascend.checkpoint.plan import StoredSlice, Write, make_plan, volume
+from qwen2_ascend.checkpoint.rules import Shard, TensorSlice, megatron_pieces
 from qwen2_ascend.checkpoint.slices import Run, parts_of
 from qwen2_ascend.checkpoint.source import Source, open_source
 from qwen2_ascend.checkpoint.verify import check_replicas
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Slices = Iterable[tuple[Piece, Run, "torch.Tensor"]]
+Slices = Iterable[tuple[TensorSlice, Run, "torch.Tensor"]]
 """A tensor of this rank, which run of its elements, and the tensor that takes them."""
 _IN_MEMORY = Path("memory")
 
@@ -96,7 +96,7 @@ def load_tensors(
             expected = pieces[Shard(tp_rank, pp_stage, chunk)]
             _check(expected, tensors)
             targets = [
-                Held(name, piece, StoredTensor(_IN_MEMORY, 0, piece.shape, "fp32"))
+                StoredSlice(name, piece, StoredTensor(_IN_MEMORY, 0, piece.shape, "fp32"))
                 for name, piece in expected.items()
             ]
             plan = make_plan(source.held, targets, source.config.vocab_size)
@@ -132,7 +132,7 @@ def checks_of(source: Source, *, is_whole: bool = True) -> SourceChecks:
 
 def load_slices(
     slices: Slices,
-    sources: Sequence[Held],
+    sources: Sequence[StoredSlice],
     vocab_size: int,
     *,
     checks: SourceChecks | None = None,
@@ -156,7 +156,7 @@ def load_slices(
         for box, part in parts_of(piece.box, run, joins_blocks=True):
             shape = tuple(stop - start for start, stop in box)
             stored = StoredTensor(_IN_MEMORY, 0, shape, "fp32")
-            targets.append(Held(piece.tensor, Piece(piece.tensor, box, shape), stored))
+            targets.append(StoredSlice(piece.tensor, TensorSlice(piece.tensor, box, shape), stored))
             within = slice(part.start - run.start, part.stop - run.start)
             tensors.append(tensor.view(-1)[within])
     plan = make_plan(sources, targets, vocab_size, is_sparse=is_sparse)

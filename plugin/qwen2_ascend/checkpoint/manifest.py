@@ -22,7 +22,7 @@ from qwen2_ascend import __version__
 from qwen2_ascend.checkpoint.formats import megatron_optimizer, safetensors, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
-from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.checkpoint.writing import Checksums
@@ -208,7 +208,7 @@ def compare_with_manifest(
         lost = f"its {MANIFEST_FILE}, which was written with it, is missing"
         remarks = (lost,) if _is_marked(source) else ()
         return Comparison(remarks=remarks)
-    read: dict[str, dict[str, Held]] = defaultdict(dict)
+    read: dict[str, dict[str, StoredSlice]] = defaultdict(dict)
     for held in source.held:
         read[_place(held.stored.path, manifest.folder)][held.name] = held
     listed = {file: tensors for file, tensors in read.items() if file in manifest.tensors}
@@ -318,7 +318,7 @@ def _stored_parts(path: Path, parts: list[Entry]) -> Iterator[tuple[StoredTensor
 
 def _faults(
     manifest: Manifest,
-    listed: Mapping[str, Mapping[str, Held]],
+    listed: Mapping[str, Mapping[str, StoredSlice]],
     entries: Mapping[str, Mapping[str, list[Entry]]],
 ) -> Iterator[str]:
     """What the headers say otherwise than the manifest, in the files that both know."""
@@ -353,7 +353,7 @@ def _tensor_fault(stored: StoredTensor, parts: list[Entry]) -> str | None:
 def _unread(
     source: Source,
     manifest: Manifest,
-    listed: Mapping[str, Mapping[str, Held]],
+    listed: Mapping[str, Mapping[str, StoredSlice]],
     entries: Mapping[str, Mapping[str, list[Entry]]],
 ) -> Iterator[str]:
     """What the manifest lists and the headers do not, of the weights."""

@@ -15,7 +15,7 @@ import numpy as np
 from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.casting import CastLosses
 from qwen2_ascend.checkpoint.copying import Reader, within
-from qwen2_ascend.checkpoint.plan import Copy, Held, overlap, volume
+from qwen2_ascend.checkpoint.plan import Copy, StoredSlice, overlap, volume
 from qwen2_ascend.checkpoint.rules import Box
 
 
@@ -50,7 +50,7 @@ class MergingReader(Reader):
     def __init__(self, adapter: Adapter, losses: CastLosses | None = None) -> None:
         super().__init__(losses)
         self._products: dict[str, list[_Product]] = defaultdict(list)
-        matrices: dict[Held, np.ndarray] = {}
+        matrices: dict[StoredSlice, np.ndarray] = {}
         for held in adapter.held:
             values = self.view(held, held.piece.box).astype(np.float32)
             matrices[held] = values.reshape(held.piece.shape)

@@ -14,25 +14,25 @@ from math import prod
 from typing import NamedTuple
 
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.rules import VOCABULARY, Box, Piece
+from qwen2_ascend.checkpoint.rules import VOCABULARY, Box, TensorSlice
 
 
 class PlanError(RuntimeError):
     """A plan that would not write every byte exactly once; a fault of ours, not the user's."""
 
 
-class Held(NamedTuple):
+class StoredSlice(NamedTuple):
     """A stored tensor, under the name its file gives it, and the box of the model it holds."""
 
     name: str
-    piece: Piece
+    piece: TensorSlice
     stored: StoredTensor
 
 
 class Copy(NamedTuple):
     """`box` (in the coordinates of the tensor's view) comes out of `source`."""
 
-    source: Held
+    source: StoredSlice
     box: Box
 
 
@@ -40,7 +40,7 @@ class Copy(NamedTuple):
 class Write:
     """One target tensor and what fills it; what no copy covers is vocabulary padding, zero."""
 
-    target: Held
+    target: StoredSlice
     copies: tuple[Copy, ...]
 
     @property
@@ -63,7 +63,7 @@ class Plan:
     """Every write, and the source tensors that should equal another one, bit for bit."""
 
     writes: tuple[Write, ...]
-    replicas: tuple[tuple[Held, Held], ...]
+    replicas: tuple[tuple[StoredSlice, StoredSlice], ...]
     """(the copy that is read, its replica): norms on other TP ranks, a tied output embedding."""
 
     @property
@@ -72,8 +72,8 @@ class Plan:
 
 
 def make_plan(
-    sources: Iterable[Held],
-    targets: Sequence[Held],
+    sources: Iterable[StoredSlice],
+    targets: Sequence[StoredSlice],
     vocab_size: int,
     *,
     is_sparse: bool = False,
@@ -89,7 +89,7 @@ def make_plan(
     Raises:
         PlanError: a target byte has no source or two, or a source that is needed for no target.
     """
-    by_tensor: dict[str, list[Held]] = defaultdict(list)
+    by_tensor: dict[str, list[StoredSlice]] = defaultdict(list)
     replicas = []
     for held in sources:
         twin = next((h for h in by_tensor[held.piece.tensor] if _equal_boxes(h, held)), None)
@@ -103,7 +103,7 @@ def make_plan(
     return Plan(writes=writes, replicas=tuple(replicas))
 
 
-def check_all_used(plan: Plan, sources: Iterable[Held], vocab_size: int) -> None:
+def check_all_used(plan: Plan, sources: Iterable[StoredSlice], vocab_size: int) -> None:
     """Raises PlanError unless every real byte of every source reaches a target.
 
     Only for a whole conversion; loading one rank leaves most of the model unread.
@@ -131,7 +131,7 @@ def overlap(one: Box, other: Box) -> Box:
     return tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
 
 
-def clip(piece: Piece, vocab_size: int) -> Box:
+def clip(piece: TensorSlice, vocab_size: int) -> Box:
     """The piece's box without vocabulary padding."""
     if piece.tensor not in VOCABULARY:
         return piece.box
@@ -151,7 +151,7 @@ def bands(box: Box, max_elements: int) -> Iterator[Box]:
             yield ((block, block + 1), (row, min(row + step, r1)), columns)
 
 
-def _plan_write(target: Held, sources: Sequence[Held], vocab_size: int) -> Write:
+def _plan_write(target: StoredSlice, sources: Sequence[StoredSlice], vocab_size: int) -> Write:
     real = clip(target.piece, vocab_size)
     copies = (Copy(held, overlap(held.piece.box, real)) for held in sources)
     return Write(target=target, copies=tuple(c for c in copies if volume(c.box)))
@@ -166,9 +166,9 @@ def _check_write(write: Write, vocab_size: int, is_sparse: bool) -> None:
         raise PlanError(f"{write.target.stored.path}: {write.target.name}: {found}")
 
 
-def _equal_boxes(one: Held, other: Held) -> bool:
+def _equal_boxes(one: StoredSlice, other: StoredSlice) -> bool:
     return one.piece.box == other.piece.box
 
 
-def _identity(held: Held) -> tuple:
+def _identity(held: StoredSlice) -> tuple:
     return (held.stored.path, held.stored.offset, held.name)

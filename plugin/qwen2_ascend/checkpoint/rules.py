@@ -34,7 +34,7 @@ VOCABULARY = (EMBEDDING, OUTPUT)
 BY_BLOCKS, BY_ROWS, BY_COLUMNS = 0, 1, 2
 
 
-class Piece(NamedTuple):
+class TensorSlice(NamedTuple):
     """One stored tensor: which box of which whole-model tensor it is, and the shape it has."""
 
     tensor: str
@@ -128,19 +128,19 @@ def qwen2_rules(config: Qwen2Config, padded_vocab_size: int | None = None) -> tu
     return tuple(rules)
 
 
-def hugging_face_pieces(config: Qwen2Config) -> dict[str, Piece]:
+def hugging_face_pieces(config: Qwen2Config) -> dict[str, TensorSlice]:
     """Every tensor of the Hugging Face model by name, in the order of the model."""
     pieces = {}
     for rule, layer in _whole_model(config, qwen2_rules(config)):
         for name, box in rule.parts:
             tensor = rule.megatron.format(layer)
-            pieces[name.format(layer)] = Piece(tensor, box, rule.shape(box))
+            pieces[name.format(layer)] = TensorSlice(tensor, box, rule.shape(box))
     return pieces
 
 
 def megatron_pieces(
     config: Qwen2Config, layout: ParallelLayout, padded_vocab_size: int
-) -> dict[Shard, dict[str, Piece]]:
+) -> dict[Shard, dict[str, TensorSlice]]:
     """Every rank's tensors under their Megatron names, layers numbered within the chunk.
 
     With tied embeddings and more than one stage the last stage holds the embedding a second time,
@@ -171,10 +171,10 @@ def _chunk_pieces(
     *,
     is_first: bool,
     is_last: bool,
-) -> dict[str, Piece]:
-    def piece(rule: Rule, layer: int | None = None) -> Piece:
+) -> dict[str, TensorSlice]:
+    def piece(rule: Rule, layer: int | None = None) -> TensorSlice:
         box = rule.shard(layout.tp, tp_rank)
-        return Piece(rule.megatron.format(layer), box, rule.shape(box))
+        return TensorSlice(rule.megatron.format(layer), box, rule.shape(box))
 
     outer = {rule.megatron: rule for rule in rules if "{}" not in rule.megatron}
     pieces = {}

@@ -1,7 +1,8 @@
 """What one rank holds of a training state, as boxes of the mapping table's views; pure.
 
-A rank's tensor is a box (`rules.Piece`), but the distributed optimizer keeps a run of its elements,
-start..stop of the flattened tensor, and data-parallel replicas share the writing in the same way.
+A rank's tensor is a box (`rules.TensorSlice`), but the distributed optimizer keeps a run of its
+elements, start..stop of the flattened tensor, and data-parallel replicas share the writing in the
+same way.
 Such a run is a few boxes again. So a training state is written and read by the splitter's plan,
 whatever the layouts are.
 """
@@ -12,7 +13,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
-from qwen2_ascend.checkpoint.rules import Box, Piece
+from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 
 K = TypeVar("K", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
@@ -86,7 +87,7 @@ def share_of(sizes: Mapping[K, int], replica: int, num_replicas: int) -> dict[K,
     return runs
 
 
-def owners(pieces: Mapping[P, Mapping[str, Piece]]) -> dict[P, set[str]]:
+def owners(pieces: Mapping[P, Mapping[str, TensorSlice]]) -> dict[P, set[str]]:
     """By shard, the names of the tensors that it writes: of equal boxes the first one.
 
     Norms lie on every tensor-parallel rank, a tied embedding on the first stage and the last.

@@ -23,13 +23,13 @@ from qwen2_ascend.checkpoint.formats import (
 )
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.megatron_args import CHECKPOINT_FORMATS, ITERATION, megatron_args
-from qwen2_ascend.checkpoint.plan import Held, PlanError
+from qwen2_ascend.checkpoint.plan import PlanError, StoredSlice
 from qwen2_ascend.checkpoint.rules import (
     BY_BLOCKS,
     Box,
-    Piece,
     Rule,
     Shard,
+    TensorSlice,
     hugging_face_pieces,
     megatron_pieces,
     qwen2_rules,
@@ -57,7 +57,7 @@ class Target:
 
     kind: str
     format: str
-    held: tuple[Held, ...]
+    held: tuple[StoredSlice, ...]
     files: tuple[TargetFile, ...]
     small_files: Mapping[Path, bytes]
     """Written whole before the folder is published: config, index."""
@@ -91,7 +91,7 @@ def hugging_face_target(
         kind="hf",
         format="safetensors",
         held=tuple(
-            Held(name, pieces[name], StoredTensor(Path(file.name), offset, *spec))
+            StoredSlice(name, pieces[name], StoredTensor(Path(file.name), offset, *spec))
             for file in weights
             for name, (offset, spec) in file.tensors.items()
         ),
@@ -193,10 +193,10 @@ def _with_dtype(config_json: bytes, dtype: str) -> bytes:
 def _pt_files(
     folder: Path,
     layout: ParallelLayout,
-    shards: Mapping[Shard, Mapping[str, Piece]],
+    shards: Mapping[Shard, Mapping[str, TensorSlice]],
     dtype: str,
     args: Namespace,
-) -> tuple[list[Held], list[TargetFile]]:
+) -> tuple[list[StoredSlice], list[TargetFile]]:
     num_chunks = 1 + max(shard.chunk for shard in shards)
     held, files = [], []
     for tp_rank in range(layout.tp):
@@ -214,7 +214,7 @@ def _pt_files(
             pt = torch_pt.layout_pt(state, name=path.stem)
             files.append(TargetFile(path=path, total_bytes=pt.total_bytes, segments=pt.segments))
             held += [
-                Held(
+                StoredSlice(
                     name if num_chunks == 1 else f"{key}/{name}",  # chunks repeat the names
                     piece,
                     StoredTensor(path, pt.offsets[key, name], piece.shape, dtype),
@@ -228,10 +228,10 @@ def _pt_files(
 def _safetensors_files(
     folder: Path,
     layout: ParallelLayout,
-    shards: Mapping[Shard, Mapping[str, Piece]],
+    shards: Mapping[Shard, Mapping[str, TensorSlice]],
     dtype: str,
     marks: Mapping[str, str] | None,
-) -> tuple[list[Held], list[TargetFile]]:
+) -> tuple[list[StoredSlice], list[TargetFile]]:
     num_chunks = 1 + max(shard.chunk for shard in shards)
     held, files = [], []
     for shard, pieces in shards.items():
@@ -243,7 +243,7 @@ def _safetensors_files(
         total = max(ends, default=len(header))
         files.append(TargetFile(path=path, total_bytes=total, segments=((0, header),)))
         held += [
-            Held(name, piece, StoredTensor(path, offsets[name], piece.shape, dtype))
+            StoredSlice(name, piece, StoredTensor(path, offsets[name], piece.shape, dtype))
             for name, piece in pieces.items()
         ]
     return held, files
@@ -252,15 +252,15 @@ def _safetensors_files(
 def _torch_dist_files(
     folder: Path,
     config: Qwen2Config,
-    shards: Mapping[Shard, Mapping[str, Piece]],
+    shards: Mapping[Shard, Mapping[str, TensorSlice]],
     padded_vocab_size: int,
     dtype: str,
     args: Namespace,
-) -> tuple[list[Held], list[TargetFile]]:
+) -> tuple[list[StoredSlice], list[TargetFile]]:
     """Chunks are cut as the ranks are, each once; replicas are not stored twice."""
     rules = {rule.megatron: rule for rule in qwen2_rules(config, padded_vocab_size)}
     chunks: dict[str, list[torch_dist.ChunkSpec]] = {}
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[TensorSlice]] = {}
     seen: set[tuple[str, Box]] = set()
     for piece in (piece for shard in shards.values() for piece in shard.values()):
         for part in _one_range_each(piece, rules):
@@ -276,7 +276,7 @@ def _torch_dist_files(
         chunks, common, num_files=num_ranks, objects=torch_dist.extra_states(config.num_layers)
     )
     held = [
-        Held(
+        StoredSlice(
             f"{key}[{','.join(map(str, spec.offsets))}]",
             part,
             StoredTensor(folder / place.file, place.offset, part.shape, dtype),
@@ -292,7 +292,7 @@ def _torch_dist_files(
 
 
 def torch_dist_chunk(
-    part: Piece, rules: Mapping[str, Rule], num_layers: int, dtype: str
+    part: TensorSlice, rules: Mapping[str, Rule], num_layers: int, dtype: str
 ) -> tuple[str, torch_dist.ChunkSpec]:
     """The key under which torch_dist keeps a piece, and the chunk of that key which it is.
 
@@ -313,7 +313,7 @@ def torch_dist_chunk(
     return megatron.torch_dist_key(rule.megatron), spec
 
 
-def rule_of(piece: Piece, rules: Mapping[str, Rule]) -> tuple[Rule, int | None]:
+def rule_of(piece: TensorSlice, rules: Mapping[str, Rule]) -> tuple[Rule, int | None]:
     """The rule of a piece's tensor, and its layer's number if it has one."""
     if piece.tensor in rules:
         return rules[piece.tensor], None
@@ -329,7 +329,7 @@ def is_one_range(rule: Rule) -> bool:
     return rule.shard_axis in (None, BY_BLOCKS) or rule.view[0] == 1
 
 
-def _one_range_each(piece: Piece, rules: Mapping[str, Rule]) -> list[Piece]:
+def _one_range_each(piece: TensorSlice, rules: Mapping[str, Rule]) -> list[TensorSlice]:
     """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
     # A torch_dist chunk is one box of the global tensor. A rank's linear_fc1 is two of them: stored
     # as one chunk, its up rows would be loaded as the gate rows that follow its own.
@@ -338,4 +338,4 @@ def _one_range_each(piece: Piece, rules: Mapping[str, Rule]) -> list[Piece]:
     if is_one_range(rule):
         return [piece]
     boxes = [((b, b + 1), rows, columns) for b in range(b0, b1)]
-    return [Piece(piece.tensor, box, rule.shape(box)) for box in boxes]
+    return [TensorSlice(piece.tensor, box, rule.shape(box)) for box in boxes]

@@ -18,7 +18,7 @@ import torch
 from qwen2_ascend.checkpoint.copying import Reader
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.load import fill, log_losses
-from qwen2_ascend.checkpoint.plan import Held, make_plan
+from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.staging import write_file
@@ -55,7 +55,7 @@ def load_weights(
     """
     parameters = _checked_parameters(model, source.config)
     targets = [
-        Held(name, piece, StoredTensor(Path("memory"), 0, piece.shape, "fp32"))
+        StoredSlice(name, piece, StoredTensor(Path("memory"), 0, piece.shape, "fp32"))
         for name, piece in hugging_face_pieces(source.config).items()
     ]
     plan = make_plan(source.held, targets, source.config.vocab_size)

@@ -14,7 +14,7 @@ from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.casting import CastLosses
 from qwen2_ascend.checkpoint.copying import BAND_BYTES, BandBuffers, Reader
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.checkpoint.plan import Held, Write, bands, make_plan
+from qwen2_ascend.checkpoint.plan import StoredSlice, Write, bands, make_plan
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.errors import UserError, VerificationError, raise_if
 from qwen2_ascend.files import open_descriptor
@@ -62,7 +62,7 @@ def verify(
         raise VerificationError(f"{len(wrong)} tensors differ from the source: {wrong[:20]}")
 
 
-def check_replicas(replicas: Iterable[tuple[Held, Held]]) -> None:
+def check_replicas(replicas: Iterable[tuple[StoredSlice, StoredSlice]]) -> None:
     """Tensors that are stored twice must be equal, or one of them would be lost in silence.
 
     Raises:
@@ -120,7 +120,7 @@ def _checksum_if_equal(
     return checksum.hexdigest()
 
 
-def _equal_tensors(one: Held, other: Held, reader: Reader) -> bool:
+def _equal_tensors(one: StoredSlice, other: StoredSlice, reader: Reader) -> bool:
     itemsize = NUMPY_DTYPES[one.stored.dtype].itemsize
     return all(
         _same_bytes(reader.view(one, box), reader.view(other, box))

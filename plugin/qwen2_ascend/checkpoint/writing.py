@@ -22,7 +22,7 @@ from qwen2_ascend.checkpoint.copying import (
     stored_checksum,
     write_bands,
 )
-from qwen2_ascend.checkpoint.plan import Held, Plan, Write
+from qwen2_ascend.checkpoint.plan import Plan, StoredSlice, Write
 from qwen2_ascend.checkpoint.staging import empty_folder
 from qwen2_ascend.checkpoint.target import Target, TargetFile
 from qwen2_ascend.errors import UserError
@@ -186,7 +186,7 @@ class _Files:
             raise
         return fd
 
-    def putter(self, held: Held) -> Callable[[int, np.ndarray], None]:
+    def putter(self, held: StoredSlice) -> Callable[[int, np.ndarray], None]:
         """A function that writes bands of one tensor and starts their way to the disk early."""
         path, start = held.stored.path, held.stored.offset
         fd = self._fd(path)
@@ -210,7 +210,7 @@ class _Files:
                 self._fds[path] = self._open(path)
             return self._fds[path]
 
-    def finish(self, held: Held) -> None:
+    def finish(self, held: StoredSlice) -> None:
         """Counts a tensor as written; the last one of a file flushes it."""
         path = held.stored.path
         with self._lock:

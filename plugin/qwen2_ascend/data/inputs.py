@@ -271,17 +271,17 @@ def _stream_rows(
             yield Row(file.path, number, file.format, raw), position, disk.tell()
 
 
-Cut = tuple[int, bytes | None, int, int]
+RunLayout = tuple[int, bytes | None, int, int]
 """Line number, document, and the offset and number of lines behind it."""
 
 
-def _cut_file(stream: IO[bytes], limit: int, start: Position) -> Iterator[Cut]:
+def _cut_file(stream: IO[bytes], limit: int, start: Position) -> Iterator[RunLayout]:
     if start.offset == 0 and start.line == 0:
         raw = stream.read(limit + 1)
         yield 0, raw if len(raw) <= limit else None, max(1, len(raw)), 1
 
 
-def _cut_lines(stream: IO[bytes], limit: int, start: Position) -> Iterator[Cut]:
+def _cut_lines(stream: IO[bytes], limit: int, start: Position) -> Iterator[RunLayout]:
     offset, line = start.offset, start.line
     for raw, length in _lines(stream, limit):
         offset, line = offset + length, line + 1
@@ -289,12 +289,12 @@ def _cut_lines(stream: IO[bytes], limit: int, start: Position) -> Iterator[Cut]:
             yield line, raw.rstrip(b"\r\n") if length <= limit else None, offset, line
 
 
-def _cut_paragraphs(stream: IO[bytes], limit: int, start: Position) -> Iterator[Cut]:
+def _cut_paragraphs(stream: IO[bytes], limit: int, start: Position) -> Iterator[RunLayout]:
     """Documents are what stands between blank lines, without the last line's end."""
     offset, line, first, size = start.offset, start.line, 0, 0
     lines: list[bytes] = []
 
-    def paragraph() -> Cut:
+    def paragraph() -> RunLayout:
         return first, b"".join(lines).rstrip(b"\r\n") if size <= limit else None, offset, line
 
     for raw, length in _lines(stream, limit):

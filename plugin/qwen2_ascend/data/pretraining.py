@@ -153,13 +153,13 @@ def check_pretraining_data(
     """
     faults = Faults()
     if data_path:
-        faults.of(lambda: _split_shares(split))
+        faults.collect(lambda: _split_shares(split))
     prefixes: dict[str, None] = {}
     for words in (data_path, train_data_path, valid_data_path):
-        if words and (blend := faults.of(partial(parse_blend, words))) is not None:
+        if words and (blend := faults.collect(partial(parse_blend, words))) is not None:
             prefixes |= dict.fromkeys(blend.prefixes)
     for prefix in prefixes:
-        faults.of(partial(check_indexed, prefix))
+        faults.collect(partial(check_indexed, prefix))
     raise_if(faults)
 
 

@@ -29,8 +29,8 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import (
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.load import Slices, load_slices
-from qwen2_ascend.checkpoint.plan import Held, make_plan
-from qwen2_ascend.checkpoint.rules import Box, Piece
+from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
+from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.staging import fsync_folder, naming, partial_folder, write_file
 from qwen2_ascend.config import Qwen2Config
@@ -77,11 +77,11 @@ class Part(NamedTuple):
     offset: int
     dtype: str
 
-    def held(self, folder: Path) -> Held:
+    def held(self, folder: Path) -> StoredSlice:
         """As a source of what is merged."""
         shape = tuple(stop - start for start, stop in self.box)
         stored = StoredTensor(folder / self.file, self.offset, shape, self.dtype)
-        return Held(self.tensor, Piece(self.tensor, self.box, shape), stored)
+        return StoredSlice(self.tensor, TensorSlice(self.tensor, self.box, shape), stored)
 
 
 def lay_out_adapter(state: RankState, rank: int) -> tuple[RankPart, list[Part]]:
@@ -217,14 +217,14 @@ def load_adapter_slices(
     load_slices(slices, held_tensors(path, config, lora), config.vocab_size, is_sparse=True)
 
 
-def _merge(sources: Sequence[Held], pieces: Mapping[str, Piece], path: Path) -> None:
+def _merge(sources: Sequence[StoredSlice], pieces: Mapping[str, TensorSlice], path: Path) -> None:
     """Writes `path` with all of `pieces` beside its place, and renames it."""
     (dtype,) = {held.stored.dtype for held in sources}
     specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
     header, offsets = encode_header(specs, {"format": "pt"})
     beside = path.with_name(f".{path.name}.new")
     targets = [
-        Held(name, piece, StoredTensor(beside, offsets[name], piece.shape, dtype))
+        StoredSlice(name, piece, StoredTensor(beside, offsets[name], piece.shape, dtype))
         for name, piece in pieces.items()
     ]
     plan = make_plan(sources, targets, vocab_size=0)

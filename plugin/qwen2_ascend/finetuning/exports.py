@@ -51,7 +51,7 @@ def find_exports(plan: RunPlan[FinetuneSettings]) -> tuple[str, ...]:
     if export.save_hf and export.save_hf == export.save_adapter:
         faults.append(f"{SAVE_HF} and {SAVE_ADAPTER} name the same folder {export.save_hf}.")
     if export.save_hf and SAVE_HF not in made and not faults:
-        faults.of(partial(_check_conversion, plan, export.save_hf))
+        faults.collect(partial(_check_conversion, plan, export.save_hf))
     raise_if(faults)
     return tuple(made)
 

@@ -209,7 +209,7 @@ def _tuning_faults(settings: FinetuneSettings) -> list[str]:
 
 def _adapter_faults(settings: FinetuneSettings) -> list[str]:
     model, lora, export, faults = settings.model, settings.lora, settings.export, Faults()
-    faults.of(settings.lora_config)
+    faults.collect(settings.lora_config)
     if lora.lora_r is not None and lora.lora_load is not None:
         faults.append("--lora-r and --lora-load: give one of them; an adapter has its rank.")
     if export.save_adapter and not lora.is_on:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise_if(_option_faults(options))
     faults, texts = Faults(), []
     for path in options.script:
-        migrated = faults.of(lambda path=path: migrate(path))
+        migrated = faults.collect(lambda path=path: migrate(path))
         if migrated is not None:
             texts.append(migrated[0])
             for note in migrated[1]:

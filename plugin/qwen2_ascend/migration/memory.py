@@ -9,9 +9,9 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.settings import FinetuneSettings, LoraSettings, TuningSettings
 from qwen2_ascend.planning.devices import GB, find_device
-from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.job import RunLayout
 from qwen2_ascend.planning.memory import fullest_stage
-from qwen2_ascend.training.planned import as_cut
+from qwen2_ascend.training.planned import as_run_layout
 from qwen2_ascend.training.settings import (
     BatchSettings,
     OptimizerSettings,
@@ -53,7 +53,7 @@ def memory_line(flags: Flags, num_devices: int | None) -> str:
     )
 
 
-def _cut(flags: Flags, num_devices: int | None) -> Cut:
+def _cut(flags: Flags, num_devices: int | None) -> RunLayout:
     """The planner's view of what the launcher would be told."""
     if num_devices is None:
         raise UnknownError("the script does not say how many devices there are.")
@@ -64,7 +64,7 @@ def _cut(flags: Flags, num_devices: int | None) -> Cut:
         raise UnknownError(
             f"TP {sizes.tp} x PP {sizes.pp}{cp} does not divide {num_devices} devices."
         )
-    cut = as_cut(settings, config, num_devices, find_device(DEVICE).backend)
+    cut = as_run_layout(settings, config, num_devices, find_device(DEVICE).backend)
     cut.layout.check(config, cut.padded_vocab_size)
     return cut
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen2_ascend.planning.devices import Device, Rates
-from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.job import RunLayout
 from qwen2_ascend.planning.roofline import Work, step_work
 
 NUMBERS = tuple(name for name in Rates.__dataclass_fields__ if name != "source")
@@ -29,7 +29,7 @@ _NOISE = 0.1
 class Measured(NamedTuple):
     """A step that was timed."""
 
-    cut: Cut
+    cut: RunLayout
     device: Device
     devices_per_node: int
     seconds: float

@@ -97,7 +97,7 @@ class Zero:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class RunLayout:
     """One way to run a Job."""
 
     job: Job

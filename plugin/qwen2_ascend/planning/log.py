@@ -18,7 +18,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import json_value, open_regular, read_json
 from qwen2_ascend.planning.devices import Device, Rates, device_called
-from qwen2_ascend.planning.job import Cut, Job, Stack
+from qwen2_ascend.planning.job import Job, RunLayout, Stack
 from qwen2_ascend.planning.roofline import step_time
 
 RUN_FILE = "run.json"
@@ -30,7 +30,7 @@ class LoggedRun(NamedTuple):
     """Steps of one layout."""
 
     name: str
-    cut: Cut
+    cut: RunLayout
     device: Device
     devices_per_node: int
     seconds: float
@@ -38,7 +38,7 @@ class LoggedRun(NamedTuple):
     num_steps: int
 
 
-def as_entry(cut: Cut, device_name: str, devices_per_node: int, first_iteration: int) -> dict:
+def as_entry(cut: RunLayout, device_name: str, devices_per_node: int, first_iteration: int) -> dict:
     """What run.json says of a start.
 
     Args:
@@ -122,7 +122,7 @@ def _run(
         raise UserError(f"--from-log: the planner does not know the device {start['device']}.")
     return LoggedRun(
         name,
-        as_cut(start["layout"]),
+        as_run_layout(start["layout"]),
         device,
         start["devices_per_node"],
         statistics.median(seconds for seconds, _ in mine),
@@ -146,13 +146,13 @@ def _steps(metrics: Path) -> Iterator[tuple[int, float, int]]:
             yield at, seconds, at - before
 
 
-def as_cut(layout: dict[str, Any]) -> Cut:
-    """What `asdict` made of a Cut, made one again."""
+def as_run_layout(layout: dict[str, Any]) -> RunLayout:
+    """What `asdict` made of a RunLayout, made one again."""
     job = dict(layout["job"])
     # rope's scaling costs nothing that is planned
     job["config"] = _made(Qwen2Config, {**job["config"], "yarn": None})
     job["stack"] = _made(Stack, job["stack"])
-    return _made(Cut, {**layout, "job": _made(Job, job)})
+    return _made(RunLayout, {**layout, "job": _made(Job, job)})
 
 
 def _made(kind: Any, values: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.job import RunLayout
 from qwen2_ascend.planning.parameters import Parameters, embedding, layer_tensors, parameters
 
 FP32 = 4
@@ -67,7 +67,7 @@ class _Moment(NamedTuple):
         return self.activations + self.logits + self.temporary
 
 
-def stage_memory(cut: Cut, stage: int, *, first_step: bool = False) -> Memory:
+def stage_memory(cut: RunLayout, stage: int, *, first_step: bool = False) -> Memory:
     """The peak of a rank of pipeline stage `stage`.
 
     Args:
@@ -95,7 +95,7 @@ def stage_memory(cut: Cut, stage: int, *, first_step: bool = False) -> Memory:
     )
 
 
-def resting_state(cut: Cut, weights: Parameters) -> tuple[int, int, int]:
+def resting_state(cut: RunLayout, weights: Parameters) -> tuple[int, int, int]:
     """Bytes of a rank's weights, gradients and optimizer between two steps."""
     trained = sum(weights.buffers)
     # the distributed optimizer computes with a contiguous copy of the weights, padded as theirs
@@ -107,13 +107,13 @@ def resting_state(cut: Cut, weights: Parameters) -> tuple[int, int, int]:
     )
 
 
-def _state_bytes(cut: Cut, trained: int) -> int:
+def _state_bytes(cut: RunLayout, trained: int) -> int:
     """Of a rank's optimizer on the device: fp32 weights and moments that the host does not keep."""
     kept = 1 - (cut.optimizer_offload_fraction if cut.job.backend != "cpu" else 0)
     return int((_moment_bytes(cut) + _main_bytes(cut)) * trained * kept) // _share(cut)
 
 
-def gradient_copy(cut: Cut, weights: Parameters) -> int:
+def gradient_copy(cut: RunLayout, weights: Parameters) -> int:
     """Bytes of the fp32 copy that an update makes of 16-bit gradients. megatron-core drops it when
     the next step begins, this package when the update ends."""
     if not cut.o2_gradient or cut.job.element == FP32:
@@ -123,24 +123,24 @@ def gradient_copy(cut: Cut, weights: Parameters) -> int:
     return sum(weights.buffers) * FP32 // _share(cut)
 
 
-def _share(cut: Cut) -> int:
+def _share(cut: RunLayout) -> int:
     """Ranks that the optimizer's state is divided over."""
     return cut.replicas if cut.distributed_optimizer else 1
 
 
-def _moment_bytes(cut: Cut) -> int:
+def _moment_bytes(cut: RunLayout) -> int:
     """Of AdamW's two of a weight."""
     return 2 * (cut.job.element if cut.o2_optimizer else FP32)
 
 
-def _main_bytes(cut: Cut) -> int:
+def _main_bytes(cut: RunLayout) -> int:
     """Of what the optimizer keeps of an fp32 weight besides its moments, between two updates."""
     if cut.job.element == FP32:
         return 0
     return 2 if cut.reuse_fp32_param else FP32
 
 
-def fullest_stage(cut: Cut) -> tuple[int, Memory]:
+def fullest_stage(cut: RunLayout) -> tuple[int, Memory]:
     """(stage, memory) of the fullest rank: the first stage, or the last with the logits.
 
     Between them a stage holds no embedding and has fewer micro-batches under way than the first;
@@ -151,7 +151,7 @@ def fullest_stage(cut: Cut) -> tuple[int, Memory]:
     return max(found.items(), key=lambda item: item[1].total)
 
 
-def chunks_under_way(cut: Cut, stage: int) -> int:
+def chunks_under_way(cut: RunLayout, stage: int) -> int:
     """Forward passes of a model chunk that wait for their backward at most.
 
     1F1B lets pp - stage micro-batches in; the interleaved schedule 2 (pp - stage - 1) + 1, and
@@ -164,7 +164,7 @@ def chunks_under_way(cut: Cut, stage: int) -> int:
     return min(before + 1, total)
 
 
-def passes_under_way(cut: Cut, stage: int) -> list[int]:
+def passes_under_way(cut: RunLayout, stage: int) -> list[int]:
     """Of each chunk, its share of `chunks_under_way`: pp micro-batches go through one, then the
     next."""
     rounds, rest = divmod(chunks_under_way(cut, stage), cut.pp * cut.num_chunks)
@@ -177,7 +177,7 @@ def passes_under_way(cut: Cut, stage: int) -> list[int]:
 # --- the moments ----------------------------------------------------------------------------------
 
 
-def _moments(cut: Cut, stage: int, weights: Parameters) -> list[_Moment]:
+def _moments(cut: RunLayout, stage: int, weights: Parameters) -> list[_Moment]:
     """What is alive besides what lasts, at each moment that may be the fullest."""
     hidden = _hidden(cut)
     first, last = stage == 0, cut.is_last(stage)
@@ -204,7 +204,7 @@ def _moments(cut: Cut, stage: int, weights: Parameters) -> list[_Moment]:
     return [*moments, _Moment("update", 0, 0, _update_temporary(cut, weights))]
 
 
-def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
+def _loss_moments(cut: RunLayout, activations: int, wgrad: int) -> list[_Moment]:
     """The loss forward, and the output layer's backward."""
     job, t, e = cut.job, cut.tokens, cut.job.element
     full_hidden = t * job.config.hidden_size * e
@@ -226,7 +226,7 @@ def _loss_moments(cut: Cut, activations: int, wgrad: int) -> list[_Moment]:
     ]
 
 
-def _update_temporary(cut: Cut, weights: Parameters) -> int:
+def _update_temporary(cut: RunLayout, weights: Parameters) -> int:
     """What summing the gradients, clipping and AdamW make besides the state."""
     return (
         gradient_copy(cut, weights)
@@ -235,14 +235,14 @@ def _update_temporary(cut: Cut, weights: Parameters) -> int:
     )
 
 
-def _joined_weights(cut: Cut, weights: Parameters) -> int:
+def _joined_weights(cut: RunLayout, weights: Parameters) -> int:
     """fp32 weights that are made for the update, beside the halves that they are made of."""
     if not cut.reuse_fp32_param or not cut.job.stack.copies_all:
         return 0
     return weights.trained * FP32 // _share(cut)
 
 
-def _summed_and_clipped(cut: Cut, weights: Parameters) -> int:
+def _summed_and_clipped(cut: RunLayout, weights: Parameters) -> int:
     # a tensor, or a rank's piece of one
     largest = min(weights.largest, max(weights.buffers) // _share(cut)) * FP32
     widened = 0
@@ -260,7 +260,7 @@ def _summed_and_clipped(cut: Cut, weights: Parameters) -> int:
     return max(widened, scattered)
 
 
-def _buffers(cut: Cut, stage: int) -> int:
+def _buffers(cut: RunLayout, stage: int) -> int:
     """Rotary tables, the pipeline's last input and its gradient, megatron-core's gathered input,
     and the communicators' own memory."""
     job = cut.job
@@ -281,7 +281,7 @@ def _buffers(cut: Cut, stage: int) -> int:
     return held + _CAUSAL_MASK + communicators(cut) * HCCL_BYTES
 
 
-def communicators(cut: Cut) -> int:
+def communicators(cut: RunLayout) -> int:
     """Groups of several ranks that a rank takes part in: world, TP, DP, model parallel (for the
     gradient's norm), the pipeline with each neighbour, and tied embeddings'."""
     groups = [cut.num_devices > 1, cut.tp > 1, cut.replicas > 1, cut.tp * cut.pp > 1, cut.cp > 1]
@@ -294,25 +294,25 @@ def communicators(cut: Cut) -> int:
 # --- a layer --------------------------------------------------------------------------------------
 
 
-def _hidden(cut: Cut) -> int:
+def _hidden(cut: RunLayout) -> int:
     """Bytes of a rank's hidden states of one micro-batch."""
     share = cut.tp if cut.sequence_parallel else 1
     return cut.tokens // share * cut.job.config.hidden_size * cut.job.element
 
 
-def _row_numbers(cut: Cut) -> int:
+def _row_numbers(cut: RunLayout) -> int:
     """Bytes of what a norm keeps: one fp32 number per token."""
     return cut.tokens // (cut.tp if cut.sequence_parallel else 1) * FP32
 
 
-def chunk_activations(cut: Cut, stage: int) -> list[int]:
+def chunk_activations(cut: RunLayout, stage: int) -> list[int]:
     """Bytes that the layers of each of a stage's chunks keep for backward, of one micro-batch."""
     pairs = list(zip(cut.chunk_layers(stage), cut.recomputed_of_chunks(stage), strict=True))
     kept = {pair: _kept_by(cut, *pair) for pair in set(pairs)}
     return [kept[pair] for pair in pairs]
 
 
-def _kept_by(cut: Cut, layers: int, whole: int) -> int:
+def _kept_by(cut: RunLayout, layers: int, whole: int) -> int:
     """By so many layers, `whole` of which are recomputed."""
     others = layers - whole
     return (
@@ -324,7 +324,7 @@ def _kept_by(cut: Cut, layers: int, whole: int) -> int:
     )
 
 
-def swapped(cut: Cut) -> int:
+def swapped(cut: RunLayout) -> int:
     """Bytes of what a layer's attention keeps that wait in the host's memory: all but its output,
     which linear_proj keeps too. A CPU's tensors are there anyway."""
     if not cut.swap_attention or cut.job.backend == "cpu":
@@ -334,12 +334,12 @@ def swapped(cut: Cut) -> int:
     return cut.tokens * (kept - context)
 
 
-def _activation_function(cut: Cut) -> int:
+def _activation_function(cut: RunLayout) -> int:
     """Bytes of SwiGLU's output."""
     return cut.tokens * (cut.job.config.ffn_hidden_size // cut.tp) * cut.job.element
 
 
-def _layer_activations(cut: Cut, *, selective: bool = False) -> int:
+def _layer_activations(cut: RunLayout, *, selective: bool = False) -> int:
     """Without recomputing, or without what attention's core keeps.
 
     Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep; what
@@ -356,17 +356,17 @@ def _layer_activations(cut: Cut, *, selective: bool = False) -> int:
     return kept
 
 
-def _kept_of_mlp(cut: Cut) -> int:
+def _kept_of_mlp(cut: RunLayout) -> int:
     """Times ffn: gate, up, the output, and in plain torch silu(gate)."""
     return 3 if cut.job.backend == "npu" else 4
 
 
-def _adapter_rows(cut: Cut) -> int:
+def _adapter_rows(cut: RunLayout) -> int:
     """Rows times targets of the modules that have several: linear_qkv and linear_fc1."""
     return (3 * cut.qkv_rows + 2 * 2 * cut.job.config.ffn_hidden_size) // cut.tp
 
 
-def _attention(cut: Cut) -> int:
+def _attention(cut: RunLayout) -> int:
     """Bytes per token that attention keeps: its inputs, its output and the softmax's statistics.
 
     v is a view of linear_qkv's output in plain torch, and so keeps it all; torch_npu gets a copy.
@@ -383,17 +383,17 @@ def _attention(cut: Cut) -> int:
     return (qkv + (rotated + context) * width) * e + statistics
 
 
-def _scores(cut: Cut) -> int:
+def _scores(cut: RunLayout) -> int:
     """Per token, of all heads of a rank; the softmax of each is kept in fp32 and as it is used."""
     return cut.heads * cut.job.seq_length
 
 
-def _selective_attention(cut: Cut) -> int:
+def _selective_attention(cut: RunLayout) -> int:
     """linear_qkv's output, from which the rest is computed again, and attention's."""
     return (cut.qkv_rows // cut.tp + cut.heads * cut.job.config.kv_channels) * cut.job.element
 
 
-def layer_workspace(cut: Cut, stage: int) -> int:
+def layer_workspace(cut: RunLayout, stage: int) -> int:
     """Bytes that the backward of one layer needs above what all layers keep, at its fullest.
 
     The layer is the newest of a micro-batch. On its way backward frees what the layer kept, so only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.job import RunLayout
 
 
 class Parameters(NamedTuple):
@@ -21,7 +21,7 @@ class Parameters(NamedTuple):
     """Elements of the largest trained tensor."""
 
 
-def parameters(cut: Cut, stage: int) -> Parameters:
+def parameters(cut: RunLayout, stage: int) -> Parameters:
     """Weights of a rank of `stage`, by its model chunks; computed once for all cuts alike."""
     key = (
         cut.job.config,
@@ -40,7 +40,7 @@ def parameters(cut: Cut, stage: int) -> Parameters:
 _KNOWN: dict[tuple, Parameters] = {}
 
 
-def _parameters(cut: Cut, stage: int) -> Parameters:
+def _parameters(cut: RunLayout, stage: int) -> Parameters:
     chunks = [_chunk_tensors(cut, stage, chunk) for chunk in range(cut.num_chunks)]
     frozen = 0
     if cut.job.lora_rank is not None:
@@ -54,7 +54,7 @@ def _parameters(cut: Cut, stage: int) -> Parameters:
     return Parameters(frozen + trained, trained, buffers, largest)
 
 
-def layer_tensors(cut: Cut) -> list[int]:
+def layer_tensors(cut: RunLayout) -> list[int]:
     """Elements of each weight of a layer on one rank, in the model's order."""
     config, tp = cut.job.config, cut.tp
     h, ffn = config.hidden_size, config.ffn_hidden_size
@@ -70,7 +70,7 @@ def layer_tensors(cut: Cut) -> list[int]:
     ]
 
 
-def adapter_tensors(cut: Cut, rank: int) -> list[int]:
+def adapter_tensors(cut: RunLayout, rank: int) -> list[int]:
     """Elements of each LoRA matrix of a layer on one rank, all projections adapted.
 
     linear_qkv has three A and linear_fc1 two; of a column-parallel module every rank has all of A,
@@ -84,12 +84,12 @@ def adapter_tensors(cut: Cut, rank: int) -> list[int]:
     return column + row
 
 
-def embedding(cut: Cut) -> int:
+def embedding(cut: RunLayout) -> int:
     """Elements of a rank's rows of the embedding, or of the output layer."""
     return cut.padded_vocab_size // cut.tp * cut.job.config.hidden_size
 
 
-def _chunk_tensors(cut: Cut, stage: int, chunk: int) -> list[int]:
+def _chunk_tensors(cut: RunLayout, stage: int, chunk: int) -> list[int]:
     tensors = cut.chunk_layers(stage)[chunk] * layer_tensors(cut)
     if (stage, chunk) == (0, 0):
         tensors = [embedding(cut), *tensors]
@@ -100,7 +100,7 @@ def _chunk_tensors(cut: Cut, stage: int, chunk: int) -> list[int]:
     return tensors
 
 
-def _buffer(cut: Cut, tensors: list[int], shared_embedding: bool) -> int:
+def _buffer(cut: RunLayout, tensors: list[int], shared_embedding: bool) -> int:
     """Elements of a contiguous buffer: the distributed optimizer aligns tensors and its end."""
     if not cut.distributed_optimizer:
         return sum(tensors)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.planning.devices import GB
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Zero
+from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Zero
 from qwen2_ascend.planning.roofline import bubble_fraction
 from qwen2_ascend.planning.search import Machine, Plan
 from qwen2_ascend.planning.traffic import step_traffic
@@ -92,7 +92,7 @@ def answer(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _settings(cut: Cut) -> str:
+def _settings(cut: RunLayout) -> str:
     """All of a cut in a few words."""
     words = [cut.label(), f"micro-batch {cut.micro_batch_size}"]
     if cut.zero is not None:
@@ -104,7 +104,7 @@ def _settings(cut: Cut) -> str:
     return ", ".join(words)
 
 
-def recompute_words(cut: Cut) -> str:
+def recompute_words(cut: RunLayout) -> str:
     """What of a cut is recomputed, in a table's cell."""
     if cut.recompute == "full" and cut.recomputed_layers is not None:
         return f"block {cut.recomputed_layers // cut.num_chunks}"
@@ -115,7 +115,7 @@ def recompute_words(cut: Cut) -> str:
     return "+".join(outputs) or "-"
 
 
-def _further_flags(cut: Cut) -> dict[str, bool]:
+def _further_flags(cut: RunLayout) -> dict[str, bool]:
     fraction = cut.optimizer_offload_fraction
     of_it = f" --optimizer-offload-fraction {fraction:g}" * (fraction < 1)
     pieces = cut.coc_parallel_num
@@ -195,7 +195,7 @@ def _notes(result: Result) -> str:
 # --- launch commands ------------------------------------------------------------------------------
 
 
-def launch_command(model: str, cut: Cut, machine: Machine) -> str:
+def launch_command(model: str, cut: RunLayout, machine: Machine) -> str:
     """What starts this cut on one node, or on each of several."""
     words = [*_torchrun(cut, machine), _script(cut), *launch_flags(model, cut)]
     lines, line = [], words[0]
@@ -208,14 +208,14 @@ def launch_command(model: str, cut: Cut, machine: Machine) -> str:
     return " \\\n".join([*lines, line])
 
 
-def _script(cut: Cut) -> str:
+def _script(cut: RunLayout) -> str:
     if cut.zero is not None:
         return "launch/finetune_qwen2_deepspeed.py"
     kind = "pretrain" if cut.job.lora_rank is None else "finetune"
     return f"launch/{kind}_qwen2.py"
 
 
-def _torchrun(cut: Cut, machine: Machine) -> Iterator[str]:
+def _torchrun(cut: RunLayout, machine: Machine) -> Iterator[str]:
     nodes = -(-cut.num_devices // machine.devices_per_node)
     yield "torchrun"
     if nodes > 1:
@@ -225,7 +225,7 @@ def _torchrun(cut: Cut, machine: Machine) -> Iterator[str]:
         yield "--master-addr $MASTER_ADDR --master-port 29500"
 
 
-def launch_flags(model: str, cut: Cut) -> list[str]:
+def launch_flags(model: str, cut: RunLayout) -> list[str]:
     """The launcher's flags, each with its value."""
     if cut.zero is not None:
         return _zero_flags(model, cut, cut.zero)
@@ -278,7 +278,7 @@ def launch_flags(model: str, cut: Cut) -> list[str]:
     return [*flags, "--train-iters 20", "--lr 1e-5"]
 
 
-def _zero_flags(model: str, cut: Cut, zero: Zero) -> list[str]:
+def _zero_flags(model: str, cut: RunLayout, zero: Zero) -> list[str]:
     job = cut.job
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     return [

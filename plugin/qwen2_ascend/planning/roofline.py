@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qwen2_ascend.planning.devices import MC2_SHARE, Device, Rates
-from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.job import RunLayout
 from qwen2_ascend.planning.parameters import embedding, layer_tensors, parameters
 from qwen2_ascend.planning.traffic import context_parallel, micro_batches_traffic, update_traffic
 
@@ -61,7 +61,7 @@ class StepTime(NamedTuple):
 
 
 def step_time(
-    cut: Cut,
+    cut: RunLayout,
     device: Device,
     rates: Rates,
     *,
@@ -80,7 +80,7 @@ def step_time(
 
 
 def step_work(
-    cut: Cut,
+    cut: RunLayout,
     device: Device,
     rates: Rates,
     devices_per_node: int,
@@ -102,14 +102,14 @@ def step_work(
     return busy.plus(waiting, 1 / cut.num_chunks), busy
 
 
-def _alike(cut: Cut) -> dict[int, int]:
+def _alike(cut: RunLayout) -> dict[int, int]:
     """A stage of each kind, and how many are of it."""
     if cut.num_layer_list is not None or cut.pp < 3:
         return dict.fromkeys(range(cut.pp), 1)
     return {0: 1, 1: cut.pp - 2, cut.pp - 1: 1}
 
 
-def bubble_fraction(cut: Cut) -> float:
+def bubble_fraction(cut: RunLayout) -> float:
     """Share of a step that a stage waits: (p - 1) / v over that and the micro-batches' own time
     (Narayanan et al. 2021, arXiv:2104.04473)."""
     wait = (cut.pp - 1) / cut.num_chunks
@@ -119,7 +119,7 @@ def bubble_fraction(cut: Cut) -> float:
 # --- a micro-batch --------------------------------------------------------------------------------
 
 
-def micro_batch_work(cut: Cut, stage: int, device: Device, devices_per_node: int) -> Work:
+def micro_batch_work(cut: RunLayout, stage: int, device: Device, devices_per_node: int) -> Work:
     """Forward and backward of one micro-batch on one rank of a stage."""
     return Work(
         products=stage_products(cut, stage) / device.peak_flops,
@@ -130,7 +130,7 @@ def micro_batch_work(cut: Cut, stage: int, device: Device, devices_per_node: int
     )
 
 
-def stage_flops(cut: Cut, stage: int) -> float:
+def stage_flops(cut: RunLayout, stage: int) -> float:
     """Of one micro-batch on one rank, forward and backward and what is recomputed.
 
     As training/logging.py's train_flops counts: backward is twice forward, a causal token sees
@@ -139,7 +139,7 @@ def stage_flops(cut: Cut, stage: int) -> float:
     return stage_products(cut, stage) + stage_attention(cut, stage)
 
 
-def stage_products(cut: Cut, stage: int) -> float:
+def stage_products(cut: RunLayout, stage: int) -> float:
     """FLOPs of the matrix products among `stage_flops`."""
     job, config = cut.job, cut.job.config
     h, context = config.hidden_size, config.num_attention_heads * config.kv_channels
@@ -154,7 +154,7 @@ def stage_products(cut: Cut, stage: int) -> float:
     return total * cut.tokens / cut.tp
 
 
-def stage_attention(cut: Cut, stage: int) -> float:
+def stage_attention(cut: RunLayout, stage: int) -> float:
     """FLOPs of attention's core among `stage_flops`."""
     config = cut.job.config
     layers = cut.layers_of(stage)
@@ -163,7 +163,7 @@ def stage_attention(cut: Cut, stage: int) -> float:
     return (3 * layers + again) * core * cut.tokens / cut.tp
 
 
-def stage_bytes(cut: Cut, stage: int) -> float:
+def stage_bytes(cut: RunLayout, stage: int) -> float:
     """Read and written by norms, residuals, rotary, SwiGLU, the loss and the sums of gradients."""
     config, e = cut.job.config, cut.job.element
     h = config.hidden_size / (cut.tp if cut.sequence_parallel else 1)
@@ -182,7 +182,7 @@ def stage_bytes(cut: Cut, stage: int) -> float:
     return total * cut.tokens + (e + 8) * _trained(cut, stage)
 
 
-def single_outputs(cut: Cut, stage: int) -> tuple[int, int]:
+def single_outputs(cut: RunLayout, stage: int) -> tuple[int, int]:
     """Layers of a stage in which SwiGLU's output is computed again, and both norms'."""
     pairs = zip(cut.chunk_layers(stage), cut.recomputed_of_chunks(stage), strict=True)
     others = [layers - whole for layers, whole in pairs]
@@ -191,7 +191,7 @@ def single_outputs(cut: Cut, stage: int) -> tuple[int, int]:
     return swiglu, norms
 
 
-def _trained(cut: Cut, stage: int) -> int:
+def _trained(cut: RunLayout, stage: int) -> int:
     """Weights of a rank that get a gradient; a tied embedding on one stage gets two."""
     if cut.job.lora_rank is not None:
         return parameters(cut, stage).trained
@@ -199,7 +199,7 @@ def _trained(cut: Cut, stage: int) -> int:
     return cut.layers_of(stage) * sum(layer_tensors(cut)) + ends * embedding(cut)
 
 
-def _exchange_seconds(cut: Cut, stage: int, device: Device, devices_per_node: int) -> float:
+def _exchange_seconds(cut: RunLayout, stage: int, device: Device, devices_per_node: int) -> float:
     """Of what ranks send each other for a micro-batch, at the links' bandwidth.
 
     Ranks are numbered TP first, then CP, then DP, then PP.
@@ -223,7 +223,7 @@ def _exchange_seconds(cut: Cut, stage: int, device: Device, devices_per_node: in
     return seconds
 
 
-def _update_work(cut: Cut, stage: int, device: Device, devices_per_node: int) -> Work:
+def _update_work(cut: RunLayout, stage: int, device: Device, devices_per_node: int) -> Work:
     """What a step does once: summing gradients over data-parallel ranks, and AdamW."""
     share = cut.replicas if cut.distributed_optimizer or cut.zero is not None else 1
     # AdamW reads a gradient, reads and writes a weight and two moments in fp32, writes a 16-bit one

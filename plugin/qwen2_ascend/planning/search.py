@@ -11,7 +11,7 @@ from typing import NamedTuple
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import sequence_faults, tensor_parallel_sizes
 from qwen2_ascend.planning.devices import Device, Rates
-from qwen2_ascend.planning.job import ALL_LAYERS, Cut, Job, Recompute, Zero
+from qwen2_ascend.planning.job import ALL_LAYERS, Job, Recompute, RunLayout, Zero
 from qwen2_ascend.planning.memory import Memory, fullest_stage
 from qwen2_ascend.planning.roofline import StepTime, step_time
 from qwen2_ascend.planning.zero import fullest_rank
@@ -54,7 +54,7 @@ class Machine:
 class Plan(NamedTuple):
     """One cut, with what is predicted of it."""
 
-    cut: Cut
+    cut: RunLayout
     stage: int
     """The fullest one."""
     memory: Memory
@@ -188,7 +188,7 @@ def fewest_devices(
 # --- what there is to try -------------------------------------------------------------------------
 
 
-def _shapes(job: Job, num_devices: int, choices: Choices) -> Iterator[Cut]:
+def _shapes(job: Job, num_devices: int, choices: Choices) -> Iterator[RunLayout]:
     """Cuts by sizes alone, which the model can be cut by and that divide devices and batch."""
     for tp, pp, cp in product(_tp_sizes(job, choices), _pp_sizes(job, choices), _cp(job, choices)):
         ranks = tp * pp * cp
@@ -197,7 +197,7 @@ def _shapes(job: Job, num_devices: int, choices: Choices) -> Iterator[Cut]:
         if num_devices % ranks or job.global_batch_size % (num_devices // ranks):
             continue
         for chunk in _chunks(job, pp, choices):
-            yield Cut(
+            yield RunLayout(
                 job=job,
                 tp=tp,
                 pp=pp,
@@ -255,7 +255,7 @@ def _chunks(job: Job, pp: int, choices: Choices) -> list[int | None]:
     return [n for n in found if asked in (None, n)]
 
 
-def _settings(shape: Cut, choices: Choices) -> Iterator[Cut]:
+def _settings(shape: RunLayout, choices: Choices) -> Iterator[RunLayout]:
     """A shape with each optimizer, micro-batch size, with and without sequence parallelism."""
     per_rank = shape.job.global_batch_size // shape.dp
     sizes = [size for size in choices.micro_batch_sizes if per_rank % size == 0]
@@ -281,7 +281,7 @@ def _settings(shape: Cut, choices: Choices) -> Iterator[Cut]:
             yield cut
 
 
-def _divides_sequences(cut: Cut) -> bool:
+def _divides_sequences(cut: RunLayout) -> bool:
     """Whether its ranks can share a sequence."""
     if cut.sequence_parallel and (cut.tp == 1 or cut.job.seq_length % cut.tp):
         return False
@@ -290,7 +290,7 @@ def _divides_sequences(cut: Cut) -> bool:
     )
 
 
-def _plans(cut: Cut, machine: Machine, choices: Choices) -> Iterator[Plan]:
+def _plans(cut: RunLayout, machine: Machine, choices: Choices) -> Iterator[Plan]:
     """A cut with each way to recompute; by parts of layers only where keeping all is too much and
     recomputing all is enough."""
     # transformers' layers are recomputed whole
@@ -312,7 +312,7 @@ def _plans(cut: Cut, machine: Machine, choices: Choices) -> Iterator[Plan]:
         yield from _fewest_recomputed(cut, machine)
 
 
-def _recomputing(cut: Cut, kind: Recompute, choices: Choices) -> Cut:
+def _recomputing(cut: RunLayout, kind: Recompute, choices: Choices) -> RunLayout:
     if kind != "full":
         return replace(cut, recompute=kind)
     if choices.recomputed_layers is not None:
@@ -323,7 +323,7 @@ def _recomputing(cut: Cut, kind: Recompute, choices: Choices) -> Cut:
     return replace(cut, recompute=kind, recompute_activation_function=0, recompute_norm=0)
 
 
-def _fewest_recomputed(cut: Cut, machine: Machine) -> Iterator[Plan]:
+def _fewest_recomputed(cut: RunLayout, machine: Machine) -> Iterator[Plan]:
     """The block that recomputes the fewest layers of each chunk and leaves headroom."""
     low, high = 0, max(max(cut.chunk_layers(stage)) for stage in range(cut.pp))
     while high - low > 1:
@@ -338,7 +338,7 @@ def _fewest_recomputed(cut: Cut, machine: Machine) -> Iterator[Plan]:
         yield plan_of(replace(cut, recompute="full", recomputed_layers=layers), machine)
 
 
-def plan_of(cut: Cut, machine: Machine) -> Plan:
+def plan_of(cut: RunLayout, machine: Machine) -> Plan:
     """What is predicted of a cut on as many devices as the machine has."""
     stage, memory = fullest_rank(cut)
     time = step_time(

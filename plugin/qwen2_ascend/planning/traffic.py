@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from qwen2_ascend.planning.job import Cut
+from qwen2_ascend.planning.job import RunLayout
 from qwen2_ascend.planning.parameters import embedding, parameters
 
 Kind = Literal["TP", "SP", "CP", "PP", "DP"]
@@ -46,7 +46,7 @@ def sent_bytes(op: str, num_ranks: int, num_bytes: float) -> float:
     return (2 if op == "all_reduce" else 1) * (num_ranks - 1) / num_ranks * num_bytes
 
 
-def step_traffic(cut: Cut) -> dict[Kind, float]:
+def step_traffic(cut: RunLayout) -> dict[Kind, float]:
     """Bytes that all devices together send in a step, by kind."""
     total: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     for stage in range(cut.pp):
@@ -55,17 +55,17 @@ def step_traffic(cut: Cut) -> dict[Kind, float]:
     return total
 
 
-def rank_traffic(cut: Cut, stage: int) -> dict[Kind, float]:
+def rank_traffic(cut: RunLayout, stage: int) -> dict[Kind, float]:
     """Bytes that one rank of `stage` sends in a step, by kind."""
     return _sent(collectives(cut, stage))
 
 
-def micro_batches_traffic(cut: Cut, stage: int) -> dict[Kind, float]:
+def micro_batches_traffic(cut: RunLayout, stage: int) -> dict[Kind, float]:
     """Of those, what its micro-batches send."""
     return _sent(_of_micro_batches(cut, stage))
 
 
-def update_traffic(cut: Cut, stage: int) -> float:
+def update_traffic(cut: RunLayout, stage: int) -> float:
     """And what the update sends."""
     return _sent(_data_parallel(cut, stage))["DP"] if cut.replicas > 1 else 0.0
 
@@ -77,14 +77,14 @@ def _sent(calls: Iterator[Collective]) -> dict[Kind, float]:
     return sent
 
 
-def collectives(cut: Cut, stage: int) -> Iterator[Collective]:
+def collectives(cut: RunLayout, stage: int) -> Iterator[Collective]:
     """Those of a rank of pipeline stage `stage`; counts may be zero."""
     yield from _of_micro_batches(cut, stage)
     if cut.replicas > 1:
         yield from _data_parallel(cut, stage)
 
 
-def _of_micro_batches(cut: Cut, stage: int) -> Iterator[Collective]:
+def _of_micro_batches(cut: RunLayout, stage: int) -> Iterator[Collective]:
     if cut.tp > 1:
         yield from _tensor_parallel(cut, stage)
     if cut.cp > 1:
@@ -93,7 +93,7 @@ def _of_micro_batches(cut: Cut, stage: int) -> Iterator[Collective]:
         yield from _pipeline(cut, stage)
 
 
-def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+def _tensor_parallel(cut: RunLayout, stage: int) -> Iterator[Collective]:
     job, n, layers = cut.job, cut.num_microbatches, cut.layers_of(stage)
     first, last = stage == 0, cut.is_last(stage)
     forwards = layers + cut.recomputed(stage)
@@ -130,7 +130,7 @@ def _tensor_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
         yield Collective("TP", "reduce_scatter", cut.tp, rows, n * layers)
 
 
-def _adapters(cut: Cut, layers: int, forwards: int) -> Iterator[Collective]:
+def _adapters(cut: RunLayout, layers: int, forwards: int) -> Iterator[Collective]:
     """Ranks exchange what the adapters' A give: 3 targets of linear_qkv, 2 of linear_fc1, and one
     each of the row-parallel layers; `forwards` counts layers that run again twice."""
     rank = cut.job.lora_rank or 0
@@ -151,7 +151,7 @@ def _adapters(cut: Cut, layers: int, forwards: int) -> Iterator[Collective]:
     yield Collective("SP", "all_reduce", cut.tp, whole * FP32, 1)
 
 
-def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+def context_parallel(cut: RunLayout, stage: int) -> Iterator[Collective]:
     """What attention exchanges: heads for tokens and back (Ulysses: q, k, v and the output, forward
     and backward; keys are repeated where ranks outnumber query groups), and round the ring k and v
     forward, and in backward again with their gradients. Or all are gathered, in backward anew, and
@@ -172,7 +172,7 @@ def context_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
     yield Collective("CP", "send", 2, keys, n * turns * (3 * layers + again))
 
 
-def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
+def _pipeline(cut: RunLayout, stage: int) -> Iterator[Collective]:
     config, n, chunks = cut.job.config, cut.num_microbatches, cut.num_chunks
     share = cut.tp if cut.sequence_parallel else 1
     hidden = cut.tokens // share * config.hidden_size * cut.job.element
@@ -183,7 +183,7 @@ def _pipeline(cut: Cut, stage: int) -> Iterator[Collective]:
         yield Collective("PP", "all_reduce", 2, embedding(cut) * FP32, int(ends))
 
 
-def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
+def _data_parallel(cut: RunLayout, stage: int) -> Iterator[Collective]:
     if cut.zero is not None:
         yield from _zero(cut, cut.zero.stage)
         return
@@ -196,7 +196,7 @@ def _data_parallel(cut: Cut, stage: int) -> Iterator[Collective]:
         yield Collective("DP", "all_gather", cut.replicas, elements * cut.job.element, chunks)
 
 
-def _zero(cut: Cut, zero_stage: int) -> Iterator[Collective]:
+def _zero(cut: RunLayout, zero_stage: int) -> Iterator[Collective]:
     """As Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count: stage 1 scatters sums of
     gradients once, the others after each micro-batch; weights are gathered after the update, in
     stage 3 before each forward and each backward."""

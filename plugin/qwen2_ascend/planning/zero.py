@@ -10,7 +10,7 @@ Letters: as in memory.py, and `d` the ranks.
 
 from __future__ import annotations
 
-from qwen2_ascend.planning.job import Cut, Zero
+from qwen2_ascend.planning.job import RunLayout, Zero
 from qwen2_ascend.planning.memory import (
     FP32,
     HCCL_BYTES,
@@ -22,12 +22,12 @@ from qwen2_ascend.planning.memory import (
 from qwen2_ascend.planning.parameters import embedding, layer_tensors, parameters
 
 
-def fullest_rank(cut: Cut) -> tuple[int, Memory]:
+def fullest_rank(cut: RunLayout) -> tuple[int, Memory]:
     """(stage, memory) of the fullest rank, whoever trains; with ZeRO all are of stage 0."""
     return fullest_stage(cut) if cut.zero is None else (0, zero_memory(cut))
 
 
-def zero_memory(cut: Cut) -> Memory:
+def zero_memory(cut: RunLayout) -> Memory:
     """The peak of a rank; all ranks hold as much."""
     weights, gradients, optimizer = zero_at_rest(cut)
     activations, logits, temporary, moment = max(_moments(cut), key=lambda found: sum(found[:3]))
@@ -44,7 +44,7 @@ def zero_memory(cut: Cut) -> Memory:
     )
 
 
-def zero_at_rest(cut: Cut) -> tuple[int, int, int]:
+def zero_at_rest(cut: RunLayout) -> tuple[int, int, int]:
     """Bytes of a rank's weights, gradients and optimizer between two steps.
 
     Stages 1 and 2 drop the gradients after an update; stage 3 has a buffer for a rank's own.
@@ -64,13 +64,13 @@ def zero_at_rest(cut: Cut) -> tuple[int, int, int]:
     return weights + _persistent(cut) * element, gradients, optimizer
 
 
-def _persistent(cut: Cut) -> int:
+def _persistent(cut: RunLayout) -> int:
     """Elements of tensors that stage 3 gathers once and keeps whole, as they are small."""
     limit = _zero(cut).param_persistence_threshold
     return sum(number for number in _tensors(cut) if number < limit)
 
 
-def _tensors(cut: Cut) -> list[int]:
+def _tensors(cut: RunLayout) -> list[int]:
     """Elements of each of transformers' weights: q, k, v, gate and up are their own."""
     config = cut.job.config
     h, width, ffn = config.hidden_size, config.kv_channels, config.ffn_hidden_size
@@ -80,7 +80,7 @@ def _tensors(cut: Cut) -> list[int]:
     return [*ends, h, *(config.num_layers * layer)]
 
 
-def _gradients_of_micro_batches(cut: Cut) -> int:
+def _gradients_of_micro_batches(cut: RunLayout) -> int:
     """Bytes that earlier micro-batches left in stages 1 (all) and 2 (the rank's share)."""
     zero, trained = _zero(cut), parameters(cut, 0).trained
     if zero.stage == 3 or cut.num_microbatches == 1:
@@ -90,7 +90,7 @@ def _gradients_of_micro_batches(cut: Cut) -> int:
     return (trained if zero.stage == 1 else -(-trained // cut.replicas)) * cut.job.element
 
 
-def _moments(cut: Cut) -> list[tuple[int, int, int, str]]:
+def _moments(cut: RunLayout) -> list[tuple[int, int, int, str]]:
     """(activations, logits, temporary, which) of each moment that may be the fullest."""
     config, t, e = cut.job.config, cut.tokens, cut.job.element
     trained, logits = parameters(cut, 0).trained, t * config.vocab_size
@@ -123,12 +123,12 @@ def _moments(cut: Cut) -> list[tuple[int, int, int, str]]:
     return moments
 
 
-def _zero(cut: Cut) -> Zero:
+def _zero(cut: RunLayout) -> Zero:
     assert cut.zero is not None
     return cut.zero
 
 
-def _gathered(cut: Cut) -> int:
+def _gathered(cut: RunLayout) -> int:
     """Bytes of the whole weights that stage 3 has at once: those of a layer and of the next, or of
     the output layer."""
     zero = _zero(cut)
@@ -138,13 +138,13 @@ def _gathered(cut: Cut) -> int:
     return max(2 * sum(large), embedding(cut)) * cut.job.element
 
 
-def _bucket(cut: Cut) -> int:
+def _bucket(cut: RunLayout) -> int:
     """Bytes of the buffers that stages 1 and 2 collect gradients in, while backward runs."""
     zero = _zero(cut)
     return 0 if zero.stage == 3 else zero.buckets * zero.reduce_bucket_size * cut.job.element
 
 
-def _last_gradients(cut: Cut) -> int:
+def _last_gradients(cut: RunLayout) -> int:
     """Bytes of the last micro-batch's gradients in stage 2, until they are added to the others; in
     stage 1 of the rank's share of all, besides those of a single micro-batch."""
     zero, trained = _zero(cut), parameters(cut, 0).trained
@@ -154,13 +154,13 @@ def _last_gradients(cut: Cut) -> int:
     return (only + -(-trained // cut.replicas)) * cut.job.element
 
 
-def _norm(cut: Cut) -> int:
+def _norm(cut: RunLayout) -> int:
     """Bytes that a norm of transformers' keeps: its input in fp32, that divided by the root, its
     output, and a root per token."""
     return cut.tokens * (cut.job.config.hidden_size * (FP32 + 2 * cut.job.element) + FP32)
 
 
-def _layer_activations(cut: Cut) -> int:
+def _layer_activations(cut: RunLayout) -> int:
     """Bytes that a layer of transformers' keeps: two norms; rotated q and k, v and the context;
     gate, silu(gate), up and their product."""
     config, e = cut.job.config, cut.job.element
@@ -170,7 +170,7 @@ def _layer_activations(cut: Cut) -> int:
     return 2 * _norm(cut) + cut.tokens * (attention + 4 * config.ffn_hidden_size * e)
 
 
-def _buffers(cut: Cut) -> int:
+def _buffers(cut: RunLayout) -> int:
     """Stage 3's bucket of gradients, cosines and sines, and the communicator's own memory."""
     zero, e = _zero(cut), cut.job.element
     held = 2 * cut.tokens * cut.job.config.kv_channels * e

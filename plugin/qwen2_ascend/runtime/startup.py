@@ -83,7 +83,7 @@ def explain(error: BaseException) -> str | None:
 def _agreed_device(requested: str | None) -> str:
     """`select_device` on every rank; where one cannot, or chooses another, no rank goes on."""
     faults = Faults()
-    name = faults.of(lambda: select_device(requested))
+    name = faults.collect(lambda: select_device(requested))
     raise_together(faults)
     assert name is not None
     missing = npu.missing() if requested is None and name != "npu" else None
@@ -134,7 +134,7 @@ def _started(
     if name == "npu":
         group_seconds = environment.group_timeout_seconds(timeout_seconds, os.environ)
     faults = Faults()
-    device = faults.of(lambda: _own_device(name, meeting.local_rank))
+    device = faults.collect(lambda: _own_device(name, meeting.local_rank))
     raise_together(faults)
     assert device is not None
     runtime = Runtime(

@@ -33,7 +33,7 @@ from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
 from qwen2_ascend.checkpoint.megatron_args import megatron_args
 from qwen2_ascend.checkpoint.plan import volume
-from qwen2_ascend.checkpoint.rules import Piece, Rule, megatron_pieces, qwen2_rules
+from qwen2_ascend.checkpoint.rules import Rule, TensorSlice, megatron_pieces, qwen2_rules
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.staging import write_file
@@ -196,7 +196,7 @@ class MegatronWriter:
         for index, (owned, tensor) in enumerate(zip(state.owned, state.tensors(), strict=True)):
             rule, _ = rule_of(owned.piece, self._rules)
             for box, run in parts_of(owned.piece.box, owned.run, joins_blocks=is_one_range(rule)):
-                piece = Piece(owned.piece.tensor, box, rule.shape(box))
+                piece = TensorSlice(owned.piece.tensor, box, rule.shape(box))
                 dtype = DTYPE_NAMES[owned.written_dtype(tensor)]
                 key, chunk = torch_dist_chunk(piece, self._rules, config.num_layers, dtype)
                 key = _state_key(owned.kind, key, self._sharding_type)

@@ -25,7 +25,7 @@ from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_start
 from qwen2_ascend.telemetry.reporting import attempt
 
 if TYPE_CHECKING:
-    from qwen2_ascend.planning.job import Cut
+    from qwen2_ascend.planning.job import RunLayout
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.plan import RunPlan
 
@@ -135,14 +135,14 @@ def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
     return found
 
 
-def _cut(plan: RunPlan, runtime: Runtime) -> Cut | None:
+def _cut(plan: RunPlan, runtime: Runtime) -> RunLayout | None:
     """The planner's view of a run; None of one that it does not know."""
-    from qwen2_ascend.training.planned import as_cut, not_planned
+    from qwen2_ascend.training.planned import as_run_layout, not_planned
 
     settings: Any = plan.settings
     if hasattr(settings, "zero") or not_planned(settings):
         return None
-    return as_cut(settings, plan.config, runtime.world_size, runtime.name)
+    return as_run_layout(settings, plan.config, runtime.world_size, runtime.name)
 
 
 def _start(plan: RunPlan, runtime: Runtime, first_iteration: int) -> dict[str, Any] | None:

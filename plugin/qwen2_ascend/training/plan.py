@@ -226,7 +226,7 @@ def agree(
     meeting.meet(timeout_seconds)
     found, facts = agreement.broadcast_from_first((own.found, own.facts()) if own else (None, {}))
     faults = Faults()
-    plan = own or faults.of(partial(make, found))
+    plan = own or faults.collect(partial(make, found))
     if plan is not None:
         mine = plan.facts()
         faults += [

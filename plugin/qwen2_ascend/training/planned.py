@@ -9,7 +9,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.devices import device_called, find_device
-from qwen2_ascend.planning.job import Cut, Job, Recompute
+from qwen2_ascend.planning.job import Job, Recompute, RunLayout
 from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
 from qwen2_ascend.planning.roofline import step_time
 from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
@@ -28,7 +28,7 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     number, device = settings.report.plan, find_device(settings.report.plan_device)
     assert number is not None
     raise_if(not_planned(settings))
-    cut = as_cut(settings, config, number, device.backend)
+    cut = as_run_layout(settings, config, number, device.backend)
     machine = search.Machine(
         device=device, num_devices=number, devices_per_node=device.devices_per_node
     )
@@ -51,7 +51,7 @@ class Expected(NamedTuple):
     """Bytes that torch allocates on the fullest device at most; HCCL's own are not among them."""
 
 
-def expected(cut: Cut, device_name: str, devices_per_node: int) -> Expected | None:
+def expected(cut: RunLayout, device_name: str, devices_per_node: int) -> Expected | None:
     """What the planner predicts of a run; None on a device that it does not know."""
     device = device_called(device_name)
     if device is None or device.backend == "cpu":
@@ -87,7 +87,7 @@ def against_the_plan(
     )
 
 
-def as_cut(settings: Any, config: Qwen2Config, num_devices: int, backend: str) -> Cut:
+def as_run_layout(settings: Any, config: Qwen2Config, num_devices: int, backend: str) -> RunLayout:
     """The planner's view of a run's settings.
 
     Args:
@@ -101,7 +101,7 @@ def as_cut(settings: Any, config: Qwen2Config, num_devices: int, backend: str) -
     lora, tuning = getattr(settings, "lora", None), getattr(settings, "tuning", None)
     zero = settings.planned_zero(num_devices, backend) if hasattr(settings, "zero") else None
     kind: Recompute = recompute.recompute_granularity or "none"
-    cut = Cut(
+    cut = RunLayout(
         job=Job(
             config=config,
             seq_length=settings.batch.seq_length,

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from qwen2_ascend.checkpoint.plan import volume
-from qwen2_ascend.checkpoint.rules import Piece, Shard
+from qwen2_ascend.checkpoint.rules import Shard, TensorSlice
 from qwen2_ascend.checkpoint.slices import Run, owners, share_of
 from qwen2_ascend.training import optimizer as optimizers
 
@@ -26,7 +26,7 @@ class Owned(NamedTuple):
     """The parameter's."""
     kind: str
     """Of the optimizer's tensors; "" is the parameter itself."""
-    piece: Piece
+    piece: TensorSlice
     """Of the whole parameter."""
     run: Run
 
@@ -41,7 +41,7 @@ class RankState:
     def __init__(
         self,
         parameters: Sequence[Mapping[str, torch.nn.Parameter]],
-        pieces: Mapping[Shard, Mapping[str, Piece]],
+        pieces: Mapping[Shard, Mapping[str, TensorSlice]],
         optimizer: Any = None,
         *,
         is_stored_once: bool = True,
@@ -76,7 +76,7 @@ class RankState:
             kinds = (*optimizers.MOMENTS, optimizers.MAIN)
         return kinds
 
-    def piece(self, named: Named) -> Piece:
+    def piece(self, named: Named) -> TensorSlice:
         """Which box of the whole model a parameter is."""
         return self._pieces[own_shard(named[0])][named[1]]
 
@@ -126,14 +126,14 @@ class RankState:
             tensors.append(tensor.reshape(-1)[run.start - start : run.stop - start])
         return tensors
 
-    def whole(self) -> list[tuple[Piece, Run, torch.Tensor]]:
+    def whole(self) -> list[tuple[TensorSlice, Run, torch.Tensor]]:
         """The parameters, to be filled in place, as `load_slices` takes them."""
         return [
             (self.piece(named), Run(0, parameter.numel()), parameter.detach())
             for named, parameter in self.parameters.items()
         ]
 
-    def emptied(self, num_updates: int) -> dict[str, list[tuple[Piece, Run, torch.Tensor]]]:
+    def emptied(self, num_updates: int) -> dict[str, list[tuple[TensorSlice, Run, torch.Tensor]]]:
         """Begins the optimizer's state anew, to be filled in place.
 
         The parameters must have been loaded before.

@@ -663,7 +663,7 @@ def _value_faults(settings: TrainingSettings) -> list[str]:
 
 def _layout_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
     faults = Faults()
-    faults.of(lambda: settings.layout().check(config, settings.padded_vocab_size(config)))
+    faults.collect(lambda: settings.layout().check(config, settings.padded_vocab_size(config)))
     return faults
 
 

@@ -99,8 +99,8 @@ def begin(
     own = None
     if is_first_rank():
         faults = Faults()
-        own = faults.of(partial(_checked_plan, settings, make, check))
-        faults.of(partial(check_data, settings))
+        own = faults.collect(partial(_checked_plan, settings, make, check))
+        faults.collect(partial(check_data, settings))
         raise_if(faults)
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
     plan = agree(partial(make, settings), own, timeout_seconds)
@@ -557,7 +557,7 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
 
     Rank 0 alone looks. There is no plan for a CPU or a simulated device, and none by DeepSpeed.
     """
-    from qwen2_ascend.training.planned import as_cut, expected, not_planned
+    from qwen2_ascend.training.planned import as_run_layout, expected, not_planned
 
     settings, runtime = run.settings, run.runtime
     if runtime.rank != 0 or runtime.simulated or hasattr(settings, "zero"):
@@ -567,7 +567,7 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
 
     def look() -> Expected | None:
-        cut = as_cut(settings, config, runtime.world_size, runtime.name)
+        cut = as_run_layout(settings, config, runtime.world_size, runtime.name)
         return expected(cut, runtime.device_name(), per_node)
 
     return reporting.attempt("the planner", look)

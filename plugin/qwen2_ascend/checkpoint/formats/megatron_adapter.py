@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from qwen2_ascend.checkpoint.adapter import Adapter, Factors
 from qwen2_ascend.checkpoint.formats import megatron
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.plan import Held
-from qwen2_ascend.checkpoint.rules import Box, Piece, Rule, Shard, qwen2_rules
+from qwen2_ascend.checkpoint.plan import StoredSlice
+from qwen2_ascend.checkpoint.rules import Box, Rule, Shard, TensorSlice, qwen2_rules
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
@@ -122,11 +122,13 @@ def _factors(rule: Rule, layer: int, box: Box, a: _Matrix, b: _Matrix) -> Factor
     return Factors(tensor, box, _held(tensor, a), _held(tensor, b))
 
 
-def _held(tensor: str, matrix: _Matrix) -> Held:
+def _held(tensor: str, matrix: _Matrix) -> StoredSlice:
     """The matrix as a box of a view of its own."""
     shape = matrix.stored.shape
     box = ((0, 1), *((0, n) for n in (*shape, 1, 1)[:2]))
-    return Held(matrix.name, Piece(f"{tensor}:{matrix.name}", box, shape), matrix.stored)
+    return StoredSlice(
+        matrix.name, TensorSlice(f"{tensor}:{matrix.name}", box, shape), matrix.stored
+    )
 
 
 def _faults(made: Factors) -> Iterator[str]:
@@ -163,7 +165,7 @@ def _alpha(folder: Path, args: Namespace | None, given: float | None) -> float:
     return float(alpha)
 
 
-def _base(shards: Shards, layout: ParallelLayout, config: Qwen2Config) -> Iterator[Held]:
+def _base(shards: Shards, layout: ParallelLayout, config: Qwen2Config) -> Iterator[StoredSlice]:
     """The modules' own weights and biases, where they are stored."""
     stages = layout.stages(config.num_layers)
     rules = {rule.megatron: rule for rule in qwen2_rules(config)}
@@ -177,4 +179,4 @@ def _base(shards: Shards, layout: ParallelLayout, config: Qwen2Config) -> Iterat
             if rule is not None and int(match[1]) < len(layers):
                 box = rule.shard(layout.tp, shard.tp_rank)
                 tensor = rule.megatron.format(layers[int(match[1])])
-                yield Held(name, Piece(tensor, box, rule.shape(box)), stored)
+                yield StoredSlice(name, TensorSlice(tensor, box, rule.shape(box)), stored)

@@ -23,8 +23,8 @@ from qwen2_ascend.checkpoint.adapter_rules import (
 )
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.plan import Held
-from qwen2_ascend.checkpoint.rules import Piece
+from qwen2_ascend.checkpoint.plan import StoredSlice
+from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import links_out, read_json
@@ -261,7 +261,7 @@ def _stem(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
 
 
-def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Held, ...]:
+def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[StoredSlice, ...]:
     """The tensors of one file under an adapter's names, checked against the model's shape.
 
     Raises:
@@ -270,7 +270,7 @@ def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Hel
     return _held(path, peft_pieces(config, lora))
 
 
-def _held(path: Path, pieces: Mapping[str, Piece]) -> tuple[Held, ...]:
+def _held(path: Path, pieces: Mapping[str, TensorSlice]) -> tuple[StoredSlice, ...]:
     tensors = read_header(path).tensors
     faults = _names("missing tensors", [name for name in pieces if name not in tensors])
     faults += _names("unexpected tensors", [name for name in tensors if name not in pieces])
@@ -287,7 +287,7 @@ def _held(path: Path, pieces: Mapping[str, Piece]) -> tuple[Held, ...]:
             f"added; {_WAY_OUT}"
         )
     raise_if(f"{path}: {fault}" for fault in faults)
-    return tuple(Held(name, piece, tensors[name]) for name, piece in pieces.items())
+    return tuple(StoredSlice(name, piece, tensors[name]) for name, piece in pieces.items())
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

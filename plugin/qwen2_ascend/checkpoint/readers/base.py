@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.progress import size_text
-from qwen2_ascend.checkpoint.rules import Piece
+from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.parallel import ParallelLayout
@@ -32,7 +32,7 @@ class Source:
     """ "hf" or "mg"."""
     folder: Path
     config: Qwen2Config
-    held: tuple[Held, ...]
+    held: tuple[StoredSlice, ...]
     side_files: tuple[Path, ...]
     """config.json, tokenizer and chat template files."""
     format: str
@@ -113,8 +113,8 @@ def check_layer_count(where: Path | str, config: Qwen2Config, num_tensors: int) 
 
 
 def match(
-    pieces: Mapping[str, Piece], tensors: Mapping[str, StoredTensor]
-) -> tuple[list[Held], list[str]]:
+    pieces: Mapping[str, TensorSlice], tensors: Mapping[str, StoredTensor]
+) -> tuple[list[StoredSlice], list[str]]:
     """Pairs expected pieces with stored tensors; what does not fit, in sentences."""
     faults = name_faults("missing tensors", [n for n in pieces if n not in tensors])
     faults += name_faults("unexpected tensors", [n for n in tensors if n not in pieces])
@@ -124,11 +124,13 @@ def match(
             f"the files hold layers up to {max(extra_layers)}, "
             f"config.json says {len(layers(pieces))} layers."
         )
-    held = [Held(name, piece, tensors[name]) for name, piece in pieces.items() if name in tensors]
+    held = [
+        StoredSlice(name, piece, tensors[name]) for name, piece in pieces.items() if name in tensors
+    ]
     return held, faults + at_most([fault for one in held for fault in _tensor_faults(one)])
 
 
-def _tensor_faults(held: Held) -> Iterator[str]:
+def _tensor_faults(held: StoredSlice) -> Iterator[str]:
     name, piece, stored = held
     if stored.shape != piece.shape:
         yield f"{name}: expected shape {piece.shape}, found {stored.shape} in {stored.path.name}."

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import megatron_optimizer
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.checkpoint.plan import Held, volume
+from qwen2_ascend.checkpoint.plan import StoredSlice, volume
 from qwen2_ascend.checkpoint.readers.base import Source
-from qwen2_ascend.checkpoint.rules import Piece, megatron_pieces
+from qwen2_ascend.checkpoint.rules import TensorSlice, megatron_pieces
 from qwen2_ascend.checkpoint.slices import Run, owners, parts_of
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
@@ -36,7 +36,7 @@ def bucket_sources(
     pieces = megatron_pieces(config, layout, args.padded_vocab_size)
     segments = megatron_optimizer.read_segments(folder, sharding_type)
     own = owners(pieces)
-    held: dict[str, list[Held]] = {kind: [] for kind in kinds}
+    held: dict[str, list[StoredSlice]] = {kind: [] for kind in kinds}
     for shard, of_shard in pieces.items():
         names = megatron_optimizer.in_model_order(of_shard, args)
         of_rank = [of for other, of in pieces.items() if other[:2] == shard[:2]]
@@ -74,21 +74,25 @@ def bucket_sources(
 
 
 def _bucket_held(
-    name: str, piece: Piece, flat: Sequence[megatron_optimizer.Segment], start: int
-) -> Iterator[Held]:
+    name: str, piece: TensorSlice, flat: Sequence[megatron_optimizer.Segment], start: int
+) -> Iterator[StoredSlice]:
     """The parts of one parameter's tensor that lie in a flat tensor from `start` on."""
     for at, stored in megatron_optimizer.cut_out(flat, start, start + volume(piece.box)):
         yield from run_held(name, piece, Run(at, at + stored.shape[0]), stored)
 
 
-def run_held(name: str, piece: Piece, run: Run, stored: StoredTensor) -> Iterator[Held]:
+def run_held(
+    name: str, piece: TensorSlice, run: Run, stored: StoredTensor
+) -> Iterator[StoredSlice]:
     """A run of a piece's elements, as boxes."""
     size = NUMPY_DTYPES[stored.dtype].itemsize
     for box, part in parts_of(piece.box, run, joins_blocks=True):
         shape = tuple(stop - start for start, stop in box)
         offset = stored.offset + (part.start - run.start) * size
         own = stored._replace(offset=offset, shape=shape)
-        yield Held(f"{name}[{part.start}:{part.stop}]", Piece(piece.tensor, box, shape), own)
+        yield StoredSlice(
+            f"{name}[{part.start}:{part.stop}]", TensorSlice(piece.tensor, box, shape), own
+        )
 
 
 def _layout_of_args(folder: Path, args: Namespace, config: Qwen2Config) -> ParallelLayout:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import megatron, megatron_optimizer
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.plan import Held
+from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.readers.base import (
     MegatronFolder,
     Source,
@@ -52,7 +52,7 @@ def _ranks_source(
     layout = layout_of(folder, shards, config)
     padded = _padded_vocab_size(folder, shards, layout, config)
     layout.check(config, padded)
-    held: list[Held] = []
+    held: list[StoredSlice] = []
     faults: list[str] = []
     for shard, pieces in megatron_pieces(config, layout, padded).items():
         where = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
@@ -75,7 +75,7 @@ def _ranks_source(
     )
 
 
-def _name_in_file(held: Held, shard: Shard, layout: ParallelLayout, kind: str) -> str:
+def _name_in_file(held: StoredSlice, shard: Shard, layout: ParallelLayout, kind: str) -> str:
     """A .pt holds several models of an interleaved pipeline, whose tensors have the same names."""
     has_chunks = layout.num_layers_per_virtual_pipeline_stage is not None
     model = f"model{shard.chunk}" if has_chunks else "model"
@@ -85,7 +85,7 @@ def _name_in_file(held: Held, shard: Shard, layout: ParallelLayout, kind: str) -
     return f"{model}/{held.name}" if has_chunks and is_pt else held.name
 
 
-def _format_name(held: list[Held]) -> str:
+def _format_name(held: list[StoredSlice]) -> str:
     return "safetensors" if held[0].stored.path.suffix == ".safetensors" else "megatron"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import megatron, megatron_optimizer, torch_dist
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
-from qwen2_ascend.checkpoint.plan import Held, volume
+from qwen2_ascend.checkpoint.plan import StoredSlice, volume
 from qwen2_ascend.checkpoint.readers.base import (
     WEIGHT_DTYPES,
     MegatronFolder,
@@ -20,7 +20,7 @@ from qwen2_ascend.checkpoint.readers.base import (
     name_faults,
 )
 from qwen2_ascend.checkpoint.readers.buckets import bucket_sources, run_held
-from qwen2_ascend.checkpoint.rules import EMBEDDING, Piece, Rule, qwen2_rules
+from qwen2_ascend.checkpoint.rules import EMBEDDING, Rule, TensorSlice, qwen2_rules
 from qwen2_ascend.checkpoint.slices import Run
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
@@ -78,7 +78,7 @@ def _torch_dist_source(
     """
     padded = padded or _vocabulary_rows(where, chunks, config)
     rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
-    held: list[Held] = []
+    held: list[StoredSlice] = []
     unexpected: list[str] = []
     faults: list[str] = []
     for key, parts in chunks.items():
@@ -166,7 +166,9 @@ def _unflattened(
     return box, Run(start, start + prod(chunk.tensor.shape))
 
 
-def _flat_held(found: Iterable[Held], run: Run, chunk: torch_dist.Chunk) -> Iterator[Held]:
+def _flat_held(
+    found: Iterable[StoredSlice], run: Run, chunk: torch_dist.Chunk
+) -> Iterator[StoredSlice]:
     """The part of the one tensor `found` that a chunk of its elements is."""
     (one,) = found
     yield from run_held(one.name, one.piece, run, chunk.tensor)
@@ -193,7 +195,9 @@ def _chunk_faults(
         yield f"{key}: {error}."
 
 
-def _chunk_held(key: str, rule: Rule, layer: int | None, chunk: torch_dist.Chunk) -> Iterator[Held]:
+def _chunk_held(
+    key: str, rule: Rule, layer: int | None, chunk: torch_dist.Chunk
+) -> Iterator[StoredSlice]:
     """The held tensors of one chunk; more than one where it spans layers."""
     tensor, offsets = chunk.tensor, chunk.offsets
     first, count, shape = layer or 0, 1, tensor.shape
@@ -209,11 +213,11 @@ def _chunk_held(key: str, rule: Rule, layer: int | None, chunk: torch_dist.Chunk
         stored = tensor._replace(offset=tensor.offset + i * size, shape=tuple(shape))
         start = (chunk.offsets[0] + i, *chunk.offsets[1:])
         in_file = f"{key}[{','.join(map(str, start))}]"
-        yield Held(in_file, Piece(name, box, tuple(shape)), stored)
+        yield StoredSlice(in_file, TensorSlice(name, box, tuple(shape)), stored)
 
 
 def _coverage_faults(
-    rules: Iterable[Rule], held: Iterable[Held], config: Qwen2Config
+    rules: Iterable[Rule], held: Iterable[StoredSlice], config: Qwen2Config
 ) -> Iterator[str]:
     """Tensors of which elements are missing, or stored twice."""
     found: dict[str, int] = {}

@@ -52,11 +52,11 @@ def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> No
         if not is_chat_file(word):
             for side in () if _is_number(word) else SIDES[task]:
                 for key in ("input_ids", "labels"):
-                    faults.of(partial(check_indexed, dataset_path(word, f"{side}{key}")))
+                    faults.collect(partial(check_indexed, dataset_path(word, f"{side}{key}")))
         elif not os.path.isfile(word):
             faults.append(f"{flag} {word}: {missing(word)}.")
         else:
-            faults.of(partial(_check_file, word, chat, task))
+            faults.collect(partial(_check_file, word, chat, task))
     raise_if(faults)
 
 
@@ -103,7 +103,7 @@ def find_formats(
     formats, faults = {}, Faults()
     for file in files:
         detect = partial(detect_format, task=task, map_keys=map_keys)
-        formats[file.path] = faults.of(partial(_first_good, file, reading, detect))
+        formats[file.path] = faults.collect(partial(_first_good, file, reading, detect))
     raise_if(faults)
     return formats
 

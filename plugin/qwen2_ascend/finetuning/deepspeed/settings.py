@@ -242,6 +242,6 @@ def validate(
         UserError: all faults at once.
     """
     faults = Faults()
-    faults.of(lambda: finetuning.validate(settings, config, world_size, made))
-    faults.of(lambda: deepspeed_config(settings, world_size, settings.runtime.device))
+    faults.collect(lambda: finetuning.validate(settings, config, world_size, made))
+    faults.collect(lambda: deepspeed_config(settings, world_size, settings.runtime.device))
     raise_if(faults)
