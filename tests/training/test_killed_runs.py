@@ -130,6 +130,7 @@ def is_clean(save: Path) -> bool:
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on(kind: str, world: Path, driver: Driver, tmp_path: Path) -> None:
     if KINDS[kind][0] != PRETRAIN:
@@ -155,6 +156,7 @@ def test_a_killed_run_goes_on(kind: str, world: Path, driver: Driver, tmp_path: 
         shutil.rmtree(save)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
 @pytest.mark.parametrize("where", ["data", "small file", "manifest"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
