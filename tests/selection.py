@@ -78,7 +78,10 @@ def seed() -> str:
     if given := os.environ.get(SEED):
         return given
     command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "none"  # there is no git
     return done.stdout.strip() or "none"
 
 

@@ -239,10 +239,10 @@ MODELS = {
 def model_gradients(name: str, tied: bool, chunk_size: int | None, run: Run):
     """(losses of the last stage, main gradients) of two micro-batches through the schedule."""
     import torch
-    from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from qwen2_ascend.model.build import build_model
+    from qwen2_ascend.runtime.megatron_compat import finalize_gradients
     from qwen2_ascend.training.loop import wrap_chunks
     from qwen2_ascend.training.settings import ParallelSettings
 
@@ -289,7 +289,7 @@ def model_gradients(name: str, tied: bool, chunk_size: int | None, run: Run):
         micro_batch_size=2,
         forward_only=False,
     )
-    assert wrapped[0].config.finalize_model_grads_func is finalize_model_grads
+    assert wrapped[0].config.finalize_model_grads_func is finalize_gradients
     grads = {
         f"{index}.{key}": parameter.main_grad.clone()
         for index, chunk in enumerate(chunks)

@@ -185,7 +185,7 @@ def what_does_not_fit_is_refused(run: Run) -> None:
         "does not divide num_layers": lambda: build_model(
             CONFIG, ParallelLayout(pipeline_model_parallel_size=3)
         ),
-        "1 process(es) cannot hold": lambda: runtime.initialize_model_parallel(two, 4),
+        "1 process(es) cannot be shared out": lambda: runtime.initialize_model_parallel(two, 4),
         "device=npu: this process already runs on cpu": lambda: runtime.start("npu"),
     }
     for message, call in refused.items():
