@@ -174,8 +174,8 @@ LEFT_OUT = {"--num-layer-list", "--num-layers-per-virtual-pipeline-stage"}
 
 def small(line: CommandLine, paths: dict[str, Path], tp: int, device: str = "cpu") -> list[str]:
     """The line for a small model, cut into `tp` ranks; where it cuts sequences, into two parts."""
-    cuts_sequences = line.values("--context-parallel-size")[:1] not in ([], ["1"])
-    cp = 2 if cuts_sequences else 1
+    flag = "--context-parallel-size"
+    cp = 2 if flag in line.flags and line.values(flag)[:1] != ["1"] else 1
     values = {
         **SMALL,
         "--tensor-model-parallel-size": str(tp // cp),
