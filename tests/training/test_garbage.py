@@ -99,6 +99,6 @@ def test_a_run_collects_so(collected: list[int]) -> None:
                 on_validation(1.0)
 
     with mock.patch.object(loop, "train", train), mock.patch.object(setup, "_step"):
-        assert setup._train(run, mock.Mock(), mock.Mock(), None, lambda line: None)
+        assert setup._train(run, mock.Mock(), mock.Mock(), None)
     assert collected == [2, 2, 2, 0, 2]
     assert during == [False] * 4 and gc.isenabled()
