@@ -57,8 +57,6 @@ REFUSED = {
     "--coc-parallel-num 2": "--use-ascend-coc",
     "--wandb-project mine": "--tensorboard-dir",
     "--rope-scaling-type linear": "only yarn is supported",
-    "--o2-optimizer": "leave it out",
-    "--o2-gradient": "leave it out",
     "--cp-comm-type p2p": "--context-parallel-algo",
     "--ulysses-degree-in-cp 2": "--context-parallel-algo",
     "--cp-window-size 2": "only 1",
