@@ -29,7 +29,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""Of every answer: the page loads nothing from elsewhere and no code of anybody else's."""
+"""Every answer has them: the page loads nothing from elsewhere and runs nobody else's code."""
 
 
 class Refusal(NamedTuple):

@@ -17,12 +17,7 @@ def whole(form: Mapping[str, Any], name: str, low: int, high: int) -> int:
     Raises:
         UserError: it is none.
     """
-    value = form.get(name)
-    if isinstance(value, str) and len(value) <= 20:
-        try:
-            value = int(value)
-        except ValueError:
-            value = None
+    value = _number(form.get(name), int, 20)
     if type(value) is not int or not low <= value <= high:
         raise UserError(
             f"{name} {shown(form.get(name))} must be a whole number from {low} to {high}."
@@ -36,12 +31,7 @@ def real(form: Mapping[str, Any], name: str, low: float, high: float) -> float:
     Raises:
         UserError: it is none.
     """
-    value = form.get(name)
-    if isinstance(value, str) and len(value) <= 40:
-        try:
-            value = float(value)
-        except ValueError:
-            value = None
+    value = _number(form.get(name), float, 40)
     if isinstance(value, bool) or not isinstance(value, int | float):
         value = math.nan
     if not low < value <= high:
@@ -49,6 +39,16 @@ def real(form: Mapping[str, Any], name: str, low: float, high: float) -> float:
             f"{name} {shown(form.get(name))} must be a number above {low:g} and up to {high:g}."
         )
     return float(value)
+
+
+def _number(value: Any, kind: type[int] | type[float], longest: int) -> Any:
+    """Reads a text of up to `longest` characters as a number, None where it is none."""
+    if not isinstance(value, str) or len(value) > longest:
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        return None
 
 
 def choice(form: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ class Order:
     """What is to be run."""
 
     words: tuple[str, ...]
-    """From torchrun on."""
+    """The command, which begins with torchrun."""
     save: Path
     """Where the run saves, with its log: "run" in the folder that the form names, beside "data"
     and, at its end, "hf"."""

@@ -20,7 +20,7 @@ REPORT_FILE = "report.json"
 MAX_DEPTH = 6
 MAX_FOLDERS = 20_000
 MAX_FOUND = 2_000
-"""Of each kind."""
+"""How many runs, and how many reports, are listed at most."""
 FRESH_SECONDS = 2.0
 """A listing is used again for so long."""
 DATA = (".jsonl", ".json", ".parquet")

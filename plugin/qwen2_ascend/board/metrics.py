@@ -31,7 +31,7 @@ MAX_SERIES = 48
 MAX_NAME = 80
 """Characters of a series' name."""
 TAIL_BYTES = 1 << 15
-"""Of the end of a file, in which its last rows are."""
+"""How much of the end of a file is read to find its last rows."""
 LARGEST = 1e100
 """A figure beyond it is none: sums of it and squares would be infinite, which JSON cannot say."""
 SAMPLE_BYTES = 2048
@@ -64,7 +64,7 @@ class Buckets:
 
     @property
     def names(self) -> list[str]:
-        """Of the series that have a value."""
+        """The names of the series that have a value."""
         return list(self._series)
 
     def add(self, rows: Sequence[Row]) -> None:

@@ -35,7 +35,7 @@ class Outside(NamedTuple):
     """How a third run lies to a band."""
 
     share: float
-    """Of the iterations that it shares with the band: outside of it."""
+    """How much of the iterations that it shares with the band lies outside of the band."""
     since: float | None
     """The iteration from which on it stays outside; None where it ends inside."""
 

@@ -26,7 +26,7 @@ PLACES = ("node", "slurm", "volcano")
 MAX_ROWS = 40
 MAX_DEVICES = 16_384
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporary", "logits", "buffers")
-"""Of memory, in the order that they are stacked in."""
+"""The kinds of memory, in the order in which a bar stacks them."""
 
 
 @dataclass(frozen=True, kw_only=True)

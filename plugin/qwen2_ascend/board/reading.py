@@ -14,13 +14,13 @@ from typing import TypeVar
 from qwen2_ascend.board.metrics import MetricsFile
 
 AT_ONCE_BYTES = 1 << 19
-"""Of a file, read while the page waits."""
+"""How much of a file is read while the page waits."""
 SLICE_BYTES = 1 << 21
 """Read by the thread between two looks at what the page wants."""
 SAMPLED_PLACES = 8000
-"""Of all files of one question together."""
+"""At how many places all files of one question are looked at together."""
 FEWEST_PLACES, MOST_PLACES = 40, 400
-"""Of one file."""
+"""At how many places one file is looked at, at least and at most."""
 MAX_FILES = 400
 """Kept in memory, each with some 500 kB at most."""
 

@@ -39,7 +39,7 @@ class RunState:
     validation_loss: float | None = None
     tokens_per_second: float | None = None
     modified: float
-    """Of metrics.jsonl, in seconds since 1970."""
+    """When metrics.jsonl was last written, in seconds since 1970."""
     is_live: bool
     size: int
     """Bytes of metrics.jsonl."""
@@ -55,7 +55,7 @@ class Description:
     train_iters: int | None = None
     planned_memory_bytes: int | None = None
     peak_flops: float | None = None
-    """Of a device, where the planner knows it: MFU is of that."""
+    """FLOP/s that one device can do, where the planner knows them; MFU is a share of these."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, and why."""
 

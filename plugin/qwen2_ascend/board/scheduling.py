@@ -25,7 +25,7 @@ class Launch:
     num_nodes: int
     devices_per_node: int
     device: str
-    """Of --device: npu, cuda or cpu."""
+    """The value of --device: npu, cuda or cpu."""
 
 
 def node(launch: Launch) -> str:

@@ -38,10 +38,10 @@ from qwen2_ascend.training.description import RUN_FILE
 
 MAX_BODY_BYTES = 1 << 20
 MAX_RUNS = 400
-"""In one picture."""
+"""How many runs one picture shows at most."""
 MAX_SERIES = 16
 FEWEST_POINTS, MOST_POINTS = 60, 1000
-"""Of a curve: fewer where there are many."""
+"""How many points a curve has at least and at most; it has fewer where there are many curves."""
 DERIVED = {"mfu": "tflops_per_device"}
 """Series that the page may ask for, and what they are computed from."""
 TYPES = {
@@ -344,7 +344,7 @@ def _pages() -> dict[str, bytes]:
 
 
 def _with_cookie(access: Access) -> Response:
-    """To the page itself, without the token in the address, which the cookie has from now on."""
+    """Sends the browser to the address without the token, which the cookie has from now on."""
     response = RedirectResponse("/", status_code=303)
     if access.token is not None:
         response.set_cookie(COOKIE, access.token, httponly=True, samesite="strict")

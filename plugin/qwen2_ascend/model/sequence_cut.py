@@ -27,7 +27,7 @@ class SequenceCut:
     """The ranks that share each sequence."""
     size: int
     rank: int
-    """In the group."""
+    """This rank's number in the group."""
 
     @classmethod
     def of_layout(cls, layout: ParallelLayout) -> SequenceCut | None:

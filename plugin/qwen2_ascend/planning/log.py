@@ -23,7 +23,7 @@ from qwen2_ascend.planning.roofline import step_time
 
 RUN_FILE = "run.json"
 WARM_UP_STEPS = 1
-"""Of each start: a first step compiles operators and makes the optimizer's state."""
+"""Steps of each start that do not count: the first compiles operators and makes the state."""
 
 
 class LoggedRun(NamedTuple):

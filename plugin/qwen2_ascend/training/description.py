@@ -25,7 +25,6 @@ from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_start
 from qwen2_ascend.telemetry.reporting import attempt
 
 if TYPE_CHECKING:
-    from qwen2_ascend.planning.job import RunLayout
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.plan import RunPlan
 
@@ -120,8 +119,9 @@ def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
     """The planned memory of the fullest rank, and the device's peak, if the planner knows them."""
     from qwen2_ascend.planning.devices import find_device
     from qwen2_ascend.planning.memory import fullest_stage
+    from qwen2_ascend.training.planned import layout_of_run
 
-    cut = _cut(plan, runtime)
+    cut = layout_of_run(plan.settings, plan.config, runtime)
     try:
         device = find_device("CPU" if runtime.name == "cpu" else runtime.device_name())
     except UserError:
@@ -135,18 +135,12 @@ def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
     return found
 
 
-def _cut(plan: RunPlan, runtime: Runtime) -> RunLayout | None:
-    """The planner's view of a run; None of one that it does not know."""
-    from qwen2_ascend.training.planned import as_run_layout, not_planned
-
-    settings: Any = plan.settings
-    if hasattr(settings, "zero") or not_planned(settings):
-        return None
-    return as_run_layout(settings, plan.config, runtime.world_size, runtime.name)
-
-
 def _start(plan: RunPlan, runtime: Runtime, first_iteration: int) -> dict[str, Any] | None:
-    cut = None if runtime.simulated else _cut(plan, runtime)
+    from qwen2_ascend.training.planned import layout_of_run
+
+    if runtime.simulated:
+        return None
+    cut = layout_of_run(plan.settings, plan.config, runtime)
     if cut is None:
         return None
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))

@@ -142,6 +142,21 @@ def as_run_layout(settings: Any, config: Qwen2Config, num_devices: int, backend:
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
 
 
+def layout_of_run(settings: Any, config: Qwen2Config, runtime: Any) -> RunLayout | None:
+    """The planner's view of a run that begins; None where there is none.
+
+    There is no view of a run by DeepSpeed, nor of what the planner does not know.
+
+    Args:
+        settings: all flags, a TrainingSettings.
+        config: the model's.
+        runtime: the Runtime of this rank.
+    """
+    if hasattr(settings, "zero") or not_planned(settings):
+        return None
+    return as_run_layout(settings, config, runtime.world_size, runtime.name)
+
+
 def _single_outputs(recompute: RecomputeSettings, what: Any) -> int:
     """Layers of a chunk of which one output is computed again."""
     chosen = recompute.single_outputs(what)

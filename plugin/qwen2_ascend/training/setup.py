@@ -557,18 +557,16 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
 
     Rank 0 alone looks. There is no plan for a CPU or a simulated device, and none by DeepSpeed.
     """
-    from qwen2_ascend.training.planned import as_run_layout, expected, not_planned
+    from qwen2_ascend.training.planned import expected, layout_of_run
 
-    settings, runtime = run.settings, run.runtime
-    if runtime.rank != 0 or runtime.simulated or hasattr(settings, "zero"):
-        return None
-    if not_planned(settings):
+    runtime = run.runtime
+    if runtime.rank != 0 or runtime.simulated:
         return None
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
 
     def look() -> Expected | None:
-        cut = as_run_layout(settings, config, runtime.world_size, runtime.name)
-        return expected(cut, runtime.device_name(), per_node)
+        cut = layout_of_run(run.settings, config, runtime)
+        return None if cut is None else expected(cut, runtime.device_name(), per_node)
 
     return reporting.attempt("the planner", look)
 
