@@ -1,8 +1,7 @@
 """CANN's own Python models of its operators, from checkouts of its operator repositories.
 
-CANN_OPS_PATH names one checkout or several (separated as in PATH): of ops-transformer (9.1.0 and
-later have the attention models) and of ops-nn. Nothing of them is kept here: their files are run
-where they lie, and only their results are compared.
+CANN_OPS_PATH names checkouts, separated as in PATH: of ops-transformer and of ops-nn. Nothing of
+them is kept here: their files are run where they lie, and only their results are compared.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ import pytest
 VARIABLE = "CANN_OPS_PATH"
 
 
-def model(path: str, *beside: str) -> ModuleType:
+def model(path: str, *beside: str, unused: tuple[str, ...] = ()) -> ModuleType:
     """The module at `path` in one of the checkouts; skips the test where there is none.
 
     Args:
         path: of the file, in the checkout.
         beside: modules of its folder that it imports by name.
+        unused: modules that it imports and that the model does not use, besides torch_npu.
     """
     found = next((x / path for x in checkouts() if (x / path).is_file()), None)
     if found is None:
         pytest.skip(f"none of the checkouts of {VARIABLE} has {path}")
-    with _importing(found.parent, beside):
+    with _importing(found.parent, beside, ("torch_npu", *unused)):
         return _load(found)
 
 
@@ -52,14 +52,31 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
+class _Unused(ModuleType):
+    """A module that has every name: each stands for a base class, or for a decorator's maker."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing
+
+
+class _Nothing:
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __call__(self, decorated: object) -> object:
+        return decorated
+
+
 @contextmanager
-def _importing(folder: Path, names: tuple[str, ...]) -> Iterator[None]:
-    """Modules of that folder can be imported by name, and torch_npu is an empty module."""
-    before = {name: sys.modules.get(name) for name in (*names, "torch_npu")}
+def _importing(folder: Path, names: tuple[str, ...], unused: tuple[str, ...]) -> Iterator[None]:
+    """Modules of that folder can be imported by name, and the unused ones by any."""
+    before = {name: sys.modules.get(name) for name in (*names, *unused)}
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     for name in before:
         sys.modules.pop(name, None)
-    sys.modules["torch_npu"] = ModuleType("torch_npu")  # they only import it
+    sys.modules.update({name: _Unused(name) for name in unused})
     sys.path.insert(0, str(folder))
     try:
         yield

@@ -470,7 +470,8 @@ def _inference_call(
     call.check()
     width = _head_width(query, input_layout, num_heads)
     _require(width <= 512, f"head width {width} is more than 512")
-    _require(width % 8 == 0, f"heads of {width} are no multiple of 16 bytes")
+    multiple = 8 if one_token else 16
+    _require(width % multiple == 0, f"heads of {width} are no multiple of {multiple}")
     ratio = num_heads // call.num_key_value_heads
     _require(ratio <= 64, f"{ratio} query heads to a key and value head are more than 64")
     return call

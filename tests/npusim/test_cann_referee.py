@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -303,6 +304,91 @@ def test_what_dropout_leaves_is_a_share_of_256(keep_prob):
     found = kept_weights(7, 0, 0, 2**20, keep_prob).double().mean().item()
     share = (math.floor(keep_prob * 255) + 1) / 256
     assert abs(found - share) < 4 * (share * (1 - share) / 2**20) ** 0.5
+
+
+# --- attention over a cache -----------------------------------------------------------------------
+
+INFERENCE = "attention/fused_infer_attention_score/tests/"
+PAGED = INFERENCE + "pytest/gqa_no_quant_bnsd_bsnd.py"
+STEPS = INFERENCE + "st/aclnnFusedInferAttentionScoreV4/executor_aclnnFusedInferAttentionScoreV4.py"
+HARNESS = ("configs.dataset_config", "configs.results_config", "tasks.api_execute")
+HARNESS += ("tasks.api_execute.base_api", "tasks.api_execute.aclnn_base_api")
+HARNESS += ("tasks.backends.lib_interface.acl_wrapper",)
+LENGTHS, CAPACITY = [7, 40, 23], 40
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def over_a_cache(heads, new_tokens, dtype):
+    """q, keys, values, each `[b, n, s, hn]`, and the reference's context and log-sum-exp, fp32."""
+    num_heads, groups, width = heads
+    shapes = ((num_heads, new_tokens), (groups, CAPACITY), (groups, CAPACITY))
+    inputs = [randn(len(LENGTHS), n, s, width, seed=i).to(dtype) for i, (n, s) in enumerate(shapes)]
+    alone = new_tokens == 1  # as ops/npu.py calls it
+    query = inputs[0]
+    found = NPU_REFERENCES["npu_fused_infer_attention_score"](
+        [torch.empty(query.shape), torch.empty(*query.shape[:3], 1)],
+        **dict(zip(("query", "key", "value"), inputs, strict=True)),
+        atten_mask=None if alone else torch.ones(2048, 2048).triu(1).bool(),
+        num_heads=num_heads,
+        num_key_value_heads=groups,
+        scale=width**-0.5,
+        input_layout="BNSD",
+        sparse_mode=0 if alone else 3,
+        pre_tokens=2**31 - 1,
+        next_tokens=2**31 - 1,
+        inner_precise=0,
+        actual_seq_lengths=None,
+        actual_seq_lengths_kv=LENGTHS,
+        softmax_lse_flag=True,
+    )
+    return [x.float() for x in inputs], *found
+
+
+@dtypes
+@heads
+@pytest.mark.parametrize("new_tokens", [1, 5], ids=["decode", "prefill"])
+def test_attention_over_a_cache(new_tokens, heads, dtype, worst):
+    """Of a prompt the diagonal ends at each sequence's length, not at the cache's."""
+    inputs, context, log_sum = over_a_cache(heads, new_tokens, dtype)
+    unused = ("tensorflow", "ml_dtypes", *(f"atk.{name}" for name in HARNESS))
+    their = model(STEPS, unused=unused)
+    (num_heads, groups, width), b = heads, len(LENGTHS)
+    query, key, value = (x.numpy() for x in inputs)
+    key, value = (
+        their._np_broadcastKV_sigle(num_heads, groups, x, np.float32)[0] for x in (key, value)
+    )
+    masks, _ = their._create_mask_right_down(
+        *((new_tokens, CAPACITY), 2**31 - 1, 0, [], LENGTHS, 0, 0, b, num_heads, [CAPACITY], bool)
+    )
+    case = {"qs_begin": 0, "qs_end": new_tokens, "kvs_begin": 0, "sparse": 3}
+    case |= {"q_dtype": np.float32, "lseflag": True}  # their weights are not rounded either
+    for index, (length, mask) in enumerate(zip(LENGTHS, masks, strict=True)):
+        hidden = np.broadcast_to(mask, (1, num_heads, *mask.shape)) if new_tokens > 1 else None
+        rows = slice(index, index + 1)
+        with redirect_stdout(None):
+            theirs = their._np_pfaattention_act(
+                *(query[rows], key[rows], value[rows], None, hidden, width**-0.5),
+                *(None, None, 0, 0, case | {"kvs_end": length}),
+                out_dtype=None,
+            )
+        assert_close(context[rows], theirs[0], worst)
+        assert_close(log_sum[rows], theirs[1], worst)
+
+
+@dtypes
+@heads
+def test_one_token_over_pages(heads, dtype, worst):
+    """Their other model has the cache in pages; here each sequence's cache is one page."""
+    inputs, context, _ = over_a_cache(heads, 1, dtype)
+    their = model(PAGED, unused=("test", "check_valid_param"))
+    b, (num_heads, groups, width) = len(LENGTHS), heads
+    theirs = their.GeneralizedGQA(
+        *(b, num_heads, groups, 1, CAPACITY, width, torch.float32, "BNSD"),
+        *([1] * b, LENGTHS, width**-0.5, CAPACITY, "BNBD"),
+    )
+    pages = torch.arange(b).unsqueeze(1)
+    assert_close(context, theirs.forward(*inputs, pages), worst)
 
 
 # --- norm, rotary, SwiGLU, AdamW, loss ------------------------------------------------------------

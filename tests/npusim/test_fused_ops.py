@@ -360,16 +360,18 @@ def test_a_cache_with_gaps_is_refused():
 
     from qwen2_ascend.ops import get_ops
 
-    q, keys = torch.zeros(1, 2, 2, 8).half().npu(), torch.zeros(2, 1, 18, 8).half().npu()[:, :, ::2]
+    q, keys = torch.zeros(1, 2, 2, 16).half().npu(), torch.zeros(2, 1, 18, 16).half().npu()
     with pytest.raises(ValueError, match="contiguous cache"):
-        get_ops("npu").cached_attention(q, keys, keys, lengths=[4, 9], softmax_scale=0.3)
+        get_ops("npu").cached_attention(
+            q, *[keys[:, :, ::2]] * 2, lengths=[4, 9], softmax_scale=0.3
+        )
 
 
 @pytest.mark.parametrize(
     ("dtype", "heads", "reason"),
     [
         ("float32", (4, 2, 16), "torch.float32"),
-        ("float16", (4, 2, 20), "heads of 20"),
+        ("float16", (4, 2, 24), "heads of 24"),
         ("float16", (130, 2, 16), "130 query heads on 2 groups"),
     ],
 )

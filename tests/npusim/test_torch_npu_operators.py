@@ -388,6 +388,8 @@ def test_inference_attention_refuses_what_its_documents_do():
     x = x.half()
     with pytest.raises(InvalidCall, match="sparse_mode=3 needs an atten_mask"):
         torch_npu.npu_fused_infer_attention_score(x, x, x, sparse_mode=3, **options)
+    with pytest.raises(InvalidCall, match="heads of 8 are no multiple of 16"):
+        torch_npu.npu_fused_infer_attention_score(x, x, x, **options)
 
 
 # --- the others -----------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ its inputs and results, forward and backward, in further kernels."""
 _REPEATED = 8
 """How often npu_fusion_attention gives the maximum and the sum of each row."""
 _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**18
-"""Of npu_fused_infer_attention_score; the last where there is one new token."""
+"""Of npu_fused_infer_attention_score; the last where there is one new token. Where there are more,
+CANN also refuses widths that are no multiple of 16."""
 _MAX_ROTARY_AXIS = 999
 """Of npu_rotary_mul: its batch, and its heads."""
 
@@ -378,7 +379,7 @@ def _why_not_fused(q: torch.Tensor, keys: torch.Tensor) -> str | None:
     s, _, heads, width = q.shape
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype}"
-    if width > _MAX_INFERENCE_WIDTH or width % 8:
+    if width > _MAX_INFERENCE_WIDTH or width % 16:
         return f"heads of {width}"
     if heads > _MAX_HEADS or heads > keys.shape[1] * _MAX_HEADS_PER_GROUP:
         return f"{heads} query heads on {keys.shape[1]} groups"
