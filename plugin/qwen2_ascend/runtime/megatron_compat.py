@@ -45,10 +45,13 @@ def check_tensor_parallel(layout: ParallelLayout, num_query_groups: int) -> None
     Raises:
         UserError: with the release that can.
     """
-    if layout.tp > num_query_groups and (release := megatron_release()) < (0, 16):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    takes_it = "tensor_model_parallel_size % self.num_query_groups"
+    if layout.tp > num_query_groups and takes_it not in inspect.getsource(TransformerConfig):
         raise UserError(
             f"tensor_model_parallel_size={layout.tp} is above num_query_groups="
-            f"{num_query_groups}, which the installed megatron-core {_name(release)} cannot do; "
+            f"{num_query_groups}, which the installed megatron-core {_release()} cannot do; "
             f"use {num_query_groups} at most, or install megatron-core 0.16 or later."
         )
 
@@ -72,7 +75,7 @@ def uneven_stages(layout: ParallelLayout) -> dict[str, Any]:
     if len(set(numbers[1:-1])) > 1:
         raise UserError(
             f"num_layer_list={','.join(map(str, numbers))}: the installed megatron-core "
-            f"{_name(megatron_release())} can give only the first and the last stage a number of "
+            f"{_release()} can give only the first and the last stage a number of "
             "their own; make the stages between equal, or install megatron-core 0.13 or later."
         )
     first = {"num_layers_in_first_pipeline_stage": numbers[0]}
@@ -86,15 +89,17 @@ def check_wsd_decay_style(style: str | None) -> None:
     Raises:
         UserError: with the release that has it.
     """
-    if style == "minus_sqrt" and (release := megatron_release()) < (0, 13):
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    if style == "minus_sqrt" and style not in inspect.getsource(OptimizerParamScheduler):
         raise UserError(
-            f"lr_wsd_decay_style={style} is not in the installed megatron-core {_name(release)}; "
+            f"lr_wsd_decay_style={style} is not in the installed megatron-core {_release()}; "
             "use linear, cosine or exponential, or install megatron-core 0.13 or later."
         )
 
 
-def _name(release: tuple[int, int]) -> str:
-    return ".".join(map(str, release))
+def _release() -> str:
+    return ".".join(map(str, megatron_release()))
 
 
 def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
