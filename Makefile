@@ -1,5 +1,5 @@
 # make quickstart   the main job on a small model: split, train, merge, compare
-# make test         what every commit runs: of costly families of tests a part, chosen by the commit
+# make test         what every commit runs: of each file so many tests that they take 12 seconds
 # make test-all     everything that can be tested on this machine
 # make test-compat  what depends on megatron-core, with the oldest and the newest release
 # make test-pythons what needs no torch, with each Python
@@ -14,6 +14,7 @@ PIP_ARGS ?=
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
+export OMP_NUM_THREADS := 1
 
 # pytest-xdist's processes; each also starts up to four ranks, which wait for each other a lot.
 TEST_PROCESSES ?= 2
@@ -27,8 +28,8 @@ TORCH_NPU ?= torch_npu==2.13.0
 # Each has an environment of its own, which takes all else from $(VENV).
 MEGATRON_CORE ?= 0.12.1 0.19.2
 SITE := import sysconfig; site = sysconfig.get_path("purelib")
-# What depends on megatron-core's release. Of the distributed cases a third is run, which depends on
-# the commit; all of them with COMPAT_ARGS=--all.
+# What depends on megatron-core's release: of each file so many tests that they take 6 seconds; all of
+# them with COMPAT_ARGS=--all.
 WITH_MEGATRON := tests/distributed/test_releases.py tests/distributed/test_train.py \
   tests/distributed/test_parity.py tests/runtime/test_megatron_compat.py \
   tests/runtime/test_absent_triton.py tests/checkpoint/formats/test_torch_dist.py \
@@ -38,7 +39,7 @@ WITH_MEGATRON := tests/distributed/test_releases.py tests/distributed/test_train
   cp2-megatron-packed cp2-ulysses-documents cp2-kvallgather-dpo tp2-cp2 pp2-cp2-packed vpp2-cp2)
 # Each layout is compared with transformers already.
 WITH_MEGATRON += --deselect tests/distributed/test_train.py::test_losses_are_those_of_one_process
-COMPAT_ARGS ?= --one-in 3
+COMPAT_ARGS ?= --seconds 6
 
 .PHONY: venv npu-site browser quickstart test test-all test-compat test-pythons test-real test-npu \
   test-cuda check format clean

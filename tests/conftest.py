@@ -43,27 +43,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # --- in several processes (-n 2 --dist loadgroup) -------------------------------------------------
 
-LONGEST = ("npusim", "distributed/test_context_parallel.py")
-"""Files and folders that take more than a minute, the longest first: begun last, each would be
-waited for alone."""
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
-        items.sort(key=_turn)
+    """The longest files first: begun last, they would be waited for alone."""
+    if not hasattr(config, "workerinput"):
+        return
+    import selection
+
+    costs = selection.stored_durations()
+    scopes: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        scopes.setdefault(_scope(item.nodeid), []).append(item)
+    longest = sorted(scopes, key=lambda scope: -selection.seconds_of(scopes[scope], costs))
+    items[:] = [item for scope in longest for item in scopes[scope]]
 
 
-def _turn(item: pytest.Item) -> int:
-    """Groups first, then the longest, then the others as they come."""
-    if item.get_closest_marker("xdist_group"):
-        return -1
-    place = item.path.relative_to(Path(__file__).parent).as_posix()
-    return next((n for n, long in enumerate(LONGEST) if place.startswith(long)), len(LONGEST))
+def _scope(nodeid: str) -> str:
+    """What one process runs: a file, or all simulated cards, which start their ranks once."""
+    file = nodeid.partition("::")[0]
+    return "simulated" if file.startswith("tests/npusim/") else file
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keeps a file's tests together, and those of simulated cards, which start their ranks once.
+    """Keeps together what `_scope` says.
 
     pytest-xdist 3.8 writes its groups into node ids, from which pytest 9 does not read them.
     """
@@ -71,8 +74,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "simulated" if file.startswith("tests/npusim/") else file
+            return _scope(nodeid)
 
     if config.getvalue("dist") != "loadgroup":
         return None

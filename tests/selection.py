@@ -1,60 +1,128 @@
-"""Which tests a run takes: all of them with --all, otherwise of costly families a part.
+"""Which tests a run takes: of a file that takes long, as many as fit into its seconds.
 
-    @pytest.mark.one_in(3)      # of this test's cases, a third; which one depends on the commit
+    pytest                        # of each file what takes SECONDS; the commit chooses which tests
+    pytest --all                  # everything
+    pytest tests/x/test_y.py      # everything in it
+    pytest --seconds 8 FILES      # of each of these what takes 8 seconds
 
-Whoever names a test (`-k`, `file.py::test`) gets it. What is left out is counted as deselected.
-`--one-in 3` takes a third of all distributed tests' cases, of named ones too: for a run beside a
-whole one, with another release of megatron-core.
+durations.json has the seconds of one case of each test function; what it does not have counts as
+quick. `--store-durations` writes what a run has measured. What is left out is counted as
+deselected.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-SEEDS = ("QWEN2_CRASH_SEED", "PAIRS_SEED")
-"""Of tests that choose their own part: where a run is killed, which flags meet."""
+DURATIONS = HERE / "durations.json"
+SECONDS = 12
+"""Of each file, in one process on a quiet machine."""
+QUICK = 0.25
+"""Seconds below which a case is neither stored nor left out."""
 SEED = "TEST_SEED"
 """Environment variable that chooses the part instead of the commit."""
+PAIRS_SEED = "PAIRS_SEED"
+"""Of the tests that choose themselves which flags meet."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="every test, not a part of the costly ones")
-    parser.addoption(
-        "--one-in", type=int, default=1, metavar="N", help="of distributed tests' cases one in N"
-    )
+    parser.addoption("--all", action="store_true", help="every test, not a part of long files")
+    parser.addoption("--seconds", type=float, help="of each file, what takes so long")
+    parser.addoption("--store-durations", action="store_true", help=f"write {DURATIONS.name}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "one_in(n): of its cases, one in n is run; all with --all")
-    if config.getoption("--all"):
-        os.environ.setdefault("QWEN2_CRASH_POINTS", "all")
-    number = str(int(_digest(seed())[:6], 16))
-    for name in SEEDS:
-        os.environ.setdefault(name, number)
+    os.environ.setdefault(PAIRS_SEED, str(int(_digest(seed())[:6], 16)))
+    if config.getoption("--store-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Stopwatch())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    least, named = config.getoption("--one-in"), is_named(config)
-    if config.getoption("--all") or (named and least == 1):
+    seconds = config.getoption("--seconds")
+    is_whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    named = bool(config.getoption("keyword")) or not is_whole
+    if config.getoption("--all") or (named and seconds is None):
         return
-    chosen = seed()
-    left_out = {
-        id(item)
-        for (_, n), cases in groupby(items, key=lambda item: _family(item, least, named))
-        if n > 1
-        for item in left_over(list(cases), n, chosen)
-    }
+    chosen, costs = seed(), stored_durations()
+    files: dict[Path, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        files[item.path].append(item)
+    limit = SECONDS if seconds is None else seconds
+    kept = {id(item) for cases in files.values() for item in part(cases, costs, limit, chosen)}
+    left_out = [item for item in items if id(item) not in kept]
     if left_out:
-        config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
-        items[:] = [item for item in items if id(item) not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if id(item) in kept]
+
+
+def part(
+    items: Sequence[pytest.Item], costs: Mapping[str, float], seconds: float, chosen: str
+) -> list[pytest.Item]:
+    """What a run takes of a file: what is quick, and of the rest as much as fits, but something.
+
+    The functions take turns, in an order that `chosen` mixes as it does their cases.
+    """
+    quick = [item for item in items if costs.get(family(item.nodeid), 0) < QUICK]
+    taken = {id(item) for item in quick}
+    functions: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in sorted(items, key=lambda item: _digest(f"{chosen} {item.nodeid}")):
+        if id(item) not in taken:
+            functions[family(item.nodeid)].append(item)
+    turns = [
+        item
+        for turn in range(max(map(len, functions.values()), default=0))
+        for cases in functions.values()
+        for item in cases[turn : turn + 1]
+    ]
+    spent = 0.0
+    for item in turns:
+        cost = costs[family(item.nodeid)]
+        if not spent or spent + cost <= seconds:
+            taken.add(id(item))
+            spent += cost
+    return [item for item in items if id(item) in taken]
+
+
+def family(nodeid: str) -> str:
+    """The file and the function of a test, without its parameters."""
+    return nodeid.partition("[")[0].partition("@")[0]
+
+
+def stored_durations() -> dict[str, float]:
+    """Seconds of one case, by `family`."""
+    return json.loads(DURATIONS.read_text(encoding="utf-8"))
+
+
+def seconds_of(items: Iterable[pytest.Item], costs: Mapping[str, float]) -> float:
+    """What all these tests take together."""
+    return sum(costs.get(family(item.nodeid), 0.0) for item in items)
+
+
+class Stopwatch:
+    """Writes down how long each function's cases took, in the process that hears of all tests."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.skipped:
+            self._seconds[family(report.nodeid)][report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        found = {name: sum(cases.values()) / len(cases) for name, cases in self._seconds.items()}
+        rounded = {name: round(mean, 1) for name, mean in found.items() if mean >= QUICK}
+        others = {name: mean for name, mean in stored_durations().items() if name not in found}
+        text = json.dumps(others | rounded, indent=0, sort_keys=True)
+        DURATIONS.write_text(text + "\n", encoding="utf-8")
 
 
 def wanted_checks(items: Iterable[pytest.Item]) -> dict[Path, set[str]]:
@@ -68,11 +136,6 @@ def wanted_checks(items: Iterable[pytest.Item]) -> dict[Path, set[str]]:
     return wanted
 
 
-def is_named(config: pytest.Config) -> bool:
-    """Whether somebody asked for certain tests, not for files or folders of them."""
-    return bool(config.getoption("keyword")) or any("::" in name for name in config.args)
-
-
 def seed() -> str:
     """What chooses: TEST_SEED, or the commit; the same in every process of a run."""
     if given := os.environ.get(SEED):
@@ -83,20 +146,6 @@ def seed() -> str:
     except OSError:
         return "none"  # there is no git
     return done.stdout.strip() or "none"
-
-
-def left_over(cases: Sequence[pytest.Item], n: int, chosen: str) -> list[pytest.Item]:
-    """All but one in n of the cases, rounded up, in an order that `chosen` mixes."""
-    mixed = sorted(cases, key=lambda item: _digest(f"{chosen} {item.nodeid}"))
-    return mixed[-(-len(cases) // n) :]
-
-
-def _family(item: pytest.Item, least: int, named: bool) -> tuple[str, int]:
-    marker = None if named else item.get_closest_marker("one_in")
-    n = marker.args[0] if marker else 1
-    if item.get_closest_marker("distributed"):
-        n = max(n, least)
-    return item.nodeid.partition("[")[0], n
 
 
 def _digest(text: str) -> str:

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 SEED = int(os.environ.get("PAIRS_SEED", "0"))
 """Another one for every commit (selection.py); a test's name has it, to run it again."""
-ROWS = int(os.environ.get("PAIRS_ROWS", "4"))
+ROWS = int(os.environ.get("PAIRS_ROWS", "2"))
 """Rows of each kind and world size; 0 is all that there are."""
 FOLDER, DATA = "$folder/", "$data/"
 """What paths begin with: the job's own folder, that of the data."""

@@ -13,7 +13,6 @@ WORKER = Path(__file__).with_name("context_worker.py")
 
 
 @pytest.mark.distributed
-@pytest.mark.one_in(4)
 @pytest.mark.parametrize("check", CHECKS.all(), ids=str)
 def test_context_parallel(check: Check, launches: Launches) -> None:
     launches.result(WORKER, check).require()

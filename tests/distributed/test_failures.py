@@ -79,7 +79,6 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["iteration"]: row["loss"] for row in read_metrics(folder / "save")}
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("nodes", "kills"), [("one node", (1,)), ("c10d", (1, 0)), ("static", (0,))]
 )
@@ -114,7 +113,6 @@ def ended_in_time(job: Job, since: float) -> None:
     assert time.monotonic() - since > TIMEOUT_SECONDS - 1, job.log
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("nodes", "silent"), [("--standalone --nproc-per-node 3", 1), ("static", 0), ("static", 1)]
 )
@@ -202,7 +200,6 @@ def test_nothing_outlives_torchrun(tmp_path: Path) -> None:
         job.wait_until(lambda: not job.running(), 10)
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_torchrun_ends_all_ranks(number: signal.Signals, tmp_path: Path) -> None:
     with torchrun(tmp_path, [WORKER, "60"], "--standalone --nproc-per-node 2") as job:

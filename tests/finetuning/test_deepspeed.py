@@ -33,7 +33,6 @@ needs_deepspeed = pytest.mark.skipif(
 
 @needs_deepspeed
 @pytest.mark.distributed
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("check", CHECKS.all(), ids=str)
 def test_deepspeed(check: Check, launches: Launches) -> None:
     launches.result(WORKER, check).require()

@@ -13,7 +13,6 @@ WORKER = Path(__file__).with_name("megatron_optimizer_worker.py")
 
 
 @pytest.mark.distributed
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("check", CHECKS.all(), ids=str)
 def test_megatron_optimizer(check: Check, launches: Launches) -> None:
     launches.result(WORKER, check).require()

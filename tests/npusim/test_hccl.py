@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = [
-    pytest.mark.one_in(4),
-    pytest.mark.parametrize(
-        "ranks",
-        [pytest.param(cards, marks=pytest.mark.simulated(cards=cards)) for cards in (2, 4)],
-        indirect=True,
-    ),
-]
+pytestmark = pytest.mark.parametrize(
+    "ranks",
+    [pytest.param(cards, marks=pytest.mark.simulated(cards=cards)) for cards in (2, 4)],
+    indirect=True,
+)
 
 DTYPES = ["float32", "bfloat16", "float16", "int64", "int32", "int8", "uint8"]
 REDUCTION_TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-2, "float16": 6e-3}

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from npusim.conftest import INSIDE
+from npusim.live_bytes import OPTIONS
 
 if INSIDE in os.environ:
     # the caching allocator counts what is alive; read at the first allocation
@@ -25,35 +26,57 @@ PEAK_TOLERANCE = 0.02
 
 
 # Foreign warnings are errors in the CPU's training tests, and torch_npu adds many of its own.
-@pytest.mark.filterwarnings("default")
-@pytest.mark.simulated(cards=4, alone="live bytes")
-def test_bytes_at_rest_and_peaks(run):
-    """TP2 DP2 with the distributed optimizer: 6 N + 12 N / dp at rest without any option."""
-    from npusim.live_bytes import OPTIONS, measured, planned
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.simulated(cards=4, alone="live bytes"),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    """TP2 DP2 with the distributed optimizer, without any option."""
+    from npusim.live_bytes import measured
 
     measured(run, "")  # what a process makes once
-    plain = measured(run, "")
+    return measured(run, "")
+
+
+def test_bytes_at_rest_and_peak_without_options(plain):
+    """6 N + 12 N / dp at rest."""
+    from npusim.live_bytes import planned
+
     expected = 6 * plain.weights + 12 * plain.updated
     # rotary tables, the gathered input, and padding of the buffers
     assert expected <= plain.at_rest <= 1.03 * expected, (plain, expected)
-    for flags, (of_all, of_updated) in SAVED.items():
-        found = measured(run, flags)
-        saved = of_all * found.weights + of_updated * found.updated + 12 * found.on_host
-        print(flags, found, saved)
-        # halves keep the places of a few ties, and the allocator deals out 512 bytes at a time
-        assert plain.at_rest - found.at_rest == pytest.approx(saved, rel=0.01), (flags, found)
-        assert found.on_host == 0 or found.on_host >= 0.5 * found.updated
-        assert found.peak < plain.peak
-        # the planner knows the fraction, and not the whole tensors that make it up
-        whole = found.on_host - round(0.5 * found.updated) if "offload" in flags else 0
-        expected = planned(flags).peak - 12 * whole
-        assert found.peak == pytest.approx(expected, rel=PEAK_TOLERANCE), flags
     assert plain.peak == pytest.approx(planned("").peak, rel=PEAK_TOLERANCE)
-    for flags in [one for one in OPTIONS if one and one not in SAVED]:
-        found, told = measured(run, flags), planned(flags)
-        print(flags, found, told)
-        assert found.peak == pytest.approx(told.peak, rel=PEAK_TOLERANCE), (flags, found, told)
-        if flags == "--swap-attention":
-            # of itself less than the tolerance above
-            saved = plain.peak - found.peak
-            assert saved == pytest.approx(planned("").peak - told.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("flags", SAVED)
+def test_bytes_at_rest(flags, run, plain):
+    from npusim.live_bytes import measured, planned
+
+    of_all, of_updated = SAVED[flags]
+    found = measured(run, flags)
+    saved = of_all * found.weights + of_updated * found.updated + 12 * found.on_host
+    print(found, saved)
+    # halves keep the places of a few ties, and the allocator deals out 512 bytes at a time
+    assert plain.at_rest - found.at_rest == pytest.approx(saved, rel=0.01), found
+    assert found.on_host == 0 or found.on_host >= 0.5 * found.updated
+    assert found.peak < plain.peak
+    # the planner knows the fraction, and not the whole tensors that make it up
+    whole = found.on_host - round(0.5 * found.updated) if "offload" in flags else 0
+    expected = planned(flags).peak - 12 * whole
+    assert found.peak == pytest.approx(expected, rel=PEAK_TOLERANCE)
+
+
+@pytest.mark.parametrize("flags", [one for one in OPTIONS if one and one not in SAVED])
+def test_peaks(flags, run, plain):
+    from npusim.live_bytes import measured, planned
+
+    found, told = measured(run, flags), planned(flags)
+    print(found, told)
+    assert found.peak == pytest.approx(told.peak, rel=PEAK_TOLERANCE), (found, told)
+    if flags == "--swap-attention":
+        # of itself less than the tolerance above
+        saved = plain.peak - found.peak
+        assert saved == pytest.approx(planned("").peak - told.peak, rel=0.05)

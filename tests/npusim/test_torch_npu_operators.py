@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 
-pytestmark = [pytest.mark.simulated, pytest.mark.one_in(3)]
+pytestmark = pytest.mark.simulated
 
 HEADS = [(14, 2), (28, 4), (4, 4)]
 LAYOUTS = ["SBH", "BSH", "BSND", "BNSD"]

@@ -13,7 +13,6 @@ WORKER = Path(__file__).with_name("planning_worker.py")
 
 
 @pytest.mark.distributed
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("check", CHECKS.all(), ids=str)
 def test_planned_is_measured(check: Check, launches: Launches) -> None:
     launches.result(WORKER, check).require()

@@ -18,7 +18,6 @@ WORKER = Path(__file__).with_name("zero_worker.py")
     importlib.util.find_spec("deepspeed") is None, reason="the extra `deepspeed` is not installed"
 )
 @pytest.mark.distributed
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("check", CHECKS.all(), ids=str)
 def test_planned_is_measured(check: Check, launches: Launches) -> None:
     launches.result(WORKER, check).require()

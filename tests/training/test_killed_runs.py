@@ -1,17 +1,17 @@
 """Runs killed at every change of the disk: the same command goes on, to the same bits.
 
-One of several places is tried, other ones for each value of QWEN2_CRASH_SEED; all of them with
-QWEN2_CRASH_POINTS=all.
+A case tries one place in PARTS; all cases together try all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import pytest
 from data.chats import chat_rows, save_chat_tokenizer, write_rows
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
-SEED = int(os.environ.get("QWEN2_CRASH_SEED", "0"))
-ALL = os.environ.get("QWEN2_CRASH_POINTS") == "all"
+PARTS = 24
+
+Runs = Callable[[str], tuple[Path, int]]
 KILLED = -9
 PRETRAIN, FINETUNE = "qwen2_ascend.training.pretrain", "qwen2_ascend.finetuning.finetune"
 ZERO = "qwen2_ascend.finetuning.deepspeed.finetune"
@@ -87,6 +88,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(world: Path, driver: Driver) -> Runs:
+    """By kind, where a run is that nobody killed, and how often it changed the disk."""
+
+    @functools.cache
+    def of(kind: str) -> tuple[Path, int]:
+        if KINDS[kind][0] != PRETRAIN:
+            driver.run(*flags_of(kind, world, world / f"{kind}-first"))  # prepares the chats
+        run = driver.run(*flags_of(kind, world, world / kind))
+        assert run["status"] == 0
+        return world / kind, run["calls"]
+
+    return of
+
+
 def flags_of(kind: str, world: Path, save: Path, load: Path | None = None) -> tuple[str, str]:
     module, flags = KINDS[kind]
     start = f"--load {load or save} --pretrained-checkpoint {world / 'hf'} --save {save}"
@@ -119,29 +135,24 @@ def losses(save: Path) -> dict[int, float]:
     return {row["iteration"]: row["loss"] for row in rows if "loss" in row}
 
 
-def places(calls: int, stride: int) -> range:
-    """The calls before which a run is killed."""
-    stride = 1 if ALL else stride
-    return range(1 + SEED % stride, calls + 1, stride)
+def places(calls: int, part: int) -> range:
+    """The calls before which a run is killed in this part."""
+    assert calls > PARTS, "every part has a place"
+    return range(1 + part, calls + 1, PARTS)
 
 
 def is_clean(save: Path) -> bool:
     return not [path.name for path in save.iterdir() if path.name.startswith(".iter_")]
 
 
-@pytest.mark.timeout(1200)
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_goes_on(kind: str, world: Path, driver: Driver, tmp_path: Path) -> None:
-    if KINDS[kind][0] != PRETRAIN:
-        driver.run(*flags_of(kind, world, tmp_path / "first"))  # prepares the chats
-    module, flags = flags_of(kind, world, tmp_path / "whole")
-    undisturbed = driver.run(module, flags)
-    assert undisturbed["status"] == 0
-    expected = state(tmp_path / "whole" / "iter_0000004")
-    points = places(undisturbed["calls"], 7 if kind == "torch_dist" else 13)
-    assert len(points) > 3
-    for point in points:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_killed_run_goes_on(
+    kind: str, part: int, whole: Runs, world: Path, driver: Driver, tmp_path: Path
+) -> None:
+    folder, calls = whole(kind)
+    expected = state(folder / "iter_0000004")
+    for point in places(calls, part):
         save = tmp_path / f"killed-{point}"
         module, flags = flags_of(kind, world, save)
         assert driver.run(module, flags, point)["status"] == KILLED, point
@@ -150,13 +161,12 @@ def test_a_killed_run_goes_on(kind: str, world: Path, driver: Driver, tmp_path: 
         again = driver.run(module, flags)
         assert again["status"] == 0, (point, announced)
         assert state(save / "iter_0000004") == expected, point
-        assert losses(save) == losses(tmp_path / "whole"), point
+        assert losses(save) == losses(folder), point
         assert (save / "iter_0000002").exists() == (kind != "async"), "--keep-last 1"
         assert is_clean(save), (point, sorted(path.name for path in save.iterdir()))
         shutil.rmtree(save)
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
 @pytest.mark.parametrize("where", ["data", "small file", "manifest"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
@@ -197,31 +207,30 @@ def test_a_folder_belongs_to_one_run(world: Path, driver: Driver, tmp_path: Path
     assert driver.run(module, flags)["status"] == 0
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
 def test_the_tracked_iteration_may_be_written_again(
     kind: str,
+    part: int,
     exchange: bool,
+    whole: Runs,
     world: Path,
     driver: Driver,
     tmp_path: Path,
 ) -> None:
     """From iteration 2 on, over the iteration 4 that is there and tracked."""
-    module, flags = flags_of(kind, world, tmp_path / "whole")
-    assert driver.run(module, flags)["status"] == 0
-    expected = state(tmp_path / "whole" / "iter_0000004")
+    folder, _ = whole(kind)
+    expected = state(folder / "iter_0000004")
     module, flags = flags_of(
         kind, world, tmp_path / "again", load=tmp_path / "again" / "iter_0000002"
     )
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.copytree(folder, tmp_path / "again")
     calls = driver.run(module, flags)["calls"]
     assert "iter_0000002 at iteration 2" in driver.said()
-    points = places(calls, 13)
-    assert len(points) > 2
-    for point in points:
+    for point in places(calls, part):
         save = tmp_path / f"killed-{point}"
-        shutil.copytree(tmp_path / "whole", save)
+        shutil.copytree(folder, save)
         module, flags = flags_of(kind, world, save, load=save / "iter_0000002")
         assert driver.run(module, flags, point)["status"] == KILLED, point
         if not exchange and (partial := save / ".iter_0000004.partial").exists():
