@@ -20,8 +20,8 @@ import torch_npu  # pyright: ignore[reportMissingImports]  # installed where the
 from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.ops import Ops, checks
 from qwen2_ascend.ops import attention as plain
+from qwen2_ascend.ops import checks
 from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Piece, Place
 
 _COMPRESSED = 2048
@@ -42,11 +42,6 @@ _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**1
 """Of npu_fused_infer_attention_score; the last where there is one new token."""
 _MAX_ROTARY_AXIS = 999
 """Of npu_rotary_mul: its batch, and its heads."""
-
-
-def npu_ops() -> Ops:
-    """The fused operators."""
-    return Ops(attention, cached_attention, partial_attention, rms_norm, rotary, swiglu)
 
 
 # --- attention ------------------------------------------------------------------------------------

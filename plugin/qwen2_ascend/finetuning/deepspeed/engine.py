@@ -185,7 +185,7 @@ def build_zero_run(
     deepspeed = import_deepspeed(runtime)
     if settings.precision.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16: DeepSpeed does not compute in fp16 on a {runtime.name}; --bf16.")
-    config = deepspeed_config(settings, runtime.world_size, runtime.name)
+    config = deepspeed_config(settings.zero, settings, runtime.world_size, runtime.name)
     stage = zero_stage(config)
     logger.info(f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage}{_offloads(config)}")
     whole: Whole = deepspeed.zero.GatheredParameters if stage == 3 else as_it_is
