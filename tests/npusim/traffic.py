@@ -73,6 +73,7 @@ def minimum(cut: Cut) -> int:
     that part, and gives away its new weights in bf16.
     """
     from helpers import tiny_config
+    from qwen2_ascend.planning.parameters import num_parameters
 
     config = tiny_config()
     tokens = MICRO_BATCH * LENGTH
@@ -88,7 +89,7 @@ def minimum(cut: Cut) -> int:
         total += 2 * (cut.tp - 1) * norms * GRADIENT
     if cut.dp > 1:
         gathered = WEIGHT if "distributed-optimizer" in cut.flags else GRADIENT
-        total += (cut.dp - 1) * config.num_parameters * (GRADIENT + gathered)
+        total += (cut.dp - 1) * num_parameters(config) * (GRADIENT + gathered)
     return total
 
 

@@ -16,6 +16,8 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings
 from qwen2_ascend.pasted_flags import pasted_notes
+from qwen2_ascend.planning.flops import train_flops_per_token
+from qwen2_ascend.planning.parameters import num_parameters
 from qwen2_ascend.telemetry import reporting
 from qwen2_ascend.training.description import RUN_FILE, write_description
 from qwen2_ascend.training.garbage import ManualCollection
@@ -205,7 +207,7 @@ def _headline(plan: RunPlan, runtime: Runtime) -> str:
     if parallel.use_distributed_optimizer:
         words.append("distributed optimizer")
     words.append(settings.precision_name())
-    words.append(f"{plan.config.num_parameters:,} parameters")
+    words.append(f"{num_parameters(plan.config):,} parameters")
     return f"{runtime.describe()}, {', '.join(words)}"
 
 
@@ -574,19 +576,17 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
 def _reporter(
     run: TrainingRun, config: Qwen2Config, padded_vocab_size: int, planned: Expected | None
 ) -> Reporter:
-    from qwen2_ascend.training.logging import Reporter, train_flops
+    from qwen2_ascend.training.logging import Reporter
 
     settings = run.settings
-    sequences = run.global_batch_size * run.rows_per_sample
     length = settings.batch.seq_length
-    flops = train_flops(
-        config, num_sequences=sequences, seq_length=length, padded_vocab_size=padded_vocab_size
-    )
+    tokens = run.global_batch_size * run.rows_per_sample * length
+    flops = tokens * train_flops_per_token(config, length, padded_vocab_size)
     return Reporter(
         train_iters=run.train_iters,
         first_iteration=run.progress.iteration,
         log_interval=settings.report.log_interval,
-        tokens_per_step=sequences * length,
+        tokens_per_step=tokens,
         flops_per_step=None if run.runtime.simulated else flops,
         world_size=run.runtime.world_size,
         report_dir=settings.report.report_dir or settings.checkpoint.save,
