@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.ops.pieces import PartialAttention
+from qwen2_ascend.ops.blocks import PartialAttention
 
 if TYPE_CHECKING:
     from torch import Tensor

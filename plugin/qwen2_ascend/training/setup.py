@@ -231,7 +231,7 @@ def start_runtime(plan: RunPlan) -> Runtime:
     )
     faults = settings.fusion.faults(runtime.name)
     faults += settings.overlap.device_faults(settings, runtime.name)
-    faults += _pieces_faults(settings, plan.layout, runtime.name)
+    faults += _packed_blocks_faults(settings, plan.layout, runtime.name)
     raise_if(faults)
     if settings.report.log_energy:
         require_power_source(runtime)
@@ -247,16 +247,18 @@ def start_runtime(plan: RunPlan) -> Runtime:
     return runtime
 
 
-def _pieces_faults(settings: TrainingSettings, layout: ParallelLayout, device: str) -> list[str]:
+def _packed_blocks_faults(
+    settings: TrainingSettings, layout: ParallelLayout, device: str
+) -> list[str]:
     """What an npu's attention lacks for documents that ranks share."""
     is_apart = getattr(settings.data, "keep_documents_apart", False)
     is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
-    in_pieces = layout.cp > 1 and layout.context_parallel_algo != "ulysses_cp_algo"
-    if not (is_apart and in_pieces and "attention" in settings.fusion.fused(device)):
+    in_blocks = layout.cp > 1 and layout.context_parallel_algo != "ulysses_cp_algo"
+    if not (is_apart and in_blocks and "attention" in settings.fusion.fused(device)):
         return []
-    from qwen2_ascend.ops.npu import pieces_faults
+    from qwen2_ascend.ops.npu import packed_blocks_faults
 
-    return pieces_faults()
+    return packed_blocks_faults()
 
 
 def megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
