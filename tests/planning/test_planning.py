@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from helpers import random_hugging_face_model, tiny_config
-from npusim.traffic import CUTS, GOLDEN, LENGTH, MICRO_BATCH, MICRO_BATCHES, minimum
+from npusim.traffic import GOLDEN, LAYOUTS, LENGTH, MICRO_BATCH, MICRO_BATCHES, minimum
 from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
@@ -342,14 +342,14 @@ def test_memory_is_what_the_parts_say():
 # --- traffic and time -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CUTS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("name", LAYOUTS, ids=lambda name: name.replace(" ", "-"))
 def test_traffic_is_what_the_simulated_cards_recorded(name):
     """Above it are the few numbers that ranks tell each other; see docs/benchmarks.md.
 
     `minimum` is no such list of calls but a bound that holds for any.
     """
     recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]["bytes"]
-    layout = CUTS[name]
+    layout = LAYOUTS[name]
     asked = Job(
         config=tiny_config(),
         seq_length=LENGTH,

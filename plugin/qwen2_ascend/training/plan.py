@@ -217,7 +217,7 @@ def _load(settings: TrainingSettings, found: Found | None) -> Path | None:
     )
 
 
-def agree(
+def broadcast_plan(
     make: Callable[[Found | None], RunPlan[S]], own: RunPlan[S] | None, timeout_seconds: float
 ) -> RunPlan[S]:
     """This rank's plan, of what rank 0 found, once it is known to be the same on all ranks.

@@ -23,7 +23,7 @@ from qwen2_ascend.training.description import RUN_FILE, write_description
 from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
-from qwen2_ascend.training.plan import Found, RunPlan, agree, warn
+from qwen2_ascend.training.plan import Found, RunPlan, broadcast_plan, warn
 from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def begin(
     check: Callable[[S, Qwen2Config, int, RunLength | None], None],
     check_data: Callable[[S], None],
 ) -> tuple[RunPlan[S], Runtime]:
-    """Plans the run on rank 0, has all ranks agree on it, and joins them.
+    """Plans the run on rank 0, compares it on all ranks, and joins them.
 
     Args:
         settings: all flags.
@@ -105,7 +105,7 @@ def begin(
         faults.collect(partial(check_data, settings))
         raise_if(faults)
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
-    plan = agree(partial(make, settings), own, timeout_seconds)
+    plan = broadcast_plan(partial(make, settings), own, timeout_seconds)
     runtime = start_runtime(plan)
     if plan.saved is not None and not hasattr(plan.saved, "common"):
         # DeepSpeed and peft read whole files, and check nothing
