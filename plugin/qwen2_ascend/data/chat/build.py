@@ -51,7 +51,7 @@ class ChatDatasetBuilder:
     """Samples wanted of train and valid, epochs are repeated as needed; None is one epoch, and
     `with_num_samples` changes it later."""
     task: Literal["sft", "dpo"] = "sft"
-    """"sft" for chats, "dpo" for preference pairs."""
+    """What the data is for: sft takes chats, dpo preference pairs."""
     data_path: Sequence[str] = ()
     """Prefixes and files, divided by `split`."""
     train_data_path: Sequence[str] = ()
@@ -92,8 +92,7 @@ class ChatDatasetBuilder:
         Raises:
             UserError: data that is missing, damaged or too little, or settings that contradict.
         """
-        paths = (self.data_path, self.train_data_path, self.valid_data_path)
-        faults = path_faults(*paths)
+        faults = path_faults(self.data_path, self.train_data_path, self.valid_data_path)
         faults += packing_faults(self.task, self.pack, self.variable_seq_lengths)
         raise_if(faults)
         preparation = Preparation(
@@ -104,10 +103,7 @@ class ChatDatasetBuilder:
             self.data_cache_path,
             self.workers,
         )
-        given = (
-            self.data_path or self.train_data_path,
-            self.data_path or self.valid_data_path,
-        )
+        given = (self.data_path or self.train_data_path, self.data_path or self.valid_data_path)
         prefixes = prepared(list(dict.fromkeys(chain.from_iterable(given))), preparation)
         self._notes.clear()
         train, valid = (
@@ -129,11 +125,7 @@ class ChatDatasetBuilder:
         return tuple(split_matrix(self.split)[:2])
 
     def _epochs(
-        self,
-        name: str,
-        prefixes: Sequence[str],
-        share: tuple[float, float],
-        wanted: int | None,
+        self, name: str, prefixes: Sequence[str], share: tuple[float, float], wanted: int | None
     ) -> EpochDataset | None:
         """As many samples of this share of the rows as are wanted; None where there are none.
 
