@@ -10,7 +10,8 @@ Letters: as in memory.py, and `d` the ranks.
 
 from __future__ import annotations
 
-from qwen2_ascend.checkpoint.plan import volume
+from math import prod
+
 from qwen2_ascend.checkpoint.rules import qwen2_rules
 from qwen2_ascend.planning.job import RunLayout, Zero
 from qwen2_ascend.planning.memory import (
@@ -69,12 +70,10 @@ def zero_at_rest(cut: RunLayout) -> tuple[int, int, int]:
 def _persistent(cut: RunLayout) -> int:
     """Elements of transformers' weights that stage 3 gathers once and keeps whole, being small."""
     config, limit = cut.job.config, _zero(cut).param_persistence_threshold
-    return sum(
-        volume(box) * (config.num_layers if rule.is_of_layer else 1)
-        for rule in qwen2_rules(config)
-        for _, box in rule.parts
-        if volume(box) < limit
-    )
+    weights = [
+        (rule, prod(rule.shape(box))) for rule in qwen2_rules(config) for _, box in rule.parts
+    ]
+    return sum(n * (config.num_layers if r.is_of_layer else 1) for r, n in weights if n < limit)
 
 
 def _gradients_of_micro_batches(cut: RunLayout) -> int:
