@@ -39,33 +39,53 @@ def main() -> None:
         print(__doc__)
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     started = time.monotonic()
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
+    folder = make_folder(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
+
+    show("A small Qwen2 and its text")
+    training_text, held_out = make_text(folder)
+    make_tokenizer(folder / "hf", training_text)
+    make_model(folder / "hf")
+
+    preprocess_and_split(folder)
+    train(folder)
+    merge_and_compare(folder, held_out)
+    align(folder)
+    shutil.copyfile(REPOSITORY / "examples" / "sft_0.5b" / "chats.jsonl", folder / "chats.jsonl")
+
+    show(f"Done in {time.monotonic() - started:.0f} s")
+    show_places(folder)
+    print(f"look at all of it: qwen2-ascend board {folder}")
+
+
+def make_folder(name: str) -> Path:
+    """The folder, empty: what an earlier quickstart left in it is deleted."""
+    folder = Path(name)
     if folder.exists() and any(folder.iterdir()) and not (folder / ".quickstart").exists():
         sys.exit(f"{folder}: is not empty and not of an earlier quickstart; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / ".quickstart").touch()
+    return folder
 
-    say("A small Qwen2 and its text")
-    training_text, held_out = make_text(folder)
-    make_tokenizer(folder / "hf", training_text)
-    make_model(folder / "hf")
 
-    say("1. Preprocess: text to Megatron's .bin/.idx")
+def preprocess_and_split(folder: Path) -> None:
+    show("1. Preprocess: text to Megatron's .bin/.idx")
     run(
         "qwen2-ascend", "preprocess", "--input", folder / "text.jsonl",
         "--output-prefix", folder / "data" / "python", "--tokenizer-name-or-path", folder / "hf",
         "--append-eod", "--workers", "2",
     )  # fmt: skip
 
-    say("2. Split: Hugging Face to TP2 PP2 shards")
+    show("2. Split: Hugging Face to TP2 PP2 shards")
     run(
         "qwen2-ascend", "convert", "--save-model-type", "mg",
         "--load-dir", folder / "hf", "--save-dir", folder / "shards",
         "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2", "--verify",
     )  # fmt: skip
 
-    say("3. Train: four processes, TP2 PP2")
+
+def train(folder: Path) -> None:
+    show("3. Train: four processes, TP2 PP2")
     run(
         "torchrun", "--standalone", "--nproc-per-node", "4",
         REPOSITORY / "launch" / "pretrain_qwen2.py",
@@ -79,27 +99,31 @@ def main() -> None:
         log=folder / "trained" / "run.log",
     )  # fmt: skip
 
-    say("4. Merge: the training checkpoint to Hugging Face")
+
+def merge_and_compare(folder: Path, held_out: str) -> None:
+    show("4. Merge: the training checkpoint to Hugging Face")
     run(
         "qwen2-ascend", "convert", "--save-model-type", "hf",
         "--load-dir", folder / "trained", "--save-dir", folder / "hf-trained", "--verify",
     )  # fmt: skip
 
-    say("5. Compare: both Hugging Face folders in transformers, on text not trained on")
+    show("5. Compare: both Hugging Face folders in transformers, on text not trained on")
     before = transformers_loss(folder / "hf", held_out)
     after = transformers_loss(folder / "hf-trained", held_out)
     print(f"loss before {before:.3f}, after {after:.3f} nats per token")
     if not after < before - 0.5:
         sys.exit("the loss did not fall as it should")
 
-    say("6. Align: every sublayer with transformers', by itself")
+
+def align(folder: Path) -> None:
+    show("6. Align: every sublayer with transformers', by itself")
     run(
         "python", REPOSITORY / "launch" / "align_qwen2.py", "--load", folder / "hf-trained",
         "--seq-length", "64", "--report", folder / "aligned",
     )  # fmt: skip
-    shutil.copyfile(REPOSITORY / "examples" / "sft_0.5b" / "chats.jsonl", folder / "chats.jsonl")
 
-    say(f"Done in {time.monotonic() - started:.0f} s")
+
+def show_places(folder: Path) -> None:
     places = {
         "the model before": folder / "hf",
         "its TP2 PP2 shards": folder / "shards",
@@ -112,7 +136,6 @@ def main() -> None:
     }
     for what, place in places.items():
         print(f"  {what:<20} {place}{'' if place.exists() else '  (missing)'}")
-    print(f"look at all of it: qwen2-ascend board {folder}")
 
 
 def make_text(folder: Path) -> tuple[list[str], str]:
@@ -181,7 +204,7 @@ def transformers_loss(folder: Path, text: str) -> float:
         return model(windows, labels=windows).loss.item()
 
 
-def say(title: str) -> None:
+def show(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 

@@ -12,14 +12,9 @@ import pytest
 import qwen2_ascend
 
 PACKAGE = Path(qwen2_ascend.__file__).parent
-LEFT = {
-    "qwen2_ascend.finetuning.deepspeed.settings",
-    "qwen2_ascend.ops.npu",
-    "qwen2_ascend.runtime.startup",
-}
-"""One module of each circle that is still there, and that the others of it do without: DeepSpeed's
-settings and its JSON, `ops` and its fused operators (each takes a type from the other), and
-the device that is closed by what starts it."""
+REPOSITORY = Path(__file__).parents[1]
+LONGEST_FUNCTION = 60
+"""Lines: what one screen shows."""
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -59,16 +54,24 @@ def circle(graph: Mapping[str, Set[str]]) -> list[str]:
 
 
 def test_no_modules_import_each_other() -> None:
-    graph = imports_of(PACKAGE)
-    without = {name: others - LEFT for name, others in graph.items() if name not in LEFT}
-    assert not circle(without), " <- ".join(circle(without))
+    found = circle(imports_of(PACKAGE))
+    assert not found, " <- ".join(found)
 
 
-@pytest.mark.parametrize("name", sorted(LEFT))
-def test_what_is_left_out_is_in_a_circle_still(name: str) -> None:
-    graph = imports_of(PACKAGE)
-    others = LEFT - {name}
-    assert circle({one: of - others for one, of in graph.items() if one not in others})
+def functions(root: Path) -> Iterator[tuple[str, int]]:
+    """Every function under a folder, and its number of lines."""
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None
+                yield f"{path}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_every_function_fits_on_a_screen() -> None:
+    folders = [REPOSITORY / name for name in ("plugin", "examples", "launch", "tools")]
+    found = [function for folder in folders for function in functions(folder)]
+    assert len(found) > 1000
+    assert not [f"{name}: {lines}" for name, lines in found if lines > LONGEST_FUNCTION]
 
 
 def test_the_comparison_of_arrays_knows_no_model() -> None:

@@ -95,15 +95,6 @@ class Qwen2Config:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_query_groups
 
-    @property
-    def num_parameters(self) -> int:
-        """Weights and biases of the unpadded model; a tied embedding counts once."""
-        h, heads, groups = self.hidden_size, self.num_attention_heads, self.num_query_groups
-        attention = (heads + 2 * groups) * self.kv_channels * (h + 1) + heads * self.kv_channels * h
-        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
-        vocabulary = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + h + vocabulary
-
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Qwen2Config:
         """Reads `folder/config.json` (or the file itself).

@@ -34,11 +34,12 @@ def _stored(run: Run) -> str:
 
 
 def _batches(run: Run, prefix: str, **more: Any) -> list[dict[str, Any]]:
-    from qwen2_ascend.data.chat.build import build_chat_datasets
+    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
     from qwen2_ascend.data.sampler import build_data_iterator
 
     micro_batch_size = more.pop("micro_batch_size")
-    data = build_chat_datasets(seq_length=SEQ_LENGTH, seed=5, data_path=[prefix], **more).train
+    builder = ChatDatasetBuilder(seq_length=SEQ_LENGTH, seed=5, data_path=[prefix], **more)
+    data = builder.build().train
     data = data.with_num_samples(-(-len(data) // micro_batch_size) * micro_batch_size)
     return list(build_data_iterator(data, 0, micro_batch_size, 0, 1))
 
@@ -141,7 +142,7 @@ def a_file_of_chats_is_prepared_by_rank_0_and_read_by_all(run: Run) -> str:
 
     from data.chats import chat_rows, save_chat_tokenizer, write_rows
     from qwen2_ascend.data.chat import preprocess
-    from qwen2_ascend.data.chat.build import build_chat_datasets
+    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 
     if run.runtime.rank == 0:
         save_chat_tokenizer(run.folder / "tokenizer")
@@ -150,14 +151,15 @@ def a_file_of_chats_is_prepared_by_rank_0_and_read_by_all(run: Run) -> str:
     calls, real = [], preprocess.preprocess_chats
     preprocess.preprocess_chats = lambda settings: (calls.append(settings), real(settings))
     try:
-        data = build_chat_datasets(
+        builder = ChatDatasetBuilder(
             seq_length=256,
             seed=1,
             data_path=[str(run.folder / "a.jsonl")],
             tokenizer=str(run.folder / "tokenizer"),
             pack=True,
             workers=1,
-        ).train
+        )
+        data = builder.build().train
     finally:
         preprocess.preprocess_chats = real
     assert len(calls) == (run.runtime.rank == 0)
@@ -173,7 +175,7 @@ def a_bad_row_is_raised_on_every_rank_and_nobody_waits(run: Run) -> None:
     import torch.distributed as dist
 
     from data.chats import save_chat_tokenizer, write_rows
-    from qwen2_ascend.data.chat.build import build_chat_datasets
+    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
     from qwen2_ascend.errors import UserError
 
     if run.runtime.rank == 0:
@@ -182,13 +184,13 @@ def a_bad_row_is_raised_on_every_rank_and_nobody_waits(run: Run) -> None:
     dist.barrier()
     path = Path(run.folder / "a.jsonl")
     try:
-        build_chat_datasets(
+        ChatDatasetBuilder(
             seq_length=64,
             seed=1,
             data_path=[str(path)],
             tokenizer=str(run.folder / "tokenizer"),
             workers=1,
-        )
+        ).build()
     except UserError as error:
         assert f"{path}:1: the assistant says nothing to train on." in error.faults
     else:

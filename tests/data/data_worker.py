@@ -8,13 +8,13 @@ CHECKS = Checks()
 
 
 def _build(run: Run, prefix: str = "A", **settings):
-    from qwen2_ascend.data.pretraining import build_pretraining_datasets
+    from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 
     words = ["0.4", str(run.folder / prefix), "0.6", str(run.folder / "B")]
     settings = {"num_samples": (64, 8, 0), "seq_length": 16, "seed": 7, "eod_token": 0, **settings}
-    return build_pretraining_datasets(
+    return PretrainingDatasetBuilder(
         data_path=words, split="80,20", data_cache_path=run.folder / "cache", **settings
-    )
+    ).build()
 
 
 def _write(run: Run) -> None:
@@ -79,14 +79,14 @@ def a_cache_that_is_not_shared_is_named(run: Run) -> None:
     _write(run)
     elsewhere = run.folder / f"cache-of-{run.runtime.rank}"
     try:
-        pretraining.build_pretraining_datasets(
+        pretraining.PretrainingDatasetBuilder(
             data_path=[str(run.folder / "A")],
             num_samples=(16, 0, 0),
             seq_length=16,
             seed=7,
             eod_token=0,
             data_cache_path=elsewhere,
-        )
+        ).build()
     except UserError as error:
         assert run.runtime.rank == 1
         assert "must be on storage that all nodes share" in str(error)
@@ -107,7 +107,7 @@ def each_node_writes_the_index_of_its_own_disk(run: Run) -> str:
     rank, cache = run.runtime.rank, run.folder / f"disk-of-{run.runtime.rank}"
     os.environ["LOCAL_RANK"] = "0"
     try:
-        built = pretraining.build_pretraining_datasets(
+        built = pretraining.PretrainingDatasetBuilder(
             data_path=["0.4", str(run.folder / "A"), "0.6", str(run.folder / "B")],
             num_samples=(64, 0, 0),
             seq_length=16,
@@ -115,7 +115,7 @@ def each_node_writes_the_index_of_its_own_disk(run: Run) -> str:
             eod_token=0,
             data_cache_path=cache,
             each_node_builds=True,
-        )
+        ).build()
     finally:
         os.environ["LOCAL_RANK"] = str(rank)
     assert dist.get_rank() == rank

@@ -12,7 +12,7 @@ from chats import CHATML, TURNS, said, save_chat_tokenizer, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2_ascend.data.chat.build import build_chat_datasets
+from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 from qwen2_ascend.data.chat.packing import best_fit_decreasing
 from qwen2_ascend.errors import UserError
 
@@ -54,7 +54,7 @@ def prefix(tmp_path: Path) -> str:
 
 def build(prefix: str, **more):
     given = {"seq_length": SEQ_LENGTH, "seed": 3, "data_path": [prefix]}
-    return build_chat_datasets(**{**given, **more})
+    return ChatDatasetBuilder(**{**given, **more}).build()
 
 
 def all_samples(dataset) -> list[dict]:

@@ -276,20 +276,20 @@ def test_packs_whose_chats_see_one_another_are_refused_where_they_must_not(
     tokenizer, tmp_path: Path
 ) -> None:
     """--pack alone, and a run with --neat-pack or --reset-position-ids."""
-    from qwen2_ascend.data.chat.build import build_chat_datasets
+    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     settings = {"seq_length": 400, "seed": 1}
     for name, flag, ends in (("mixed", "pack", False), ("neat", "neat_pack", True)):
         run(tmp_path / name, path, tokenizer, seq_length=400, **{flag: True})
         words = {"data_path": [str(tmp_path / name)], **settings}
-        train = build_chat_datasets(**words).train
+        train = ChatDatasetBuilder(**words).build().train
         assert (max(len(train[i]["ends"]) for i in range(len(train))) > 2) == ends
         if ends:
-            build_chat_datasets(**words, keep_chats_apart=True)
+            ChatDatasetBuilder(**words, keep_chats_apart=True).build()
             continue
         with pytest.raises(UserError, match=r"see one another, and they are not to; .*neat-pack"):
-            build_chat_datasets(**words, keep_chats_apart=True)
+            ChatDatasetBuilder(**words, keep_chats_apart=True).build()
 
 
 def test_packs_hold_every_chat_once_numbered_and_padded(tokenizer, tmp_path, capsys) -> None:

@@ -13,7 +13,7 @@ from corpora import write_indexed
 
 from qwen2_ascend.data.documents import DocumentRows
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder
-from qwen2_ascend.data.pretraining import build_pretraining_datasets
+from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
 from qwen2_ascend.errors import UserError
 
@@ -33,7 +33,7 @@ def write_without_eod(prefix: Path, lengths: list[int]) -> Path:
 
 def build(tmp_path: Path, *words: str, eod_token: int | None = 0, **settings: Any) -> DocumentRows:
     settings = {"num_samples": (40, 0, 0), "vocab_size": 256, **settings}
-    return build_pretraining_datasets(
+    builder = PretrainingDatasetBuilder(
         seq_length=S,
         seed=3,
         eod_token=eod_token,
@@ -41,7 +41,8 @@ def build(tmp_path: Path, *words: str, eod_token: int | None = 0, **settings: An
         data_cache_path=tmp_path,
         keep_documents_apart=True,
         **settings,
-    ).train
+    )
+    return builder.build().train
 
 
 def parts(sample: dict[str, Any], key: str) -> list[list[int]]:

@@ -11,7 +11,7 @@ import torch
 from corpora import documents, save_tokenizer, write_indexed, write_jsonl
 
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder, fingerprint, open_indexed
-from qwen2_ascend.data.pretraining import build_pretraining_datasets, parse_blend
+from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, parse_blend
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
 from qwen2_ascend.errors import UserError
 
@@ -44,7 +44,7 @@ def build(*data_path: str, cache: Path | None = None, **settings):
         "data_cache_path": cache,
         **settings,
     }
-    return build_pretraining_datasets(**settings)
+    return PretrainingDatasetBuilder(**settings).build()
 
 
 def documents_in(dataset) -> set[int]:

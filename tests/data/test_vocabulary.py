@@ -11,9 +11,9 @@ from chats import said, save_chat_tokenizer, write_rows
 from corpora import save_tokenizer, write_indexed, write_jsonl
 
 from qwen2_ascend.cli import main
-from qwen2_ascend.data.chat.build import build_chat_datasets
+from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 from qwen2_ascend.data.indexed import largest_token, open_indexed
-from qwen2_ascend.data.pretraining import build_pretraining_datasets
+from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 from qwen2_ascend.data.sampler import build_data_iterator
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.vocabulary import check_tokens, unknown_tokens
@@ -55,9 +55,9 @@ def test_prepared_text_carries_its_largest_token(tmp_path: Path) -> None:
     assert main(list(map(str, words))) == 0
     settings = dict(num_samples=(20, 0, 0), seq_length=16, seed=1, eod_token=0, split="1,0,0")
     with pytest.raises(UserError, match="holds token 500, the model's vocabulary ends at 499"):
-        build_pretraining_datasets(
+        PretrainingDatasetBuilder(
             data_path=[str(tmp_path / "a_text_document")], vocab_size=500, **settings
-        )
+        ).build()
 
 
 def test_prepared_chats_carry_their_largest_token(tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_prepared_chats_carry_their_largest_token(tmp_path: Path) -> None:
     rows[8]["messages"][1]["content"] = "the zq"
     path = write_rows(tmp_path / "c.jsonl", rows)
     with pytest.raises(UserError, match="holds token 500, the model's vocabulary ends at 499"):
-        build_chat_datasets(
+        ChatDatasetBuilder(
             data_path=[str(path)], tokenizer=folder, seq_length=64, seed=1, vocab_size=500
-        )
+        ).build()
 
 
 def test_text_prepared_elsewhere_is_looked_at_batch_by_batch(tmp_path: Path) -> None:
@@ -77,11 +77,11 @@ def test_text_prepared_elsewhere_is_looked_at_batch_by_batch(tmp_path: Path) -> 
     settings = dict(
         num_samples=(280, 0, 0), seq_length=8, seed=1, eod_token=0, split="1,0,0", vocab_size=299
     )
-    (train, *_) = build_pretraining_datasets(data_path=[str(prefix)], **settings)
+    (train, *_) = PretrainingDatasetBuilder(data_path=[str(prefix)], **settings).build()
     with pytest.raises(UserError, match=r"a batch of the data holds token (299|300), the model's"):
         list(build_data_iterator(train, 0, 4, 0, 1))
     settings["vocab_size"] = 301
-    (train, *_) = build_pretraining_datasets(data_path=[str(prefix)], **settings)
+    (train, *_) = PretrainingDatasetBuilder(data_path=[str(prefix)], **settings).build()
     assert len(list(build_data_iterator(train, 0, 4, 0, 1))) >= 70
 
 
@@ -114,9 +114,9 @@ def test_padding_is_a_token_that_the_model_has(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<pad>"}))
     rows = [{"messages": [said("user", "the of"), said("assistant", "and")]} for _ in range(4)]
     path = write_rows(tmp_path / "c.jsonl", rows)
-    found = build_chat_datasets(
+    found = ChatDatasetBuilder(
         data_path=[str(path)], tokenizer=folder, seq_length=64, seed=1, vocab_size=400
-    )
+    ).build()
     assert len(list(build_data_iterator(found.train, 0, 2, 0, 1))) == 2
 
 

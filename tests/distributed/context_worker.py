@@ -301,12 +301,12 @@ def flags_of(run: Run, data: str) -> str:
     return f"{tuning.FLAGS} {size} {DATA[data]} --data-path {prefix}"
 
 
-def prepare(run: Run, data: str, flags: str, load: Path | None = None) -> tuning.Prepared:
+def prepare(run: Run, data: str, flags: str, load: Path | None = None) -> tuning.TuningRun:
     """A run as its launcher builds it."""
     words = f"{flags_of(run, data)} {flags}"
     if data in PRETRAINING:
         load = load or model_folder(run, data)
-        return tuning.Prepared(pretraining.start(run, words, load=load), None, None)  # type: ignore
+        return tuning.TuningRun(pretraining.start(run, words, load=load), None, None)  # type: ignore
     return tuning.start(run, words, load=load)
 
 

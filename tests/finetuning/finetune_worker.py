@@ -321,7 +321,7 @@ def compared(
     return json.dumps({"losses": losses, "from transformers": max(differences), "norms": worst})
 
 
-class Prepared(NamedTuple):
+class TuningRun(NamedTuple):
     """A run that can begin, its plan, and what writes its checkpoints."""
 
     run: TrainingRun
@@ -329,7 +329,7 @@ class Prepared(NamedTuple):
     save: Callable[[], Path] | None
 
 
-def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
+def start(run: Run, flags: str, load: Path | None = None) -> TuningRun:
     """A run as `launch/finetune_qwen2.py` builds it."""
     from qwen2_ascend import runtime
     from qwen2_ascend.finetuning.finetune import checkpointer, make_plan, prepare
@@ -343,7 +343,7 @@ def start(run: Run, flags: str, load: Path | None = None) -> Prepared:
     training, plan = prepare(plan, run.runtime)
     make = checkpointer(training, plan)
     save = functools.partial(save_once, training, make) if make else None
-    return Prepared(training, plan, save)
+    return TuningRun(training, plan, save)
 
 
 def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:

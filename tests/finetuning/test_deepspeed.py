@@ -89,7 +89,7 @@ def test_contradictions_are_refused(flags: str, message: str) -> None:
 
 def test_the_flags_alone_make_a_configuration() -> None:
     settings = settings_of("--micro-batch-size 2 --global-batch-size 16 --bf16 --clip-grad 0.5")
-    config = deepspeed_config(settings, world_size=4, device="npu")
+    config = deepspeed_config(settings.zero, settings, world_size=4, device="npu")
     assert config["train_batch_size"] == 16
     assert config["gradient_accumulation_steps"] == 2
     assert config["gradient_clipping"] == 0.5
@@ -99,8 +99,9 @@ def test_the_flags_alone_make_a_configuration() -> None:
 
 def test_deepspeed_updates_in_host_memory_where_that_is_not_the_device() -> None:
     settings = settings_of("--offload-optimizer")
-    assert "zero_force_ds_cpu_optimizer" not in deepspeed_config(settings, 1, "npu")
-    assert deepspeed_config(settings, 1, "cpu")["zero_force_ds_cpu_optimizer"] is False
+    name = "zero_force_ds_cpu_optimizer"
+    assert name not in deepspeed_config(settings.zero, settings, 1, "npu")
+    assert deepspeed_config(settings.zero, settings, 1, "cpu")[name] is False
 
 
 def written(folder: Path, **config: object) -> str:
@@ -125,7 +126,8 @@ def test_a_configuration_file_adds_what_no_flag_says(tmp_path: Path) -> None:
         },
         wall_clock_breakdown=True,
     )
-    config = deepspeed_config(settings_of(f"{flags} --global-batch-size 4 --bf16"), 2, "npu")
+    settings = settings_of(f"{flags} --global-batch-size 4 --bf16")
+    config = deepspeed_config(settings.zero, settings, 2, "npu")
     assert config["zero_optimization"] == {
         "stage": 3,
         "stage3_prefetch_bucket_size": 1000,

@@ -133,7 +133,7 @@ def queries_in_several_bands(run: Run) -> str:
 
 @CHECKS.add(world_size=4)
 def a_missing_piece_is_seen(run: Run) -> str:
-    """Of two rows, one of which is a single document: each rank leaves out one piece of it."""
+    """Of two rows, one of which is a single document: each rank leaves out one block of it."""
     import torch
 
     from qwen2_ascend.model import context_parallel, context_plan
@@ -161,12 +161,12 @@ def statistics_of_one_piece_alone_are_seen(run: Run) -> str:
     ops = get_ops("torch")
     genuine = ops.partial_attention
 
-    def backward(d_context, q, k, v, context, lse, pieces, **options):
-        for part in genuine.forward(q, k, v, pieces, softmax_scale=options["softmax_scale"]):
+    def backward(d_context, q, k, v, context, lse, blocks, **options):
+        for part in genuine.forward(q, k, v, blocks, softmax_scale=options["softmax_scale"]):
             rows, queries = (slice(x.start, x.stop) for x in (part.rows, part.queries))
             lse = lse.clone()
             lse[queries, rows] = part.lse
-        genuine.backward(d_context, q, k, v, context, lse, pieces, **options)
+        genuine.backward(d_context, q, k, v, context, lse, blocks, **options)
 
     wrong = ops._replace(partial_attention=genuine._replace(backward=backward))
     found = difference(RING, 4, torch.float32, "dense", ops=wrong)

@@ -48,13 +48,13 @@ def computed(launches: list[tuple[Launch, list[int], list[int]]]) -> Counter:
     """How often each row, query and key is computed, from places back to positions."""
     found: Counter = Counter()
     for launch, queries, keys in launches:
-        assert len({piece.causal for piece in launch}) <= 1, "one operator computes a launch"
-        for piece in launch:
-            assert piece.rows and piece.queries and piece.keys
-            for row in piece.rows:
-                for n, query in enumerate(piece.queries):
-                    hidden = len(piece.queries) - 1 - n if piece.causal else 0
-                    for key in piece.keys[: len(piece.keys) - hidden]:
+        assert len({block.causal for block in launch}) <= 1, "one operator computes a launch"
+        for block in launch:
+            assert block.rows and block.queries and block.keys
+            for row in block.rows:
+                for n, query in enumerate(block.queries):
+                    hidden = len(block.queries) - 1 - n if block.causal else 0
+                    for key in block.keys[: len(block.keys) - hidden]:
                         found[row, queries[query], keys[key]] += 1
     return found
 
@@ -95,9 +95,9 @@ def test_ranks_have_equal_work(plan) -> None:
 
     def work(launch: Launch) -> float:
         total = 0
-        for piece in launch:
-            m, n = len(piece.queries), len(piece.keys)
-            total += m * n - (m * (m - 1) // 2 if piece.causal else 0)
+        for block in launch:
+            m, n = len(block.queries), len(block.keys)
+            total += m * n - (m * (m - 1) // 2 if block.causal else 0)
         return total
 
     loads = [[work(launch) for launch in plan(S, 1, cp, rank, None)] for rank in range(cp)]

@@ -141,6 +141,7 @@ def step_launches(
     from distributed.train_worker import start, steps
     from helpers import make_tiny_hugging_face_folder, tiny_config
     from npusim.simulator import recording
+    from qwen2_ascend.planning.parameters import num_parameters
 
     config = tiny_config(
         num_layers=num_layers,
@@ -167,7 +168,7 @@ def step_launches(
         "step": len(step.launches),
         "update": len(update.launches),
         "update bytes": sum(map(launch_bytes, update.launches)),
-        "weights": config.num_parameters,
+        "weights": num_parameters(config),
     }
 
 

@@ -380,7 +380,7 @@ def test_what_the_inference_operator_cannot_do_plain_torch_does_and_says_so_once
 ):
     from qwen2_ascend.ops import get_ops, npu
 
-    npu._say_once.cache_clear()
+    npu._warn_once.cache_clear()
     inputs, options = cached(dtype, heads, 1)
     inputs = [x.npu() for x in inputs]
     with caplog.at_level(logging.WARNING):
@@ -406,40 +406,40 @@ def test_every_call_of_fused_attention_has_the_causal_mask():
         (given.get("atten_mask"), given.get("sparse_mode"))
         for given in ({kw.arg: ast.unparse(kw.value) for kw in call.keywords} for call in calls)
     ]
-    of_pieces = "launch.mask(q.device)", "launch.sparse_mode"  # forward and its gradient
+    of_blocks = "launch.mask(q.device)", "launch.sparse_mode"  # forward and its gradient
     whole = "_causal_mask(q.device)", "_CAUSAL_FROM_START"
-    assert sorted(masks) == sorted([whole, of_pieces, of_pieces])
+    assert sorted(masks) == sorted([whole, of_blocks, of_blocks])
 
 
 def test_causal_pieces_have_the_mask_and_full_ones_none():
     import torch
 
     from qwen2_ascend.ops import npu
-    from qwen2_ascend.ops.pieces import Piece
+    from qwen2_ascend.ops.blocks import Block
 
     q, k = torch.zeros(8, 1, 4, 16).npu(), torch.zeros(8, 1, 2, 16).npu()
     for causal in (True, False):
-        piece = Piece(range(1), range(4), range(8), causal)
-        launch = npu._Launch.of([piece], q, k)
+        block = Block(range(1), range(4), range(8), causal)
+        launch = npu._Launch.of([block], q, k)
         assert launch.sparse_mode == (3 if causal else 0)
         assert launch.mask(q.device) is (npu._causal_mask(q.device) if causal else None)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "pieces", "message"),
+    ("tokens", "blocks", "message"),
     [
         (2**20 + 1, 1, "1048577 tokens at once, at most 1048576"),
         (1, 2049, "2049 packed documents at once, at most 2048"),
     ],
 )
-def test_pieces_beyond_the_limits_are_refused(tokens, pieces, message):
+def test_blocks_beyond_the_limits_are_refused(tokens, blocks, message):
     from qwen2_ascend.errors import UserError
     from qwen2_ascend.ops import get_ops
-    from qwen2_ascend.ops.pieces import Piece
+    from qwen2_ascend.ops.blocks import Block
 
-    q = k = expanded(tokens * pieces, 1, 2, 16)
-    own = (range(n * tokens, (n + 1) * tokens) for n in range(pieces))
-    launch = [Piece(range(1), places, places, True) for places in own]
+    q = k = expanded(tokens * blocks, 1, 2, 16)
+    own = (range(n * tokens, (n + 1) * tokens) for n in range(blocks))
+    launch = [Block(range(1), places, places, True) for places in own]
     with pytest.raises(UserError, match=message):
         get_ops("npu").partial_attention.forward(q, k, k, launch, softmax_scale=1.0)
 

@@ -1,4 +1,4 @@
-"""Attention over pieces by the fused operators against the plain twin, and put together again.
+"""Attention over blocks by the fused operators against the plain twin, and put together again.
 
 Tolerances as in test_fused_ops.py: SLACK times the noise of the plain twin.
 """
@@ -32,7 +32,7 @@ def computed(ops, tensors, algorithm, packing, rank):
 
     from model.context_cases import own
     from qwen2_ascend.model.context_parallel import _Merged
-    from qwen2_ascend.ops.pieces import Gradients
+    from qwen2_ascend.ops.blocks import Gradients
 
     q, k, v, upstream = tensors
     mine = own(q, CP, rank, algorithm)
@@ -115,10 +115,10 @@ def test_whole_rows_need_no_newer_operator(monkeypatch):
     from qwen2_ascend.ops import npu
 
     monkeypatch.setattr(npu, "_schema", lambda name: "(Tensor query, int[]? actual_seq_qlen)")
-    npu.pieces_faults.cache_clear()
+    npu.packed_blocks_faults.cache_clear()
     calls = given_to_operators(monkeypatch, "dense")
     assert calls and all("softmax_layout" not in options for options in calls)
-    npu.pieces_faults.cache_clear()
+    npu.packed_blocks_faults.cache_clear()
 
 
 def test_packed_documents_are_refused_by_an_older_operator(monkeypatch):
@@ -126,28 +126,28 @@ def test_packed_documents_are_refused_by_an_older_operator(monkeypatch):
     from qwen2_ascend.errors import UserError
     from qwen2_ascend.ops import npu
 
-    assert npu.pieces_faults() == []
+    assert npu.packed_blocks_faults() == []
     assert any(
         "softmax_layout" in options for options in given_to_operators(monkeypatch, "two rows")
     )
     monkeypatch.setattr(npu, "_schema", lambda name: "(Tensor query, int[]? actual_seq_qlen)")
-    npu.pieces_faults.cache_clear()
+    npu.packed_blocks_faults.cache_clear()
     with pytest.raises(UserError, match=r"8\.3\.RC1 or later, or use --context-parallel-algo"):
         given_to_operators(monkeypatch, "two rows")
-    assert faults_at_start("--reset-attention-mask") == npu.pieces_faults() != []
+    assert faults_at_start("--reset-attention-mask") == npu.packed_blocks_faults() != []
     assert faults_at_start("") == []
     assert faults_at_start("--reset-attention-mask --attention-backend unfused") == []
     assert faults_at_start("--reset-attention-mask --context-parallel-algo ulysses_cp_algo") == []
-    npu.pieces_faults.cache_clear()
+    npu.packed_blocks_faults.cache_clear()
 
 
 def faults_at_start(flags):
     from qwen2_ascend.training.settings import parse
-    from qwen2_ascend.training.setup import _pieces_faults
+    from qwen2_ascend.training.setup import _packed_blocks_faults
 
     needed = "--config 7B --data-path x --seq-length 32 --lr 1e-5 --train-iters 3"
     settings = parse(f"{needed} --context-parallel-size 2 {flags}".split())
-    return _pieces_faults(settings, settings.layout(), "npu")
+    return _packed_blocks_faults(settings, settings.layout(), "npu")
 
 
 MISTAKES = {

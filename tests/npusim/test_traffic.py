@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from npusim.traffic import CUTS, GOLDEN, measure, minimum, table
+from npusim.traffic import GOLDEN, LAYOUTS, measure, minimum, table
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 REDUCED = ("fp32", "bf16", "int32")
@@ -19,9 +19,9 @@ layouts = pytest.mark.parametrize(
         pytest.param(
             name,
             id=name.replace(" ", "-"),
-            marks=pytest.mark.simulated(cards=cut.cards, alone="traffic"),
+            marks=pytest.mark.simulated(cards=layout.cards, alone="traffic"),
         )
-        for name, cut in CUTS.items()
+        for name, layout in LAYOUTS.items()
     ],
 )
 
@@ -43,8 +43,8 @@ def golden() -> dict:
 @pytest.mark.filterwarnings("default")
 @layouts
 def test_a_step_moves_what_it_did(name, runtime):
-    found = measure(runtime, Path(os.environ["NPUSIM_FOLDER"]), CUTS[name])
-    assert found["bytes"] >= minimum(CUTS[name])
+    found = measure(runtime, Path(os.environ["NPUSIM_FOLDER"]), LAYOUTS[name])
+    assert found["bytes"] >= minimum(LAYOUTS[name])
     assert found["bytes"] <= golden()[name]["bytes"], found
     assert found["calls"] <= golden()[name]["calls"], found
     kinds = [kind.split() for kind in found["first rank"]]
@@ -54,10 +54,10 @@ def test_a_step_moves_what_it_did(name, runtime):
 def test_only_sequence_parallelism_moves_much_more_than_it_must():
     """It gathers the inputs of the linear layers again in backward instead of keeping them."""
     for name, numbers in golden().items():
-        above = numbers["bytes"] - minimum(CUTS[name])
-        cards = CUTS[name].cards
+        above = numbers["bytes"] - minimum(LAYOUTS[name])
+        cards = LAYOUTS[name].cards
         again = 0
-        if CUTS[name].sequence_parallel:
+        if LAYOUTS[name].sequence_parallel:
             calls = numbers["first rank"]
             gathers, scatters = calls["AllGather bf16 1536"], calls["ReduceScatter bf16 1536"]
             assert gathers == scatters + (2 * 4 + 1) * 2

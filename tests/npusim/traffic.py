@@ -30,7 +30,7 @@ TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Layout:
     """A layout whose traffic is measured: a bf16 model of 4 layers, 2 micro-batches per rank."""
 
     cards: int
@@ -44,20 +44,20 @@ class Cut:
         return self.cards // (self.tp * self.pp)
 
 
-CUTS = {
-    "TP2": Cut(cards=2, flags=TP2, tp=2),
-    "TP2 SP": Cut(cards=2, flags=f"{TP2} --sequence-parallel", tp=2, sequence_parallel=True),
-    "PP2": Cut(cards=2, flags=PP2, pp=2),
-    "DP2": Cut(cards=2, flags=""),
-    "DP2 distributed optimizer": Cut(cards=2, flags="--use-distributed-optimizer"),
-    "TP2 PP2": Cut(cards=4, flags=f"{TP2} {PP2}", tp=2, pp=2),
+LAYOUTS = {
+    "TP2": Layout(cards=2, flags=TP2, tp=2),
+    "TP2 SP": Layout(cards=2, flags=f"{TP2} --sequence-parallel", tp=2, sequence_parallel=True),
+    "PP2": Layout(cards=2, flags=PP2, pp=2),
+    "DP2": Layout(cards=2, flags=""),
+    "DP2 distributed optimizer": Layout(cards=2, flags="--use-distributed-optimizer"),
+    "TP2 PP2": Layout(cards=4, flags=f"{TP2} {PP2}", tp=2, pp=2),
 }
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 2, 2, 24
 ACTIVATION, GRADIENT, WEIGHT = 2, 4, 2
 """Bytes of a number: bf16, and gradients that are summed in fp32."""
 
 
-def minimum(cut: Cut) -> int:
+def minimum(layout: Layout) -> int:
     """Bytes that all cards together must send in a step, with gradients summed in fp32.
 
     From what each cut makes a sum or a copy over ranks, whatever calls a framework makes of it; the
@@ -73,22 +73,23 @@ def minimum(cut: Cut) -> int:
     that part, and gives away its new weights in bf16.
     """
     from helpers import tiny_config
+    from qwen2_ascend.planning.parameters import num_parameters
 
     config = tiny_config()
     tokens = MICRO_BATCH * LENGTH
     hidden = tokens * config.hidden_size * ACTIVATION
     per_micro_batch = 0
-    if cut.tp > 1:
+    if layout.tp > 1:
         sums = (4 * config.num_layers + 2) * hidden + 3 * tokens * 4
-        per_micro_batch += 2 * (cut.tp - 1) * sums
-    per_micro_batch += 2 * (cut.pp - 1) * hidden * (1 if cut.sequence_parallel else cut.tp)
-    total = MICRO_BATCHES * cut.dp * per_micro_batch
-    if cut.sequence_parallel:
+        per_micro_batch += 2 * (layout.tp - 1) * sums
+    per_micro_batch += 2 * (layout.pp - 1) * hidden * (1 if layout.sequence_parallel else layout.tp)
+    total = MICRO_BATCHES * layout.dp * per_micro_batch
+    if layout.sequence_parallel:
         norms = (2 * config.num_layers + 1) * config.hidden_size
-        total += 2 * (cut.tp - 1) * norms * GRADIENT
-    if cut.dp > 1:
-        gathered = WEIGHT if "distributed-optimizer" in cut.flags else GRADIENT
-        total += (cut.dp - 1) * config.num_parameters * (GRADIENT + gathered)
+        total += 2 * (layout.tp - 1) * norms * GRADIENT
+    if layout.dp > 1:
+        gathered = WEIGHT if "distributed-optimizer" in layout.flags else GRADIENT
+        total += (layout.dp - 1) * num_parameters(config) * (GRADIENT + gathered)
     return total
 
 
@@ -102,7 +103,7 @@ def sent_bytes(call: Call) -> float:
     return size if call.op in ("Send", "Broadcast") and n > 1 else 0
 
 
-def measure(runtime: Runtime, folder: Path, cut: Cut) -> dict[str, Any]:
+def measure(runtime: Runtime, folder: Path, layout: Layout) -> dict[str, Any]:
     """One step's traffic: the calls and bytes of all ranks, and the first rank's calls by kind."""
     import torch
 
@@ -110,11 +111,11 @@ def measure(runtime: Runtime, folder: Path, cut: Cut) -> dict[str, Any]:
     from distributed.train_worker import start, steps
     from npusim.cards import hccl_calls
 
-    size = MICRO_BATCHES * MICRO_BATCH * cut.dp
+    size = MICRO_BATCHES * MICRO_BATCH * layout.dp
     training = start(
         Run(runtime, folder),
         f"--mock-data --seq-length {LENGTH} --micro-batch-size {MICRO_BATCH} --device npu --bf16 "
-        f"--global-batch-size {size} --train-iters 3 --lr 1e-3 --num-workers 0 {cut.flags}",
+        f"--global-batch-size {size} --train-iters 3 --lr 1e-3 --num-workers 0 {layout.flags}",
     )
     steps(training, 1)
     before = len(hccl_calls())
@@ -145,9 +146,9 @@ def main() -> None:
         _inside(options.inside)
         return
     found = {}
-    for cards in sorted({cut.cards for cut in CUTS.values()}):
+    for cards in sorted({layout.cards for layout in LAYOUTS.values()}):
         found |= _measured(cards)
-    found = {name: found[name] for name in CUTS}
+    found = {name: found[name] for name in LAYOUTS}
     if options.write:
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -158,7 +159,7 @@ def table(found: dict[str, Any]) -> str:
     """Markdown: measured, the minimum, and what is above it."""
     rows = ["| layout | calls | bytes | at least | above | ratio |", "|---|---|---|---|---|---|"]
     for name, numbers in found.items():
-        sent, least = numbers["bytes"], minimum(CUTS[name])
+        sent, least = numbers["bytes"], minimum(LAYOUTS[name])
         rows.append(
             f"| {name} | {numbers['calls']} | {sent:,} | {least:,} | {sent - least:,} | "
             f"{sent / least:.3f} |"
@@ -182,8 +183,10 @@ def _inside(folder: Path) -> None:
     from qwen2_ascend import runtime as runtimes
 
     runtime = runtimes.start("npu")
-    cuts = {name: cut for name, cut in CUTS.items() if cut.cards == runtime.world_size}
-    found = {name: measure(runtime, folder, cut) for name, cut in cuts.items()}
+    layouts = {
+        name: layout for name, layout in LAYOUTS.items() if layout.cards == runtime.world_size
+    }
+    found = {name: measure(runtime, folder, layout) for name, layout in layouts.items()}
     if runtime.rank == 0:
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
     runtime.close()

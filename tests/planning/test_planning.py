@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from helpers import tiny_config
-from npusim.traffic import CUTS, GOLDEN, LENGTH, MICRO_BATCH, MICRO_BATCHES, minimum
+from helpers import random_hugging_face_model, tiny_config
+from npusim.traffic import GOLDEN, LAYOUTS, LENGTH, MICRO_BATCH, MICRO_BATCHES, minimum
 from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.command import PlanOptions, _choices, as_launchers_write, main
 from qwen2_ascend.planning.devices import DEVICES, find_device
+from qwen2_ascend.planning.flops import train_flops_per_token
 from qwen2_ascend.planning.job import Job, RunLayout
 from qwen2_ascend.planning.memory import fullest_stage, stage_memory
-from qwen2_ascend.planning.parameters import parameters
+from qwen2_ascend.planning.parameters import num_parameters, parameters
 from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops, step_time
 from qwen2_ascend.planning.traffic import step_traffic
 from qwen2_ascend.training import settings as pretraining
-from qwen2_ascend.training.logging import train_flops
 from qwen2_ascend.training.planned import as_run_layout
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
@@ -300,7 +300,7 @@ def test_72b_does_not_fit_on_16_cards_and_it_is_said_what_would():
     found = result("72B", 16)
     # 2 + 4 + 12 bytes of each of 72.7e9 weights are above 16 times 64 GiB
     assert not any(plan.fits for plan in found.plans)
-    assert found.job.config.num_parameters * 18 > 16 * found.machine.device.memory
+    assert num_parameters(found.job.config) * 18 > 16 * found.machine.device.memory
     assert found.fewest.cut.num_devices == 32
     assert "does not fit" in report.answer(found)
     assert "32 devices" in report.answer(found)
@@ -342,14 +342,14 @@ def test_memory_is_what_the_parts_say():
 # --- traffic and time -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CUTS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("name", LAYOUTS, ids=lambda name: name.replace(" ", "-"))
 def test_traffic_is_what_the_simulated_cards_recorded(name):
     """Above it are the few numbers that ranks tell each other; see docs/benchmarks.md.
 
     `minimum` is no such list of calls but a bound that holds for any.
     """
     recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]["bytes"]
-    layout = CUTS[name]
+    layout = LAYOUTS[name]
     asked = Job(
         config=tiny_config(),
         seq_length=LENGTH,
@@ -369,16 +369,30 @@ def test_traffic_is_what_the_simulated_cards_recorded(name):
     assert 0 <= recorded - sent <= 512 * layout.cards * (layout.cards - 1) + 100
 
 
+def test_flops_are_those_that_torch_counts() -> None:
+    """torch counts attention as if it were not causal: twice the average, but for the diagonal."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, b, s = tiny_config(), 3, 32
+    model = random_hugging_face_model(config)
+    model.set_attn_implementation("eager")  # the counter does not see into the fused one
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(b, s, dtype=torch.int64), use_cache=False)
+    heads = config.num_attention_heads * config.kv_channels
+    not_causal = config.num_layers * b * 4 * heads * s * s
+    causal = not_causal * (s + 1) / (2 * s)
+    matrices = counter.get_total_flops() - not_causal
+    found = b * s * train_flops_per_token(config, s, config.vocab_size)
+    assert found == pytest.approx(3 * (matrices + causal), rel=1e-12)
+
+
 def test_arithmetic_is_that_of_the_training_log():
     """Added up over the ranks; recomputing layers costs a third more."""
     asked = job("14B")
     cut = RunLayout(job=asked, tp=4, pp=4, dp=2, micro_batch_size=2)
-    expected = train_flops(
-        asked.config,
-        num_sequences=asked.global_batch_size,
-        seq_length=asked.seq_length,
-        padded_vocab_size=cut.padded_vocab_size,
-    )
+    per_token = train_flops_per_token(asked.config, asked.seq_length, cut.padded_vocab_size)
+    expected = asked.tokens_per_step * per_token
     passes = cut.num_microbatches * cut.dp * cut.tp
     found = passes * sum(stage_flops(cut, stage) for stage in range(cut.pp))
     assert found == pytest.approx(expected, rel=1e-12)

@@ -23,7 +23,7 @@ def copies_at_other_places_with_other_times_are_the_same_plan(run: Run) -> str:
     own = node_copy(run, "copies")
     if run.runtime.rank == 1:
         os.utime(own / "model.safetensors", (10**9, 10**9))
-    plan = agreed(f"--load {own} --num-workers {run.runtime.rank}")
+    plan = plan_of(f"--load {own} --num-workers {run.runtime.rank}")
     assert plan.base == own, "each rank reads its own copy"
     return str(plan.length)
 
@@ -70,30 +70,30 @@ def rank_0_says_which_iteration_is_resumed(run: Run) -> str:
     shutil.copytree(saved, own)
     if run.runtime.rank == 0:
         (own / "latest_checkpointed_iteration.txt").write_text("1")
-    plan = agreed(f"--load {own} --global-batch-size 2")
+    plan = plan_of(f"--load {own} --global-batch-size 2")
     assert plan.made() == {"iteration": 1, "consumed_samples": 2}
     assert plan.source is not None and plan.source.folder == own / "iter_0000001"
     return str(plan.found)
 
 
-def agreed(flags: str) -> RunPlan:
+def plan_of(flags: str) -> RunPlan:
     """As the launcher does: rank 0 makes its plan, and all agree on it."""
     from functools import partial
 
-    from qwen2_ascend.training.plan import agree, make_plan
+    from qwen2_ascend.training.plan import broadcast_plan, make_plan
     from qwen2_ascend.training.settings import parse
     from qwen2_ascend.training.setup import is_first_rank
 
     settings = parse(f"{FLAGS} {flags}".split())
     own = make_plan(settings) if is_first_rank() else None
-    return agree(partial(make_plan, settings), own, timeout_seconds=60)
+    return broadcast_plan(partial(make_plan, settings), own, timeout_seconds=60)
 
 
 def refused(flags: str) -> str:
     from qwen2_ascend.errors import UserError
 
     try:
-        agreed(flags)
+        plan_of(flags)
     except UserError as error:
         return str(error)
     raise AssertionError("it was accepted")

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import random_hugging_face_model, tiny_config
 from logs import logged_lines
 from qwen2_ascend.training import logging
-from qwen2_ascend.training.logging import Reporter, Step, draw_loss, train_flops
+from qwen2_ascend.training.logging import Reporter, Step, draw_loss
 from qwen2_ascend.training.planned import Expected
 
 
@@ -212,21 +211,3 @@ def test_without_the_report_extra_one_line_says_so(
 def test_no_metrics_no_picture(tmp_path: Path) -> None:
     draw_loss(tmp_path / "none.jsonl", tmp_path / "none.png")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_flops_are_those_that_torch_counts() -> None:
-    """torch counts attention as if it were not causal: twice the average, but for the diagonal."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config, b, s = tiny_config(), 3, 32
-    model = random_hugging_face_model(config)
-    model.set_attn_implementation("eager")  # the counter does not see into the fused one
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(b, s, dtype=torch.int64), use_cache=False)
-    heads = config.num_attention_heads * config.kv_channels
-    not_causal = config.num_layers * b * 4 * heads * s * s
-    causal = not_causal * (s + 1) / (2 * s)
-    matrices = counter.get_total_flops() - not_causal
-    found = train_flops(config, num_sequences=b, seq_length=s, padded_vocab_size=config.vocab_size)
-    assert found == pytest.approx(3 * (matrices + causal), rel=1e-12)

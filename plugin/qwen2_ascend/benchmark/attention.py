@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
-from qwen2_ascend.benchmark.flops import attention_flops
 from qwen2_ascend.benchmark.measure import Spread
 from qwen2_ascend.benchmark.sides import interleaved, running
 from qwen2_ascend.errors import raise_if
+from qwen2_ascend.planning.flops import attention_flops
 
 SIDES = ("ours", "unfused", "sdpa")
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -113,13 +113,9 @@ def summarize(
         answers: of every side, a round each: `wall` and `cpu` seconds, `peak_memory_bytes`,
             `device`, and `sums` of the context and of the three gradients.
     """
-    flops = options.steps * attention_flops(
-        seq_length,
-        options.batch_size,
-        options.num_attention_heads,
-        options.kv_channels,
-        backward=True,
-    )
+    per_token = attention_flops(seq_length, options.num_attention_heads, options.kv_channels)
+    # backward is twice forward; what a flash kernel computes again in it does not count
+    flops = options.steps * options.batch_size * seq_length * 3 * per_token
     first = answers[options.sides[0]]
     rows, difference = {}, 0.0
     for side in options.sides:

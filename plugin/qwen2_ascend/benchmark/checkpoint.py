@@ -20,6 +20,7 @@ from qwen2_ascend.benchmark.sides import RankedSide, interleaved
 from qwen2_ascend.benchmark.train import make_random_model, shape
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.planning.parameters import num_parameters
 
 SIDES = ("ours", "ours-async", "ours-torch", "dist_checkpointing", "torch.save")
 RANKED_SIDES = ("ours", "ours-async", "ours-torch", "dist_checkpointing")
@@ -78,7 +79,7 @@ def run(options: CheckpointBenchmark) -> None:
     with TemporaryDirectory(dir=options.directory, prefix="qwen2-benchmark-") as name:
         folder = Path(name)
         # the model, and a checkpoint beside the one that replaces it
-        needed = config.num_parameters * (4 + 2 * BYTES_PER_WEIGHT[options.dtype])
+        needed = num_parameters(config) * (4 + 2 * BYTES_PER_WEIGHT[options.dtype])
         if shutil.disk_usage(folder).free < needed:
             raise UserError(
                 f"{folder}: needs {needed / 1e9:.1f} GB free; name another --directory."
@@ -201,7 +202,7 @@ def _faults(options: CheckpointBenchmark) -> list[str]:
 
 def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[str, Any]) -> None:
     print(
-        f"\n{config.num_parameters:,} parameters with AdamW's state, {options.dtype}, "
+        f"\n{num_parameters(config):,} parameters with AdamW's state, {options.dtype}, "
         f"{options.processes} CPU process(es); {options.rounds} interleaved rounds, "
         "median (lowest-highest)\n"
     )

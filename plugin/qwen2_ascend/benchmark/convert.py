@@ -21,6 +21,7 @@ from qwen2_ascend.checkpoint.formats.stored import TensorSpec
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.planning.parameters import num_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def run(options: ConvertBenchmark) -> None:
         UserError: the disk has no room for input, copy and result.
     """
     config = Qwen2Config.named(options.model)
-    needed = 4 * 2 * config.num_parameters
+    needed = 4 * 2 * num_parameters(config)
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="qwen2-benchmark-") as name:
         folder = Path(name)
         if shutil.disk_usage(folder).free < needed:
@@ -142,7 +143,7 @@ def _copy_command(source: Path, target: Path) -> list[str]:
 
 
 def _print(options: ConvertBenchmark, config: Qwen2Config, rows: dict[str, dict]) -> None:
-    size = 2 * config.num_parameters / 1e9
+    size = 2 * num_parameters(config) / 1e9
     print(
         f"\nQwen2.5-{options.model} dimensions, {size:.2f} GB bf16, "
         f"TP{options.target_tensor_parallel_size} PP{options.target_pipeline_parallel_size}, "

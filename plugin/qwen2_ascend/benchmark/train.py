@@ -14,11 +14,12 @@ import tyro
 from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
 from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
-from qwen2_ascend.benchmark.flops import train_flops_per_token
 from qwen2_ascend.benchmark.measure import Spread
 from qwen2_ascend.benchmark.sides import Side, interleaved, running
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.planning.flops import train_flops_per_token
+from qwen2_ascend.planning.parameters import num_parameters
 
 SIDES = ("ours", "ours-plain", "transformers", "megatron-core")
 SMALL = Qwen2Config(
@@ -129,7 +130,8 @@ def summarize(
     """
     sides = options.sides
     tokens = options.steps * _global_batch_size(options) * options.seq_length
-    flops = tokens * train_flops_per_token(config, options.seq_length)
+    per_token = train_flops_per_token(config, options.seq_length, config.vocab_size)
+    flops = tokens * per_token
     device_name = answers[sides[0]][0]["device"]
     peak = _peak_flops(options, device_name, dtype)
     rows = {}
@@ -152,7 +154,7 @@ def summarize(
         "device": device_name,
         "clock": options.clock,
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
-        "flops_per_token": train_flops_per_token(config, options.seq_length),
+        "flops_per_token": per_token,
         "sides": rows,
         "largest_loss_difference": difference,
         "same_losses": difference <= LOSS_TOLERANCE[dtype],
@@ -288,7 +290,7 @@ def _print(options: TrainBenchmark, config: Qwen2Config, report: Mapping[str, An
     batch = _global_batch_size(options)
     threads = f", {options.threads} thread(s)" if options.device == "cpu" else ""
     print(
-        f"\n{config.num_parameters:,} parameters, hidden {config.hidden_size}, "
+        f"\n{num_parameters(config):,} parameters, hidden {config.hidden_size}, "
         f"{config.num_layers} layers, vocabulary {config.vocab_size}; {report['dtype']}, "
         f"{batch} x {options.seq_length} tokens per step in micro-batches of "
         f"{options.micro_batch_size}; {report['device']}{threads}; {options.rounds} interleaved "

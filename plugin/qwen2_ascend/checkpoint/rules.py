@@ -63,6 +63,11 @@ class Rule:
     """BY_BLOCKS, BY_ROWS, BY_COLUMNS, or None where every rank holds all of it."""
 
     @property
+    def is_of_layer(self) -> bool:
+        """Whether every layer has one."""
+        return "{}" in self.megatron
+
+    @property
     def is_matrix(self) -> bool:
         return not (self.megatron.endswith("bias") or "layernorm" in self.megatron)
 
@@ -176,13 +181,13 @@ def _chunk_pieces(
         box = rule.shard(layout.tp, tp_rank)
         return TensorSlice(rule.megatron.format(layer), box, rule.shape(box))
 
-    outer = {rule.megatron: rule for rule in rules if "{}" not in rule.megatron}
+    outer = {rule.megatron: rule for rule in rules if not rule.is_of_layer}
     pieces = {}
     if is_first:
         pieces[EMBEDDING] = piece(outer[EMBEDDING])
     for local, layer in enumerate(layers):
         for rule in rules:
-            if "{}" in rule.megatron:
+            if rule.is_of_layer:
                 pieces[rule.megatron.format(local)] = piece(rule, layer)
     if is_last:
         pieces[FINAL_NORM] = piece(outer[FINAL_NORM])
@@ -195,7 +200,7 @@ def _chunk_pieces(
 
 def _whole_model(config: Qwen2Config, rules: tuple[Rule, ...]):
     """(rule, layer number) of every tensor, in the order of the model."""
-    per_layer = [rule for rule in rules if "{}" in rule.megatron]
+    per_layer = [rule for rule in rules if rule.is_of_layer]
     yield rules[0], 0
     for layer in range(config.num_layers):
         yield from ((rule, layer) for rule in per_layer)

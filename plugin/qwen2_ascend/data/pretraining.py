@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,88 +55,84 @@ class EodTokenizer:
         self.unique_identifiers = OrderedDict(eod=eod, data=data)
 
 
-def build_pretraining_datasets(
-    *,
-    num_samples: tuple[int, int, int],
-    seq_length: int,
-    seed: int,
-    eod_token: int | None,
-    data_path: Sequence[str] | None = None,
-    train_data_path: Sequence[str] | None = None,
-    valid_data_path: Sequence[str] | None = None,
-    test_data_path: Sequence[str] | None = None,
-    split: str = "969,30,1",
-    vocab_size: int | None = None,
-    data_cache_path: str | Path | None = None,
-    keep_documents_apart: bool = False,
-    eod_mask_loss: bool = False,
-    each_node_builds: bool = False,
-) -> PretrainingDatasets:
-    """Builds the training, validation and test datasets. Every rank calls this.
+@dataclass(frozen=True, kw_only=True)
+class PretrainingDatasetBuilder:
+    """Builds the training, validation and test datasets, by `build`. Every rank calls it.
 
     Rank 0 writes the sample indices, the others wait and read them. Without torch.distributed it
     works in the one process there is.
-
-    Args:
-        num_samples: samples wanted of train, valid and test; a split of which none is wanted is
-            not built. Epochs are repeated as needed.
-        seq_length: tokens in a sample.
-        seed: of the shuffling.
-        eod_token: id of the token that ends a document; None where there is none.
-        data_path: one prefix, several, or weights and prefixes in turn (`0.3 A 0.7 B`), divided
-            by `split`.
-        train_data_path: the same, for training alone; instead of `data_path`.
-        valid_data_path: the same, for validation.
-        test_data_path: the same, for testing.
-        split: shares of train, valid and test in `data_path`, by documents.
-        vocab_size: rows of the model's embedding; the data's largest token is checked against it
-            where the preparation noted that, else a sample of the tokens, and later every batch.
-        data_cache_path: where the sample indices go, on storage that all nodes share; beside the
-            data when None.
-        keep_documents_apart: a document sees itself alone, and its positions count from its start;
-            see `documents.DocumentRows`.
-        eod_mask_loss: leave the loss at `eod_token` out.
-        each_node_builds: the first rank of each node writes the sample indices, which are on
-            storage of the node's own.
-
-    Raises:
-        UserError: data that is missing, damaged or too little, or settings that contradict.
     """
-    blends = _blends(data_path, (train_data_path, valid_data_path, test_data_path), num_samples)
-    shares = split_matrix(split) if data_path else [(0.0, 1.0)] * len(SPLITS)
-    tokenizer = EodTokenizer(
-        eod_token or 0,
-        vocab_size,
-        _check_data(
-            blends,
-            shares,
-            split if data_path else None,
-            vocab_size,
-            eod_token if eod_mask_loss else None,
-        ),
-    )
-    settings: dict[str, Any] = dict(
-        random_seed=seed,
-        sequence_length=seq_length,
-        path_to_cache=None if data_cache_path is None else str(data_cache_path),
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=eod_mask_loss,
-        create_attention_mask=False,
-    )
-    if data_path:
-        blend = next(blend for blend in blends if blend)
-        settings |= dict(blend=_listed(blend), split=split)
-    else:
-        settings |= dict(blend_per_split=[_listed(blend) for blend in blends])
-    datasets = _build(settings, num_samples, each_node_builds)
-    for dataset in filter(None, datasets):
-        dataset.vocab_size = vocab_size  # for `build_data_iterator`
-    _check_lengths(datasets, num_samples)
-    if not keep_documents_apart:
-        return datasets
-    return PretrainingDatasets(*(data and DocumentRows(data, eod_token) for data in datasets))
+
+    num_samples: tuple[int, int, int]
+    """Samples wanted of train, valid and test; a split of which none is wanted is not built. Epochs
+    are repeated as needed."""
+    seq_length: int
+    """Tokens in a sample."""
+    seed: int
+    """Of the shuffling."""
+    eod_token: int | None
+    """Id of the token that ends a document; None where there is none."""
+    data_path: Sequence[str] | None = None
+    """One prefix, several, or weights and prefixes in turn (`0.3 A 0.7 B`), divided by `split`."""
+    train_data_path: Sequence[str] | None = None
+    """The same, for training alone; instead of `data_path`."""
+    valid_data_path: Sequence[str] | None = None
+    """The same, for validation."""
+    test_data_path: Sequence[str] | None = None
+    """The same, for testing."""
+    split: str = "969,30,1"
+    """Shares of train, valid and test in `data_path`, by documents."""
+    vocab_size: int | None = None
+    """Rows of the model's embedding; the data's largest token is checked against it where the
+    preparation noted that, else a sample of the tokens, and later every batch."""
+    data_cache_path: str | Path | None = None
+    """Where the sample indices go, on storage that all nodes share; beside the data when None."""
+    keep_documents_apart: bool = False
+    """A document sees itself alone, and its positions count from its start; see
+    `documents.DocumentRows`."""
+    eod_mask_loss: bool = False
+    """Leave the loss at `eod_token` out."""
+    each_node_builds: bool = False
+    """The first rank of each node writes the sample indices, which are on storage of the node's
+    own."""
+
+    def build(self) -> PretrainingDatasets:
+        """All three.
+
+        Raises:
+            UserError: data that is missing, damaged or too little, or settings that contradict.
+        """
+        datasets = _build(self._megatron_settings(), self.num_samples, self.each_node_builds)
+        for dataset in filter(None, datasets):
+            dataset.vocab_size = self.vocab_size  # for `build_data_iterator`
+        _check_lengths(datasets, self.num_samples)
+        if not self.keep_documents_apart:
+            return datasets
+        rows = (data and DocumentRows(data, self.eod_token) for data in datasets)
+        return PretrainingDatasets(*rows)
+
+    def _megatron_settings(self) -> dict[str, Any]:
+        """GPTDatasetConfig's fields, once the data has been checked."""
+        per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
+        blends = _blends(self.data_path, per_split, self.num_samples)
+        split = self.split if self.data_path else None
+        shares = split_matrix(split) if split is not None else [(0.0, 1.0)] * len(SPLITS)
+        ending = self.eod_token if self.eod_mask_loss else None
+        prints = _check_data(blends, shares, split, self.vocab_size, ending)
+        source: dict[str, Any] = dict(blend_per_split=[_listed(blend) for blend in blends])
+        if split is not None:
+            source = dict(blend=_listed(next(filter(None, blends))), split=split)
+        return dict(
+            random_seed=self.seed,
+            sequence_length=self.seq_length,
+            path_to_cache=None if self.data_cache_path is None else str(self.data_cache_path),
+            tokenizer=EodTokenizer(self.eod_token or 0, self.vocab_size, prints),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=self.eod_mask_loss,
+            create_attention_mask=False,
+            **source,
+        )
 
 
 def check_pretraining_data(

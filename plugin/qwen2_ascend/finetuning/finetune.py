@@ -232,12 +232,12 @@ def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
     Raises:
         UserError: the data is not there, damaged or too little.
     """
-    from qwen2_ascend.data.chat.build import build_chat_datasets
+    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
     from qwen2_ascend.finetuning.taught import tokenizer_folder
 
     settings = plan.settings
     data, global_batch_size = settings.data, settings.global_batch_size(plan.world_size)
-    built = build_chat_datasets(
+    built = ChatDatasetBuilder(
         seq_length=settings.batch.seq_length,
         seed=settings.runtime.seed,
         num_samples=(None, data.eval_iters * global_batch_size),
@@ -256,7 +256,7 @@ def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
         vocab_size=plan.config.vocab_size,
         data_cache_path=data.data_cache_path,
         keep_chats_apart=settings.keep_chats_apart,
-    )
+    ).build()
     for note in built.notes:
         logger.info(note)
     if data.variable_seq_lengths and settings.pad_to_multiple_of > data.pad_to_multiple_of:

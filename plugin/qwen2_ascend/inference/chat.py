@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.communication import from_rank_zero
 from qwen2_ascend.inference.generator import Completion, Generator, Request
-from qwen2_ascend.runtime import current
+from qwen2_ascend.machine import rank
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], i
     """
     messages: Messages = []
     turn = 0
-    while (line := from_rank_zero(_read_line(), current().device)) is not None:
+    while (line := from_rank_zero(_read_line(), generator.engine.device)) is not None:
         if line.strip() in manner.ends:
             break
         if line.strip() in manner.begins:
@@ -110,7 +110,7 @@ def _answer(generator: Generator, request: Request) -> Completion:
 
 def _read_line() -> str | None:
     """Rank 0's next line without its end; None at the end of the input, and on other ranks."""
-    if current().rank != 0:
+    if rank() != 0:
         return None
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
@@ -125,6 +125,6 @@ def _read_line() -> str | None:
 
 
 def _show(piece: str) -> None:
-    if current().rank == 0:
+    if rank() == 0:
         sys.stdout.write(piece.encode("utf-8", "replace").decode("utf-8"))
         sys.stdout.flush()

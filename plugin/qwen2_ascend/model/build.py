@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
@@ -90,25 +92,43 @@ def build_model(
     transformer = transformer_config(
         config, layout, dtype=dtype, perform_initialization=perform_initialization, **options
     )
-    sequence_cut = SequenceCut.of_layout(layout)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = layout.stages(config.num_layers)[stage]
     overlap = None
     if layout.tp > 1:
         overlap = make_overlap(use_ascend_mc2=use_ascend_mc2, coc_parallel_num=coc_parallel_num)
+    spec = partial(get_qwen2_block_spec, backend=backend, plain=plain, overlap=overlap)
+    vocab_size, chunk_size = padded_vocab_size or config.vocab_size, cross_entropy_chunk_size
+    models = list(_gpt_models(config, layout, transformer, spec, vocab_size, chunk_size))
+    for model in models:
+        choose_layers(model.decoder.layers, recompute_activations, recompute_norms)
+        if swaps_attention:
+            swap_attention(model.decoder.layers, current().device)
+        if not perform_initialization:
+            _mark_tensor_parallel(model)
+    return models
+
+
+def _gpt_models(
+    config: Qwen2Config,
+    layout: ParallelLayout,
+    transformer: TransformerConfig,
+    spec: Callable[[int], ModuleSpec],
+    vocab_size: int,
+    cross_entropy_chunk_size: int | None,
+) -> Iterator[GPTModel]:
+    """This rank's chunks, with Qwen2's rotary tables and attention over the rank's own tokens."""
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = layout.stages(config.num_layers)[stage]
+    sequence_cut = SequenceCut.of_layout(layout)
     model_class = GPTModel if cross_entropy_chunk_size is None else ChunkedLossModel
-    models = []
     for index, layers in enumerate(chunks):
-        is_first = (stage, index) == (0, 0)
-        is_last = (stage, index) == (layout.pp - 1, len(chunks) - 1)
         with virtual_stage(index if len(chunks) > 1 else None) as vp_stage:
             model = model_class(
                 transformer,
-                get_qwen2_block_spec(len(layers), backend, plain=plain, overlap=overlap),
-                vocab_size=padded_vocab_size or config.vocab_size,
+                spec(len(layers)),
+                vocab_size=vocab_size,
                 max_sequence_length=config.max_position_embeddings,
-                pre_process=is_first,
-                post_process=is_last,
+                pre_process=(stage, index) == (0, 0),
+                post_process=(stage, index) == (layout.pp - 1, len(chunks) - 1),
                 share_embeddings_and_output_weights=config.tie_word_embeddings,
                 position_embedding_type="rope",
                 **supported_keywords(GPTModel.__init__, vp_stage=vp_stage),
@@ -120,13 +140,7 @@ def build_model(
         )
         cut_attention(model.decoder.layers, sequence_cut)
         _check_layers(model, layers)
-        choose_layers(model.decoder.layers, recompute_activations, recompute_norms)
-        if swaps_attention:
-            swap_attention(model.decoder.layers, current().device)
-        if not perform_initialization:
-            _mark_tensor_parallel(model)
-        models.append(model)
-    return models
+        yield model
 
 
 def transformer_config(
@@ -165,19 +179,7 @@ def transformer_config(
     virtual_size = virtual_pipeline_size(layout, config.num_layers)
     on_cpu = current().name == "cpu"
     fields: dict[str, Any] = {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_query_groups,
-        "kv_channels": config.kv_channels,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.norm_epsilon,
-        "activation_func": silu,
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "init_method_std": config.init_method_std,
+        **_shape(config),
         "attention_dropout": attention_dropout,
         "hidden_dropout": hidden_dropout,
         "params_dtype": TORCH_DTYPES[dtype],
@@ -200,6 +202,25 @@ def transformer_config(
         **options,
     }
     return TransformerConfig(**fields)
+
+
+def _shape(config: Qwen2Config) -> dict[str, Any]:
+    """The fields of TransformerConfig that the model itself decides."""
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.norm_epsilon,
+        "activation_func": silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "init_method_std": config.init_method_std,
+    }
 
 
 def _p2p(virtual_size: int | None) -> dict[str, bool]:

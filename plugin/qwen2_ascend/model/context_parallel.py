@@ -33,8 +33,8 @@ from qwen2_ascend.model.context_plan import (
     ulysses_repeats,
 )
 from qwen2_ascend.ops import Ops
+from qwen2_ascend.ops.blocks import Gradients, PartialAttention, PartialOutput, TokenSlice
 from qwen2_ascend.ops.checks import check_attention, check_ends
-from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Place
 
 KEYS_AND_VALUES, THEIR_GRADIENTS = 0, 1
 """Tags of messages, for both kinds are under way at once."""
@@ -99,7 +99,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cp: int, ends: Sequence[int] | None)
 
 
 class _Work(NamedTuple):
-    """What the pieces of a rank are computed with."""
+    """What the blocks of a rank are computed with."""
 
     attention: PartialAttention
     launches: tuple[Launch, ...]
@@ -107,13 +107,13 @@ class _Work(NamedTuple):
     group: dist.ProcessGroup
 
     def forward(self, q: Tensor, kv: Tensor, launch: Launch, into: _Merged) -> None:
-        """Adds the attention of a launch's pieces."""
+        """Adds the attention of a launch's blocks."""
         if launch:
             options = {"softmax_scale": self.softmax_scale}
             into.add(self.attention.forward(q, kv[0], kv[1], launch, **options))
 
     def backward(self, kept: _Kept, kv: Tensor, launch: Launch, into: Gradients) -> None:
-        """Adds the gradients of a launch's pieces."""
+        """Adds the gradients of a launch's blocks."""
         if launch:
             d_context, q, context, lse = kept
             whole = d_context, q, kv[0], kv[1], context, lse
@@ -137,10 +137,10 @@ class _Merged:
         self.context = torch.zeros(q.shape, dtype=wide, device=q.device)
         self.lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
 
-    def add(self, parts: Sequence[Part]) -> None:
+    def add(self, parts: Sequence[PartialOutput]) -> None:
         """Takes in further keys."""
         for part in parts:
-            place = Place(part.rows, part.queries)
+            place = TokenSlice(part.rows, part.queries)
             context, lse = place.of(self.context), place.of(self.lse)
             whole = torch.logaddexp(lse, part.lse)
             context.mul_((lse - whole).exp_().unsqueeze(-1))

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from qwen2_ascend.ops.pieces import Piece
+from qwen2_ascend.ops.blocks import Block
 from qwen2_ascend.parallel import sequence_ranges
 
 RING, ULYSSES, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo"
 
-Launch = tuple[Piece, ...]
-"""The pieces of one call of the operator."""
+Launch = tuple[Block, ...]
+"""The blocks of one call of the operator."""
 
 
 class Documents(NamedTuple):
@@ -70,20 +70,20 @@ def ring_launches(
     return tuple(steps)
 
 
-def _own(documents: list[Documents], chunks: tuple[range, ...]) -> Iterator[Piece]:
+def _own(documents: list[Documents], chunks: tuple[range, ...]) -> Iterator[Block]:
     """A rank's queries to its own keys: ordinary attention, for a document that goes from one of
     its chunks into the other leaves out nothing that the rank holds."""
     for rows, ends in documents:
         start = 0
         for stop in (_held(chunks, range(end)).stop for end in ends):
             if stop > start:
-                yield Piece(rows, range(start, stop), range(start, stop), True)
+                yield Block(rows, range(start, stop), range(start, stop), True)
             start = stop
 
 
 def _others(
     documents: list[Documents], chunks: tuple[range, ...], held: tuple[range, ...]
-) -> Iterator[Piece]:
+) -> Iterator[Block]:
     """A rank's queries to the keys that another rank holds."""
     for group in documents:
         for chunk in chunks:
@@ -91,23 +91,23 @@ def _others(
             keys = _held(held, range(document.start, chunk.start))
             if keys:
                 queries = _held(chunks, range(chunk.start, document.stop))
-                yield Piece(group.rows, queries, keys, False)
+                yield Block(group.rows, queries, keys, False)
 
 
-def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The same, where pieces of neighbouring queries with the same keys are one."""
-    last: Piece | None = None
-    for piece in pieces:
+def _joined(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The same, where blocks of neighbouring queries with the same keys are one."""
+    last: Block | None = None
+    for block in blocks:
         if (
             last
-            and last.queries.stop == piece.queries.start
-            and last == piece._replace(queries=last.queries)
+            and last.queries.stop == block.queries.start
+            and last == block._replace(queries=last.queries)
         ):
-            last = piece._replace(queries=range(last.queries.start, piece.queries.stop))
+            last = block._replace(queries=range(last.queries.start, block.queries.stop))
             continue
         if last:
             yield last
-        last = piece
+        last = block
     if last:
         yield last
 
@@ -121,7 +121,7 @@ def gathered_launches(
     chunks = sequence_ranges(s, cp, rank, GATHER)
     return tuple(
         tuple(
-            Piece(
+            Block(
                 group.rows,
                 _held(chunks, range(max(keys.start, chunk.start), keys.stop)),
                 keys,

@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from qwen2_ascend.model.modules import CausalAttention, Qwen2MLP, Qwen2SelfAttention, RMSNorm
 from qwen2_ascend.model.overlap import MakeOverlap
 from qwen2_ascend.model.tensor_parallel_linear import OverlappedColumnLinear, OverlappedRowLinear
-from qwen2_ascend.ops import get_ops
+from qwen2_ascend.ops import Ops, get_ops
+from qwen2_ascend.runtime import current
 
 TORCH_DIST_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -46,7 +47,7 @@ def get_qwen2_layer_spec(
         UserError: a backend or an operator this release does not have.
     """
     ops = {"ops": get_ops(backend, plain=plain)}
-    norm = ModuleSpec(module=RMSNorm, params=ops)
+    norm = _norm(ops)
     column, row = _linear_layers(overlap)
     attention = ModuleSpec(
         module=Qwen2SelfAttention,
@@ -81,6 +82,11 @@ def get_qwen2_layer_spec(
     )
 
 
+def _norm(ops: dict[str, Ops]) -> ModuleSpec:
+    """RMSNorm on this process's device, where megatron-core puts the other weights."""
+    return ModuleSpec(module=RMSNorm, params={**ops, "device": current().device})
+
+
 def _linear_layers(overlap: MakeOverlap | None) -> tuple[ModuleSpec, ModuleSpec]:
     """The column- and the row-parallel one."""
     if overlap is None:
@@ -104,7 +110,7 @@ def get_qwen2_block_spec(
     A layer spec alone would give the final norm megatron-core's default, which has no sequence
     parallelism.
     """
-    norm = ModuleSpec(module=RMSNorm, params={"ops": get_ops(backend, plain=plain)})
+    norm = _norm({"ops": get_ops(backend, plain=plain)})
     layers = [get_qwen2_layer_spec(backend, plain=plain, overlap=overlap)] * num_layers
     return ModuleSpec(
         module=TransformerBlock,

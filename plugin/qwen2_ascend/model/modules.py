@@ -26,7 +26,7 @@ from qwen2_ascend.model.recompute import computed, not_kept
 from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.model.swap import AttentionSwap
 from qwen2_ascend.ops import Ops
-from qwen2_ascend.runtime import current, supported_keywords
+from qwen2_ascend.runtime import supported_keywords
 
 ROWS_AT_ONCE = 1280
 """How many rows of a weight `column_linear` multiplies at once."""
@@ -36,12 +36,17 @@ class RMSNorm(torch.nn.Module):
     """RMSNorm whose weight takes part in sequence parallelism."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, *, ops: Ops
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        *,
+        ops: Ops,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=current().device)
-        )
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(ones)
         # Each rank sees a part of the sequence, so megatron-core adds the gradients up.
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
         self.eps = eps

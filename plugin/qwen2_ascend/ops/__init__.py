@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.ops.pieces import PartialAttention
+from qwen2_ascend.ops.blocks import PartialAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,13 +51,13 @@ def get_ops(backend: str = "torch", *, plain: Collection[str] = ()) -> Ops:
 
 def _npu_ops() -> Ops:
     try:
-        from qwen2_ascend.ops.npu import npu_ops
+        from qwen2_ascend.ops import npu
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
             f"backend='npu' needs torch_npu, which cannot be imported ({error}); "
             "`qwen2-ascend doctor` says what is missing, backend='torch' runs without it."
         ) from error
-    return npu_ops()
+    return Ops(*(getattr(npu, name) for name in Ops._fields))
 
 
 def _unfused_ops() -> Ops:

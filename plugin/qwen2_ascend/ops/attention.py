@@ -9,8 +9,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qwen2_ascend.ops import unfused
+from qwen2_ascend.ops.blocks import (
+    Block,
+    Gradients,
+    PartialAttention,
+    PartialOutput,
+    TokenSlice,
+    squares,
+)
 from qwen2_ascend.ops.checks import check_attention, check_cached_attention
-from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Piece, Place, squares
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -123,26 +130,27 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1, 2).transpose(0, 1).unsqueeze(0)
 
 
-# --- over pieces ----------------------------------------------------------------------------------
+# --- over blocks ----------------------------------------------------------------------------------
 
 
 def _partial(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pieces: Sequence[Piece],
+    blocks: Sequence[Block],
     *,
     softmax_scale: float,
-) -> list[Part]:
+) -> list[PartialOutput]:
     if q.device.type != "cpu":
-        return unfused.partial_attention.forward(q, k, v, pieces, softmax_scale=softmax_scale)
+        return unfused.partial_attention.forward(q, k, v, blocks, softmax_scale=softmax_scale)
     parts = []
-    for piece in squares(pieces):
-        inputs = _of_piece(piece, q, k, v)
-        context, lse = _flash(*inputs, 0.0, piece.causal, scale=softmax_scale)
-        shape = (len(piece.queries), len(piece.rows), q.shape[2])
+    for block in squares(blocks):
+        inputs = _of_block(block, q, k, v)
+        context, lse = _flash(*inputs, 0.0, block.causal, scale=softmax_scale)
+        shape = (len(block.queries), len(block.rows), q.shape[2])
         context = context.squeeze(0).transpose(0, 1).reshape(*shape, q.shape[3])
-        parts.append(Part(piece.rows, piece.queries, context, lse.squeeze(0).t().reshape(shape)))
+        lse = lse.squeeze(0).t().reshape(shape)
+        parts.append(PartialOutput(block.rows, block.queries, context, lse))
     return parts
 
 
@@ -153,7 +161,7 @@ def _partial_backward(
     v: torch.Tensor,
     context: torch.Tensor,
     lse: torch.Tensor,
-    pieces: Sequence[Piece],
+    blocks: Sequence[Block],
     *,
     softmax_scale: float,
     into: Gradients,
@@ -161,18 +169,18 @@ def _partial_backward(
     whole = d_context, q, k, v, context, lse
     if q.device.type != "cpu":
         backward = unfused.partial_attention.backward
-        return backward(*whole, pieces, softmax_scale=softmax_scale, into=into)
-    for piece in squares(pieces):
-        queries, keys = Place(piece.rows, piece.queries), Place(piece.rows, piece.keys)
+        return backward(*whole, blocks, softmax_scale=softmax_scale, into=into)
+    for block in squares(blocks):
+        queries, keys = TokenSlice(block.rows, block.queries), TokenSlice(block.rows, block.keys)
         upstream, result = (_heads_first(queries.of(x)) for x in (d_context, context))
         statistics = queries.of(lse).flatten(1).t().unsqueeze(0)
-        inputs = _of_piece(piece, q, k, v)
+        inputs = _of_block(block, q, k, v)
         options = {"scale": softmax_scale}
         shares = _flash_backward(
-            upstream, *inputs, result, statistics, 0.0, piece.causal, **options
+            upstream, *inputs, result, statistics, 0.0, block.causal, **options
         )
         d_q, d_k, d_v = (
-            share.squeeze(0).transpose(0, 1).unflatten(1, (len(piece.rows), q.shape[2]))
+            share.squeeze(0).transpose(0, 1).unflatten(1, (len(block.rows), q.shape[2]))
             for share in shares
         )
         d_k, d_v = (x.unflatten(2, (k.shape[2], -1)).sum(3, dtype=into.k.dtype) for x in (d_k, d_v))
@@ -185,11 +193,11 @@ partial_attention = PartialAttention(_partial, _partial_backward)
 matrix products."""
 
 
-def _of_piece(
-    piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+def _of_block(
+    block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """The piece's q, k and v as `[1, b * np, s, hn]`: each query head with its own keys."""
-    queries, keys = Place(piece.rows, piece.queries), Place(piece.rows, piece.keys)
+    """The block's q, k and v as `[1, b * np, s, hn]`: each query head with its own keys."""
+    queries, keys = TokenSlice(block.rows, block.queries), TokenSlice(block.rows, block.keys)
     per_group = q.shape[2] // k.shape[2]
     own = (keys.of(x).repeat_interleave(per_group, 2) for x in (k, v))
     return tuple(_heads_first(x) for x in (queries.of(q), *own))

@@ -20,9 +20,9 @@ import torch_npu  # pyright: ignore[reportMissingImports]  # installed where the
 from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.ops import Ops, checks
 from qwen2_ascend.ops import attention as plain
-from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Piece, Place
+from qwen2_ascend.ops import checks
+from qwen2_ascend.ops.blocks import Block, Gradients, PartialAttention, PartialOutput, TokenSlice
 
 _COMPRESSED = 2048
 """Side of the mask that the causal modes take for sequences of any length."""
@@ -43,11 +43,6 @@ _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**1
 CANN also refuses widths that are no multiple of 16."""
 _MAX_ROTARY_AXIS = 999
 """Of npu_rotary_mul: its batch, and its heads."""
-
-
-def npu_ops() -> Ops:
-    """The fused operators."""
-    return Ops(attention, cached_attention, partial_attention, rms_norm, rotary, swiglu)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -142,18 +137,18 @@ def _causal_mask(device: torch.device) -> torch.Tensor:
         return torch.triu(ones, diagonal=1)
 
 
-# --- attention over pieces ------------------------------------------------------------------------
+# --- attention over blocks ------------------------------------------------------------------------
 
 
 def _partial(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pieces: Sequence[Piece],
+    blocks: Sequence[Block],
     *,
     softmax_scale: float,
-) -> list[Part]:
-    launch = _Launch.of(pieces, q, k)
+) -> list[PartialOutput]:
+    launch = _Launch.of(blocks, q, k)
     context, largest, total, *_ = torch_npu.npu_fusion_attention(
         launch.laid_out(q, launch.queries),
         launch.laid_out(k, launch.keys),
@@ -170,7 +165,7 @@ def _partial(
     lse = largest[..., 0] + total[..., 0].log()
     contexts = launch.taken_apart(context, launch.queries, q.shape[2])
     parts = zip(launch.queries, contexts, launch.statistics_apart(lse), strict=True)
-    return [Part(place.rows, place.tokens, context, lse) for place, context, lse in parts]
+    return [PartialOutput(place.rows, place.tokens, context, lse) for place, context, lse in parts]
 
 
 def _partial_backward(
@@ -180,12 +175,12 @@ def _partial_backward(
     v: torch.Tensor,
     context: torch.Tensor,
     lse: torch.Tensor,
-    pieces: Sequence[Piece],
+    blocks: Sequence[Block],
     *,
     softmax_scale: float,
     into: Gradients,
 ) -> None:
-    launch = _Launch.of(pieces, q, k)
+    launch = _Launch.of(blocks, q, k)
     # exp(score - largest) / sum is exp(score - lse) / 1
     statistics = launch.statistics(lse)
     d_q, d_k, d_v, *_ = torch_npu.npu_fusion_attention_grad(
@@ -226,8 +221,8 @@ def _schema(operator: str) -> str:
 
 
 @cache
-def pieces_faults() -> list[str]:
-    """Why this torch_npu cannot attend over pieces of packed documents.
+def packed_blocks_faults() -> list[str]:
+    """Why this torch_npu cannot attend over blocks of packed documents.
 
     Of those the operator gives the rows' numbers head by head within each document, in a tensor
     that says [T, N, 8], unless softmax_layout says otherwise.
@@ -244,61 +239,61 @@ def pieces_faults() -> list[str]:
 
 
 class _Launch(NamedTuple):
-    """Pieces as one call: SBH for a single one, else TND with each piece as a document."""
+    """Blocks as one call: SBH for a single one, else TND with each block as a document."""
 
-    pieces: Sequence[Piece]
-    queries: list[Place]
-    """Of neighbouring pieces together, so that few views are taken."""
-    keys: list[Place]
+    blocks: Sequence[Block]
+    queries: list[TokenSlice]
+    """Of neighbouring blocks together, so that few views are taken."""
+    keys: list[TokenSlice]
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], q: torch.Tensor, k: torch.Tensor) -> _Launch:
+    def of(cls, blocks: Sequence[Block], q: torch.Tensor, k: torch.Tensor) -> _Launch:
         """Raises UserError for what the operator does not take."""
         launch = cls(
-            pieces,
-            _runs([Place(piece.rows, piece.queries) for piece in pieces]),
-            _runs([Place(piece.rows, piece.keys) for piece in pieces]),
+            blocks,
+            _runs([TokenSlice(block.rows, block.queries) for block in blocks]),
+            _runs([TokenSlice(block.rows, block.keys) for block in blocks]),
         )
         if launch.layout == "TND":
-            raise_if(pieces_faults())
+            raise_if(packed_blocks_faults())
         both = launch.queries, launch.keys
         tokens = max(sum(len(place.tokens) for place in places) for places in both)
-        _check_limits(q, tokens, 0 if launch.layout == "SBH" else len(pieces))
+        _check_limits(q, tokens, 0 if launch.layout == "SBH" else len(blocks))
         return launch
 
     @property
     def layout(self) -> str:
-        return "SBH" if len(self.pieces) == 1 else "TND"
+        return "SBH" if len(self.blocks) == 1 else "TND"
 
     @property
     def sparse_mode(self) -> int:
-        return _CAUSAL_FROM_END if self.pieces[0].causal else 0
+        return _CAUSAL_FROM_END if self.blocks[0].causal else 0
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
-        """None where every query sees every key of its piece."""
-        return _causal_mask(device) if self.pieces[0].causal else None
+        """None where every query sees every key of its block."""
+        return _causal_mask(device) if self.blocks[0].causal else None
 
     @property
     def query_ends(self) -> list[int] | None:
         """Where each document's queries end."""
-        return self._ends(piece.queries for piece in self.pieces)
+        return self._ends(block.queries for block in self.blocks)
 
     @property
     def key_ends(self) -> list[int] | None:
         """Where each document's keys end."""
-        return self._ends(piece.keys for piece in self.pieces)
+        return self._ends(block.keys for block in self.blocks)
 
     def _ends(self, ranges: Iterable[range]) -> list[int] | None:
         return list(accumulate(map(len, ranges))) if self.layout == "TND" else None
 
-    def laid_out(self, x: torch.Tensor, places: list[Place]) -> torch.Tensor:
+    def laid_out(self, x: torch.Tensor, places: list[TokenSlice]) -> torch.Tensor:
         """Those tokens of x, `[s, b, n, hn]`, in the call's layout."""
         if self.layout == "SBH":
             return places[0].of(x).flatten(2).contiguous()
         return torch.cat([place.of(x).squeeze(1) for place in places])
 
     def taken_apart(
-        self, result: torch.Tensor, places: list[Place], heads: int
+        self, result: torch.Tensor, places: list[TokenSlice], heads: int
     ) -> list[torch.Tensor]:
         """`laid_out` back: `[tokens, rows, n, hn]` of each place."""
         if self.layout == "SBH":
@@ -322,15 +317,15 @@ class _Launch(NamedTuple):
         return [part.unsqueeze(1) for part in rows.split(sizes)]
 
 
-def _runs(places: list[Place]) -> list[Place]:
+def _runs(places: list[TokenSlice]) -> list[TokenSlice]:
     """The same, neighbours as one."""
-    runs: list[Place] = []
+    runs: list[TokenSlice] = []
     for rows, tokens in places:
         last = runs[-1] if runs else None
         if last and last.rows == rows and last.tokens.stop == tokens.start:
-            runs[-1] = Place(rows, range(last.tokens.start, tokens.stop))
+            runs[-1] = TokenSlice(rows, range(last.tokens.start, tokens.stop))
         else:
-            runs.append(Place(rows, tokens))
+            runs.append(TokenSlice(rows, tokens))
     return runs
 
 
@@ -352,7 +347,7 @@ def cached_attention(
     """
     checks.check_cached_attention(q, keys, values, lengths)
     if reason := _why_not_fused(q, keys):
-        _say_once(f"npu_fused_infer_attention_score does not take {reason}")
+        _warn_once(f"npu_fused_infer_attention_score does not take {reason}")
         return plain.cached_attention(q, keys, values, lengths=lengths, softmax_scale=softmax_scale)
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("npu_fused_infer_attention_score takes a contiguous cache only.")
@@ -389,7 +384,7 @@ def _why_not_fused(q: torch.Tensor, keys: torch.Tensor) -> str | None:
 
 
 @cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     logging.getLogger(__name__).warning(
         "%s: attention over the cache is plain torch, on the device.", reason
     )

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import dropout
 
+from qwen2_ascend.ops.blocks import Block, Gradients, PartialAttention, PartialOutput, TokenSlice
 from qwen2_ascend.ops.checks import check_attention
-from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Piece, Place
 
 QUERIES_AT_ONCE = 1024
 """Whose scores partial attention holds in memory."""
@@ -67,26 +67,26 @@ def _hidden(s: int, b: int, ends: Sequence[int] | None, device: torch.device) ->
     return later | (document[..., :, None] != document[..., None, :])
 
 
-# --- over pieces ----------------------------------------------------------------------------------
+# --- over blocks ----------------------------------------------------------------------------------
 
 
 def _partial(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pieces: Sequence[Piece],
+    blocks: Sequence[Block],
     *,
     softmax_scale: float,
-) -> list[Part]:
+) -> list[PartialOutput]:
     parts = []
-    for piece in _bands(pieces):
-        own_q, own_k, own_v = _grouped(piece, q, k, v)
-        scores = _scores(piece, own_q, own_k, softmax_scale)
+    for block in _bands(blocks):
+        own_q, own_k, own_v = _grouped(block, q, k, v)
+        scores = _scores(block, own_q, own_k, softmax_scale)
         lse = scores.logsumexp(-1, keepdim=True)
         weights = (scores - lse).exp_().to(q.dtype)
         context = torch.einsum("bgrst,tbgd->sbgrd", weights, own_v).flatten(2, 3)
         lse = lse.squeeze(-1).permute(3, 0, 1, 2).flatten(2)
-        parts.append(Part(piece.rows, piece.queries, context, lse))
+        parts.append(PartialOutput(block.rows, block.queries, context, lse))
     return parts
 
 
@@ -97,18 +97,18 @@ def _partial_backward(
     v: torch.Tensor,
     context: torch.Tensor,
     lse: torch.Tensor,
-    pieces: Sequence[Piece],
+    blocks: Sequence[Block],
     *,
     softmax_scale: float,
     into: Gradients,
 ) -> None:
-    for piece in _bands(pieces):
-        queries, keys = Place(piece.rows, piece.queries), Place(piece.rows, piece.keys)
-        own_q, own_k, own_v = _grouped(piece, q, k, v)
+    for block in _bands(blocks):
+        queries, keys = TokenSlice(block.rows, block.queries), TokenSlice(block.rows, block.keys)
+        own_q, own_k, own_v = _grouped(block, q, k, v)
         grouped = (k.shape[2], -1)
         upstream = queries.of(d_context).unflatten(2, grouped)
         own_lse = queries.of(lse).unflatten(2, grouped).permute(1, 2, 3, 0).unsqueeze(-1)
-        scores = _scores(piece, own_q, own_k, softmax_scale)
+        scores = _scores(block, own_q, own_k, softmax_scale)
         weights = (scores - own_lse).exp_()
         # in fp32, for their difference is taken: rounded, one of them would leave its error
         wide, wide_v = upstream.to(weights.dtype), own_v.to(weights.dtype)
@@ -126,30 +126,30 @@ partial_attention = PartialAttention(_partial, _partial_backward)
 """Partial attention by matrix products, on every device."""
 
 
-def _bands(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """The pieces with at most QUERIES_AT_ONCE queries each."""
-    for piece in pieces:
-        for start in range(0, len(piece.queries), QUERIES_AT_ONCE):
-            queries = piece.queries[start : start + QUERIES_AT_ONCE]
+def _bands(blocks: Sequence[Block]) -> Iterator[Block]:
+    """The blocks with at most QUERIES_AT_ONCE queries each."""
+    for block in blocks:
+        for start in range(0, len(block.queries), QUERIES_AT_ONCE):
+            queries = block.queries[start : start + QUERIES_AT_ONCE]
             # the later queries' own keys are hidden from the earlier ones
-            hidden = piece.queries.stop - queries.stop if piece.causal else 0
-            yield piece._replace(queries=queries, keys=piece.keys[: len(piece.keys) - hidden])
+            hidden = block.queries.stop - queries.stop if block.causal else 0
+            yield block._replace(queries=queries, keys=block.keys[: len(block.keys) - hidden])
 
 
 def _grouped(
-    piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The piece's q `[s, b, ng, np / ng, hn]`, k and v `[t, b, ng, hn]`."""
-    queries, keys = Place(piece.rows, piece.queries), Place(piece.rows, piece.keys)
+    """The block's q `[s, b, ng, np / ng, hn]`, k and v `[t, b, ng, hn]`."""
+    queries, keys = TokenSlice(block.rows, block.queries), TokenSlice(block.rows, block.keys)
     return queries.of(q).unflatten(2, (k.shape[2], -1)), keys.of(k), keys.of(v)
 
 
-def _scores(piece: Piece, q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+def _scores(block: Block, q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> torch.Tensor:
     """`[b, ng, np / ng, s, t]` in fp32 or wider, -inf where a query must not look."""
     scores = torch.einsum("sbgrd,tbgd->bgrst", q, k)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * softmax_scale
-    if not piece.causal:
+    if not block.causal:
         return scores
-    s, t = len(piece.queries), len(piece.keys)
+    s, t = len(block.queries), len(block.keys)
     later = torch.ones(s, t, dtype=torch.bool, device=q.device).triu(t - s + 1)
     return scores.masked_fill(later, -torch.inf)

@@ -4,7 +4,7 @@ From a model's shape and public figures of a device alone; nothing here imports 
 docs/planning.md says what the figures mean; tests/planning holds memory and traffic to real runs.
 
     job.py        what is to be trained on, and one way to cut it
-    parameters.py weights of each rank
+    parameters.py weights of each rank; flops.py the arithmetic of a token
     memory.py     bytes of each rank at the fullest moment of a step
     zero.py       and where DeepSpeed's ZeRO trains
     traffic.py    the collectives of a step

@@ -1,10 +1,16 @@
-"""Weights of each rank: what checkpoint/rules.py's table gives, as formulas (a test compares)."""
+"""Numbers of weights, of the model and of each rank: sizes of checkpoint/rules.py's views."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from functools import cache
+from math import lcm, prod
 from typing import NamedTuple
 
+from qwen2_ascend.checkpoint.adapter_rules import adapter_rules
+from qwen2_ascend.checkpoint.rules import qwen2_rules
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.planning.job import RunLayout
 
 
@@ -45,7 +51,7 @@ def _parameters(cut: RunLayout, stage: int) -> Parameters:
     frozen = 0
     if cut.job.lora_rank is not None:
         frozen = sum(map(sum, chunks))
-        adapters = adapter_tensors(cut, cut.job.lora_rank)
+        adapters = _layer_tensors(cut.job.config, cut.tp, cut.job.lora_rank)
         chunks = [layers * adapters for layers in cut.chunk_layers(stage)]
     trained = sum(map(sum, chunks))
     shared = cut.job.config.tie_word_embeddings and cut.pp > 1 and cut.job.lora_rank is None
@@ -54,34 +60,25 @@ def _parameters(cut: RunLayout, stage: int) -> Parameters:
     return Parameters(frozen + trained, trained, buffers, largest)
 
 
-def layer_tensors(cut: RunLayout) -> list[int]:
-    """Elements of each weight of a layer on one rank, in the model's order."""
-    config, tp = cut.job.config, cut.tp
-    h, ffn = config.hidden_size, config.ffn_hidden_size
-    context = config.num_attention_heads * config.kv_channels
-    return [
-        h,
-        h * context // tp,
-        cut.qkv_rows * h // tp,
-        cut.qkv_rows // tp,
-        h,
-        2 * ffn * h // tp,
-        h * ffn // tp,
-    ]
+def num_parameters(config: Qwen2Config) -> int:
+    """Weights and biases of the unpadded model; a tied embedding counts once."""
+    rules = qwen2_rules(config)
+    return sum(prod(r.view) * (config.num_layers if r.is_of_layer else 1) for r in rules)
 
 
-def adapter_tensors(cut: RunLayout, rank: int) -> list[int]:
-    """Elements of each LoRA matrix of a layer on one rank, all projections adapted.
+def layer_tensors(cut: RunLayout) -> tuple[int, ...]:
+    """Elements of each weight of a layer on one rank, in the order of the rules."""
+    return _layer_tensors(cut.job.config, cut.tp, None)
 
-    linear_qkv has three A and linear_fc1 two; of a column-parallel module every rank has all of A,
-    of a row-parallel one all of B.
-    """
-    config, tp = cut.job.config, cut.tp
-    h, ffn = config.hidden_size, config.ffn_hidden_size
-    context = config.num_attention_heads * config.kv_channels
-    column = [3 * rank * h, cut.qkv_rows // tp * rank, 2 * rank * h, 2 * ffn // tp * rank]
-    row = [rank * context // tp, h * rank, rank * ffn // tp, h * rank]
-    return column + row
+
+@cache
+def _layer_tensors(config: Qwen2Config, tp: int, lora_rank: int | None) -> tuple[int, ...]:
+    """Elements of a layer's weights on one rank, or of its adapters on all projections."""
+    rules = qwen2_rules(config)
+    if lora_rank is not None:
+        rules = adapter_rules(config, LoraConfig(rank=lora_rank))
+    of_layer = (rule for rule in rules if rule.is_of_layer)
+    return tuple(prod(r.view) // (1 if r.shard_axis is None else tp) for r in of_layer)
 
 
 def embedding(cut: RunLayout) -> int:
@@ -90,7 +87,7 @@ def embedding(cut: RunLayout) -> int:
 
 
 def _chunk_tensors(cut: RunLayout, stage: int, chunk: int) -> list[int]:
-    tensors = cut.chunk_layers(stage)[chunk] * layer_tensors(cut)
+    tensors = [*cut.chunk_layers(stage)[chunk] * layer_tensors(cut)]
     if (stage, chunk) == (0, 0):
         tensors = [embedding(cut), *tensors]
     if cut.is_last(stage) and chunk == cut.num_chunks - 1:
@@ -100,11 +97,11 @@ def _chunk_tensors(cut: RunLayout, stage: int, chunk: int) -> list[int]:
     return tensors
 
 
-def _buffer(cut: RunLayout, tensors: list[int], shared_embedding: bool) -> int:
+def _buffer(cut: RunLayout, tensors: Sequence[int], shared_embedding: bool) -> int:
     """Elements of a contiguous buffer: the distributed optimizer aligns tensors and its end."""
     if not cut.distributed_optimizer:
         return sum(tensors)
-    multiple = math.lcm(cut.replicas, 128)
+    multiple = lcm(cut.replicas, 128)
     start = 0
     # megatron-core lays them out in reverse, and a shared embedding in a bucket of its own
     for size in reversed(tensors):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from qwen2_ascend.planning.devices import GB
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Zero
+from qwen2_ascend.planning.parameters import num_parameters
 from qwen2_ascend.planning.roofline import bubble_fraction
 from qwen2_ascend.planning.search import Machine, Plan
 from qwen2_ascend.planning.traffic import step_traffic
@@ -55,7 +56,8 @@ def text(result: Result, *, top: int, commands: int) -> str:
 def answer(result: Result) -> str:
     """Whether it fits, and what would."""
     job, machine = result.job, result.machine
-    parameters, unit = job.config.num_parameters, 9 if job.config.num_parameters >= 1e8 else 6
+    parameters = num_parameters(job.config)
+    unit = 9 if parameters >= 1e8 else 6
     what = f"{result.model} ({parameters / 10**unit:.2f}e{unit} parameters, {job.dtype}"
     what += ", " + (f"LoRA rank {job.lora_rank}" if job.lora_rank else "all weights")
     samples = "pairs of sequences" if job.pairs else "sequences"
@@ -304,7 +306,7 @@ def write_json(result: Result, path: Path) -> None:
     job, machine = result.job, result.machine
     content = {
         "model": result.model,
-        "parameters": job.config.num_parameters,
+        "parameters": num_parameters(job.config),
         "dtype": job.dtype,
         "seq_length": job.seq_length,
         "global_batch_size": job.global_batch_size,

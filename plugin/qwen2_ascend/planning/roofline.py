@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qwen2_ascend.planning.devices import MC2_SHARE, Device, Rates
+from qwen2_ascend.planning.flops import attention_flops, layer_products, output_products
 from qwen2_ascend.planning.job import RunLayout
 from qwen2_ascend.planning.parameters import embedding, layer_tensors, parameters
 from qwen2_ascend.planning.traffic import context_parallel, micro_batches_traffic, update_traffic
@@ -133,8 +134,7 @@ def micro_batch_work(cut: RunLayout, stage: int, device: Device, devices_per_nod
 def stage_flops(cut: RunLayout, stage: int) -> float:
     """Of one micro-batch on one rank, forward and backward and what is recomputed.
 
-    As training/logging.py's train_flops counts: backward is twice forward, a causal token sees
-    (s + 1) / 2 others.
+    Without recomputation the stages' sum is `flops.train_flops_per_token` of the tokens.
     """
     return stage_products(cut, stage) + stage_attention(cut, stage)
 
@@ -142,15 +142,13 @@ def stage_flops(cut: RunLayout, stage: int) -> float:
 def stage_products(cut: RunLayout, stage: int) -> float:
     """FLOPs of the matrix products among `stage_flops`."""
     job, config = cut.job, cut.job.config
-    h, context = config.hidden_size, config.num_attention_heads * config.kv_channels
-    layer = 2 * (cut.qkv_rows * h + context * h + 3 * h * config.ffn_hidden_size)
     # frozen weights have no gradient: backward is once forward, and the adapters are small
     times = 3 if job.lora_rank is None else 2
-    total = (times * cut.layers_of(stage) + cut.recomputed(stage)) * layer
+    total = (times * cut.layers_of(stage) + cut.recomputed(stage)) * layer_products(config)
     if cut.is_last(stage):
         # a chunked loss computes its logits again
         again = job.cross_entropy_chunk_size is not None
-        total += (times + again) * 2 * h * cut.padded_vocab_size
+        total += (times + again) * output_products(config, cut.padded_vocab_size)
     return total * cut.tokens / cut.tp
 
 
@@ -158,7 +156,7 @@ def stage_attention(cut: RunLayout, stage: int) -> float:
     """FLOPs of attention's core among `stage_flops`."""
     config = cut.job.config
     layers = cut.layers_of(stage)
-    core = 4 * config.num_attention_heads * config.kv_channels * (cut.job.seq_length + 1) / 2
+    core = attention_flops(cut.job.seq_length, config.num_attention_heads, config.kv_channels)
     again = layers if cut.recompute == "selective" else cut.recomputed(stage)
     return (3 * layers + again) * core * cut.tokens / cut.tp
 

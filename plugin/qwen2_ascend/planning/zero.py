@@ -10,6 +10,9 @@ Letters: as in memory.py, and `d` the ranks.
 
 from __future__ import annotations
 
+from math import prod
+
+from qwen2_ascend.checkpoint.rules import qwen2_rules
 from qwen2_ascend.planning.job import RunLayout, Zero
 from qwen2_ascend.planning.memory import (
     FP32,
@@ -65,19 +68,12 @@ def zero_at_rest(cut: RunLayout) -> tuple[int, int, int]:
 
 
 def _persistent(cut: RunLayout) -> int:
-    """Elements of tensors that stage 3 gathers once and keeps whole, as they are small."""
-    limit = _zero(cut).param_persistence_threshold
-    return sum(number for number in _tensors(cut) if number < limit)
-
-
-def _tensors(cut: RunLayout) -> list[int]:
-    """Elements of each of transformers' weights: q, k, v, gate and up are their own."""
-    config = cut.job.config
-    h, width, ffn = config.hidden_size, config.kv_channels, config.ffn_hidden_size
-    q, k = config.num_attention_heads * width, config.num_query_groups * width
-    layer = [h, q * h, q, k * h, k, k * h, k, h * q, h, ffn * h, ffn * h, h * ffn]
-    ends = [embedding(cut)] * (1 if config.tie_word_embeddings else 2)
-    return [*ends, h, *(config.num_layers * layer)]
+    """Elements of transformers' weights that stage 3 gathers once and keeps whole, being small."""
+    config, limit = cut.job.config, _zero(cut).param_persistence_threshold
+    weights = [
+        (rule, prod(rule.shape(box))) for rule in qwen2_rules(config) for _, box in rule.parts
+    ]
+    return sum(n * (config.num_layers if r.is_of_layer else 1) for r, n in weights if n < limit)
 
 
 def _gradients_of_micro_batches(cut: RunLayout) -> int:

@@ -18,12 +18,8 @@ from qwen2_ascend.runtime import environment
 if TYPE_CHECKING:
     from qwen2_ascend.runtime.device import Runtime, select_device
     from qwen2_ascend.runtime.ledger import Patch, applied_patches
-    from qwen2_ascend.runtime.megatron_compat import (
-        destroy_model_parallel,
-        initialize_model_parallel,
-        supported_keywords,
-    )
-    from qwen2_ascend.runtime.startup import current, start
+    from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel, supported_keywords
+    from qwen2_ascend.runtime.startup import current, initialize_model_parallel, start
 
 __all__ = [
     "Patch",
@@ -43,7 +39,7 @@ _HOMES = {
     "applied_patches": "ledger",
     "current": "startup",
     "destroy_model_parallel": "megatron_compat",
-    "initialize_model_parallel": "megatron_compat",
+    "initialize_model_parallel": "startup",
     "select_device": "device",
     "start": "startup",
     "supported_keywords": "megatron_compat",

@@ -61,6 +61,11 @@ def redirect_torch() -> None:
         ),
         lambda original: lambda self, *args, **kwargs: self,
     )
+    _redirect_streams()
+    _redirect_random_state()
+
+
+def _redirect_streams() -> None:
     apply(
         Patch(
             target="torch:cuda.synchronize",
@@ -80,7 +85,6 @@ def redirect_torch() -> None:
         ),
         lambda original: lambda device=None: torch.cpu.current_stream(),
     )
-    _redirect_random_state()
 
 
 def redirect_megatron() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,8 @@ class Runtime:
     """An npu that is not hardware: its speed and memory mean nothing."""
     notes: tuple[str, ...] = ()
     """For the log: what was set in the environment, MindSpeed, why there is no NPU."""
+    on_close: Callable[[Runtime], None] = lambda runtime: None
+    """Called by `close` at its end."""
 
     def synchronize(self) -> None:
         """Waits until the device has done all that was given to it."""
@@ -177,13 +180,12 @@ class Runtime:
 
     def close(self) -> None:
         """Leaves the process groups; nothing may communicate afterwards."""
-        from qwen2_ascend.runtime import startup
         from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel
 
         destroy_model_parallel()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        startup.forget(self)
+        self.on_close(self)
 
     def device_name(self) -> str:
         """The product as its driver names it; "cpu"."""

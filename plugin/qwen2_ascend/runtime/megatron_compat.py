@@ -102,34 +102,6 @@ def _release() -> str:
     return ".".join(map(str, megatron_release()))
 
 
-def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
-    """Builds megatron-core's process groups for `layout`; what is left over is data parallel.
-
-    Args:
-        layout: sizes of the cut; checked against the model by `ParallelLayout.check`.
-        num_layers: of the whole model, which with `layout` gives the virtual pipeline size.
-
-    Raises:
-        UserError: the layout's sizes do not divide the number of processes.
-    """
-    from megatron.core import parallel_state
-
-    from qwen2_ascend.runtime.startup import current
-
-    runtime = current()
-    if runtime.world_size % layout.model_size:
-        raise UserError(layout.world_fault(runtime.world_size))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_size(layout, num_layers),
-        context_parallel_size=layout.cp,
-        # a number of any kind: it goes into a timedelta
-        distributed_timeout_minutes=runtime.timeout_seconds / 60,  # pyright: ignore[reportArgumentType]
-    )
-    _prepare_buckets()
-
-
 def destroy_model_parallel() -> None:
     """Takes the process groups down, so that another layout can be initialized."""
     from megatron.core import parallel_state
@@ -305,7 +277,7 @@ def _counts_tokens_of_sequences(finalize: Callable[..., None]) -> bool:
     return "with_context_parallel=True" in inspect.getsource(finalize)
 
 
-def _prepare_buckets() -> None:
+def prepare_buckets() -> None:
     """Mends the distributed optimizer of tied embeddings over pipeline stages in 0.12."""
     from qwen2_ascend.runtime.ledger import Patch, apply
 

@@ -260,6 +260,11 @@ def choose(
         return Choice(False, f"is for device npu, not {device}")
     if needs_adaptor(stack.megatron_core):
         return _choose_adaptor(requested, adaptor, stack)
+    return _choose_mindspeed(requested, installed, stack)
+
+
+def _choose_mindspeed(requested: bool | None, installed: Installed | None, stack: Stack) -> Choice:
+    """`choose` on an npu with a megatron-core that MindSpeed is for."""
     if installed is None:
         if requested:
             raise UserError(

@@ -1,4 +1,7 @@
-"""start(): environment, redirects, device and torch.distributed, in the one order that works."""
+"""start(): environment, redirects, device and torch.distributed, in the one order that works.
+
+The started Runtime is kept here, as torch keeps its process group: `current()` gives it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ from typing import Any
 import torch
 
 from qwen2_ascend.errors import Faults, UserError
+from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import cpu, diagnosis, environment, mindspeed, npu
 from qwen2_ascend.runtime.agreement import raise_together, require_equal
 from qwen2_ascend.runtime.device import BACKENDS, Runtime, select_device
 from qwen2_ascend.runtime.ledger import Patch, apply
 from qwen2_ascend.runtime.meeting import Meeting, leave, meet
-from qwen2_ascend.runtime.megatron_compat import prepare_import
+from qwen2_ascend.runtime.megatron_compat import (
+    prepare_buckets,
+    prepare_import,
+    virtual_pipeline_size,
+)
 
 _current: Runtime | None = None
 
@@ -50,7 +58,7 @@ def start(
         return _current
     meeting = meet(timeout_seconds)
     notes = _prepare_environment(device, timeout_seconds, deterministic)
-    name = _agreed_device(device)
+    name = _common_device(device)
     if device is None and name != "npu" and (warning := npu.warning(name)):
         notes = [warning]
     elif name != "npu":
@@ -67,12 +75,38 @@ def current() -> Runtime:
     return _current
 
 
-def forget(runtime: Runtime) -> None:
-    """Lets `start` be called again; `Runtime.close` does it."""
+def _forget(runtime: Runtime) -> None:
+    """Lets `start` be called again."""
     global _current
     if _current is runtime:
         _current = None
         leave()
+
+
+def initialize_model_parallel(layout: ParallelLayout, num_layers: int) -> None:
+    """Builds megatron-core's process groups for `layout`; what is left over is data parallel.
+
+    Args:
+        layout: sizes of the cut; checked against the model by `ParallelLayout.check`.
+        num_layers: of the whole model, which with `layout` gives the virtual pipeline size.
+
+    Raises:
+        UserError: the layout's sizes do not divide the number of processes.
+    """
+    from megatron.core import parallel_state
+
+    runtime = current()
+    if runtime.world_size % layout.model_size:
+        raise UserError(layout.world_fault(runtime.world_size))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(layout, num_layers),
+        context_parallel_size=layout.cp,
+        # a number of any kind: it goes into a timedelta
+        distributed_timeout_minutes=runtime.timeout_seconds / 60,  # pyright: ignore[reportArgumentType]
+    )
+    prepare_buckets()
 
 
 def explain(error: BaseException) -> str | None:
@@ -80,7 +114,7 @@ def explain(error: BaseException) -> str | None:
     return _current.explain(error) if _current is not None else None
 
 
-def _agreed_device(requested: str | None) -> str:
+def _common_device(requested: str | None) -> str:
     """`select_device` on every rank; where one cannot, or chooses another, no rank goes on."""
     faults = Faults()
     name = faults.collect(lambda: select_device(requested))
@@ -147,6 +181,7 @@ def _started(
         timeout_seconds=group_seconds,
         simulated=name == "npu" and npu.is_simulated(),
         notes=tuple(notes),
+        on_close=_forget,
     )
     torch.use_deterministic_algorithms(deterministic)
     try:

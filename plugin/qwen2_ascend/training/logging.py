@@ -1,7 +1,6 @@
 """What a run says about itself: lines, a progress bar, metrics.jsonl, TensorBoard, a picture.
 
-Rank 0 alone speaks. TFLOP/s counts the model's own arithmetic, `train_flops`; recomputed
-activations and the optimizer are not counted.
+Rank 0 alone speaks. TFLOP/s counts the model's own arithmetic, as planning/flops.py says.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qwen2_ascend.checkpoint.staging import write_file
-from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.log import log_above
 from qwen2_ascend.telemetry.energy import Energy, format_energy
 from qwen2_ascend.telemetry.reporting import attempt
@@ -51,24 +49,6 @@ class Step(NamedTuple):
     """Of the steps since the last that had one."""
 
 
-def train_flops(
-    config: Qwen2Config, *, num_sequences: int, seq_length: int, padded_vocab_size: int
-) -> float:
-    """Floating-point operations of forward and backward over `num_sequences`.
-
-    Per token and layer, a multiply-add counted as two: attention's and the MLP's matrices twice
-    their elements; the scores and their product with the values 4 * np * hn for each of the
-    (s + 1) / 2 tokens that a causal token sees on average. The output layer counts, the embedding
-    lookup does not. Backward is twice forward (Narayanan et al. 2021, arXiv:2104.04473).
-    """
-    h, hn = config.hidden_size, config.kv_channels
-    heads, groups = config.num_attention_heads, config.num_query_groups
-    matrices = h * hn * (2 * heads + 2 * groups) + 3 * h * config.ffn_hidden_size
-    attention = 4 * heads * hn * (seq_length + 1) / 2
-    token = config.num_layers * (2 * matrices + attention) + 2 * h * padded_vocab_size
-    return 3.0 * token * num_sequences * seq_length
-
-
 class Reporter:
     """Collects steps and reports each interval.
 
@@ -77,7 +57,7 @@ class Reporter:
         first_iteration: steps made before this run.
         log_interval: steps between two lines.
         tokens_per_step: tokens in a global batch.
-        flops_per_step: `train_flops` of a global batch, or None for no TFLOP/s.
+        flops_per_step: of a global batch's arithmetic, or None for no TFLOP/s.
         world_size: devices, for TFLOP/s per device.
         report_dir: where metrics.jsonl and the picture go, or None.
         tensorboard_dir: where TensorBoard events go, or None.

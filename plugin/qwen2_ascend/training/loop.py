@@ -185,7 +185,7 @@ class TrainingRun:
         return evaluate(self)
 
     def finish_step(
-        self, agreed: Agreed, *, grad_norm: float, lr: float, updated: bool, overflow: bool
+        self, totals: StepTotals, *, grad_norm: float, lr: float, updated: bool, overflow: bool
     ) -> StepResult:
         """Counts a step that has been made, or left out; what it did."""
         self.progress.iteration += 1
@@ -193,15 +193,15 @@ class TrainingRun:
         self.progress.consumed_samples += self.global_batch_size
         self.progress.skipped_iterations += not updated
         return StepResult(
-            loss=agreed.loss,
+            loss=totals.loss,
             grad_norm=grad_norm,
-            num_tokens=agreed.num_tokens,
+            num_tokens=totals.num_tokens,
             lr=lr,
             updated=updated,
             overflow=overflow,
-            peak_memory_bytes=agreed.peak_memory_bytes,
-            stop_wanted=agreed.stop_wanted,
-            metrics=dict(zip(self.metric_names, agreed.metrics, strict=True)),
+            peak_memory_bytes=totals.peak_memory_bytes,
+            stop_wanted=totals.stop_wanted,
+            metrics=dict(zip(self.metric_names, totals.metrics, strict=True)),
         )
 
     def loss_scale(self) -> float:
@@ -335,19 +335,19 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _forward_backward(run, take(run, batches))
-    agreed = agree(run, losses, stop_wanted)
+    totals = all_gather_losses(run, losses, stop_wanted)
     may_overflow = optimizers.can_lower_loss_scale(optimizer)
     overflow = optimizer.prepare_grads()
     grad_norm = float("nan") if overflow else float(optimizer.get_grad_norm())
-    overflow = overflow and may_overflow and optimizers.is_finite(agreed.loss)
-    updated = optimizers.is_finite(agreed.loss, grad_norm)
+    overflow = overflow and may_overflow and optimizers.is_finite(totals.loss)
+    updated = optimizers.is_finite(totals.loss, grad_norm)
     if not updated and not overflow and settings.precision.on_nonfinite == "stop":
-        raise NonFiniteError(describe_nonfinite(run, losses, agreed.loss, grad_norm))
+        raise NonFiniteError(describe_nonfinite(run, losses, totals.loss, grad_norm))
     run.before_update()
     if updated:
         updated = optimizers.clip_and_step(optimizer, grad_norm)
         run.schedule.step(increment=run.global_batch_size)
-    return run.finish_step(agreed, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow)
+    return run.finish_step(totals, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow)
 
 
 @torch.no_grad()
@@ -362,9 +362,9 @@ def evaluate(run: TrainingRun) -> float:
     total, num_tokens = 0.0, 0
     for _ in range(run.settings.data.eval_iters):
         taken = take(run, batches)
-        agreed = agree(run, _forward_backward(run, taken, forward_only=True), False)
-        total += agreed.loss * agreed.num_tokens
-        num_tokens += agreed.num_tokens
+        totals = all_gather_losses(run, _forward_backward(run, taken, forward_only=True), False)
+        total += totals.loss * totals.num_tokens
+        num_tokens += totals.num_tokens
     for chunk in run.chunks:
         chunk.train()
     return total / max(num_tokens, 1)
@@ -500,8 +500,8 @@ def on_device(batch: Batch, runtime: Runtime) -> Batch:
     }
 
 
-class Agreed(NamedTuple):
-    """What all ranks know of a step after telling each other."""
+class StepTotals(NamedTuple):
+    """What all ranks together have computed in a step; the same on each of them."""
 
     loss: float
     num_tokens: int
@@ -510,8 +510,10 @@ class Agreed(NamedTuple):
     metrics: list[float]
 
 
-def agree(run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool) -> Agreed:
-    """Tells every rank the mean loss and whether to stop, in one small collective.
+def all_gather_losses(
+    run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool
+) -> StepTotals:
+    """Gathers the losses of all ranks, their memory and whether to stop, in one small collective.
 
     Gathered and added on the host in double precision: HCCL does not reduce fp64.
     """
@@ -531,7 +533,7 @@ def agree(run: TrainingRun, losses: list[MicroBatchLoss], stop_wanted: bool) -> 
     columns = zip(*torch.stack(rows).tolist(), strict=True)
     means, rests, tokens, memories, stops, *sums = columns
     total = sum(m * n + rest for m, rest, n in zip(means, rests, tokens, strict=True))
-    return Agreed(
+    return StepTotals(
         loss=total / max(sum(tokens), 1.0),
         num_tokens=round(sum(tokens)),
         peak_memory_bytes=int(max(memories) * 2**20),

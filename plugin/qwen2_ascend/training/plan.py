@@ -155,19 +155,8 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     Raises:
         UserError: nothing usable is there, or nothing says what the model is.
     """
-    model = settings.model
-    load, pretrained = model.load, model.pretrained_checkpoint
-    if load is not None and not _holds_checkpoint(load, found):
-        if pretrained is None and load != settings.checkpoint.save:
-            from qwen2_ascend.checkpoint.formats.hugging_face import hub_hint
-
-            raise UserError(
-                f"--load {load}: there is no checkpoint in it. (That is right only when "
-                "--pretrained-checkpoint says where to start, or when --save is the same folder.)"
-                f"{hub_hint(load)}"
-            )
-        load = None
-    folder = load or pretrained
+    model, load = settings.model, _load(settings, found)
+    folder = load or model.pretrained_checkpoint
     world_size = num_ranks()
     if folder is None:
         config = settings.config_of_run(_config(model.config))
@@ -208,7 +197,27 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     )
 
 
-def agree(
+def _load(settings: TrainingSettings, found: Found | None) -> Path | None:
+    """--load's folder; None where it holds no checkpoint yet.
+
+    Raises:
+        UserError: it holds none, and nothing says that it need not.
+    """
+    load = settings.model.load
+    if load is None or _holds_checkpoint(load, found):
+        return load
+    if settings.model.pretrained_checkpoint is not None or load == settings.checkpoint.save:
+        return None
+    from qwen2_ascend.checkpoint.formats.hugging_face import hub_hint
+
+    raise UserError(
+        f"--load {load}: there is no checkpoint in it. (That is right only when "
+        "--pretrained-checkpoint says where to start, or when --save is the same folder.)"
+        f"{hub_hint(load)}"
+    )
+
+
+def broadcast_plan(
     make: Callable[[Found | None], RunPlan[S]], own: RunPlan[S] | None, timeout_seconds: float
 ) -> RunPlan[S]:
     """This rank's plan, of what rank 0 found, once it is known to be the same on all ranks.

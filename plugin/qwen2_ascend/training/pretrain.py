@@ -122,9 +122,9 @@ def pretraining_data(plan: RunPlan[PretrainSettings]) -> tuple[Any, Any]:
         valid = MockDataset(num_valid, *sizes, seed=seed + 1) if num_valid else None
         return MockDataset(num_train, *sizes, seed=seed), valid
 
-    from qwen2_ascend.data.pretraining import build_pretraining_datasets
+    from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 
-    datasets = build_pretraining_datasets(
+    datasets = PretrainingDatasetBuilder(
         num_samples=(num_train, num_valid, 0),
         seq_length=settings.batch.seq_length,
         seed=seed,
@@ -138,7 +138,7 @@ def pretraining_data(plan: RunPlan[PretrainSettings]) -> tuple[Any, Any]:
         keep_documents_apart=data.keep_documents_apart,
         eod_mask_loss=data.eod_mask_loss,
         each_node_builds=data.no_shared_storage,
-    )
+    ).build()
     return datasets.train, datasets.valid
 
 

@@ -16,12 +16,14 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings
 from qwen2_ascend.pasted_flags import pasted_notes
+from qwen2_ascend.planning.flops import train_flops_per_token
+from qwen2_ascend.planning.parameters import num_parameters
 from qwen2_ascend.telemetry import reporting
 from qwen2_ascend.training.description import RUN_FILE, write_description
 from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
-from qwen2_ascend.training.plan import Found, RunPlan, agree, warn
+from qwen2_ascend.training.plan import Found, RunPlan, broadcast_plan, warn
 from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def begin(
     check: Callable[[S, Qwen2Config, int, RunLength | None], None],
     check_data: Callable[[S], None],
 ) -> tuple[RunPlan[S], Runtime]:
-    """Plans the run on rank 0, has all ranks agree on it, and joins them.
+    """Plans the run on rank 0, compares it on all ranks, and joins them.
 
     Args:
         settings: all flags.
@@ -103,7 +105,7 @@ def begin(
         faults.collect(partial(check_data, settings))
         raise_if(faults)
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
-    plan = agree(partial(make, settings), own, timeout_seconds)
+    plan = broadcast_plan(partial(make, settings), own, timeout_seconds)
     runtime = start_runtime(plan)
     if plan.saved is not None and not hasattr(plan.saved, "common"):
         # DeepSpeed and peft read whole files, and check nothing
@@ -205,7 +207,7 @@ def _headline(plan: RunPlan, runtime: Runtime) -> str:
     if parallel.use_distributed_optimizer:
         words.append("distributed optimizer")
     words.append(settings.precision_name())
-    words.append(f"{plan.config.num_parameters:,} parameters")
+    words.append(f"{num_parameters(plan.config):,} parameters")
     return f"{runtime.describe()}, {', '.join(words)}"
 
 
@@ -229,7 +231,7 @@ def start_runtime(plan: RunPlan) -> Runtime:
     )
     faults = settings.fusion.faults(runtime.name)
     faults += settings.overlap.device_faults(settings, runtime.name)
-    faults += _pieces_faults(settings, plan.layout, runtime.name)
+    faults += _packed_blocks_faults(settings, plan.layout, runtime.name)
     raise_if(faults)
     if settings.report.log_energy:
         require_power_source(runtime)
@@ -245,16 +247,18 @@ def start_runtime(plan: RunPlan) -> Runtime:
     return runtime
 
 
-def _pieces_faults(settings: TrainingSettings, layout: ParallelLayout, device: str) -> list[str]:
+def _packed_blocks_faults(
+    settings: TrainingSettings, layout: ParallelLayout, device: str
+) -> list[str]:
     """What an npu's attention lacks for documents that ranks share."""
     is_apart = getattr(settings.data, "keep_documents_apart", False)
     is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
-    in_pieces = layout.cp > 1 and layout.context_parallel_algo != "ulysses_cp_algo"
-    if not (is_apart and in_pieces and "attention" in settings.fusion.fused(device)):
+    in_blocks = layout.cp > 1 and layout.context_parallel_algo != "ulysses_cp_algo"
+    if not (is_apart and in_blocks and "attention" in settings.fusion.fused(device)):
         return []
-    from qwen2_ascend.ops.npu import pieces_faults
+    from qwen2_ascend.ops.npu import packed_blocks_faults
 
-    return pieces_faults()
+    return packed_blocks_faults()
 
 
 def megatron_arguments(settings: TrainingSettings) -> dict[str, Any]:
@@ -574,19 +578,17 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
 def _reporter(
     run: TrainingRun, config: Qwen2Config, padded_vocab_size: int, planned: Expected | None
 ) -> Reporter:
-    from qwen2_ascend.training.logging import Reporter, train_flops
+    from qwen2_ascend.training.logging import Reporter
 
     settings = run.settings
-    sequences = run.global_batch_size * run.rows_per_sample
     length = settings.batch.seq_length
-    flops = train_flops(
-        config, num_sequences=sequences, seq_length=length, padded_vocab_size=padded_vocab_size
-    )
+    tokens = run.global_batch_size * run.rows_per_sample * length
+    flops = tokens * train_flops_per_token(config, length, padded_vocab_size)
     return Reporter(
         train_iters=run.train_iters,
         first_iteration=run.progress.iteration,
         log_interval=settings.report.log_interval,
-        tokens_per_step=sequences * length,
+        tokens_per_step=tokens,
         flops_per_step=None if run.runtime.simulated else flops,
         world_size=run.runtime.world_size,
         report_dir=settings.report.report_dir or settings.checkpoint.save,

@@ -30,29 +30,9 @@ class ChatDatasets(NamedTuple):
     """What to say about the data, a line each; the same on every rank."""
 
 
-def build_chat_datasets(
-    *,
-    seq_length: int,
-    seed: int,
-    num_samples: tuple[int | None, int | None] = (None, 0),
-    task: Literal["sft", "dpo"] = "sft",
-    data_path: Sequence[str] = (),
-    train_data_path: Sequence[str] = (),
-    valid_data_path: Sequence[str] = (),
-    split: str = "100,0,0",
-    tokenizer: str | Path | None = None,
-    chat: ChatSettings | None = None,
-    on_bad_row: Literal["stop", "skip"] = "stop",
-    pack: bool = False,
-    variable_seq_lengths: bool = False,
-    pad_to_multiple_of: int = 1,
-    shuffle: bool = True,
-    vocab_size: int | None = None,
-    data_cache_path: str | Path | None = None,
-    workers: int | None = None,
-    keep_chats_apart: bool = False,
-) -> ChatDatasets:
-    """Builds the training and validation datasets of chats. Every rank calls this.
+@dataclass(frozen=True, kw_only=True)
+class ChatDatasetBuilder:
+    """Builds the training and validation datasets of chats, by `build`. Every rank calls it.
 
     Files of chats are prepared first, by rank 0, into `data_cache_path`; the others wait and read
     the result. A file that was prepared before with the same settings is not prepared again.
@@ -61,103 +41,98 @@ def build_chat_datasets(
     BATCH_KEYS `[b, s]` and `index` `[b]`; when `train.is_packed` also `ends`, a tuple of ints
     (cumulative, row after row, the last is b * s). Of task "dpo" a batch of b pairs has 2 b rows,
     the chosen ones first. Middle pipeline stages need `ends`, too.
-
-    Args:
-        seq_length: longest sample, in tokens; longer chats are cut at the end.
-        seed: of the packing and of every epoch's order.
-        num_samples: samples wanted of train and valid, epochs are repeated as needed; None is
-            one epoch, and `with_num_samples` changes it later.
-        task: "sft" for chats, "dpo" for preference pairs.
-        data_path: prefixes and files, divided by `split`.
-        train_data_path: the same, for training alone; instead of `data_path`.
-        valid_data_path: the same, for validation.
-        split: shares of train, valid and test in `data_path`, by rows in their order.
-        tokenizer: Hugging Face folder; only needed for files of chats.
-        chat: how files of chats are read.
-        on_bad_row: what to do with a row that is no chat or has no token to train on.
-        pack: put several chats into a sample; not for "dpo".
-        variable_seq_lengths: pad a micro-batch to its longest chat only; not with `pack`.
-        pad_to_multiple_of: with `variable_seq_lengths`, the batch's length is a multiple of it.
-        shuffle: give every epoch an order of its own.
-        vocab_size: rows of the model's embedding; the data's largest token is checked against it
-            where the preparation noted that, else a sample of the tokens, and later every batch.
-        data_cache_path: where files are prepared, on storage that all nodes share; a folder
-            `.qwen2_ascend_cache` beside each file when None.
-        workers: processes that prepare; by default as many as there are cores.
-        keep_chats_apart: refuse packs whose chats see one another.
-
-    Raises:
-        UserError: data that is missing, damaged or too little, or settings that contradict.
     """
-    faults = path_faults(data_path, train_data_path, valid_data_path)
-    faults += packing_faults(task, pack, variable_seq_lengths)
-    raise_if(faults)
-    preparation = Preparation(
-        task, tokenizer, chat or ChatSettings(), on_bad_row, data_cache_path, workers
-    )
-    given = (data_path or train_data_path, data_path or valid_data_path)
-    prefixes = prepared(list(dict.fromkeys(chain.from_iterable(given))), preparation)
-    making = _Making(
-        seq_length,
-        seed,
-        on_bad_row,
-        pack,
-        variable_seq_lengths,
-        pad_to_multiple_of,
-        vocab_size,
-        keep_chats_apart,
-        shuffle,
-        split,
-    )
-    train, valid = (
-        making.epochs(name, [prefixes[word] for word in words], share, wanted, task)
-        for name, words, share, wanted in zip(
-            ("train", "valid"), given, _shares(split, data_path), num_samples, strict=True
-        )
-    )
-    if train is None:
-        raise UserError("there is no training data: give --data-path or --train-data-path.")
-    return ChatDatasets(train, valid, tuple(making.notes))
-
-
-def _shares(split: str, data_path: Sequence[str]) -> tuple[tuple[float, float], ...]:
-    if not data_path:
-        return (0.0, 1.0), (0.0, 1.0)
-    from qwen2_ascend.data.pretraining import split_matrix
-
-    return tuple(split_matrix(split)[:2])
-
-
-@dataclass(frozen=True)
-class _Making:
-    """How the rows of one split become a dataset."""
 
     seq_length: int
+    """Longest sample, in tokens; longer chats are cut at the end."""
     seed: int
-    on_bad_row: str
-    pack: bool
-    variable_seq_lengths: bool
-    pad_to_multiple_of: int
-    vocab_size: int | None
-    keep_chats_apart: bool
-    shuffle: bool
-    split: str
-    notes: list[str] = field(default_factory=list)
+    """Of the packing and of every epoch's order."""
+    num_samples: tuple[int | None, int] = (None, 0)
+    """Samples wanted of train and valid, epochs are repeated as needed; None is one epoch, and
+    `with_num_samples` changes it later."""
+    task: Literal["sft", "dpo"] = "sft"
+    """What the data is for: sft takes chats, dpo preference pairs."""
+    data_path: Sequence[str] = ()
+    """Prefixes and files, divided by `split`."""
+    train_data_path: Sequence[str] = ()
+    """The same, for training alone; instead of `data_path`."""
+    valid_data_path: Sequence[str] = ()
+    """The same, for validation."""
+    split: str = "100,0,0"
+    """Shares of train, valid and test in `data_path`, by rows in their order."""
+    tokenizer: str | Path | None = None
+    """Hugging Face folder; only needed for files of chats."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """How files of chats are read."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do with a row that is no chat or has no token to train on."""
+    pack: bool = False
+    """Put several chats into a sample; not for "dpo"."""
+    variable_seq_lengths: bool = False
+    """Pad a micro-batch to its longest chat only; not with `pack`."""
+    pad_to_multiple_of: int = 1
+    """With `variable_seq_lengths`, the batch's length is a multiple of it."""
+    shuffle: bool = True
+    """Give every epoch an order of its own."""
+    vocab_size: int | None = None
+    """Rows of the model's embedding; the data's largest token is checked against it where the
+    preparation noted that, else a sample of the tokens, and later every batch."""
+    data_cache_path: str | Path | None = None
+    """Where files are prepared, on storage that all nodes share; a folder `.qwen2_ascend_cache`
+    beside each file when None."""
+    workers: int | None = None
+    """Processes that prepare; by default as many as there are cores."""
+    keep_chats_apart: bool = False
+    """Refuse packs whose chats see one another."""
+    _notes: list[str] = field(default_factory=list, init=False)
 
-    def epochs(
-        self,
-        name: str,
-        prefixes: Sequence[str],
-        share: tuple[float, float],
-        wanted: int | None,
-        task: str,
+    def build(self) -> ChatDatasets:
+        """Both datasets.
+
+        Raises:
+            UserError: data that is missing, damaged or too little, or settings that contradict.
+        """
+        faults = path_faults(self.data_path, self.train_data_path, self.valid_data_path)
+        faults += packing_faults(self.task, self.pack, self.variable_seq_lengths)
+        raise_if(faults)
+        preparation = Preparation(
+            self.task,
+            self.tokenizer,
+            self.chat,
+            self.on_bad_row,
+            self.data_cache_path,
+            self.workers,
+        )
+        given = (self.data_path or self.train_data_path, self.data_path or self.valid_data_path)
+        prefixes = prepared(list(dict.fromkeys(chain.from_iterable(given))), preparation)
+        self._notes.clear()
+        train, valid = (
+            self._epochs(name, [prefixes[word] for word in words], share, wanted)
+            for name, words, share, wanted in zip(
+                ("train", "valid"), given, self._shares(), self.num_samples, strict=True
+            )
+        )
+        if train is None:
+            raise UserError("there is no training data: give --data-path or --train-data-path.")
+        return ChatDatasets(train, valid, tuple(self._notes))
+
+    def _shares(self) -> tuple[tuple[float, float], ...]:
+        """(first, last) of the rows of each split, as shares of all."""
+        if not self.data_path:
+            return (0.0, 1.0), (0.0, 1.0)
+        from qwen2_ascend.data.pretraining import split_matrix
+
+        return tuple(split_matrix(self.split)[:2])
+
+    def _epochs(
+        self, name: str, prefixes: Sequence[str], share: tuple[float, float], wanted: int | None
     ) -> EpochDataset | None:
         """As many samples of this share of the rows as are wanted; None where there are none.
 
         Raises:
-            UserError: as `source`; or samples are wanted, and there is no row to take them from.
+            UserError: as `_source`; or samples are wanted, and there is no row to take them from.
         """
-        source = self.source(name, prefixes, share, task) if prefixes and wanted != 0 else None
+        source = self._source(name, prefixes, share) if prefixes and wanted != 0 else None
         if source is not None:
             return EpochDataset(
                 source,
@@ -173,22 +148,22 @@ class _Making:
             )
         return None
 
-    def source(
-        self, name: str, prefixes: Sequence[str], share: tuple[float, float], task: str
+    def _source(
+        self, name: str, prefixes: Sequence[str], share: tuple[float, float]
     ) -> ChatDataset | PairDataset | None:
         """The dataset of this share of the rows; None when no row is left.
 
         Raises:
             UserError: the files are not as they should be, or hold rows that cannot be used.
         """
-        sides = [StoredChats(prefixes, side) for side in SIDES[task]]
+        sides = [StoredChats(prefixes, side) for side in SIDES[self.task]]
         self._check(prefixes, sides)
         first, last = (round(edge * len(sides[0])) for edge in share)
         rows = self._usable(name, sides, np.arange(first, last))
         if not len(rows):
             return None
         source = self._dataset(sides, rows)
-        self.notes.append(self._describe(name, sides, rows, source))
+        self._notes.append(self._describe(name, sides, rows, source))
         return source
 
     def _check(self, prefixes: Sequence[str], sides: Sequence[StoredChats]) -> None:
@@ -252,7 +227,7 @@ class _Making:
                 "--on-bad-row skip."
             )
         if bad:
-            self.notes.append(f"left out: {len(bad):,} {words}")
+            self._notes.append(f"left out: {len(bad):,} {words}")
         return rows[~np.isin(rows, list(bad))]
 
     def _dataset(self, sides: Sequence[StoredChats], rows: np.ndarray) -> Any:

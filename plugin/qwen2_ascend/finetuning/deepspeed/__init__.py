@@ -1,7 +1,7 @@
 """Fine-tuning by DeepSpeed ZeRO on transformers' Qwen2: for those who need no TP and no PP.
 
 settings.py     the flags: fine-tuning's without tensor and pipeline parallelism, and ZeRO's
-config.py       DeepSpeed's JSON from them and from --deepspeed-config
+config.py       ZeRO's own flags, and DeepSpeed's JSON from all flags and --deepspeed-config
 attention.py    this project's attention, fused on an npu, in transformers' attention interface
 engine.py       the model in DeepSpeed's engine, and what a step and a validation are
 lora.py         the Megatron path's adapters on transformers' model

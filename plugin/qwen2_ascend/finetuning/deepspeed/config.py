@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON configuration, from the flags and from the file of --deepspeed-config.
+"""ZeRO's flags, and DeepSpeed's JSON from them and from the file of --deepspeed-config.
 
 The flags say what they have a name for. The file may say the same, or "auto"; what else it says is
 handed to DeepSpeed as it is. Keys: https://www.deepspeed.ai/docs/config-json
@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import json_value
-
-if TYPE_CHECKING:
-    from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings
+from qwen2_ascend.flags import Flag
+from qwen2_ascend.training.settings import TrainingSettings
 
 AUTO = "auto"
 OWN = "this launcher's own settings"
@@ -25,12 +27,33 @@ Dotted = dict[str, Any]
 """Values by the path of keys that leads to them, as in "zero_optimization.stage"."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054)."""
+
+    zero_stage: Literal[1, 2, 3] | None = None
+    """What is divided over the ranks: 1 the optimizer's state, 2 gradients too, 3 weights too. By
+    default --deepspeed-config's, else 2."""
+    offload_optimizer: Flag = False
+    """Keep the optimizer's state in the host's memory, and update there."""
+    offload_param: Flag = False
+    """Keep the weights in the host's memory; needs stage 3."""
+    cpu_adam: Literal["auto", "deepspeed", "torch"] = "auto"
+    """Who updates with --offload-optimizer: DeepSpeed's operator, which it compiles at its first
+    use (a C++ compiler is needed), or torch's slower AdamW. auto: DeepSpeed's, but torch's where
+    the device is the cpu anyway."""
+    deepspeed_config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """DeepSpeed's JSON, for what has no flag here. "auto" stands for what the flags say (where
+    none does, for DeepSpeed's default); contradictions are refused."""
+
+
 def deepspeed_config(
-    settings: ZeroFinetuneSettings, world_size: int, device: str
+    zero: ZeroSettings, settings: TrainingSettings, world_size: int, device: str
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` takes.
 
     Args:
+        zero: ZeRO's flags.
         settings: all flags.
         world_size: number of ranks.
         device: cpu, cuda, npu; or "auto", which is not known yet.
@@ -38,16 +61,16 @@ def deepspeed_config(
     Raises:
         UserError: the file cannot be read, or contradicts the flags.
     """
-    path = settings.zero.deepspeed_config
+    path = zero.deepspeed_config
     given = dict(_flat(_read(path))) if path else {}
     faults = list(_own_part_faults(settings, given))
-    said, flags = _said(settings, world_size, device), _flags()
+    said, flags = _said(zero, settings, world_size, device), _flags()
     faults += [
         f"{key} {_json(value)} is not a JSON object."
         for key, value in given.items()
         if value != {} and any(name.startswith(f"{key}.") for name in flags)
     ]
-    if settings.zero.zero_stage is None and given.get(f"{ZERO}.stage") not in (None, AUTO):
+    if zero.zero_stage is None and given.get(f"{ZERO}.stage") not in (None, AUTO):
         del said[f"{ZERO}.stage"]
     faults += [
         f"{key} {_json(given[key])} contradicts {flags[key]}, which make it {_json(value)}; leave "
@@ -62,7 +85,7 @@ def deepspeed_config(
     }
     merged = {**kept, **said}
     raise_if(f"--deepspeed-config {path}: {fault}" for fault in faults)
-    raise_if(_zero_faults(settings, merged))
+    raise_if(_zero_faults(zero, merged))
     return _nested(merged)
 
 
@@ -76,9 +99,9 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return config[ZERO].get("offload_optimizer", {}).get("device", "none") != "none"
 
 
-def _said(settings: ZeroFinetuneSettings, world_size: int, device: str) -> Dotted:
+def _said(zero: ZeroSettings, settings: TrainingSettings, world_size: int, device: str) -> Dotted:
     """What the flags say."""
-    batch, precision, zero = settings.batch, settings.precision, settings.zero
+    batch, precision = settings.batch, settings.precision
     size = settings.global_batch_size(world_size)
     per_pass = max(1, batch.micro_batch_size * world_size)
     said: Dotted = {
@@ -134,7 +157,7 @@ def _flags() -> dict[str, str]:
     }
 
 
-def _own_part_faults(settings: ZeroFinetuneSettings, given: Dotted) -> Iterator[str]:
+def _own_part_faults(settings: TrainingSettings, given: Dotted) -> Iterator[str]:
     """What the file says of the optimizer and the schedule, which are made here."""
     if any(key.split(".")[0] == "scheduler" for key in given):
         yield "scheduler: the learning rate is set by --lr-decay-style and its companions; remove."
@@ -154,16 +177,14 @@ def _own_part_faults(settings: ZeroFinetuneSettings, given: Dotted) -> Iterator[
             )
 
 
-def _zero_faults(settings: ZeroFinetuneSettings, merged: Dotted) -> Iterator[str]:
+def _zero_faults(zero: ZeroSettings, merged: Dotted) -> Iterator[str]:
     stage = merged[f"{ZERO}.stage"]
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         yield f"{ZERO}.stage {_json(stage)} is none of 1, 2, 3."
     elif merged.get(f"{ZERO}.offload_param.device", "none") != "none" and stage != 3:
         yield f"--offload-param needs --zero-stage 3, not {stage}: else every rank has all weights."
-    if settings.zero.cpu_adam != AUTO and (
-        merged.get(f"{ZERO}.offload_optimizer.device", "none") == "none"
-    ):
-        yield f"--cpu-adam {settings.zero.cpu_adam} needs --offload-optimizer."
+    if zero.cpu_adam != AUTO and (merged.get(f"{ZERO}.offload_optimizer.device", "none") == "none"):
+        yield f"--cpu-adam {zero.cpu_adam} needs --offload-optimizer."
 
 
 def _read(path: Path) -> dict[str, Any]:

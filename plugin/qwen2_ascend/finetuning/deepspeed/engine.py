@@ -29,14 +29,14 @@ from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.runtime.deepspeed import import_deepspeed
 from qwen2_ascend.training.loop import (
-    Agreed,
     Batch,
     MicroBatchLoss,
     NonFiniteError,
     Progress,
     StepResult,
+    StepTotals,
     TrainingRun,
-    agree,
+    all_gather_losses,
     describe_nonfinite,
     on_device,
     on_host,
@@ -86,11 +86,11 @@ class ZeroRun(TrainingRun):
             engine.backward(total * weight, scale_wrt_gas=False)
             reports.append(report)
         losses = on_host(reports)
-        agreed = agree(self, losses, stop_wanted)
+        totals = all_gather_losses(self, losses, stop_wanted)
         may_stop = self.settings.precision.on_nonfinite == "stop"
-        if not is_finite(agreed.loss) and may_stop and not self._can_lower_loss_scale():
-            raise NonFiniteError(describe_nonfinite(self, losses, agreed.loss, float("nan")))
-        return self._update(agreed, losses, lr)
+        if not is_finite(totals.loss) and may_stop and not self._can_lower_loss_scale():
+            raise NonFiniteError(describe_nonfinite(self, losses, totals.loss, float("nan")))
+        return self._update(totals, losses, lr)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -101,9 +101,9 @@ class ZeroRun(TrainingRun):
         for _ in range(self.settings.data.eval_iters):
             taken = self._taken(batches)
             reports = [self.objective(self._token_losses(batch), batch)[2] for batch in taken]
-            agreed = agree(self, on_host(reports), False)
-            total += agreed.loss * agreed.num_tokens
-            num_tokens += agreed.num_tokens
+            totals = all_gather_losses(self, on_host(reports), False)
+            total += totals.loss * totals.num_tokens
+            num_tokens += totals.num_tokens
         self.engine.train()
         return total / max(num_tokens, 1)
 
@@ -143,20 +143,20 @@ class ZeroRun(TrainingRun):
         is_dynamic = precision.fp16 and precision.loss_scale is None
         return is_dynamic and self.loss_scale() > precision.min_loss_scale
 
-    def _update(self, agreed: Agreed, losses: list[MicroBatchLoss], lr: float) -> StepResult:
+    def _update(self, totals: StepTotals, losses: list[MicroBatchLoss], lr: float) -> StepResult:
         """DeepSpeed's update, which it leaves out where a gradient is not finite."""
         may_overflow = self._can_lower_loss_scale()
         self.before_update()
         self.engine.step()
         updated = not self.optimizer.overflow
         grad_norm = float(self.engine.get_global_grad_norm()) if updated else float("nan")
-        overflow = not updated and may_overflow and is_finite(agreed.loss)
+        overflow = not updated and may_overflow and is_finite(totals.loss)
         if not updated and not overflow and self.settings.precision.on_nonfinite == "stop":
-            raise NonFiniteError(describe_nonfinite(self, losses, agreed.loss, grad_norm))
+            raise NonFiniteError(describe_nonfinite(self, losses, totals.loss, grad_norm))
         if updated:
             self.schedule.step(increment=self.global_batch_size)
         return self.finish_step(
-            agreed, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow
+            totals, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow
         )
 
 
@@ -185,7 +185,7 @@ def build_zero_run(
     deepspeed = import_deepspeed(runtime)
     if settings.precision.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16: DeepSpeed does not compute in fp16 on a {runtime.name}; --bf16.")
-    config = deepspeed_config(settings, runtime.world_size, runtime.name)
+    config = deepspeed_config(settings.zero, settings, runtime.world_size, runtime.name)
     stage = zero_stage(config)
     logger.info(f"DeepSpeed {deepspeed.__version__}, ZeRO stage {stage}{_offloads(config)}")
     whole: Whole = deepspeed.zero.GatheredParameters if stage == 3 else as_it_is

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -18,6 +17,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.finetuning import settings as finetuning
 from qwen2_ascend.finetuning.deepspeed.config import (
+    ZeroSettings,
     deepspeed_config,
     offloads_optimizer,
     zero_stage,
@@ -26,6 +26,7 @@ from qwen2_ascend.finetuning.settings import (
     FinetuneSettings,
     TuningSettings,
 )
+from qwen2_ascend.flags import Flag
 from qwen2_ascend.parallel import ContextParallelAlgorithm
 from qwen2_ascend.planning.job import Zero
 from qwen2_ascend.training.fusion import FusionSettings
@@ -34,7 +35,6 @@ from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.overlap import OverlapSettings
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
-    Flag,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
@@ -46,26 +46,6 @@ from qwen2_ascend.training.settings import (
 T = TypeVar("T")
 Absent = tyro.conf.Fixed[tyro.conf.Suppress[T]]
 """A setting that is no flag."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroSettings:
-    """DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054)."""
-
-    zero_stage: Literal[1, 2, 3] | None = None
-    """What is divided over the ranks: 1 the optimizer's state, 2 gradients too, 3 weights too. By
-    default --deepspeed-config's, else 2."""
-    offload_optimizer: Flag = False
-    """Keep the optimizer's state in the host's memory, and update there."""
-    offload_param: Flag = False
-    """Keep the weights in the host's memory; needs stage 3."""
-    cpu_adam: Literal["auto", "deepspeed", "torch"] = "auto"
-    """Who updates with --offload-optimizer: DeepSpeed's operator, which it compiles at its first
-    use (a C++ compiler is needed), or torch's slower AdamW. auto: DeepSpeed's, but torch's where
-    the device is the cpu anyway."""
-    deepspeed_config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """DeepSpeed's JSON, for what has no flag here. "auto" stands for what the flags say (where
-    none does, for DeepSpeed's default); contradictions are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +188,7 @@ class ZeroFinetuneSettings(FinetuneSettings):
         Raises:
             UserError: its file cannot be read, or contradicts the flags.
         """
-        config = deepspeed_config(self, world_size, device)
+        config = deepspeed_config(self.zero, self, world_size, device)
         said = config["zero_optimization"]
         # DeepSpeed's older names of stage 3's settings
         threshold = said.get("stage3_param_persistence_threshold")
@@ -243,5 +223,7 @@ def validate(
     """
     faults = Faults()
     faults.collect(lambda: finetuning.validate(settings, config, world_size, made))
-    faults.collect(lambda: deepspeed_config(settings, world_size, settings.runtime.device))
+    faults.collect(
+        lambda: deepspeed_config(settings.zero, settings, world_size, settings.runtime.device)
+    )
     raise_if(faults)

@@ -1,8 +1,8 @@
 """Attention of some queries to some keys: what ranks that share a sequence put together.
 
-A piece's result alone is a softmax over its own keys. Its log-sum-exp says how much of the whole
+A block's result alone is a softmax over its own keys. Its log-sum-exp says how much of the whole
 softmax that is, so results over different keys of the same queries can be merged. Backward of a
-piece takes the whole softmax's log-sum-exp and result, and gives the piece's share of the gradients
+block takes the whole softmax's log-sum-exp and result, and gives the block's share of the gradients
 (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2).
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Piece(NamedTuple):
+class Block(NamedTuple):
     """Queries that attend to keys of the same rows of a batch; none of the ranges is empty."""
 
     rows: range
@@ -29,8 +29,8 @@ class Piece(NamedTuple):
     it all but one. Otherwise every query sees every key."""
 
 
-class Part(NamedTuple):
-    """The attention of some queries over a piece's keys alone."""
+class PartialOutput(NamedTuple):
+    """The attention of some queries over a block's keys alone."""
 
     rows: range
     queries: range
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What backward adds the pieces' shares to, in fp32 or wider."""
+    """What backward adds the blocks' shares to, in fp32 or wider."""
 
     q: Tensor
     """`[sq, b, np, hn]`"""
@@ -52,7 +52,10 @@ class Gradients(NamedTuple):
     """`[sk, b, ng, hn]`"""
 
     def add(
-        self, queries: Sequence[Place], keys: Sequence[Place], shares: Sequence[Sequence[Tensor]]
+        self,
+        queries: Sequence[TokenSlice],
+        keys: Sequence[TokenSlice],
+        shares: Sequence[Sequence[Tensor]],
     ) -> None:
         """Adds the shares of q, k and v, each `[tokens, rows, n, hn]`, where they belong."""
         for gradient, places, parts in zip(self, (queries, keys, keys), shares, strict=True):
@@ -60,7 +63,7 @@ class Gradients(NamedTuple):
                 place.of(gradient).add_(share)
 
 
-class Place(NamedTuple):
+class TokenSlice(NamedTuple):
     """Some tokens of some rows."""
 
     rows: range
@@ -72,25 +75,25 @@ class Place(NamedTuple):
 
 
 class PartialAttention(NamedTuple):
-    """Attention over pieces, without autograd.
+    """Attention over blocks, without autograd.
 
-    `forward(q, k, v, pieces, *, softmax_scale)` gives Parts, together with each query of the pieces
-    over each of its keys. `backward(d_context, q, k, v, context, lse, pieces, *, softmax_scale,
-    into)` adds to the Gradients `into`.
+    `forward(q, k, v, blocks, *, softmax_scale)` gives PartialOutputs, together with each query of
+    the blocks over each of its keys. `backward(d_context, q, k, v, context, lse, blocks, *,
+    softmax_scale, into)` adds to the Gradients `into`.
 
     q, context and d_context are `[sq, b, np, hn]`, k and v `[sk, b, ng, hn]`, lse `[sq, b, np]`.
-    The pieces of a call are all causal or all full, and so is what they launch: one kernel on an
+    The blocks of a call are all causal or all full, and so is what they launch: one kernel on an
     NPU.
     """
 
-    forward: Callable[..., list[Part]]
+    forward: Callable[..., list[PartialOutput]]
     backward: Callable[..., None]
 
 
-def squares(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """The same as full pieces and causal ones with as many keys as queries."""
-    for piece in pieces:
-        earlier = len(piece.keys) - len(piece.queries) if piece.causal else 0
+def squares(blocks: Sequence[Block]) -> Iterator[Block]:
+    """The same as full blocks and causal ones with as many keys as queries."""
+    for block in blocks:
+        earlier = len(block.keys) - len(block.queries) if block.causal else 0
         if earlier:
-            yield piece._replace(keys=piece.keys[:earlier], causal=False)
-        yield piece._replace(keys=piece.keys[earlier:])
+            yield block._replace(keys=block.keys[:earlier], causal=False)
+        yield block._replace(keys=block.keys[earlier:])
