@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config, published_names
 from qwen2_ascend.launching import parse_pasted
+from qwen2_ascend.machine import local_world_size, world_size
 from qwen2_ascend.pasted_flags import (
     EXPERTS,
     MODEL_FLAGS,
@@ -180,8 +180,7 @@ def _no_o2_gradient(value: str | None, settings: Any, config: Qwen2Config) -> st
 
 def nodes_differ() -> bool:
     """Whether torchrun has started ranks on several nodes."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return world_size() > local_world_size(world_size())
 
 
 IT_DECIDES = "the config says {}, and it decides; change that, or leave this out"

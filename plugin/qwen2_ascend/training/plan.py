@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from qwen2_ascend import machine
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout
@@ -168,7 +169,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
             )
         load = None
     folder = load or pretrained
-    world_size = num_ranks()
+    world_size = machine.world_size()
     if folder is None:
         config = settings.config_of_run(_config(model.config))
         return RunPlan(settings=settings, config=config, world_size=world_size, source=None)
@@ -248,11 +249,6 @@ def flags(settings: Any) -> dict[str, Any]:
         own = fields(value) if is_dataclass(value) else ()
         found |= {f"--{one.name.replace('_', '-')}": getattr(value, one.name) for one in own}
     return found
-
-
-def num_ranks() -> int:
-    """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def folder_of(what: str, folder: Path, found: Found | None) -> Path | None:

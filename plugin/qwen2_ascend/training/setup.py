@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings
+from qwen2_ascend.machine import local_world_size, rank
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.telemetry import reporting
 from qwen2_ascend.training.description import RUN_FILE, write_description
@@ -43,11 +43,6 @@ S = TypeVar("S", bound=TrainingSettings)
 T = TypeVar("T")
 
 
-def is_first_rank() -> bool:
-    """Whether this is rank 0, which plans for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def is_planned_only(
     settings: S,
     make: Callable[[S, Found | None], RunPlan[S]],
@@ -69,7 +64,7 @@ def is_planned_only(
     from qwen2_ascend.training.planned import planned, refuse_without_devices
 
     refuse_without_devices(settings)
-    if is_first_rank():
+    if rank() == 0:
         plan = make(settings, None)
         check(plan.settings, plan.config, number, None)
         print(planned(plan.settings, plan.config))
@@ -97,7 +92,7 @@ def begin(
     from qwen2_ascend.checkpoint.manifest import check_iteration
 
     own = None
-    if is_first_rank():
+    if rank() == 0:
         faults = Faults()
         own = faults.collect(partial(_checked_plan, settings, make, check))
         faults.collect(partial(check_data, settings))
@@ -182,7 +177,7 @@ def _older(settings: TrainingSettings, error: DamagedError) -> Path:
         raise error
     damaged = error.folder
     names = agreement.made_by_first(lambda: [path.name for path in older_iterations(damaged)])
-    if is_first_rank():
+    if rank() == 0:
         warn(damaged, error)
     if not names:
         raise error
@@ -562,7 +557,7 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
     runtime = run.runtime
     if runtime.rank != 0 or runtime.simulated:
         return None
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    per_node = local_world_size(runtime.world_size)
 
     def look() -> Expected | None:
         cut = layout_of_run(run.settings, config, runtime)
