@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import Faults, raise_if
+from qwen2_ascend.flags import LAYOUT_SIZES, flag_of, layer_list, number_faults
+from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.planning import log, report, search
 from qwen2_ascend.planning.devices import DEVICES, GB, TERA, Device, Rates, find_device
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
@@ -159,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def as_launchers_write(words: Sequence[str]) -> list[str]:
     """Flags without a value, as the launchers' are, with the value that they stand for."""
-    known = {f"--{f.name.replace('_', '-')}" for f in fields(PlanOptions) if "YesNo" in str(f.type)}
+    known = {flag_of(f.name) for f in fields(PlanOptions) if "YesNo" in str(f.type)}
     written: list[str] = []
     for word, after in pairwise([*words, ""]):
         if word in known and after not in ("yes", "no"):
@@ -233,6 +235,9 @@ def _logs(options: PlanOptions) -> list[log.LoggedRun]:
 def _plan(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> report.Result:
     raise_if(_faults(options))
     job, machine, choices = _job(options, logs), _machine(options, logs), _choices(options)
+    if (layers := choices.num_layer_list) is not None:
+        pp = choices.pipeline_model_parallel_size or len(layers)
+        ParallelLayout(pipeline_model_parallel_size=pp, num_layer_list=layers).check(job.config)
     plans = search.find_plans(job, machine, choices)
     fewest = search.fewest_devices(job, machine, choices)
     cheaper = None
@@ -256,7 +261,7 @@ def _choices(options: PlanOptions) -> search.Choices:
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
-        num_layer_list=_layer_list(options),
+        num_layer_list=layer_list(options.num_layer_list),
         context_parallel_size=options.context_parallel_size,
         context_parallel_algo=options.context_parallel_algo,
         sequence_parallel=_is_yes(options.sequence_parallel),
@@ -300,11 +305,6 @@ def _number_of_layers(asked: YesNo | None, number: int | None) -> int | None:
     if asked is None:
         return None
     return (ALL_LAYERS if number is None else number) if asked == "yes" else 0
-
-
-def _layer_list(options: PlanOptions) -> tuple[int, ...] | None:
-    words = options.num_layer_list
-    return None if words is None else tuple(map(int, words.split(",")))
 
 
 def _job(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> Job:
@@ -393,17 +393,13 @@ def _combination_faults(options: PlanOptions) -> list[str]:
         and options.recompute_num_layers is None,
     }
     for what in ("activation_function", "norm"):
-        flag = f"--recompute-{what.replace('_', '-')}"
+        flag = flag_of(f"recompute_{what}")
         number = getattr(options, f"recompute_{what}_num_layers")
         is_on = getattr(options, f"recompute_{what}") == "yes"
         needs[f"{flag}-num-layers needs {flag}."] = number is not None and not is_on
         needs[f"{flag}-num-layers {number} must not be negative."] = (number or 0) < 0
     faults = [fault for fault, is_one in needs.items() if is_one]
-    faults += _overlap_and_offload_faults(options) + _zero_faults(options)
-    words = options.num_layer_list
-    if words is not None and not all(word.isdecimal() for word in words.split(",")):
-        faults.append(f"--num-layer-list {words}: give whole numbers, as in 6,8,8,6.")
-    return faults
+    return faults + _overlap_and_offload_faults(options) + _zero_faults(options)
 
 
 def _zero_faults(options: PlanOptions) -> list[str]:
@@ -450,7 +446,9 @@ def _overlap_and_offload_faults(options: PlanOptions) -> list[str]:
         f"--coc-parallel-num {pieces} is not 1, 2, 4 or 8, as in MindSpeed.": pieces
         not in (1, 2, 4, 8),
         f"--coc-parallel-num {pieces} needs {coc}.": pieces != 1 and not is_coc,
-        f"--optimizer-offload-fraction {fraction:g} must be from 0 to 1.": not 0 <= fraction <= 1,
+        f"--optimizer-offload-fraction {fraction:g} must be above 0 and at most 1.": (
+            not 0 < fraction <= 1
+        ),
         f"--optimizer-offload-fraction needs {offload}.": fraction != 1 and not is_offloaded,
         f"{offload} needs --bf16 or --fp16.": is_offloaded and options.dtype == "fp32",
         f"{offload} needs --use-distributed-optimizer, as in Megatron-LM.": is_offloaded
@@ -464,15 +462,8 @@ def _overlap_and_offload_faults(options: PlanOptions) -> list[str]:
 
 
 def _faults(options: PlanOptions) -> list[str]:
-    at_least_one = {
-        "--num-devices": options.num_devices,
-        "--devices-per-node": options.devices_per_node,
-        "--micro-batch-size": options.micro_batch_size,
-        "--context-parallel-size": options.context_parallel_size,
-        "--recompute-num-layers": options.recompute_num_layers,
-        "--global-batch-size": options.global_batch_size,
-        "--top": options.top,
-    }
+    counts = ("num_devices", "devices_per_node", "micro_batch_size", *LAYOUT_SIZES)
+    counts += ("recompute_num_layers", "global_batch_size", "top")
     shares = {
         "--memory-fraction": options.memory_fraction,
         "--efficiency": options.efficiency,
@@ -485,16 +476,15 @@ def _faults(options: PlanOptions) -> list[str]:
         "--node-bandwidth-gb": options.node_bandwidth_gb,
         "--network-bandwidth-gb": options.network_bandwidth_gb,
     }
-    faults = [
-        f"{k} {v!r} is not a whole number."
-        for k, v in at_least_one.items()
-        if v is not None and not isinstance(v, int)
-    ]
+    faults = Faults(
+        f"{flag_of(name)} {value!r} is not a whole number."
+        for name in counts
+        if (value := getattr(options, name)) is not None and not isinstance(value, int)
+    )
     if faults:
         return faults
-    faults = [
-        f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
-    ]
+    faults += number_faults(options, at_least_one=counts, not_negative=("commands",))
+    faults.collect(lambda: layer_list(options.num_layer_list))
     faults += [
         f"{k} {v} must be above 0 and at most 1."
         for k, v in shares.items()
@@ -506,17 +496,12 @@ def _faults(options: PlanOptions) -> list[str]:
         if v is not None and not 0 < v < MOST
     ]
     faults += _combination_faults(options)
-    if options.commands < 0:
-        faults.append(f"--commands {options.commands} must not be negative.")
     if options.from_log and options.device:
         faults.append("--from-log says which device it is; leave out --device.")
     elif not options.from_log:
         absent = {"--model": options.model, "--num-devices": options.num_devices}
         faults += [f"give {flag}, or --from-log." for flag, it in absent.items() if it is None]
-    try:
-        find_device(options.device or DEFAULT_DEVICE)
-    except UserError as error:
-        faults += error.faults
+    faults.collect(lambda: find_device(options.device or DEFAULT_DEVICE))
     for flag, path in {"--json": options.json, "--picture": options.picture}.items():
         if path is not None and path.is_dir():
             faults.append(f"{flag} {path} is a folder; name a file in it.")

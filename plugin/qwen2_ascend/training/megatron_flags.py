@@ -164,10 +164,7 @@ def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) 
 
 def _mask(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
     """A general mask is what keeps documents apart where these are told by the mask itself."""
-    data = settings.data
-    is_apart = getattr(data, "keep_documents_apart", False)
-    is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
-    if value == "causal" or (value == "general" and is_apart):
+    if value == "causal" or (value == "general" and settings.keeps_apart):
         return None
     return "attention is causal; documents are kept apart by --reset-attention-mask alone"
 

@@ -6,16 +6,13 @@ The flags are MindSpeed-LLM's. As there, the two ways exclude each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
+from qwen2_ascend.flags import Flag
 from qwen2_ascend.ops.mc2_limits import COLUMNS, DTYPES, RANKS
 
 if TYPE_CHECKING:
     from qwen2_ascend.config import Qwen2Config
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 PIECES = (1, 2, 4, 8)
 """Values of --coc-parallel-num, as in MindSpeed."""
@@ -122,7 +119,7 @@ def _pieces_faults(number: int, settings: Any) -> list[str]:
     """Pieces are of one size, as in MindSpeed; batches of their own lengths have others."""
     parallel, batch = settings.parallel, settings.batch
     tp = parallel.tensor_model_parallel_size
-    if tp == 1 or getattr(settings.data, "variable_seq_lengths", False):
+    if tp == 1 or settings.variable_seq_lengths:
         return []
     parts = tp if parallel.sequence_parallel else 1
     parts *= parallel.context_parallel_size

@@ -242,10 +242,8 @@ def start_runtime(plan: RunPlan) -> Runtime:
 
 def _pieces_faults(settings: TrainingSettings, layout: ParallelLayout, device: str) -> list[str]:
     """What an npu's attention lacks for documents that ranks share."""
-    is_apart = getattr(settings.data, "keep_documents_apart", False)
-    is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
     in_pieces = layout.cp > 1 and layout.context_parallel_algo != "ulysses_cp_algo"
-    if not (is_apart and in_pieces and "attention" in settings.fusion.fused(device)):
+    if not (settings.keeps_apart and in_pieces and "attention" in settings.fusion.fused(device)):
         return []
     from qwen2_ascend.ops.npu import pieces_faults
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -26,6 +26,7 @@ from qwen2_ascend.finetuning.settings import (
     FinetuneSettings,
     TuningSettings,
 )
+from qwen2_ascend.flags import Flag
 from qwen2_ascend.parallel import ContextParallelAlgorithm
 from qwen2_ascend.planning.job import Zero
 from qwen2_ascend.training.fusion import FusionSettings
@@ -34,7 +35,6 @@ from qwen2_ascend.training.megatron_flags import parse_training_flags
 from qwen2_ascend.training.overlap import OverlapSettings
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
-    Flag,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
@@ -190,6 +190,8 @@ class ZeroFinetuneSettings(FinetuneSettings):
     launch/finetune_qwen2.py has the rest: tensor and pipeline parallelism, and DPO.
     """
 
+    by_deepspeed: ClassVar[bool] = True
+
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
@@ -201,6 +203,15 @@ class ZeroFinetuneSettings(FinetuneSettings):
     checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)
     runtime: ZeroRuntimeSettings = field(default_factory=ZeroRuntimeSettings)
     tuning: ZeroTuningSettings = field(default_factory=ZeroTuningSettings)
+
+    @property
+    def unplanned(self) -> list[str]:
+        unknown = {
+            "LoRA by DeepSpeed": self.lora.is_on,
+            "--attention-backend unfused by DeepSpeed": self.fusion.attention_backend
+            in ("unfused", "local"),
+        }
+        return [*(name for name, is_given in unknown.items() if is_given), *super().unplanned]
 
     def planned_zero(self, world_size: int, device: str) -> Zero:
         """What the planner has to know of DeepSpeed's configuration.
