@@ -515,6 +515,7 @@ def _keywords(flags: str) -> dict:
         ("--use-ascend-coc --coc-parallel-num 3", "is not 1, 2, 4 or 8"),
         ("--optimizer-offload-fraction 0.5", "needs --optimizer-cpu-offload"),
         ("--optimizer-cpu-offload --optimizer-offload-fraction 2", "above 0 and at most 1"),
+        ("--optimizer-cpu-offload --optimizer-offload-fraction 0", "above 0 and at most 1"),
         ("--optimizer-cpu-offload --dtype fp32", "needs --bf16"),
         ("--optimizer-cpu-offload --o2-optimizer", "give one of them"),
     ],
@@ -662,7 +663,10 @@ def _table() -> str:
         ("--memory-gb inf", "--memory-gb inf must be above zero, and a figure"),
         ("--memory-gb 1e300", "--memory-gb 1e+300 must be above zero, and a figure"),
         ("--peak-tflops inf", "--peak-tflops inf must be above zero, and a figure"),
-        ("--recompute-norm --recompute-norm-num-layers -2", "-num-layers -2 must not be negative"),
+        (
+            "--recompute-norm --recompute-norm-num-layers -2",
+            "-num-layers -2 must not be below zero",
+        ),
     ],
 )
 def test_figures_that_no_device_has_are_faults(words: str, fault: str) -> None:

@@ -18,9 +18,22 @@ from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.planning import log, report, search
 from qwen2_ascend.planning.devices import DEVICES, GB, TERA, Device, Rates, find_device
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
+from qwen2_ascend.training.overlap import OverlapSettings
 
 YesNo = Literal["yes", "no"]
 DEFAULT_DEVICE = "910B"
+NEVER_WITH_ZERO = (
+    *("lora_r", "cross_entropy_chunk_size", "num_layer_list", "sequence_parallel"),
+    *("use_distributed_optimizer", "optimizer_cpu_offload", "reuse_fp32_param", "o2_gradient"),
+    *("o2_optimizer", "swap_attention", "recompute_norm", "recompute_activation_function"),
+)
+"""Options that are not planned with --zero-stage, whatever their values."""
+NOT_WITH_ZERO = ("stage dpo", "attention_backend unfused")
+NOT_WITH_ZERO += ("recompute_granularity selective", "recompute_method block")
+"""Options that are not planned with it at one value."""
+OUTPUTS = ("activation_function", "norm")
+"""What --recompute-... computes again alone."""
 MOST = 1e12
 """Of GB, GB/s and TFLOP/s: beyond it a device's figures are slips, or infinite."""
 
@@ -377,14 +390,8 @@ def _device(options: PlanOptions, logged: Device | None) -> Device:
 
 
 def _combination_faults(options: PlanOptions) -> list[str]:
-    """Flags that need another, or exclude one; as the launchers say it."""
+    """Flags that need another, or exclude one."""
     needs = {
-        "--reuse-fp32-param needs --bf16.": options.reuse_fp32_param == "yes"
-        and options.dtype not in (None, "bf16"),
-        "--o2-gradient needs --bf16.": options.o2_gradient == "yes"
-        and options.dtype not in (None, "bf16"),
-        "--o2-optimizer needs --bf16.": options.o2_optimizer == "yes"
-        and options.dtype not in (None, "bf16"),
         "--recompute-method needs --recompute-granularity full.": options.recompute_method
         is not None
         and options.recompute_granularity != "full",
@@ -392,73 +399,55 @@ def _combination_faults(options: PlanOptions) -> list[str]:
         == "block"
         and options.recompute_num_layers is None,
     }
-    for what in ("activation_function", "norm"):
-        flag = flag_of(f"recompute_{what}")
-        number = getattr(options, f"recompute_{what}_num_layers")
-        is_on = getattr(options, f"recompute_{what}") == "yes"
-        needs[f"{flag}-num-layers needs {flag}."] = number is not None and not is_on
-        needs[f"{flag}-num-layers {number} must not be negative."] = (number or 0) < 0
+    for what in OUTPUTS:
+        flag, number = flag_of(f"recompute_{what}"), f"recompute_{what}_num_layers"
+        is_alone = getattr(options, f"recompute_{what}") != "yes"
+        needs[f"{flag}-num-layers needs {flag}."] = (
+            is_alone and getattr(options, number) is not None
+        )
     faults = [fault for fault, is_one in needs.items() if is_one]
-    return faults + _overlap_and_offload_faults(options) + _zero_faults(options)
+    return faults + _training_faults(options) + _zero_faults(options)
+
+
+def _training_faults(options: PlanOptions) -> list[str]:
+    """What the launchers say of flags that they have too."""
+    precision = PrecisionSettings(
+        bf16=options.dtype in (None, "bf16"),
+        fp16=options.dtype == "fp16",
+        reuse_fp32_param=options.reuse_fp32_param == "yes",
+        o2_gradient=options.o2_gradient == "yes",
+        o2_optimizer=options.o2_optimizer == "yes",
+    )
+    optimizer = OptimizerSettings(
+        lr=1.0,
+        optimizer_cpu_offload=options.optimizer_cpu_offload == "yes",
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+    )
+    overlap = OverlapSettings(
+        use_ascend_mc2=options.use_ascend_mc2 == "yes",
+        use_ascend_coc=options.use_ascend_coc == "yes",
+        coc_parallel_num=options.coc_parallel_num,
+    )
+    is_distributed = options.use_distributed_optimizer != "no"
+    return precision.faults() + optimizer.faults(precision, is_distributed) + overlap.flag_faults()
 
 
 def _zero_faults(options: PlanOptions) -> list[str]:
-    stage = options.zero_stage
-    rules = {
-        "--offload-optimizer needs --zero-stage.": options.offload_optimizer == "yes"
-        and stage is None,
-        "--offload-param needs --zero-stage 3.": options.offload_param == "yes" and stage != 3,
-    }
-    absent = {
-        "--lora-r": options.lora_r is not None,
-        "--stage dpo": options.stage == "dpo",
-        "--attention-backend unfused": options.attention_backend == "unfused",
-        "--cross-entropy-chunk-size": options.cross_entropy_chunk_size is not None,
-        "--sequence-parallel": options.sequence_parallel == "yes",
-        "--use-distributed-optimizer": options.use_distributed_optimizer == "yes",
-        "--optimizer-cpu-offload": options.optimizer_cpu_offload == "yes",
-        "--reuse-fp32-param": options.reuse_fp32_param == "yes",
-        "--o2-gradient": options.o2_gradient == "yes",
-        "--o2-optimizer": options.o2_optimizer == "yes",
-        "--swap-attention": options.swap_attention == "yes",
-        "--recompute-norm": options.recompute_norm == "yes",
-        "--recompute-activation-function": options.recompute_activation_function == "yes",
-        "--recompute-granularity selective": options.recompute_granularity == "selective",
-        "--recompute-method block": options.recompute_method == "block",
-        "--num-layer-list": options.num_layer_list is not None,
-    }
-    rules |= {
-        f"{flag} is not planned with --zero-stage; leave one of them out.": is_on
-        and stage is not None
-        for flag, is_on in absent.items()
-    }
-    return [fault for fault, is_broken in rules.items() if is_broken]
-
-
-def _overlap_and_offload_faults(options: PlanOptions) -> list[str]:
-    """As the launchers say it."""
-    pieces, fraction = options.coc_parallel_num, options.optimizer_offload_fraction
-    coc, offload = "--use-ascend-coc", "--optimizer-cpu-offload"
-    is_coc, is_offloaded = options.use_ascend_coc == "yes", options.optimizer_cpu_offload == "yes"
-    rules = {
-        f"--use-ascend-mc2 and {coc}: give one of them.": is_coc
-        and options.use_ascend_mc2 == "yes",
-        f"--coc-parallel-num {pieces} is not 1, 2, 4 or 8, as in MindSpeed.": pieces
-        not in (1, 2, 4, 8),
-        f"--coc-parallel-num {pieces} needs {coc}.": pieces != 1 and not is_coc,
-        f"--optimizer-offload-fraction {fraction:g} must be above 0 and at most 1.": (
-            not 0 < fraction <= 1
-        ),
-        f"--optimizer-offload-fraction needs {offload}.": fraction != 1 and not is_offloaded,
-        f"{offload} needs --bf16 or --fp16.": is_offloaded and options.dtype == "fp32",
-        f"{offload} needs --use-distributed-optimizer, as in Megatron-LM.": is_offloaded
-        and options.use_distributed_optimizer == "no",
-        f"{offload} and --reuse-fp32-param: give one of them.": is_offloaded
-        and options.reuse_fp32_param == "yes",
-        f"{offload} and --o2-optimizer: give one of them.": is_offloaded
-        and options.o2_optimizer == "yes",
-    }
-    return [fault for fault, is_broken in rules.items() if is_broken]
+    stage, faults = options.zero_stage, []
+    if stage is None and options.offload_optimizer == "yes":
+        faults.append("--offload-optimizer needs --zero-stage.")
+    if stage != 3 and options.offload_param == "yes":
+        faults.append("--offload-param needs --zero-stage 3.")
+    if stage is None:
+        return faults
+    given = [
+        flag_of(name) for name in NEVER_WITH_ZERO if getattr(options, name) not in (None, "no")
+    ]
+    for name, value in map(str.split, NOT_WITH_ZERO):
+        given += [f"{flag_of(name)} {value}"] * (getattr(options, name) == value)
+    return faults + [
+        f"{flag} is not planned with --zero-stage; leave one of them out." for flag in given
+    ]
 
 
 def _faults(options: PlanOptions) -> list[str]:
@@ -483,7 +472,8 @@ def _faults(options: PlanOptions) -> list[str]:
     )
     if faults:
         return faults
-    faults += number_faults(options, at_least_one=counts, not_negative=("commands",))
+    numbers = ("commands", *(f"recompute_{what}_num_layers" for what in OUTPUTS))
+    faults += number_faults(options, at_least_one=counts, not_negative=numbers)
     faults.collect(lambda: layer_list(options.num_layer_list))
     faults += [
         f"{k} {v} must be above 0 and at most 1."

@@ -52,6 +52,15 @@ class OverlapSettings:
             settings: all flags, a TrainingSettings.
             config: the model's.
         """
+        faults = self.flag_faults()
+        if self.number_of_pieces in PIECES[1:]:
+            faults += _pieces_faults(self.coc_parallel_num, settings)
+        if self.use_ascend_mc2:
+            faults += _fused_faults(settings, config)
+        return faults
+
+    def flag_faults(self) -> list[str]:
+        """What contradicts itself."""
         faults = []
         if self.use_ascend_mc2 and self.use_ascend_coc:
             faults.append("--use-ascend-mc2 and --use-ascend-coc: give one of them.")
@@ -61,12 +70,8 @@ class OverlapSettings:
             )
         elif self.coc_parallel_num > 1 and not self.use_ascend_coc:
             faults.append(f"--coc-parallel-num {self.coc_parallel_num} needs --use-ascend-coc.")
-        elif self.number_of_pieces > 1:
-            faults += _pieces_faults(self.coc_parallel_num, settings)
         if self.coc_fused_kernel and not self.use_ascend_coc:
             faults.append("--coc-fused-kernel needs --use-ascend-coc.")
-        if self.use_ascend_mc2:
-            faults += _fused_faults(settings, config)
         return faults
 
     def device_faults(self, settings: Any, device: str) -> list[str]:
