@@ -30,7 +30,7 @@ def training_flags(kind: type[Any]) -> Table:
     """The table of a launcher, by its settings."""
     groups = kind.__dataclass_fields__
     table = {**SHARED, **(TUNING if "tuning" in groups else PRETRAINING)}
-    return {**table, **ZERO} if "zero" in groups else table
+    return {**table, **ZERO} if kind.by_deepspeed else table
 
 
 def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] | None) -> S:
