@@ -43,12 +43,12 @@ class RecomputeSettings:
             return "uniform", 1
         return self.recompute_method, self.recompute_num_layers
 
-    def faults(self, num_layers: int, layers_of_chunks: Set[int]) -> list[str]:
+    def faults(self, num_layers: int, layers_of_chunks: Set[int] = frozenset()) -> list[str]:
         """What contradicts itself, or the model.
 
         Args:
             num_layers: the model's.
-            layers_of_chunks: of the pipeline; empty where the layout is wrong.
+            layers_of_chunks: of the pipeline; empty where the layout is wrong or not known.
         """
         faults = number_faults(
             self, at_least_one=("recompute_num_layers", "cross_entropy_chunk_size")
