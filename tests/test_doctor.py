@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qwen2_ascend import doctor
-from qwen2_ascend.doctor import Finding, Machine, examine, report
+from qwen2_ascend.doctor import command, host, machine, python
+from qwen2_ascend.doctor.command import examine
+from qwen2_ascend.doctor.findings import Finding, ok, problem, report
+from qwen2_ascend.doctor.machine import Machine
 
-CHECKS = dict(doctor.CHECKS)
+CHECKS = dict(command.CHECKS)
 
 
 class Fake:
@@ -111,11 +114,10 @@ def test_a_torch_that_cannot_be_imported_is_a_problem(code: str, text: str, fake
 
 
 def test_an_import_that_hangs_is_a_problem(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 1)
+    monkeypatch.setattr(machine, "PROBE_SECONDS", 1)
     fake.package("torch", "2.7.1", "import time; time.sleep(60)")
-    machine = Machine(fake.root, fake.environ)
     monkeypatch.setattr(Machine, "sys_path", [str(fake.packages)])
-    (found,) = CHECKS["torch"](machine)
+    found = fake.only("torch")
     assert (found.level, found.text) == ("problem", "gave no answer in 1 seconds")
 
 
@@ -383,8 +385,8 @@ def test_a_triton_that_is_missing_is_no_fault_of_megatron(fake: Fake) -> None:
 def test_the_python_is_one_that_the_metadata_name(
     running: str, level: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor.platform, "python_version", lambda: running)
-    monkeypatch.setattr(doctor, "_supported_pythons", lambda: ["3.10", "3.11", "3.12", "3.13"])
+    monkeypatch.setattr(python.platform, "python_version", lambda: running)
+    monkeypatch.setattr(python, "supported_pythons", lambda: ["3.10", "3.11", "3.12", "3.13"])
     assert fake.only("python").level == level
 
 
@@ -413,7 +415,7 @@ def test_the_placeholder_named_mindspeed_is_a_problem(fake: Fake) -> None:
 
 def test_packages_are_held_against_what_this_one_needs(fake: Fake, monkeypatch) -> None:
     needed = {"torch": ">=2.7", "megatron-core": "<0.17,>=0.12.1", "xxhash": ">=3.4", "tyro": ">=1"}
-    monkeypatch.setattr(doctor, "_requirements", lambda: needed)
+    monkeypatch.setattr(python, "requirements", lambda: needed)
     monkeypatch.setattr(Machine, "sys_path", [str(fake.packages), str(fake.packages / "user")])
     fake.package("torch", "2.6.0")
     fake.package("xxhash", "3.5.0")
@@ -432,7 +434,7 @@ def test_packages_are_held_against_what_this_one_needs(fake: Fake, monkeypatch) 
 
 
 def test_requirements_are_this_packages_own() -> None:
-    found = doctor._requirements()
+    found = python.requirements()
     assert found["torch"].startswith(">=")
     assert "megatron-core" in found
     assert "pyarrow" not in found
@@ -444,15 +446,15 @@ def test_memory_and_its_limits(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> N
     fake.file("/sys/fs/cgroup/memory.max", f"{8 * 2**30}\n")
     assert "this container may take 8.0 GiB" in fake.only("memory").text
     fake.file("/dev/shm/x")
-    usage = type(doctor.shutil.disk_usage("/"))
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(2**26, 0, 2**26))
+    usage = type(host.shutil.disk_usage("/"))
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda _: usage(2**26, 0, 2**26))
     shm = fake.check("memory")[1]
     assert shm.level == "problem"
     assert "--shm-size" in shm.way_out
 
 
 def test_low_limits_are_noted(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, 10_000))
+    monkeypatch.setattr(host.resource, "getrlimit", lambda _: (256, 10_000))
     found = fake.only("limits")
     assert (found.level, found.way_out) == ("note", "ulimit -n 10000")
 
@@ -478,17 +480,17 @@ def test_a_check_that_fails_is_a_finding(fake: Fake, monkeypatch: pytest.MonkeyP
         raise KeyError("x")
         yield
 
-    monkeypatch.setattr(doctor, "CHECKS", (("odd", broken), ("python", doctor._python)))
-    odd, python = examine(Machine(fake.root))
+    monkeypatch.setattr(command, "CHECKS", (("odd", broken), ("python", python.check_python)))
+    odd, found = examine(Machine(fake.root))
     assert (odd.level, odd.text) == ("note", "could not be examined: KeyError: 'x'")
-    assert python.level == "ok"
+    assert found.level == "ok"
 
 
 def test_report_and_json_say_the_same(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    findings = [doctor.ok("torch", "2.7.1"), doctor.problem("CANN", "is gone", "install it")]
-    monkeypatch.setattr(doctor, "examine", lambda _: findings)
+    findings = [ok("torch", "2.7.1"), problem("CANN", "is gone", "install it")]
+    monkeypatch.setattr(command, "examine", lambda _: findings)
     with pytest.raises(SystemExit) as caught:
-        doctor.main([])
+        command.main([])
     assert caught.value.code == 1
     assert capsys.readouterr().out.splitlines() == [
         "ok       torch  2.7.1",
@@ -498,12 +500,12 @@ def test_report_and_json_say_the_same(monkeypatch: pytest.MonkeyPatch, capsys) -
         "1 problem(s) found",
     ]
     with pytest.raises(SystemExit):
-        doctor.main(["--json"])
+        command.main(["--json"])
     raw = json.loads(capsys.readouterr().out)
     assert raw["ok"] is False
     assert raw["findings"][1] == findings[1]._asdict()
-    monkeypatch.setattr(doctor, "examine", lambda _: findings[:1])
-    doctor.main([])
+    monkeypatch.setattr(command, "examine", lambda _: findings[:1])
+    command.main([])
     assert capsys.readouterr().out.endswith("no problem found\n")
 
 
@@ -511,14 +513,14 @@ def test_doctor_needs_nothing_but_the_standard_library(fake: Fake, tmp_path: Pat
     """Property: it answers where every package is gone or broken."""
     for name in ("torch", "megatron", "tyro", "numpy"):
         fake.package(name, "0.0.1", "raise RuntimeError('broken')")
-    source = Path(doctor.__file__).parent
-    (tmp_path / "qwen2_ascend").mkdir()
+    source, copy = Path(command.__file__).parents[1], tmp_path / "qwen2_ascend"
+    shutil.copytree(source / "doctor", copy / "doctor")
+    (copy / "runtime").mkdir()
     tables = [
         f"runtime/{name}.py" for name in ("__init__", "diagnosis", "environment", "mindspeed")
     ]
-    (tmp_path / "qwen2_ascend" / "runtime").mkdir()
-    for name in ("__init__.py", "errors.py", "cli.py", "doctor.py", *tables):
-        (tmp_path / "qwen2_ascend" / name).write_bytes((source / name).read_bytes())
+    for name in ("__init__.py", "errors.py", "cli.py", "machine.py", *tables):
+        (copy / name).write_bytes((source / name).read_bytes())
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from qwen2_ascend.cli import main; sys.exit(main(['doctor', '--json']))"
@@ -536,5 +538,5 @@ def test_doctor_needs_nothing_but_the_standard_library(fake: Fake, tmp_path: Pat
 
 
 def test_report_aligns(fake: Fake) -> None:
-    lines = report([doctor.ok("a", "x"), doctor.ok("long name", "y")]).splitlines()
+    lines = report([ok("a", "x"), ok("long name", "y")]).splitlines()
     assert lines[:2] == ["ok       a          x", "ok       long name  y"]

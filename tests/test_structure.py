@@ -86,6 +86,35 @@ def test_the_comparison_of_arrays_knows_no_model() -> None:
     assert not [name for name in taken if not name.startswith(allowed)]
 
 
+def place_reads(code: str) -> list[int]:
+    """The lines that read what torchrun says of a process's place."""
+    names = {f"{of}{what}" for of in ("", "LOCAL_") for what in ("RANK", "WORLD_SIZE")}
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        read: list[ast.expr] = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".get", "getenv")):
+            read = node.args[:1]
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            read = [node.slice]
+        elif isinstance(node, ast.Compare):
+            read = [node.left]
+        lines += [node.lineno for one in read if getattr(one, "value", None) in names]
+    return lines
+
+
+def test_what_torchrun_says_is_read_in_one_place() -> None:
+    found = {path: place_reads(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert not [path for path, lines in found.items() if lines and path.name != "machine.py"]
+
+
+def test_every_way_to_read_a_place_is_found() -> None:
+    code = (
+        "e.get('RANK', '0')\nos.getenv('WORLD_SIZE')\ne['LOCAL_RANK']\n'LOCAL_WORLD_SIZE' in e\n"
+        "e['RANK'] = '1'\ne.setdefault('LOCAL_RANK', '0')\n{'RANK': '0'}\ne.get('RANKS')"
+    )
+    assert place_reads(code) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "back",
     [

@@ -52,7 +52,7 @@ COMMANDS = {
         "compare dumped arrays of two runs: figures, a verdict, a picture",
     ),
     "doctor": Command(
-        "qwen2_ascend.doctor",
+        "qwen2_ascend.doctor.command",
         "show what is installed, which devices there are, and what is wrong with them",
     ),
     "plan": Command(

@@ -14,6 +14,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -193,12 +194,19 @@ def links_out(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a small file whole: beside its place, flushed, renamed."""
+    """Writes a small file whole."""
+    with written_whole(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BufferedWriter]:
+    """A file to write beside `path`, which gets that name when it is complete and flushed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     with naming(path):
         with open(beside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -749,7 +749,7 @@ WISHES = {
         tp(5),
         ["does not divide num_attention_heads=8; use 1, 2", "does not divide the vocabulary of"],
     ),
-    "TP 0": (tp(0), ["tensor_model_parallel_size=0 must be at least 1"]),
+    "TP 0": (tp(0), ["--target-tensor-parallel-size 0 must be at least 1"]),
     "PP 3": (pp(3), ["pipeline_model_parallel_size=3 does not divide num_layers=2"]),
     "PP 10^9": (pp(10**9), ["pipeline_model_parallel_size=1000000000 does not divide"]),
     "an odd vocabulary": (
@@ -775,7 +775,7 @@ WISHES = {
     ),
     "a shard size of words": (["--max-shard-size", "big"], ["--max-shard-size big: not a size"]),
     "no shard size": (["--max-shard-size", "0GB"], ["--max-shard-size 0GB: not a size"]),
-    "negative workers": (["--workers", -1], ["--workers -1 must be at least 0"]),
+    "negative workers": (["--workers", -1], ["--workers -1 must not be below zero"]),
     "no such config": (["--hf-cfg-dir", "/nonexistent"], ["/nonexistent", "no such file"]),
 }
 

@@ -10,6 +10,7 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.model.recompute import RecomputedOutputs, computed, not_kept
 from qwen2_ascend.ops.rms_norm import rms_norm
 from qwen2_ascend.ops.swiglu import swiglu
+from qwen2_ascend.planning.job import ALL_LAYERS
 from qwen2_ascend.training import settings as pretraining
 
 NEEDED = "--config 7B --mock-data --seq-length 32 --lr 1e-5 --train-iters 3"
@@ -66,9 +67,9 @@ def test_layers_are_the_first_after_those_recomputed_whole(
 @pytest.mark.parametrize(
     ("flags", "outputs"),
     [
-        (FUNCTION, (pretraining.ALL_LAYERS, 0)),
+        (FUNCTION, (ALL_LAYERS, 0)),
         (f"{FUNCTION} {FUNCTION}-num-layers 3", (3, 0)),
-        (f"{BLOCK} --recompute-num-layers 4 {FUNCTION}", (pretraining.ALL_LAYERS, 4)),
+        (f"{BLOCK} --recompute-num-layers 4 {FUNCTION}", (ALL_LAYERS, 4)),
         (f"{BLOCK} {FUNCTION} {FUNCTION}-num-layers 14", (0, 1)),
         ("", None),
     ],

@@ -117,7 +117,7 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
     [
         ("--plan 9", "cannot be shared out"),
         ("--plan 0", "--plan 0 must be at least 1"),
-        ("--plan 16 --plan-device 920", "--device 920 is not known"),
+        ("--plan 16 --plan-device 920", "--plan-device 920 is not known"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> None:

@@ -184,11 +184,9 @@ def test_what_would_fit_in_16_bits_is_said(capsys):
 
 def test_flags_are_written_as_the_launchers_take_them(capsys):
     """Without a value, with one, and denied; what the launchers call a flag is called so here."""
-    from qwen2_ascend.training.settings import (
-        ParallelSettings,
-        PrecisionSettings,
-        RecomputeSettings,
-    )
+    from qwen2_ascend.training.optimizer_settings import PrecisionSettings
+    from qwen2_ascend.training.recompute_settings import RecomputeSettings
+    from qwen2_ascend.training.settings import ParallelSettings
 
     words = "--model 7B --num-devices 8 --sequence-parallel --bf16 --no-reuse-fp32-param"
     expected = "--model 7B --num-devices 8 --sequence-parallel yes --dtype bf16 "
@@ -528,7 +526,8 @@ def _keywords(flags: str) -> dict:
         ("--coc-parallel-num 4", "needs --use-ascend-coc"),
         ("--use-ascend-coc --coc-parallel-num 3", "is not 1, 2, 4 or 8"),
         ("--optimizer-offload-fraction 0.5", "needs --optimizer-cpu-offload"),
-        ("--optimizer-cpu-offload --optimizer-offload-fraction 2", "must be from 0 to 1"),
+        ("--optimizer-cpu-offload --optimizer-offload-fraction 2", "above 0 and at most 1"),
+        ("--optimizer-cpu-offload --optimizer-offload-fraction 0", "above 0 and at most 1"),
         ("--optimizer-cpu-offload --dtype fp32", "needs --bf16"),
         ("--optimizer-cpu-offload --o2-optimizer", "give one of them"),
     ],
@@ -611,7 +610,7 @@ def test_nothing_heavy_is_imported():
         ("--model 7B --num-devices 9 --global-batch-size 16", "cannot share --global-batch-size"),
         ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "tensor parallel sizes are"),
         ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),
-        ("--model 7B --num-devices 8 --commands -1", "--commands -1 must not be negative"),
+        ("--model 7B --num-devices 8 --commands -1", "--commands -1 must not be below zero"),
         ("--model 7B --num-devices 8 --json not/there.json", "there is no folder .*/not; make it"),
         ("--model 7B --num-devices 8 --picture .", r"--picture \. is a folder"),
     ],
@@ -676,7 +675,10 @@ def _table() -> str:
         ("--memory-gb inf", "--memory-gb inf must be above zero, and a figure"),
         ("--memory-gb 1e300", "--memory-gb 1e+300 must be above zero, and a figure"),
         ("--peak-tflops inf", "--peak-tflops inf must be above zero, and a figure"),
-        ("--recompute-norm --recompute-norm-num-layers -2", "-num-layers -2 must not be negative"),
+        (
+            "--recompute-norm --recompute-norm-num-layers -2",
+            "-num-layers -2 must not be below zero",
+        ),
     ],
 )
 def test_figures_that_no_device_has_are_faults(words: str, fault: str) -> None:

@@ -80,12 +80,12 @@ def plan_of(flags: str) -> RunPlan:
     """As the launcher does: rank 0 makes its plan, and all agree on it."""
     from functools import partial
 
+    from qwen2_ascend.machine import rank
     from qwen2_ascend.training.plan import broadcast_plan, make_plan
     from qwen2_ascend.training.settings import parse
-    from qwen2_ascend.training.setup import is_first_rank
 
     settings = parse(f"{FLAGS} {flags}".split())
-    own = make_plan(settings) if is_first_rank() else None
+    own = make_plan(settings) if rank() == 0 else None
     return broadcast_plan(partial(make_plan, settings), own, timeout_seconds=60)
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2_ascend.training.length import RunLength
-from qwen2_ascend.training.settings import BatchSettings, OptimizerSettings, PretrainSettings
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings
+from qwen2_ascend.training.settings import BatchSettings, PretrainSettings
 
 SIZES = st.integers(1, 64)
 

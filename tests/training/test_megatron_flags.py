@@ -274,9 +274,9 @@ def test_other_names_of_what_is_a_setting() -> None:
     assert settings.data.variable_seq_lengths
     for flag in ("--reset-attention-mask", "--reset-position-ids"):
         assert pretraining.parse(f"{needed} {flag}".split()).data.keep_documents_apart
-        assert finetuning.parse(f"{needed} {flag}".split()).keep_chats_apart
-    assert finetuning.parse(f"{needed} --neat-pack".split()).keep_chats_apart
-    assert not finetuning.parse(needed.split()).keep_chats_apart
+        assert finetuning.parse(f"{needed} {flag}".split()).keeps_apart
+    assert finetuning.parse(f"{needed} --neat-pack".split()).keeps_apart
+    assert not finetuning.parse(needed.split()).keeps_apart
     (fault,) = faults(
         pretraining, f"{needed.replace('--data-path data', '--mock-data')} {flag}", world_size=1
     )

@@ -18,8 +18,9 @@ OFFLOAD = "--use-distributed-optimizer --optimizer-cpu-offload"
     [
         ("--optimizer-cpu-offload", "needs --use-distributed-optimizer"),
         ("--optimizer-offload-fraction 0.5", "needs --optimizer-cpu-offload"),
-        (f"{OFFLOAD} --optimizer-offload-fraction -1", "must be from 0 to 1"),
-        (f"{OFFLOAD} --optimizer-offload-fraction 1.5", "must be from 0 to 1"),
+        (f"{OFFLOAD} --optimizer-offload-fraction -1", "above 0 and at most 1"),
+        (f"{OFFLOAD} --optimizer-offload-fraction 0", "0 must be above 0 .* to offload nothing"),
+        (f"{OFFLOAD} --optimizer-offload-fraction 1.5", "above 0 and at most 1"),
         (f"{OFFLOAD} --reuse-fp32-param", "--reuse-fp32-param: give one of them"),
         (f"{OFFLOAD} --o2-optimizer", "--o2-optimizer: give one of them"),
     ],

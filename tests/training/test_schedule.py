@@ -10,8 +10,8 @@ import pytest
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime.megatron_compat import megatron_release
 from qwen2_ascend.training.length import RunLength
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings
 from qwen2_ascend.training.schedule import build_schedule, changed, current_lr
-from qwen2_ascend.training.settings import OptimizerSettings
 
 BATCH, ITERS, LR, MIN = 8, 20, 1e-3, 1e-4
 

@@ -18,13 +18,12 @@ from qwen2_ascend.errors import raise_if
 from qwen2_ascend.flags import Flag
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.training.fusion import FusionSettings
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.settings import (
     BatchSettings,
     DataSettings,
     ModelSettings,
-    OptimizerSettings,
     ParallelSettings,
-    PrecisionSettings,
     RuntimeSettings,
     TrainingSettings,
     shared_faults,

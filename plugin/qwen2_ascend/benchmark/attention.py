@@ -153,18 +153,10 @@ def _question(options: AttentionBenchmark, dtype: str, seq_length: int) -> dict[
 
 def _faults(options: AttentionBenchmark) -> list[str]:
     faults = dtype_faults(options.dtypes) + side_faults(options.sides, SIDES)
-    counts = {
-        "--seq-lengths": min(options.seq_lengths, default=0),
-        "--batch-size": options.batch_size,
-        "--num-attention-heads": options.num_attention_heads,
-        "--num-query-groups": options.num_query_groups,
-        "--kv-channels": options.kv_channels,
-        "--sides": len(options.sides),
-        "--steps": options.steps,
-        "--rounds": options.rounds,
-        "--threads": options.threads,
-    }
-    faults += count_faults(counts)
+    shape = ("seq_lengths", "batch_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    faults += count_faults(options, *shape, "steps", "rounds", "threads")
+    if not options.sides:
+        faults.append("--sides: name at least one.")
     groups = options.num_query_groups
     if groups >= 1 and options.num_attention_heads % groups:
         faults.append(

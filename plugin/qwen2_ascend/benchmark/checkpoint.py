@@ -190,14 +190,7 @@ def _faults(options: CheckpointBenchmark) -> list[str]:
     faults += side_faults(options.sides, SIDES)
     if alone := sorted(set(options.sides) & set(SIDES) - set(_possible_sides(options))):
         faults.append(f"--processes {options.processes}: {', '.join(alone)} runs on one only.")
-    counts = {
-        "--processes": options.processes,
-        "--sides": len(options.sides),
-        "--rounds": options.rounds,
-        "--threads": options.threads,
-        "--num-layers": 1 if options.num_layers is None else options.num_layers,
-    }
-    return faults + count_faults(counts)
+    return faults + count_faults(options, "processes", "rounds", "threads", "num_layers")
 
 
 def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwen2_ascend import machine
 from qwen2_ascend.benchmark.sides import serve
 from qwen2_ascend.benchmark.train_side import (
     MegatronCore,
@@ -44,7 +45,7 @@ def main(side: str, folder: str, dtype: str) -> None:
 
 
 def _prepared(side: str, folder: str, dtype: str) -> State:
-    processes = int(os.environ["WORLD_SIZE"])
+    processes = machine.world_size()
     work = Work(
         side=side,
         folder=folder,

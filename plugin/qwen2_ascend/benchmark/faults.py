@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from qwen2_ascend.flags import number_faults
 
 DTYPES = ("fp32", "bf16")
 
@@ -19,6 +23,8 @@ def side_faults(sides: Sequence[str], known: Sequence[str]) -> list[str]:
     ]
 
 
-def count_faults(counts: Mapping[str, int]) -> list[str]:
-    """Of flags whose values must be at least 1."""
-    return [f"{name} {n} must be at least 1." for name, n in counts.items() if n < 1]
+def count_faults(options: Any, *names: str) -> list[str]:
+    """Of options that must be at least 1, or all of whose numbers must."""
+    values = {name: getattr(options, name) for name in names}
+    least = {k: min(v, default=0) if isinstance(v, tuple) else v for k, v in values.items()}
+    return number_faults(SimpleNamespace(**least), at_least_one=names)

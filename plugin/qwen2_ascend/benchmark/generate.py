@@ -59,13 +59,8 @@ def run(options: GenerateBenchmark) -> None:
     Raises:
         UserError: options that cannot be measured.
     """
-    counts = {
-        "--batch-sizes": min(options.batch_sizes, default=0),
-        "--new-tokens": options.new_tokens,
-        "--rounds": options.rounds,
-        "--threads": options.threads,
-    }
-    faults = dtype_faults(options.dtypes) + count_faults(counts)
+    faults = dtype_faults(options.dtypes)
+    faults += count_faults(options, "batch_sizes", "new_tokens", "rounds", "threads")
     if not (options.load / "config.json").is_file():
         faults.append(f"--load {options.load}: is no Hugging Face folder.")
     raise_if(faults)

@@ -172,15 +172,8 @@ def _faults(options: TrainBenchmark) -> list[str]:
     faults = dtype_faults(options.dtypes) + side_faults(options.sides, SIDES)
     if len(set(options.sides)) != len(options.sides):
         faults.append(f"--sides {' '.join(options.sides)} names one twice.")
-    counts = {
-        "--seq-length": options.seq_length,
-        "--micro-batch-size": options.micro_batch_size,
-        "--steps": options.steps,
-        "--rounds": options.rounds,
-        "--threads": options.threads,
-        "--num-layers": 1 if options.num_layers is None else options.num_layers,
-    }
-    faults += count_faults(counts)
+    counts = ("seq_length", "micro_batch_size", "steps", "rounds", "threads", "num_layers")
+    faults += count_faults(options, *counts)
     if options.micro_batch_size >= 1:
         batch = _global_batch_size(options)
         if batch < 1 or batch % options.micro_batch_size:

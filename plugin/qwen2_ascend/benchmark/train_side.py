@@ -96,6 +96,7 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
     """The run that `launch/pretrain_qwen2.py` makes, and its plan."""
     from qwen2_ascend.training import settings as s
     from qwen2_ascend.training.fusion import FusionSettings
+    from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
     from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.pretrain import prepare
     from qwen2_ascend.training.setup import start_runtime
@@ -112,13 +113,13 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
             seq_length=work.seq_length,
             train_iters=work.max_steps,
         ),
-        optimizer=s.OptimizerSettings(
+        optimizer=OptimizerSettings(
             lr=work.lr,
             lr_decay_style="constant",
             clip_grad=work.clip_grad,
             weight_decay=work.weight_decay,
         ),
-        precision=s.PrecisionSettings(bf16=work.dtype == "bf16"),
+        precision=PrecisionSettings(bf16=work.dtype == "bf16"),
         fusion=fusion if plain else FusionSettings(),
         data=s.DataSettings(mock_data=True),
         runtime=s.RuntimeSettings(device=work.device, seed=SEED),  # pyright: ignore

@@ -23,7 +23,7 @@ from qwen2_ascend.checkpoint.pasted import (
 )
 from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.errors import UserError, printable, raise_if
-from qwen2_ascend.flags import layer_list
+from qwen2_ascend.flags import layer_list, number_faults
 from qwen2_ascend.log import shown_log
 from qwen2_ascend.markdown import aligned
 from qwen2_ascend.parallel import ParallelLayout
@@ -168,8 +168,9 @@ def _with_kinds(options: ConvertOptions) -> ConvertOptions:
 
 def _conversion(options: ConvertOptions) -> Conversion:
     assert options.save_model_type is not None
-    if options.workers < 0:
-        raise UserError(f"--workers {options.workers} must be at least 0.")
+    sizes = ("target_tensor_parallel_size", "target_pipeline_parallel_size")
+    sizes += ("num_layers_per_virtual_pipeline_stage",)
+    raise_if(number_faults(options, at_least_one=sizes, not_negative=("workers",)))
     from qwen2_ascend.checkpoint.convert import Conversion
     from qwen2_ascend.checkpoint.lora_source import GivenLora
 

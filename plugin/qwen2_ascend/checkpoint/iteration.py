@@ -24,10 +24,9 @@ from qwen2_ascend.checkpoint.staging import (
     partial_folder,
     publish_folder,
     restore_replaced,
-    write_file,
 )
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import read_bytes
+from qwen2_ascend.files import read_bytes, write_file
 
 _PLACE = re.compile(r"\.(iter_[0-9]+)\.(partial|replaced|removed)")
 

@@ -21,9 +21,7 @@ import sys
 from pathlib import Path
 
 from qwen2_ascend.errors import UserError, VerificationError
-from qwen2_ascend.files import fsync_folder as fsync_folder
-from qwen2_ascend.files import naming as naming
-from qwen2_ascend.files import write_file as write_file
+from qwen2_ascend.files import fsync_folder
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100

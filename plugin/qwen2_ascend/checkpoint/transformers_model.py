@@ -21,10 +21,10 @@ from qwen2_ascend.checkpoint.load import fill, log_losses
 from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
 from qwen2_ascend.checkpoint.source import Source
-from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.target import Target, hugging_face_target
 from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.files import write_file
 
 MAX_SHARD_BYTES = 5 * 10**9
 

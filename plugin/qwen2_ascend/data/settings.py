@@ -10,7 +10,7 @@ import tyro
 
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import raise_if
-from qwen2_ascend.flags import Flag
+from qwen2_ascend.flags import Flag, flag_of, number_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,8 @@ class PreprocessSettings:
         raise_if(self._faults())
 
     def _faults(self) -> list[str]:
-        faults = []
-        for name in ("max_document_bytes", "log_interval"):
-            if (value := getattr(self, name)) < 1:
-                faults.append(f"--{name.replace('_', '-')} {value} must be at least 1.")
-        if not self.save_interval_mb > 0:
-            faults.append(f"--save-interval-mb {self.save_interval_mb} must be above zero.")
-        if self.workers is not None and self.workers < 1:
-            faults.append(f"--workers {self.workers} must be at least 1.")
+        counts = ("max_document_bytes", "log_interval", "workers")
+        faults = number_faults(self, at_least_one=counts, above_zero=("save_interval_mb",))
         if not self.input:
             faults.append("--input names no file, glob or folder.")
         if not self.json_keys or len(set(self.json_keys)) < len(self.json_keys):
@@ -113,7 +107,7 @@ class PreprocessSettings:
             "--pack": self.pack,
             "--neat-pack": self.neat_pack,
             **{
-                f"--{name.replace('_', '-')}": value != getattr(ChatSettings(), name)
+                flag_of(name): value != getattr(ChatSettings(), name)
                 for name, value in vars(self.chat).items()
             },
         }

@@ -18,6 +18,7 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.evaluation.lm_eval_run import Rows, run_named_tasks
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
+from qwen2_ascend.files import write_file
 from qwen2_ascend.inference.opening import (
     config_folder,
     open_model,
@@ -78,7 +79,8 @@ def evaluate(settings: EvaluateSettings) -> None:
         print(table(rows), flush=True)
         if settings.output_json is not None:
             results = {"model": str(settings.model.load), "results": rows, "lm_eval": details}
-            _write(settings.output_json, results)
+            text = json.dumps(results, indent=1, default=str) + "\n"
+            write_file(settings.output_json, text.encode())
             logger.info(f"wrote {settings.output_json}")
     runtime.close()
 
@@ -171,10 +173,3 @@ def _local_tasks(settings: EvaluateSettings, tokenizer: Tokenizer) -> LocalTasks
     from qwen2_ascend.evaluation.local_run import LocalTasks
 
     return LocalTasks(settings, tokenizer)
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    """All of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from qwen2_ascend.evaluation.lm_eval_run import Rows, run_tasks, served_model
 from qwen2_ascend.evaluation.local_tasks import Wishes, local_tasks
 from qwen2_ascend.evaluation.programs import Programs
 from qwen2_ascend.evaluation.settings import EvaluateSettings
+from qwen2_ascend.machine import rank
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.engine import Engine
@@ -33,8 +33,7 @@ class LocalTasks:
 
     def __init__(self, settings: EvaluateSettings, tokenizer: Tokenizer) -> None:
         local, self._settings = settings.local, settings
-        is_first = os.environ.get("RANK", "0") == "0"
-        self._programs = Programs(_programs_file(settings), is_first=is_first)
+        self._programs = Programs(_programs_file(settings), is_first=rank() == 0)
         wishes = Wishes(
             max_new_tokens=local.max_new_tokens,
             alternative_prompt=local.alternative_prompt,

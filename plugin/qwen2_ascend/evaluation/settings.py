@@ -17,7 +17,7 @@ from qwen2_ascend.errors import raise_if
 from qwen2_ascend.evaluation.benchmarks import KINDS
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.files import missing
-from qwen2_ascend.flags import Flag
+from qwen2_ascend.flags import Flag, number_faults
 from qwen2_ascend.inference.settings import ServedModelSettings
 from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.pasted_flags import Pasted, pasted_faults
@@ -141,14 +141,10 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
             f"--stride {settings.stride(config)} must be from 1 to {window - 1}, one below "
             "--window."
         )
-    at_least_one = {"--batch-size": settings.batch_size, "--limit": tasks.limit}
-    faults += [
-        f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
-    ]
+    faults += number_faults(settings, at_least_one=("batch_size",))
+    faults += number_faults(tasks, at_least_one=("limit",), not_negative=("num_fewshot",))
     if not 0 <= settings.seed < 2**63:
         faults.append(f"--seed {settings.seed} must be from 0 to below 2^63.")
-    if tasks.num_fewshot is not None and tasks.num_fewshot < 0:
-        faults.append(f"--num-fewshot {tasks.num_fewshot} must not be below zero.")
     if tasks.include_path is not None and not tasks.include_path.is_dir():
         faults.append(f"--include-path {tasks.include_path}: no such folder.")
     output = settings.output_json
@@ -176,8 +172,7 @@ def _local_faults(settings: EvaluateSettings) -> list[str]:
         )
     if len({SAME_TASKS.get(name, name) for name in local.task}) < len(local.task):
         faults.append(f"--task {' '.join(local.task)}: asks for the same twice; name it once.")
-    if local.max_new_tokens is not None and local.max_new_tokens < 1:
-        faults.append(f"--max-new-tokens {local.max_new_tokens} must be at least 1.")
+    faults += number_faults(local, at_least_one=("max_new_tokens",))
     for flag, is_on, task in (
         ("--alternative-prompt", local.alternative_prompt, "mmlu"),
         ("--chain-of-thought", local.chain_of_thought, "bbh"),

@@ -32,9 +32,10 @@ from qwen2_ascend.checkpoint.load import Slices, load_slices
 from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
 from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.checkpoint.slices import parts_of
-from qwen2_ascend.checkpoint.staging import fsync_folder, naming, partial_folder, write_file
+from qwen2_ascend.checkpoint.staging import partial_folder
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
+from qwen2_ascend.files import fsync_folder, write_file, written_whole
 from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
@@ -222,14 +223,14 @@ def _merge(sources: Sequence[StoredSlice], pieces: Mapping[str, TensorSlice], pa
     (dtype,) = {held.stored.dtype for held in sources}
     specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
     header, offsets = encode_header(specs, {"format": "pt"})
-    beside = path.with_name(f".{path.name}.new")
-    targets = [
-        StoredSlice(name, piece, StoredTensor(beside, offsets[name], piece.shape, dtype))
-        for name, piece in pieces.items()
-    ]
-    plan = make_plan(sources, targets, vocab_size=0)
     buffers = BandBuffers()
-    with Reader() as reader, naming(path), open(beside, "wb") as file:
+    with Reader() as reader, written_whole(path) as file:
+        beside = Path(file.name)
+        targets = [
+            StoredSlice(name, piece, StoredTensor(beside, offsets[name], piece.shape, dtype))
+            for name, piece in pieces.items()
+        ]
+        plan = make_plan(sources, targets, vocab_size=0)
         file.write(header)
         for write in plan.writes:
             start = write.target.stored.offset
@@ -239,9 +240,6 @@ def _merge(sources: Sequence[StoredSlice], pieces: Mapping[str, TensorSlice], pa
                 file.write(band.reshape(-1).view(np.uint8).data)
 
             write_bands(write, reader, buffers, put)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _publish(partial: Path, folder: Path) -> None:

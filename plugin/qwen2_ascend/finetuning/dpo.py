@@ -18,8 +18,8 @@ import torch
 import xxhash
 from torch.nn.functional import logsigmoid, relu
 
-from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
 from qwen2_ascend.model.sequence_cut import is_first_part, sum_over_parts
 from qwen2_ascend.runtime.agreement import made_by_first

@@ -255,7 +255,7 @@ def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
         shuffle=not data.no_shuffle,
         vocab_size=plan.config.vocab_size,
         data_cache_path=data.data_cache_path,
-        keep_chats_apart=settings.keep_chats_apart,
+        keep_chats_apart=settings.keeps_apart,
     ).build()
     for note in built.notes:
         logger.info(note)

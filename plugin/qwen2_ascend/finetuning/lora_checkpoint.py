@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
-from qwen2_ascend.checkpoint.staging import write_file
+from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.adapter import (
     adapter_state,
     lay_out_adapter,

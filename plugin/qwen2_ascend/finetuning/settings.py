@@ -17,11 +17,12 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.errors import Faults, raise_if
+from qwen2_ascend.flags import Flag, number_faults
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import sequence_unit
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
-from qwen2_ascend.training.settings import Flag, TrainingSettings, shared_faults
+from qwen2_ascend.training.settings import TrainingSettings, shared_faults
 
 F = TypeVar("F", bound="FinetuneSettings")
 
@@ -128,10 +129,26 @@ class FinetuneSettings(TrainingSettings):
         return self.tuning.tokenizer_name_or_path
 
     @property
-    def keep_chats_apart(self) -> bool:
+    def keeps_apart(self) -> bool:
         """Whether flags say that a chat sees only itself, in packs that were prepared too."""
         given = {flag for flag, _ in self.pasted}
         return self.data.pack or not given.isdisjoint(RESETS)
+
+    @property
+    def variable_seq_lengths(self) -> bool:
+        return self.data.variable_seq_lengths
+
+    @property
+    def lora_rank(self) -> int | None:
+        return self.lora.lora_r
+
+    @property
+    def trains_pairs(self) -> bool:
+        return self.tuning.stage == "dpo"
+
+    @property
+    def unplanned(self) -> list[str]:
+        return ["--lora-load"] if self.lora.lora_load is not None else []
 
     @property
     def pad_to_multiple_of(self) -> int:
@@ -187,23 +204,18 @@ def _length_faults(settings: FinetuneSettings) -> list[str]:
     given = (batch.train_iters, batch.train_samples, epochs)
     if sum(value is not None for value in given) != 1:
         return ["give one of --train-iters, --train-samples and --num-train-epochs."]
-    if epochs is not None and not epochs > 0:
-        return [f"--num-train-epochs {epochs} must be above zero."]
-    return []
+    return number_faults(settings.tuning, above_zero=("num_train_epochs",))
 
 
 def _tuning_faults(settings: FinetuneSettings) -> list[str]:
-    tuning, faults = settings.tuning, []
-    if not tuning.dpo_beta > 0:
-        faults.append(f"--dpo-beta {tuning.dpo_beta} must be above zero.")
+    tuning = settings.tuning
+    faults = number_faults(tuning, above_zero=("dpo_beta",), not_negative=("pref_ftx",))
     if not 0 <= tuning.dpo_label_smoothing < 0.5:
         faults.append(
             f"--dpo-label-smoothing {tuning.dpo_label_smoothing} must be from 0 to below 0.5."
         )
     if tuning.dpo_label_smoothing and tuning.dpo_loss_type != "sigmoid":
         faults.append("--dpo-label-smoothing needs --dpo-loss-type sigmoid.")
-    if not tuning.pref_ftx >= 0:
-        faults.append(f"--pref-ftx {tuning.pref_ftx} must not be below zero.")
     return faults
 
 
@@ -225,6 +237,4 @@ def _data_faults(settings: FinetuneSettings) -> list[str]:
     data, faults = settings.data, []
     if data.eval_iters and not data.valid_data_path and settings.data.split == "100,0,0":
         faults.append("--eval-iters needs --valid-data-path, or a share in --split, as in 98,2,0.")
-    if data.pad_to_multiple_of < 1:
-        faults.append(f"--pad-to-multiple-of {data.pad_to_multiple_of} must be at least 1.")
-    return faults
+    return faults + number_faults(data, at_least_one=("pad_to_multiple_of",))

@@ -16,7 +16,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.flags import Flag, layer_list
+from qwen2_ascend.flags import LAYOUT_SIZES, Flag, flag_of, layer_list, number_faults
 from qwen2_ascend.inference.pasted import GENERATE_FLAGS
 from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
@@ -83,7 +83,7 @@ class ServedModelSettings:
         """How the model is cut.
 
         Raises:
-            UserError: --num-layer-list is not a list of numbers.
+            UserError: --num-layer-list is wrong.
         """
         return ParallelLayout(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
@@ -96,9 +96,9 @@ class ServedModelSettings:
         faults = []
         if [self.bf16, self.fp16, self.fp32].count(True) > 1:
             faults.append("--bf16, --fp16 and --fp32: give one of them.")
-        if not self.distributed_timeout_minutes > 0:
-            minutes = self.distributed_timeout_minutes
-            faults.append(f"--distributed-timeout-minutes {minutes} must be above zero.")
+        faults += number_faults(self, above_zero=("distributed_timeout_minutes",))
+        if wrong := number_faults(self, at_least_one=LAYOUT_SIZES[:2]):
+            return faults + wrong
         try:
             layout = self.layout()
             layout.check(config, padded_vocab_size(config, layout.tp, divisible_by=1))
@@ -276,7 +276,7 @@ NUMBERS = {
 def sampling_faults(sampling: SamplingSettings) -> list[str]:
     """Values that no sampling can have, and flags that exclude each other."""
     faults = [
-        f"--{name.replace('_', '-')} {value} {number.rule}."
+        f"{flag_of(name)} {value} {number.rule}."
         for name, number in NUMBERS.items()
         if (value := getattr(sampling, name, None)) is not None and not number.allows(value)
     ]
@@ -287,7 +287,7 @@ def sampling_faults(sampling: SamplingSettings) -> list[str]:
     drawing = ("do_sample", "temperature", "top_k", "top_p")
     given = [name for name in drawing if getattr(sampling, name) not in (None, False)]
     if sampling.greedy and given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        flags = ", ".join(map(flag_of, given))
         faults.append(f"--greedy draws nothing, so {flags} would have no effect; leave one out.")
     return faults
 
@@ -297,8 +297,7 @@ def _prompt_faults(settings: GenerateSettings) -> list[str]:
     faults = _task_faults(settings) if tasks else []
     if not tasks and prompts.num_sources != 1:
         faults.append("give one of --prompt, --prompt-file and --chat.")
-    if prompts.batch_size < 1:
-        faults.append(f"--batch-size {prompts.batch_size} must be at least 1.")
+    faults += number_faults(prompts, at_least_one=("batch_size",))
     if "" in prompts.prompt:
         faults.append("--prompt '' has nothing to continue.")
     output = prompts.output_file
@@ -324,8 +323,7 @@ def _task_faults(settings: GenerateSettings) -> list[str]:
             "--task asks a question of its own; leave it out with --prompt, --prompt-file, --chat, "
             "--apply-chat-template and --output-file."
         )
-    if wanted.history_turns < 0:
-        faults.append(f"--history-turns {wanted.history_turns} must not be below zero.")
+    faults += number_faults(wanted, not_negative=("history_turns",))
     if wanted.hf_chat_template and settings.model.prompt_type is not None:
         faults.append("--hf-chat-template and --prompt-type: give one of them.")
     is_plain = not wanted.hf_chat_template and settings.model.prompt_type is None

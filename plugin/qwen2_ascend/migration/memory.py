@@ -8,17 +8,14 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.settings import FinetuneSettings, LoraSettings, TuningSettings
+from qwen2_ascend.flags import flag_of
 from qwen2_ascend.planning.devices import GB, find_device
 from qwen2_ascend.planning.job import RunLayout
 from qwen2_ascend.planning.memory import fullest_stage
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.planned import as_run_layout
-from qwen2_ascend.training.settings import (
-    BatchSettings,
-    OptimizerSettings,
-    ParallelSettings,
-    PrecisionSettings,
-    RecomputeSettings,
-)
+from qwen2_ascend.training.recompute_settings import RecomputeSettings
+from qwen2_ascend.training.settings import BatchSettings, ParallelSettings
 
 T = TypeVar("T")
 
@@ -86,7 +83,7 @@ def _group(kind: type[T], flags: Flags) -> T:
     """A group of settings out of the flags that have its fields' names."""
     said: dict[str, Any] = {}
     for field, hint in get_type_hints(kind).items():
-        flag = f"--{field.replace('_', '-')}"
+        flag = flag_of(field)
         if flag not in flags:
             continue
         if hint is bool:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.flags import flag_of
 from qwen2_ascend.migration.script import Command, Token, token
 from qwen2_ascend.pasted_flags import Pasted, Table, pasted_faults, said, split_flags
 
@@ -133,7 +134,7 @@ def own_flags(kind: type) -> dict[str, bool]:
         if is_dataclass(hint) and isinstance(hint, type):
             found |= own_flags(hint)
             continue
-        names = [f"--{field.name.replace('_', '-')}"]
+        names = [flag_of(field.name)]
         for one in metadata:
             names += getattr(one, "aliases", None) or ()
         several = any(get_origin(one) is tuple for one in (hint, *get_args(hint)))

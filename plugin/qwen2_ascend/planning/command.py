@@ -12,13 +12,28 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import Faults, raise_if
+from qwen2_ascend.flags import LAYOUT_SIZES, flag_of, layer_list, number_faults
+from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.planning import log, report, search
 from qwen2_ascend.planning.devices import DEVICES, GB, TERA, Device, Rates, find_device
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
+from qwen2_ascend.training.overlap import OverlapSettings
 
 YesNo = Literal["yes", "no"]
 DEFAULT_DEVICE = "910B"
+NEVER_WITH_ZERO = (
+    *("lora_r", "cross_entropy_chunk_size", "num_layer_list", "sequence_parallel"),
+    *("use_distributed_optimizer", "optimizer_cpu_offload", "reuse_fp32_param", "o2_gradient"),
+    *("o2_optimizer", "swap_attention", "recompute_norm", "recompute_activation_function"),
+)
+"""Options that are not planned with --zero-stage, whatever their values."""
+NOT_WITH_ZERO = ("stage dpo", "attention_backend unfused")
+NOT_WITH_ZERO += ("recompute_granularity selective", "recompute_method block")
+"""Options that are not planned with it at one value."""
+OUTPUTS = ("activation_function", "norm")
+"""What --recompute-... computes again alone."""
 MOST = 1e12
 """Of GB, GB/s and TFLOP/s: beyond it a device's figures are slips, or infinite."""
 
@@ -159,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def as_launchers_write(words: Sequence[str]) -> list[str]:
     """Flags without a value, as the launchers' are, with the value that they stand for."""
-    known = {f"--{f.name.replace('_', '-')}" for f in fields(PlanOptions) if "YesNo" in str(f.type)}
+    known = {flag_of(f.name) for f in fields(PlanOptions) if "YesNo" in str(f.type)}
     written: list[str] = []
     for word, after in pairwise([*words, ""]):
         if word in known and after not in ("yes", "no"):
@@ -233,6 +248,9 @@ def _logs(options: PlanOptions) -> list[log.LoggedRun]:
 def _plan(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> report.Result:
     raise_if(_faults(options))
     job, machine, choices = _job(options, logs), _machine(options, logs), _choices(options)
+    if (layers := choices.num_layer_list) is not None:
+        pp = choices.pipeline_model_parallel_size or len(layers)
+        ParallelLayout(pipeline_model_parallel_size=pp, num_layer_list=layers).check(job.config)
     plans = search.find_plans(job, machine, choices)
     fewest = search.fewest_devices(job, machine, choices)
     cheaper = None
@@ -256,7 +274,7 @@ def _choices(options: PlanOptions) -> search.Choices:
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
-        num_layer_list=_layer_list(options),
+        num_layer_list=layer_list(options.num_layer_list),
         context_parallel_size=options.context_parallel_size,
         context_parallel_algo=options.context_parallel_algo,
         sequence_parallel=_is_yes(options.sequence_parallel),
@@ -300,11 +318,6 @@ def _number_of_layers(asked: YesNo | None, number: int | None) -> int | None:
     if asked is None:
         return None
     return (ALL_LAYERS if number is None else number) if asked == "yes" else 0
-
-
-def _layer_list(options: PlanOptions) -> tuple[int, ...] | None:
-    words = options.num_layer_list
-    return None if words is None else tuple(map(int, words.split(",")))
 
 
 def _job(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> Job:
@@ -377,14 +390,8 @@ def _device(options: PlanOptions, logged: Device | None) -> Device:
 
 
 def _combination_faults(options: PlanOptions) -> list[str]:
-    """Flags that need another, or exclude one; as the launchers say it."""
+    """Flags that need another, or exclude one."""
     needs = {
-        "--reuse-fp32-param needs --bf16.": options.reuse_fp32_param == "yes"
-        and options.dtype not in (None, "bf16"),
-        "--o2-gradient needs --bf16.": options.o2_gradient == "yes"
-        and options.dtype not in (None, "bf16"),
-        "--o2-optimizer needs --bf16.": options.o2_optimizer == "yes"
-        and options.dtype not in (None, "bf16"),
         "--recompute-method needs --recompute-granularity full.": options.recompute_method
         is not None
         and options.recompute_granularity != "full",
@@ -392,87 +399,60 @@ def _combination_faults(options: PlanOptions) -> list[str]:
         == "block"
         and options.recompute_num_layers is None,
     }
-    for what in ("activation_function", "norm"):
-        flag = f"--recompute-{what.replace('_', '-')}"
-        number = getattr(options, f"recompute_{what}_num_layers")
-        is_on = getattr(options, f"recompute_{what}") == "yes"
-        needs[f"{flag}-num-layers needs {flag}."] = number is not None and not is_on
-        needs[f"{flag}-num-layers {number} must not be negative."] = (number or 0) < 0
+    for what in OUTPUTS:
+        flag, number = flag_of(f"recompute_{what}"), f"recompute_{what}_num_layers"
+        is_alone = getattr(options, f"recompute_{what}") != "yes"
+        needs[f"{flag}-num-layers needs {flag}."] = (
+            is_alone and getattr(options, number) is not None
+        )
     faults = [fault for fault, is_one in needs.items() if is_one]
-    faults += _overlap_and_offload_faults(options) + _zero_faults(options)
-    words = options.num_layer_list
-    if words is not None and not all(word.isdecimal() for word in words.split(",")):
-        faults.append(f"--num-layer-list {words}: give whole numbers, as in 6,8,8,6.")
-    return faults
+    return faults + _training_faults(options) + _zero_faults(options)
+
+
+def _training_faults(options: PlanOptions) -> list[str]:
+    """What the launchers say of flags that they have too."""
+    precision = PrecisionSettings(
+        bf16=options.dtype in (None, "bf16"),
+        fp16=options.dtype == "fp16",
+        reuse_fp32_param=options.reuse_fp32_param == "yes",
+        o2_gradient=options.o2_gradient == "yes",
+        o2_optimizer=options.o2_optimizer == "yes",
+    )
+    optimizer = OptimizerSettings(
+        lr=1.0,
+        optimizer_cpu_offload=options.optimizer_cpu_offload == "yes",
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+    )
+    overlap = OverlapSettings(
+        use_ascend_mc2=options.use_ascend_mc2 == "yes",
+        use_ascend_coc=options.use_ascend_coc == "yes",
+        coc_parallel_num=options.coc_parallel_num,
+    )
+    is_distributed = options.use_distributed_optimizer != "no"
+    return precision.faults() + optimizer.faults(precision, is_distributed) + overlap.flag_faults()
 
 
 def _zero_faults(options: PlanOptions) -> list[str]:
-    stage = options.zero_stage
-    rules = {
-        "--offload-optimizer needs --zero-stage.": options.offload_optimizer == "yes"
-        and stage is None,
-        "--offload-param needs --zero-stage 3.": options.offload_param == "yes" and stage != 3,
-    }
-    absent = {
-        "--lora-r": options.lora_r is not None,
-        "--stage dpo": options.stage == "dpo",
-        "--attention-backend unfused": options.attention_backend == "unfused",
-        "--cross-entropy-chunk-size": options.cross_entropy_chunk_size is not None,
-        "--sequence-parallel": options.sequence_parallel == "yes",
-        "--use-distributed-optimizer": options.use_distributed_optimizer == "yes",
-        "--optimizer-cpu-offload": options.optimizer_cpu_offload == "yes",
-        "--reuse-fp32-param": options.reuse_fp32_param == "yes",
-        "--o2-gradient": options.o2_gradient == "yes",
-        "--o2-optimizer": options.o2_optimizer == "yes",
-        "--swap-attention": options.swap_attention == "yes",
-        "--recompute-norm": options.recompute_norm == "yes",
-        "--recompute-activation-function": options.recompute_activation_function == "yes",
-        "--recompute-granularity selective": options.recompute_granularity == "selective",
-        "--recompute-method block": options.recompute_method == "block",
-        "--num-layer-list": options.num_layer_list is not None,
-    }
-    rules |= {
-        f"{flag} is not planned with --zero-stage; leave one of them out.": is_on
-        and stage is not None
-        for flag, is_on in absent.items()
-    }
-    return [fault for fault, is_broken in rules.items() if is_broken]
-
-
-def _overlap_and_offload_faults(options: PlanOptions) -> list[str]:
-    """As the launchers say it."""
-    pieces, fraction = options.coc_parallel_num, options.optimizer_offload_fraction
-    coc, offload = "--use-ascend-coc", "--optimizer-cpu-offload"
-    is_coc, is_offloaded = options.use_ascend_coc == "yes", options.optimizer_cpu_offload == "yes"
-    rules = {
-        f"--use-ascend-mc2 and {coc}: give one of them.": is_coc
-        and options.use_ascend_mc2 == "yes",
-        f"--coc-parallel-num {pieces} is not 1, 2, 4 or 8, as in MindSpeed.": pieces
-        not in (1, 2, 4, 8),
-        f"--coc-parallel-num {pieces} needs {coc}.": pieces != 1 and not is_coc,
-        f"--optimizer-offload-fraction {fraction:g} must be from 0 to 1.": not 0 <= fraction <= 1,
-        f"--optimizer-offload-fraction needs {offload}.": fraction != 1 and not is_offloaded,
-        f"{offload} needs --bf16 or --fp16.": is_offloaded and options.dtype == "fp32",
-        f"{offload} needs --use-distributed-optimizer, as in Megatron-LM.": is_offloaded
-        and options.use_distributed_optimizer == "no",
-        f"{offload} and --reuse-fp32-param: give one of them.": is_offloaded
-        and options.reuse_fp32_param == "yes",
-        f"{offload} and --o2-optimizer: give one of them.": is_offloaded
-        and options.o2_optimizer == "yes",
-    }
-    return [fault for fault, is_broken in rules.items() if is_broken]
+    stage, faults = options.zero_stage, []
+    if stage is None and options.offload_optimizer == "yes":
+        faults.append("--offload-optimizer needs --zero-stage.")
+    if stage != 3 and options.offload_param == "yes":
+        faults.append("--offload-param needs --zero-stage 3.")
+    if stage is None:
+        return faults
+    given = [
+        flag_of(name) for name in NEVER_WITH_ZERO if getattr(options, name) not in (None, "no")
+    ]
+    for name, value in map(str.split, NOT_WITH_ZERO):
+        given += [f"{flag_of(name)} {value}"] * (getattr(options, name) == value)
+    return faults + [
+        f"{flag} is not planned with --zero-stage; leave one of them out." for flag in given
+    ]
 
 
 def _faults(options: PlanOptions) -> list[str]:
-    at_least_one = {
-        "--num-devices": options.num_devices,
-        "--devices-per-node": options.devices_per_node,
-        "--micro-batch-size": options.micro_batch_size,
-        "--context-parallel-size": options.context_parallel_size,
-        "--recompute-num-layers": options.recompute_num_layers,
-        "--global-batch-size": options.global_batch_size,
-        "--top": options.top,
-    }
+    counts = ("num_devices", "devices_per_node", "micro_batch_size", *LAYOUT_SIZES)
+    counts += ("recompute_num_layers", "global_batch_size", "top")
     shares = {
         "--memory-fraction": options.memory_fraction,
         "--efficiency": options.efficiency,
@@ -485,16 +465,16 @@ def _faults(options: PlanOptions) -> list[str]:
         "--node-bandwidth-gb": options.node_bandwidth_gb,
         "--network-bandwidth-gb": options.network_bandwidth_gb,
     }
-    faults = [
-        f"{k} {v!r} is not a whole number."
-        for k, v in at_least_one.items()
-        if v is not None and not isinstance(v, int)
-    ]
+    faults = Faults(
+        f"{flag_of(name)} {value!r} is not a whole number."
+        for name in counts
+        if (value := getattr(options, name)) is not None and not isinstance(value, int)
+    )
     if faults:
         return faults
-    faults = [
-        f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
-    ]
+    numbers = ("commands", *(f"recompute_{what}_num_layers" for what in OUTPUTS))
+    faults += number_faults(options, at_least_one=counts, not_negative=numbers)
+    faults.collect(lambda: layer_list(options.num_layer_list))
     faults += [
         f"{k} {v} must be above 0 and at most 1."
         for k, v in shares.items()
@@ -506,17 +486,12 @@ def _faults(options: PlanOptions) -> list[str]:
         if v is not None and not 0 < v < MOST
     ]
     faults += _combination_faults(options)
-    if options.commands < 0:
-        faults.append(f"--commands {options.commands} must not be negative.")
     if options.from_log and options.device:
         faults.append("--from-log says which device it is; leave out --device.")
     elif not options.from_log:
         absent = {"--model": options.model, "--num-devices": options.num_devices}
         faults += [f"give {flag}, or --from-log." for flag, it in absent.items() if it is None]
-    try:
-        find_device(options.device or DEFAULT_DEVICE)
-    except UserError as error:
-        faults += error.faults
+    faults.collect(lambda: find_device(options.device or DEFAULT_DEVICE))
     for flag, path in {"--json": options.json, "--picture": options.picture}.items():
         if path is not None and path.is_dir():
             faults.append(f"{flag} {path} is a folder; name a file in it.")

@@ -217,8 +217,8 @@ ALIASES = {"910B": "910B2", "910_9391": "910C", "910_9392": "910C", "A100-80GB":
 digits is what a 910C calls itself."""
 
 
-def find_device(name: str) -> Device:
-    """The device of that name, whatever its case.
+def find_device(name: str, flag: str = "--device") -> Device:
+    """The device of that name, whatever its case; `flag` has said it.
 
     Raises:
         UserError: there is none.
@@ -228,7 +228,7 @@ def find_device(name: str) -> Device:
     by_name |= {alias.upper(): DEVICES[target] for alias, target in ALIASES.items()}
     if wanted not in by_name:
         raise UserError(
-            f"--device {name} is not known; known are {', '.join([*ALIASES, *DEVICES])}. For "
+            f"{flag} {name} is not known; known are {', '.join([*ALIASES, *DEVICES])}. For "
             "another give the nearest, with --memory-gb, --peak-tflops and so on."
         )
     return by_name[wanted]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen2_ascend.flags import flag_of
 from qwen2_ascend.planning.devices import GB
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Zero
 from qwen2_ascend.planning.parameters import num_parameters
@@ -267,7 +268,7 @@ def launch_flags(model: str, cut: RunLayout) -> list[str]:
         flags.append("--recompute-granularity full --recompute-method uniform")
         flags.append("--recompute-num-layers 1")
     for name in ("activation_function", "norm"):
-        number, flag = getattr(cut, f"recompute_{name}"), f"--recompute-{name.replace('_', '-')}"
+        number, flag = getattr(cut, f"recompute_{name}"), flag_of(f"recompute_{name}")
         if number:
             flags.append(flag if number >= ALL_LAYERS else f"{flag} {flag}-num-layers {number}")
     flags += [flag for flag, is_on in _further_flags(cut).items() if is_on]

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from qwen2_ascend.machine import rank
+from qwen2_ascend.machine import local_rank, rank
 
 FIRST_SECONDS = 2
 """How long a rank waits for the first of its node to say the same fault."""
@@ -115,7 +115,7 @@ def _claim(text: str, seconds: float) -> bool:
         return True
     # torchrun gives each rank a folder in one of the node's and of this start
     mark = Path(error_file).parents[1] / f"said.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    deadline = time.monotonic() + seconds * (os.environ.get("LOCAL_RANK") != "0")
+    deadline = time.monotonic() + seconds * bool(local_rank())
     while time.monotonic() < deadline and not mark.exists():
         time.sleep(0.05)
     try:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.machine import place
 from qwen2_ascend.runtime.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
@@ -27,7 +28,6 @@ DEFAULT_SECONDS = 600.0
 START_SECONDS = 30.0
 """What ranks are given at least to start and to agree: imports take some longer than others. Who is
 lost meanwhile is found by its heart, which does stop after the time-out."""
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,24 +134,6 @@ def _found(
                     f"address, and that no firewall closes the port. ({str(error).splitlines()[0]})"
                 ) from error
             time.sleep(POLL_SECONDS)
-
-
-def place() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun, or of a single process.
-
-    Raises:
-        UserError: a part of it is missing or no number.
-    """
-    values = [os.environ.get(name) for name in _NAMES]
-    if values[1] is None:
-        return 0, 1, 0
-    if missing := [name for name, value in zip(_NAMES, values, strict=True) if value is None]:
-        raise UserError(
-            f"WORLD_SIZE={values[1]} is set but {', '.join(missing)} is not; start with torchrun, "
-            "or unset WORLD_SIZE for a single process."
-        )
-    rank, world_size, local_rank = (int(value) for value in values if value is not None)
-    return rank, world_size, local_rank
 
 
 def _server() -> tuple[str, int]:

@@ -11,13 +11,13 @@ import functools
 import importlib
 import inspect
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.machine import local_rank
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import absent_triton
 
@@ -225,7 +225,7 @@ def each_node_builds_data() -> Iterator[None]:
     """
     from qwen2_ascend.runtime.ledger import Patch, applied_during
 
-    place = int(os.environ.get("LOCAL_RANK", "0"))
+    place = local_rank()
     with applied_during(
         Patch(
             target="torch.distributed:get_rank",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qwen2_ascend.errors import Faults, UserError
+from qwen2_ascend.machine import local_world_size
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import cpu, diagnosis, environment, mindspeed, npu
 from qwen2_ascend.runtime.agreement import raise_together, require_equal
@@ -198,7 +199,7 @@ def _own_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     module = torch.get_device_module(name)
     count = module.device_count()
-    processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processes = max(local_rank + 1, local_world_size(1))
     if name == "npu":
         npu.check_process_count(processes, count)
     elif processes > count:

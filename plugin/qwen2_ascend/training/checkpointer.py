@@ -24,8 +24,9 @@ import torch
 from qwen2_ascend.checkpoint import iteration as iterations
 from qwen2_ascend.checkpoint.formats import megatron
 from qwen2_ascend.checkpoint.manifest import encode_training_manifest
-from qwen2_ascend.checkpoint.staging import FolderLock, partial_folder, write_file
+from qwen2_ascend.checkpoint.staging import FolderLock, partial_folder
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import write_file
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.training.saving import Checked, HostCopies, RankPart, Written
 

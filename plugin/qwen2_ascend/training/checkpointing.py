@@ -36,10 +36,10 @@ from qwen2_ascend.checkpoint.plan import volume
 from qwen2_ascend.checkpoint.rules import Rule, TensorSlice, megatron_pieces, qwen2_rules
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.source import Source, open_states
-from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.target import is_one_range, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, UserError
+from qwen2_ascend.files import write_file
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import megatron_state
 from qwen2_ascend.training import optimizer as optimizers

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qwen2_ascend import __version__
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import write_file
+from qwen2_ascend.machine import local_world_size, num_cores
 from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_start
 from qwen2_ascend.telemetry.reporting import attempt
 
@@ -98,7 +99,7 @@ def environment(runtime: Runtime, variables: Mapping[str, str]) -> dict[str, str
         "processes": str(runtime.world_size),
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu cores": str(os.cpu_count()),
+        "cpu cores": str(num_cores()),
         "python": sys.version.split()[0],
         "qwen2-ascend": __version__,
     }
@@ -143,5 +144,5 @@ def _start(plan: RunPlan, runtime: Runtime, first_iteration: int) -> dict[str, A
     cut = layout_of_run(plan.settings, plan.config, runtime)
     if cut is None:
         return None
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    per_node = local_world_size(runtime.world_size)
     return as_entry(cut, runtime.device_name(), per_node, first_iteration)

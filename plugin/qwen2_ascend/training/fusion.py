@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+from qwen2_ascend.flags import Flag
 
 LAYER_OPERATORS = ("attention", "rms_norm", "rotary", "swiglu")
 """What can be fused in a layer, under the names in `ops`."""

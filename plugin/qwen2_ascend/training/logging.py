@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from qwen2_ascend.checkpoint.staging import write_file
+from qwen2_ascend.files import write_file
 from qwen2_ascend.log import log_above
 from qwen2_ascend.telemetry.energy import Energy, format_energy
 from qwen2_ascend.telemetry.reporting import attempt

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config, published_names
 from qwen2_ascend.launching import parse_pasted
+from qwen2_ascend.machine import local_world_size, world_size
 from qwen2_ascend.pasted_flags import (
     EXPERTS,
     MODEL_FLAGS,
@@ -30,7 +30,7 @@ def training_flags(kind: type[Any]) -> Table:
     """The table of a launcher, by its settings."""
     groups = kind.__dataclass_fields__
     table = {**SHARED, **(TUNING if "tuning" in groups else PRETRAINING)}
-    return {**table, **ZERO} if "zero" in groups else table
+    return {**table, **ZERO} if kind.by_deepspeed else table
 
 
 def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] | None) -> S:
@@ -164,10 +164,7 @@ def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) 
 
 def _mask(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
     """A general mask is what keeps documents apart where these are told by the mask itself."""
-    data = settings.data
-    is_apart = getattr(data, "keep_documents_apart", False)
-    is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
-    if value == "causal" or (value == "general" and is_apart):
+    if value == "causal" or (value == "general" and settings.keeps_apart):
         return None
     return "attention is causal; documents are kept apart by --reset-attention-mask alone"
 
@@ -180,8 +177,7 @@ def _no_o2_gradient(value: str | None, settings: Any, config: Qwen2Config) -> st
 
 def nodes_differ() -> bool:
     """Whether torchrun has started ranks on several nodes."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return world_size() > local_world_size(world_size())
 
 
 IT_DECIDES = "the config says {}, and it decides; change that, or leave this out"

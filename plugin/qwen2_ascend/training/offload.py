@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.training.settings import OptimizerSettings
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings
 
 
 def config_keywords(settings: OptimizerSettings, device: str) -> dict[str, Any]:

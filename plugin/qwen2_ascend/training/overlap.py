@@ -6,16 +6,13 @@ The flags are MindSpeed-LLM's. As there, the two ways exclude each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
+from qwen2_ascend.flags import Flag
 from qwen2_ascend.ops.mc2_limits import COLUMNS, DTYPES, RANKS
 
 if TYPE_CHECKING:
     from qwen2_ascend.config import Qwen2Config
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 PIECES = (1, 2, 4, 8)
 """Values of --coc-parallel-num, as in MindSpeed."""
@@ -55,6 +52,15 @@ class OverlapSettings:
             settings: all flags, a TrainingSettings.
             config: the model's.
         """
+        faults = self.flag_faults()
+        if self.number_of_pieces in PIECES[1:]:
+            faults += _pieces_faults(self.coc_parallel_num, settings)
+        if self.use_ascend_mc2:
+            faults += _fused_faults(settings, config)
+        return faults
+
+    def flag_faults(self) -> list[str]:
+        """What contradicts itself."""
         faults = []
         if self.use_ascend_mc2 and self.use_ascend_coc:
             faults.append("--use-ascend-mc2 and --use-ascend-coc: give one of them.")
@@ -64,12 +70,8 @@ class OverlapSettings:
             )
         elif self.coc_parallel_num > 1 and not self.use_ascend_coc:
             faults.append(f"--coc-parallel-num {self.coc_parallel_num} needs --use-ascend-coc.")
-        elif self.number_of_pieces > 1:
-            faults += _pieces_faults(self.coc_parallel_num, settings)
         if self.coc_fused_kernel and not self.use_ascend_coc:
             faults.append("--coc-fused-kernel needs --use-ascend-coc.")
-        if self.use_ascend_mc2:
-            faults += _fused_faults(settings, config)
         return faults
 
     def device_faults(self, settings: Any, device: str) -> list[str]:
@@ -122,7 +124,7 @@ def _pieces_faults(number: int, settings: Any) -> list[str]:
     """Pieces are of one size, as in MindSpeed; batches of their own lengths have others."""
     parallel, batch = settings.parallel, settings.batch
     tp = parallel.tensor_model_parallel_size
-    if tp == 1 or getattr(settings.data, "variable_seq_lengths", False):
+    if tp == 1 or settings.variable_seq_lengths:
         return []
     parts = tp if parallel.sequence_parallel else 1
     parts *= parallel.context_parallel_size

@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from qwen2_ascend import machine
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
+from qwen2_ascend.flags import flag_of
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.settings import TrainingSettings
@@ -129,8 +131,10 @@ class RunPlan(Generic[S_co]):
     def identity(self) -> str:
         """A short hash of what a finished run depends on, wherever and however it is run."""
         settings: Any = self.settings
-        groups = [name for name in MAKING if hasattr(settings, name)]
-        said: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in groups}
+        groups = {group.name for group in fields(settings)}
+        said: dict[str, Any] = {
+            name: asdict(getattr(settings, name)) for name in MAKING if name in groups
+        }
         where = ("data_cache_path", "no_shared_storage")
         for name in ("num_workers", "eval_iters", "eval_interval", *where):
             said["data"].pop(name, None)
@@ -157,7 +161,7 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     """
     model, load = settings.model, _load(settings, found)
     folder = load or model.pretrained_checkpoint
-    world_size = num_ranks()
+    world_size = machine.world_size()
     if folder is None:
         config = settings.config_of_run(_config(model.config))
         return RunPlan(settings=settings, config=config, world_size=world_size, source=None)
@@ -255,13 +259,8 @@ def flags(settings: Any) -> dict[str, Any]:
     for group in fields(settings):
         value = getattr(settings, group.name)
         own = fields(value) if is_dataclass(value) else ()
-        found |= {f"--{one.name.replace('_', '-')}": getattr(value, one.name) for one in own}
+        found |= {flag_of(one.name): getattr(value, one.name) for one in own}
     return found
-
-
-def num_ranks() -> int:
-    """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def folder_of(what: str, folder: Path, found: Found | None) -> Path | None:

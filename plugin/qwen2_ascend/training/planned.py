@@ -12,7 +12,8 @@ from qwen2_ascend.planning.devices import device_called, find_device
 from qwen2_ascend.planning.job import Job, Recompute, RunLayout
 from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
 from qwen2_ascend.planning.roofline import step_time
-from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
+from qwen2_ascend.training.recompute_settings import RecomputeSettings
+from qwen2_ascend.training.settings import TrainingSettings
 
 
 def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
@@ -25,9 +26,12 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     Raises:
         UserError: the planner cannot plan it.
     """
-    number, device = settings.report.plan, find_device(settings.report.plan_device)
+    number, device = settings.report.plan, find_device(settings.report.plan_device, "--plan-device")
     assert number is not None
-    raise_if(not_planned(settings))
+    raise_if(
+        f"--plan: the planner does not know {name}; leave it out to see the rest."
+        for name in settings.unplanned
+    )
     cut = as_run_layout(settings, config, number, device.backend)
     machine = search.Machine(
         device=device, num_devices=number, devices_per_node=device.devices_per_node
@@ -87,19 +91,19 @@ def against_the_plan(
     )
 
 
-def as_run_layout(settings: Any, config: Qwen2Config, num_devices: int, backend: str) -> RunLayout:
+def as_run_layout(
+    settings: TrainingSettings, config: Qwen2Config, num_devices: int, backend: str
+) -> RunLayout:
     """The planner's view of a run's settings.
 
     Args:
-        settings: all flags, a TrainingSettings.
+        settings: all flags.
         config: the model's.
         num_devices: processes.
         backend: whose operators run, cpu, cuda or npu.
     """
     parallel, recompute = settings.parallel, settings.recompute
     layout = settings.layout()
-    lora, tuning = getattr(settings, "lora", None), getattr(settings, "tuning", None)
-    zero = settings.planned_zero(num_devices, backend) if hasattr(settings, "zero") else None
     kind: Recompute = recompute.recompute_granularity or "none"
     cut = RunLayout(
         job=Job(
@@ -110,13 +114,13 @@ def as_run_layout(settings: Any, config: Qwen2Config, num_devices: int, backend:
             backend=backend,
             keeps_scores=settings.fusion.attention_backend in ("unfused", "local"),
             cross_entropy_chunk_size=recompute.cross_entropy_chunk_size,
-            lora_rank=lora.lora_r if lora is not None and lora.is_on else None,
-            pairs=tuning is not None and tuning.stage == "dpo",
+            lora_rank=settings.lora_rank,
+            pairs=settings.trains_pairs,
         ),
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
-        zero=zero,
+        zero=settings.planned_zero(num_devices, backend),
         gathers_keys=layout.cp > 1 and layout.context_parallel_algo == "kvallgather_cp_algo",
         ulysses=layout.cp if layout.context_parallel_algo == "ulysses_cp_algo" else 1,
         dp=settings.data_parallel_size(num_devices),
@@ -142,17 +146,19 @@ def as_run_layout(settings: Any, config: Qwen2Config, num_devices: int, backend:
     return replace(cut, recomputed_layers=_recomputed_layers(recompute, cut.num_chunks))
 
 
-def layout_of_run(settings: Any, config: Qwen2Config, runtime: Any) -> RunLayout | None:
+def layout_of_run(
+    settings: TrainingSettings, config: Qwen2Config, runtime: Any
+) -> RunLayout | None:
     """The planner's view of a run that begins; None where there is none.
 
     There is no view of a run by DeepSpeed, nor of what the planner does not know.
 
     Args:
-        settings: all flags, a TrainingSettings.
+        settings: all flags.
         config: the model's.
         runtime: the Runtime of this rank.
     """
-    if hasattr(settings, "zero") or not_planned(settings):
+    if settings.by_deepspeed or settings.unplanned:
         return None
     return as_run_layout(settings, config, runtime.world_size, runtime.name)
 
@@ -169,24 +175,8 @@ def _recomputed_layers(recompute: RecomputeSettings, num_chunks: int) -> int | N
     return number * num_chunks if method == "block" and number is not None else None
 
 
-def not_planned(settings: Any) -> list[str]:
-    """What the planner does not know, one sentence each."""
-    by_zero = hasattr(settings, "zero")
-    unknown = {
-        "LoRA by DeepSpeed": by_zero and settings.lora.is_on,
-        "--attention-backend unfused by DeepSpeed": by_zero
-        and settings.fusion.attention_backend in ("unfused", "local"),
-        "--lora-load": getattr(settings, "lora", None) and settings.lora.lora_load is not None,
-    }
-    return [
-        f"--plan: the planner does not know {name}; leave it out to see the rest."
-        for name, is_given in unknown.items()
-        if is_given
-    ]
-
-
 def refuse_without_devices(settings: TrainingSettings) -> None:
     """Raises UserError where --plan names no number of devices, or --plan-device no device."""
     if settings.report.plan is not None and settings.report.plan < 1:
         raise UserError(f"--plan {settings.report.plan} must be at least 1.")
-    find_device(settings.report.plan_device)
+    find_device(settings.report.plan_device, "--plan-device")

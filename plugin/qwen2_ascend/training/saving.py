@@ -20,8 +20,8 @@ import xxhash
 
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.manifest import file_checksum
-from qwen2_ascend.checkpoint.staging import naming
 from qwen2_ascend.checkpoint.writing import pwrite, reserve, start_writeback
+from qwen2_ascend.files import naming
 
 DTYPE_NAMES = {
     torch.float32: "fp32",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.runtime.megatron_compat import check_wsd_decay_style
 from qwen2_ascend.training.length import RunLength
-from qwen2_ascend.training.settings import OptimizerSettings
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler

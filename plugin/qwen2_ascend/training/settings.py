@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.flags import LAYOUT_SIZES, Flag, layer_list, number_faults
 from qwen2_ascend.parallel import (
     ContextParallelAlgorithm,
     ParallelLayout,
@@ -22,6 +23,7 @@ from qwen2_ascend.parallel import (
     sequence_faults,
 )
 from qwen2_ascend.pasted_flags import Pasted, expert_faults, pasted_faults
+from qwen2_ascend.planning.job import Zero
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
@@ -30,9 +32,9 @@ from qwen2_ascend.training.megatron_flags import (
     parse_training_flags,
     training_flags,
 )
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.overlap import OverlapSettings
-
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+from qwen2_ascend.training.recompute_settings import RecomputeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,18 @@ class ParallelSettings:
     distributed_timeout_minutes: float = 10.0
     """Minutes after which a collective that waits for a silent rank fails."""
 
+    def faults(self) -> list[str]:
+        """What contradicts itself, sizes aside."""
+        faults = number_faults(self, above_zero=("distributed_timeout_minutes",))
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            faults.append(
+                "--overlap-param-gather needs --use-distributed-optimizer and "
+                "--overlap-grad-reduce."
+            )
+        return faults
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
@@ -107,162 +121,11 @@ class BatchSettings:
     exit_interval: int | None = None
     """Save and end the run after every so many steps; the next run goes on from there."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """AdamW and its learning rate; norms and biases have no weight decay."""
-
-    lr: float
-    """Highest learning rate."""
-    min_lr: float = 0.0
-    """Lowest learning rate."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    """How the learning rate falls."""
-    lr_decay_iters: int | None = None
-    """Steps until it has fallen; by default all."""
-    lr_warmup_iters: int = 0
-    """Steps in which it rises linearly."""
-    lr_warmup_fraction: float | None = None
-    """The same as a part of the decay steps."""
-    lr_warmup_init: float = 0.0
-    """Where it rises from."""
-    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """How WSD falls in its last phase."""
-    lr_wsd_decay_iters: int | None = None
-    """Steps of that last phase."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    adam_beta1: float = 0.9
-    """Decay rate of the running mean of gradients."""
-    adam_beta2: float = 0.999
-    """Decay rate of the running mean of squared gradients."""
-    adam_eps: float = 1e-8
-    """Keeps the division by the second mean finite."""
-    clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 does not clip."""
-    optimizer_cpu_offload: Flag = False
-    """Keep fp32 weights and moments in the host's memory and update them there; needs
-    --use-distributed-optimizer and --bf16 or --fp16. On a CPU it changes nothing."""
-    optimizer_offload_fraction: float = 1.0
-    """How much of them; whole tensors are kept there until they are at least so much."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionSettings:
-    """Number formats, and what happens when numbers run out."""
-
-    bf16: Flag = False
-    """Compute in bf16 with fp32 main weights; neither flag means fp32 throughout."""
-    fp16: Flag = False
-    """Compute in fp16 with fp32 main weights and loss scaling."""
-    reuse_fp32_param: Flag = False
-    """With --bf16: between updates keep of the fp32 weights only what the bf16 ones lack, 2 bytes
-    each instead of 4; nothing else changes."""
-    o2_gradient: Flag = False
-    """With --bf16: add up and reduce gradients in bf16, which takes 2 bytes each instead of 4 and
-    costs precision."""
-    o2_optimizer: Flag = False
-    """With --bf16: keep Adam's two moments in bf16, which takes 2 bytes each instead of 4 and costs
-    precision, most of it where --adam-beta2 is above 0.998."""
-    loss_scale: float | None = None
-    """A fixed loss scale; by default fp16 finds it."""
-    initial_loss_scale: float = 2.0**32
-    """First loss scale that is tried."""
-    min_loss_scale: float = 1.0
-    """Lowest loss scale."""
-    loss_scale_window: int = 1000
-    """Steps without overflow after which the scale doubles."""
-    hysteresis: int = 2
-    """Overflows until the scale is halved."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """When the loss or the gradient norm is not finite: end the run, or go on without that update.
-    The weights are not touched either way."""
-
-    def notes(self, optimizer: OptimizerSettings) -> list[str]:
-        """What a log says of the precision that these flags cost."""
-        notes = []
-        if self.o2_gradient:
-            notes.append("--o2-gradient: gradients are added up and reduced in bf16")
-        if self.o2_optimizer:
-            notes.append("--o2-optimizer: Adam's moments are in bf16")
-            if 1 - optimizer.adam_beta2 < 2**-9:
-                notes.append(
-                    f"--o2-optimizer: with --adam-beta2 {optimizer.adam_beta2:g} second moments "
-                    "never fall, as a step lowers them by less than bf16 resolves; use 0.95, as "
-                    "MindSpeed-LLM's scripts do"
-                )
-        return notes
-
-
-ALL_LAYERS = 1 << 20
-"""More than any model has."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecomputeSettings:
-    """Activations that are computed again in backward rather than kept."""
-
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """selective: only attention's core; full: whole layers."""
-    recompute_method: Literal["uniform", "block"] | None = None
-    """With full: uniform keeps the input of every --recompute-num-layers layers; block recomputes
-    the first --recompute-num-layers of each stage and keeps the others whole."""
-    recompute_num_layers: int | None = None
-    """See --recompute-method; by default every layer is computed again, each on its own."""
-    recompute_activation_function: Flag = False
-    """Compute SwiGLU's output again in backward; of layers that are not recomputed whole."""
-    recompute_activation_function_num_layers: int | None = None
-    """Only in so many layers of each pipeline chunk; by default in all."""
-    recompute_norm: Flag = False
-    """Compute the norms' outputs again in backward; of layers that are not recomputed whole."""
-    recompute_norm_num_layers: int | None = None
-    """Only in so many layers of each pipeline chunk; by default in all."""
-    swap_attention: Flag = False
-    """What attention keeps for backward waits in the host's memory, and comes back before it is
-    needed, on a stream of its own; on a CPU, where both are one, it saves nothing."""
-    cross_entropy_chunk_size: int | None = None
-    """Tokens whose logits exist at once; they are computed again in backward, and never all at
-    once, which saves memory at a large vocabulary. By default the logits of all tokens are kept."""
-
-    @property
-    def method_and_layers(self) -> tuple[str | None, int | None]:
-        """--recompute-method and --recompute-num-layers, with what they are by default."""
-        if self.recompute_method is not None and self.recompute_num_layers is None:
-            return "uniform", 1
-        return self.recompute_method, self.recompute_num_layers
-
-    def faults(self, num_layers: int) -> list[str]:
-        """What of recomputing single outputs cannot be, one sentence each."""
-        faults = []
-        for what in ("activation_function", "norm"):
-            flag, number = f"--recompute-{what.replace('_', '-')}", self._number_of(what)
-            is_on = getattr(self, f"recompute_{what}")
-            if number is not None and not is_on:
-                faults.append(f"{flag}-num-layers {number} needs {flag}.")
-            if number is not None and not 0 <= number <= num_layers:
-                faults.append(f"{flag}-num-layers {number} must be from 0 to {num_layers}.")
-            is_whole = self.recompute_granularity == "full"
-            if is_on and is_whole and self.recompute_method == "uniform":
-                faults.append(
-                    f"{flag}: --recompute-method uniform computes all layers again, whole; leave "
-                    "it out, or say --recompute-method block."
-                )
-        return faults
-
-    def single_outputs(
-        self, what: Literal["activation_function", "norm"]
-    ) -> tuple[int, int] | None:
-        """(how many layers of a chunk, after how many that are recomputed whole); None is none."""
-        if not getattr(self, f"recompute_{what}"):
-            return None
-        number, method_and_layers = self._number_of(what), self.method_and_layers
-        whole = self.recompute_granularity == "full"
-        is_all = whole and method_and_layers[0] == "uniform"
-        after = (method_and_layers[1] or 0) if whole else 0
-        return 0 if is_all else ALL_LAYERS if number is None else number, after
-
-    def _number_of(self, what: str) -> int | None:
-        return getattr(self, f"recompute_{what}_num_layers")
+    def faults(self) -> list[str]:
+        """Numbers that cannot be."""
+        sizes = ("micro_batch_size", "global_batch_size", "seq_length", "exit_interval")
+        lengths = ("train_iters", "train_samples")
+        return number_faults(self, at_least_one=sizes, not_negative=lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +169,25 @@ class DataSettings:
         """Whether a document sees only itself."""
         return self.reset_attention_mask or self.reset_position_ids
 
+    def faults(self, config: Qwen2Config) -> list[str]:
+        """What contradicts itself, or the model."""
+        faults, token = [], self.eod_token
+        if (bool(self.data_path), bool(self.train_data_path), self.mock_data).count(True) != 1:
+            faults.append(
+                "give one of --data-path, --train-data-path and --mock-data (random tokens)."
+            )
+        if token is not None and not 0 <= token < config.vocab_size:
+            faults.append(
+                f"--eod-token {token} must be from 0 to {config.vocab_size - 1}: the model has "
+                f"{config.vocab_size} tokens."
+            )
+        if self.mock_data and self.keep_documents_apart:
+            faults.append(
+                "--mock-data has no documents to keep apart; leave --reset-attention-mask and "
+                "--reset-position-ids out."
+            )
+        return faults
+
 
 class LoopDataSettings(Protocol):
     """What the training loop asks of the settings of any kind of data."""
@@ -344,6 +226,13 @@ class CheckpointSettings:
     no_load_rng: Flag = False
     """Do not read the state of the random number generators."""
 
+    def faults(self) -> list[str]:
+        """What contradicts itself."""
+        faults = number_faults(self, at_least_one=("save_interval",))
+        if self.save is None and self.save_interval is not None:
+            faults.append("--save-interval needs --save.")
+        return faults
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
@@ -364,6 +253,13 @@ class ReportSettings:
     """Train nothing; print what qwen2-ascend plan says of this command on so many devices."""
     plan_device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "910B"
     """Whose memory and speed --plan goes by; qwen2-ascend plan --help has the names."""
+
+    def faults(self) -> list[str]:
+        """What contradicts itself."""
+        faults = number_faults(self, at_least_one=("log_interval",))
+        if self.log_energy and self.no_log_energy:
+            faults.append("--log-energy and --no-log-energy: give one of them.")
+        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,10 +297,20 @@ class RuntimeSettings:
             raise UserError("--mindspeed and --no-mindspeed: give one of them.")
         return True if self.mindspeed else False if self.no_mindspeed else None
 
+    def faults(self) -> list[str]:
+        """What contradicts itself."""
+        faults = number_faults(self, not_negative=("seed", "manual_gc_interval"))
+        if not self.manual_gc and (self.manual_gc_interval or self.no_manual_gc_eval):
+            faults.append("--manual-gc-interval and --no-manual-gc-eval need --manual-gc.")
+        return faults
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Every flag that pretraining and fine-tuning share."""
+
+    by_deepspeed: ClassVar[bool] = False
+    """Whether DeepSpeed trains."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
@@ -431,6 +337,35 @@ class TrainingSettings:
     def tokenizer_folder(self) -> str | None:
         """What --tokenizer-name-or-path names."""
         return dict(self.pasted).get("--tokenizer-name-or-path")
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether a document, or a chat, sees only itself in a sample."""
+        return False
+
+    @property
+    def variable_seq_lengths(self) -> bool:
+        """Whether a batch is as long as its longest sequence."""
+        return False
+
+    @property
+    def lora_rank(self) -> int | None:
+        """The rank of the adapters that are tuned; None tunes all weights."""
+        return None
+
+    @property
+    def trains_pairs(self) -> bool:
+        """Whether a sample is two sequences."""
+        return False
+
+    @property
+    def unplanned(self) -> list[str]:
+        """What of these settings the planner does not know."""
+        return []
+
+    def planned_zero(self, world_size: int, device: str) -> Zero | None:
+        """What the planner has to know of DeepSpeed; None trains without it."""
+        return None
 
     def config_of_run(self, config: Qwen2Config) -> Qwen2Config:
         """The model's config, with what pasted flags add to it."""
@@ -481,22 +416,15 @@ class TrainingSettings:
         """How the model is cut.
 
         Raises:
-            UserError: --num-layer-list is not a list of numbers.
+            UserError: --num-layer-list is wrong.
         """
-        numbers = self.parallel.num_layer_list
-        try:
-            layers = tuple(int(n) for n in numbers.split(",")) if numbers else None
-        except ValueError:
-            raise UserError(
-                f"--num-layer-list {numbers} is not a list of whole numbers such as 6,8,8,6."
-            ) from None
         return ParallelLayout(
             tensor_model_parallel_size=self.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.parallel.pipeline_model_parallel_size,
             num_layers_per_virtual_pipeline_stage=(
                 self.parallel.num_layers_per_virtual_pipeline_stage
             ),
-            num_layer_list=layers,
+            num_layer_list=layer_list(self.parallel.num_layer_list),
             context_parallel_size=self.parallel.context_parallel_size,
             context_parallel_algo=self.parallel.context_parallel_algo,
         )
@@ -530,6 +458,10 @@ class PretrainSettings(TrainingSettings):
     def has_own_disks(self) -> bool:
         return self.data.no_shared_storage
 
+    @property
+    def keeps_apart(self) -> bool:
+        return self.data.keep_documents_apart
+
 
 def parse(arguments: Sequence[str] | None = None) -> PretrainSettings:
     """The command line; on a fault it prints and exits with 2, printing on rank 0 only."""
@@ -550,23 +482,10 @@ def validate(
     Raises:
         UserError: all faults at once.
     """
-    batch, data, faults = settings.batch, settings.data, []
-    if (batch.train_iters is None) == (batch.train_samples is None):
+    faults = shared_faults(settings, config, world_size, made) + settings.data.faults(config)
+    if (settings.batch.train_iters is None) == (settings.batch.train_samples is None):
         faults.append("give one of --train-iters and --train-samples.")
-    if (bool(data.data_path), bool(data.train_data_path), data.mock_data).count(True) != 1:
-        faults.append("give one of --data-path, --train-data-path and --mock-data (random tokens).")
-    token = data.eod_token
-    if token is not None and not 0 <= token < config.vocab_size:
-        faults.append(
-            f"--eod-token {token} must be from 0 to {config.vocab_size - 1}: the model has "
-            f"{config.vocab_size} tokens."
-        )
-    if data.mock_data and data.keep_documents_apart:
-        faults.append(
-            "--mock-data has no documents to keep apart; leave --reset-attention-mask and "
-            "--reset-position-ids out."
-        )
-    raise_if(dict.fromkeys(shared_faults(settings, config, world_size, made) + faults))
+    raise_if(dict.fromkeys(faults))
 
 
 def shared_faults(
@@ -578,92 +497,44 @@ def shared_faults(
     """What is wrong with the settings that all kinds of training have."""
     if faults := expert_faults(settings.pasted):
         return faults
-    faults = _value_faults(settings)
-    faults += _layout_faults(settings, config)
+    batch, optimizer, device = settings.batch, settings.optimizer, settings.runtime.device
+    faults, counts = _layout_faults(settings, config) + batch.faults(), set()
+    train_iters = batch.train_iters
     if not faults:
+        layout = settings.layout()
+        counts = {len(chunk) for stage in layout.stages(config.num_layers) for chunk in stage}
         faults += _world_faults(settings, world_size)
-        faults += sequence_faults(
-            settings.layout(),
-            config,
-            settings.batch.seq_length,
-            sequence_parallel=settings.parallel.sequence_parallel,
-        )
-    train_iters = settings.batch.train_iters
+        is_shared = settings.parallel.sequence_parallel
+        faults += sequence_faults(layout, config, batch.seq_length, sequence_parallel=is_shared)
     if not faults:
         iteration, consumed = (made.iteration, made.consumed_samples) if made else (0, 0)
         length = settings.length(world_size, iteration=iteration, consumed_samples=consumed)
         train_iters = length.train_iters
-        faults += _schedule_faults(settings.optimizer, train_iters)
-        faults += _recompute_faults(settings, config)
-    faults += settings.fusion.faults(settings.runtime.device)
+    is_distributed = settings.parallel.use_distributed_optimizer
+    of_optimizer = optimizer.faults(settings.precision, is_distributed)
+    if not faults and not of_optimizer:
+        of_optimizer = optimizer.schedule_faults(train_iters or 0)
+    faults += of_optimizer + settings.parallel.faults() + settings.precision.faults()
+    faults += settings.recompute.faults(config.num_layers, counts)
+    for group in (settings.checkpoint, settings.report, settings.runtime):
+        faults += group.faults()
+    faults += number_faults(
+        settings.data, at_least_one=("eval_interval",), not_negative=("eval_iters", "num_workers")
+    )
+    faults += settings.fusion.faults(device)
     faults += settings.overlap.faults(settings, config)
-    if settings.runtime.device in ("cpu", "cuda"):
-        device = settings.runtime.device
+    if device in ("cpu", "cuda"):
         faults += settings.overlap.device_faults(settings, device)
     faults += settings.profile.faults(world_size, train_iters, settings.checkpoint.save)
     table = training_flags(type(settings))
     faults += pasted_faults(settings.pasted, table, settings, config)
-    return faults + _combination_faults(settings, config)
-
-
-def _value_faults(settings: TrainingSettings) -> list[str]:
-    """Values that are wrong whatever the others are."""
-    batch, optimizer, precision = settings.batch, settings.optimizer, settings.precision
-    at_least_one = {
-        "--micro-batch-size": batch.micro_batch_size,
-        "--global-batch-size": batch.global_batch_size,
-        "--seq-length": batch.seq_length,
-        "--exit-interval": batch.exit_interval,
-        "--save-interval": settings.checkpoint.save_interval,
-        "--log-interval": settings.report.log_interval,
-        "--eval-interval": settings.data.eval_interval,
-        "--recompute-num-layers": settings.recompute.recompute_num_layers,
-        "--cross-entropy-chunk-size": settings.recompute.cross_entropy_chunk_size,
-        "--lr-decay-iters": optimizer.lr_decay_iters,
-        "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
-        "--loss-scale-window": precision.loss_scale_window,
-        "--hysteresis": precision.hysteresis,
-    }
-    not_negative = {
-        "--train-iters": batch.train_iters,
-        "--train-samples": batch.train_samples,
-        "--eval-iters": settings.data.eval_iters,
-        "--num-workers": settings.data.num_workers,
-        "--lr-warmup-iters": optimizer.lr_warmup_iters,
-        "--lr-warmup-init": optimizer.lr_warmup_init,
-        "--min-lr": optimizer.min_lr,
-        "--weight-decay": optimizer.weight_decay,
-        "--clip-grad": optimizer.clip_grad,
-        "--seed": settings.runtime.seed,
-        "--manual-gc-interval": settings.runtime.manual_gc_interval,
-    }
-    above_zero = {
-        "--lr": optimizer.lr,
-        "--adam-eps": optimizer.adam_eps,
-        "--loss-scale": precision.loss_scale,
-        "--initial-loss-scale": precision.initial_loss_scale,
-        "--min-loss-scale": precision.min_loss_scale,
-        "--distributed-timeout-minutes": settings.parallel.distributed_timeout_minutes,
-    }
-    betas = {"--adam-beta1": optimizer.adam_beta1, "--adam-beta2": optimizer.adam_beta2}
-    faults = [
-        f"{k} {v} must be at least 1." for k, v in at_least_one.items() if v is not None and v < 1
-    ]
-    faults += [
-        f"{k} {v} must not be below zero."
-        for k, v in not_negative.items()
-        if v is not None and not v >= 0
-    ]
-    faults += [
-        f"{k} {v} must be above zero." for k, v in above_zero.items() if v is not None and not v > 0
-    ]
-    faults += [f"{k} {v} must be from 0 to below 1." for k, v in betas.items() if not 0 <= v < 1]
-    return faults
+    return faults + _length_faults(settings, config)
 
 
 def _layout_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
-    faults = Faults()
-    faults.collect(lambda: settings.layout().check(config, settings.padded_vocab_size(config)))
+    faults = Faults(number_faults(settings.parallel, at_least_one=LAYOUT_SIZES))
+    if not faults:
+        faults.collect(lambda: settings.layout().check(config, settings.padded_vocab_size(config)))
     return faults
 
 
@@ -690,123 +561,19 @@ def _world_faults(settings: TrainingSettings, world_size: int) -> list[str]:
     return []
 
 
-def _schedule_faults(optimizer: OptimizerSettings, train_iters: int) -> list[str]:
-    faults = []
-    if optimizer.min_lr > optimizer.lr:
-        faults.append(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}.")
-    if optimizer.lr_warmup_init > optimizer.lr:
-        faults.append(f"--lr-warmup-init {optimizer.lr_warmup_init} is above --lr {optimizer.lr}.")
-    if (fraction := optimizer.lr_warmup_fraction) is not None:
-        if not 0 <= fraction < 1:
-            faults.append(f"--lr-warmup-fraction {fraction} must be from 0 to below 1.")
-        if optimizer.lr_warmup_iters:
-            faults.append("--lr-warmup-iters and --lr-warmup-fraction: give one of them.")
-    if faults:
-        return faults
-    decay = optimizer.lr_decay_iters or train_iters
-    if 0 < decay <= optimizer.lr_warmup_iters:
+def _length_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
+    """Why sequences cannot be as long as they are to be."""
+    parallel, length, faults = settings.parallel, settings.batch.seq_length, []
+    tp, most = parallel.tensor_model_parallel_size, config.max_position_embeddings
+    is_whole = parallel.context_parallel_size == 1
+    if parallel.sequence_parallel and tp > 0 and is_whole and length % tp:
         faults.append(
-            f"--lr-warmup-iters {optimizer.lr_warmup_iters} must be below the {decay} steps in "
-            "which the learning rate falls."
-        )
-    if optimizer.lr_decay_style == "WSD":
-        last = optimizer.lr_wsd_decay_iters
-        if last is None:
-            faults.append("--lr-decay-style WSD needs --lr-wsd-decay-iters.")
-        elif 0 < decay < last:
-            faults.append(f"--lr-wsd-decay-iters {last} is above the {decay} steps of the decay.")
-    return faults
-
-
-def _recompute_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
-    """What megatron-core's recomputation cannot do with the layers of some chunk."""
-    method, n = settings.recompute.recompute_method, settings.recompute.recompute_num_layers
-    if method is None or n is None:
-        return []
-    stages = settings.layout().stages(config.num_layers)
-    counts = sorted({len(layers) for stage in stages for layers in stage})
-    if method == "block" or not any(count % n for count in counts):
-        return []
-    fit = [m for m in range(1, counts[0] + 1) if not any(count % m for count in counts)]
-    return [
-        f"--recompute-method uniform: --recompute-num-layers {n} does not divide the "
-        f"{' or '.join(map(str, counts))} layers of each pipeline chunk; use "
-        f"{', '.join(map(str, fit))}."
-    ]
-
-
-def _combination_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
-    """Flags that need or exclude each other."""
-    batch, parallel, recompute = settings.batch, settings.parallel, settings.recompute
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    faults = []
-    if settings.precision.bf16 and settings.precision.fp16:
-        faults.append("--bf16 and --fp16: give one of them.")
-    if settings.report.log_energy and settings.report.no_log_energy:
-        faults.append("--log-energy and --no-log-energy: give one of them.")
-    if parallel.sequence_parallel and tp > 0 and cp == 1 and batch.seq_length % tp:
-        faults.append(
-            f"--sequence-parallel needs --seq-length {batch.seq_length} to be a multiple of "
+            f"--sequence-parallel needs --seq-length {length} to be a multiple of "
             f"tensor_model_parallel_size={tp}."
         )
-    if batch.seq_length > config.max_position_embeddings:
+    if length > most:
         faults.append(
-            f"--seq-length {batch.seq_length} is above the model's max_position_embeddings="
-            f"{config.max_position_embeddings}; raise that in the config, with YaRN rope scaling."
+            f"--seq-length {length} is above the model's max_position_embeddings={most}; raise "
+            "that in the config, with YaRN rope scaling."
         )
-    if parallel.overlap_param_gather and not (
-        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
-    ):
-        faults.append(
-            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
-        )
-    faults += recompute.faults(config.num_layers)
-    if settings.precision.reuse_fp32_param and not settings.precision.bf16:
-        faults.append("--reuse-fp32-param needs --bf16: other weights are no halves of fp32 ones.")
-    for flag, is_on in (
-        ("--o2-gradient", settings.precision.o2_gradient),
-        ("--o2-optimizer", settings.precision.o2_optimizer),
-    ):
-        if is_on and not settings.precision.bf16:
-            faults.append(f"{flag} needs --bf16, as in MindSpeed-LLM.")
-    faults += _offload_faults(settings)
-    is_full = recompute.recompute_granularity == "full"
-    if is_full and recompute.recompute_method is None:
-        faults.append("--recompute-granularity full needs --recompute-method.")
-    if not is_full and (recompute.recompute_method or recompute.recompute_num_layers):
-        faults.append(
-            "--recompute-method and --recompute-num-layers need --recompute-granularity full."
-        )
-    if settings.checkpoint.save is None and (settings.checkpoint.save_interval is not None):
-        faults.append("--save-interval needs --save.")
-    runtime = settings.runtime
-    if not runtime.manual_gc and (runtime.manual_gc_interval or runtime.no_manual_gc_eval):
-        faults.append("--manual-gc-interval and --no-manual-gc-eval need --manual-gc.")
-    return faults
-
-
-def _offload_faults(settings: TrainingSettings) -> list[str]:
-    """What --optimizer-cpu-offload needs and excludes."""
-    optimizer, precision = settings.optimizer, settings.precision
-    flag, fraction = "--optimizer-cpu-offload", optimizer.optimizer_offload_fraction
-    if not 0 <= fraction <= 1:
-        return [f"--optimizer-offload-fraction {fraction:g} must be from 0 to 1."]
-    if not optimizer.optimizer_cpu_offload:
-        return [] if fraction == 1 else [f"--optimizer-offload-fraction needs {flag}."]
-    faults = []
-    if not settings.parallel.use_distributed_optimizer:
-        faults.append(f"{flag} needs --use-distributed-optimizer, as in Megatron-LM.")
-    if not (precision.bf16 or precision.fp16):
-        faults.append(
-            f"{flag} needs --bf16 or --fp16: megatron-core's hybrid optimizer cannot take slices "
-            "of fp32 weights."
-        )
-    for other, is_on in (
-        ("--reuse-fp32-param", precision.reuse_fp32_param),
-        ("--o2-optimizer", precision.o2_optimizer),
-    ):
-        if is_on:
-            faults.append(
-                f"{flag} and {other}: give one of them; both change what the optimizer keeps."
-            )
     return faults

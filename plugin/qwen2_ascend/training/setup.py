@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings
+from qwen2_ascend.machine import local_world_size, rank
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.planning.flops import train_flops_per_token
 from qwen2_ascend.planning.parameters import num_parameters
@@ -24,7 +24,8 @@ from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import training_flags
 from qwen2_ascend.training.plan import Found, RunPlan, broadcast_plan, warn
-from qwen2_ascend.training.settings import RecomputeSettings, TrainingSettings
+from qwen2_ascend.training.recompute_settings import RecomputeSettings
+from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.source import Source
@@ -43,11 +44,6 @@ logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=TrainingSettings)
 T = TypeVar("T")
-
-
-def is_first_rank() -> bool:
-    """Whether this is rank 0, which plans for all."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def is_planned_only(
@@ -71,7 +67,7 @@ def is_planned_only(
     from qwen2_ascend.training.planned import planned, refuse_without_devices
 
     refuse_without_devices(settings)
-    if is_first_rank():
+    if rank() == 0:
         plan = make(settings, None)
         check(plan.settings, plan.config, number, None)
         print(planned(plan.settings, plan.config))
@@ -99,7 +95,7 @@ def begin(
     from qwen2_ascend.checkpoint.manifest import check_iteration
 
     own = None
-    if is_first_rank():
+    if rank() == 0:
         faults = Faults()
         own = faults.collect(partial(_checked_plan, settings, make, check))
         faults.collect(partial(check_data, settings))
@@ -184,7 +180,7 @@ def _older(settings: TrainingSettings, error: DamagedError) -> Path:
         raise error
     damaged = error.folder
     names = agreement.made_by_first(lambda: [path.name for path in older_iterations(damaged)])
-    if is_first_rank():
+    if rank() == 0:
         warn(damaged, error)
     if not names:
         raise error
@@ -251,10 +247,8 @@ def _packed_blocks_faults(
     settings: TrainingSettings, layout: ParallelLayout, device: str
 ) -> list[str]:
     """What an npu's attention lacks for documents that ranks share."""
-    is_apart = getattr(settings.data, "keep_documents_apart", False)
-    is_apart = is_apart or getattr(settings, "keep_chats_apart", False)
     in_blocks = layout.cp > 1 and layout.context_parallel_algo != "ulysses_cp_algo"
-    if not (is_apart and in_blocks and "attention" in settings.fusion.fused(device)):
+    if not (settings.keeps_apart and in_blocks and "attention" in settings.fusion.fused(device)):
         return []
     from qwen2_ascend.ops.npu import packed_blocks_faults
 
@@ -566,7 +560,7 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
     runtime = run.runtime
     if runtime.rank != 0 or runtime.simulated:
         return None
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    per_node = local_world_size(runtime.world_size)
 
     def look() -> Expected | None:
         cut = layout_of_run(run.settings, config, runtime)

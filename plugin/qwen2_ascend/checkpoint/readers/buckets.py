@@ -115,7 +115,7 @@ def _layout_of_args(folder: Path, args: Namespace, config: Qwen2Config) -> Paral
         num_layers_per_virtual_pipeline_stage=(
             config.num_layers // (pp * chunks) if chunks > 1 else None
         ),
-        num_layer_list=layer_list(getattr(args, "num_layer_list", None)),
+        num_layer_list=layer_list(getattr(args, "num_layer_list", None) or None),
     )
     layout.check(config, args.padded_vocab_size)
     return layout

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.transformers_model import save_hugging_face
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.saved import RUN_FILE, SavedZero
 from qwen2_ascend.training.checkpointer import Checkpointer, Pending

@@ -17,7 +17,8 @@ from torch import Tensor
 from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, encode_config
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
-from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder, write_file
+from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
+from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.deepspeed.checkpoint import rng_file
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.lora import adapter_parameters, read_adapter_tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -32,14 +32,13 @@ from qwen2_ascend.planning.job import Zero
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.megatron_flags import parse_training_flags
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.overlap import OverlapSettings
+from qwen2_ascend.training.recompute_settings import RecomputeSettings
 from qwen2_ascend.training.settings import (
     CheckpointSettings,
     ModelSettings,
-    OptimizerSettings,
     ParallelSettings,
-    PrecisionSettings,
-    RecomputeSettings,
     RuntimeSettings,
 )
 
@@ -170,6 +169,8 @@ class ZeroFinetuneSettings(FinetuneSettings):
     launch/finetune_qwen2.py has the rest: tensor and pipeline parallelism, and DPO.
     """
 
+    by_deepspeed: ClassVar[bool] = True
+
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     model: ZeroModelSettings = field(default_factory=ZeroModelSettings)
     parallel: ZeroParallelSettings = field(default_factory=ZeroParallelSettings)
@@ -181,6 +182,15 @@ class ZeroFinetuneSettings(FinetuneSettings):
     checkpoint: ZeroCheckpointSettings = field(default_factory=ZeroCheckpointSettings)
     runtime: ZeroRuntimeSettings = field(default_factory=ZeroRuntimeSettings)
     tuning: ZeroTuningSettings = field(default_factory=ZeroTuningSettings)
+
+    @property
+    def unplanned(self) -> list[str]:
+        unknown = {
+            "LoRA by DeepSpeed": self.lora.is_on,
+            "--attention-backend unfused by DeepSpeed": self.fusion.attention_backend
+            in ("unfused", "local"),
+        }
+        return [*(name for name, is_given in unknown.items() if is_given), *super().unplanned]
 
     def planned_zero(self, world_size: int, device: str) -> Zero:
         """What the planner has to know of DeepSpeed's configuration.
