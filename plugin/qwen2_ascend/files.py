@@ -157,6 +157,19 @@ def missing(path: str | Path) -> str:
     return "is a folder, name the file in it" if os.path.isdir(path) else "no such file"
 
 
+def output_faults(flag: str, path: Path | None) -> Iterator[str]:
+    """Why no file can be written at `path`, which `flag` names; found before hours of work."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        yield f"{flag} {path}: is a folder; name a file in it."
+    elif not folder.is_dir():
+        yield f"{flag} {path}: there is no folder {folder}; make it first."
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        yield f"{flag} {path}: cannot be written; check its permissions."
+
+
 def regular_files(path: Path) -> list[Path]:
     """`path` if it is a file, or all files below the folder `path`; folders that are links are not.
 

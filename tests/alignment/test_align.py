@@ -246,7 +246,7 @@ def test_a_broken_record_is_refused(own, tmp_path: Path) -> None:
         ("--dump d --dump-only --report r", 1, "there is no report"),
         ("--compare-with nowhere", 1, "nowhere: holds no description.json"),
         ("--from-dump nowhere", 2, "--from-dump needs one process"),
-        ("--html nowhere/page.html", 1, "there is no folder nowhere"),
+        ("--html nowhere/page.html", 1, "/nowhere; make it first"),
         ("--reference-model nowhere", 1, "--reference-model nowhere: holds no config.json"),
     ],
 )

@@ -432,7 +432,7 @@ def test_the_tool_is_the_command(folder) -> None:
         (["a.npy", "a.npy", "--min-top1", "nan"], "--min-top1 nan must be between 0 and 1."),
         (["a.npy", "a.npy", "--png-name", "x"], "--png-name chooses what --png draws"),
         (["a.npy", "a.npy", "--json", "no/x.json"], "there is no folder"),
-        (["a.npy", "a.npy", "--png", "."], "--png .: is a folder; name a file."),
+        (["a.npy", "a.npy", "--png", "."], "--png .: is a folder; name a file in it."),
         (["a.npy", "a.npy", "--names", "b*"], "none of 1 names fits; there are for example 'a'."),
         (["a.npy", "a.npy", "--png", "x.png", "--png-name", "b"], "there are for example 'a'."),
         (["a.npy", "z.npz", "--common-only"], "no name is on both sides (ours has for example 'a'"),

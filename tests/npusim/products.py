@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from npusim.env import environment
 from npusim.run import command
+from qwen2_ascend import markdown
 
 if TYPE_CHECKING:
     from npusim.simulator import Simulator
@@ -96,13 +97,12 @@ def measure(runtime: Runtime, simulator: Simulator, cut: str, way: str) -> dict[
 
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
-    rows = ["| layout | products | forward | backward | exchanges forward | backward |"]
-    rows.append("|---|---|---|---|---|---|")
+    rows = []
     for name, parts in found.items():
-        cut, way = name.split(" | ")
         numbers = [parts[part][what] for what in ("launches", "exchanges") for part in parts]
-        rows.append(f"| {cut} | {way} | {' | '.join(map(str, numbers))} |")
-    return "\n".join(rows)
+        rows.append([*name.split(" | "), *map(str, numbers)])
+    head = ("layout", "products", "forward", "backward", "exchanges forward", "backward")
+    return markdown.table(head, rows)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from npusim.env import environment
 from npusim.run import command
+from qwen2_ascend import markdown
 
 if TYPE_CHECKING:
     from npusim.cards import Call
@@ -156,14 +157,12 @@ def main() -> None:
 
 def table(found: dict[str, Any]) -> str:
     """Markdown: measured, the minimum, and what is above it."""
-    rows = ["| layout | calls | bytes | at least | above | ratio |", "|---|---|---|---|---|---|"]
+    rows = []
     for name, numbers in found.items():
         sent, least = numbers["bytes"], minimum(CUTS[name])
-        rows.append(
-            f"| {name} | {numbers['calls']} | {sent:,} | {least:,} | {sent - least:,} | "
-            f"{sent / least:.3f} |"
-        )
-    return "\n".join(rows)
+        compared = (f"{sent:,}", f"{least:,}", f"{sent - least:,}", f"{sent / least:.3f}")
+        rows.append((name, str(numbers["calls"]), *compared))
+    return markdown.table(("layout", "calls", "bytes", "at least", "above", "ratio"), rows)
 
 
 def _measured(cards: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from qwen2_ascend.benchmark.measure import run_measured
-from qwen2_ascend.checkpoint.progress import size_text
+from qwen2_ascend.progress import size_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from typing import Protocol
 
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
-from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.progress import size_text
 
 WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
 _MOST_NAMED = 20
