@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from commands import run_python
 from qwen2_ascend import cli
 from qwen2_ascend.comparison import command as compare_command
 from qwen2_ascend.comparison import statistics, tolerances
@@ -417,11 +417,8 @@ def test_the_tool_is_the_command(folder) -> None:
     np.save("a.npy", random())
     np.save("b.npy", random() + 1)
     for other, status in [("a.npy", 0), ("b.npy", 1), ("c.npy", 2)]:
-        done = subprocess.run(
-            [sys.executable, str(TOOL), "a.npy", other], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == status, done.stderr
-    assert done.stderr == "error: c.npy: no such file or folder.\n"
+        ended = run_python(TOOL, "a.npy", other, status=status)
+    assert ended.err == "error: c.npy: no such file or folder.\n"
 
 
 @pytest.mark.parametrize(

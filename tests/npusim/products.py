@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npusim.env import environment
-from npusim.run import command
+from npusim.run import on_cards
 from qwen2_ascend import markdown
 
 if TYPE_CHECKING:
@@ -114,15 +111,7 @@ def main() -> None:
     if options.inside:
         _inside(options.inside)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        script = [str(Path(__file__)), "--inside", folder]
-        subprocess.run(
-            command(script, torchrun="--standalone --nproc-per-node 2"),
-            env={**environment(num_devices=2), "HCCL_SIM_LOG": f"{folder}/hccl"},
-            check=True,
-            timeout=900,
-        )
-        found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+    found = on_cards(__file__, 2)
     if options.write:
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))

@@ -6,14 +6,13 @@ import functools
 import json
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields, replace
 from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 
+from commands import run_python
 from helpers import tiny_config
 from npusim.traffic import CUTS, GOLDEN, LENGTH, MICRO_BATCH, MICRO_BATCHES, minimum
 from qwen2_ascend import markdown
@@ -467,7 +466,7 @@ def test_the_bin_that_a_910b_is_taken_for_is_said(capsys):
 def test_help_waits_for_no_numpy():
     """Which took half of the second that a command's start had taken; --from-log alone needs it."""
     script = "import sys, qwen2_ascend.planning.command; sys.exit('numpy' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    run_python("-c", script)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +584,7 @@ def test_nothing_heavy_is_imported():
         "main('--model 72B --num-devices 4096'.split())\n"
         "assert not {'torch', 'megatron', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+    run_python("-c", script)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch_dist_worker import CHECKS
 
-from distributed.harness import Check, Launches
+from commands import run_python
+from distributed.harness import each_check
 from qwen2_ascend.checkpoint.formats import torch_dist
 from qwen2_ascend.checkpoint.formats.stored import TensorSpec
 from qwen2_ascend.checkpoint.formats.torch_dist import ChunkSpec
@@ -34,11 +33,7 @@ CHUNKS = {
 }
 COMMON = {"args": Namespace(num_layers=2), "iteration": 3, "content_metadata": {"a": None}}
 
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_megatron_core(check: Check, launches: Launches):
-    launches.result(WORKER, check).require()
+test_megatron_core = each_check(WORKER, CHECKS)
 
 
 @pytest.fixture
@@ -267,4 +262,4 @@ chunk = torch_dist.ChunkSpec((2,), (0,), TensorSpec((2,), "bf16"))
 torch_dist.layout_torch_dist({{"a": [chunk]}}, {{}}, objects=["b/shard_0_1"])
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_python("-c", code)

@@ -243,17 +243,13 @@ def cuts(shape: tuple[int, ...], cut: str):
             yield (*whole[:-1], (start, stop))
 
 
-def _add(name: str, function, *arguments) -> None:
-    CHECKS.add(world_size=2, name=name)(lambda run: function(*arguments, run))
-
-
-_add("reads-untied", save_and_read, False)
-_add("reads-tied", save_and_read, True)
+CHECKS.case("reads-untied", 2, save_and_read, False)
+CHECKS.case("reads-tied", 2, save_and_read, True)
 for _cut in ("whole", "first axis", "uneven"):
-    _add(f"loads-untied-{_cut}", lay_out_and_load, "ours", False, _cut, 256)
-_add("loads-tied", lay_out_and_load, "ours", True, "whole", 256)
-_add("loads-more-padding", lay_out_and_load, "ours", False, "whole", 384)
-_add("loads-megatron-spec", lay_out_and_load, "megatron", False, "first axis", 256)
+    CHECKS.case(f"loads-untied-{_cut}", 2, lay_out_and_load, "ours", False, _cut, 256)
+CHECKS.case("loads-tied", 2, lay_out_and_load, "ours", True, "whole", 256)
+CHECKS.case("loads-more-padding", 2, lay_out_and_load, "ours", False, "whole", 384)
+CHECKS.case("loads-megatron-spec", 2, lay_out_and_load, "megatron", False, "first axis", 256)
 
 if __name__ == "__main__":
     main(CHECKS)
