@@ -106,9 +106,17 @@ def read_json(path: str | Path, **options: Any) -> Any:
         UserError: it cannot be read, is not JSON, or is too large to be parsed.
     """
     try:
-        return parse_json(read_bytes(path), **options)
+        with reading(path):
+            return parse_json(read_bytes(path), **options)
     except UserError as error:
         raise UserError(_located(path, fault) for fault in error.faults) from None
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Makes a UserError of an OSError: that `path` cannot be read, and why."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
 

@@ -12,7 +12,11 @@ from distributed.harness import Checks, Run, main
 from helpers import tiny_config
 from qwen2_ascend.checkpoint.formats import torch_dist
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, TensorSpec
-from qwen2_ascend.checkpoint.formats.torch_dist import ChunkSpec
+from qwen2_ascend.checkpoint.formats.torch_dist_layout import (
+    ChunkSpec,
+    extra_states,
+    layout_torch_dist,
+)
 from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
@@ -101,7 +105,7 @@ def save_and_read(tied: bool, run: Run) -> str:
     dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
     found = torch_dist.read(folder)
     assert found.common == {"args": Namespace(tensor_model_parallel_size=2), "iteration": 7}
-    assert set(found.objects) == set(torch_dist.extra_states(4)) - OF_TRANSFORMER_ENGINE
+    assert set(found.objects) == set(extra_states(4)) - OF_TRANSFORMER_ENGINE
     shards = own_shards(model)
     assert set(found.chunks) == {shard.key for shard in shards}
     assert ("output_layer.weight" in found.chunks) is not tied
@@ -145,7 +149,7 @@ def common_state_of_0_19(run: Run) -> str:
     torch.distributed.barrier()
     found = torch_dist.read(folder, wanted=lambda key: False)
     assert found.common == torch_dist.read_common(folder) == common
-    assert set(found.objects) == set(torch_dist.extra_states(4)) - OF_TRANSFORMER_ENGINE
+    assert set(found.objects) == set(extra_states(4)) - OF_TRANSFORMER_ENGINE
     return str(found.common)
 
 
@@ -215,8 +219,8 @@ def write_folder(folder: Path, whole: dict[str, np.ndarray], cut: str) -> None:
         for key in whole
     }
     common = {"args": Namespace(num_layers=4), "iteration": 5}
-    objects = torch_dist.extra_states(4)
-    layout = torch_dist.layout_torch_dist(chunks, common, num_files=3, objects=objects)
+    objects = extra_states(4)
+    layout = layout_torch_dist(chunks, common, num_files=3, objects=objects)
     folder.mkdir()
     for name, file in layout.files.items():
         write_layout(file, folder / name)

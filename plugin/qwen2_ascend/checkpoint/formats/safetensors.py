@@ -16,7 +16,7 @@ from typing import Any
 
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import open_regular, parse_json
+from qwen2_ascend.files import open_regular, parse_json, reading
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own bound."""
@@ -111,15 +111,12 @@ def encode_header(
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header's JSON object, the offset of the data, and the file's size in bytes."""
-    try:
-        with open_regular(path) as file:
-            file_bytes = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            raise_if(f"{path}: {fault}" for fault in _length_faults(length, file_bytes))
-            text = file.read(length)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    with reading(path), open_regular(path) as file:
+        file_bytes = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        raise_if(f"{path}: {fault}" for fault in _length_faults(length, file_bytes))
+        text = file.read(length)
     if not text.startswith(b"{"):
         raise UserError(f"{path}: its header starts with {text[:1]!r}, not '{{'; not safetensors.")
     try:

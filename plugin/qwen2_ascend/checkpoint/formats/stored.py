@@ -10,6 +10,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from qwen2_ascend.files import open_regular
+
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
@@ -46,6 +48,13 @@ class StoredTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return TensorSpec(self.shape, self.dtype).num_bytes
+
+    def array(self) -> np.ndarray:
+        """Its values, read at once."""
+        with open_regular(self.path) as file:
+            file.seek(self.offset)
+            data = file.read(self.num_bytes)
+        return np.frombuffer(data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

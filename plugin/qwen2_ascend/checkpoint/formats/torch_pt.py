@@ -41,7 +41,7 @@ from qwen2_ascend.checkpoint.formats.stored import (
 )
 from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT, Record, ZipFault, layout_zip, read_zip
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import open_regular
+from qwen2_ascend.files import open_regular, reading
 
 MAX_PICKLE_BYTES = 1 << 24
 """Of a data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
@@ -110,14 +110,11 @@ def read(path: str | Path) -> Any:
             but tensors, plain containers and the few known records (it is refused, not executed).
     """
     path = Path(path)
-    try:
-        with open_regular(path) as file:
-            num_bytes = file.seek(0, 2)
-            file.seek(0)
-            raise_if(f"{path}: {fault}" for fault in _container_faults(file.read(8)))
-            return read_part(file, path, 0, num_bytes)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    with reading(path), open_regular(path) as file:
+        num_bytes = file.seek(0, 2)
+        file.seek(0)
+        raise_if(f"{path}: {fault}" for fault in _container_faults(file.read(8)))
+        return read_part(file, path, 0, num_bytes)
 
 
 def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
