@@ -58,7 +58,7 @@ def main(arguments: str) -> None:
     runtime.start("cpu")
     import torch
 
-    from qwen2_ascend.model.build import TORCH_DTYPES
+    from qwen2_ascend.dtypes import TORCH_DTYPES
     from qwen2_ascend.parallel import ParallelLayout
 
     runtime.initialize_model_parallel(ParallelLayout(), 1)

@@ -22,18 +22,12 @@ from qwen2_ascend import __version__
 from qwen2_ascend.checkpoint.formats import megatron_optimizer, safetensors, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
-from qwen2_ascend.checkpoint.manifest_form import (
-    MOST_FAULTS,
-    VERSION,
-    Entry,
-    Manifest,
-    read_manifest,
-)
+from qwen2_ascend.checkpoint.manifest_form import VERSION, Entry, Manifest, read_manifest
 from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.checkpoint.writing import Checksums
-from qwen2_ascend.errors import DamagedError, UserError
+from qwen2_ascend.errors import DamagedError, UserError, at_most
 from qwen2_ascend.files import open_regular, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
@@ -274,9 +268,8 @@ def check_iteration(
 
 
 def _raise_damaged(faults: list[str]) -> None:
-    more = [f"and {len(faults) - MOST_FAULTS} more faults of this kind."]
     if faults:
-        raise DamagedError(faults if len(faults) <= MOST_FAULTS else faults[:MOST_FAULTS] + more)
+        raise DamagedError(at_most(faults))
 
 
 def _by_tensor(entries: Mapping[str, Entry]) -> dict[str, list[Entry]]:

@@ -14,7 +14,7 @@ from qwen2_ascend.files import parse_json, read_bytes, reading
 
 VERSION = 2
 """2 lists small files, which 1 did not."""
-MOST_FAULTS = 20
+_MOST_FAULTS = 20
 _READ_ON = "--no-check-source reads it all the same"
 
 
@@ -66,7 +66,7 @@ def read_manifest(path: Path) -> Manifest:
     form = _FORM | ({"files": checksums} if version == 2 else {})
     form |= {"beside": checksums} if isinstance(raw, dict) and "beside" in raw else {}
     faults = list(_form_faults(raw, form, "")) or list(_omissions(raw))
-    raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:MOST_FAULTS])
+    raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:_MOST_FAULTS])
     tensors = {
         file: {
             name: Entry(e["dtype"], tuple(e["shape"]), e["offset"], e["xxh3_128"])

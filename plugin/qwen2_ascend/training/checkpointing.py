@@ -38,6 +38,7 @@ from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.staging import write_file
 from qwen2_ascend.checkpoint.target import is_one_range, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from qwen2_ascend.errors import DamagedError, UserError
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import megatron_state
@@ -54,10 +55,9 @@ from qwen2_ascend.training.rank_files import RNG, RankFiles, rank_folder
 from qwen2_ascend.training.rank_state import RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
-from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
+from qwen2_ascend.training.saving import RankPart, Store
 from qwen2_ascend.training.settings import CheckpointSettings
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PLACES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -394,7 +394,7 @@ def _check_places(folder: Path, state: RankState, sources: Mapping[str, Source])
         DamagedError: one is not.
     """
     weights, mains = sources[""], sources[optimizers.MAIN].held
-    (dtype,) = {DTYPES[name] for name in weights.dtypes}
+    (dtype,) = {TORCH_DTYPES[name] for name in weights.dtypes}
     for piece, run, weight in state.whole():
         main = torch.empty(weight.shape)
         own = [held for held in mains if held.piece.tensor == piece.tensor]

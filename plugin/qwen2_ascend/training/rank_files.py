@@ -12,13 +12,14 @@ import torch
 from qwen2_ascend.checkpoint.formats import megatron, megatron_optimizer, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.plan import volume
+from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import megatron_state
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.checkpointer import Pending
 from qwen2_ascend.training.loop import TrainingRun
 from qwen2_ascend.training.rank_state import Named, Owned, RankState, own_replica, own_shard
-from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
+from qwen2_ascend.training.saving import RankPart, Store
 
 RNG = "rng_state"
 

@@ -18,6 +18,7 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, WEIGHTS_FI
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder, write_file
+from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.finetuning.deepspeed.checkpoint import rng_file
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
 from qwen2_ascend.finetuning.deepspeed.lora import adapter_parameters, read_adapter_tensors
@@ -25,7 +26,7 @@ from qwen2_ascend.finetuning.deepspeed.optimizer_state import gather_state, load
 from qwen2_ascend.finetuning.lora_checkpoint import AdapterPart, LoraStorage
 from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.lora_config import LoraConfig
-from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
+from qwen2_ascend.training.saving import RankPart, Store
 
 
 class ZeroLora(LoraStorage):
