@@ -296,7 +296,7 @@ def _storage_infos(storage_data: Any) -> Iterator[tuple[Index, StorageInfo]]:
     for record, info in storage_data.items():
         index = _state(record, "MetadataIndex")
         if not isinstance(info, Inert) or info.type_name != f"{FILESYSTEM}._StorageInfo":
-            raise ValueError("a chunk without a StorageInfo")
+            raise ValueError("a chunk without a _StorageInfo")
         if info.state.get("transform_descriptors"):
             raise ValueError(f"{shown(index['fqn'])} is stored through a transform (compressed)")
         file, offset, length = (info.state[k] for k in ("relative_path", "offset", "length"))

@@ -263,7 +263,7 @@ def _index_record(index: Index) -> Record:
 
 def _info_record(info: StorageInfo) -> Record:
     state = {"relative_path": info.file, "offset": info.offset, "length": info.num_bytes}
-    return Record(Name(FILESYSTEM, "StorageInfo"), state)
+    return Record(Name(FILESYSTEM, "_StorageInfo"), state)
 
 
 def _torch_size(sizes: Sequence[int]) -> Call:
