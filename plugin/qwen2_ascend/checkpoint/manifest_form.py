@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, is_shape, is_size
 from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import parse_json, read_bytes, reading
 
@@ -123,14 +123,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 64 and all(map(_is_size, value))
-
-
 def _is_dtype(value: Any) -> bool:
     return isinstance(value, str) and value in NUMPY_DTYPES
 
@@ -148,15 +140,15 @@ def _is_path(value: Any) -> bool:
 _FORM = {
     "manifest_version": lambda value: type(value) is int and value in (1, VERSION),
     "written_by": _is_text,
-    "sizes": _Each(_is_path, _is_size),
+    "sizes": _Each(_is_path, is_size),
     "tensors": _Each(
         _is_path,
         _Each(
             _is_text,
             {
                 "dtype": _is_dtype,
-                "shape": _is_shape,
-                "offset": _is_size,
+                "shape": is_shape,
+                "offset": is_size,
                 "xxh3_128": _is_checksum,
             },
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,9 +15,9 @@ from qwen2_ascend.checkpoint.plan import volume
 from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import megatron_state
-from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.checkpointer import Pending
 from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.megatron_state import InFile
 from qwen2_ascend.training.rank_state import Named, Owned, RankState, own_replica, own_shard
 from qwen2_ascend.training.saving import RankPart, Store
 
@@ -61,10 +61,7 @@ class RankFiles:
         small: dict[torch_pt.KeyPath, torch.Tensor] = {}
         flat = None
         if optimizer is not None:
-            if optimizers.is_distributed(optimizer):
-                state[key], flat = megatron_state.distributed_state(optimizer)
-            else:
-                state[key] = megatron_state.plain_state(optimizer).state
+            state[key], _, flat = megatron_state.laid_state(optimizer)
             scale = megatron_state.scale_tensors(optimizer)
             small |= {(key, *path): tensor for path, tensor in scale.items()}
         for (index, name), parameter in self._state.parameters.items():
@@ -76,28 +73,21 @@ class RankFiles:
         layouts = {megatron.PT_FILE: torch_pt.layout_pt(state, name="model_optim_rng")}
         if flat is not None:
             file = megatron_optimizer.FLAT_FILE
-            layouts[file] = torch_pt.layout_pt(flat.state, name="distrib_optim")
+            layouts[file] = torch_pt.layout_pt(flat, name="distrib_optim")
         return Pending(part=self._part(layouts, tensors, small))
 
     @cached_property
-    def _places(self) -> dict[tuple[Named, str], _Place]:
+    def _places(self) -> dict[tuple[Named, str], InFile]:
         """Where the file, or two, have the tensors of every kind of each parameter."""
         places = {
-            ((index, name), ""): _Place(megatron.PT_FILE, (self._names[index], name), 0)
+            ((index, name), ""): InFile(megatron.PT_FILE, (self._names[index], name))
             for index, name in self._state.parameters
         }
         if self._optimizer is None:
             return places
-        file, above = megatron.PT_FILE, (megatron_optimizer.KEY,)
-        if optimizers.is_distributed(self._optimizer):
-            file, above = megatron_optimizer.FLAT_FILE, ()
-            _, laid = megatron_state.distributed_state(self._optimizer)
-        else:
-            laid = megatron_state.plain_state(self._optimizer)
+        laid = megatron_state.laid_state(self._optimizer).places
         for named, parameter in self._state.parameters.items():
-            for kind in self._state.kinds:
-                path, start = laid.places[parameter, kind]
-                places[named, kind] = _Place(file, (*above, *path), start)
+            places |= {(named, kind): laid[parameter, kind] for kind in self._state.kinds}
         return places
 
     def _part(
@@ -160,14 +150,6 @@ class RankFiles:
         return next(
             own for told in values if told for shard, own in [told] if shard == own_shard(0)
         )
-
-
-class _Place(NamedTuple):
-    """Where a tensor begins: in which tensor of a file, and at which element of it."""
-
-    file: str
-    path: torch_pt.KeyPath
-    start: int
 
 
 def rank_folder(layout: ParallelLayout) -> str:

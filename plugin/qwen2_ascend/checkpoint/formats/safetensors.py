@@ -14,14 +14,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.stored import (
+    MAX_AXES,
+    NUMPY_DTYPES,
+    StoredTensor,
+    TensorSpec,
+    is_shape,
+)
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import open_regular, parse_json, reading
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own bound."""
-MAX_AXES = 64
-"""PyTorch's and numpy's bound."""
 ALIGNMENT = 64
 """Of the first tensor's bytes, so that mapped tensors start on a cache line."""
 
@@ -173,10 +177,10 @@ def _entry_faults(entry: Any) -> Iterator[str]:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         sound = False
         yield _dtype_fault(dtype)
-    if not _are_sizes(shape) or len(shape) > MAX_AXES:
+    if not is_shape(shape):
         sound = False
         yield f"shape={_short(shape)} must be at most {MAX_AXES} whole numbers, none negative."
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not is_shape(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         sound = False
         yield f"data_offsets={_short(offsets)} must be [begin, end] with 0 <= begin <= end."
     if not sound:
@@ -212,10 +216,6 @@ def _range_faults(ordered: list[tuple[str, dict[str, Any]]], data_bytes: int) ->
             end, previous = stop, f"tensor {name!r}"
     if end < data_bytes:
         yield f"{data_bytes - end} bytes follow {previous}; they are no tensor's."
-
-
-def _are_sizes(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
 
 def _short(value: Any) -> str:
