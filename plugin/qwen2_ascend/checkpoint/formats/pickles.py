@@ -354,7 +354,7 @@ _CODES: dict[str, tuple[Step, int]] = {
     "B": (_reads(pickletools.read_bytes4), 40),
     "C": (_reads(pickletools.read_bytes1), 40),
     "\x8e": (_reads(pickletools.read_bytes8), 40),
-    "\x96": (_reads(pickletools.read_bytearray8), 60),
+    "\x96": (_reads(lambda file: bytearray(pickletools.read_bytes8(file))), 60),
     "q": (lambda m: m.put(pickletools.read_uint1(m.file)), 100),
     "r": (lambda m: m.put(pickletools.read_uint4(m.file)), 100),
     "\x94": (lambda m: m.put(len(m.memo)), 100),
