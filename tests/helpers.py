@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from qwen2_ascend.config import Qwen2Config
@@ -44,6 +45,19 @@ def random_hugging_face_model(config: Qwen2Config, seed: int = 0):
             scale = 0.3 if weight.dim() == 1 else 0.3 * weight.shape[-1] ** -0.5
             weight.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
     return model.eval()
+
+
+def generated(
+    model: Any, ids: list[int], num_tokens: int, eos: list[int] | None = None, **options: Any
+) -> list[int]:
+    """What transformers' greedy search, or that of `options`, puts behind one prompt."""
+    import torch
+
+    prompt = torch.tensor([ids])
+    options = {"do_sample": False, "eos_token_id": eos, "pad_token_id": 0, **options}
+    mask = torch.ones_like(prompt)
+    found = model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, **options)
+    return found[0, len(ids) :].tolist()
 
 
 def make_tiny_hugging_face_folder(

@@ -24,7 +24,7 @@ TESTS = (
     "checkpoint/formats/test_optimizer_layout.py",
     "checkpoint/formats/test_safetensors.py",
     "checkpoint/test_iteration.py",
-    "checkpoint/test_progress.py",
+    "test_progress.py",
     "checkpoint/test_slices.py",
     "data/test_chat_formats.py",
     "data/test_inputs.py",

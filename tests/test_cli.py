@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import run_python
 from qwen2_ascend import __version__, cli
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.launching import launched
@@ -38,6 +39,34 @@ sys.exit(status)
     assert done.returncode == 0, done.stderr
     assert "heavy: []" in done.stderr
     assert f"usage: qwen2-ascend {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("training.pretrain", "--tensor-model-parallel-size"),
+        ("finetuning.finetune", "--num-train-epochs"),
+        ("finetuning.deepspeed.finetune", "--zero-stage"),
+        ("alignment.align", "--noise-factor"),
+        ("evaluation.evaluate", "--text-file"),
+        ("inference.generate", "--prompt-file --repetition-penalty --chat"),
+        ("benchmark.train", "--micro-batch-size"),
+    ],
+)
+def test_help_of_every_launcher_imports_nothing_heavy(module: str, flags: str) -> None:
+    arguments = ["train", "--help"] if module == "benchmark.train" else ["--help"]
+    code = f"""
+import sys
+from qwen2_ascend.{module.replace("benchmark.train", "benchmark.command")} import main
+try:
+    status = main({arguments})
+except SystemExit as end:
+    status = end.code
+assert not {{"torch", "transformers", "megatron", "deepspeed"}} & sys.modules.keys()
+sys.exit(status)
+"""
+    told = run_python("-c", code).out
+    assert all(flag in told for flag in flags.split())
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

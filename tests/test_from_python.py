@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from commands import TORCHRUN, run_python
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from-python.md"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 pytestmark = pytest.mark.distributed
 
@@ -39,20 +36,6 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Page(make_tiny_hugging_face_folder(folder / "hf", config), *scripts)
 
 
-def run(*words: str | Path) -> str:
-    """What a Python process prints."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "plugin"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_the_script_trains_as_transformers_does(page: Page, tmp_path: Path) -> None:
     """Losses of three steps at TP2, and the weights of the Hugging Face folder made of its shards.
 
@@ -62,14 +45,14 @@ def test_the_script_trains_as_transformers_does(page: Page, tmp_path: Path) -> N
     import torch
     from transformers import AutoModelForCausalLM
 
-    said = run(*TORCHRUN, page.train, page.model, tmp_path / "out")
+    said = run_python(*TORCHRUN, 2, page.train, page.model, tmp_path / "out").out
     losses = [float(loss) for loss in re.findall(r"^step \d loss (\S+)$", said, re.M)]
     expected, trained = by_transformers(page.model)
     assert losses == pytest.approx(expected, abs=1e-6)
 
     convert = ("-m", "qwen2_ascend.cli", "convert", "--save-model-type", "hf", "--verify")
     folders = ("--load-dir", tmp_path / "out", "--save-dir", tmp_path / "merged")
-    run(*convert, *folders, "--hf-cfg-dir", page.model)
+    run_python(*convert, *folders, "--hf-cfg-dir", page.model)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float().state_dict()
     start = AutoModelForCausalLM.from_pretrained(page.model).float().state_dict()
     assert merged.keys() == trained.keys()
@@ -102,7 +85,7 @@ def test_the_layer_spec_is_qwen2_in_a_model_of_the_users_own(page: Page, tmp_pat
     import torch
     from transformers import AutoModelForCausalLM
 
-    run(page.layer_spec, page.model, tmp_path / "logits.pt")
+    run_python(page.layer_spec, page.model, tmp_path / "logits.pt")
     found = torch.load(tmp_path / "logits.pt")
     model = AutoModelForCausalLM.from_pretrained(page.model).float()
     with torch.no_grad():

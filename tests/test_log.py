@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from commands import run_python
 from qwen2_ascend.log import log_above, shown_log
 
 logger = logging.getLogger("qwen2_ascend.some.module")
@@ -110,5 +110,5 @@ def test_a_script_that_imports_the_package_has_its_logging_to_itself() -> None:
         "logging.getLogger('qwen2_ascend.checkpoint.load').info('a line')\n"
         "logging.getLogger('qwen2_ascend.checkpoint.load').warning('a warning')\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "a warning\n")
+    ended = run_python("-c", script)
+    assert (ended.out, ended.err) == ("", "a warning\n")

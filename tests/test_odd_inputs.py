@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import odd_inputs
+from commands import run_commands
 from data.corpora import write_indexed
-from inference.worlds import model_with_tokenizer, run_commands
+from inference.worlds import model_with_tokenizer
 
 EXCEPTION = re.compile(r"Traceback|\b[A-Z]\w*(?:Error|Exception|Iteration|Interrupt)\b")
 SIZES = "--seq-length 64 --train-iters 1 --global-batch-size 1 --lr 1e-3 --eval-iters 0"

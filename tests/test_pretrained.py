@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import run_python
 from data.corpora import save_tokenizer
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.pretrained import open_pretrained, open_tokenizer
@@ -129,17 +128,9 @@ def test_a_folder_that_wants_its_own_code_is_refused_and_the_code_does_not_run(
         "try:\n    open_tokenizer(sys.argv[1])\n"
         "except UserError as error:\n    sys.exit(str(error))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(hostile)],
-        input="y\n" * 10,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = run_python("-c", code, hostile, status=None, stdin="y\n" * 10)
     assert not (tmp_path / "ran").exists()
-    assert result.returncode == 1
-    assert "wants code of its own to be run (auto_map" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "wants code of its own to be run (auto_map" in ended.require(1).err
 
 
 def test_a_config_or_model_that_wants_its_own_code_is_refused(hostile: Path) -> None:

@@ -76,8 +76,8 @@ def test_every_function_fits_on_a_screen() -> None:
 
 def test_the_comparison_of_arrays_knows_no_model() -> None:
     """Of the rest it takes errors, files, tables and what reads file formats."""
-    beneath = ("comparison", "errors", "files", "markdown", "checkpoint.formats")
-    beneath += ("checkpoint.progress",)
+    beneath = ("comparison", "errors", "figures", "files", "markdown", "progress")
+    beneath += ("checkpoint.formats",)
     allowed = tuple(f"qwen2_ascend.{name}" for name in beneath)
     graph = imports_of(PACKAGE)
     own = {name: others for name, others in graph.items() if ".comparison" in name}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 _MOST_CHARACTERS = 10_000
 """Of one fault; a file may give a tensor a name of megabytes."""
+_MOST_NAMED = 20
+"""Names, or faults of one kind, in a list."""
 _MOST_FAULTS = 1000
 """A file may hold a fault for each of its bytes."""
 
@@ -97,6 +99,21 @@ def raise_if(faults: Iterable[str]) -> None:
     """Raises UserError with all of `faults`, or returns when there is none."""
     if faults := tuple(faults):
         raise UserError(faults)
+
+
+def name_faults(what: str, names: Sequence[str]) -> list[str]:
+    """One fault that counts `names` and lists the first of them; none where there are none."""
+    if not names:
+        return []
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]
+
+
+def at_most(faults: list[str], most: int = _MOST_NAMED) -> list[str]:
+    """The first of many faults of one kind, and how many more there are."""
+    if len(faults) <= most:
+        return faults
+    return [*faults[:most], f"and {len(faults) - most} more faults of this kind."]
 
 
 class Faults(list[str]):

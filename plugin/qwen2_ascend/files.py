@@ -107,9 +107,17 @@ def read_json(path: str | Path, **options: Any) -> Any:
         UserError: it cannot be read, is not JSON, or is too large to be parsed.
     """
     try:
-        return parse_json(read_bytes(path), **options)
+        with reading(path):
+            return parse_json(read_bytes(path), **options)
     except UserError as error:
         raise UserError(_located(path, fault) for fault in error.faults) from None
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Makes a UserError of an OSError: that `path` cannot be read, and why."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
 
@@ -156,6 +164,19 @@ def json_kind(value: Any) -> str:
 def missing(path: str | Path) -> str:
     """Why there is no file at `path`, for a message."""
     return "is a folder, name the file in it" if os.path.isdir(path) else "no such file"
+
+
+def output_faults(flag: str, path: Path | None) -> Iterator[str]:
+    """Why no file can be written at `path`, which `flag` names; found before hours of work."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        yield f"{flag} {path}: is a folder; name a file in it."
+    elif not folder.is_dir():
+        yield f"{flag} {path}: there is no folder {folder}; make it first."
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        yield f"{flag} {path}: cannot be written; check its permissions."
 
 
 def regular_files(path: Path) -> list[Path]:

@@ -13,18 +13,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
-def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
-    """Lines whose cells stand below one another; the first column is flush left.
+def aligned(rows: Sequence[Sequence[str]], flush: str = "lr") -> list[str]:
+    """Lines whose cells stand below one another.
 
     Args:
         rows: of equal length.
-        right: whether the other columns are flush right, as numbers want it.
+        flush: for each column, l for flush left or r for flush right; the last letter holds for
+            all columns after it.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = flush.ljust(len(widths), flush[-1])
     return [
         "  ".join(
-            cell.rjust(width) if right and index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, sides, strict=True)
         ).rstrip()
         for row in rows
     ]

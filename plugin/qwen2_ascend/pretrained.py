@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import links_out, read_json, require_regular
+from qwen2_ascend.files import links_out, read_json, reading, require_regular
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -147,12 +147,10 @@ def pretrained_folder(path: str | Path) -> Path:
 def _foreign_files(folder: Path) -> Iterator[str]:
     """What is wrong with the kinds of files in `folder`, and with where its links lead."""
     templates = folder / "additional_chat_templates"
-    try:
+    with reading(folder):
         paths = sorted(folder.iterdir())
         if templates.is_dir() and not templates.is_symlink():
             paths += sorted(templates.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}.") from None
     for path in paths:
         try:
             require_regular(path)

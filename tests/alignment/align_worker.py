@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,9 +109,7 @@ def _agrees(
     config: Qwen2Config = TIED,
     release: tuple[int, int] = (0, 12),
 ) -> None:
-    CHECKS.add(world_size=world_size, name=name)(
-        functools.partial(agrees, flags, worst_total, config, release)
-    )
+    CHECKS.case(name, world_size, agrees, flags, worst_total, config, release)
 
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
@@ -288,14 +285,11 @@ IN_BF16 = (swap_gate_and_up, another_rotary_base, no_key_bias, no_causal_mask)
 
 for _plant, (_first, _also) in FAULTS.items():
     for _precision in ("fp32", "bf16") if _plant in IN_BF16 else ("fp32",):
-        CHECKS.add(world_size=2, name=f"{_plant.__name__}-{_precision}")(
-            functools.partial(is_located, _plant, _first, _also, _precision)
-        )
+        _name = f"{_plant.__name__}-{_precision}"
+        CHECKS.case(_name, 2, is_located, _plant, _first, _also, _precision)
 
 for _plant, _first in IN_CUT_SEQUENCES.items():
-    CHECKS.add(world_size=2, name=_plant.__name__)(
-        functools.partial(is_located, _plant, _first, set(), "fp32", layout=CP2)
-    )
+    CHECKS.case(_plant.__name__, 2, is_located, _plant, _first, set(), "fp32", layout=CP2)
 
 
 @CHECKS.add(world_size=2)

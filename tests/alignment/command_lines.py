@@ -1,17 +1,7 @@
-"""Command lines of align_qwen2.py, run one after the other for test_align.py.
-
-`python command_lines.py FOLDER`: FOLDER holds the models `hf`, `other` and `other-key`;
-what became of each goes to FOLDER/results.json.
-"""
+"""Command lines of align_qwen2.py, in a folder with the models hf, other and other-key."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 SHAPE = (2, 2, 12)
@@ -50,21 +40,3 @@ COMMANDS = {
     "nothing": Line("--load nowhere", 2, "nowhere: no such folder"),
     "no-tokenizer": Line("--load hf --prompt hello", 2, "no tokenizer can be read"),
 }
-
-
-def run(line: Line) -> dict[str, object]:
-    from qwen2_ascend.alignment.align import main
-    from qwen2_ascend.runtime import startup
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([*line.flags.split(), "--device", "cpu"])
-    if startup._current is not None:
-        startup._current.close()  # a refused run leaves this to the end of its process
-    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
-
-
-if __name__ == "__main__":
-    os.chdir(sys.argv[1])
-    results = {name: run(line) for name, line in COMMANDS.items()}
-    Path("results.json").write_text(json.dumps(results), encoding="utf-8")

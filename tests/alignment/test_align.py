@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 from alignment.command_lines import COMMANDS, SHAPE
+from commands import World, run_commands
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.alignment import judge as judging
 from qwen2_ascend.alignment.record import Record, load_record, save_record
@@ -246,7 +244,7 @@ def test_a_broken_record_is_refused(own, tmp_path: Path) -> None:
         ("--dump d --dump-only --report r", 1, "there is no report"),
         ("--compare-with nowhere", 1, "nowhere: holds no description.json"),
         ("--from-dump nowhere", 2, "--from-dump needs one process"),
-        ("--html nowhere/page.html", 1, "there is no folder nowhere"),
+        ("--html nowhere/page.html", 1, "/nowhere; make it first"),
         ("--reference-model nowhere", 1, "--reference-model nowhere: holds no config.json"),
     ],
 )
@@ -290,43 +288,38 @@ def _without_a_key_bias(folder: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ended(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """Every command line of command_lines.py, run one after the other in one process."""
+def world(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     place = tmp_path_factory.mktemp("commands")
     (place / "hf").symlink_to(folder)
     make_tiny_hugging_face_folder(place / "other", CONFIG, seed=9)
     _without_a_key_bias(folder, place / "other-key")
-    tests = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "plugin")]),
+    commands = {
+        name: {"program": "align", "flags": [*line.flags.split(), "--device", "cpu"]}
+        for name, line in COMMANDS.items()
     }
-    command = [sys.executable, str(Path(__file__).with_name("command_lines.py")), str(place)]
-    subprocess.run(command, check=True, timeout=280, env=environment)
-    return place, json.loads((place / "results.json").read_text(encoding="utf-8"))
+    return World(place, run_commands(place, commands))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_exit_status_says_whether_they_part(ended, name: str) -> None:
-    result = ended[1][name]
-    assert result["status"] == COMMANDS[name].status, result
-    assert COMMANDS[name].told in result["out"] + result["err"], result
+def test_the_exit_status_says_whether_they_part(world: World, name: str) -> None:
+    ended = world.runs[name]
+    assert ended.status == COMMANDS[name].status, ended
+    assert COMMANDS[name].told in ended.out + ended.err, ended
 
 
-def test_the_report_is_one_file(ended) -> None:
-    page = (ended[0] / "report" / "report.html").read_text(encoding="utf-8")
+def test_the_report_is_one_file(world: World) -> None:
+    page = (world.folder / "report" / "report.html").read_text(encoding="utf-8")
     assert page.index("ALIGNED") < page.index("<table>")
     assert page.count("data:image/png;base64,") == 2  # the heat map, the loss curve
     assert "http" not in page.replace("http-equiv", "")
     for sublayer in sublayers(CONFIG.num_layers):
         assert describe(sublayer.name) in page
-    picture = (ended[0] / "report" / "heatmap.png").read_bytes()
+    picture = (world.folder / "report" / "heatmap.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
 
 
-def test_the_json_has_every_figure(ended) -> None:
-    found = json.loads((ended[0] / "report" / "report.json").read_text(encoding="utf-8"))
+def test_the_json_has_every_figure(world: World) -> None:
+    found = json.loads((world.folder / "report" / "report.json").read_text(encoding="utf-8"))
     assert found["aligned"] is True and found["first"] is None
     assert [x["name"] for x in found["sublayers"]] == [x.name for x in sublayers(2)]
     assert len(found["gradients"]) == 12 * 2 + 3
@@ -334,13 +327,13 @@ def test_the_json_has_every_figure(ended) -> None:
     assert found["logits"]["top1"] == 1.0
 
 
-def test_another_models_weights_part_at_the_embedding(ended) -> None:
-    found = json.loads((ended[0] / "parted.json").read_text(encoding="utf-8"))
+def test_another_models_weights_part_at_the_embedding(world: World) -> None:
+    found = json.loads((world.folder / "parted.json").read_text(encoding="utf-8"))
     assert found["aligned"] is False and found["first"] == "embedding"
 
 
-def test_a_dump_holds_the_run(ended) -> None:
-    record = load_record(ended[0] / "dump")
+def test_a_dump_holds_the_run(world: World) -> None:
+    record = load_record(world.folder / "dump")
     n, b, s = SHAPE
     assert record.tokens.shape == (n, b, s + 1)
     assert record.activations["logits"].shape == (n * b, s, CONFIG.vocab_size)

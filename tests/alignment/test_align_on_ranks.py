@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from alignment.align_worker import CHECKS
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 
 WORKER = Path(__file__).with_name("align_worker.py")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_align(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_align = each_check(WORKER, CHECKS)

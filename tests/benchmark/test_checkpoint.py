@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers import tiny_config
 from qwen2_ascend.benchmark import checkpoint
-from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.parameters import num_parameters
 
@@ -46,17 +46,7 @@ def test_figures_follow_from_the_seconds() -> None:
 def test_every_side_gets_back_what_it_saved(
     processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = Qwen2Config(
-        num_layers=2,
-        hidden_size=32,
-        ffn_hidden_size=48,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=8,
-        vocab_size=96,
-        max_position_embeddings=64,
-        dtype="fp32",
-    )
+    tiny = tiny_config(num_layers=2)
     (tmp_path / "config.json").write_text(json.dumps(tiny.to_hugging_face()), encoding="utf-8")
     checkpoint.run(
         checkpoint.CheckpointBenchmark(

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from checkpoint.toys import (
     tp,
     tree,
 )
+from commands import run_python
 from qwen2_ascend.config import Qwen2Config
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -457,9 +456,7 @@ def test_the_splitter_imports_no_torch(save_format, tmp_path):
         source = make_hugging_face_folder(tmp_path / "hf")
         flags = ["--load-dir", source, "--save-dir", tmp_path / "mg", "--save-model-type", "mg"]
         flags += ["--save-format", save_format, *tp(2), "--verify"]
-    command = [sys.executable, "-c", IMPORTS, *map(str, flags)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert ended.stdout.splitlines()[-1] == "imported:"
+    assert run_python("-c", IMPORTS, *flags).out.splitlines()[-1] == "imported:"
     assert save_format == "help" or (tmp_path / "mg/latest_checkpointed_iteration.txt").exists()
 
 

@@ -1,7 +1,7 @@
 """Killed at any moment, the target is the old state or the new one, and --resume finishes it.
 
 The moments are counted, not timed: a conversion runs again and again and kills itself with SIGKILL
-before one after the other of its system calls that change the disk (crash_driver.py).
+before one after the other of its system calls that change the disk (killing.py).
 """
 
 from __future__ import annotations
@@ -29,44 +29,20 @@ from checkpoint.toys import (
     tp,
     tree,
 )
+from killing import Driver
 from qwen2_ascend.checkpoint import convert as convert_module
 from qwen2_ascend.checkpoint import copying, writing
 
-DRIVER = Path(__file__).parent / "crash_driver.py"
+CONVERT = "qwen2_ascend.checkpoint.command"
 TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 TRACKER = "latest_checkpointed_iteration.txt"
 TENSORS = 9 + 3  # of one layer and around it, on one rank
 
 
-class Driver:
-    """Conversions in forked children of one process that has imported everything."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, DRIVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def run(self, argv: list[object], point: int | None = None) -> dict:
-        """{"status": negative when killed, "calls": how many calls changed the disk}."""
-        assert self._process.stdin and self._process.stdout
-        request = {"argv": list(map(str, argv)), "point": point}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.stdout.close()  # type: ignore[union-attr]
-        self._process.wait(timeout=20)
-
-
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    driver = Driver()
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    refused = (CONVERT, "--load-dir=/nowhere", "--save-dir=/no", "--save-model-type=hf")
+    driver = Driver(tmp_path_factory.mktemp("driver"), (CONVERT,), refused)
     yield driver
     driver.close()
 
@@ -115,13 +91,13 @@ def test_killed_before_every_change_of_the_disk(old, memory, driver):
             shutil.copytree(spare, root / "target")
 
     start_over()
-    whole_run = driver.run(command(source, root / "target", *flags))
-    assert whole_run["status"] == 0
-    assert whole_run["calls"] > 2 * TENSORS + 20
+    whole_run = driver.run(CONVERT, command(source, root / "target", *flags))
+    assert whole_run.status == 0
+    assert whole_run.calls > 2 * TENSORS + 20
     seen = set()
-    for point in some_points(whole_run["calls"]):
+    for point in some_points(whole_run.calls):
         start_over()
-        assert driver.run(command(source, root / "target", *flags), point)["status"] == -9
+        assert driver.run(CONVERT, command(source, root / "target", *flags), point).status == -9
         state = tree(root / "target") if (root / "target").exists() else {}
         assert state in (old_state, new_state), f"half a state after {point} calls"
         seen.add("new" if state == new_state else "old")
@@ -129,7 +105,7 @@ def test_killed_before_every_change_of_the_disk(old, memory, driver):
             continue
         # the target is not there, or is to be replaced: both flags say so where both are needed
         again = [*flags, "--resume"] if state == old_state else ["--resume", "--overwrite"]
-        assert driver.run(command(source, root / "target", *again))["status"] == 0, point
+        assert driver.run(CONVERT, command(source, root / "target", *again)).status == 0, point
         assert tree(root / "target") == new_state
         assert [p.name for p in root.iterdir()] == ["target"]
     assert seen == {"old", "new"}
@@ -141,7 +117,7 @@ def test_killed_while_it_resumes(memory, driver):
     convert(source, memory / "whole", *tp(2)).require()
     target, runs = memory / "root/target", 0
     flags: list[object] = []
-    while driver.run(command(source, target, *flags), 12 + 3 * runs)["status"] == -9:
+    while driver.run(CONVERT, command(source, target, *flags), 12 + 3 * runs).status == -9:
         assert not target.exists()
         flags, runs = ["--resume"], runs + 1
     assert 5 < runs < 100

@@ -7,7 +7,6 @@ whatever is not a plain copy shows.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -18,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from commands import Ended
 from helpers import tiny_config
 from qwen2_ascend.checkpoint.command import main
 from qwen2_ascend.cli import run_command
@@ -159,20 +159,6 @@ def fingerprint(folder: Path) -> dict[str, tuple]:
         name: (digest, (stat := (folder / name).stat()).st_mtime_ns, stat.st_mode)
         for name, digest in tree(folder).items()
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-    def require(self, status: int = 0) -> Ended:
-        assert self.status == status, f"status {self.status}, not {status}:\n{self.err}"
-        assert "Traceback" not in self.err
-        return self
 
 
 def convert(source: Path, target: Path, *flags: object, to: str = "mg") -> Ended:

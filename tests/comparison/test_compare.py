@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from commands import run_python
 from qwen2_ascend import cli
 from qwen2_ascend.comparison import command as compare_command
 from qwen2_ascend.comparison import statistics, tolerances
@@ -417,11 +417,8 @@ def test_the_tool_is_the_command(folder) -> None:
     np.save("a.npy", random())
     np.save("b.npy", random() + 1)
     for other, status in [("a.npy", 0), ("b.npy", 1), ("c.npy", 2)]:
-        done = subprocess.run(
-            [sys.executable, str(TOOL), "a.npy", other], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == status, done.stderr
-    assert done.stderr == "error: c.npy: no such file or folder.\n"
+        ended = run_python(TOOL, "a.npy", other, status=status)
+    assert ended.err == "error: c.npy: no such file or folder.\n"
 
 
 @pytest.mark.parametrize(
@@ -432,7 +429,7 @@ def test_the_tool_is_the_command(folder) -> None:
         (["a.npy", "a.npy", "--min-top1", "nan"], "--min-top1 nan must be between 0 and 1."),
         (["a.npy", "a.npy", "--png-name", "x"], "--png-name chooses what --png draws"),
         (["a.npy", "a.npy", "--json", "no/x.json"], "there is no folder"),
-        (["a.npy", "a.npy", "--png", "."], "--png .: is a folder; name a file."),
+        (["a.npy", "a.npy", "--png", "."], "--png .: is a folder; name a file in it."),
         (["a.npy", "a.npy", "--names", "b*"], "none of 1 names fits; there are for example 'a'."),
         (["a.npy", "a.npy", "--png", "x.png", "--png-name", "b"], "there are for example 'a'."),
         (["a.npy", "z.npz", "--common-only"], "no name is on both sides (ours has for example 'a'"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import environment, run_python
 from qwen2_ascend.data.helpers_cpp import compile_helpers_cpp
 from qwen2_ascend.errors import UserError
 
@@ -47,17 +45,11 @@ def test_a_missing_extension_is_compiled_once_into_the_cache(tmp_path: Path) -> 
     package.mkdir()
     shutil.copy(source, package)
     package.chmod(0o555)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", HIDDEN, str(package), str(tmp_path / "cache")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
+    cache = tmp_path / "cache"
+    words = ("-W", "ignore", "-c", HIDDEN, package, cache)
+    ended = run_python(*words, environ=environment(XDG_CACHE_HOME=str(cache)))
     # samples of 4 tokens and one more, by hand: (document, offset) where each starts
-    assert done.stdout.strip() == "[[0, 0], [0, 4], [2, 0], [2, 4], [2, 8]]"
+    assert ended.out.strip() == "[[0, 0], [0, 4], [2, 0], [2, 4], [2, 8]]"
     (library,) = (tmp_path / "cache" / "qwen2-ascend").glob("helpers_cpp-*")
     before = library.stat().st_mtime_ns
     assert compile_helpers_cpp(source, library.parent) == library

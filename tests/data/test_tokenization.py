@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import documents, save_tokenizer
 
+from commands import run_python
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.data.tokenization import Encoder, load_tokenizer
 from qwen2_ascend.errors import UserError
@@ -108,5 +107,4 @@ def test_workers_do_without_torch_and_transformers() -> None:
         "import sys, qwen2_ascend.data.tokenization, tokenizers\n"
         "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "[]\n", done.stderr
+    assert run_python("-c", code).out == "[]\n"

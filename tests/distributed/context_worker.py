@@ -6,7 +6,6 @@ ranks, which then are data parallel; what those compute, other workers compare w
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -140,9 +139,7 @@ def losses_are_those_of_whole_sequences(case: Case, run: Run) -> str:
 
 
 for _name, _case in _cases().items():
-    CHECKS.add(world_size=_case.world_size, name=_name)(
-        functools.partial(losses_are_those_of_whole_sequences, _case)
-    )
+    CHECKS.case(_name, _case.world_size, losses_are_those_of_whole_sequences, _case)
 
 
 @CHECKS.add(world_size=2)
@@ -217,9 +214,8 @@ def a_run_goes_on_at_other_sizes(
 
 
 for _moved in MOVED:
-    CHECKS.add(world_size=4, name=f"moved-{_moved[0]}-{_moved[1]}-{_moved[3][0].split()[0][2:4]}")(
-        functools.partial(a_run_goes_on_at_other_sizes, *_moved)
-    )
+    _name = f"moved-{_moved[0]}-{_moved[1]}-{_moved[3][0].split()[0][2:4]}"
+    CHECKS.case(_name, 4, a_run_goes_on_at_other_sizes, *_moved)
 
 
 @CHECKS.add(world_size=2)

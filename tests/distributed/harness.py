@@ -19,16 +19,16 @@ A worker script registers its checks and hands over to `main`:
     if __name__ == "__main__":
         main(CHECKS)
 
-Its test module imports the script (so nothing heavy at its top level) and parametrizes over it:
+Its test module imports the script (so nothing heavy at its top level) and has a test of each check:
 
-    @pytest.mark.parametrize("check", CHECKS.all())
-    def test_loss(check, launches):
-        launches.result(WORKER, check).require()
+    WORKER = Path(__file__).with_name("loss_worker.py")
+    test_loss = each_check(WORKER, CHECKS)
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import select
@@ -45,6 +45,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from commands import environment
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
@@ -90,6 +92,10 @@ class Checks:
             return function
 
         return register
+
+    def case(self, name: str, world_size: int, function: Callable, *given, **named) -> None:
+        """Registers a function for one of its cases; what it is given comes before the run."""
+        self._checks.append(Check(name, world_size, functools.partial(function, *given, **named)))
 
     def all(self) -> list[Check]:
         return list(self._checks)
@@ -185,6 +191,18 @@ class Launches:
         return results.get(check.name) or Result(False, f"not reached. {results['launch'].detail}")
 
 
+def each_check(worker: Path, checks: Checks) -> Callable[..., None]:
+    """A test of every check of a worker script, for a module to keep as `test_...`."""
+    import pytest
+
+    @pytest.mark.distributed
+    @pytest.mark.parametrize("check", checks.all(), ids=str)
+    def test(check: Check, launches: Launches) -> None:
+        launches.result(worker, check).require()
+
+    return test
+
+
 def launch(
     worker: Path,
     world_size: int,
@@ -254,7 +272,7 @@ def _named(status: int) -> str:
 def _environments(world_size: int, folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
     """What torchrun --standalone --nproc-per-node WORLD_SIZE gives each rank, but for the port."""
     shared = {
-        **_environment(),
+        **environment(),
         "CHECKS_FOLDER": str(folder),
         "CHECKS_NAMES": json.dumps(list(names)),
         "GROUP_RANK": "0",
@@ -272,13 +290,6 @@ def _environments(world_size: int, folder: Path, names: Sequence[str]) -> list[d
     ]
 
 
-def _environment() -> dict[str, str]:
-    tests = Path(__file__).parents[1]
-    paths = [str(tests), str(tests.parent / "plugin"), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(path for path in paths if path)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
 class ForkServer:
     """Starts fork_server.py and talks with it; it ends with this process at the latest."""
 
@@ -290,7 +301,7 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, str(script), str(theirs.fileno())],
-                env=_environment(),
+                env=environment(),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,

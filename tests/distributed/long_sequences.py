@@ -12,7 +12,6 @@ what it had before the step, which has the gradients and the temporary tensors t
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import resource
@@ -126,9 +125,7 @@ def resident() -> int:
 
 for _size in SIZES:
     for _algorithm in ALGORITHMS if _size > 1 else ALGORITHMS[:1]:
-        CHECKS.add(world_size=_size, name=f"{_size} {_algorithm}")(
-            functools.partial(step, _size, _algorithm)
-        )
+        CHECKS.case(f"{_size} {_algorithm}", _size, step, _size, _algorithm)
 
 
 def measure(

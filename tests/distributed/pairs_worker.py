@@ -217,7 +217,7 @@ def pairs_name(kind: str, row: pairs.Row) -> str:
 
 
 def _add(kind: str, world_size: int, name: str, row: pairs.Row) -> None:
-    CHECKS.add(world_size=world_size, name=name)(functools.partial(check_row, kind, row))
+    CHECKS.case(name, world_size, check_row, kind, row)
 
 
 for _number, (_kind, _world_size, _row) in enumerate(pairs.KNOWN):

@@ -6,7 +6,6 @@ right: logits at TP >= 2 from random biases and norm weights are what proves the
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,7 @@ def _add(
     words += [f"vocab{padded_vocab_size}" if padded_vocab_size != 256 else "", *options, model]
     name = "-".join(word for word in words if word)
     case = Case(model, layout, padded_vocab_size, options)
-    CHECKS.add(world_size=tp * pp, name=name)(functools.partial(parity, case))
+    CHECKS.case(name, tp * pp, parity, case)
 
 
 def parity(case: Case, run: Run) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributed import pairs
+from distributed.harness import each_check
 from distributed.pairs_worker import CHECKS
 
 WORKER = Path(__file__).with_name("pairs_worker.py")
@@ -47,7 +48,4 @@ def _odd(kind: pairs.Kind) -> list[pairs.Row]:
     return [{flag: odd} for flag in numbers for odd in ODD]
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_a_job_with_many_flags_trains_as_the_plain_one(check, launches) -> None:
-    launches.result(WORKER, check).require()
+test_a_job_with_many_flags_trains_as_the_plain_one = each_check(WORKER, CHECKS)

@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from distributed.harness import Check, Launches
+from distributed.harness import Launches, each_check
 from distributed.train_worker import CHECKS, LAYOUTS, TOLERANCE
 
 WORKER = Path(__file__).with_name("train_worker.py")
 BY_NAME = {check.name: check for check in CHECKS.all()}
 
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_train(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_train = each_check(WORKER, CHECKS)
 
 
 @pytest.mark.distributed

@@ -83,9 +83,8 @@ def losses_are_those_of_transformers(layout: str, tied: bool, run: Run) -> str:
 
 for _layout, (_world_size, _) in LAYOUTS.items():
     for _tied in (False, True):
-        CHECKS.add(world_size=_world_size, name=f"{_layout}-{'tied' if _tied else 'untied'}")(
-            functools.partial(losses_are_those_of_transformers, _layout, _tied)
-        )
+        _name = f"{_layout}-{'tied' if _tied else 'untied'}"
+        CHECKS.case(_name, _world_size, losses_are_those_of_transformers, _layout, _tied)
 
 
 @functools.cache
@@ -210,9 +209,8 @@ def resumed_losses(
 for _case in RESUMED:
     _before, _after, _format, _flags, _tied, _ = _case
     _words = [_before, *(["to", _after] if _after != _before else []), _format, _flags.strip("-")]
-    CHECKS.add(
-        world_size=LAYOUTS[_before][0], name="-".join(["resume", *(w for w in _words if w)])
-    )(functools.partial(resumed_losses, *_case))
+    _name = "-".join(filter(None, ["resume", *_words]))
+    CHECKS.case(_name, LAYOUTS[_before][0], resumed_losses, *_case)
 
 
 @CHECKS.add(world_size=2)
@@ -804,9 +802,7 @@ def trained_alone(
 
 
 for _name, (_world_size, _flags) in APART.items():
-    CHECKS.add(world_size=_world_size, name=f"documents-{_name}")(
-        functools.partial(documents_are_trained_as_alone, _name, _flags)
-    )
+    CHECKS.case(f"documents-{_name}", _world_size, documents_are_trained_as_alone, _name, _flags)
 
 
 def hugging_face_folder(run: Run, tied: bool) -> Path:

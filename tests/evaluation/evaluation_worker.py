@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from distributed.harness import Checks, Run, main
@@ -64,9 +63,7 @@ def perplexity(tp: int, pp: int, run: Run) -> str:
 
 
 for tp, pp in ((1, 1), (2, 1), (1, 2)):
-    CHECKS.add(world_size=tp * pp, name=f"perplexity-tp{tp}-pp{pp}")(
-        functools.partial(perplexity, tp, pp)
-    )
+    CHECKS.case(f"perplexity-tp{tp}-pp{pp}", tp * pp, perplexity, tp, pp)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from inference.worlds import Ended, model_with_tokenizer, run_commands
+from commands import TORCHRUN, World, run_commands, run_python
+from inference.worlds import model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "evaluate_qwen2.py"
 NEW_TOKENS = 8
@@ -74,11 +72,6 @@ TOKENIZERS = ("adds_bos", "knows_bos", "other_eos")
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra 'eval')"
 )
-
-
-class World(NamedTuple):
-    folder: Path
-    runs: dict[str, Ended]
 
 
 @pytest.fixture(scope="module")
@@ -294,20 +287,11 @@ def test_results_at_tp2_pp2_are_those_of_one_process(
     world: World, hugging_face: dict[tuple[str, str], float]
 ) -> None:
     output = world.folder / "tp2-pp2.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", 4, LAUNCH, "--load", world.folder / "hf"]
+    command = [*TORCHRUN, 4, LAUNCH, "--load", world.folder / "hf"]
     command += ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2]
     command += ["--text-file", world.folder / "text.txt", "--window", 64, "--stride", 24]
     command += ["--include-path", world.folder / "tasks", "--tasks", *TASKS]
-    command += ["--output-json", output]
-    ended = subprocess.run(
-        [*map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_python(*command, "--output-json", output)
     alone = metrics(world.folder / "text.json")
     assert metrics(output) == pytest.approx(alone | hugging_face, rel=1e-5)
 

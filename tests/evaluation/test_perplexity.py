@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 from evaluation.evaluation_worker import CHECKS
 from qwen2_ascend.evaluation.scoring import windows
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_perplexity(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_perplexity = each_check(WORKER, CHECKS)
 
 
 @given(st.data())

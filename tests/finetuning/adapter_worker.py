@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,7 @@ def all_logits(training: Any, tokens: Any):
     return torch.cat(parts, dim=-1)
 
 
+@unless_refused
 def peft_loads_what_is_saved(layout: str, case: str, run: Run) -> str:
     """With the same logits (or loss, where the logits are spread over stages) as the trained."""
     import torch
@@ -109,6 +109,7 @@ def peft_loads_what_is_saved(layout: str, case: str, run: Run) -> str:
     return f"off by {worst:.1e}"
 
 
+@unless_refused
 def what_peft_saves_is_loaded(layout: str, case: str, run: Run) -> str:
     """An adapter that peft made, with values everywhere."""
     import torch
@@ -160,9 +161,8 @@ for _layout, _case in (
     ("tp4-sp", "all"),
 ):
     for _check in (peft_loads_what_is_saved, what_peft_saves_is_loaded):
-        CHECKS.add(world_size=LAYOUTS[_layout][0], name=f"{_check.__name__}-{_layout}-{_case}")(
-            unless_refused(_check, _layout, _case)
-        )
+        _name = f"{_check.__name__}-{_layout}-{_case}"
+        CHECKS.case(_name, LAYOUTS[_layout][0], _check, _layout, _case)
 
 
 def peft_trains_alike(case: str, run: Run) -> str:
@@ -193,9 +193,7 @@ def peft_trains_alike(case: str, run: Run) -> str:
 
 
 for _case in ADAPTERS:
-    CHECKS.add(world_size=1, name=f"peft_trains_alike-{_case}")(
-        functools.partial(peft_trains_alike, _case)
-    )
+    CHECKS.case(f"peft_trains_alike-{_case}", 1, peft_trains_alike, _case)
 
 
 @CHECKS.add(world_size=1)

@@ -70,9 +70,7 @@ def losses_are_those_of_transformers(flags: str, run: Run) -> str:
 
 
 for _name, (_world_size, _flags) in CASES.items():
-    CHECKS.add(world_size=_world_size, name=_name)(
-        functools.partial(losses_are_those_of_transformers, _flags)
-    )
+    CHECKS.case(_name, _world_size, losses_are_those_of_transformers, _flags)
 
 
 @CHECKS.add(world_size=2)
@@ -123,9 +121,7 @@ for _name, (_world_size, _flags) in {
     "stage2-bf16": (2, "--zero-stage 2 --bf16"),
     "stage3-bf16": (2, "--zero-stage 3 --bf16"),
 }.items():
-    CHECKS.add(world_size=_world_size, name=f"resume-{_name}")(
-        functools.partial(a_resumed_run_goes_on, _flags)
-    )
+    CHECKS.case(f"resume-{_name}", _world_size, a_resumed_run_goes_on, _flags)
 
 
 @CHECKS.add(world_size=2)
@@ -272,9 +268,7 @@ def lora_losses_are_those_of_an_independent_loop(flags: str, run: Run) -> str:
 
 
 for _name, (_world_size, _flags) in LORA_CASES.items():
-    CHECKS.add(world_size=_world_size, name=f"lora-{_name}")(
-        functools.partial(lora_losses_are_those_of_an_independent_loop, _flags)
-    )
+    CHECKS.case(f"lora-{_name}", _world_size, lora_losses_are_those_of_an_independent_loop, _flags)
 
 
 @CHECKS.add(world_size=2)
@@ -326,9 +320,7 @@ for _name, (_world_size, _flags) in {
     "stage2-bf16": (2, "--zero-stage 2 --bf16"),
     "stage3-bf16": (2, "--zero-stage 3 --bf16 {divided}"),
 }.items():
-    CHECKS.add(world_size=_world_size, name=f"lora-resume-{_name}")(
-        functools.partial(a_resumed_lora_run_goes_on, _flags)
-    )
+    CHECKS.case(f"lora-resume-{_name}", _world_size, a_resumed_lora_run_goes_on, _flags)
 
 
 @CHECKS.add(world_size=2)

@@ -112,9 +112,7 @@ def token_losses(model: Any, tokens: Any, labels: Any, mask: Any) -> torch.Tenso
 
 
 for _name, (_world_size, _flags) in SFT.items():
-    CHECKS.add(world_size=_world_size, name=f"sft-{_name}")(
-        functools.partial(sft_losses_are_those_of_transformers, _flags)
-    )
+    CHECKS.case(f"sft-{_name}", _world_size, sft_losses_are_those_of_transformers, _flags)
 
 
 @CHECKS.add(world_size=1)
@@ -197,9 +195,7 @@ class swapped:
 
 
 for _name, (_world_size, _flags) in DPO.items():
-    CHECKS.add(world_size=_world_size, name=f"dpo-{_name}")(
-        functools.partial(dpo_losses_are_those_of_the_formula, _flags)
-    )
+    CHECKS.case(f"dpo-{_name}", _world_size, dpo_losses_are_those_of_the_formula, _flags)
 
 
 @CHECKS.add(world_size=2)

@@ -67,26 +67,28 @@ def model_config(case: str):
     return tiny_config(num_query_groups=GROUPS[case], tie_word_embeddings=case == "all")
 
 
-def unless_refused(check: Callable[..., str], *case: str) -> Callable[[Run], str]:
+def unless_refused(check: Callable[..., str]) -> Callable[..., str]:
     """The check; a query group that the installed release cannot cut has to be refused instead."""
 
-    def run_check(run: Run) -> str:
+    @functools.wraps(check)
+    def checked(*case: Any) -> str:
         from qwen2_ascend.runtime.megatron_compat import megatron_release
 
         try:
-            return check(*case, run)
+            return check(*case)
         except UserError as error:
             assert megatron_release() < (0, 16)
             assert "is above num_query_groups=2" in str(error)
             assert "install megatron-core 0.16" in str(error)
             return f"refused: {error}"
 
-    return run_check
+    return checked
 
 
 # --- losses --------------------------------------------------------------------------------------
 
 
+@unless_refused
 def losses_are_those_of_an_independent_loop(layout: str, case: str, run: Run) -> str:
     """Four steps, so that gradients and updates are compared too; a low rank needs both."""
     training = start(run, case, LAYOUTS[layout][1])
@@ -104,9 +106,8 @@ def losses_are_those_of_an_independent_loop(layout: str, case: str, run: Run) ->
 
 for _layout, (_world_size, _) in LAYOUTS.items():
     for _case in ADAPTERS:
-        CHECKS.add(world_size=_world_size, name=f"{_layout}-{_case}")(
-            unless_refused(losses_are_those_of_an_independent_loop, _layout, _case)
-        )
+        _name, _check = f"{_layout}-{_case}", losses_are_those_of_an_independent_loop
+        CHECKS.case(_name, _world_size, _check, _layout, _case)
 
 
 @functools.cache
@@ -269,6 +270,7 @@ def only_adapters_are_trained(run: Run) -> str:
     return ""
 
 
+@unless_refused
 def merged_weights_give_the_same_losses(layout: str, case: str, run: Run) -> str:
     """Merged in memory, the model without adapters is the model with them."""
     import torch
@@ -291,9 +293,8 @@ def merged_weights_give_the_same_losses(layout: str, case: str, run: Run) -> str
 
 
 for _layout, _case in (("tp1", "some"), ("tp2", "all"), ("tp4-sp", "some")):
-    CHECKS.add(world_size=LAYOUTS[_layout][0], name=f"merged-{_layout}-{_case}")(
-        unless_refused(merged_weights_give_the_same_losses, _layout, _case)
-    )
+    _name, _check = f"merged-{_layout}-{_case}", merged_weights_give_the_same_losses
+    CHECKS.case(_name, LAYOUTS[_layout][0], _check, _layout, _case)
 
 
 @CHECKS.add(world_size=2)
@@ -321,6 +322,7 @@ def the_chunked_cross_entropy_changes_nothing(run: Run) -> str:
 # --- adapter folders -----------------------------------------------------------------------------
 
 
+@unless_refused
 def adapters_go_to_peft_and_back(before: str, after: str, case: str, run: Run) -> str:
     """Bit for bit through another layout; and what is saved there is the same file."""
     from qwen2_ascend.finetuning.adapter import load_adapter, read_lora_config, save_adapter
@@ -353,9 +355,8 @@ for _before, _after in itertools.chain(
     (("tp2-pp2", "tp4-sp"), ("tp4-sp", "tp2-pp2")),
 ):
     for _case in ADAPTERS:
-        CHECKS.add(world_size=LAYOUTS[_before][0], name=f"folder-{_before}-{_after}-{_case}")(
-            unless_refused(adapters_go_to_peft_and_back, _before, _after, _case)
-        )
+        _name, _check = f"folder-{_before}-{_after}-{_case}", adapters_go_to_peft_and_back
+        CHECKS.case(_name, LAYOUTS[_before][0], _check, _before, _after, _case)
 
 
 @CHECKS.add(world_size=1)

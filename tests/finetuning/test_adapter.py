@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoint.toys import toy_config
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 from finetuning.adapter_worker import CHECKS
 from helpers import make_tiny_hugging_face_folder
 from qwen2_ascend.checkpoint.adapter_rules import adapter_pieces, adapter_rules, peft_pieces
@@ -32,12 +32,8 @@ from qwen2_ascend.parallel import ParallelLayout
 WORKER = Path(__file__).with_name("adapter_worker.py")
 LORA = LoraConfig(rank=3, alpha=7, targets=("q_proj", "v_proj", "linear_fc1", "down_proj"))
 
-
-@pytest.mark.distributed
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_peft(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+needs = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+test_peft = needs(each_check(WORKER, CHECKS))
 
 
 def shapes(config: Qwen2Config) -> dict[str, tuple[int, int]]:

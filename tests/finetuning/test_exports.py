@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from commands import World, run_commands
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 
-RUN_COMMANDS = Path(__file__).parents[1] / "training" / "run_commands.py"
 SIZES = "--seq-length 32 --global-batch-size 4 --lr 1e-2 --device cpu --no-log-energy"
 
 
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-    there: list[str]
-    """What was in the folder when the command had ended."""
-
-
-def commands() -> list[tuple[str, str]]:
+def command_lines() -> list[tuple[str, str]]:
     data = f"--data-path {{d}}/chats {SIZES}"
     lora = f"--load {{d}}/run --pretrained-checkpoint {{d}}/hf --save {{d}}/run --lora-r 2 {data} "
     lora += "--train-iters 4 --exit-interval 2 --save-adapter {d}/adapter --save-hf {d}/tuned"
@@ -62,7 +49,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     from finetuning.finetune_worker import _write
 
     folder = tmp_path_factory.mktemp("exports")
@@ -76,28 +63,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, End
     (folder / ".tuned.partial").mkdir()
     (folder / ".tuned.partial" / "model.safetensors").write_bytes(b"half")
     (folder / "file").write_text("in the way")
-    listed = [flags.format(d=folder).split() for _, flags in commands()]
-    (folder / "commands.json").write_text(json.dumps(listed), encoding="utf-8")
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    subprocess.run(
-        [
-            sys.executable,
-            str(RUN_COMMANDS),
-            str(folder / "commands.json"),
-            str(folder / "results.json"),
-            "qwen2_ascend.finetuning.finetune",
-            str(folder),
-        ],
-        check=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    names = [name for name, _ in commands()]
-    return folder, {n: Ended(**result) for n, result in zip(names, results, strict=True)}
-
-
-World = tuple[Path, dict[str, Ended]]
+    given = {
+        name: {"program": "finetune", "flags": flags.format(d=folder).split()}
+        for name, flags in command_lines()
+    }
+    return World(folder, run_commands(folder, given))
 
 
 def test_a_run_that_is_stopped_exports_nothing_and_goes_on(world: World) -> None:

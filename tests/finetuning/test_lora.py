@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 from finetuning.lora_worker import CHECKS
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 
 WORKER = Path(__file__).with_name("lora_worker.py")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_lora(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_lora = each_check(WORKER, CHECKS)
 
 
 def test_targets_are_said_in_either_language() -> None:

@@ -5,13 +5,12 @@ One prompt after the other there, all together in three rows here: rows are fill
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from typing import Any
 
 from distributed.harness import Checks, Run, main
-from helpers import make_tiny_hugging_face_folder, tiny_config
+from helpers import generated, make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.parallel import ParallelLayout
 
 NEW_TOKENS = 64
@@ -103,7 +102,7 @@ def greedy(tp: int, pp: int, config: Any, run: Run) -> str:
 
     def question() -> list[list[int]]:
         model = theirs(run, config)
-        return [generated(model, ids) for ids in prompts()]
+        return [generated(model, ids, NEW_TOKENS) for ids in prompts()]
 
     folder = model_folder(run, config).name
     whole = asked(run, f"greedy-{folder}", question)
@@ -128,20 +127,6 @@ def greedy(tp: int, pp: int, config: Any, run: Run) -> str:
 def cut(ids: list[int], eos: int) -> list[int]:
     """Up to and with the first `eos`."""
     return ids[: ids.index(eos) + 1] if eos in ids else ids
-
-
-def generated(model: Any, ids: list[int]) -> list[int]:
-    import torch
-
-    out = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return out[0, len(ids) :].tolist()
 
 
 def beams(tp: int, pp: int, config: Any, run: Run) -> str:
@@ -198,19 +183,8 @@ def searches(model: Any) -> list[tuple[list[int], int, list[int], list[int]]]:
 
 
 def searched(model: Any, ids: list[int], num_beams: int, eos: list[int]) -> list[int]:
-    import torch
-
-    out = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=BEAM_TOKENS,
-        num_beams=num_beams,
-        repetition_penalty=PENALTY,
-        do_sample=False,
-        eos_token_id=eos or None,
-        pad_token_id=0,
-    )
-    return out[0, len(ids) :].tolist()
+    options = {"num_beams": num_beams, "repetition_penalty": PENALTY}
+    return generated(model, ids, BEAM_TOKENS, eos or None, **options)
 
 
 def cached_logits(tp: int, pp: int, config: Any, run: Run) -> str:
@@ -352,17 +326,18 @@ def a_turn_goes_on(tp: int, pp: int, config: Any, run: Run) -> str:
     # the last token of the first answer was never put in
     assert calls[0] == len(prompts()[3]) + 1, calls[0]
     model_folder(run, config)
-    wanted = asked(run, "longer", lambda: generated(theirs(run, config), longer))
+    wanted = asked(run, "longer", lambda: generated(theirs(run, config), longer, NEW_TOKENS))
     assert second.tokens == wanted
     # another beginning: nothing of it may be used
     (third,) = made.run([Request(index=2, tokens=prompts()[5], max_new_tokens=NEW_TOKENS)])
-    wanted = asked(run, "other", lambda: generated(theirs(run, config), prompts()[5]))
+    other = prompts()[5]
+    wanted = asked(run, "other", lambda: generated(theirs(run, config), other, NEW_TOKENS))
     assert third.tokens == wanted
     return f"{calls[0]} of {len(longer)} tokens put in"
 
 
 def _add(name: str, function: Any, tp: int, pp: int, config: Any) -> None:
-    CHECKS.add(world_size=tp * pp, name=name)(functools.partial(function, tp, pp, config))
+    CHECKS.case(name, tp * pp, function, tp, pp, config)
 
 
 for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from inference.worlds import CONTEXT, Ended, model_with_tokenizer, run_commands
+from commands import World, run_commands
+from helpers import generated
+from inference.worlds import CONTEXT, model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "generate_qwen2.py"
 PROMPTS = ("def f(日本 x):", "the of and")
@@ -23,11 +23,6 @@ ROWS = [
 ]
 TURNS = ("is it?", "and then", "for 日本")
 NEW = 20
-
-
-class World(NamedTuple):
-    folder: Path
-    runs: dict[str, Ended]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,6 @@ def _commands() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def answers(world: World):
     """What transformers makes of a prompt or of messages, greedily."""
-    import torch
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(world.folder / "hf")
@@ -106,16 +100,8 @@ def answers(world: World):
             stops = (*stops, tokenizer.convert_tokens_to_ids("<|im_end|>"))
         else:
             text = row["prompt"]
-        ids = torch.tensor([tokenizer(text).input_ids])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=list(stops),
-            pad_token_id=0,
-        )
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        found = generated(model, tokenizer(text).input_ids, NEW, list(stops))
+        return tokenizer.decode(found, skip_special_tokens=True)
 
     return answer
 
@@ -229,19 +215,3 @@ def test_mistakes_are_named_together(world: World, name: str, words: list[str]) 
     for word in words:
         assert word in run.err
     assert "Traceback" not in run.err
-
-
-def test_help_does_not_import_torch() -> None:
-    code = (
-        "import sys\n"
-        "from qwen2_ascend.inference import generate\n"
-        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
-        "sys.exit(generate.main(['--help']))\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    for flag in ("--prompt-file", "--repetition-penalty", "--tensor-model-parallel-size", "--chat"):
-        assert flag in result.stdout
-    assert LAUNCH.exists()

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from inference.worlds import Ended, model_with_tokenizer, run_commands
+from commands import TORCHRUN, World, environment, run_commands, run_python
+from helpers import generated
+from inference.worlds import model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "generate_qwen2.py"
 PROMPT, NEW = "return ( naïve 日本 )", 16
 LAYOUT = "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2"
 TUNING = "--seq-length 64 --train-iters 2 --lr 3e-2 --device cpu"
 GENERATE = f"--max-new-tokens {NEW} --fp32 --device cpu"
-
-
-class World(NamedTuple):
-    folder: Path
-    runs: dict[str, Ended]
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +66,13 @@ def _command(line: str, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def greedy():
     """What transformers makes of the prompt, from a folder."""
-    import torch
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
     def text_of(folder: Path) -> str:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = Qwen2ForCausalLM.from_pretrained(folder).float().eval()
-        ids = torch.tensor([tokenizer(PROMPT).input_ids])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=[0],
-            pad_token_id=0,
-        )
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+        found = generated(model, tokenizer(PROMPT).input_ids, NEW, [0])
+        return tokenizer.decode(found, skip_special_tokens=True) + "\n"
 
     return text_of
 
@@ -135,15 +122,7 @@ def test_a_lora_run_on_shards_at_tp2_pp2(world: World) -> None:
     flags += "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
     row = json.dumps({"prompt": PROMPT}, ensure_ascii=False)
     (world.folder / "prompts.jsonl").write_text(row, encoding="utf-8")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(LAUNCH), *flags.split()],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(*TORCHRUN, 4, LAUNCH, *flags.split())
     (line,) = (world.folder / "tp2pp2.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["response"] + "\n" == world.runs["from lora"].out
 
@@ -162,7 +141,7 @@ def test_an_interrupted_run_leaves_no_file_that_looks_whole(tmp_path: Path) -> N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
     try:
         deadline = time.monotonic() + 200

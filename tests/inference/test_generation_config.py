@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from inference.worlds import Ended, model_with_tokenizer, run_commands
+from commands import Ended, run_commands
+from inference.worlds import model_with_tokenizer
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.generation_config import NEUTRAL, WITHOUT_EFFECT, Defaults
 from qwen2_ascend.inference.sampling import NAMES, Place

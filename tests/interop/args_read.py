@@ -80,6 +80,13 @@ _V2_REQUIRED = names("""
     tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
     untie_embeddings_and_output_weights add_qkv_bias
 """)
+_MINDSPEED_V2 = {
+    **_MINDSPEED,
+    "file": "mindspeed_llm/tasks/checkpoint/convert_mg2hf.py",
+    "functions": ("Mg2HfConvert",),
+    "holders": ("self.load_model",),
+    "required": _V2_REQUIRED,
+}
 _V2_OPTIONAL = (
     _LATENT_ATTENTION - names("kv_lora_rank")
     | _MINDSPEED_EXPERTS
@@ -197,30 +204,18 @@ READERS = (
     ),
     # converter v2
     Reader(
-        **_MINDSPEED,
+        **_MINDSPEED_V2,
         versions=("26.0.0",),
-        file="mindspeed_llm/tasks/checkpoint/convert_mg2hf.py",
-        functions=("Mg2HfConvert",),
-        holders=("self.load_model",),
-        required=_V2_REQUIRED,
         optional=_V2_OPTIONAL | names("num_query_groups post_attention fc_type"),
     ),
     Reader(
-        **_MINDSPEED,
+        **_MINDSPEED_V2,
         versions=("26.1.0",),
-        file="mindspeed_llm/tasks/checkpoint/convert_mg2hf.py",
-        functions=("Mg2HfConvert",),
-        holders=("self.load_model",),
-        required=_V2_REQUIRED,
         optional=_V2_OPTIONAL | _INDEXER | names("num_query_groups post_attention qkv_split"),
     ),
     Reader(
-        **_MINDSPEED,
+        **_MINDSPEED_V2,
         versions=("master",),
-        file="mindspeed_llm/tasks/checkpoint/convert_mg2hf.py",
-        functions=("Mg2HfConvert",),
-        holders=("self.load_model",),
-        required=_V2_REQUIRED,
         optional=_V2_OPTIONAL | _INDEXER | names("post_norm fc_type"),
     ),
     # a torch_dist folder without Bridge's own run_config.yaml counts as Megatron-LM's

@@ -111,9 +111,7 @@ for _case in (*SAME, *ONLY_THEIRS):
     _words = [_layout, _form, _sharding, *_flags.split()[:1]]
     _name = "-".join(word.strip("-") for word in _words if word)
     for _direction in (from_theirs, to_theirs) if _case in SAME else (from_theirs,):
-        CHECKS.add(world_size=LAYOUTS[_layout][0], name=f"{_direction.__name__}-{_name}")(
-            functools.partial(_direction, *_case)
-        )
+        CHECKS.case(f"{_direction.__name__}-{_name}", LAYOUTS[_layout][0], _direction, *_case)
 
 
 MOVED = [
@@ -151,9 +149,7 @@ def at_another_layout(
 
 
 for _moved in MOVED:
-    CHECKS.add(world_size=2, name=f"{_moved[0]}-to-{_moved[1]}-{_moved[2]}")(
-        functools.partial(at_another_layout, *_moved)
-    )
+    CHECKS.case(f"{_moved[0]}-to-{_moved[1]}-{_moved[2]}", 2, at_another_layout, *_moved)
 
 
 @CHECKS.add(world_size=2)

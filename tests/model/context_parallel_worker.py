@@ -96,7 +96,7 @@ def compared(run: Run, algorithm: str, cp: int) -> str:
 for algorithm in ALGORITHMS:
     for cp in (2, 4):
         name = f"{algorithm} of {cp}"
-        CHECKS.add(world_size=4, name=name)(partial(compared, algorithm=algorithm, cp=cp))
+        CHECKS.case(name, 4, compared, algorithm=algorithm, cp=cp)
 
 
 @CHECKS.add(world_size=4)
@@ -225,8 +225,17 @@ class Events(list):
 
         return [mock.Mock(wait=wait)]
 
-    def computing(self, function: Any) -> Any:
-        """An operator that says when it is called."""
+    def watched_ops(self) -> Any:
+        """torch's operators; those on parts of attention say when they are called."""
+        from qwen2_ascend.ops import get_ops
+
+        ops = get_ops("torch")
+        forward, backward = map(self._computing, ops.partial_attention[:2])
+        return ops._replace(
+            partial_attention=ops.partial_attention._replace(forward=forward, backward=backward)
+        )
+
+    def _computing(self, function: Any) -> Any:
 
         def call(*args: Any, **options: Any) -> Any:
             self.append("compute")
@@ -247,14 +256,8 @@ class Events(list):
 def the_next_block_is_under_way_while_one_is_computed(run: Run) -> str:
     import torch
 
-    from qwen2_ascend.ops import get_ops
-
-    events, ops = Events(), get_ops("torch")
-    watched = ops.partial_attention._replace(
-        forward=events.computing(ops.partial_attention.forward),
-        backward=events.computing(ops.partial_attention.backward),
-    )
-    attend, mine = shared(RING, 4, ops=ops._replace(partial_attention=watched))
+    events = Events()
+    attend, mine = shared(RING, 4, ops=events.watched_ops())
     *leaves, upstream = (mine(x).requires_grad_() for x in inputs(2, torch.float32))
     with events.recorded():
         result = attend(*leaves, softmax_scale=SCALE)
@@ -276,15 +279,9 @@ def blocks_without_work_are_not_computed(run: Run) -> str:
     """Where every chunk is a document of its own, only the first step of the ring has work."""
     import torch
 
-    from qwen2_ascend.ops import get_ops
-
-    events, ops = Events(), get_ops("torch")
-    watched = ops.partial_attention._replace(
-        forward=events.computing(ops.partial_attention.forward),
-        backward=events.computing(ops.partial_attention.backward),
-    )
-    options = {"ops": ops._replace(partial_attention=watched)}
-    assert difference(RING, 4, torch.float32, "chunk by chunk", **options) <= LIMITS["float32"]
+    events = Events()
+    off = difference(RING, 4, torch.float32, "chunk by chunk", ops=events.watched_ops())
+    assert off <= LIMITS["float32"]
     assert events == ["compute"] * 2, events
     return ""
 

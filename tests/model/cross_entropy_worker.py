@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from distributed.harness import Checks, Run, main
@@ -97,9 +96,7 @@ def equals_the_plain_one(tp: int, sequence_parallel: bool, run: Run) -> str:
 
 for _tp, _sequence_parallel in ((1, False), (2, False), (2, True), (4, False), (4, True)):
     _name = f"tp{_tp}{'-sp' if _sequence_parallel else ''}-equals-the-plain-one"
-    CHECKS.add(world_size=_tp, name=_name)(
-        functools.partial(equals_the_plain_one, _tp, _sequence_parallel)
-    )
+    CHECKS.case(_name, _tp, equals_the_plain_one, _tp, _sequence_parallel)
 
 
 @CHECKS.add(world_size=2)
@@ -316,9 +313,8 @@ def in_the_model(name: str, tied: bool, run: Run) -> str:
 
 for _name, (_world_size, _, _) in MODELS.items():
     for _tied in (False, True):
-        CHECKS.add(world_size=_world_size, name=f"model-{_name}-{'tied' if _tied else 'untied'}")(
-            functools.partial(in_the_model, _name, _tied)
-        )
+        _case = f"model-{_name}-{'tied' if _tied else 'untied'}"
+        CHECKS.case(_case, _world_size, in_the_model, _name, _tied)
 
 
 @CHECKS.add(world_size=1)

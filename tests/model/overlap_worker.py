@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed.harness import Checks, Run, main
@@ -314,9 +313,7 @@ def losses_are_those_of_whole_products(flags: str, run: Run) -> str:
 
 
 for _name, (_world_size, _flags) in RUNS.items():
-    CHECKS.add(world_size=_world_size, name=_name)(
-        partial(losses_are_those_of_whole_products, _flags)
-    )
+    CHECKS.case(_name, _world_size, losses_are_those_of_whole_products, _flags)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
+from distributed.harness import each_check
 from model.overlap_worker import CHECKS
 
 WORKER = Path(__file__).parent / "overlap_worker.py"
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_pieces(check, launches) -> None:
-    launches.result(WORKER, check).require()
+test_pieces = each_check(WORKER, CHECKS)

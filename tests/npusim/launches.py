@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npusim.env import SOC_910B, SOC_910C, environment
+from qwen2_ascend import markdown
 
 if TYPE_CHECKING:
     from npusim.simulator import Launch, Recording, Simulator
@@ -299,20 +300,21 @@ def _inside(part: str) -> None:
 
 def layer_table(found: dict[str, Any]) -> str:
     """Markdown: the number of launches of every way to compute a layer."""
-    rows = ["| layer | forward | backward | together |", "|---|---|---|---|"]
+    rows = []
     for name, launches in found.items():
         forward, backward = len(launches["forward"]), len(launches["backward"])
-        rows.append(f"| {name} | {forward} | {backward} | {forward + backward} |")
-    return "\n".join(rows)
+        rows.append((name, str(forward), str(backward), str(forward + backward)))
+    return markdown.table(("layer", "forward", "backward", "together"), rows)
 
 
 def _step_table(found: dict[str, Any]) -> str:
-    rows = ["| run | layers | launches | of them in the update | bytes in the update, per weight |"]
-    rows.append("|---|---|---|---|---|")
+    rows = []
     for name, numbers in found.items():
-        per_weight = numbers["update bytes"] / numbers["weights"]
-        rows.append(f"| {name} | {numbers['step']} | {numbers['update']} | {per_weight:.0f} |")
-    return "\n".join(rows)
+        per_weight = f"{numbers['update bytes'] / numbers['weights']:.0f}"
+        counts = (str(numbers["step"]), str(numbers["update"]))
+        rows.append((*name.split(" | "), *counts, per_weight))
+    head = ("run", "layers", "launches", "of them in the update", "bytes in the update, per weight")
+    return markdown.table(head, rows)
 
 
 if __name__ == "__main__":

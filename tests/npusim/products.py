@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npusim.env import environment
-from npusim.run import command
+from npusim.run import on_cards
+from qwen2_ascend import markdown
 
 if TYPE_CHECKING:
     from npusim.simulator import Simulator
@@ -96,13 +94,12 @@ def measure(runtime: Runtime, simulator: Simulator, cut: str, way: str) -> dict[
 
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
-    rows = ["| layout | products | forward | backward | exchanges forward | backward |"]
-    rows.append("|---|---|---|---|---|---|")
+    rows = []
     for name, parts in found.items():
-        cut, way = name.split(" | ")
         numbers = [parts[part][what] for what in ("launches", "exchanges") for part in parts]
-        rows.append(f"| {cut} | {way} | {' | '.join(map(str, numbers))} |")
-    return "\n".join(rows)
+        rows.append([*name.split(" | "), *map(str, numbers)])
+    head = ("layout", "products", "forward", "backward", "exchanges forward", "backward")
+    return markdown.table(head, rows)
 
 
 def main() -> None:
@@ -114,15 +111,7 @@ def main() -> None:
     if options.inside:
         _inside(options.inside)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        script = [str(Path(__file__)), "--inside", folder]
-        subprocess.run(
-            command(script, torchrun="--standalone --nproc-per-node 2"),
-            env={**environment(num_devices=2), "HCCL_SIM_LOG": f"{folder}/hccl"},
-            check=True,
-            timeout=900,
-        )
-        found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+    found = on_cards(__file__, 2)
     if options.write:
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))

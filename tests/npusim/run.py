@@ -8,9 +8,14 @@ For several cards through torchrun, each rank in the simulation:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
 from npusim.env import SOC_910B, SOC_910C, environment
 
@@ -35,6 +40,21 @@ def command(script: list[str], torchrun: str | None = None) -> list[str]:
     if torchrun is not None:
         start += ["torch.distributed.run", *shlex.split(torchrun), "-m"]
     return [*start, "npusim.run_inside", *script]
+
+
+def on_cards(script: str, num_cards: int) -> Any:
+    """What a script that is given `--inside FOLDER` on so many cards writes to found.json there."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            command(
+                [script, "--inside", folder],
+                torchrun=f"--standalone --nproc-per-node {num_cards}",
+            ),
+            env={**environment(num_devices=num_cards), "HCCL_SIM_LOG": f"{folder}/hccl"},
+            check=True,
+            timeout=900,
+        )
+        return json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import make_tiny_hugging_face_folder, tiny_config
+from helpers import generated, make_tiny_hugging_face_folder, tiny_config
 
 # The inference operator pads nothing here: a width that the device likes.
 CONFIG = tiny_config(kv_channels=16, max_position_embeddings=256)
@@ -56,17 +56,7 @@ def transformers_tokens(folder: Path, dtype: str) -> list[list[int]]:
 
     model = Qwen2ForCausalLM.from_pretrained(folder)
     model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
-    return [
-        model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(ids) :].tolist()
-        for ids in PROMPTS
-    ]
+    return [generated(model, ids, NEW_TOKENS) for ids in PROMPTS]
 
 
 # Foreign warnings are errors in the CPU's tests, and torch_npu adds many of its own.

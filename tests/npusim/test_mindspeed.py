@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import TORCHRUN, run_python
 from distributed.train_worker import FLAGS, LAYOUTS, reference
 from npusim.build import Unavailable
 from npusim.env import environment
@@ -51,14 +50,12 @@ def launch(
 ) -> tuple[str, list[dict]]:
     """What `torchrun launch/pretrain_qwen2.py` printed, and its metrics."""
     cards, sizes = LAYOUTS[layout]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(cards), "-m", "npusim.stand_ins", str(LAUNCH)]
+    command = [*TORCHRUN, str(cards), "-m", "npusim.stand_ins", str(LAUNCH)]
     command += f"{FLAGS.replace('--device cpu', '--device npu')} {sizes} {flags}".split()
     command += ["--load", str(model), "--report-dir", str(report)]
-    result = subprocess.run(command, env=simulation, capture_output=True, text=True, timeout=390)
-    assert result.returncode == 0, result.stdout + result.stderr
+    out = run_python(*command, environ=simulation).out
     rows = (report / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return result.stdout, [json.loads(row) for row in rows]
+    return out, [json.loads(row) for row in rows]
 
 
 @pytest.mark.timeout(800)

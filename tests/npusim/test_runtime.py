@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def test_more_processes_than_cards_end_before_any_waits(tmp_path: Path) -> None:
 
 def test_two_deterministic_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     make_tiny_hugging_face_folder(tmp_path / "hf")
-    start = [sys.executable, "-m", "npusim.run_inside", str(LAUNCH), "--device", "npu"]
+    start = ["-m", "npusim.run_inside", str(LAUNCH), "--device", "npu"]
     environ = simulated(num_devices=1)
     first, second = (trained(start, tmp_path / name, environ) for name in ("first", "second"))
     assert len(first[0]) == 3 and first[0][0] != first[0][2]

@@ -126,16 +126,21 @@ def test_o2_reduces_in_bf16_and_stays_near(run):
 )
 @pytest.mark.simulated(cards=2, alone="training")
 def test_packed_documents_have_the_losses_of_each_alone(flags, run, monkeypatch):
-    from finetuning import finetune_worker
     from npusim.simulator import recording
+
+    with recording() as record:
+        sft_losses_are_those_of_transformers(flags, run, monkeypatch)
+    assert "aclnnFlashAttentionVarLenScore" in record.ops
+    assert "aclnnFlashAttentionScore" not in record.ops
+
+
+def sft_losses_are_those_of_transformers(flags, run, monkeypatch):
+    from finetuning import finetune_worker
 
     on_npu = finetune_worker.FLAGS.replace("--device cpu", "--device npu")
     monkeypatch.setattr(finetune_worker, "FLAGS", on_npu)
     monkeypatch.setattr(finetune_worker, "TOLERANCE", TOLERANCE)
-    with recording() as record:
-        finetune_worker.sft_losses_are_those_of_transformers(flags, run)
-    assert "aclnnFlashAttentionVarLenScore" in record.ops
-    assert "aclnnFlashAttentionScore" not in record.ops
+    finetune_worker.sft_losses_are_those_of_transformers(flags, run)
 
 
 CUT_SEQUENCES = {
@@ -168,13 +173,8 @@ def test_cut_sequences_have_the_losses_of_whole_ones(algorithm, run):
 def test_packed_documents_that_cross_a_cut_have_the_losses_of_each_alone(
     algorithm, run, monkeypatch
 ):
-    from finetuning import finetune_worker
-
-    on_npu = finetune_worker.FLAGS.replace("--device cpu", "--device npu")
-    monkeypatch.setattr(finetune_worker, "FLAGS", on_npu)
-    monkeypatch.setattr(finetune_worker, "TOLERANCE", TOLERANCE)
     flags = f"{CUT_SEQUENCES[algorithm]} --micro-batch-size 2 --pack"
-    finetune_worker.sft_losses_are_those_of_transformers(flags, run)
+    sft_losses_are_those_of_transformers(flags, run, monkeypatch)
 
 
 @pytest.mark.filterwarnings("default")

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npusim.env import environment
-from npusim.run import command
+from npusim.run import on_cards
+from qwen2_ascend import markdown
 
 if TYPE_CHECKING:
     from npusim.cards import Call
@@ -147,7 +145,7 @@ def main() -> None:
         return
     found = {}
     for cards in sorted({layout.cards for layout in LAYOUTS.values()}):
-        found |= _measured(cards)
+        found |= on_cards(__file__, cards)
     found = {name: found[name] for name in LAYOUTS}
     if options.write:
         GOLDEN.parent.mkdir(exist_ok=True)
@@ -157,26 +155,12 @@ def main() -> None:
 
 def table(found: dict[str, Any]) -> str:
     """Markdown: measured, the minimum, and what is above it."""
-    rows = ["| layout | calls | bytes | at least | above | ratio |", "|---|---|---|---|---|---|"]
+    rows = []
     for name, numbers in found.items():
         sent, least = numbers["bytes"], minimum(LAYOUTS[name])
-        rows.append(
-            f"| {name} | {numbers['calls']} | {sent:,} | {least:,} | {sent - least:,} | "
-            f"{sent / least:.3f} |"
-        )
-    return "\n".join(rows)
-
-
-def _measured(cards: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        script = [str(Path(__file__)), "--inside", folder]
-        subprocess.run(
-            command(script, torchrun=f"--standalone --nproc-per-node {cards}"),
-            env={**environment(num_devices=cards), "HCCL_SIM_LOG": f"{folder}/hccl"},
-            check=True,
-            timeout=900,
-        )
-        return json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+        compared = (f"{sent:,}", f"{least:,}", f"{sent - least:,}", f"{sent / least:.3f}")
+        rows.append((name, str(numbers["calls"]), *compared))
+    return markdown.table(("layout", "calls", "bytes", "at least", "above", "ratio"), rows)
 
 
 def _inside(folder: Path) -> None:

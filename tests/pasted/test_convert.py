@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from checkpoint.toys import (
-    Ended,
     convert,
     fingerprint,
     hugging_face_shapes,
@@ -24,6 +23,7 @@ from checkpoint.toys import (
     toy_config,
     tp,
 )
+from commands import Ended
 from pasted.command_lines import CommandLine, command_lines
 from qwen2_ascend.checkpoint.command import main
 from qwen2_ascend.checkpoint.pasted import CONVERT_FLAGS

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from commands import TORCHRUN, Ended, environment, run_commands, run_python
 from evaluation.local_files import write_all
 from helpers import tiny_config
-from inference.worlds import Ended, model_with_tokenizer, run_commands
+from inference.worlds import model_with_tokenizer
 from pasted.command_lines import CommandLine, command_lines
 from pasted.models import config_of, scaled
 from qwen2_ascend.errors import UserError
@@ -269,16 +268,8 @@ def test_a_line_at_tp2_pp2_finds_the_same(world: World) -> None:
     at, end = flags.index("--task"), flags.index("--no-chat-template")
     paths = [world.data["mmlu"], world.data["human_eval"]]
     tasks = ["--task", "mmlu", "human_eval", "--task-data-path", *map(str, paths)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "4", str(LAUNCH), *flags[:at], *tasks, *flags[end:]]
-    ended = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", PERMISSION: "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ended.returncode == 0, ended.stderr
+    command = [*TORCHRUN, 4, LAUNCH, *flags[:at], *tasks, *flags[end:]]
+    run_python(*command, environ=environment(**{PERMISSION: "1"}))
     found = metrics(output)
     assert found.pop(("humaneval", "pass@1")) == 0.0  # a model of random weights
     found.pop(("humaneval", "is_python"))

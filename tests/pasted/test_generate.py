@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from checkpoint.toys import convert, pp, tp
-from helpers import tiny_config
-from inference.worlds import CONTEXT, Ended, model_with_tokenizer, run_commands
+from commands import TORCHRUN, World, run_commands, run_python
+from helpers import generated, tiny_config
+from inference.worlds import CONTEXT, model_with_tokenizer
 from pasted.command_lines import CommandLine, command_lines
 from pasted.models import config_of, save_adapter, scaled
 from pasted.test_convert import make_lora_run
@@ -109,11 +107,6 @@ def test_what_does_not_hold_is_refused(more: list[str], words: str, adapter: Pat
 # --- run truly, on a tiny model -------------------------------------------------------------------
 
 
-class World(NamedTuple):
-    folder: Path
-    runs: dict[str, Ended]
-
-
 def _flags(name: str, folder: Path, load: str, **changes: object) -> list[str]:
     """A published line for the tiny model, computing on the CPU."""
     line = line_named(name)
@@ -191,20 +184,10 @@ class Theirs:
                 self.model = PeftModel.from_pretrained(self.model, adapter).merge_and_unload()
 
     def answer(self, text: str, *, num_beams: int = 1, stops: tuple[int, ...] = (0,)) -> str:
-        import torch
-
-        ids = torch.tensor([self.tokenizer(text).input_ids])
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            do_sample=False,
-            num_beams=num_beams,
-            repetition_penalty=1.0,  # generation_config.json says 1.1
-            eos_token_id=list(stops),
-            pad_token_id=0,
-        )
-        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        options = {"num_beams": num_beams, "repetition_penalty": 1.0}  # the folder's is 1.1
+        ids = self.tokenizer(text).input_ids
+        found = generated(self.model, ids, NEW, list(stops), **options)
+        return self.tokenizer.decode(found, skip_special_tokens=True)
 
 
 def sections(out: str) -> dict[str, str]:
@@ -314,20 +297,5 @@ def test_a_line_at_tp2_pp2_gives_the_same(world: World) -> None:
     changes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     name = "2.2.0/qwen25/generate_qwen25_7b_ptd"
     assert not (world.folder / "shards" / "config.json").exists()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        "--nproc-per-node",
-        "4",
-        str(LAUNCH),
-        *_flags(name, world.folder, "shards", **changes),
-    ]
-    ended = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        input="",
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert sections(ended.stdout) == sections(world.runs["generate"].out)
+    told = run_python(*TORCHRUN, 4, LAUNCH, *_flags(name, world.folder, "shards", **changes)).out
+    assert sections(told) == sections(world.runs["generate"].out)

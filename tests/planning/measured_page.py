@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from planning.measured import TimedRow, memory_rows, timed_rows
+from qwen2_ascend import markdown
 from qwen2_ascend.planning.devices import Rates
 from qwen2_ascend.planning.fitting import Measured, fit_rates
 from qwen2_ascend.planning.roofline import step_time
@@ -70,27 +71,23 @@ def predicted_seconds(row: TimedRow, rates: Rates) -> float:
 
 def table(found: Sequence[Point]) -> str:
     """The errors by kind, in Markdown."""
-    lines = [
-        "| figure | of | figures (rows) | within 10% | within 20% | median | worst |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for figure, title in FIGURES.items():
         for kind, name in KINDS.items():
             some = [point for point in found if (point.figure, point.kind) == (figure, kind)]
             if some:
-                lines.append(f"| {title} | {name} | {_cells(some)} |")
-    return "\n".join(lines)
+                rows.append((title, name, *_cells(some)))
+    head = ("figure", "of", "figures (rows)", "within 10%", "within 20%", "median", "worst")
+    return markdown.table(head, rows)
 
 
-def _cells(some: Sequence[Point]) -> str:
+def _cells(some: Sequence[Point]) -> tuple[str, ...]:
     sizes = [abs(point.error) for point in some]
     errors = [point.error for point in some]
-    within = [sum(size <= bound for size in sizes) for bound in (0.1, 0.2)]
+    within = (str(sum(size <= bound for size in sizes)) for bound in (0.1, 0.2))
     rows = len({point.row for point in some})
-    return (
-        f"{len(some)} ({rows}) | {within[0]} | {within[1]} | {statistics.median(sizes):.1%} | "
-        f"{min(errors):+.1%}, {max(errors):+.1%}"
-    )
+    ends = f"{min(errors):+.1%}, {max(errors):+.1%}"
+    return (f"{len(some)} ({rows})", *within, f"{statistics.median(sizes):.1%}", ends)
 
 
 def with_table(page: str, found: Sequence[Point]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -276,7 +275,7 @@ def _compare_traffic(cut: RunLayout, stage: int, calls: Counter) -> None:
 
 for _name, _layout in LAYOUTS.items():
     _cut = planned(**_layout)
-    CHECKS.add(world_size=_cut.num_devices, name=_name)(functools.partial(memory_and_traffic, _cut))
+    CHECKS.case(_name, _cut.num_devices, memory_and_traffic, _cut)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import qwen2_ascend
+from commands import run_python
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config, YarnScaling
 from qwen2_ascend.errors import UserError
@@ -265,8 +264,7 @@ def test_a_run_writes_what_the_planner_reads(tmp_path: Path, capsys) -> None:
     )
     script = "import sys; from qwen2_ascend.training import pretrain\n"
     script += "sys.exit(pretrain.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", script, *flags.split()]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    said = run_python("-c", script, *flags.split()).out
     assert "planned for" not in said and "iteration 3/3" in said
     metrics = tmp_path / "run" / "metrics.jsonl"
     (run,) = read_log(metrics)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
+from commands import run_python
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
@@ -145,7 +143,7 @@ def test_nothing_is_trained_or_written(tmp_path) -> None:
         f"status = pretrain.main('{COMMAND} --save {tmp_path / 'out'} --plan 16'.split())\n"
         "assert status == 0 and 'megatron' not in sys.modules, status"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+    run_python("-c", script)
     assert not (tmp_path / "out").exists()
 
 

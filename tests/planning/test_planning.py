@@ -6,16 +6,16 @@ import functools
 import json
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields, replace
 from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 
+from commands import run_python
 from helpers import random_hugging_face_model, tiny_config
 from npusim.traffic import GOLDEN, LAYOUTS, LENGTH, MICRO_BATCH, MICRO_BATCHES, minimum
+from qwen2_ascend import markdown
 from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
@@ -478,7 +478,7 @@ def test_the_bin_that_a_910b_is_taken_for_is_said(capsys):
 def test_help_waits_for_no_numpy():
     """Which took half of the second that a command's start had taken; --from-log alone needs it."""
     script = "import sys, qwen2_ascend.planning.command; sys.exit('numpy' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    run_python("-c", script)
 
 
 @pytest.mark.parametrize(
@@ -597,7 +597,7 @@ def test_nothing_heavy_is_imported():
         "main('--model 72B --num-devices 4096'.split())\n"
         "assert not {'torch', 'megatron', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+    run_python("-c", script)
 
 
 @pytest.mark.parametrize(
@@ -611,8 +611,11 @@ def test_nothing_heavy_is_imported():
         ("--model 7B --num-devices 8 --tensor-model-parallel-size 3", "tensor parallel sizes are"),
         ("--model 7B --num-devices 8 --efficiency 1.5", "--efficiency 1.5 must be above 0"),
         ("--model 7B --num-devices 8 --commands -1", "--commands -1 must not be below zero"),
-        ("--model 7B --num-devices 8 --json not/there.json", "there is no folder .*/not; make it"),
-        ("--model 7B --num-devices 8 --picture .", r"--picture \. is a folder"),
+        (
+            "--model 7B --num-devices 8 --json not/there.json",
+            "there is no folder .*/not; make",
+        ),
+        ("--model 7B --num-devices 8 --picture .", r"--picture \.: is a folder"),
     ],
 )
 def test_mistakes_are_told(words, fault):
@@ -653,20 +656,17 @@ def test_figures_of_devices_name_their_source():
 
 def _table() -> str:
     """docs/planning.md's."""
-    rows = [
-        "| device | memory, GB | peak, TFLOP/s | memory, GB/s | in a node, GB/s "
-        "| between nodes, GB/s | per node |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
+    heads = ("device", "memory, GB", "peak, TFLOP/s", "memory, GB/s", "in a node, GB/s")
     for device in DEVICES.values():
         bandwidths = (device.memory_bandwidth, device.node_bandwidth, device.network_bandwidth)
         figures = [device.memory / 1e9, device.peak_flops / 1e12, *(b / 1e9 for b in bandwidths)]
         names = ("memory", "peak_flops", "memory_bandwidth", "node_bandwidth", "network_bandwidth")
         marks = ["*" * (name in device.assumed) for name in names]
         pairs = zip(figures, marks, strict=True)
-        cells = [device.name, *(f"{figure:.4g}{mark}" for figure, mark in pairs)]
-        rows.append(f"| {' | '.join(cells)} | {device.devices_per_node} |")
-    return "\n".join(rows)
+        cells = (f"{figure:.4g}{mark}" for figure, mark in pairs)
+        rows.append((device.name, *cells, str(device.devices_per_node)))
+    return markdown.table((*heads, "between nodes, GB/s", "per node"), rows)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 from planning.zero_worker import CHECKS
 
 WORKER = Path(__file__).with_name("zero_worker.py")
-
-
 # not importorskip: DeepSpeed's import looks for devices
-@pytest.mark.skipif(
+needs = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="the extra `deepspeed` is not installed"
 )
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_planned_is_measured(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_planned_is_measured = needs(each_check(WORKER, CHECKS))

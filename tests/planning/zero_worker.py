@@ -5,7 +5,6 @@ Offloading is not among the checks: on a CPU the host's memory is the device's.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 from typing import Any
@@ -80,7 +79,7 @@ def memory_of_a_step(cut: RunLayout, run: Run) -> str:
 for _name, (_stage, _layout) in LAYOUTS.items():
     _zero = Zero(stage=_stage, reduce_bucket_size=BUCKET)
     _cut = planned(**_layout, zero=_zero)
-    CHECKS.add(world_size=_cut.num_devices, name=_name)(functools.partial(memory_of_a_step, _cut))
+    CHECKS.case(_name, _cut.num_devices, memory_of_a_step, _cut)
 
 
 if __name__ == "__main__":

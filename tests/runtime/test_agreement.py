@@ -10,18 +10,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import agreement, meeting
 from runtime.agreement_worker import CHECKS
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_agreement(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_agreement = each_check(WORKER, CHECKS)
 
 
 def test_a_process_alone_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:

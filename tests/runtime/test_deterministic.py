@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from commands import environment, run_python
 from helpers import make_tiny_hugging_face_folder
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
@@ -21,14 +19,7 @@ FLAGS += "--lr 1e-3 --bf16 --deterministic --no-save-optim"
 def trained(command: list[str], folder: Path, environ: Mapping[str, str]) -> tuple[list, bytes]:
     """(loss and gradient norm of each step, the weights) of a run that saves into `folder`."""
     arguments = f"{FLAGS} --load {folder.parent / 'hf'} --save {folder} --ckpt-format torch"
-    done = subprocess.run(
-        [*command, *arguments.split()],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=420,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python(*command, *arguments.split(), environ=environ)
     rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [(row["loss"], row["grad_norm"]) for row in map(json.loads, rows)]
     return steps, weights(folder)
@@ -48,8 +39,8 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.timeout(860)
 def test_two_runs_on_the_cpu_end_with_the_same_bits(tmp_path: Path) -> None:
     make_tiny_hugging_face_folder(tmp_path / "hf")
-    environ = {**os.environ, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, str(LAUNCH), "--device", "cpu"]
+    environ = environment(OMP_NUM_THREADS="2")
+    command = [str(LAUNCH), "--device", "cpu"]
     first, second = (trained(command, tmp_path / name, environ) for name in ("first", "second"))
     assert len(first[0]) == 3 and first[0][0] != first[0][2]
     assert first == second

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
+from commands import run_python
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import environment, start
 
@@ -60,15 +59,9 @@ PLAIN_PROCESS = """
 
 @pytest.fixture(scope="module")
 def plain() -> list:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(PLAIN_PROCESS)],
-        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    words = ("-W", "error::UserWarning", "-c", textwrap.dedent(PLAIN_PROCESS))
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return json.loads(run_python(*words, environ=environ).out)
 
 
 def test_a_plain_process_is_rank_0_of_1(plain: list) -> None:
@@ -136,15 +129,9 @@ def broken_torch_npu(tmp_path: Path):
     def started(device: str | None, *names: str) -> list[str]:
         left_out = ("RANK", "WORLD_SIZE", "ASCEND_HOME_PATH", *names)
         kept = {k: v for k, v in os.environ.items() if k not in left_out}
-        done = subprocess.run(
-            [sys.executable, "-c", STARTED.format(device=device), *names],
-            env={**kept, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        environ = {**kept, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+        words = ("-c", STARTED.format(device=device), *names)
+        return run_python(*words, environ=environ).out.splitlines()
 
     return started
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 from logs import logged_lines
 from qwen2_ascend.telemetry import training_energy
 from qwen2_ascend.telemetry.energy import EnergyMeter
@@ -15,12 +15,7 @@ from qwen2_ascend.telemetry.training_energy import EnergyLog
 from telemetry.telemetry_worker import CHECKS
 
 WORKER = Path(__file__).with_name("telemetry_worker.py")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_telemetry(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_telemetry = each_check(WORKER, CHECKS)
 
 
 def test_a_step_waits_for_the_reading_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

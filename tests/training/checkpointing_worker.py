@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -76,9 +75,7 @@ def a_pickle_is_refused(poison: Callable[[Path, Payload], None], run: Run) -> st
 
 
 for _poison in (in_the_generators, in_the_metadata, in_the_common_part):
-    CHECKS.add(world_size=1, name=f"refuses-a-pickle-{_poison.__name__}")(
-        functools.partial(a_pickle_is_refused, _poison)
-    )
+    CHECKS.case(f"refuses-a-pickle-{_poison.__name__}", 1, a_pickle_is_refused, _poison)
 
 
 def sharded_state(training: TrainingRun) -> dict[str, Any]:

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from distributed.harness import Check, Launches
+from distributed.harness import each_check
 from training.checkpointing_worker import CHECKS
 
 WORKER = Path(__file__).with_name("checkpointing_worker.py")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_checkpointing(check: Check, launches: Launches) -> None:
-    launches.result(WORKER, check).require()
+test_checkpointing = each_check(WORKER, CHECKS)

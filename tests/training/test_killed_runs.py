@@ -9,8 +9,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 
 from data.chats import chat_rows, save_chat_tokenizer, write_rows
 from helpers import make_tiny_hugging_face_folder, tiny_config
+from killing import Driver
 
 PARTS = 24
 
@@ -26,6 +25,21 @@ Runs = Callable[[str], tuple[Path, int]]
 KILLED = -9
 PRETRAIN, FINETUNE = "qwen2_ascend.training.pretrain", "qwen2_ascend.finetuning.finetune"
 ZERO = "qwen2_ascend.finetuning.deepspeed.finetune"
+EVERY_WRITE = 100
+"""Writes into a file that has no name yet differ little; so many count as one call."""
+MODULES = (
+    "qwen2_ascend.training.pretrain",
+    "qwen2_ascend.training.checkpointing",
+    "qwen2_ascend.training.setup",
+    "qwen2_ascend.finetuning.finetune",
+    "qwen2_ascend.finetuning.lora_checkpoint",
+    "qwen2_ascend.finetuning.deepspeed.finetune",
+    "qwen2_ascend.finetuning.deepspeed.checkpoint",
+    "qwen2_ascend.model.build",
+    "qwen2_ascend.data.chat.build",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+)
 COMMON = (
     "--global-batch-size 2 --train-iters 4 --lr 1e-3 --save-interval 2 --device cpu --no-log-energy"
 )
@@ -38,42 +52,9 @@ KINDS = {
 }
 
 
-class Driver:
-    """The process that runs and kills launchers."""
-
-    def __init__(self, folder: Path) -> None:
-        self._log = open(folder / "log", "w")  # noqa: SIM115
-        self._lines = open(folder / "log")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("killed_runs_driver.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def run(self, module: str, flags: str, point: int | None = None) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"module": module, "argv": flags.split(), "point": point}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def said(self) -> str:
-        """Everything that has been printed since the last time."""
-        return self._lines.read()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-        self._lines.close()
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    started = Driver(tmp_path_factory.mktemp("driver"))
+    started = Driver(tmp_path_factory.mktemp("driver"), MODULES, every_write=EVERY_WRITE)
     yield started
     started.close()
 
@@ -97,16 +78,16 @@ def whole(world: Path, driver: Driver) -> Runs:
         if KINDS[kind][0] != PRETRAIN:
             driver.run(*flags_of(kind, world, world / f"{kind}-first"))  # prepares the chats
         run = driver.run(*flags_of(kind, world, world / kind))
-        assert run["status"] == 0
-        return world / kind, run["calls"]
+        assert run.status == 0
+        return world / kind, run.calls
 
     return of
 
 
-def flags_of(kind: str, world: Path, save: Path, load: Path | None = None) -> tuple[str, str]:
+def flags_of(kind: str, world: Path, save: Path, load: Path | None = None) -> tuple[str, list[str]]:
     module, flags = KINDS[kind]
     start = f"--load {load or save} --pretrained-checkpoint {world / 'hf'} --save {save}"
-    return module, f"{COMMON} {start} {flags.format(d=world)}"
+    return module, f"{COMMON} {start} {flags.format(d=world)}".split()
 
 
 def state(iteration: Path) -> dict[str, Any]:
@@ -155,11 +136,11 @@ def test_a_killed_run_goes_on(
     for point in places(calls, part):
         save = tmp_path / f"killed-{point}"
         module, flags = flags_of(kind, world, save)
-        assert driver.run(module, flags, point)["status"] == KILLED, point
+        assert driver.run(module, flags, point).status == KILLED, point
         tracker = save / "latest_checkpointed_iteration.txt"
         announced = tracker.read_text() if tracker.exists() else None
         again = driver.run(module, flags)
-        assert again["status"] == 0, (point, announced)
+        assert again.status == 0, (point, announced)
         assert state(save / "iter_0000004") == expected, point
         assert losses(save) == losses(folder), point
         assert (save / "iter_0000002").exists() == (kind != "async"), "--keep-last 1"
@@ -174,7 +155,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ) -> None:
     """Loudly; and the run arrives where it would have."""
     module, flags = flags_of(kind, world, tmp_path / "run")
-    assert driver.run(module, flags)["status"] == 0
+    assert driver.run(module, flags).status == 0
     newest = tmp_path / "run" / "iter_0000004"
     expected = state(newest)
     weights = "__0_0.distcp" if kind == "torch_dist" else "adapter_model.safetensors"
@@ -185,14 +166,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     spoilt[data_offset(newest, weights) if where == "data" else 4] ^= 0x10
     path.write_bytes(bytes(spoilt))
     again = driver.run(module, flags)
-    assert again["status"] == 0
+    assert again.status == 0
     assert state(newest) == expected
     said = driver.said()
     assert "iter_0000004 is damaged and NOT used" in said
     assert "iter_0000002 at iteration 2" in said
     for iteration in (tmp_path / "run").glob("iter_*"):
         (iteration / names["small file"]).write_bytes(b"no more")
-    assert driver.run(module, flags)["status"] == 2, "all are damaged"
+    assert driver.run(module, flags).status == 2, "all are damaged"
 
 
 def test_a_folder_belongs_to_one_run(world: Path, driver: Driver, tmp_path: Path) -> None:
@@ -201,10 +182,10 @@ def test_a_folder_belongs_to_one_run(world: Path, driver: Driver, tmp_path: Path
     module, flags = flags_of("torch_dist", world, tmp_path / "run")
     lock = FolderLock(tmp_path / "run")
     lock.acquire()
-    assert driver.run(module, flags)["status"] == 2
+    assert driver.run(module, flags).status == 2
     assert "another process is writing it" in driver.said()
     lock.release()
-    assert driver.run(module, flags)["status"] == 0
+    assert driver.run(module, flags).status == 0
 
 
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
@@ -226,18 +207,18 @@ def test_the_tracked_iteration_may_be_written_again(
         kind, world, tmp_path / "again", load=tmp_path / "again" / "iter_0000002"
     )
     shutil.copytree(folder, tmp_path / "again")
-    calls = driver.run(module, flags)["calls"]
+    calls = driver.run(module, flags).calls
     assert "iter_0000002 at iteration 2" in driver.said()
     for point in places(calls, part):
         save = tmp_path / f"killed-{point}"
         shutil.copytree(folder, save)
         module, flags = flags_of(kind, world, save, load=save / "iter_0000002")
-        assert driver.run(module, flags, point)["status"] == KILLED, point
+        assert driver.run(module, flags, point).status == KILLED, point
         if not exchange and (partial := save / ".iter_0000004.partial").exists():
             # what a file system that cannot exchange two folders shows between two renames
             os.rename(save / "iter_0000004", save / ".iter_0000004.replaced")
             assert partial.is_dir()
         module, flags = flags_of(kind, world, save)
-        assert driver.run(module, flags)["status"] == 0, point
+        assert driver.run(module, flags).status == 0, point
         assert state(save / "iter_0000004") == expected, point
         shutil.rmtree(save)

@@ -198,7 +198,7 @@ def test_without_the_report_extra_one_line_says_so(
 ) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     report = reporter(report_dir=tmp_path, tensorboard_dir=tmp_path / "events")
     report.step(step(4))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distributed.harness import each_check
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import settings as finetuning
@@ -26,10 +27,7 @@ def plan(flags: str) -> RunPlan:
     return RunPlan(settings=settings, config=tiny_config(), world_size=2, source=None)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_ranks(check, launches) -> None:
-    launches.result(WORKER, check).require()
+test_ranks = each_check(WORKER, CHECKS)
 
 
 def test_a_plan_is_as_long_as_its_flags_say() -> None:

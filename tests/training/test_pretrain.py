@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
+from commands import World, environment, run_commands, run_python
 from data.corpora import write_indexed
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
-HERE = Path(__file__).parent
-LAUNCH = HERE.parents[1] / "launch" / "pretrain_qwen2.py"
+LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
 SIZES = "--seq-length 16 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3"
-
-
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-class World(NamedTuple):
-    """The folder of all runs, and how each of them ended."""
-
-    folder: Path
-    runs: dict[str, Ended]
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +26,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "hf" / "tokenizer.json").write_text("{}", encoding="utf-8")
     write_indexed(folder / "corpus", [40, 70, 55, 90] * 8, dtype=np.uint16)
     (folder / "broken" / "loss.png").mkdir(parents=True)
-    commands = {name: flags.format(d=folder).split() for name, flags in _commands().items()}
-    (folder / "commands.json").write_text(json.dumps(list(commands.values())), encoding="utf-8")
-    subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "run_commands.py"),
-            str(folder / "commands.json"),
-            str(folder / "results.json"),
-        ],
-        check=True,
-        timeout=500,
-        env=_environment(),
-    )
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return World(folder, dict(zip(commands, (Ended(**result) for result in results), strict=True)))
+    commands = {
+        name: {"program": "pretrain", "flags": flags.format(d=folder).split()}
+        for name, flags in _commands().items()
+    }
+    return World(folder, run_commands(folder, commands))
 
 
 def _commands() -> dict[str, str]:
@@ -85,13 +61,6 @@ def _commands() -> dict[str, str]:
         "two faults": f"--load {{d}}/hf {SIZES} --bf16 --fp16 --save-interval 3 --mock-data",
         "no npu": f"--load {{d}}/hf --mock-data --device npu {SIZES}",
     }
-
-
-def _environment(**changes: str) -> dict[str, str]:
-    tests = HERE.parent
-    paths = [str(tests), str(tests.parent / "plugin"), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(path for path in paths if path)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **changes}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -154,7 +123,7 @@ def test_a_plan_is_made_before_megatron_is_imported(world: World) -> None:
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
     )
     flags = f"--load {world.folder}/parts --mock-data {SIZES}".split()
-    subprocess.run([sys.executable, "-c", code, *flags], check=True, timeout=60)
+    run_python("-c", code, *flags)
 
 
 def test_a_checkpoint_folder_is_complete(world: World) -> None:
@@ -184,7 +153,7 @@ def test_a_log_that_cannot_be_written_does_not_fail_a_run(world: World, tmp_path
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(
             [sys.executable, str(LAUNCH), *flags.split()],
-            env=_environment(),
+            env=environment(),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -235,13 +204,7 @@ def test_every_mistake_is_named_at_once(world: World) -> None:
 
 def test_rank_0_checks_for_all_before_any_rank_is_joined() -> None:
     flags = "--config 7B --mock-data --tensor-model-parallel-size 3"
-    done = subprocess.run(
-        [sys.executable, str(LAUNCH), *flags.split(), *SIZES.split()],
-        env=_environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert "tensor_model_parallel_size=3" in done.stderr
-    assert "Traceback" not in done.stderr
+    rank_0_of_3 = environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3")
+    words = [LAUNCH, *flags.split(), *SIZES.split()]
+    ended = run_python(*words, status=2, environ=rank_0_of_3).require(2)
+    assert "tensor_model_parallel_size=3" in ended.err

@@ -227,8 +227,8 @@ def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
         record: of this run or another.
     """
     from qwen2_ascend.alignment import judge as judging
-    from qwen2_ascend.alignment.record import DTYPES
     from qwen2_ascend.alignment.reference import compute, load_model, widened
+    from qwen2_ascend.dtypes import TORCH_DTYPES
 
     factor, precision = settings.checks.noise_factor, record.precision
     wide, (narrow, scale) = judging.wide_dtype(precision), judging.noise_dtype(precision)
@@ -236,7 +236,7 @@ def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
     logger.info(
         f"reference: transformers {_transformers_release()} in {wide}; noise: it in {narrow}"
     )
-    model = load_model(source, settings.model.reference_model, DTYPES[narrow])
+    model = load_model(source, settings.model.reference_model, TORCH_DTYPES[narrow])
     with_gradients = bool(record.gradients)
     noisy = compute(model, record.tokens, with_gradients=with_gradients)
     findings = judging.judge_sublayers(record, model, factor)
@@ -246,7 +246,7 @@ def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
         noise = noisy.gradients.pop(name)
         gradients[name] = judging.judge_gradient(record, name, exact, noise, factor)
 
-    model = widened(model, DTYPES[wide])
+    model = widened(model, TORCH_DTYPES[wide])
     _give_memory_back()
     exact = compute(model, record.tokens, with_gradients=with_gradients, take=judge_gradient)
     return judging.Judgement(
@@ -274,12 +274,12 @@ def judge_curve(
     """
     from qwen2_ascend.alignment import judge as judging
     from qwen2_ascend.alignment.curve import reference_curve
-    from qwen2_ascend.alignment.record import DTYPES
     from qwen2_ascend.alignment.reference import load_model, widened
+    from qwen2_ascend.dtypes import TORCH_DTYPES
 
     folder, checks, precision = settings.model.reference_model, settings.checks, settings.precision
-    dtype = DTYPES[precision]
-    model = widened(load_model(source, folder, dtype), DTYPES[judging.wide_dtype(precision)])
+    dtype = TORCH_DTYPES[precision]
+    model = widened(load_model(source, folder, dtype), TORCH_DTYPES[judging.wide_dtype(precision)])
     _give_memory_back()
     exact = reference_curve(model, model, tokens, checks)
     del model

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen2_ascend.alignment.record import DTYPES, Record
+from qwen2_ascend.alignment.record import Record
 from qwen2_ascend.alignment.reference import (
     Computed,
     copy_of,
@@ -44,6 +44,7 @@ from qwen2_ascend.alignment.sublayers import (
 )
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
 from qwen2_ascend.comparison import statistics
+from qwen2_ascend.dtypes import TORCH_DTYPES
 
 PIECE = 1 << 22
 """Elements that are widened at once."""
@@ -182,7 +183,7 @@ def noise_dtype(precision: str) -> tuple[str, float]:
     """
     if precision != "fp64":
         return precision, 1.0
-    eps = [torch.finfo(DTYPES[name]).eps for name in ("fp64", "fp32")]
+    eps = [torch.finfo(TORCH_DTYPES[name]).eps for name in ("fp64", "fp32")]
     return "fp32", eps[0] / eps[1]
 
 
@@ -262,8 +263,8 @@ class _Functions(NamedTuple):
 def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Functions, _Functions]:
     """The reference of one layer, or of what is outside the layers: wide, and in our dtype."""
     precision = record.precision
-    wide = DTYPES[wide_dtype(precision)]
-    narrow = DTYPES[noise_dtype(precision)[0]]
+    wide = TORCH_DTYPES[wide_dtype(precision)]
+    narrow = TORCH_DTYPES[noise_dtype(precision)[0]]
     if layer is None:
         return _Functions(wide, _outer(model, record, wide)), _Functions(
             narrow, _outer(model, record, None)
@@ -334,7 +335,7 @@ def _judge(
 
 def _floor(precision: str) -> float:
     """The relative error that one rounding of each element makes, about."""
-    return torch.finfo(DTYPES[precision]).eps / 4
+    return torch.finfo(TORCH_DTYPES[precision]).eps / 4
 
 
 def with_totals(
@@ -384,7 +385,7 @@ def judge_steps(
 ) -> list[StepFinding]:
     """Losses and gradient norms, step by step; noise does not shrink again once it is there."""
     found, noise = [], 0.0
-    eps = torch.finfo(DTYPES[noise_dtype(precision)[0]]).eps
+    eps = torch.finfo(TORCH_DTYPES[noise_dtype(precision)[0]]).eps
     for step, (mine, wide, other) in enumerate(zip(ours, exact, narrow, strict=True)):
         noise = max(noise, abs(other[0] - wide[0]), _loss_floor(wide[0], precision, eps))
         found.append(

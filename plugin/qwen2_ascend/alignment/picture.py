@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from qwen2_ascend.alignment.judge import Finding, Judgement
 from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, LOSS, full_name
+from qwen2_ascend.figures import new_figure, png, with_grid
 
 OUTER = (EMBEDDING, FINAL_NORM, LOGITS, LOSS)
 DARK = "#222222"
@@ -21,12 +20,8 @@ def heat_map_png(judgement: Judgement) -> bytes:
 
     Rows are layers, columns sublayers; what is outside the layers stands below.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
-
     num_layers = judgement.record.config.num_layers
-    height = max(5.6, 3.6 + 0.24 * num_layers)
-    figure = Figure(figsize=(15, height), layout="constrained")
+    figure = new_figure(15, max(5.6, 3.6 + 0.24 * num_layers))
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.12)  # type: ignore[union-attr]
     rows = figure.subplots(
         2, 2, height_ratios=(max(num_layers, 5), max(0.8, 0.05 * num_layers)), squeeze=False
@@ -53,9 +48,7 @@ def heat_map_png(judgement: Judgement) -> bytes:
         fontweight="bold",
         color=DARK if judgement.aligned else FAULT,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 class _Map:
@@ -211,12 +204,10 @@ def _title(judgement: Judgement) -> str:
 
 def curve_png(judgement: Judgement) -> bytes:
     """Both losses above, their difference against noise below."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     steps = judgement.steps
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     numbers = [step.step for step in steps]
     above.plot(
@@ -250,12 +241,8 @@ def curve_png(judgement: Judgement) -> bytes:
     below.set_xlabel("step")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.legend(frameon=False)
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    return buffer.getvalue()
+    with_grid(above, below)
+    return png(figure)
 
 
 def _visible(values: Sequence[float]) -> list[float]:

@@ -29,14 +29,6 @@ from qwen2_ascend.files import json_value, read_text, require_regular
 FORMAT = "qwen2-ascend alignment record"
 VERSION = 1
 
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""By precision. (`model.build` has the same, and imports megatron-core, which judging does not.)"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Record:

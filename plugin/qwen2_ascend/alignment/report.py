@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen2_ascend.alignment.judge import Between, Error, Finding, Judgement
 from qwen2_ascend.alignment.sublayers import LAYER, LOGITS, split_name
+from qwen2_ascend.markdown import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -115,24 +116,23 @@ def _parted_verdict(judgement: Judgement, first: Finding) -> str:
 
 def print_report(judgement: Judgement, between: Between | None) -> None:
     """A line for every layer, with its worst sublayer."""
-    logger.info(
-        f"{'':<12}{'worst sublayer':<22}{'own error':>10}{'noise':>10}{'ratio':>9}  "
-        f"{'whole model':>11}{'noise':>10}"
-    )
-    for rows in _by_layer(judgement):
-        worst = max(rows, key=lambda x: x.ratio)
+    rows = [("", "worst sublayer", "own error", "noise", "ratio", "whole model", "noise", "")]
+    for layer_findings in _by_layer(judgement):
+        worst, last = max(layer_findings, key=lambda x: x.ratio), layer_findings[-1]
         layer, short = split_name(worst.name)
-        last = rows[-1]
-        label = "" if layer is None else next(x.label for x in LAYER if x.name == short)
-        place = worst.place if layer is None else f"layer {layer}"
-        total = "" if last.total is None else f"{_number(last.total.mean):>11}"
-        noise = "" if last.total_noise is None else f"{_number(last.total_noise.mean):>10}"
-        logger.info(
-            f"{place:<12}{label:<22}{_number(worst.own.worst):>10}"
-            f"{_number(worst.noise.worst):>10}{_times(worst.ratio):>9}  {total}{noise}"
-            f"{'   PARTED' if worst.parted else ''}"
+        rows.append(
+            (
+                worst.place if layer is None else f"layer {layer}",
+                "" if layer is None else next(x.label for x in LAYER if x.name == short),
+                _number(worst.own.worst),
+                _number(worst.noise.worst),
+                _times(worst.ratio),
+                "" if last.total is None else _number(last.total.mean),
+                "" if last.total_noise is None else _number(last.total_noise.mean),
+                "PARTED" if worst.parted else "",
+            )
         )
-    for line in _summary(judgement, between):
+    for line in (*aligned(rows, "llrrrrrl"), *_summary(judgement, between)):
         logger.info(line)
 
 

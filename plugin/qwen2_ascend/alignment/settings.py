@@ -5,7 +5,6 @@ The names are those of the other launchers. Nothing here imports torch, so `--he
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,8 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
+from qwen2_ascend.figures import report_faults
+from qwen2_ascend.files import output_faults
 from qwen2_ascend.flags import Flag
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.training.fusion import FusionSettings
@@ -324,14 +325,8 @@ def _output_faults(settings: AlignSettings) -> list[str]:
     if folder is not None and not (folder / "config.json").is_file():
         faults.append(f"--reference-model {folder}: holds no config.json.")
     files = output.files()
-    draws = "html" in files or "png" in files
-    for module in ("matplotlib", "jinja2") if draws else ():
-        if importlib.util.find_spec(module) is None:
-            faults.append(
-                f"a report needs {module}, which is not installed: pip install "
-                "'qwen2-ascend[report]', or ask for --json alone."
-            )
-    for path in (output.html, output.png, output.json):
-        if path is not None and not path.parent.is_dir():
-            faults.append(f"{path}: there is no folder {path.parent}.")
+    if "html" in files or "png" in files:
+        faults += report_faults("a report, unless it is --json,", "matplotlib", "jinja2")
+    for flag in ("html", "png", "json"):
+        faults += output_faults(f"--{flag}", getattr(output, flag))
     return faults

@@ -55,8 +55,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _measured(attention: Attention, runtime: Runtime, question: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from qwen2_ascend.dtypes import TORCH_DTYPES
+
     generator = torch.Generator().manual_seed(SEED)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[question["dtype"]]
+    dtype = TORCH_DTYPES[question["dtype"]]
 
     def drawn(kind: str) -> Tensor:
         numbers = torch.randn(question[kind], generator=generator)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from qwen2_ascend.benchmark.measure import run_measured
-from qwen2_ascend.checkpoint.progress import size_text
+from qwen2_ascend.progress import size_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def main(arguments: str) -> None:
     runtime.start("cpu")
     import torch
 
-    from qwen2_ascend.model.build import TORCH_DTYPES
+    from qwen2_ascend.dtypes import TORCH_DTYPES
     from qwen2_ascend.parallel import ParallelLayout
 
     runtime.initialize_model_parallel(ParallelLayout(), 1)

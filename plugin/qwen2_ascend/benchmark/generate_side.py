@@ -69,9 +69,10 @@ def _transformers(
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    from qwen2_ascend.dtypes import TORCH_DTYPES
+
     tokenizer = _tokenizer(folder)
-    model: Any = open_pretrained(AutoModelForCausalLM, folder, dtype=dtypes[dtype]).eval()
+    model: Any = open_pretrained(AutoModelForCausalLM, folder, dtype=TORCH_DTYPES[dtype]).eval()
     model.generation_config.eos_token_id = None
 
     def run(texts: list[str]) -> list[list[int]]:

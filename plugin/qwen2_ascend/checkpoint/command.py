@@ -21,13 +21,13 @@ from qwen2_ascend.checkpoint.pasted import (
     merged_places,
     split_convert_flags,
 )
-from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.errors import UserError, printable, raise_if
 from qwen2_ascend.flags import layer_list, number_faults
 from qwen2_ascend.log import shown_log
 from qwen2_ascend.markdown import aligned
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.pasted_flags import pasted_faults, pasted_notes
+from qwen2_ascend.progress import size_text
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.convert import Conversion, ConversionPlan
@@ -211,7 +211,7 @@ def _print_plan(prepared: ConversionPlan) -> None:
 
     rows = plan_rows(prepared)
     sizes = {str(file.path): file.total_bytes for file in prepared.target.files}
-    lines = dict(zip(rows, aligned([row[1:] for row in rows], right=False), strict=True))
+    lines = dict(zip(rows, aligned([row[1:] for row in rows], "l"), strict=True))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for file, group in groupby(rows, key=lambda row: row[0]):
         print(f"{file}  {sizes[file]} bytes")

@@ -34,7 +34,6 @@ from qwen2_ascend.checkpoint.manifest import (
 )
 from qwen2_ascend.checkpoint.merging import MergingReader
 from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan, overlap, volume
-from qwen2_ascend.checkpoint.progress import Progress
 from qwen2_ascend.checkpoint.rules import Box
 from qwen2_ascend.checkpoint.source import Source, open_source, target_dtype
 from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_tree, partial_folder
@@ -50,6 +49,7 @@ from qwen2_ascend.errors import UserError, VerificationError, raise_if
 from qwen2_ascend.files import links_out, read_bytes, write_file
 from qwen2_ascend.machine import num_cores
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
+from qwen2_ascend.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -212,14 +212,10 @@ def _staging(parameter: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
     """A CPU tensor to fill, the parameter itself where it can be, and its memory as an array."""
     import torch
 
-    names = {
-        torch.float32: "fp32",
-        torch.float64: "fp64",
-        torch.bfloat16: "bf16",
-        torch.float16: "fp16",
-    }
+    from qwen2_ascend.dtypes import DTYPE_NAMES
+
     tensor = parameter
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         tensor = torch.empty(parameter.shape, dtype=parameter.dtype)
     raw = tensor.reshape(-1).view(torch.uint8).numpy()
-    return tensor, raw.view(NUMPY_DTYPES[names[parameter.dtype]])
+    return tensor, raw.view(NUMPY_DTYPES[DTYPE_NAMES[parameter.dtype]])

@@ -11,37 +11,34 @@ import os
 import re
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
 from qwen2_ascend import __version__
 from qwen2_ascend.checkpoint.formats import megatron_optimizer, safetensors, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.manifest_form import VERSION, Entry, Manifest, read_manifest
 from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.checkpoint.writing import Checksums
-from qwen2_ascend.errors import DamagedError, UserError, raise_if, shown
-from qwen2_ascend.files import open_regular, parse_json, read_bytes, regular_files
+from qwen2_ascend.errors import DamagedError, UserError, at_most
+from qwen2_ascend.files import open_regular, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 MARK = {"qwen2_ascend_manifest": MANIFEST_FILE}
 """What the weights' own files say: a manifest that was lost is missed, and one that describes what
 a training run has replaced is not held against the new files."""
 
-_VERSION = 2
-"""2 lists small files, which 1 did not."""
-_MOST_FAULTS = 20
 _PART = re.compile(r"\[[0-9]+:[0-9]+\]$")
 """What a part's name has behind the tensor's."""
 _BESIDES = ("optimizer.", f"{megatron_optimizer.KEY}/", "rng_state/")
 """How the names of what is no weight begin, in torch_dist and in the mp_rank tree."""
-_READ_ON = "--no-check-source reads it all the same"
 
 
 # -- writing
@@ -72,10 +69,7 @@ def encode_manifest(
     for file in target.files:  # those of a torch_dist folder that hold no tensors
         if str(file.path) not in tensors:
             small[str(file.path)] = b"".join(data for _, data in file.segments)
-    manifest = {
-        "manifest_version": _VERSION,
-        "written_by": f"qwen2-ascend {__version__}",
-        "kind": target.kind,
+    listed = {
         "format": target.format,
         "layout": asdict(layout) if layout else None,
         "padded_vocab_size": padded_vocab_size,
@@ -86,7 +80,7 @@ def encode_manifest(
         "files": {path: xxhash.xxh3_128_hexdigest(data) for path, data in small.items()},
         "tensors": tensors,
     }
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+    return _encoded(target.kind, listed)
 
 
 def encode_training_manifest(
@@ -114,17 +108,19 @@ def encode_training_manifest(
             sizes[name] = path.stat().st_size
         else:
             files[name] = checksums.get(name) or file_checksum(path)
-    manifest = {
-        "manifest_version": _VERSION,
-        "written_by": f"qwen2-ascend {__version__}",
-        "kind": "training",
+    listed = {
         **about,
         "sizes": sizes,
         "files": files,
         "beside": {str(path): xxhash.xxh3_128_hexdigest(data) for path, data in beside.items()},
         "tensors": tensors,
     }
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+    return _encoded("training", listed)
+
+
+def _encoded(kind: str, listed: Mapping[str, Any]) -> bytes:
+    start = {"manifest_version": VERSION, "written_by": f"qwen2-ascend {__version__}"}
+    return (json.dumps({**start, "kind": kind, **listed}, indent=1) + "\n").encode()
 
 
 def source_identity(source: Source) -> dict[str, Any]:
@@ -140,32 +136,6 @@ def source_identity(source: Source) -> dict[str, Any]:
 
 
 # -- reading
-
-
-class Entry(NamedTuple):
-    """One tensor as the manifest lists it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    checksum: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a manifest lists; files by their place below `folder`."""
-
-    folder: Path
-    tensors: Mapping[str, Mapping[str, Entry]]
-    """By file and name."""
-    sizes: Mapping[str, int]
-    """Bytes of each weight file."""
-    files: Mapping[str, str] | None
-    """Checksums of the small files; None where an earlier release did not list them."""
-    beside: Mapping[str, str] = field(default_factory=dict)
-    """Checksums of files in the folder above: a run's config.json and tokenizer."""
-    is_replaceable: bool = False
-    """Whether other weights may have come into its place: it did not appear at once with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +268,8 @@ def check_iteration(
 
 
 def _raise_damaged(faults: list[str]) -> None:
-    more = [f"and {len(faults) - _MOST_FAULTS} more faults of this kind."]
     if faults:
-        raise DamagedError(faults if len(faults) <= _MOST_FAULTS else faults[:_MOST_FAULTS] + more)
+        raise DamagedError(at_most(faults))
 
 
 def _by_tensor(entries: Mapping[str, Entry]) -> dict[str, list[Entry]]:
@@ -428,127 +397,3 @@ def _place(path: Path, folder: Path) -> str:
 
 def _is_below(path: Path, folder: Path) -> bool:
     return path.is_relative_to(os.path.abspath(folder))
-
-
-# -- the file's form
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Reads a manifest.
-
-    Raises:
-        UserError: it is none; every fault at once.
-    """
-    try:
-        raw = parse_json(read_bytes(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    except UserError as error:
-        raise UserError(f"{path}: not a manifest of qwen2-ascend: {error}") from None
-    version = raw.get("manifest_version") if isinstance(raw, dict) else None
-    if type(version) is int and version > _VERSION:
-        raise UserError(
-            f"{path}: manifest_version={version} is of a newer release of qwen2-ascend; this one "
-            f"reads up to {_VERSION}. {_READ_ON}."
-        )
-    checksums = _Each(_is_path, _is_checksum)
-    form = _FORM | ({"files": checksums} if version == 2 else {})
-    form |= {"beside": checksums} if isinstance(raw, dict) and "beside" in raw else {}
-    faults = list(_form_faults(raw, form, "")) or list(_omissions(raw))
-    raise_if(f"{path}: not a manifest of qwen2-ascend: {fault}." for fault in faults[:_MOST_FAULTS])
-    tensors = {
-        file: {
-            name: Entry(e["dtype"], tuple(e["shape"]), e["offset"], e["xxh3_128"])
-            for name, e in entries.items()
-        }
-        for file, entries in raw["tensors"].items()
-    }
-    return Manifest(
-        folder=path.parent,
-        tensors=tensors,
-        sizes=raw["sizes"],
-        files=raw.get("files"),
-        beside=raw.get("beside", {}),
-        is_replaceable="files" in raw and "beside" not in raw,
-    )
-
-
-def _omissions(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Weight files of which it lists no tensor: a manifest that was emptied."""
-    if "files" in raw:
-        for file in raw["sizes"]:
-            if not raw["tensors"].get(file) and file not in raw["files"]:
-                yield f"it lists no tensor of {file}"
-
-
-class _Each(NamedTuple):
-    """The form of an object with keys of any number."""
-
-    key: Callable[[Any], bool]
-    value: Any
-
-
-def _form_faults(value: Any, form: Any, where: str) -> Iterator[str]:
-    """Where a JSON value lacks a form: a condition, keys with a form each, or _Each."""
-    if callable(form):
-        if not form(value):
-            yield f"{where or 'it'} is {shown(value)}"
-    elif not isinstance(value, dict):
-        yield f"{where or 'it'} is {shown(value)}, not a JSON object"
-    elif isinstance(form, _Each):
-        for key, inner in value.items():
-            if not form.key(key):
-                yield f"{where} has the key {shown(key)}"
-            yield from _form_faults(inner, form.value, f"{where}.{key}")
-    else:
-        for key, inner in form.items():
-            if key in value:
-                yield from _form_faults(value[key], inner, f"{where}.{key}".lstrip("."))
-            else:
-                yield f"{where or 'it'} has no {key}"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 64 and all(map(_is_size, value))
-
-
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and value in NUMPY_DTYPES
-
-
-def _is_checksum(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 32 and set(value) <= set("0123456789abcdef")
-
-
-def _is_path(value: Any) -> bool:
-    """A file's place below the folder, written in one way only."""
-    inside = value not in ("", ".") and "\0" not in value and not os.path.isabs(value)
-    return inside and os.path.normpath(value) == value and not value.startswith("..")
-
-
-_FORM = {
-    "manifest_version": lambda value: type(value) is int and value in (1, _VERSION),
-    "written_by": _is_text,
-    "sizes": _Each(_is_path, _is_size),
-    "tensors": _Each(
-        _is_path,
-        _Each(
-            _is_text,
-            {
-                "dtype": _is_dtype,
-                "shape": _is_shape,
-                "offset": _is_size,
-                "xxh3_128": _is_checksum,
-            },
-        ),
-    ),
-}
-"""What is read of a manifest; the rest is for people."""

@@ -18,10 +18,14 @@ from qwen2_ascend.checkpoint.formats import (
     hugging_face,
     megatron,
     safetensors,
-    torch_dist,
     torch_pt,
 )
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.torch_dist_layout import (
+    ChunkSpec,
+    extra_states,
+    layout_torch_dist,
+)
 from qwen2_ascend.checkpoint.megatron_args import CHECKPOINT_FORMATS, ITERATION, megatron_args
 from qwen2_ascend.checkpoint.plan import PlanError, StoredSlice
 from qwen2_ascend.checkpoint.rules import (
@@ -259,7 +263,7 @@ def _torch_dist_files(
 ) -> tuple[list[StoredSlice], list[TargetFile]]:
     """Chunks are cut as the ranks are, each once; replicas are not stored twice."""
     rules = {rule.megatron: rule for rule in qwen2_rules(config, padded_vocab_size)}
-    chunks: dict[str, list[torch_dist.ChunkSpec]] = {}
+    chunks: dict[str, list[ChunkSpec]] = {}
     pieces: dict[str, list[TensorSlice]] = {}
     seen: set[tuple[str, Box]] = set()
     for piece in (piece for shard in shards.values() for piece in shard.values()):
@@ -272,8 +276,8 @@ def _torch_dist_files(
             pieces.setdefault(key, []).append(part)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
     num_ranks = len({shard[:2] for shard in shards})
-    laid_out = torch_dist.layout_torch_dist(
-        chunks, common, num_files=num_ranks, objects=torch_dist.extra_states(config.num_layers)
+    laid_out = layout_torch_dist(
+        chunks, common, num_files=num_ranks, objects=extra_states(config.num_layers)
     )
     held = [
         StoredSlice(
@@ -293,7 +297,7 @@ def _torch_dist_files(
 
 def torch_dist_chunk(
     part: TensorSlice, rules: Mapping[str, Rule], num_layers: int, dtype: str
-) -> tuple[str, torch_dist.ChunkSpec]:
+) -> tuple[str, ChunkSpec]:
     """The key under which torch_dist keeps a piece, and the chunk of that key which it is.
 
     Args:
@@ -309,7 +313,7 @@ def torch_dist_chunk(
     local = part.shape
     if layer is not None:
         offsets, shape, local = (layer, *offsets), (num_layers, *shape), (1, *local)
-    spec = torch_dist.ChunkSpec(shape, offsets, TensorSpec(local, dtype))
+    spec = ChunkSpec(shape, offsets, TensorSpec(local, dtype))
     return megatron.torch_dist_key(rule.megatron), spec
 
 

@@ -24,6 +24,7 @@ from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target, hugging_face_target
 from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.files import write_file
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -139,8 +140,7 @@ def _begin_files(target: Target, folder: Path) -> dict[Path, int]:
 
 
 def _bytes_of(parameter: torch.Tensor, dtype: str) -> memoryview:
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    tensor = parameter.detach().to("cpu", dtypes[dtype]).contiguous()
+    tensor = parameter.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

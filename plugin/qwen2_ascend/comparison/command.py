@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.figures import report_faults
+from qwen2_ascend.files import output_faults
 
 if TYPE_CHECKING:
     from qwen2_ascend.comparison.compare import Report, Rules
@@ -119,22 +119,10 @@ def _faults(options: CompareOptions) -> Iterator[str]:
         yield f"--min-cosine {options.min_cosine} must be between -1 and 1."
     if options.png_name is not None and options.png is None:
         yield "--png-name chooses what --png draws; say where to: --png FILE."
-    if options.png is not None and find_spec("matplotlib") is None:
-        yield "--png needs matplotlib; pip install 'qwen2-ascend[report]'."
-    yield from _unwritable("--json", None if _is_stdout(options.json) else options.json)
-    yield from _unwritable("--png", options.png)
-
-
-def _unwritable(flag: str, path: Path | None) -> Iterator[str]:
-    """Found out before hours of comparing."""
-    if path is None:
-        return
-    if path.is_dir():
-        yield f"{flag} {path}: is a folder; name a file."
-    elif not path.absolute().parent.is_dir():
-        yield f"{flag} {path}: there is no folder {path.absolute().parent}; make it first."
-    elif not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        yield f"{flag} {path}: cannot be written; check its permissions."
+    if options.png is not None:
+        yield from report_faults("--png", "matplotlib")
+    yield from output_faults("--json", None if _is_stdout(options.json) else options.json)
+    yield from output_faults("--png", options.png)
 
 
 def _rules(options: CompareOptions) -> Rules:
@@ -158,8 +146,8 @@ def _rules(options: CompareOptions) -> Rules:
 
 
 def _compare(ours: Dump, theirs: Dump, rules: Rules, png_name: str | None) -> Report:
-    from qwen2_ascend.checkpoint.progress import Progress
     from qwen2_ascend.comparison.compare import compare, match
+    from qwen2_ascend.progress import Progress
 
     pairs = match(ours, theirs, rules)
     if png_name is not None and png_name not in {pair.name for pair in pairs}:

@@ -24,7 +24,7 @@ from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
 from qwen2_ascend.checkpoint.formats.torch_pt import check_size
 from qwen2_ascend.comparison.statistics import dtype_name, is_comparable
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import open_regular
+from qwen2_ascend.files import open_regular, reading
 
 if TYPE_CHECKING:
     import torch
@@ -112,11 +112,10 @@ def open_dump(path: str | Path) -> Dump:
     arrays, faults = [], []
     for file in files:
         try:
-            arrays += _READERS[file.suffix.lower()](file)
+            with reading(file):
+                arrays += _READERS[file.suffix.lower()](file)
         except UserError as error:
             faults += error.faults
-        except OSError as error:
-            faults.append(f"{file}: cannot be read: {error.strerror or error}.")
     raise_if(faults)
     if not arrays:
         raise UserError(f"{path}: holds no arrays.")

@@ -12,7 +12,8 @@ from qwen2_ascend.comparison.dumps import Dump
 from qwen2_ascend.comparison.statistics import difference_histogram
 from qwen2_ascend.comparison.text import number
 from qwen2_ascend.comparison.tolerances import cosine_text
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.figures import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,15 +24,6 @@ MAX_DOTS = 20_000
 """Of the scatter: drawn by chance from all elements."""
 MAX_LABELS = 60
 """Names below the bars; more would not be read."""
-
-
-def matplotlib_faults() -> list[str]:
-    """What keeps `draw` from working."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        return [f"--png needs matplotlib ({error}); pip install 'qwen2-ascend[report]'."]
-    return []
 
 
 def draw(
@@ -48,14 +40,12 @@ def draw(
         name: of the array to show in detail; the worst without it.
 
     Raises:
-        UserError: no matplotlib, or `path` cannot be written.
+        UserError: `path` cannot be written.
+        ImportError: matplotlib is not installed.
     """
-    raise_if(matplotlib_faults())
-    from matplotlib.figure import Figure
-
     shown = _chosen(report, name)
     many = len(report.comparisons) > 1
-    figure = Figure(figsize=(15, 9 if many else 5.2), layout="constrained")
+    figure = new_figure(15, 9 if many else 5.2)
     grid = figure.add_gridspec(2 if many else 1, 3)
     if many:
         _draw_overview(figure.add_subplot(grid[0, :]), report, shown)
@@ -67,7 +57,7 @@ def draw(
         _draw_details([figure.add_subplot(grid[-1, i]) for i in range(3)], shown, pair)
     _title(figure, report)
     try:
-        figure.savefig(path, dpi=130, format="png")
+        path.write_bytes(png(figure))
     except OSError as error:
         raise UserError(f"--png {path}: cannot be written: {error.strerror or error}.") from None
 

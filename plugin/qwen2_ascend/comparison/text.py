@@ -53,17 +53,21 @@ def number(value: float) -> str:
 
 def _table(comparisons: Sequence[Comparison], width: int | None) -> list[str]:
     rows = [HEADINGS, *map(_row, comparisons)]
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
     if width is not None:
         for heading in DISPENSABLE:
-            if sum(widths) + 2 * (len(widths) - 1) <= width:
+            if len(_lines(rows)[0]) <= width:
                 break
-            at = next(i for i, column in enumerate(columns) if column[0] == heading)
-            del columns[at], widths[at]
-        rest = sum(widths[1:]) + 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], max(width - rest, MIN_NAME))
-    return [_line(row, widths) for row in zip(*columns, strict=True)]
+            at = rows[0].index(heading)
+            rows = [row[:at] + row[at + 1 :] for row in rows]
+        over = len(_lines(rows)[0]) - width
+        longest = max(max(len(row[0]) for row in rows) - over, MIN_NAME)
+        rows = [(_shorten(row[0], longest), *row[1:]) for row in rows]
+    return _lines(rows)
+
+
+def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names and verdicts are flush left; the first line, which ends in "verdict", is longest."""
+    return aligned(rows, f"l{'r' * (len(rows[0]) - 2)}l")
 
 
 def _row(comparison: Comparison) -> tuple[str, ...]:
@@ -97,12 +101,6 @@ def _shape(side: Side) -> str:
     return "x".join(map(str, side.shape)) or "scalar"
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *words, verdict = row
-    cells = [word.rjust(n) for word, n in zip(words, widths[1:-1], strict=True)]
-    return "  ".join([_shorten(name, widths[0]).ljust(widths[0]), *cells, verdict])
-
-
 def _shorten(name: str, width: int) -> str:
     """Keeps both ends: names differ in layer and in sublayer."""
     if len(name) <= width:
@@ -122,20 +120,8 @@ def _details(comparison: Comparison) -> Iterator[str]:
     rows = [header, _side_row("ours", ours), _side_row("theirs", theirs)]
     moments = (found.max, found.min, found.mean, found.std)
     rows.append(("ours - theirs", "", "", *map(number, moments), "", ""))
-    yield from (f"  {line}" for line in aligned(rows))
-    for label, text in _figures(found):
-        yield f"  {label:<16}{text}"
-    if comparison.tolerances is not None and comparison.tolerances.usual_rows:
-        yield f"  {'short rows':<16}{_short_rows(found)}"
-    if (logits := comparison.logits) is not None:
-        yield f"  {'KL divergence':<16}mean {number(logits.kl_mean)}, max {number(logits.kl_max)}"
-        skipped = f"; {logits.num_skipped} rows without a softmax" if logits.num_skipped else ""
-        agreement = f"top-1 {logits.top1:.2%}, top-5 {logits.top5:.2%}"
-        yield f"  {'next token':<16}{agreement} of {logits.num_rows} rows{skipped}"
-    if comparison.tolerances is not None:
-        used = f"{number(found.tolerance_used)} of its tolerance by the worst element"
-        yield f"  {'used':<16}{used}"
-        yield f"  {'tolerances':<16}{_tolerances(comparison.tolerances, logits is not None)}"
+    figures = [*_figures(found), *_judged_by(comparison, found)]
+    yield from (f"  {line}" for line in (*aligned(rows), *aligned(figures, "l")))
 
 
 def _side_row(who: str, side: Side) -> tuple[str, ...]:
@@ -167,6 +153,20 @@ def _figures(found: Difference) -> Iterator[tuple[str, str]]:
         f"min {cosine_text(found.cosine_min)}, mean {cosine_text(found.cosine_mean)} "
         f"of {found.cosines.size} rows",
     )
+
+
+def _judged_by(comparison: Comparison, found: Difference) -> Iterator[tuple[str, str]]:
+    limits, logits = comparison.tolerances, comparison.logits
+    if limits is not None and limits.usual_rows:
+        yield "short rows", _short_rows(found)
+    if logits is not None:
+        yield "KL divergence", f"mean {number(logits.kl_mean)}, max {number(logits.kl_max)}"
+        skipped = f"; {logits.num_skipped} rows without a softmax" if logits.num_skipped else ""
+        agreement = f"top-1 {logits.top1:.2%}, top-5 {logits.top5:.2%}"
+        yield "next token", f"{agreement} of {logits.num_rows} rows{skipped}"
+    if limits is not None:
+        yield "used", f"{number(found.tolerance_used)} of its tolerance by the worst element"
+        yield "tolerances", _tolerances(limits, logits is not None)
 
 
 def _short_rows(found: Difference) -> str:

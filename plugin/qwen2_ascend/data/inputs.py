@@ -12,7 +12,7 @@ import gzip
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -219,10 +219,25 @@ def parquet_file(path: str) -> Any:
     return pyarrow.parquet.ParquetFile(path)
 
 
+Rows = Iterator[tuple[Row, Position, int]]
+"""Rows, each with the position behind it and the bytes on disk that are read by then."""
+RowReader = Callable[[InputFile, Reading, Position], Rows]
+"""This reads the rows of one file from a position on."""
+
+
 def read_rows(
-    files: Sequence[InputFile], reading: Reading, start: Position
-) -> Iterator[tuple[Row, Position, int]]:
-    """Every row from `start` on, with the position behind it and the bytes on disk read so far.
+    files: Sequence[InputFile],
+    reading: Reading,
+    start: Position,
+    readers: Mapping[str, RowReader] | None = None,
+) -> Rows:
+    """Every row from `start` on.
+
+    Args:
+        files: all of them.
+        reading: what becomes of their contents.
+        start: a position in them.
+        readers: by format, for those that are not read by line; texts' columns of Parquet, else.
 
     Raises:
         UserError: a damaged file.
@@ -231,7 +246,7 @@ def read_rows(
     for index in range(start.file, len(files)):
         file = files[index]
         first = start if index == start.file else Position(index)
-        rows = _parquet_rows if file.format == "parquet" else _stream_rows
+        rows = (readers or {"parquet": _parquet_rows}).get(file.format, _stream_rows)
         with damaged_gzip(file):
             for row, position, read_bytes in rows(file, reading, first):
                 yield row, position, before + read_bytes
@@ -253,9 +268,7 @@ def opened(file: InputFile) -> IO[bytes]:
     return gzip.open(file.path, "rb") if file.is_gzip else open_regular(file.path)  # pyright: ignore
 
 
-def _stream_rows(
-    file: InputFile, reading: Reading, start: Position
-) -> Iterator[tuple[Row, Position, int]]:
+def _stream_rows(file: InputFile, reading: Reading, start: Position) -> Rows:
     cut = _cut_lines
     if file.format == "text" and reading.split_text_on != "line":
         cut = _cut_file if reading.split_text_on == "file" else _cut_paragraphs
@@ -271,17 +284,17 @@ def _stream_rows(
             yield Row(file.path, number, file.format, raw), position, disk.tell()
 
 
-RunLayout = tuple[int, bytes | None, int, int]
+Document = tuple[int, bytes | None, int, int]
 """Line number, document, and the offset and number of lines behind it."""
 
 
-def _cut_file(stream: IO[bytes], limit: int, start: Position) -> Iterator[RunLayout]:
+def _cut_file(stream: IO[bytes], limit: int, start: Position) -> Iterator[Document]:
     if start.offset == 0 and start.line == 0:
         raw = stream.read(limit + 1)
         yield 0, raw if len(raw) <= limit else None, max(1, len(raw)), 1
 
 
-def _cut_lines(stream: IO[bytes], limit: int, start: Position) -> Iterator[RunLayout]:
+def _cut_lines(stream: IO[bytes], limit: int, start: Position) -> Iterator[Document]:
     offset, line = start.offset, start.line
     for raw, length in _lines(stream, limit):
         offset, line = offset + length, line + 1
@@ -289,12 +302,12 @@ def _cut_lines(stream: IO[bytes], limit: int, start: Position) -> Iterator[RunLa
             yield line, raw.rstrip(b"\r\n") if length <= limit else None, offset, line
 
 
-def _cut_paragraphs(stream: IO[bytes], limit: int, start: Position) -> Iterator[RunLayout]:
+def _cut_paragraphs(stream: IO[bytes], limit: int, start: Position) -> Iterator[Document]:
     """Documents are what stands between blank lines, without the last line's end."""
     offset, line, first, size = start.offset, start.line, 0, 0
     lines: list[bytes] = []
 
-    def paragraph() -> RunLayout:
+    def paragraph() -> Document:
         return first, b"".join(lines).rstrip(b"\r\n") if size <= limit else None, offset, line
 
     for raw, length in _lines(stream, limit):
@@ -320,9 +333,7 @@ def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[bytes, int]]:
         yield raw, length
 
 
-def _parquet_rows(
-    file: InputFile, reading: Reading, start: Position
-) -> Iterator[tuple[Row, Position, int]]:
+def _parquet_rows(file: InputFile, reading: Reading, start: Position) -> Rows:
     import pyarrow as pa
 
     table = parquet_file(file.path)

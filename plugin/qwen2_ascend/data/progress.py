@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
+from qwen2_ascend.markdown import aligned
+from qwen2_ascend.progress import progress_bar
 
 
 class Progress:
@@ -22,8 +22,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started = time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=self._total_bytes, unit="B", unit_scale=True, dynamic_ncols=True)
+        self._bar = progress_bar(self._total_bytes, "B")
         return self
 
     def __exit__(
@@ -80,13 +79,13 @@ def print_summary(
     """
     for key, of in counts.items():
         mean = of["tokens"] / max(1, of["documents"])
-        print(f"{outputs[key]} and .idx")
-        print(f"  documents        {of['documents']:,}")
-        print(f"  tokens           {of['tokens']:,}")
-        print(
-            f"  tokens/document  mean {mean:,.1f}, shortest {of['shortest']:,}, "
-            f"longest {of['longest']:,}"
-        )
+        ends = f"shortest {of['shortest']:,}, longest {of['longest']:,}"
+        rows = [
+            ("documents", f"{of['documents']:,}"),
+            ("tokens", f"{of['tokens']:,}"),
+            ("tokens/document", f"mean {mean:,.1f}, {ends}"),
+        ]
+        print("\n  ".join([f"{outputs[key]} and .idx", *aligned(rows, "l")]))
     where = f", listed in {bad_rows_file}" if bad_rows_file else ""
     print(f"bad rows  {bad_rows:,}{where}")
     new = sum(of["tokens"] for of in counts.values()) - resumed_tokens

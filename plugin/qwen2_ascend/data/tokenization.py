@@ -161,7 +161,7 @@ class Encoder:
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
-    text = _utf8(raw)
+    text = utf8(raw)
     try:
         values = json_value(text)
     except json.JSONDecodeError as error:
@@ -179,7 +179,7 @@ def _text(values: dict[str, Any], key: str, kind: str) -> str:
         raise ValueError(f"has no key {key!r}; its keys are {has}")
     value = values[key]
     if isinstance(value, bytes):
-        value = _utf8(value)
+        value = utf8(value)
     elif not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
         raise ValueError(f"{key!r} is {found}, not a string")
@@ -190,7 +190,12 @@ def _text(values: dict[str, Any], key: str, kind: str) -> str:
     return value
 
 
-def _utf8(raw: bytes) -> str:
+def utf8(raw: bytes) -> str:
+    """The text of a row.
+
+    Raises:
+        ValueError: it is none; the message is the reason.
+    """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.evaluation.benchmarks import KINDS
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
-from qwen2_ascend.files import missing
+from qwen2_ascend.files import missing, output_faults
 from qwen2_ascend.flags import Flag, number_faults
 from qwen2_ascend.inference.settings import ServedModelSettings
 from qwen2_ascend.launching import parse_pasted
@@ -147,9 +147,7 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
         faults.append(f"--seed {settings.seed} must be from 0 to below 2^63.")
     if tasks.include_path is not None and not tasks.include_path.is_dir():
         faults.append(f"--include-path {tasks.include_path}: no such folder.")
-    output = settings.output_json
-    if output is not None and not output.parent.is_dir():
-        faults.append(f"--output-json {output}: there is no folder {output.parent}.")
+    faults += output_faults("--output-json", settings.output_json)
     faults += _local_faults(settings)
     faults += pasted_faults(settings.pasted, EVALUATE_FLAGS, settings, config)
     raise_if(dict.fromkeys(faults))

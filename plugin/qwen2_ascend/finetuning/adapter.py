@@ -34,6 +34,7 @@ from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.staging import partial_folder
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.files import fsync_folder, write_file, written_whole
 from qwen2_ascend.finetuning.lora import lora_state
@@ -41,7 +42,7 @@ from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.loop import gathered_parameters
 from qwen2_ascend.training.rank_state import RankState
-from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
+from qwen2_ascend.training.saving import RankPart, Store
 
 __all__ = ["load_adapter", "read_lora_config", "save_adapter"]
 

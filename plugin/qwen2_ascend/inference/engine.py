@@ -19,6 +19,7 @@ from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference import communication
 from qwen2_ascend.model.build import build_model
@@ -43,7 +44,7 @@ Choose = Callable[[Tensor], list[int]]
 
 def not_finite(dtype: torch.dtype) -> str:
     """What to say where logits are infinite or no numbers."""
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
+    name = DTYPE_NAMES[dtype]
     way_out = "compute in --bf16 or --fp32" if name == "fp16" else "look for a step that diverged"
     return (
         f"the model's logits are not finite in {name}: its weights hold infinities or NaNs, or "

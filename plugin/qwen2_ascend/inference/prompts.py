@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import json_kind, json_value
+from qwen2_ascend.files import json_kind, json_value, output_faults
 from qwen2_ascend.inference.settings import PromptSettings
 
 MOST_NAMED = 8
@@ -132,8 +132,7 @@ class OutputFile:
         self._part = path.with_name(path.name + ".part")
         self._waiting: dict[int, str] = {}
         self._file: TextIO | None = None
-        if not path.parent.is_dir():
-            raise UserError(f"--output-file {path}: there is no folder {path.parent}.")
+        raise_if(output_faults("--output-file", path))
         if path.exists() and not overwrite:
             raise UserError(f"--output-file {path}: exists already; say --overwrite to replace it.")
         if self._part.exists() and not (overwrite or resume):

@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from qwen2_ascend.errors import Faults, UserError, printable, raise_if
-from qwen2_ascend.files import read_text
+from qwen2_ascend.files import output_faults, read_text
 from qwen2_ascend.migration.memory import memory_line
 from qwen2_ascend.migration.programs import PROGRAMS, Job, migrate_command, own_flags
 from qwen2_ascend.migration.script import Command, Script, Token, read_script, token
@@ -97,10 +97,10 @@ def _option_faults(options: MigrateOptions) -> Iterator[str]:
         yield "name at least one script."
     if options.output is not None and len(options.script) > 1:
         yield f"--output {options.output}: takes one script; leave it out, or run one at a time."
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        yield f"--output {options.output}: there is no folder {options.output.parent}; make it."
     if options.output is not None and options.output.exists():
         yield f"--output {options.output}: is there already; name another file, or remove it."
+    else:
+        yield from output_faults("--output", options.output)
 
 
 def _notes(jobs: Sequence[tuple[Command, Job | None]]) -> Iterator[str]:

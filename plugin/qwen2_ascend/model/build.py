@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.model.cross_entropy import ChunkedLossModel
 from qwen2_ascend.model.layer_spec import get_qwen2_block_spec
@@ -36,14 +37,6 @@ from qwen2_ascend.runtime.megatron_compat import (
     virtual_pipeline_size,
     virtual_stage,
 )
-
-TORCH_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
-"""Dtypes a model can be built in; fp64 is for proofs."""
 
 
 def build_model(
@@ -161,7 +154,7 @@ def transformer_config(
     Args:
         config: the model's shape.
         layout: the cut.
-        dtype: a key of TORCH_DTYPES.
+        dtype: bf16, fp16, fp32, or, for proofs, fp64.
         sequence_parallel: cut the norms' and residuals' sequence over the tensor-parallel ranks.
         recompute_granularity: None, "selective" (attention) or "full" (whole layers).
         recompute_method: with "full": "uniform" or "block".

@@ -13,6 +13,8 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, raise_if
+from qwen2_ascend.figures import report_faults
+from qwen2_ascend.files import output_faults
 from qwen2_ascend.flags import LAYOUT_SIZES, flag_of, layer_list, number_faults
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.planning import log, report, search
@@ -492,9 +494,8 @@ def _faults(options: PlanOptions) -> list[str]:
         absent = {"--model": options.model, "--num-devices": options.num_devices}
         faults += [f"give {flag}, or --from-log." for flag, it in absent.items() if it is None]
     faults.collect(lambda: find_device(options.device or DEFAULT_DEVICE))
-    for flag, path in {"--json": options.json, "--picture": options.picture}.items():
-        if path is not None and path.is_dir():
-            faults.append(f"{flag} {path} is a folder; name a file in it.")
-        elif path is not None and not path.absolute().parent.is_dir():
-            faults.append(f"{flag} {path}: there is no folder {path.absolute().parent}; make it.")
+    if options.picture:
+        faults += report_faults("--picture", "matplotlib")
+    faults += output_faults("--json", options.json)
+    faults += output_faults("--picture", options.picture)
     return faults

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.figures import new_figure, png, without_box
 from qwen2_ascend.planning.devices import GB
 from qwen2_ascend.planning.memory import Memory, stage_memory
 from qwen2_ascend.planning.report import Result, best_of_each_shape, recompute_words
@@ -25,33 +25,16 @@ MAX_LAYOUTS, MAX_STAGES = 10, 16
 
 
 def draw(result: Result, path: Path) -> None:
-    """Writes the PNG.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'qwen2-ascend[report]'.") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Writes the PNG; needs matplotlib."""
     plans = best_of_each_shape(result.plans)[:MAX_LAYOUTS]
     best = plans[0].cut
-    height = 2.2 + 0.42 * len(plans)
     columns = 2 if best.pp > 1 else 1
-    figure, axes = pyplot.subplots(
-        1,
-        columns,
-        figsize=(7.5 + 4.5 * (columns - 1), height),
-        squeeze=False,
-        width_ratios=[1.6, 1.0][:columns],
-        layout="constrained",
-    )
+    figure = new_figure(7.5 + 4.5 * (columns - 1), 2.2 + 0.42 * len(plans))
+    axes = figure.subplots(1, columns, squeeze=False, width_ratios=[1.6, 1.0][:columns])
     _layouts(axes[0][0], result, plans)
     if best.pp > 1:
         _stages(axes[0][1], result, plans[0])
+    without_box(*axes[0])
     machine = result.machine
     figure.suptitle(
         f"{result.model} on {machine.num_devices} x {machine.device.name}, "
@@ -60,8 +43,7 @@ def draw(result: Result, path: Path) -> None:
     )
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130, format="png")
-    pyplot.close(figure)
+    path.write_bytes(png(figure))
 
 
 def _layouts(axes: Any, result: Result, plans: list[Plan]) -> None:
@@ -85,7 +67,6 @@ def _layouts(axes: Any, result: Result, plans: list[Plan]) -> None:
     axes.set_xlim(0, top * 1.22)
     axes.set_xlabel("GB of the fullest card")
     axes.set_title("best layouts; predicted seconds per step", fontsize=10)
-    _quiet(axes)
 
 
 def _stages(axes: Any, result: Result, plan: Plan) -> None:
@@ -101,7 +82,6 @@ def _stages(axes: Any, result: Result, plan: Plan) -> None:
     axes.set_xlabel("pipeline stage")
     axes.set_ylabel("GB per card")
     axes.set_title(f"stages of {plan.cut.label()}", fontsize=10)
-    _quiet(axes)
 
 
 def _stack(bar: Any, places: list[int], memories: list[Memory], start: str) -> None:
@@ -126,7 +106,3 @@ def _name(plan: Plan) -> str:
     words += ["SP"] * cut.sequence_parallel + ["dist-opt"] * cut.distributed_optimizer
     words += [f"{recompute_words(cut)} recompute"] * (recompute_words(cut) != "-")
     return f"{cut.label()}\n{', '.join(words)}"
-
-
-def _quiet(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.flags import flag_of
+from qwen2_ascend.markdown import aligned
 from qwen2_ascend.planning.devices import GB
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Zero
 from qwen2_ascend.planning.parameters import num_parameters
@@ -170,14 +171,7 @@ def _table(plans: list[Plan]) -> list[str]:
             + [_gb(sent["DP"] / devices), f"{plan.time.total:.3g}"]
             + [f"{plan.cut.job.tokens_per_step / plan.time.total / devices:,.0f}"]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows)
 
 
 def _notes(result: Result) -> str:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qwen2_ascend.errors import Lines, UserError
+from qwen2_ascend.markdown import aligned
 
 
 class Branch(NamedTuple):
@@ -223,11 +224,7 @@ def table() -> str:
     for b in BRANCHES:
         core = f"{b.megatron_core}.x" + (" + megatron.training" if b.needs_training else "")
         rows.append((b.name, core, ", ".join(b.torch), b.torch_npu, b.cann, b.python))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  " + "  ".join(word.ljust(w) for word, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return "\n".join(f"  {line}" for line in aligned(rows, "l"))
 
 
 def choose(

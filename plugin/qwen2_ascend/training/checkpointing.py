@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,17 +26,18 @@ from qwen2_ascend.checkpoint.formats import (
     megatron,
     megatron_optimizer,
     torch_dist,
+    torch_dist_layout,
     torch_pt,
 )
-from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
+from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
 from qwen2_ascend.checkpoint.megatron_args import megatron_args
-from qwen2_ascend.checkpoint.plan import volume
 from qwen2_ascend.checkpoint.rules import Rule, TensorSlice, megatron_pieces, qwen2_rules
 from qwen2_ascend.checkpoint.slices import parts_of
 from qwen2_ascend.checkpoint.source import Source, open_states
 from qwen2_ascend.checkpoint.target import is_one_range, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from qwen2_ascend.errors import DamagedError, UserError
 from qwen2_ascend.files import write_file
 from qwen2_ascend.parallel import ParallelLayout
@@ -51,14 +51,13 @@ from qwen2_ascend.training.checkpointer import (
 )
 from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.progress import progress_state, restore_progress, with_tensors
-from qwen2_ascend.training.rank_state import Named, Owned, RankState, own_replica, own_shard
+from qwen2_ascend.training.rank_files import RNG, RankFiles, rank_folder
+from qwen2_ascend.training.rank_state import RankState, own_replica, own_shard
 from qwen2_ascend.training.rng_state import rng_state, set_rng_state
 from qwen2_ascend.training.saved_run import SavedRun
-from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
+from qwen2_ascend.training.saving import RankPart, Store
 from qwen2_ascend.training.settings import CheckpointSettings
 
-RNG = "rng_state"
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PLACES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -126,7 +125,17 @@ class MegatronWriter:
         rng = None if self._settings.no_save_rng else rng_state(self._run.runtime)
         if self._settings.ckpt_format == "torch_dist":
             return self._lay_out_torch_dist(tensors, rng)
-        return self._lay_out_rank_file(tensors, rng)
+        return self._rank_files.lay_out(self._common_state(), tensors, rng)
+
+    @property
+    def _optimizer(self) -> Any:
+        """Whose state is saved; None where that of none is."""
+        return None if self._settings.no_save_optim else self._run.optimizer
+
+    @cached_property
+    def _rank_files(self) -> RankFiles:
+        layout = self._identity.layout
+        return RankFiles(self._run, self._state, self._optimizer, layout, self._group)
 
     @cached_property
     def _state(self) -> RankState:
@@ -134,7 +143,7 @@ class MegatronWriter:
         return RankState(
             [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
             megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
-            None if settings.no_save_optim else run.optimizer,
+            self._optimizer,
             is_stored_once=settings.ckpt_format == "torch_dist",
             with_main=True,
         )
@@ -192,7 +201,7 @@ class MegatronWriter:
     def _chunks(self) -> _Chunks:
         """Where this rank's slices lie in its file, the same at every save."""
         state, rank, config = self._state, self._run.runtime.rank, self._identity.config
-        file, places = torch_dist.RankFile(f"__{rank}_0.distcp"), []
+        file, places = torch_dist_layout.RankFile(f"__{rank}_0.distcp"), []
         for index, (owned, tensor) in enumerate(zip(state.owned, state.tensors(), strict=True)):
             rule, _ = rule_of(owned.piece, self._rules)
             for box, run in parts_of(owned.piece.box, owned.run, joins_blocks=is_one_range(rule)):
@@ -226,8 +235,7 @@ class MegatronWriter:
             if layout.total_bytes
         }
         common, scale = self._common_state(), {}
-        if not self._settings.no_save_optim:
-            optimizer = self._run.optimizer
+        if (optimizer := self._optimizer) is not None:
             common[megatron_optimizer.KEY] = megatron_state.small_state(optimizer)
             scale = {
                 (megatron_optimizer.KEY, *path): tensor.detach().cpu().numpy().tobytes()
@@ -238,143 +246,23 @@ class MegatronWriter:
         entries = [*chunks.entries, *(entry for rank in entries for entry in rank)]
 
         def finish(folder: Path) -> None:
-            for name, data in torch_dist.small_files(entries, common, scale).items():
+            for name, data in torch_dist_layout.small_files(entries, common, scale).items():
                 write_file(folder / name, data)
 
         return Pending(part=RankPart(files=files, stores=stores), finish=finish)
 
-    def _objects(self, rng: Any) -> torch_dist.RankFile:
+    def _objects(self, rng: Any) -> torch_dist_layout.RankFile:
         """What is no tensor: a rank's random number generators, and what Megatron-LM asks for."""
         runtime = self._run.runtime
-        file = torch_dist.RankFile(f"__{runtime.rank}_1.distcp")
+        file = torch_dist_layout.RankFile(f"__{runtime.rank}_1.distcp")
         if rng is not None and own_replica()[0] == 0:
             data = io.BytesIO()
             torch.save([[rng]], data)
             file.append_object(_rng_key(), data.getvalue())
         if runtime.rank == 0:
-            for key in torch_dist.extra_states(self._identity.config.num_layers):
+            for key in torch_dist_layout.extra_states(self._identity.config.num_layers):
                 file.append_object(key)
         return file
-
-    # torch: a file for each tensor/pipeline rank, which its data-parallel replicas fill together
-
-    def _lay_out_rank_file(self, tensors: list[torch.Tensor], rng: Any) -> Pending:
-        optimizer = None if self._settings.no_save_optim else self._run.optimizer
-        state: dict[str, Any] = self._common_state()
-        small: dict[torch_pt.KeyPath, torch.Tensor] = {}
-        flat = None
-        if optimizer is not None and optimizers.is_distributed(optimizer):
-            state[megatron_optimizer.KEY], flat = megatron_state.distributed_state(optimizer)
-        elif optimizer is not None:
-            state[megatron_optimizer.KEY] = megatron_state.plain_state(optimizer).state
-        if optimizer is not None:
-            scale = megatron_state.scale_tensors(optimizer)
-            small |= {(megatron_optimizer.KEY, *path): tensor for path, tensor in scale.items()}
-        for (index, name), parameter in self._state.parameters.items():
-            model = state.setdefault(_model_names(self._run.chunks)[index], OrderedDict())
-            model[name] = TensorSpec(tuple(parameter.shape), DTYPE_NAMES[parameter.dtype])
-        if rng is not None:
-            state[RNG] = _with_specs([rng])
-            small |= _tensors_in([rng], (RNG,))
-        layouts = {megatron.PT_FILE: torch_pt.layout_pt(state, name="model_optim_rng")}
-        if flat is not None:
-            file = megatron_optimizer.FLAT_FILE
-            layouts[file] = torch_pt.layout_pt(flat.state, name="distrib_optim")
-        return Pending(part=self._rank_part(layouts, tensors, small))
-
-    @cached_property
-    def _rank_places(self) -> dict[tuple[Named, str], _RankPlace]:
-        """Where a rank's file, or two, have the tensors of every kind of each parameter."""
-        optimizer, names = self._run.optimizer, _model_names(self._run.chunks)
-        places = {
-            ((index, name), ""): _RankPlace(megatron.PT_FILE, (names[index], name), 0)
-            for index, name in self._state.parameters
-        }
-        if self._settings.no_save_optim:
-            return places
-        file, above = megatron.PT_FILE, (megatron_optimizer.KEY,)
-        if optimizers.is_distributed(optimizer):
-            file, above = megatron_optimizer.FLAT_FILE, ()
-            _, laid = megatron_state.distributed_state(optimizer)
-        else:
-            laid = megatron_state.plain_state(optimizer)
-        for named, parameter in self._state.parameters.items():
-            for kind in self._state.kinds:
-                path, start = laid.places[parameter, kind]
-                places[named, kind] = _RankPlace(file, (*above, *path), start)
-        return places
-
-    def _rank_part(
-        self,
-        layouts: Mapping[str, torch_pt.PtLayout],
-        tensors: list[torch.Tensor],
-        small: Mapping[torch_pt.KeyPath, torch.Tensor],
-    ) -> RankPart:
-        """What this rank writes of its tensor/pipeline rank's files.
-
-        Args:
-            layouts: by the files' names. The first replica's are written, as the text of its random
-                number generators has its own length.
-            tensors: those of what it owns.
-            small: tensors that only the first replica writes, by their paths in the first file.
-        """
-        replica, folder = own_replica()[0], _rank_folder(self._identity.layout)
-        told = {file: (layout.total_bytes, layout.offsets) for file, layout in layouts.items()}
-        told = self._of_first_replica(told)
-        stores = [
-            self._rank_store(owned, tensor, told)
-            for owned, tensor in zip(self._state.owned, tensors, strict=True)
-        ]
-        if replica == 0:
-            offsets = told[megatron.PT_FILE][1]
-            file = f"{folder}/{megatron.PT_FILE}"
-            stores += (
-                Store("/".join(map(str, path)), file, offsets[path], tuple(t.shape), t)
-                for path, t in small.items()
-            )
-        files = {
-            f"{folder}/{file}": FileLayout(
-                total_bytes=told[file][0], segments=layout.segments if replica == 0 else ()
-            )
-            for file, layout in layouts.items()
-        }
-        return RankPart(files=files, stores=stores)
-
-    def _rank_store(
-        self, owned: Owned, tensor: torch.Tensor, told: Mapping[str, tuple[int, Mapping]]
-    ) -> Store:
-        """Where a tensor of what this rank owns goes; `told` has each file's length and offsets."""
-        names = _model_names(self._run.chunks)
-        file, path, start = self._rank_places[(owned.chunk, owned.name), owned.kind]
-        offset = (
-            told[file][1][path] + (start + owned.run.start) * owned.written_dtype(tensor).itemsize
-        )
-        name = f"{names[owned.chunk]}/{owned.name}" if len(names) > 1 else owned.name
-        if owned.kind:
-            name = f"{megatron_optimizer.KEY}/{names[owned.chunk]}/{owned.name}/{owned.kind}"
-        shape = owned.piece.shape
-        if tensor.numel() < volume(owned.piece.box):
-            name, shape = f"{name}[{owned.run.start}:{owned.run.stop}]", tuple(tensor.shape)
-        place = f"{_rank_folder(self._identity.layout)}/{file}"
-        return Store(name, place, offset, shape, tensor, owned.written_dtype(tensor))
-
-    def _of_first_replica(self, value: Any) -> Any:
-        """What the first of this rank's data-parallel replicas calls with."""
-        values: list[Any] = [None] * self._run.runtime.world_size
-        torch.distributed.all_gather_object(
-            values, (own_shard(0), value) if own_replica()[0] == 0 else None, group=self._group
-        )
-        return next(
-            own for told in values if told for shard, own in [told] if shard == own_shard(0)
-        )
-
-
-class _RankPlace(NamedTuple):
-    """Where a tensor begins: in which tensor of a file, and at which element of it."""
-
-    file: str
-    path: torch_pt.KeyPath
-    start: int
 
 
 class _Place(NamedTuple):
@@ -393,17 +281,8 @@ class _Chunks(NamedTuple):
     file: str
     layout: FileLayout
     places: list[_Place]
-    entries: list[torch_dist.Entry]
+    entries: list[torch_dist_layout.Entry]
     """Of all ranks; on rank 0."""
-
-
-def _model_names(chunks: Sequence[Any]) -> list[str]:
-    return [megatron.model_key(index, len(chunks)) for index in range(len(chunks))]
-
-
-def _rank_folder(layout: ParallelLayout) -> str:
-    tp_rank, pp_stage, _ = own_shard(0)
-    return megatron.rank_folder_name(tp_rank, pp_stage, layout.pp)
 
 
 def _state_key(kind: str, key: str, sharding_type: str | None) -> str:
@@ -421,31 +300,6 @@ def _rng_key() -> str:
         parallel_state.get_tensor_model_parallel_world_size(),
     )
     return f"{RNG}/shard_{pp_stage}.{tp_rank}_{sizes[0]}.{sizes[1]}"
-
-
-def _with_specs(tree: Any) -> Any:
-    """The same containers with a TensorSpec for every tensor."""
-    if isinstance(tree, torch.Tensor):
-        return TensorSpec(tuple(tree.shape), DTYPE_NAMES[tree.dtype])
-    if isinstance(tree, Mapping):
-        return {key: _with_specs(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_with_specs(value) for value in tree)
-    return tree
-
-
-def _tensors_in(tree: Any, path: torch_pt.KeyPath) -> dict[torch_pt.KeyPath, torch.Tensor]:
-    """Every tensor by its path."""
-    if isinstance(tree, torch.Tensor):
-        return {path: tree.contiguous()}
-    if isinstance(tree, Mapping):
-        items: Iterable[tuple[Any, Any]] = tree.items()
-    else:
-        items = enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    found = {}
-    for key, value in items:
-        found |= _tensors_in(value, (*path, key))
-    return found
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -498,7 +352,7 @@ def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
     if megatron.is_torch_dist(saved.folder):
         states = torch_dist.read_object(saved.folder, _rng_key())
     else:
-        path = saved.folder / _rank_folder(identity.layout) / megatron.PT_FILE
+        path = saved.folder / rank_folder(identity.layout) / megatron.PT_FILE
         states = torch_pt.read(path)[RNG]
     if type(states) is not list or not states:
         raise UserError(
@@ -540,7 +394,7 @@ def _check_places(folder: Path, state: RankState, sources: Mapping[str, Source])
         DamagedError: one is not.
     """
     weights, mains = sources[""], sources[optimizers.MAIN].held
-    (dtype,) = {DTYPES[name] for name in weights.dtypes}
+    (dtype,) = {TORCH_DTYPES[name] for name in weights.dtypes}
     for piece, run, weight in state.whole():
         main = torch.empty(weight.shape)
         own = [held for held in mains if held.piece.tensor == piece.tensor]

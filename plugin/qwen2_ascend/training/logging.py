@@ -11,13 +11,14 @@ import logging
 import math
 import os
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from qwen2_ascend.figures import new_figure, png, report_faults, with_grid
 from qwen2_ascend.files import write_file
 from qwen2_ascend.log import log_above
+from qwen2_ascend.progress import progress_bar
 from qwen2_ascend.telemetry.energy import Energy, format_energy
 from qwen2_ascend.telemetry.reporting import attempt
 from qwen2_ascend.training.planned import Expected, against_the_plan
@@ -92,7 +93,7 @@ class Reporter:
         self._tensorboard = None
         if silent:
             return
-        self._bar = attempt("progress bar", _progress_bar, train_iters, first_iteration)
+        self._bar = attempt("progress bar", progress_bar, train_iters, "step", first_iteration)
         log_above(self._bar)
         if tensorboard_dir:
             self._tensorboard = attempt(
@@ -276,15 +277,10 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     ]
     if not training:
         return
-    try:
-        os.environ.setdefault("MPLBACKEND", "Agg")
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.info(
-            f"{picture.name}: not drawn, matplotlib is not installed (pip: qwen2-ascend[report])."
-        )
+    for fault in report_faults(picture.name, "matplotlib"):
+        logger.info(f"not drawn: {fault}")
         return
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     iterations, losses, lrs = zip(*training, strict=True)
     marker = "o" if len(training) < 30 else None
@@ -297,10 +293,8 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     below.set_ylabel("learning rate")
     below.set_xlabel("iteration")
     below.set_ylim(bottom=0)
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
+    with_grid(above, below)
+    picture.write_bytes(png(figure))
     logger.info(f"loss curve: {picture}")
 
 
@@ -338,15 +332,6 @@ def _forget_after(metrics: Path, iteration: int) -> None:
         return
     kept = [line for line, row in _rows(metrics) if row["iteration"] <= iteration]
     write_file(metrics, "".join(f"{line}\n" for line in kept).encode())
-
-
-def _progress_bar(total: int, initial: int) -> Any:
-    """A bar on a terminal, nothing in a log."""
-    if not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, leave=False)
 
 
 def _tensorboard_writer(folder: Path) -> Any:

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qwen2_ascend.checkpoint.formats.megatron import PT_FILE
 from qwen2_ascend.checkpoint.formats.megatron_optimizer import (
+    FLAT_FILE,
     FLAT_KINDS,
     FULLY_RESHARDABLE,
+    KEY,
     MAIN,
     MOMENTS,
 )
@@ -27,18 +30,22 @@ _SCALE = ("grad_scaler", "scale")
 
 
 class InFile(NamedTuple):
-    """Where a parameter's tensor begins: in which tensor of a file, and at which element of it."""
+    """Where a tensor begins: in which tensor of a file, and at which element of it."""
 
+    file: str
     path: KeyPath
-    start: int
+    start: int = 0
 
 
 class Laid(NamedTuple):
-    """A part of the optimizer's state, laid out for a file."""
+    """The optimizer's state, laid out for the files of a tensor/pipeline rank."""
 
     state: dict[Any, Any]
+    """In the file of the weights, below `KEY`."""
     places: dict[tuple[torch.nn.Parameter, str], InFile]
     """Of each parameter and kind."""
+    flat: dict[Any, Any] | None = None
+    """What FLAT_FILE holds, if there is one."""
 
 
 def small_state(optimizer: Any) -> dict[str, Any]:
@@ -71,8 +78,13 @@ def scale_tensors(optimizer: Any) -> dict[KeyPath, torch.Tensor]:
     return {_SCALE: scaler._scale} if hasattr(scaler, "_growth_tracker") else {}
 
 
-def plain_state(optimizer: Any) -> Laid:
-    """The state of a plain optimizer, as it is in a rank's file."""
+def laid_state(optimizer: Any) -> Laid:
+    """The state of an optimizer, as it is in a rank's files."""
+    is_distributed = optimizers.is_distributed(optimizer)
+    return _distributed_state(optimizer) if is_distributed else _plain_state(optimizer)
+
+
+def _plain_state(optimizer: Any) -> Laid:
     (part,) = optimizers.parts(optimizer)
     groups, numbers = _groups(optimizer, part), _numbers(part)
     for group, own in zip(groups, numbers, strict=True):
@@ -80,40 +92,40 @@ def plain_state(optimizer: Any) -> Laid:
     step = float(optimizers.num_updates(optimizer))
     inner = {"state": {}, "param_groups": groups}
     is_below = _has_mains(part)
-    above: KeyPath = ("optimizer",) if is_below else ()
+    above: KeyPath = (KEY, "optimizer") if is_below else (KEY,)
     places: dict[tuple[torch.nn.Parameter, str], InFile] = {}
     for parameter, number in ((p, n) for own in numbers for p, n in own.items()):
         spec = TensorSpec(tuple(parameter.shape), "fp32")
         inner["state"][number] = {"step": step, **dict.fromkeys(MOMENTS, spec)}
         for kind in MOMENTS:
-            places[parameter, kind] = InFile((*above, "state", number, kind), 0)
+            places[parameter, kind] = InFile(PT_FILE, (*above, "state", number, kind))
     if not is_below:
         return Laid(inner, places)
     mains = [[TensorSpec(tuple(p.shape), "fp32") for p in own] for own in numbers]
     for at, own in enumerate(numbers):
         for index, parameter in enumerate(own):
-            places[parameter, MAIN] = InFile(("fp32_from_fp16_params", at, index), 0)
+            places[parameter, MAIN] = InFile(PT_FILE, (KEY, "fp32_from_fp16_params", at, index))
     state = {"optimizer": inner, **_scaler(part), "fp32_from_fp16_params": mains}
     return Laid(state, places)
 
 
-def distributed_state(optimizer: Any) -> tuple[dict[str, Any], Laid]:
-    """The state of the distributed optimizer: what is in a rank's file, and its flat tensors."""
+def _distributed_state(optimizer: Any) -> Laid:
     (part,) = optimizers.parts(optimizer)
     state = {"optimizer": {"param_groups": _groups(optimizer, part)}, **_scaler(part)}
-    flat = Laid({"buckets_coalesced": True}, {})
+    flat: dict[Any, Any] = {"buckets_coalesced": True}
+    places: dict[tuple[torch.nn.Parameter, str], InFile] = {}
     for index, buffer in enumerate(part.buffers):
         dtypes = tuple(DType(str(d).removeprefix("torch.")) for d in _dtypes(buffer))
         sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
         spec = TensorSpec((sum(sizes),), "fp32")
-        flat.state[index] = {
+        flat[index] = {
             dtypes: {**dict.fromkeys(FLAT_KINDS.values(), spec), "numel_unpadded": sum(sizes)}
         }
         for parameter, (start, _, bucket) in buffer.param_index_map.items():
             start += sum(sizes[:bucket]) - buffer.buckets[bucket].offset
             for kind, key in FLAT_KINDS.items():
-                flat.places[parameter, kind] = InFile((index, dtypes, key), start)
-    return state, flat
+                places[parameter, kind] = InFile(FLAT_FILE, (index, dtypes, key), start)
+    return Laid(state, places, flat)
 
 
 def _dtypes(buffer: Any) -> Sequence[torch.dtype]:

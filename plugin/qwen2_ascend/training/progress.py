@@ -13,7 +13,6 @@ import torch
 from qwen2_ascend.checkpoint.formats import torch_pt
 from qwen2_ascend.checkpoint.formats.pickles import Inert
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.files import open_regular
 from qwen2_ascend.training import schedule as schedules
 from qwen2_ascend.training.loop import Progress, TrainingRun
 from qwen2_ascend.training.rng_state import set_rng_state
@@ -87,8 +86,5 @@ def with_tensors(tree: Any) -> Any:
 
 
 def _read_tensor(stored: StoredTensor) -> torch.Tensor:
-    with open_regular(stored.path) as file:
-        file.seek(stored.offset)
-        data = bytearray(file.read(stored.num_bytes))
-    dtype = getattr(torch, NUMPY_DTYPES[stored.dtype].name)
-    return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)
+    data, dtype = bytearray(stored.array().tobytes()), NUMPY_DTYPES[stored.dtype].name
+    return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(stored.shape)

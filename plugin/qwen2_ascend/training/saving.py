@@ -21,18 +21,9 @@ import xxhash
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.manifest import file_checksum
 from qwen2_ascend.checkpoint.writing import pwrite, reserve, start_writeback
+from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.files import naming
 
-DTYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "int64",
-    torch.int32: "int32",
-    torch.uint8: "uint8",
-}
-"""What `checkpoint.formats.stored` calls torch's dtypes."""
 _BAND_BYTES = 4 << 20
 _THREADS = 2
 

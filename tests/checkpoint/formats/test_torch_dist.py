@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,10 +14,11 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch_dist_worker import CHECKS
 
-from distributed.harness import Check, Launches
+from commands import run_python
+from distributed.harness import each_check
 from qwen2_ascend.checkpoint.formats import torch_dist
 from qwen2_ascend.checkpoint.formats.stored import TensorSpec
-from qwen2_ascend.checkpoint.formats.torch_dist import ChunkSpec
+from qwen2_ascend.checkpoint.formats.torch_dist_layout import CONFIG, ChunkSpec, layout_torch_dist
 from qwen2_ascend.errors import UserError
 
 WORKER = Path(__file__).with_name("torch_dist_worker.py")
@@ -34,17 +33,13 @@ CHUNKS = {
 }
 COMMON = {"args": Namespace(num_layers=2), "iteration": 3, "content_metadata": {"a": None}}
 
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("check", CHECKS.all(), ids=str)
-def test_megatron_core(check: Check, launches: Launches):
-    launches.result(WORKER, check).require()
+test_megatron_core = each_check(WORKER, CHECKS)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A folder of CHUNKS over two files, the n-th chunk's bytes drawn from seed n."""
-    layout = torch_dist.layout_torch_dist(CHUNKS, COMMON, num_files=2, objects=["rng/shard_0_1"])
+    layout = layout_torch_dist(CHUNKS, COMMON, num_files=2, objects=["rng/shard_0_1"])
     path = tmp_path / "iter_0000003"
     path.mkdir()
     for name, file in layout.files.items():
@@ -91,7 +86,7 @@ def test_the_metadata_of_megatron_core_0_15_is_read(folder, monkeypatch):
 
 
 def test_only_wanted_keys_are_looked_up(folder):
-    layout = torch_dist.layout_torch_dist(CHUNKS, COMMON, num_files=2, objects=["rng/shard_0_1"])
+    layout = layout_torch_dist(CHUNKS, COMMON, num_files=2, objects=["rng/shard_0_1"])
     place = layout.places["layers.weight"][0]
     fill(folder / place.file, place.offset - 128, b"?" * 128)  # the header of its record
     result = torch_dist.read(folder, wanted=lambda key: not key.startswith("layers"))
@@ -117,22 +112,22 @@ def test_chunks_are_spread_evenly():
     sizes = [100, 1, 1, 1, 97, 50, 50, 100]
     chunks = {str(n): [ChunkSpec((n,), (0,), TensorSpec((n,), "fp32"))] for n in sizes}
     many = {f"{i}": chunks[str(n)] for i, n in enumerate(sizes)}
-    layout = torch_dist.layout_torch_dist(many, {}, num_files=4)
+    layout = layout_torch_dist(many, {}, num_files=4)
     loads: dict[str, int] = {}
     for places, size in zip(layout.places.values(), sizes, strict=True):
         loads[places[0].file] = loads.get(places[0].file, 0) + size
     assert list(loads.values()) == [100, 100, 100, 100]
-    assert len(torch_dist.layout_torch_dist(chunks, {}, num_files=50).files) <= len(chunks) + 3
+    assert len(layout_torch_dist(chunks, {}, num_files=50).files) <= len(chunks) + 3
 
 
 def test_chunks_must_tile_their_tensor():
     chunk = ChunkSpec((4,), (0,), TensorSpec((3,), "fp32"))
     with pytest.raises(AssertionError, match="do not tile"):
-        torch_dist.layout_torch_dist({"a": [chunk]}, {})
+        layout_torch_dist({"a": [chunk]}, {})
     with pytest.raises(AssertionError, match="outside"):
-        torch_dist.layout_torch_dist({"a": [chunk._replace(offsets=(2,))]}, {})
+        layout_torch_dist({"a": [chunk._replace(offsets=(2,))]}, {})
     with pytest.raises(AssertionError, match="two chunks"):
-        torch_dist.layout_torch_dist({"a": [chunk, chunk]}, {})
+        layout_torch_dist({"a": [chunk, chunk]}, {})
 
 
 def edit_metadata(folder: Path, change) -> None:
@@ -232,7 +227,7 @@ def test_missing_and_truncated_files_are_named(folder, name):
 
 
 def test_other_backends_are_refused(folder):
-    config = torch_dist.CONFIG | {"sharded_backend": "zarr"}
+    config = CONFIG | {"sharded_backend": "zarr"}
     (folder / "metadata.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="sharded_backend='zarr'"):
         torch_dist.read(folder)
@@ -262,9 +257,10 @@ def test_no_torch_is_imported(folder):
 import sys
 from qwen2_ascend.checkpoint.formats import torch_dist
 from qwen2_ascend.checkpoint.formats.stored import TensorSpec
+from qwen2_ascend.checkpoint.formats.torch_dist_layout import ChunkSpec, layout_torch_dist
 assert torch_dist.read({str(folder)!r}).chunks
-chunk = torch_dist.ChunkSpec((2,), (0,), TensorSpec((2,), "bf16"))
-torch_dist.layout_torch_dist({{"a": [chunk]}}, {{}}, objects=["b/shard_0_1"])
+chunk = ChunkSpec((2,), (0,), TensorSpec((2,), "bf16"))
+layout_torch_dist({{"a": [chunk]}}, {{}}, objects=["b/shard_0_1"])
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_python("-c", code)

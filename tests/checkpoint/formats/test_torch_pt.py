@@ -2,8 +2,6 @@
 
 import random
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import PosixPath
@@ -15,6 +13,7 @@ from format_helpers import fill, random_bytes, stored_bytes, write_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commands import run_python
 from qwen2_ascend.checkpoint.formats import torch_pt
 from qwen2_ascend.checkpoint.formats.pickles import DType, Inert
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
@@ -314,4 +313,4 @@ torch_pt.layout_pt({{"a": TensorSpec((2,), "bf16")}})
 safetensors.encode_header({{"a": TensorSpec((2,), "bf16")}})
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_python("-c", code)

@@ -12,7 +12,11 @@ from distributed.harness import Checks, Run, main
 from helpers import tiny_config
 from qwen2_ascend.checkpoint.formats import torch_dist
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, TensorSpec
-from qwen2_ascend.checkpoint.formats.torch_dist import ChunkSpec
+from qwen2_ascend.checkpoint.formats.torch_dist_layout import (
+    ChunkSpec,
+    extra_states,
+    layout_torch_dist,
+)
 from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
@@ -101,7 +105,7 @@ def save_and_read(tied: bool, run: Run) -> str:
     dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
     found = torch_dist.read(folder)
     assert found.common == {"args": Namespace(tensor_model_parallel_size=2), "iteration": 7}
-    assert set(found.objects) == set(torch_dist.extra_states(4)) - OF_TRANSFORMER_ENGINE
+    assert set(found.objects) == set(extra_states(4)) - OF_TRANSFORMER_ENGINE
     shards = own_shards(model)
     assert set(found.chunks) == {shard.key for shard in shards}
     assert ("output_layer.weight" in found.chunks) is not tied
@@ -145,7 +149,7 @@ def common_state_of_0_19(run: Run) -> str:
     torch.distributed.barrier()
     found = torch_dist.read(folder, wanted=lambda key: False)
     assert found.common == torch_dist.read_common(folder) == common
-    assert set(found.objects) == set(torch_dist.extra_states(4)) - OF_TRANSFORMER_ENGINE
+    assert set(found.objects) == set(extra_states(4)) - OF_TRANSFORMER_ENGINE
     return str(found.common)
 
 
@@ -215,8 +219,8 @@ def write_folder(folder: Path, whole: dict[str, np.ndarray], cut: str) -> None:
         for key in whole
     }
     common = {"args": Namespace(num_layers=4), "iteration": 5}
-    objects = torch_dist.extra_states(4)
-    layout = torch_dist.layout_torch_dist(chunks, common, num_files=3, objects=objects)
+    objects = extra_states(4)
+    layout = layout_torch_dist(chunks, common, num_files=3, objects=objects)
     folder.mkdir()
     for name, file in layout.files.items():
         write_layout(file, folder / name)
@@ -243,17 +247,13 @@ def cuts(shape: tuple[int, ...], cut: str):
             yield (*whole[:-1], (start, stop))
 
 
-def _add(name: str, function, *arguments) -> None:
-    CHECKS.add(world_size=2, name=name)(lambda run: function(*arguments, run))
-
-
-_add("reads-untied", save_and_read, False)
-_add("reads-tied", save_and_read, True)
+CHECKS.case("reads-untied", 2, save_and_read, False)
+CHECKS.case("reads-tied", 2, save_and_read, True)
 for _cut in ("whole", "first axis", "uneven"):
-    _add(f"loads-untied-{_cut}", lay_out_and_load, "ours", False, _cut, 256)
-_add("loads-tied", lay_out_and_load, "ours", True, "whole", 256)
-_add("loads-more-padding", lay_out_and_load, "ours", False, "whole", 384)
-_add("loads-megatron-spec", lay_out_and_load, "megatron", False, "first axis", 256)
+    CHECKS.case(f"loads-untied-{_cut}", 2, lay_out_and_load, "ours", False, _cut, 256)
+CHECKS.case("loads-tied", 2, lay_out_and_load, "ours", True, "whole", 256)
+CHECKS.case("loads-more-padding", 2, lay_out_and_load, "ours", False, "whole", 384)
+CHECKS.case("loads-megatron-spec", 2, lay_out_and_load, "megatron", False, "first axis", 256)
 
 if __name__ == "__main__":
     main(CHECKS)

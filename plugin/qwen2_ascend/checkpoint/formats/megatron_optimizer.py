@@ -35,7 +35,6 @@ from qwen2_ascend.checkpoint.formats import megatron, torch_dist, torch_pt
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.rules import EMBEDDING, FINAL_NORM, OUTPUT, Shard
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import open_regular
 
 KEY = "optimizer"
 FLAT_FILE = "distrib_optim.pt"
@@ -273,12 +272,11 @@ def _check_places(mains: Mapping[Name, StoredTensor], weights: Mapping[Name, Sto
 
 def _ends(stored: StoredTensor) -> Iterator[np.ndarray]:
     """The first elements of a tensor, and the last."""
-    dtype, size = NUMPY_DTYPES[stored.dtype], prod(stored.shape)
+    size = prod(stored.shape)
     count = min(size, _COMPARED)
-    with open_regular(stored.path) as file:
-        for start in (0, size - count):
-            file.seek(stored.offset + start * dtype.itemsize)
-            yield np.frombuffer(file.read(count * dtype.itemsize), dtype)
+    for start in (0, size - count):
+        offset = stored.offset + start * NUMPY_DTYPES[stored.dtype].itemsize
+        yield stored._replace(offset=offset, shape=(count,)).array()
 
 
 # -- the distributed optimizer in a torch_dist folder, by buckets
@@ -454,8 +452,4 @@ def kinds_of(optimizer: Any) -> Kinds:
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, StoredTensor):
-        return float(value)
-    with open_regular(value.path) as file:
-        file.seek(value.offset)
-        return float(np.frombuffer(file.read(value.num_bytes), NUMPY_DTYPES[value.dtype])[0])
+    return float(value.array().reshape(-1)[0] if isinstance(value, StoredTensor) else value)

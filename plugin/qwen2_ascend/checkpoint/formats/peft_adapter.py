@@ -26,7 +26,7 @@ from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if, shown
+from qwen2_ascend.errors import UserError, name_faults, raise_if, shown
 from qwen2_ascend.files import links_out, read_json
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 
@@ -272,8 +272,8 @@ def held_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> tuple[Sto
 
 def _held(path: Path, pieces: Mapping[str, TensorSlice]) -> tuple[StoredSlice, ...]:
     tensors = read_header(path).tensors
-    faults = _names("missing tensors", [name for name in pieces if name not in tensors])
-    faults += _names("unexpected tensors", [name for name in tensors if name not in pieces])
+    faults = name_faults("missing tensors", [name for name in pieces if name not in tensors])
+    faults += name_faults("unexpected tensors", [name for name in tensors if name not in pieces])
     wrong = [
         f"{name}: expected shape {pieces[name].shape} in {'/'.join(_DTYPES)}, found "
         f"{stored.shape} in {stored.dtype}."
@@ -318,10 +318,3 @@ def _targets(tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
 
 def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
     return any(type(value) is type(one) and value == one for one in harmless) or value in ([], {})
-
-
-def _names(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]

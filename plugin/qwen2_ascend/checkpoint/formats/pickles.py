@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from qwen2_ascend.errors import UserError
 
@@ -29,6 +29,7 @@ writes for models and optimizers takes 13 to 34 for each."""
 _UNKNOWN_COST = 300
 _MOST_PICKLES = 5
 """One after the other in a file; torch before 1.6 wrote so many, then the tensors' bytes."""
+_CUT_OFF = "it ends in the middle"
 _TOO_MUCH = "it makes far more objects than a file of its size describes"
 MAX_KEY_PARTS = 16
 """Of a tuple that is a dictionary's key."""
@@ -71,6 +72,8 @@ class PickleFault(ValueError):
     """Why a pickle cannot be read: a phrase."""
 
 
+Reader = Callable[[IO[bytes]], Any]
+"""What reads an instruction's argument."""
 Known = Mapping[str, Any]
 """By module and name: a Maker, or the value that the name itself stands for."""
 
@@ -102,7 +105,7 @@ def read_pickle(
     fault, result = None, None
     try:
         result = machine.run()
-    except (ValueError, IndexError, TypeError, struct.error) as error:
+    except (ValueError, IndexError, TypeError) as error:
         fault = f"{what}: not a pickle that torch.save writes, or a damaged one: {_short(error)}."
     if machine.refused:
         names = [_short(name) for name in sorted(machine.refused)]
@@ -147,8 +150,7 @@ class _Machine:
     """The stack machine. What an instruction does is a method, or a function of the machine."""
 
     def __init__(self, data: bytes, known: Known, persistent: Callable[[Any], Any] | None) -> None:
-        self.data = data
-        self.at = 0
+        self.file = io.BytesIO(data)
         self.known = known
         self.persistent = persistent
         self.refused: set[str] = set()
@@ -156,21 +158,21 @@ class _Machine:
         self.below: list[list[Any]] = []
         """The stacks below each open mark."""
         self.memo: dict[int, Any] = {}
+        self.size_left = _allowance(data)
         self.copies_left = 1000 + 2 * len(data)
 
     def run(self) -> Any:
         """The object that the pickle leaves behind."""
-        left = _allowance(self.data)
         for _ in range(MAX_INSTRUCTIONS):
-            (code,) = self.take(1)
-            if code == _STOP:
+            code = self.file.read(1)
+            if code == b".":
                 break
             if code not in _STEPS:
-                raise PickleFault(f"it uses the instruction {bytes([code])!r}")
+                raise PickleFault(f"it uses the instruction {code!r}" if code else _CUT_OFF)
             step, cost = _STEPS[code]
             step(self)
-            left -= cost
-            if left < 0:
+            self.size_left -= cost
+            if self.size_left < 0:
                 raise PickleFault(_TOO_MUCH)
         else:
             raise PickleFault(f"it has more than {MAX_INSTRUCTIONS} instructions")
@@ -178,22 +180,10 @@ class _Machine:
             raise PickleFault("it does not end with one object")
         return self.stack[0]
 
-    # -- the bytes
-
-    def take(self, count: int) -> bytes:
-        end = self.at + count
-        if end > len(self.data):
-            raise PickleFault("it ends in the middle")
-        raw = self.data[self.at : end]
-        self.at = end
-        return raw
-
-    def number(self, form: struct.Struct) -> Any:
-        return form.unpack(self.take(form.size))[0]
-
     def line(self) -> str:
-        end = self.data.index(b"\n", self.at)
-        return self.take(end + 1 - self.at)[:-1].decode()
+        if not (line := self.file.readline()).endswith(b"\n"):
+            raise PickleFault(_CUT_OFF)
+        return line[:-1].decode()
 
     # -- the stack
 
@@ -218,7 +208,7 @@ class _Machine:
         return items
 
     def proto(self) -> None:
-        if not 2 <= (version := self.number(_U8)) <= 5:
+        if not 2 <= (version := pickletools.read_uint1(self.file)) <= 5:
             raise PickleFault(f"it has protocol {version}; 2 to 5 are read")
 
     def put(self, index: int) -> None:
@@ -329,8 +319,6 @@ class _Machine:
 
 
 Step = Callable[[_Machine], Any]
-_U8, _U16, _U32, _U64 = map(struct.Struct, ("<B", "<H", "<I", "<Q"))
-_STOP = ord(".")
 
 
 def _pushes(make: Step) -> Step:
@@ -341,25 +329,13 @@ def _pushes(make: Step) -> Step:
     return step
 
 
-def _number(form: struct.Struct) -> Step:
-    return lambda machine: machine.stack.append(machine.number(form))
-
-
-def _counted(form: struct.Struct, decode: Callable[[bytes], Any]) -> Step:
-    return lambda machine: machine.stack.append(decode(machine.take(machine.number(form))))
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogatepass")
-
-
-def _long(raw: bytes) -> int:
-    return int.from_bytes(raw, "little", signed=True)
+def _reads(read: Reader) -> Step:
+    return lambda machine: machine.stack.append(read(machine.file))
 
 
 _CODES: dict[str, tuple[Step, int]] = {
     "\x80": (_Machine.proto, 0),
-    "\x95": (lambda m: m.number(_U64), 0),  # FRAME
+    "\x95": (lambda m: pickletools.read_uint8(m.file), 0),  # FRAME
     "0": (_Machine.pop, 8),
     "1": (_Machine.items, 8),
     "2": (lambda m: m.stack.append(m.top()), 8),
@@ -367,23 +343,23 @@ _CODES: dict[str, tuple[Step, int]] = {
     "N": (_pushes(lambda m: None), 8),
     "\x88": (_pushes(lambda m: True), 8),
     "\x89": (_pushes(lambda m: False), 8),
-    "K": (_number(_U8), 8),
-    "M": (_number(_U16), 40),
-    "J": (_number(struct.Struct("<i")), 40),
-    "G": (_number(struct.Struct(">d")), 40),
-    "\x8a": (_counted(_U8, _long), 60),
-    "X": (_counted(_U32, _text), 60),
-    "\x8c": (_counted(_U8, _text), 60),
-    "\x8d": (_counted(_U64, _text), 60),
-    "B": (_counted(_U32, bytes), 40),
-    "C": (_counted(_U8, bytes), 40),
-    "\x8e": (_counted(_U64, bytes), 40),
-    "\x96": (_counted(_U64, bytearray), 60),
-    "q": (lambda m: m.put(m.number(_U8)), 100),
-    "r": (lambda m: m.put(m.number(_U32)), 100),
+    "K": (_reads(pickletools.read_uint1), 8),
+    "M": (_reads(pickletools.read_uint2), 40),
+    "J": (_reads(pickletools.read_int4), 40),
+    "G": (_reads(pickletools.read_float8), 40),
+    "\x8a": (_reads(pickletools.read_long1), 60),
+    "X": (_reads(pickletools.read_unicodestring4), 60),
+    "\x8c": (_reads(pickletools.read_unicodestring1), 60),
+    "\x8d": (_reads(pickletools.read_unicodestring8), 60),
+    "B": (_reads(pickletools.read_bytes4), 40),
+    "C": (_reads(pickletools.read_bytes1), 40),
+    "\x8e": (_reads(pickletools.read_bytes8), 40),
+    "\x96": (_reads(lambda file: bytearray(pickletools.read_bytes8(file))), 60),
+    "q": (lambda m: m.put(pickletools.read_uint1(m.file)), 100),
+    "r": (lambda m: m.put(pickletools.read_uint4(m.file)), 100),
     "\x94": (lambda m: m.put(len(m.memo)), 100),
-    "h": (lambda m: m.get(m.number(_U8)), 8),
-    "j": (lambda m: m.get(m.number(_U32)), 8),
+    "h": (lambda m: m.get(pickletools.read_uint1(m.file)), 8),
+    "j": (lambda m: m.get(pickletools.read_uint4(m.file)), 8),
     "}": (_pushes(lambda m: {}), 240),
     "]": (_pushes(lambda m: []), 100),
     "\x8f": (_pushes(lambda m: set()), 240),
@@ -408,7 +384,7 @@ _CODES: dict[str, tuple[Step, int]] = {
     "Q": (_Machine.persistent_id, 120),
 }
 """Every instruction that is read: what it does, and about how many bytes it takes."""
-_STEPS = {ord(code): step for code, step in _CODES.items()}
+_STEPS = {code.encode("latin1"): step for code, step in _CODES.items()}
 
 
 def _key(key: Any) -> Hashable:

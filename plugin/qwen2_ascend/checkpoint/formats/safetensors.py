@@ -14,14 +14,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.stored import (
+    MAX_AXES,
+    NUMPY_DTYPES,
+    StoredTensor,
+    TensorSpec,
+    is_shape,
+)
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import open_regular, parse_json
+from qwen2_ascend.files import open_regular, parse_json, reading
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own bound."""
-MAX_AXES = 64
-"""PyTorch's and numpy's bound."""
 ALIGNMENT = 64
 """Of the first tensor's bytes, so that mapped tensors start on a cache line."""
 
@@ -111,15 +115,12 @@ def encode_header(
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header's JSON object, the offset of the data, and the file's size in bytes."""
-    try:
-        with open_regular(path) as file:
-            file_bytes = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            raise_if(f"{path}: {fault}" for fault in _length_faults(length, file_bytes))
-            text = file.read(length)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    with reading(path), open_regular(path) as file:
+        file_bytes = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        raise_if(f"{path}: {fault}" for fault in _length_faults(length, file_bytes))
+        text = file.read(length)
     if not text.startswith(b"{"):
         raise UserError(f"{path}: its header starts with {text[:1]!r}, not '{{'; not safetensors.")
     try:
@@ -176,10 +177,10 @@ def _entry_faults(entry: Any) -> Iterator[str]:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         sound = False
         yield _dtype_fault(dtype)
-    if not _are_sizes(shape) or len(shape) > MAX_AXES:
+    if not is_shape(shape):
         sound = False
         yield f"shape={_short(shape)} must be at most {MAX_AXES} whole numbers, none negative."
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not is_shape(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         sound = False
         yield f"data_offsets={_short(offsets)} must be [begin, end] with 0 <= begin <= end."
     if not sound:
@@ -215,10 +216,6 @@ def _range_faults(ordered: list[tuple[str, dict[str, Any]]], data_bytes: int) ->
             end, previous = stop, f"tensor {name!r}"
     if end < data_bytes:
         yield f"{data_bytes - end} bytes follow {previous}; they are no tensor's."
-
-
-def _are_sizes(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
 
 def _short(value: Any) -> str:

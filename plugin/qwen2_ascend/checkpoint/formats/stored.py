@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from qwen2_ascend.files import open_regular
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -22,6 +24,22 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype(np.bool_),
 }
 """Every dtype a checkpoint may hold; weights are bf16, fp16 or fp32."""
+
+
+MAX_AXES = 64
+"""PyTorch's and numpy's bound."""
+
+
+def is_size(number: Any) -> bool:
+    """Whether a value from a file can be a size or an offset."""
+    return type(number) is int and 0 <= number < 2**63
+
+
+def is_shape(numbers: Any) -> bool:
+    """Whether a value from a file can be a shape: a list or tuple of sizes."""
+    return (
+        type(numbers) in (tuple, list) and len(numbers) <= MAX_AXES and all(map(is_size, numbers))
+    )
 
 
 class TensorSpec(NamedTuple):
@@ -46,6 +64,13 @@ class StoredTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return TensorSpec(self.shape, self.dtype).num_bytes
+
+    def array(self) -> np.ndarray:
+        """Its values, read at once."""
+        with open_regular(self.path) as file:
+            file.seek(self.offset)
+            data = file.read(self.num_bytes)
+        return np.frombuffer(data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

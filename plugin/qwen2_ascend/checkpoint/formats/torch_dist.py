@@ -1,4 +1,4 @@
-"""megatron-core's "torch_dist" checkpoint folders, read and laid out in place without torch.
+"""megatron-core's "torch_dist" checkpoint folders, read in place without torch.
 
     metadata.json      which backends wrote it: {"sharded_backend": "torch_dist", ...}
     common.pt          a `.pt` of what every rank has alike: args, iteration, ...; 0.19 writes an
@@ -34,55 +34,31 @@ What megatron-core 0.16.1 stores for Qwen2 (seen in folders it wrote at TP1, TP2
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.checkpoint.formats import torch_pt
 from qwen2_ascend.checkpoint.formats.pickles import (
     PLAIN,
-    Call,
-    DictItems,
     DType,
     Inert,
     InertKey,
     Maker,
-    Name,
-    Record,
     known_records,
     read_pickle,
-    write_pickle,
 )
-from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
-from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT
+from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.errors import UserError, raise_if, shown
-from qwen2_ascend.files import open_regular, read_bytes, read_json
+from qwen2_ascend.files import open_regular, read_bytes, read_json, reading
 
 MAX_METADATA_BYTES = 1 << 26
 """Of a `.metadata`; a chunk takes about 300 bytes in it."""
-CONFIG = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-"""metadata.json."""
-
-_LINEARS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-_OF_TRANSFORMER_ENGINE = ("self_attention.core_attention",)
-_METADATA = "torch.distributed.checkpoint.metadata"
-_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
-_INDEX = f"{_METADATA}.MetadataIndex"
+METADATA = "torch.distributed.checkpoint.metadata"
+FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_INDEX = f"{METADATA}.MetadataIndex"
 _MEGATRON_METADATA = "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"
 """torch's Metadata with one field more; what some releases of megatron-core write."""
 
@@ -99,14 +75,6 @@ class Chunk(NamedTuple):
 _COMMON_OBJECT = "common_state/shard_0_1"
 
 
-class ChunkSpec(NamedTuple):
-    """A Chunk to be written."""
-
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    tensor: TensorSpec
-
-
 @dataclass(frozen=True, kw_only=True)
 class TorchDistCheckpoint:
     """What one folder holds."""
@@ -117,23 +85,6 @@ class TorchDistCheckpoint:
     """Every tensor by key, its chunks ordered by offsets."""
     objects: tuple[str, ...]
     """Keys of entries that are not tensors (RNG states, extra states); see `read_object`."""
-
-
-class ChunkPlace(NamedTuple):
-    """Where a chunk's bytes go: the file's name within the folder, and the offset in it."""
-
-    file: str
-    offset: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TorchDistLayout:
-    """A folder to be."""
-
-    files: dict[str, FileLayout]
-    """By name: the .distcp files, and common.pt, .metadata and metadata.json complete."""
-    places: dict[str, list[ChunkPlace]]
-    """Of every chunk, keys and order as given to `layout_torch_dist`."""
 
 
 def read(
@@ -186,9 +137,9 @@ def read_common(folder: str | Path) -> dict[str, Any]:
     return _common(folder, _read_metadata(folder / ".metadata")[2])
 
 
-def _common(folder: Path, stored: dict[_Index, _StorageInfo]) -> dict[str, Any]:
+def _common(folder: Path, stored: dict[Index, StorageInfo]) -> dict[str, Any]:
     path = folder / "common.pt"
-    info = stored.get(_Index(_COMMON_OBJECT, None))
+    info = stored.get(Index(_COMMON_OBJECT, None))
     if info is None or os.path.lexists(path):  # in megatron-core's order
         said, common = str(path), torch_pt.read(path)
     else:
@@ -205,13 +156,13 @@ def read_object(folder: str | Path, key: str) -> Any:
         UserError: it is missing or damaged, or its pickle asks for anything unknown.
     """
     folder = Path(folder)
-    info = _read_metadata(folder / ".metadata")[2].get(_Index(key, None))
+    info = _read_metadata(folder / ".metadata")[2].get(Index(key, None))
     if info is None:
         raise UserError(f"{folder}: has no {key}; the folder is damaged.")
     return _object(folder, key, info)
 
 
-def _object(folder: Path, key: str, info: _StorageInfo) -> Any:
+def _object(folder: Path, key: str, info: StorageInfo) -> Any:
     raise_if(_file_faults(folder, [info]))
     path = folder / info.file
     with open_regular(path) as file:
@@ -221,88 +172,22 @@ def _object(folder: Path, key: str, info: _StorageInfo) -> Any:
     return objects[0]
 
 
-def extra_states(num_layers: int) -> list[str]:
-    """The objects that a megatron-core Qwen2 asks for when it loads, besides its tensors."""
-    layers = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
-        for layer in range(num_layers)
-        for module in (*_LINEARS, *_OF_TRANSFORMER_ENGINE)
-    ]
-    return [*layers, "decoder.final_layernorm._extra_state/shard_0_1"]
-
-
-def layout_torch_dist(
-    chunks: Mapping[str, Sequence[ChunkSpec]],
-    common: Mapping[str, Any],
-    num_files: int = 1,
-    objects: Iterable[str] = (),
-) -> TorchDistLayout:
-    """Lays out the folder that megatron-core's dist_checkpointing would write.
-
-    Args:
-        chunks: every tensor's boxes, which must tile its global shape.
-        common: what goes into common.pt; no tensors.
-        num_files: over how many .distcp files the chunks are spread, evenly by bytes; fewer are
-            made when there are not so many chunks.
-        objects: keys of objects that are [None]; see `extra_states`.
-    """
-    flat = [(key, chunk) for key, parts in chunks.items() for chunk in parts]
-    writers = [RankFile(f"__{i}_0.distcp") for i in range(num_files)]
-    for key in objects:
-        writers[0].append_object(key)
-    places: dict[str, list[ChunkPlace]] = {key: [] for key in chunks}
-    files = _spread([chunk.tensor.num_bytes for _, chunk in flat], num_files)
-    for (key, chunk), file in zip(flat, files, strict=True):
-        places[key].append(writers[file].append_tensor(key, chunk))
-    entries = [entry for writer in writers for entry in writer.entries]
-    layouts = {writer.name: writer.layout() for writer in writers if writer.entries}
-    layouts |= {name: _whole_file(data) for name, data in small_files(entries, common).items()}
-    return TorchDistLayout(files=layouts, places=places)
-
-
-def small_files(
-    entries: Iterable[Entry],
-    common: Mapping[str, Any],
-    tensors: Mapping[torch_pt.KeyPath, bytes] | None = None,
-) -> dict[str, bytes]:
-    """The files of a folder that belong to no rank: common.pt, .metadata and metadata.json.
-
-    Args:
-        entries: of every rank's file; the chunks of each tensor must tile its global shape.
-        common: what goes into common.pt.
-        tensors: the bytes of each TensorSpec in it, by its path.
-    """
-    return {
-        "common.pt": _small_pt(dict(common), tensors=tensors or {}),
-        ".metadata": _encode_metadata(entries),
-        "metadata.json": json.dumps(CONFIG).encode(),
-    }
-
-
 # -- what .metadata says
 
 
-class _Index(NamedTuple):
+class Index(NamedTuple):
     """One chunk, or one object, which has no offsets."""
 
     key: str
     offsets: tuple[int, ...] | None
 
 
-class _StorageInfo(NamedTuple):
+class StorageInfo(NamedTuple):
     """A torch.save inside a .distcp file."""
 
     file: str
     offset: int
     num_bytes: int
-
-
-class Entry(NamedTuple):
-    """What a rank's file holds: a chunk of the tensor `key`, or, without one, an object."""
-
-    key: str
-    chunk: ChunkSpec | None
-    info: _StorageInfo
 
 
 class _Described(NamedTuple):
@@ -318,7 +203,7 @@ _KNOWN = (
     PLAIN
     | known_records(
         *(
-            f"{_METADATA}.{name}"
+            f"{METADATA}.{name}"
             for name in (
                 "Metadata",
                 "TensorStorageMetadata",
@@ -329,8 +214,8 @@ _KNOWN = (
                 "_MEM_FORMAT_ENCODING",
             )
         ),
-        f"{_FILESYSTEM}._StorageInfo",
-        f"{_FILESYSTEM}._StoragePrefix",
+        f"{FILESYSTEM}._StorageInfo",
+        f"{FILESYSTEM}._StoragePrefix",
         "torch.serialization._get_layout",
         "pathlib.PosixPath",
         "pathlib._local.PosixPath",
@@ -363,13 +248,10 @@ def _check_config(path: Path) -> None:
 
 def _read_metadata(
     path: Path,
-) -> tuple[dict[str, _Described], tuple[str, ...], dict[_Index, _StorageInfo]]:
+) -> tuple[dict[str, _Described], tuple[str, ...], dict[Index, StorageInfo]]:
     """The tensors, the other keys, and where each chunk is, from `.metadata`."""
-    try:
-        data = read_bytes(path, MAX_METADATA_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    metadata = read_pickle(data, str(path), _KNOWN)
+    with reading(path):
+        metadata = read_pickle(read_bytes(path, MAX_METADATA_BYTES), str(path), _KNOWN)
     try:
         if isinstance(metadata, Inert) and metadata.type_name == _MEGATRON_METADATA:
             state = metadata.state
@@ -389,7 +271,7 @@ def _read_metadata(
 
 
 def _is(record: Any, name: str) -> bool:
-    return isinstance(record, (Inert, InertKey)) and record.type_name == f"{_METADATA}.{name}"
+    return isinstance(record, (Inert, InertKey)) and record.type_name == f"{METADATA}.{name}"
 
 
 def _state(record: Any, name: str) -> Any:
@@ -410,10 +292,10 @@ def _describe(entry: Any) -> _Described:
     return _Described(_sizes(state["size"]), torch_pt.OURS.get(dtype.name, dtype.name), chunks)
 
 
-def _storage_infos(storage_data: Any) -> Iterator[tuple[_Index, _StorageInfo]]:
+def _storage_infos(storage_data: Any) -> Iterator[tuple[Index, StorageInfo]]:
     for record, info in storage_data.items():
         index = _state(record, "MetadataIndex")
-        if not isinstance(info, Inert) or info.type_name != f"{_FILESYSTEM}._StorageInfo":
+        if not isinstance(info, Inert) or info.type_name != f"{FILESYSTEM}._StorageInfo":
             raise ValueError("a chunk without a _StorageInfo")
         if info.state.get("transform_descriptors"):
             raise ValueError(f"{shown(index['fqn'])} is stored through a transform (compressed)")
@@ -422,7 +304,7 @@ def _storage_infos(storage_data: Any) -> Iterator[tuple[_Index, _StorageInfo]]:
             raise ValueError(f"{shown(index['fqn'])} is in {shown(file)}, outside of the folder")
         _sizes((offset, length))
         offsets = None if index.get("offset") is None else _sizes(index["offset"])
-        yield _Index(index["fqn"], offsets), _StorageInfo(file, offset, length)
+        yield Index(index["fqn"], offsets), StorageInfo(file, offset, length)
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
@@ -432,31 +314,31 @@ def _sizes(numbers: Any) -> tuple[int, ...]:
 
 
 def _missing_chunks(
-    tensors: Mapping[str, _Described], stored: Mapping[_Index, _StorageInfo]
+    tensors: Mapping[str, _Described], stored: Mapping[Index, StorageInfo]
 ) -> Iterator[str]:
     """Chunks that are nowhere stored, stored but not described, or outside of their tensor."""
     for key, tensor in tensors.items():
         for offsets, sizes in tensor.chunks.items():
-            if _Index(key, offsets) not in stored:
+            if Index(key, offsets) not in stored:
                 yield f"{key} {list(offsets)} is in no file."
-            if not _is_inside(ChunkSpec(tensor.global_shape, offsets, TensorSpec(sizes, "uint8"))):
+            if not is_inside(tensor.global_shape, offsets, sizes):
                 yield f"{key} {list(offsets)} + {list(sizes)} is outside {tensor.global_shape}."
     for key, offsets in stored:
         if key in tensors and offsets not in tensors[key].chunks:
             yield f"{key} {offsets} is stored but not described."
 
 
-def _is_inside(chunk: ChunkSpec) -> bool:
-    axes = (chunk.global_shape, chunk.offsets, chunk.tensor.shape)
-    return len(set(map(len, axes))) == 1 and all(
-        start + n <= size for size, start, n in zip(*axes, strict=True)
+def is_inside(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether a box of `sizes` at `offsets` lies in a tensor of `shape`, and has its axes."""
+    return len({len(shape), len(offsets), len(sizes)}) == 1 and all(
+        start + n <= size for size, start, n in zip(shape, offsets, sizes, strict=True)
     )
 
 
 # -- the .distcp files
 
 
-def _file_faults(folder: Path, infos: Iterable[_StorageInfo]) -> Iterator[str]:
+def _file_faults(folder: Path, infos: Iterable[StorageInfo]) -> Iterator[str]:
     """Files that are missing or shorter than `.metadata` says."""
     needed: dict[str, int] = {}
     for info in infos:
@@ -470,10 +352,10 @@ def _file_faults(folder: Path, infos: Iterable[_StorageInfo]) -> Iterator[str]:
 
 
 def _read_tensors(
-    folder: Path, stored: Mapping[_Index, _StorageInfo]
-) -> Iterator[tuple[_Index, StoredTensor | UserError]]:
+    folder: Path, stored: Mapping[Index, StorageInfo]
+) -> Iterator[tuple[Index, StoredTensor | UserError]]:
     """The tensor, or what is wrong with it, of each index; file after file."""
-    by_file: dict[str, list[tuple[_Index, _StorageInfo]]] = {}
+    by_file: dict[str, list[tuple[Index, StorageInfo]]] = {}
     for index, info in stored.items():
         by_file.setdefault(info.file, []).append((index, info))
     for name, items in by_file.items():
@@ -492,138 +374,3 @@ def _read_tensors(
                     yield index, error
                 else:
                     yield index, tensor
-
-
-# -- writing
-
-
-class RankFile:
-    """A .distcp file in the making.
-
-    Attributes:
-        name: the file's.
-        entries: what it holds.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.entries: list[Entry] = []
-        self._segments: list[tuple[int, bytes]] = []
-        self._end = 0
-
-    def append_tensor(self, key: str, chunk: ChunkSpec) -> ChunkPlace:
-        """Makes room for a chunk of the tensor `key`; returns where its bytes go."""
-        assert _is_inside(chunk), f"a chunk of {key} lies outside of its tensor"
-        layout = torch_pt.layout_pt(chunk.tensor)
-        info = self._append(layout.total_bytes, layout.segments)
-        self.entries.append(Entry(key, chunk, info))
-        return ChunkPlace(self.name, info.offset + layout.offsets[()])
-
-    def append_object(self, key: str, data: bytes | None = None) -> None:
-        """Appends an object: what torch.save made of a list of it alone; by default [None]."""
-        if data is None:
-            data = _small_pt([None], "archive")
-        self.entries.append(Entry(key, None, self._append(len(data), [(0, data)])))
-
-    def _append(self, num_bytes: int, segments: Iterable[tuple[int, bytes]]) -> _StorageInfo:
-        """Each torch.save starts at a multiple of 64 bytes, so that its tensor does too."""
-        start = self._end + -self._end % ALIGNMENT
-        if start > self._end:
-            self._segments.append((self._end, bytes(start - self._end)))
-        self._segments += ((start + offset, data) for offset, data in segments)
-        self._end = start + num_bytes
-        return _StorageInfo(self.name, start, num_bytes)
-
-    def layout(self) -> FileLayout:
-        """The file's length, and its bytes between the tensors."""
-        return FileLayout(total_bytes=self._end, segments=tuple(self._segments))
-
-
-def _spread(sizes: Sequence[int], num_files: int) -> Iterator[int]:
-    """The file of each of `sizes`, runs of about equal bytes."""
-    total = max(sum(sizes), 1)
-    for end, size in zip(accumulate(sizes), sizes, strict=True):
-        middle = end - (size + 1) // 2
-        yield min(middle * num_files // total, num_files - 1)
-
-
-def _small_pt(
-    obj: Any, name: str = "common", tensors: Mapping[torch_pt.KeyPath, bytes] | None = None
-) -> bytes:
-    layout, tensors = torch_pt.layout_pt(obj, name), tensors or {}
-    assert layout.offsets.keys() == tensors.keys(), f"tensors without bytes: {layout.offsets}"
-    whole = bytearray(layout.total_bytes)
-    placed = [(layout.offsets[path], data) for path, data in tensors.items()]
-    for offset, data in (*layout.segments, *placed):
-        whole[offset : offset + len(data)] = data
-    return bytes(whole)
-
-
-def _whole_file(data: bytes) -> FileLayout:
-    return FileLayout(total_bytes=len(data), segments=((0, data),))
-
-
-def _encode_metadata(entries: Iterable[Entry]) -> bytes:
-    """`.metadata` as torch.distributed.checkpoint's FileSystemReader unpickles it."""
-    chunks: dict[str, list[ChunkSpec]] = {}
-    described: dict[str, Record] = {}
-    stored: dict[_Index, _StorageInfo] = {}
-    for key, chunk, info in entries:
-        index = _Index(key, None if chunk is None else tuple(chunk.offsets))
-        assert index not in stored, f"two chunks of {key} at {index.offsets}"
-        stored[index] = info
-        if chunk is None:
-            described[key] = Record(Name(_METADATA, "BytesStorageMetadata"), {})
-        else:
-            chunks.setdefault(key, []).append(chunk)
-    state = {
-        "state_dict_metadata": {k: _tensor_record(v) for k, v in chunks.items()} | described,
-        "planner_data": None,
-        "storage_data": DictItems(
-            [(_index_record(index), _info_record(info)) for index, info in stored.items()]
-        ),
-        "storage_meta": None,
-        "version": "1.0.0",
-    }
-    return write_pickle(Record(Name(_METADATA, "Metadata"), state))
-
-
-def _tensor_record(parts: Sequence[ChunkSpec]) -> Record:
-    """A TensorStorageMetadata."""
-    first = parts[0]
-    dtype = DType(torch_pt.DTYPES[first.tensor.dtype])
-    same = all((c.global_shape, c.tensor.dtype) == (first[0], first.tensor.dtype) for c in parts)
-    volume = sum(prod(chunk.tensor.shape) for chunk in parts)
-    assert same and volume == prod(first.global_shape), f"chunks do not tile {first.global_shape}"
-    layout = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
-    contiguous = Call(Name(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
-    properties = (dtype, layout, False, contiguous, False)
-    return Record(
-        Name(_METADATA, "TensorStorageMetadata"),
-        {
-            "properties": Record(Name(_METADATA, "TensorProperties"), properties),
-            "size": _torch_size(first.global_shape),
-            "chunks": [
-                Record(
-                    Name(_METADATA, "ChunkStorageMetadata"),
-                    {"offsets": _torch_size(c.offsets), "sizes": _torch_size(c.tensor.shape)},
-                )
-                for c in parts
-            ],
-        },
-    )
-
-
-def _index_record(index: _Index) -> Record:
-    offset = None if index.offsets is None else _torch_size(index.offsets)
-    state = {"fqn": index.key, "offset": offset, "index": None}
-    return Record(Name(_METADATA, "MetadataIndex"), state)
-
-
-def _info_record(info: _StorageInfo) -> Record:
-    state = {"relative_path": info.file, "offset": info.offset, "length": info.num_bytes}
-    return Record(Name(_FILESYSTEM, "_StorageInfo"), state)
-
-
-def _torch_size(sizes: Sequence[int]) -> Call:
-    return Call(Name("torch", "Size"), (tuple(sizes),))

@@ -38,14 +38,15 @@ from qwen2_ascend.checkpoint.formats.stored import (
     FileLayout,
     StoredTensor,
     TensorSpec,
+    is_shape,
+    is_size,
 )
 from qwen2_ascend.checkpoint.formats.zips import ALIGNMENT, Record, ZipFault, layout_zip, read_zip
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.files import open_regular
+from qwen2_ascend.files import open_regular, reading
 
 MAX_PICKLE_BYTES = 1 << 24
 """Of a data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
-MAX_AXES = 64
 
 KeyPath = tuple[Any, ...]
 """Keys from the root to one leaf: dict keys, list indices and Namespace attribute names."""
@@ -110,14 +111,11 @@ def read(path: str | Path) -> Any:
             but tensors, plain containers and the few known records (it is refused, not executed).
     """
     path = Path(path)
-    try:
-        with open_regular(path) as file:
-            num_bytes = file.seek(0, 2)
-            file.seek(0)
-            raise_if(f"{path}: {fault}" for fault in _container_faults(file.read(8)))
-            return read_part(file, path, 0, num_bytes)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    with reading(path), open_regular(path) as file:
+        num_bytes = file.seek(0, 2)
+        file.seek(0)
+        raise_if(f"{path}: {fault}" for fault in _container_faults(file.read(8)))
+        return read_part(file, path, 0, num_bytes)
 
 
 def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
@@ -307,7 +305,7 @@ class _Storages:
         if type(persistent_id) is not tuple or len(persistent_id) != 5:
             raise PickleFault("its storages are not written as torch.save does")
         word, kind, key, _, numel = persistent_id
-        sound = word == "storage" and isinstance(kind, _StorageType) and _is_size(numel)
+        sound = word == "storage" and isinstance(kind, _StorageType) and is_size(numel)
         if not sound or type(key) is not str:
             raise PickleFault("its storages are not written as torch.save does")
         record = self.records.get(f"{self.folder}/data/{key}")
@@ -338,8 +336,8 @@ class _Storages:
         return self._view(storage, dtype.name, start, shape, strides)
 
     def _view(self, storage: _Storage, dtype: str, start: Any, shape: Any, strides: Any) -> Any:
-        sizes = _is_sizes(shape) and _is_sizes(strides) and len(shape) == len(strides)
-        if not sizes or not _is_size(start):
+        sizes = is_shape(shape) and is_shape(strides) and len(shape) == len(strides)
+        if not sizes or not is_size(start):
             raise PickleFault("it builds a tensor of an impossible shape")
         if dtype not in OURS:
             return _Unreadable(f"dtype {dtype} is not one of {', '.join(OURS)}")
@@ -398,19 +396,9 @@ def _known(storages: _Storages) -> dict[str, Any]:
 
 
 def _size(items: Any = ()) -> tuple[int, ...]:
-    if not _is_sizes(items):
+    if not is_shape(items):
         raise PickleFault("it makes a torch.Size of something other than sizes")
     return tuple(items)
-
-
-def _is_size(number: Any) -> bool:
-    return type(number) is int and 0 <= number < 2**63
-
-
-def _is_sizes(numbers: Any) -> bool:
-    return (
-        type(numbers) in (tuple, list) and len(numbers) <= MAX_AXES and all(map(_is_size, numbers))
-    )
 
 
 TORCH_VALUES: dict[str, Any] = {

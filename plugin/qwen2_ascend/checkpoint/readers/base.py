@@ -14,14 +14,13 @@ from typing import Protocol
 
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
-from qwen2_ascend.checkpoint.progress import size_text
 from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, printable
+from qwen2_ascend.errors import UserError, at_most, name_faults, printable
 from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.progress import size_text
 
 WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
-_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +138,6 @@ def _tensor_faults(held: StoredSlice) -> Iterator[str]:
             f"{name}: dtype {stored.dtype} is none of {', '.join(WEIGHT_DTYPES)}, "
             f"in {stored.path.name}."
         )
-
-
-def name_faults(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]
-
-
-def at_most(faults: list[str]) -> list[str]:
-    if len(faults) <= _MOST_NAMED:
-        return faults
-    return [*faults[:_MOST_NAMED], f"and {len(faults) - _MOST_NAMED} more faults of this kind."]
 
 
 def layers(names: Iterable[str]) -> set[int]:

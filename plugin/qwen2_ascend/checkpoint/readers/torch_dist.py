@@ -15,15 +15,13 @@ from qwen2_ascend.checkpoint.readers.base import (
     WEIGHT_DTYPES,
     MegatronFolder,
     Source,
-    at_most,
     check_layer_count,
-    name_faults,
 )
 from qwen2_ascend.checkpoint.readers.buckets import bucket_sources, run_held
 from qwen2_ascend.checkpoint.rules import EMBEDDING, Rule, TensorSlice, qwen2_rules
 from qwen2_ascend.checkpoint.slices import Run
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, at_most, name_faults, raise_if
 
 
 class TorchDistReader(MegatronFolder):

@@ -22,7 +22,7 @@ from qwen2_ascend.data.chat.stored import SIDES, dataset_path
 from qwen2_ascend.data.index_files import check_indexed
 from qwen2_ascend.data.inputs import InputFile, Position, Reading
 from qwen2_ascend.errors import Faults, UserError, raise_if
-from qwen2_ascend.files import missing
+from qwen2_ascend.files import missing, reading
 
 ROWS_TO_DETECT = 100
 MAX_ROW_BYTES = 16 * 2**20
@@ -109,15 +109,13 @@ def find_formats(
 
 
 def _check_file(path: str, chat: ChatSettings, task: str) -> None:
-    try:
-        files, reading = find_chat_files([path], "auto", MAX_ROW_BYTES)
+    with reading(path):
+        files, options = find_chat_files([path], "auto", MAX_ROW_BYTES)
         if files[0].format == "json" and files[0].size > MAX_ARRAY_BYTES:
             return
-        formats = find_formats(files, reading, task, chat)
+        formats = find_formats(files, options, task, chat)
         if chat.format != "auto":
-            _first_good(files[0], reading, formats[path].chats)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+            _first_good(files[0], options, formats[path].chats)
 
 
 def _first_good(file: InputFile, reading: Reading, take: Callable[[Any], Any]) -> Any:

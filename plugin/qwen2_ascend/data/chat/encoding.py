@@ -15,7 +15,7 @@ from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, Tokens
 from qwen2_ascend.data.chat.rows import where
 from qwen2_ascend.data.chat.stored import IGNORED, SIDES
 from qwen2_ascend.data.inputs import Row
-from qwen2_ascend.data.tokenization import BadRow, Encoded
+from qwen2_ascend.data.tokenization import BadRow, Encoded, utf8
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import json_value
 from qwen2_ascend.pretrained import open_tokenizer
@@ -157,12 +157,9 @@ def parse_row(raw: bytes) -> Any:
     Raises:
         ValueError: it is none; the message is the reason.
     """
+    text = utf8(raw)
     try:
-        return json_value(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}"
-        ) from None
+        return json_value(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:

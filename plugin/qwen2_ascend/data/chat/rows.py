@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from qwen2_ascend.data.inputs import (
@@ -13,6 +14,7 @@ from qwen2_ascend.data.inputs import (
     Position,
     Reading,
     Row,
+    Rows,
     check_inputs,
     damaged_gzip,
     find_inputs,
@@ -59,46 +61,32 @@ def where(row: Row) -> str:
     return row.where if row.format == "jsonl" else f"{row.path} row {row.number}"
 
 
-def read_chat_rows(
-    files: Sequence[InputFile], reading: Reading, start: Position
-) -> Iterator[tuple[Row, Position, int]]:
-    """Every row from `start` on, with the position behind it and the bytes on disk read so far.
-
-    A JSON array is read whole.
+def read_chat_rows(files: Sequence[InputFile], reading: Reading, start: Position) -> Rows:
+    """As `read_rows`; a JSON array is read whole.
 
     Raises:
         UserError: a damaged file.
     """
-    before = sum(file.size for file in files[: start.file])
-    for index in range(start.file, len(files)):
-        file = files[index]
-        first = start if index == start.file else Position(index)
-        if file.format == "jsonl":
-            # by itself, so the bytes before it are not counted; its positions name file 0
-            here = first._replace(file=0)
-            for row, position, read_bytes in read_rows([file], reading, here):
-                yield row, position._replace(file=index), before + read_bytes
-        else:
-            rows = _array_rows(file) if file.format == "json" else _parquet_rows(file, reading)
-            yield from _numbered(file, rows, reading, first, before)
-        before += file.size
+    readers = {
+        "json": partial(_numbered, _array_rows),
+        "parquet": partial(_numbered, _parquet_rows),
+    }
+    return read_rows(files, reading, start, readers)
 
 
 def _numbered(
+    read: Callable[[InputFile], tuple[int, Iterator[bytes]]],
     file: InputFile,
-    rows: tuple[int, Iterator[bytes]],
     reading: Reading,
     start: Position,
-    before: int,
-) -> Iterator[tuple[Row, Position, int]]:
-    total, raws = rows
+) -> Rows:
+    total, raws = read(file)
     for number, raw in enumerate(raws, 1):
         if number <= start.offset:
             continue
         whole = raw if len(raw) <= reading.max_row_bytes else None
         row = Row(file.path, number, file.format, whole)
-        position = Position(start.file, number, number)
-        yield row, position, before + file.size * number // max(1, total)
+        yield row, Position(start.file, number, number), file.size * number // max(1, total)
 
 
 def _is_array(file: InputFile) -> bool:
@@ -108,7 +96,7 @@ def _is_array(file: InputFile) -> bool:
 
 def _array_rows(file: InputFile) -> tuple[int, Iterator[bytes]]:
     try:
-        with damaged_gzip(file), opened(file) as stream:
+        with opened(file) as stream:
             values = json_value(stream.read().removeprefix(BOM))
     except UnicodeDecodeError as error:
         raise UserError(f"{file.path}: is not UTF-8 at byte {error.start + 1}.") from None
@@ -121,7 +109,7 @@ def _array_rows(file: InputFile) -> tuple[int, Iterator[bytes]]:
     return len(values), (_dumped(value) for value in values)
 
 
-def _parquet_rows(file: InputFile, reading: Reading) -> tuple[int, Iterator[bytes]]:
+def _parquet_rows(file: InputFile) -> tuple[int, Iterator[bytes]]:
     import pyarrow as pa
 
     try:

@@ -18,6 +18,7 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, WEIGHTS_FI
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
 from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
+from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.deepspeed.checkpoint import rng_file
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
@@ -26,7 +27,7 @@ from qwen2_ascend.finetuning.deepspeed.optimizer_state import gather_state, load
 from qwen2_ascend.finetuning.lora_checkpoint import AdapterPart, LoraStorage
 from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.lora_config import LoraConfig
-from qwen2_ascend.training.saving import DTYPE_NAMES, RankPart, Store
+from qwen2_ascend.training.saving import RankPart, Store
 
 
 class ZeroLora(LoraStorage):

@@ -1,15 +1,33 @@
-"""Progress in bytes: a bar on a terminal, a line now and then in a log."""
+"""Progress: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from typing import Any
 
 
 def size_text(num_bytes: int) -> str:
     """For a log: 3.09 GB, 12.4 MB."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def progress_bar(total: int, unit: str, initial: int = 0, what: str | None = None) -> Any:
+    """A bar of tqdm's on a terminal; None where stderr is a log.
+
+    Args:
+        total: how many units there are.
+        unit: "B" for bytes, which are shown as kB, MB and so on; or a word.
+        initial: how many of them are done already.
+        what: words before the bar.
+    """
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    options: Any = {"dynamic_ncols": True, "leave": False, "unit_scale": unit == "B"}
+    return tqdm(desc=what, total=total, initial=initial, unit=unit, **options)
 
 
 class Progress:
@@ -24,12 +42,7 @@ class Progress:
         self._started = self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=self._total, desc=self._what, unit="B", unit_scale=True, leave=False
-            )
+        self._bar = progress_bar(self._total, "B", what=self._what)
         return self
 
     def __call__(self, num_bytes: int) -> None:

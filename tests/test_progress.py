@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
-from qwen2_ascend.checkpoint.progress import Progress
+from qwen2_ascend.progress import Progress
 
 
 class Terminal(io.StringIO):
