@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping, Set
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -72,6 +73,14 @@ def test_every_function_fits_on_a_screen() -> None:
     found = [function for folder in folders for function in functions(folder)]
     assert len(found) > 1000
     assert not [f"{name}: {lines}" for name, lines in found if lines > LONGEST_FUNCTION]
+
+
+def test_only_builders_of_models_ask_for_the_process_runtime() -> None:
+    """Everything else is given its device, as megatron-core's ModuleSpec gives it to RMSNorm."""
+    asking = r"from qwen2_ascend\.runtime(\.startup)? import [^\n]*\bcurrent\b"
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "runtime"]
+    found = {path.stem for path in files if re.search(asking, path.read_text())}
+    assert found == {"build", "layer_spec", "engine"}
 
 
 def test_the_comparison_of_arrays_knows_no_model() -> None:

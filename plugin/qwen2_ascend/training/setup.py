@@ -93,6 +93,7 @@ def begin(
             and those that rank 0 finds before any rank waits for another.
     """
     from qwen2_ascend.checkpoint.manifest import check_iteration
+    from qwen2_ascend.training.saved_run import SavedRun
 
     own = None
     if rank() == 0:
@@ -103,7 +104,7 @@ def begin(
     timeout_seconds = 60 * settings.parallel.distributed_timeout_minutes
     plan = broadcast_plan(partial(make, settings), own, timeout_seconds)
     runtime = start_runtime(plan)
-    if plan.saved is not None and not hasattr(plan.saved, "common"):
+    if plan.saved is not None and not isinstance(plan.saved, SavedRun):
         # DeepSpeed and peft read whole files, and check nothing
         share = {"share": runtime.rank, "num_shares": runtime.world_size}
         undamaged(plan.saved.folder, partial(check_iteration, plan.saved.folder, **share))
