@@ -124,6 +124,12 @@ def test_every_way_to_read_a_place_is_found() -> None:
     assert place_reads(code) == [1, 2, 3, 4]
 
 
+def test_settings_are_not_asked_what_kind_they_are() -> None:
+    """What some settings have and others lack is declared by `TrainingSettings`."""
+    asked = re.compile(r"""hasattr\((\w+\.)*settings|getattr\((\w+\.)*settings[\w.]*, "\w+",""")
+    assert not [path for path in PACKAGE.rglob("*.py") if asked.search(path.read_text())]
+
+
 @pytest.mark.parametrize(
     "back",
     [
