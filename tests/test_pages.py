@@ -33,7 +33,7 @@ ALLOWED = {
     "DeepSpeed ZeRO": (deepspeed_worker.LOSS_TOLERANCE,),
     "LoRA by ZeRO": (deepspeed_worker.LOSS_TOLERANCE,),
 }
-"""By the beginning of a claim in docs/evidence.md: what the tests of it allow."""
+"""What the tests allow, by the beginning of a claim in docs/evidence.md."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -40,7 +40,7 @@ def imported(tree: ast.AST, modules: Set[str]) -> Iterator[str]:
 
 
 def imports_of(root: Path) -> dict[str, set[str]]:
-    """By module, the modules of the same package that it imports."""
+    """The modules of the same package that each module imports."""
     files = {module_name(path, root): path for path in root.rglob("*.py")}
     return {
         name: {other for other in imported(ast.parse(path.read_text()), files.keys())}
@@ -72,7 +72,7 @@ def test_what_is_left_out_is_in_a_circle_still(name: str) -> None:
 
 
 def test_the_comparison_of_arrays_knows_no_model() -> None:
-    """Of the rest it takes errors, files, tables and what reads file formats."""
+    """The rest that it takes is errors, files, tables and what reads file formats."""
     beneath = ("comparison", "errors", "files", "markdown", "checkpoint.formats")
     beneath += ("checkpoint.progress",)
     allowed = tuple(f"qwen2_ascend.{name}" for name in beneath)

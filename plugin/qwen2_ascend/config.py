@@ -23,7 +23,7 @@ class YarnScaling:
     """YaRN rope scaling (Peng et al. 2023, arXiv:2309.00071), as Qwen's cards enable it."""
 
     factor: float
-    """By how much the context is stretched."""
+    """How many times longer the context becomes."""
     original_max_position_embeddings: int
     """Context length, in tokens, that the model was trained with."""
     beta_fast: float = 32.0

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _MOST_CHARACTERS = 10_000
-"""Of one fault; a file may give a tensor a name of megabytes."""
+"""The longest text of one fault; a file may give a tensor a name of megabytes."""
 _MOST_FAULTS = 1000
 """A file may hold a fault for each of its bytes."""
 

@@ -50,7 +50,7 @@ def answer(wall: float, cpu: float, losses: list[float], memory: int = 10**6) ->
 
 
 def test_arithmetic_is_counted_as_torch_counts_it() -> None:
-    """By torch's own counter on the same products; attention it counts as if it were not causal."""
+    """torch's counter counts the same products; it takes attention for one that is not causal."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -21,7 +21,7 @@ FLAGS = (
 )
 TOKENS = 4 * 24
 IDLE_WATTS, BUSY_WATTS = (20.0, 5.0), (300.0, 50.0)
-"""Of each rank."""
+"""Watts of each rank."""
 
 
 class Counter:

@@ -207,7 +207,7 @@ def test_the_tracked_iteration_may_be_written_again(
     driver: Driver,
     tmp_path: Path,
 ) -> None:
-    """From iteration 2 on, over the iteration 4 that is there and tracked."""
+    """The run goes on from iteration 2, over the iteration 4 that is there and tracked."""
     module, flags = flags_of(kind, world, tmp_path / "whole")
     assert driver.run(module, flags)["status"] == 0
     expected = state(tmp_path / "whole" / "iter_0000004")

@@ -1,4 +1,4 @@
-"""From the command line to the verdict: what `launch/align_qwen2.py` runs.
+"""What `launch/align_qwen2.py` runs, from the command line to the verdict.
 
 The model runs first, at its layout and on its device, and is recorded; then the other ranks are
 done, and rank 0 holds the record to transformers on the CPU. Imports of torch wait until the

@@ -49,7 +49,7 @@ PIECE = 1 << 22
 """Elements that are widened at once."""
 
 PROVEN = 1e-10
-"""In fp64 nothing may differ by more, relative to its own size, at the end of the whole model."""
+"""The largest relative difference that fp64 may have at the end of the whole model."""
 
 
 class Error(NamedTuple):
@@ -58,7 +58,7 @@ class Error(NamedTuple):
     mean: float
     """Over the tokens, of the length of the difference over the length of the reference."""
     worst: float
-    """Of the token where it is largest; infinite where something is not a finite number."""
+    """The largest error of a token; infinite where something is not a finite number."""
 
     def scaled(self, factor: float) -> Error:
         return Error(self.mean * factor, self.worst * factor)
@@ -77,11 +77,11 @@ class Finding:
 
     name: str
     own: Error
-    """Of the output, from our own input."""
+    """The output's error, computed from our own input."""
     noise: Error
     """The same of transformers in our dtype."""
     total: Error | None = None
-    """Of the output of the whole model up to here, inherited errors included."""
+    """The output's error in the whole model up to here, with inherited errors."""
     total_noise: Error | None = None
     ratio: float
     """Own error over noise."""
@@ -113,7 +113,7 @@ class StepFinding:
     step: int
     loss: float
     reference: float
-    """In the wider dtype."""
+    """The loss in the wider dtype."""
     noise: float
     """Largest |transformers in our dtype - reference| of the steps so far."""
     grad_norm: float
@@ -136,7 +136,7 @@ class Judgement:
     """The reference's."""
     loss_noise: float
     logits: Mapping[str, float] = field(default_factory=dict)
-    """Of the whole models: KL divergence, agreement of the likeliest token, largest difference."""
+    """KL divergence, agreement on the likeliest token, largest difference of the whole models."""
 
     @property
     def first(self) -> Finding | None:
@@ -256,7 +256,7 @@ class _Functions(NamedTuple):
 
     dtype: torch.dtype
     compute: Mapping[str, Sequence[Callable[..., Tensor]]]
-    """By the sublayer's name in its layer: one function, or several that are as good."""
+    """One function, or several that are as good, for each sublayer's name in its layer."""
 
 
 def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Functions, _Functions]:
@@ -364,7 +364,7 @@ def judge_gradient(
 
 
 def _relative(ours: Tensor, reference: Tensor) -> float:
-    """In fp64, piece by piece: the vocabulary's matrices are large."""
+    """The relative difference in fp64, computed piece by piece: vocabulary matrices are large."""
     squares = reference_squares = 0.0
     for a, b in zip(ours.flatten().split(PIECE), reference.flatten().split(PIECE), strict=True):
         a, b = a.double(), b.double()
@@ -442,7 +442,7 @@ class Between:
 
     other: Judgement
     activations: Mapping[str, Error]
-    """Of ours, relative to the other's."""
+    """Our error relative to the other record."""
     gradients: Mapping[str, float]
 
 

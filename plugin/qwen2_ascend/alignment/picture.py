@@ -210,7 +210,7 @@ def _title(judgement: Judgement) -> str:
 
 
 def curve_png(judgement: Judgement) -> bytes:
-    """Both losses above, their difference against noise below."""
+    """A picture of both losses above and of their difference against noise below."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -35,7 +35,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""By precision. (`model.build` has the same, and imports megatron-core, which judging does not.)"""
+"""Each precision's dtype. (`model.build` has the same; it imports megatron-core, judging does
+not.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +55,14 @@ class Record:
     tokens: torch.Tensor
     """`[n, b, s + 1]`: n micro-batches, each sequence with the token after its last."""
     activations: Mapping[str, torch.Tensor]
-    """By the names of `sublayers`, `[n * b, s, features]` on the host; the loss `[n * b, 1, s]`."""
+    """Named as in `sublayers`: `[n * b, s, features]` on the host; the loss `[n * b, 1, s]`."""
     loss: float
     """Mean over the tokens, in nats."""
     disagreement: Mapping[str, float] = field(default_factory=dict)
     """Where the tensor-parallel ranks hold different values of what should be the same on all: by
     how much, at the worst token, relative to it."""
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Of that loss, by Hugging Face's names, on the host; empty where none were taken."""
+    """The loss's gradients on the host, in Hugging Face's names; empty where none were taken."""
 
 
 def save_record(record: Record, folder: Path) -> None:

@@ -55,7 +55,7 @@ class SideEnergy:
 
 
 def energy_figures(answers: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, Any]:
-    """For a report: joules per token of each round, or None, and why.
+    """Joules per token of each round for a report, or None, and why.
 
     Args:
         answers: of `SideEnergy.ask`, a round each.

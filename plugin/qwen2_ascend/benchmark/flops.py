@@ -37,7 +37,7 @@ def matmul_weights(config: Qwen2Config) -> int:
 def attention_flops(
     seq_length: int, batch: int, num_heads: int, width: int, *, backward: bool
 ) -> float:
-    """Of causal attention alone: the scores and the context, in backward both factors' gradients.
+    """FLOPs of causal attention's scores and context, and in backward of both factors' gradients.
 
     What a flash kernel computes again in backward does not count.
     """

@@ -166,7 +166,7 @@ class RankedSide:
 
 
 def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
-    """In a side's process: answers every line of the standard input until it ends.
+    """Answers every line of the standard input, in a side's process, until it ends.
 
     Args:
         prepare: loads what is needed and returns what answers a question.
@@ -237,7 +237,7 @@ class Stopwatch:
     wall: float
     """Passed on the clock."""
     cpu: float
-    """Of all threads of this process: what is left to judge by on a machine with other work."""
+    """Seconds of all threads of this process, which count on a machine with other work."""
 
     def __enter__(self) -> Stopwatch:
         self._begun = time.perf_counter(), time.process_time()

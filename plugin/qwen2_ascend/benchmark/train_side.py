@@ -40,7 +40,7 @@ class Work:
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
-    """On the one device."""
+    """Sequences of a step on the one device."""
     max_steps: int
     """More are never asked for."""
     lr: float = 1e-4
@@ -180,7 +180,7 @@ def build_transformers(work: Work) -> tuple[Trainer, Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronCore(Trainer):
-    """With what a checkpoint is made of."""
+    """A trainer with what a checkpoint is made of."""
 
     model: Any
     """GPTModel."""

@@ -88,7 +88,7 @@ def share_of(sizes: Mapping[K, int], replica: int, num_replicas: int) -> dict[K,
 
 
 def owners(pieces: Mapping[P, Mapping[str, TensorSlice]]) -> dict[P, set[str]]:
-    """By shard, the names of the tensors that it writes: of equal boxes the first one.
+    """The names of the tensors that each shard writes: of equal boxes the first one.
 
     Norms lie on every tensor-parallel rank, a tied embedding on the first stage and the last.
     """

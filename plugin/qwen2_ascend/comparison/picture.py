@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AGREES, DIFFERS, REFERENCE = "#2b6f9e", "#c8452e", "#888888"
 MAX_DOTS = 20_000
-"""Of the scatter: drawn by chance from all elements."""
+"""The most dots of the scatter, drawn by chance from all elements."""
 MAX_LABELS = 60
 """Names below the bars; more would not be read."""
 

@@ -17,7 +17,7 @@ HEADINGS = (
 """Msprobe's words where it has them. Cosine is the least of the rows, ULP the largest distance,
 used the share of its tolerance that the worst element takes."""
 DETAILED = 3
-"""Up to this many arrays all figures are shown without being asked for."""
+"""The most arrays whose figures are all shown without being asked for."""
 MAX_FINDINGS = 20
 """Lines; the rest are counted."""
 MIN_NAME = 16

@@ -105,7 +105,7 @@ class Qwen2LM(TemplateLM):
         return self._tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        """Of (texts, context's tokens, continuation's tokens): log-probability, and whether greedy.
+        """Each continuation's log-probability after its context, and whether it is the greedy one.
 
         A context that is too long loses its beginning; the last token is only asked for.
         """

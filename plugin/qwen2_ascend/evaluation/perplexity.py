@@ -19,7 +19,7 @@ class Perplexity:
     bits_per_byte: float
     """Comparable between tokenizers."""
     num_tokens: int
-    """That were scored: all but the first."""
+    """The tokens that were scored: all but the first."""
 
 
 def perplexity(

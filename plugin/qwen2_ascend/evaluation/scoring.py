@@ -40,7 +40,7 @@ class Scorer:
     def score(
         self, sequences: Sequence[Sequence[int]], firsts: Sequence[int]
     ) -> list[list[Scored]]:
-        """Of each sequence the tokens from its `first` on, given all that stand before them.
+        """Scores the tokens of each sequence from its `first` on, given all that stand before them.
 
         Args:
             sequences: tokens, at least two, at most one more than the model's context.

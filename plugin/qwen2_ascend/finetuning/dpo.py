@@ -256,7 +256,7 @@ def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
 
 
 def _identity(plan: RunPlan[FinetuneSettings], sources: list[Any]) -> dict[str, str]:
-    """Of the pairs and of the weights that the reference is made with, as rank 0 sees them."""
+    """What rank 0 tells the pairs and the reference's weights by."""
     pairs = xxhash.xxh3_64()
     for row in _rows(sources):
         pairs.update(row)

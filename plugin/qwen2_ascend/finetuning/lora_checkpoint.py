@@ -161,7 +161,7 @@ class LoraStorage(ABC):
 
 
 class MegatronLora(LoraStorage):
-    """Of the Megatron path: every rank writes its slices of the adapters."""
+    """LoRA by megatron-core: every rank writes its slices of the adapters."""
 
     unlike = "another layout"
 

@@ -45,7 +45,7 @@ class Completion:
 
     index: int
     text: str
-    """Without the special tokens, and without the string that ended it."""
+    """The text without special tokens, and without the string that ended it."""
     tokens: list[int]
     """The new tokens, with the one that ended the text."""
     finish_reason: str

@@ -89,7 +89,7 @@ class NewTokens:
 
     @property
     def ends(self) -> tuple[int, ...] | None:
-        """Of fresh sequences: where each ends; None for one alone."""
+        """The ends of fresh sequences; None for one alone."""
         return tuple(accumulate(self.counts)) if len(self.rows) > 1 else None
 
     @property
@@ -114,7 +114,7 @@ class NewTokens:
         return torch.tensor(list(accumulate(self.counts)), device=device) - 1
 
     def place(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """For tokens `[1, b]` at different places: the rows and the places, as indices."""
+        """The rows and the places of tokens `[1, b]` at different places, as indices."""
         if self.is_fresh or len(set(self.starts)) == 1:
             return None
         places = torch.tensor(self.starts, device=device)

@@ -16,7 +16,7 @@ from qwen2_ascend.ops.checks import check_attention
 from qwen2_ascend.ops.pieces import Gradients, Part, PartialAttention, Piece, Place
 
 QUERIES_AT_ONCE = 1024
-"""Whose scores partial attention holds in memory."""
+"""The queries whose scores partial attention holds in memory."""
 
 
 def attention(

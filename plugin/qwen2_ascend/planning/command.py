@@ -20,7 +20,7 @@ from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
 YesNo = Literal["yes", "no"]
 DEFAULT_DEVICE = "910B"
 MOST = 1e12
-"""Of GB, GB/s and TFLOP/s: beyond it a device's figures are slips, or infinite."""
+"""The most GB, GB/s or TFLOP/s; a device's figures beyond it are slips, or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class PlanOptions:
     micro_batch_size: int | None = None
     """Sequences that go through a rank at once; by default 1, 2, 4 and 8 are tried."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Of weights and activations; by default bf16."""
+    """The dtype of weights and activations; by default bf16."""
     attention_backend: Literal["auto", "unfused"] = "auto"
     """unfused keeps s x s scores per head; auto is a kernel that does not."""
     cross_entropy_chunk_size: int | None = None
@@ -86,17 +86,17 @@ class PlanOptions:
     recompute_granularity: Literal["none", "selective", "full"] | None = None
     """Only layouts with this."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full: uniform is by single layers; block recomputes the first of each chunk."""
+    """Full recomputing: uniform is by single layers; block recomputes the first of each chunk."""
     recompute_num_layers: int | None = None
-    """With block: how many."""
+    """How many layers block recomputes."""
     recompute_activation_function: YesNo | None = None
     """Only layouts that compute SwiGLU's output again, or that do not."""
     recompute_activation_function_num_layers: int | None = None
-    """In so many layers of each chunk; by default in all."""
+    """The layers of each chunk that do it; by default all."""
     recompute_norm: YesNo | None = None
     """Only layouts that compute the norms' outputs again, or that do not."""
     recompute_norm_num_layers: int | None = None
-    """In so many layers of each chunk; by default in all."""
+    """The layers of each chunk that do it; by default all."""
     swap_attention: YesNo = "no"
     """What attention keeps waits in the host's memory; the copies are taken for hidden."""
     reuse_fp32_param: YesNo | None = None
@@ -296,7 +296,7 @@ def _is_yes(asked: YesNo | None) -> bool | None:
 
 
 def _number_of_layers(asked: YesNo | None, number: int | None) -> int | None:
-    """Of each chunk, whose output is computed again; None leaves it to the search."""
+    """The layers of each chunk whose output is computed again; None leaves it to the search."""
     if asked is None:
         return None
     return (ALL_LAYERS if number is None else number) if asked == "yes" else 0
@@ -440,7 +440,7 @@ def _zero_faults(options: PlanOptions) -> list[str]:
 
 
 def _overlap_and_offload_faults(options: PlanOptions) -> list[str]:
-    """As the launchers say it."""
+    """The faults that the launchers find too."""
     pieces, fraction = options.coc_parallel_num, options.optimizer_offload_fraction
     coc, offload = "--use-ascend-coc", "--optimizer-cpu-offload"
     is_coc, is_offloaded = options.use_ascend_coc == "yes", options.optimizer_cpu_offload == "yes"

@@ -36,8 +36,8 @@ class Rates:
 
 
 MC2_SHARE = 0.5
-"""Of tensor parallelism's traffic, what is left to wait for under MC2 and COC; fitted with the
-others, between 0.3 and 0.7 it makes no difference that the measurements show."""
+"""The part of tensor parallelism's traffic that is left to wait for under MC2 and COC; fitted with
+the others, between 0.3 and 0.7 it makes no difference that the measurements show."""
 _FITTED = "fitted to {} published steps of megatron-core ({}; docs/planning.md)"
 ASCEND = Rates(
     products=0.964,

@@ -14,7 +14,7 @@ class Parameters(NamedTuple):
     all: int
     """Held and computed with."""
     trained: int
-    """That get a gradient: all, or the adapters."""
+    """The weights that get a gradient: all, or the adapters."""
     buffers: tuple[int, ...]
     """Elements of each model chunk's gradient buffer, with the distributed optimizer's padding."""
     largest: int

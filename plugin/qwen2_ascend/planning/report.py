@@ -25,9 +25,9 @@ class Result(NamedTuple):
     plans: list[Plan]
     """The best first."""
     fewest: Plan | None
-    """On the smallest number of devices that the job fits on."""
+    """The plan on the smallest number of devices that the job fits on."""
     in_16_bits: Plan | None = None
-    """Where nothing fits: the best with --o2-gradient and --o2-optimizer, if that does."""
+    """The best plan with --o2-gradient and --o2-optimizer, if only that fits."""
 
 
 def best_of_each_shape(plans: list[Plan]) -> list[Plan]:

@@ -67,7 +67,7 @@ def step_time(
     *,
     devices_per_node: int,
 ) -> StepTime:
-    """Of the slowest stage, and the others' part of the bubble."""
+    """The slowest stage's time, and the others' part of the bubble."""
     work, busy = step_work(cut, device, rates, devices_per_node)
     return StepTime(
         products=busy.products / rates.products,
@@ -131,7 +131,7 @@ def micro_batch_work(cut: RunLayout, stage: int, device: Device, devices_per_nod
 
 
 def stage_flops(cut: RunLayout, stage: int) -> float:
-    """Of one micro-batch on one rank, forward and backward and what is recomputed.
+    """FLOPs of one micro-batch on one rank: forward, backward and what is recomputed.
 
     As training/logging.py's train_flops counts: backward is twice forward, a causal token sees
     (s + 1) / 2 others.
@@ -200,7 +200,7 @@ def _trained(cut: RunLayout, stage: int) -> int:
 
 
 def _exchange_seconds(cut: RunLayout, stage: int, device: Device, devices_per_node: int) -> float:
-    """Of what ranks send each other for a micro-batch, at the links' bandwidth.
+    """Seconds of what ranks send each other for a micro-batch, at the links' bandwidth.
 
     Ranks are numbered TP first, then CP, then DP, then PP.
     """

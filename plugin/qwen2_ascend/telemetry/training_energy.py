@@ -26,11 +26,11 @@ class _Step(NamedTuple):
     begin: float
     end: float
     tokens: int
-    """Of the whole job."""
+    """Tokens of the whole job."""
 
 
 class _Sum(NamedTuple):
-    """Of all ranks."""
+    """The sum over all ranks."""
 
     joules: float = 0.0
     idle_joules: float = 0.0
@@ -180,7 +180,7 @@ class EnergyLog:
 
 
 def require_power_source(runtime: Runtime) -> None:
-    """Before any work; every rank calls it.
+    """Refuses a run without a power source, before any work; every rank calls it.
 
     Raises:
         UserError: some rank has none.

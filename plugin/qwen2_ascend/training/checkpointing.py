@@ -394,7 +394,7 @@ class _Chunks(NamedTuple):
     layout: FileLayout
     places: list[_Place]
     entries: list[torch_dist.Entry]
-    """Of all ranks; on rank 0."""
+    """The entries of all ranks; on rank 0."""
 
 
 def _model_names(chunks: Sequence[Any]) -> list[str]:

@@ -48,7 +48,7 @@ class Step(NamedTuple):
     metrics: Mapping[str, float] = {}
     """What the objective reports besides its loss, by the names in the log."""
     energy: Energy | None = None
-    """Of the steps since the last that had one."""
+    """The energy of the steps since the last that had one."""
 
 
 def train_flops(

@@ -38,7 +38,7 @@ class Laid(NamedTuple):
 
     state: dict[Any, Any]
     places: dict[tuple[torch.nn.Parameter, str], InFile]
-    """Of each parameter and kind."""
+    """The place of each parameter and kind."""
 
 
 def small_state(optimizer: Any) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _groups(optimizer: Any, part: Any) -> list[dict[str, Any]]:
 
 
 def _numbers(part: Any) -> list[dict[torch.nn.Parameter, int]]:
-    """By parameter group the model's parameters, each with the number that torch gives it."""
+    """The model's parameters of each parameter group, with the number that torch gives each."""
     groups = part.float16_groups if _has_mains(part) else _own_groups(part)
     numbers, count = [], 0
     for group in groups:

@@ -25,9 +25,9 @@ class Owned(NamedTuple):
     name: str
     """The parameter's."""
     kind: str
-    """Of the optimizer's tensors; "" is the parameter itself."""
+    """The kind of the optimizer's tensor; "" is the parameter itself."""
     piece: TensorSlice
-    """Of the whole parameter."""
+    """The box of the whole parameter."""
     run: Run
 
     def written_dtype(self, tensor: torch.Tensor) -> torch.dtype:

@@ -152,7 +152,7 @@ class _Making:
         wanted: int | None,
         task: str,
     ) -> EpochDataset | None:
-        """As many samples of this share of the rows as are wanted; None where there are none.
+        """The wanted number of samples of this share of the rows; None where there are none.
 
         Raises:
             UserError: as `source`; or samples are wanted, and there is no row to take them from.

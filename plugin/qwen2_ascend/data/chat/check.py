@@ -26,9 +26,9 @@ from qwen2_ascend.files import missing
 
 ROWS_TO_DETECT = 100
 MAX_ROW_BYTES = 16 * 2**20
-"""Of the rows that a format is found out from."""
+"""The most bytes of rows that a format is recognized by."""
 MAX_ARRAY_BYTES = 64 * 2**20
-"""Of a JSON array that is read for it, which is only possible whole; the preparation reads any."""
+"""The largest JSON array that is read for it, as a whole; the preparation reads any."""
 
 
 def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> None:
