@@ -83,6 +83,24 @@ def test_the_comparison_of_arrays_knows_no_model() -> None:
     assert not [name for name in taken if not name.startswith(allowed)]
 
 
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring, those of attributes included."""
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                yield child.lineno, str(child.value.value).lstrip()
+
+
+def test_docstrings_are_no_ends_of_sentences() -> None:
+    """A reader sees them in --help and in editors, far from the name that they would go on from."""
+    assert not [
+        f"{path.relative_to(PACKAGE)}:{line}: {text.splitlines()[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        if text.startswith(("Of ", "And "))
+    ]
+
+
 @pytest.mark.parametrize(
     "back",
     [

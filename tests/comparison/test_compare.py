@@ -154,7 +154,7 @@ def test_rows_of_a_gradient_may_be_nothing_but_rounding(folder, capsys) -> None:
     ],
 )
 def test_a_fault_in_a_row_of_a_gradient_is_found(folder, row, fault, kind) -> None:
-    """Whatever is larger than the rounding of the rows around it."""
+    """It is larger than the rounding of the rows around it."""
     ours, theirs = gradients()
     ours[row] = fault(ours[row])
     assert kind in kinds(compared(ours, theirs, name="grad"))

@@ -119,7 +119,7 @@ def _refusal(case: Case, needed: tuple[int, int]) -> str:
 
 
 def _differences(case: Case, dtype: str, run: Run) -> tuple[float, float, float]:
-    """Over all ranks: the largest difference of a logit, of a gradient relative to its tensor's
+    """The largest difference of a logit on all ranks, that of a gradient relative to its tensor's
     largest, and the largest logit itself."""
     import torch
 

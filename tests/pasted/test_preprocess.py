@@ -105,7 +105,7 @@ def expected(folder: Path, name: str) -> tuple[list[list[int]], list[list[int]]]
 
 @pytest.mark.parametrize("line", LINES, ids=[line.name for line in LINES])
 def test_every_line_runs(line: CommandLine, tokenizer: Path, parquet: Path, tmp_path: Path) -> None:
-    """Changed in nothing but the program's name and the paths."""
+    """Nothing is changed but the program's name and the paths."""
     paths = {
         "--input": parquet,
         "--tokenizer-name-or-path": tokenizer,

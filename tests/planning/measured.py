@@ -99,7 +99,7 @@ def why_no_rest(row: dict[str, Any]) -> str | None:
 
 
 def why_no_peak(row: dict[str, Any]) -> str | None:
-    """Likewise of its peak."""
+    """The same of its peak."""
     return next(_not_at_peak(row), None)
 
 

@@ -370,7 +370,7 @@ def test_traffic_is_what_the_simulated_cards_recorded(name):
 
 
 def test_arithmetic_is_that_of_the_training_log():
-    """Added up over the ranks; recomputing layers costs a third more."""
+    """The ranks' sum is; recomputing layers costs a third more."""
     asked = job("14B")
     cut = RunLayout(job=asked, tp=4, pp=4, dp=2, micro_batch_size=2)
     expected = train_flops(

@@ -38,7 +38,7 @@ class Counter:
         self._asked: float | None = None
 
     def clock(self) -> float:
-        """Asked before and after each reading."""
+        """The clock that is asked before and after each reading."""
         asked = self._asked
         self._asked = time.monotonic() if asked is None else None
         return self._asked if asked is None else asked  # type: ignore[return-value]

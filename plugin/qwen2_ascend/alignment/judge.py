@@ -56,7 +56,7 @@ class Error(NamedTuple):
     """How far a tensor is from another, relative to it, token by token."""
 
     mean: float
-    """Over the tokens, of the length of the difference over the length of the reference."""
+    """Mean over the tokens of the difference's length over the reference's."""
     worst: float
     """The largest error of a token; infinite where something is not a finite number."""
 

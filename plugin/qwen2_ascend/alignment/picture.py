@@ -259,5 +259,5 @@ def curve_png(judgement: Judgement) -> bytes:
 
 
 def _visible(values: Sequence[float]) -> list[float]:
-    """No zero on a logarithmic axis."""
+    """The values without zeros, which a logarithmic axis cannot show."""
     return [max(value, 1e-12) for value in values]

@@ -160,7 +160,7 @@ def train(
 
 
 class TokenDataset:
-    """Given sequences in the shape of pretraining data; each once, in their order.
+    """Sequences in the shape of pretraining data; each comes once, in their order.
 
     Args:
         tokens: `[samples, s + 1]`.

@@ -26,7 +26,7 @@ TEXTS = (
     "1 + 1 =",
     "Once upon a time, in a land far away, there lived a",
 )
-"""Repeated to fill a batch; of different lengths."""
+"""Prompts of different lengths, repeated to fill a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,7 +235,7 @@ class Stopwatch:
     """Seconds of wall time and of this process's own work; usable with `with`."""
 
     wall: float
-    """Passed on the clock."""
+    """Seconds on the clock."""
     cpu: float
     """Seconds of all threads of this process, which count on a machine with other work."""
 

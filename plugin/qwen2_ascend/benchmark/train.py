@@ -32,7 +32,7 @@ SMALL = Qwen2Config(
     max_position_embeddings=4096,
     dtype="fp32",
 )
-"""Trained without --config and --load: the 0.5B's proportions in a size that a CPU trains."""
+"""The model without --config and --load: the 0.5B's proportions in a size that a CPU trains."""
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative difference between two sides' losses with which they do the same work."""
 

@@ -47,7 +47,7 @@ class Work:
     clip_grad: float = 1.0
     weight_decay: float = 0.01
     use_distributed_optimizer: bool = False
-    """Over all ranks, which are data-parallel."""
+    """Whether all ranks, which are data-parallel, share the optimizer's state."""
 
 
 @dataclass(frozen=True, kw_only=True)

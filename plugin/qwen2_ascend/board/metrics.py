@@ -23,7 +23,7 @@ from qwen2_ascend.files import open_descriptor
 CAPACITY = 1024
 """Buckets of a file."""
 BLOCK_BYTES = 1 << 20
-"""Read at once."""
+"""What is read at once."""
 MAX_LINE_BYTES = 1 << 16
 """Longer lines are no rows of a log."""
 MAX_SERIES = 48
@@ -35,7 +35,7 @@ TAIL_BYTES = 1 << 15
 LARGEST = 1e100
 """A figure beyond it is none: sums of it and squares would be infinite, which JSON cannot say."""
 SAMPLE_BYTES = 2048
-"""Read at each place of a sample; a row has about 300."""
+"""What is read at each place of a sample; a row has about 300."""
 _MARK = 64
 """Bytes before the place of reading that must still be there when it goes on."""
 

@@ -60,9 +60,9 @@ class Target:
     held: tuple[StoredSlice, ...]
     files: tuple[TargetFile, ...]
     small_files: Mapping[Path, bytes]
-    """Written whole before the folder is published: config, index."""
+    """Files that are written whole before the folder is published: config, index."""
     tracker: tuple[Path, bytes] | None
-    """Written last of all: latest_checkpointed_iteration.txt."""
+    """The file that is written last: latest_checkpointed_iteration.txt."""
 
     @property
     def total_bytes(self) -> int:

@@ -146,7 +146,8 @@ class _Numbered:
 def _reference(
     run: TrainingRun, plan: RunPlan[FinetuneSettings], sources: list[Any]
 ) -> torch.Tensor:
-    """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on every rank."""
+    """Log-probabilities `[pairs, 2]` of all sources on every rank, computed now or kept from
+    before."""
     identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
     save = plan.settings.checkpoint.save
     if kept is not None:

@@ -31,7 +31,7 @@ class Documents(NamedTuple):
 
     rows: range
     ends: tuple[int, ...]
-    """Counted from the row's start."""
+    """The ends, counted from the row's start."""
 
     def within(self, positions: range) -> Iterator[range]:
         """Each document's positions that are in `positions`, and in front of it."""

@@ -108,7 +108,7 @@ class PlanOptions:
     use_ascend_mc2: YesNo = "no"
     """Matrix products hide a half of tensor parallelism's traffic, with sequence parallelism."""
     use_ascend_coc: YesNo = "no"
-    """Likewise, by pieces."""
+    """The same by pieces."""
     coc_parallel_num: int = 1
     """With --use-ascend-coc: how many pieces, 1 (not cut), 2, 4 or 8."""
     optimizer_cpu_offload: YesNo = "no"

@@ -29,9 +29,10 @@ class Rates:
     links: float
     """Share of the links' bandwidth that collectives reach."""
     layer_seconds: float
-    """Added by each layer and micro-batch, forward and backward: launches, waits, small kernels."""
+    """What each layer and micro-batch adds, forward and backward: launches, waits, small
+    kernels."""
     step_seconds: float
-    """Added by each step."""
+    """What each step adds."""
     source: str
 
 

@@ -36,7 +36,7 @@ class Memory(NamedTuple):
     optimizer: int
     """fp32 weights beside 16-bit ones, and both moments."""
     activations: int
-    """Kept for backward, of all micro-batches under way."""
+    """What backward needs of all micro-batches under way."""
     logits: int
     """Tensors of the vocabulary's size: logits, softmax and their gradient."""
     temporary: int

@@ -12,7 +12,7 @@ class Parameters(NamedTuple):
     """Numbers of weights on one rank."""
 
     all: int
-    """Held and computed with."""
+    """The weights that are held and computed with."""
     trained: int
     """The weights that get a gradient: all, or the adapters."""
     buffers: tuple[int, ...]

@@ -164,7 +164,8 @@ def stage_attention(cut: RunLayout, stage: int) -> float:
 
 
 def stage_bytes(cut: RunLayout, stage: int) -> float:
-    """Read and written by norms, residuals, rotary, SwiGLU, the loss and the sums of gradients."""
+    """Bytes that norms, residuals, rotary, SwiGLU, the loss and sums of gradients read and
+    write."""
     config, e = cut.job.config, cut.job.element
     h = config.hidden_size / (cut.tp if cut.sequence_parallel else 1)
     # two norms read and write h, two residuals read 2 h and write h; rotary reads and writes its

@@ -80,7 +80,7 @@ class Choices:
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each stage; only stages of equal numbers are tried by themselves."""
     context_parallel_size: int | None = None
-    """Tried are 1, and powers of two that leave a rank LEAST_TOKENS of a sequence."""
+    """The search tries 1, and powers of two that leave a rank LEAST_TOKENS of a sequence."""
     context_parallel_algo: str = "megatron_cp_algo"
     sequence_parallel: bool | None = None
     use_distributed_optimizer: bool | None = None
@@ -91,9 +91,9 @@ class Choices:
     more than it takes, also the fewest that leave headroom."""
     recompute_activation_function: int | None = None
     recompute_norm: int | None = None
-    """Both are tried in all layers where a layout does not fit without."""
+    """The search tries both in all layers where a layout does not fit without."""
     reuse_fp32_param: bool | None = None
-    """Tried where no layout fits without."""
+    """The search tries it where no layout fits without."""
     swap_attention: bool = False
     o2_gradient: bool = False
     o2_optimizer: bool = False

@@ -179,7 +179,7 @@ class EnergyMeter:
 
     @property
     def joules(self) -> float | None:
-        """Since `start`, until `stop` or the last reading; None where that was not measured."""
+        """Joules from `start` to `stop` or the last reading; None where that was not measured."""
         with self._lock:
             if self.reason is not None or self._span is None:
                 return None
