@@ -29,16 +29,15 @@ class Rates:
     links: float
     """Share of the links' bandwidth that collectives reach."""
     layer_seconds: float
-    """What each layer and micro-batch adds, forward and backward: launches, waits, small
-    kernels."""
+    """What each layer and micro-batch adds, both ways: launches, waits, small kernels."""
     step_seconds: float
     """What each step adds."""
     source: str
 
 
 MC2_SHARE = 0.5
-"""The part of tensor parallelism's traffic that is left to wait for under MC2 and COC; fitted with
-the others, between 0.3 and 0.7 it makes no difference that the measurements show."""
+"""The part of tensor parallelism's traffic that MC2 and COC leave to wait for; fitted with the
+others, between 0.3 and 0.7 it makes no difference that the measurements show."""
 _FITTED = "fitted to {} published steps of megatron-core ({}; docs/planning.md)"
 ASCEND = Rates(
     products=0.964,
