@@ -107,9 +107,9 @@ def _parted_verdict(judgement: Judgement, first: Finding) -> str:
     if rest := parted[1:]:
         shown = ", ".join(finding.place for finding in rest[:6])
         more = f" and {len(rest) - 6} more" if len(rest) > 6 else ""
-        words.append(f"By themselves part also: {shown}{more}.")
+        words.append(f"These differ by themselves too: {shown}{more}.")
     elif first is not judgement.findings[-1]:
-        words.append("All after it only inherit.")
+        words.append("Those after it only inherit its error.")
     return " ".join(words)
 
 
