@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the flags; sys.argv's without it.
 
     Returns:
-        0 where both sides agree, 1 where they part; else as `launched` has it.
+        0 where both sides agree, 1 where they differ; else as `launched` has it.
     """
     verdicts = []
     status = launched(lambda: verdicts.append(align(parse(arguments))))
@@ -313,7 +313,7 @@ def _token_mismatches(record: Record, other: Record) -> list[str]:
 
     if torch.equal(record.tokens, other.tokens):
         return []
-    return ["--from-dump and --compare-with hold runs on different tokens; make one of them anew."]
+    return ["--from-dump and --compare-with hold runs on different tokens; make one of them again."]
 
 
 def _dump(record: Record, settings: AlignSettings) -> None:

@@ -1,4 +1,4 @@
-"""Which sublayer parts first: each one's own error, apart from what it inherited, against noise.
+"""Finds the first sublayer whose own error, apart from what it inherited, exceeds the noise.
 
 A difference at the end of a model says nothing about where it arose, and a threshold for it is a
 guess. So every sublayer is judged by itself: transformers' same sublayer is given *our* recorded

@@ -111,7 +111,7 @@ def load_record(folder: Path) -> Record:
     missing = [name for name in expected if name not in activations]
     if tokens is None or missing:
         named = ", ".join(missing[:5]) or "tokens"
-        raise UserError(f"{folder}: the record is not whole, {named} is missing; make it anew.")
+        raise UserError(f"{folder}: the record is not whole, {named} is missing; make it again.")
     has_gradients = (folder / "gradients.safetensors").exists()
     return Record(
         config=config,
@@ -140,7 +140,7 @@ def _description(folder: Path) -> dict[str, Any]:
     if found.get("version") != VERSION:
         raise UserError(
             f"{path}: version {found.get('version')} is not {VERSION}, which this release reads; "
-            "make the record anew."
+            "make the record again."
         )
     return found
 

@@ -80,7 +80,7 @@ TEXTS = {
     "fullest card ({layout}).",
     "plan_does_not": "does not fit: none of {all} valid layouts; the smallest takes {gb} GB on the "
     "fullest card ({layout}).",
-    "plan_nowhere": "It fits on no number of these devices that was tried.",
+    "plan_nowhere": "No number of these devices that was tried is enough.",
     "plan_fewest": "The fewest it fits on: {devices}, {gb} GB ({layout}).",
     "plan_one_device": "1 device",
     "plan_devices": "{number} devices",
@@ -91,9 +91,9 @@ TEXTS = {
     "plan_sequence_parallel": "sequence parallel",
     "plan_distributed": "distributed optimizer",
     "plan_recomputed": "{what} recompute",
-    "plan_columns": "GB: of the fullest card, at the fullest moment of a step; tight leaves less "
-    "than {headroom} of the card. TP (with SP), CP, PP, DP GB: sent per card and step.\ns/step and "
-    "tok/s (per card) are predicted, not measured here: constants are {source}.",
+    "plan_columns": "GB is what the fullest card holds at the fullest moment of a step; tight "
+    "leaves less than {headroom} of the card. TP (with SP), CP, PP, DP GB are sent per card and step.\n"
+    "s/step and tok/s (per card) are predicted, not measured here: constants are {source}.",
     "plan_source": "{device}: {source}.",
     "plan_assumed": "Assumed, for want of figures: {names}; --help has flags for yours.",
 }
