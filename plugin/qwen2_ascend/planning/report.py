@@ -92,8 +92,8 @@ TEXTS = {
     "plan_distributed": "distributed optimizer",
     "plan_recomputed": "{what} recompute",
     "plan_columns": "GB is what the fullest card holds at the fullest moment of a step; tight "
-    "leaves less than {headroom} of the card. TP (with SP), CP, PP, DP GB are sent per card and step.\n"
-    "s/step and tok/s (per card) are predicted, not measured here: constants are {source}.",
+    "leaves less than {headroom} of the card. TP (with SP), CP, PP, DP GB are sent per card and "
+    "step.\ns/step and tok/s (per card) are predicted, not measured here: constants are {source}.",
     "plan_source": "{device}: {source}.",
     "plan_assumed": "Assumed, for want of figures: {names}; --help has flags for yours.",
 }
