@@ -92,11 +92,11 @@ class PlanOptions:
     recompute_activation_function: YesNo | None = None
     """Only layouts that compute SwiGLU's output again, or that do not."""
     recompute_activation_function_num_layers: int | None = None
-    """The layers of each chunk that do it; by default all."""
+    """Layers of each chunk whose SwiGLU output is computed again; by default all."""
     recompute_norm: YesNo | None = None
     """Only layouts that compute the norms' outputs again, or that do not."""
     recompute_norm_num_layers: int | None = None
-    """The layers of each chunk that do it; by default all."""
+    """Layers of each chunk whose norms' outputs are computed again; by default all."""
     swap_attention: YesNo = "no"
     """What attention keeps waits in the host's memory; the copies are taken for hidden."""
     reuse_fp32_param: YesNo | None = None
@@ -113,9 +113,9 @@ class PlanOptions:
     """With --use-ascend-coc: how many pieces, 1 (not cut), 2, 4 or 8."""
     optimizer_cpu_offload: YesNo = "no"
     """fp32 weights and moments are in the host's memory; only layouts with the distributed
-    optimizer. The seconds do not know how slow the host's update and its copies are."""
+    optimizer. The seconds do not include the host's update and its copies."""
     optimizer_offload_fraction: float = 1.0
-    """How much of them."""
+    """The fraction of them that the host holds."""
     zero_stage: Literal[1, 2, 3] | None = None
     """DeepSpeed's ZeRO trains (launch/finetune_qwen2_deepspeed.py), with data-parallel ranks alone;
     all weights, with attention that keeps no scores."""
