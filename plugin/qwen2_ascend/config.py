@@ -306,11 +306,11 @@ def _series(
     """The base and the instruct models of one series.
 
     Args:
-        prefix: of the names, as `Qwen2.5-Math-`.
+        prefix: how the names begin, such as `Qwen2.5-Math-`.
         sizes: those that were published.
         positions: max_position_embeddings of the base models, where it is not that of all the
             instruct models, which are under "Instruct".
-        rotary_base: of all.
+        rotary_base: the rotary base of all.
     """
     found: dict[str, _Published] = {}
     for size in sizes:

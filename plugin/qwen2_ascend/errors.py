@@ -47,7 +47,7 @@ class DamagedError(UserError):
     """A file that is not as it was written; another copy of it, or an older one, may be.
 
     Attributes:
-        folder: of the damaged checkpoint, where that is known.
+        folder: the damaged checkpoint's folder, where that is known.
     """
 
     folder: Path | None = None

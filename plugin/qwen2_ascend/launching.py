@@ -148,7 +148,7 @@ def _fail(
         faults: one line each.
         status: the exit status.
         who: the other rank that failed; "" where the fault names it.
-        kind: of an exception, for torchrun.
+        kind: the kind of an exception, for torchrun.
         words: what is printed instead of the faults.
     """
     text = "\n".join(faults)

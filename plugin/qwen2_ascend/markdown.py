@@ -17,7 +17,7 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = True) -> list[str]:
     """Lines whose cells stand below one another; the first column is flush left.
 
     Args:
-        rows: of equal length.
+        rows: rows of equal length.
         right: whether the other columns are flush right, as numbers want it.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

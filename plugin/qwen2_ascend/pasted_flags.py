@@ -181,8 +181,8 @@ def pasted_faults(
 
     Args:
         pasted: from `split_flags`.
-        table: of the same command.
-        settings: of the same command; conditions ask it.
+        table: the table of the same command.
+        settings: the settings of the same command; conditions ask it.
         config: the model's; None leaves out the conditions.
     """
     return [

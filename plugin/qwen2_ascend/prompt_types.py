@@ -168,7 +168,7 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
 
     Args:
         name: one of `PromptType`.
-        tokenizer: of transformers.
+        tokenizer: transformers' tokenizer.
 
     Raises:
         UserError: it has no such token.

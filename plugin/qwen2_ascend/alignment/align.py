@@ -224,7 +224,7 @@ def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
     Args:
         settings: for the factor and the reference's weights.
         source: the weights.
-        record: of this run or another.
+        record: a record of this run or another.
     """
     from qwen2_ascend.alignment import judge as judging
     from qwen2_ascend.alignment.record import DTYPES

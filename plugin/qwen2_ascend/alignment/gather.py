@@ -77,7 +77,7 @@ def whole_sequences(name: str, own: torch.Tensor, sequence_cut: SequenceCut | No
     """A tensor of all positions, in their order, from those of the ranks that share them.
 
     Args:
-        name: of the tensor; of the losses, `[n * b, 1, s]`, the last axis is the sequence.
+        name: the tensor's name; the losses' last axis, of `[n * b, 1, s]`, is the sequence.
         own: this rank's part, else `[n * b, s, features]`.
         sequence_cut: None where this rank has all positions.
     """

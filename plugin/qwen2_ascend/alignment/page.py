@@ -110,8 +110,8 @@ def render_page(
     """The page.
 
     Args:
-        judgement: of this run.
-        between: of the run it is compared with.
+        judgement: the judgement of this run.
+        between: the comparison with another run.
         verdict: the finding in words.
         picture: the heat map, PNG.
         curve: the loss curve, PNG.

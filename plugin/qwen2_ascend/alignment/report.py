@@ -228,8 +228,8 @@ def write_files(judgement: Judgement, between: Between | None, files: Mapping[st
     """Writes what is asked for.
 
     Args:
-        judgement: of this run.
-        between: of the run it is compared with.
+        judgement: the judgement of this run.
+        between: the comparison with another run.
         files: paths by "html", "png" and "json".
 
     Raises:

@@ -29,7 +29,7 @@ class Side:
 
     Args:
         module: run by `python -m`; it calls `serve`.
-        arguments: of the command line.
+        arguments: the arguments of the command line.
         threads: OMP_NUM_THREADS.
         environment: variables besides those of this process.
     """
@@ -112,8 +112,8 @@ class RankedSide:
 
     Args:
         module: as of `Side`.
-        arguments: of every rank.
-        threads: of each.
+        arguments: the arguments of every rank.
+        threads: the threads of each.
         processes: how many ranks there are.
     """
 
@@ -199,8 +199,8 @@ def running(
 
     Args:
         module: as of `Side`.
-        arguments: of every side, by its name.
-        threads: of each.
+        arguments: every side's arguments, by its name.
+        threads: the threads of each.
 
     Raises:
         UserError: one of them has ended.

@@ -38,7 +38,7 @@ def parts_of(box: Box, run: Run, *, joins_blocks: bool) -> Iterator[Part]:
 
     Args:
         box: `[blocks, rows, columns]`.
-        run: of its elements.
+        run: the run of its elements.
         joins_blocks: whether a box may be of several whole blocks.
     """
     (block0, _), (row0, row1), (column0, column1) = box

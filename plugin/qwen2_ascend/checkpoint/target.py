@@ -299,8 +299,8 @@ def torch_dist_chunk(
     Args:
         part: one range of the whole tensor's rows, or a part of one row.
         rules: by their Megatron names.
-        num_layers: of the whole model.
-        dtype: of the chunk.
+        num_layers: layers of the whole model.
+        dtype: the dtype of the chunk.
     """
     rule, layer = rule_of(part, rules)
     (block, _), (row, _), (column, _) = part.box

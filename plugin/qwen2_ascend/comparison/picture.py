@@ -40,12 +40,12 @@ def draw(
     """Writes the picture of `report`.
 
     Args:
-        report: of `compare(ours, theirs, rules)`.
+        report: what `compare(ours, theirs, rules)` returned.
         ours: opened still, for the elements of one array.
         theirs: the same.
         rules: the same.
         path: the PNG.
-        name: of the array to show in detail; the worst without it.
+        name: the array to show in detail; the worst without it.
 
     Raises:
         UserError: no matplotlib, or `path` cannot be written.

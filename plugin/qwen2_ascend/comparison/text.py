@@ -29,7 +29,7 @@ def report_lines(report: Report, *, details: bool = False, width: int | None = N
     """The whole report.
 
     Args:
-        report: of `compare`.
+        report: what `compare` returned.
         details: every figure of every array, not only where there are few.
         width: columns of the terminal, into which names are shortened; None where nothing is.
     """

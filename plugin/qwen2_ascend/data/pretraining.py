@@ -80,7 +80,7 @@ def build_pretraining_datasets(
         num_samples: samples wanted of train, valid and test; a split of which none is wanted is
             not built. Epochs are repeated as needed.
         seq_length: tokens in a sample.
-        seed: of the shuffling.
+        seed: the seed of the shuffling.
         eod_token: id of the token that ends a document; None where there is none.
         data_path: one prefix, several, or weights and prefixes in turn (`0.3 A 0.7 B`), divided
             by `split`.

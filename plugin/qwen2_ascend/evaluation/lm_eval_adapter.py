@@ -41,7 +41,7 @@ class Qwen2LM(TemplateLM):
         tokenizer: the model's.
         defaults: what the model's folder says of generation: how tokens are chosen where a task
             does not say, and which end a text.
-        seed: of the draws, where a task samples.
+        seed: the seed of the draws, where a task samples.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class Scorer:
 
         Args:
             sequences: tokens, at least two, at most one more than the model's context.
-            firsts: of each, the place of the first token to score, at least 1.
+            firsts: the place of the first token to score in each, at least 1.
 
         Returns:
             On every rank the same.

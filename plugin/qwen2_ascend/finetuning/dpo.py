@@ -86,7 +86,7 @@ def answer_log_probs(
     Under context parallelism each rank has a part of the rows and gets the sums of all parts.
 
     Args:
-        losses: of every token, `[2 b, s]`, the chosen rows first.
+        losses: every token's loss, `[2 b, s]`, the chosen rows first.
         loss_mask: `[2 b, s]`, 1 on the answers' tokens.
     """
     mask = loss_mask.float()

@@ -64,7 +64,7 @@ class LoraStorage(ABC):
 
         Args:
             run: its model has adapters.
-            identity: of the base model.
+            identity: the identity of the base model.
             lora: what the adapters are.
             base: where the base model was loaded from.
         """

@@ -78,7 +78,7 @@ class Generator:
         sampling: how a token is chosen.
         stop: strings that end the text.
         special_tokens: those that `decode` leaves out, and what they are called in `stop`.
-        seed: of the draws.
+        seed: the seed of the draws.
     """
 
     def __init__(

@@ -169,7 +169,7 @@ def sent_bytes(
     Args:
         algorithm: context_parallel_algo.
         cp: context_parallel_size.
-        tokens: of all rows, that this rank holds.
+        tokens: the tokens of all rows that this rank holds.
         np: query heads.
         ng: query groups.
         hn: head width.

@@ -17,10 +17,10 @@ class KVCache:
     """Keys and values of all layers of a chunk, in rows: a row holds one sequence.
 
     Args:
-        num_layers: of the chunk.
+        num_layers: layers of the chunk.
         num_rows: sequences at once.
         num_groups: query groups of this rank.
-        width: of a head.
+        width: the width of a head.
         dtype: the model's.
         device: the model's.
     """
@@ -75,7 +75,7 @@ class NewTokens:
     `[1, b]`; one alone may go on with any number of tokens, `[s, 1]`.
 
     Args:
-        rows: of the cache, one after the other.
+        rows: rows of the cache, one after the other.
         starts: tokens each of them holds already.
         counts: new tokens of each.
     """

@@ -98,7 +98,7 @@ class Device:
         """Bytes per second that a rank can send in a collective, one direction.
 
         Args:
-            num_ranks: that take part.
+            num_ranks: ranks that take part.
             span: devices from the first of them to the last.
             devices_per_node: with fast links to each other.
         """

@@ -50,8 +50,8 @@ class RankState:
         """Nothing is copied.
 
         Args:
-            parameters: of each chunk, by name.
-            pieces: of all ranks.
+            parameters: each chunk's parameters, by name.
+            pieces: the pieces of all ranks.
             optimizer: None leaves its tensors out of what is written.
             is_stored_once: whether of the ranks that have equal tensors one writes them; else each
                 tensor/pipeline rank writes all that it has.
@@ -139,7 +139,7 @@ class RankState:
         The parameters must have been loaded before.
 
         Args:
-            num_updates: that had been made when the state was saved.
+            num_updates: updates that had been made when the state was saved.
 
         Returns:
             By kind, of every parameter that this rank updates: its piece, which run of its

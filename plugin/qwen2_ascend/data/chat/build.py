@@ -64,7 +64,7 @@ def build_chat_datasets(
 
     Args:
         seq_length: longest sample, in tokens; longer chats are cut at the end.
-        seed: of the packing and of every epoch's order.
+        seed: the seed of the packing and of every epoch's order.
         num_samples: samples wanted of train and valid, epochs are repeated as needed; None is
             one epoch, and `with_num_samples` changes it later.
         task: "sft" for chats, "dpo" for preference pairs.

@@ -124,7 +124,7 @@ def _first_good(file: InputFile, reading: Reading, take: Callable[[Any], Any]) -
     """What `take` makes of the first row that it can take.
 
     Raises:
-        UserError: of none of the first rows; says what is wrong with the first one.
+        UserError: it can take none of the first rows; the message is about the first one.
     """
     reason = ""
     for row, _, _ in islice(read_chat_rows([file], reading, Position()), ROWS_TO_DETECT):
