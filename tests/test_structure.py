@@ -72,7 +72,7 @@ def test_what_is_left_out_is_in_a_circle_still(name: str) -> None:
 
 
 def test_the_comparison_of_arrays_knows_no_model() -> None:
-    """The rest that it takes is errors, files, tables and what reads file formats."""
+    """Of the rest it takes errors, files, tables and what reads file formats."""
     beneath = ("comparison", "errors", "files", "markdown", "checkpoint.formats")
     beneath += ("checkpoint.progress",)
     allowed = tuple(f"qwen2_ascend.{name}" for name in beneath)
@@ -81,24 +81,6 @@ def test_the_comparison_of_arrays_knows_no_model() -> None:
     assert len(own) > 5
     taken = {other for others in own.values() for other in others} - {"qwen2_ascend"}
     assert not [name for name in taken if not name.startswith(allowed)]
-
-
-def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every docstring, those of attributes included."""
-    for node in ast.walk(tree):
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-                yield child.lineno, str(child.value.value).lstrip()
-
-
-def test_docstrings_are_no_ends_of_sentences() -> None:
-    """A reader sees them in --help and in editors, far from the name that they would go on from."""
-    assert not [
-        f"{path.relative_to(PACKAGE)}:{line}: {text.splitlines()[0]}"
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
-        if text.startswith(("Of ", "And "))
-    ]
 
 
 @pytest.mark.parametrize(
@@ -120,3 +102,21 @@ def test_a_circle_is_found_however_it_is_closed(back: str, tmp_path: Path) -> No
     assert not circle(imports_of(root))
     (root / "second.py").write_text(back)
     assert {"pack.first", "pack.second"} == set(circle(imports_of(root)))
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring, those of attributes included."""
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                yield child.lineno, str(child.value.value).lstrip()
+
+
+def test_docstrings_are_no_ends_of_sentences() -> None:
+    """A reader sees them in --help and in editors, far from the name that they would go on from."""
+    assert not [
+        f"{path.relative_to(PACKAGE)}:{line}: {text.splitlines()[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        if text.startswith(("Of ", "And "))
+    ]
