@@ -1,4 +1,4 @@
-"""Finds where a run and transformers part: `python launch/align_qwen2.py --help`."""
+"""Finds where a run differs from transformers: `python launch/align_qwen2.py --help`."""
 
 import sys
 

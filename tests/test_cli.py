@@ -189,7 +189,7 @@ def test_user_errors_keep_their_faults_between_processes() -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    """As in `qwen2-ascend ... | head -1`."""
+    """`qwen2-ascend ... | head -1` is such a reader."""
     code = (
         "import sys; from qwen2_ascend.cli import run_command\n"
         "def command():\n    for i in range(100000): print('line', i)\n"

@@ -100,7 +100,7 @@ NUM_PARAMETERS = {
     "Qwen2.5-72B": 72_706_203_648,
     "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
 }
-"""As the hub counts them."""
+"""The hub's counts."""
 
 
 def as_transformers_5(raw: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import signal
+import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 from distributed import parity_worker, train_worker
 from finetuning import adapter_worker, deepspeed_worker, finetune_worker, lora_worker
-from qwen2_ascend import plan
+from qwen2_ascend import cli, plan
 from qwen2_ascend.planning import report
 from real import real_worker
 
@@ -19,8 +24,11 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-PROMISED = {"migration.md", "migration.zh-CN.md", "interop.md"}
-"""Pages that other changes bring."""
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+COMMAND = re.compile(
+    r"(?:qwen2-ascend|python tools/(?=benchmark)) ?((?:benchmark(?:\.py)? )?[\w-]+)"
+)
+"""A command of a page's block up to its name; launchers' are tested by tests/finetuning."""
 ALLOWED = {
     "logits of a small model": (parity_worker.FP32_TOLERANCE, parity_worker.FP64_TOLERANCE),
     "logits of a model with hidden size 512": (parity_worker.FP64_TOLERANCE,),
@@ -33,7 +41,7 @@ ALLOWED = {
     "DeepSpeed ZeRO": (deepspeed_worker.LOSS_TOLERANCE,),
     "LoRA by ZeRO": (deepspeed_worker.LOSS_TOLERANCE,),
 }
-"""By the beginning of a claim in docs/evidence.md: what the tests of it allow."""
+"""What the tests allow, by the beginning of a claim in docs/evidence.md."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -48,10 +56,7 @@ def broken(page: Path) -> Iterator[str]:
             continue
         name, _, heading = target.partition("#")
         file = page.parent / name if name else page
-        if not file.exists():
-            if file.name not in PROMISED:
-                yield target
-        elif heading and heading not in anchors(file):
+        if not file.exists() or (heading and heading not in anchors(file)):
             yield target
 
 
@@ -63,6 +68,25 @@ def anchors(page: Path) -> set[str]:
 
 def without_commands(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_have_flags_of_their_help(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # benchmark's help sets a handler
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    blocks = re.findall(r"^```.*?^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        if found := COMMAND.match(line.removeprefix("OMP_NUM_THREADS=1 ")):
+            name = found[1].replace(".py", "")
+            assert set(FLAG.findall(line)) <= helped(name), line
+
+
+@lru_cache
+def helped(name: str) -> set[str]:
+    """The flags in the help of a command."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        cli._dispatch([*name.split(), "--help"])
+    return set(FLAG.findall(out.getvalue()))
 
 
 @pytest.mark.parametrize("claim", ALLOWED)

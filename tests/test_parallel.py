@@ -351,7 +351,7 @@ def test_dropped_attention_weights_are_refused_where_results_are_merged(algorith
 
 @pytest.mark.parametrize("cp", [2, 3, 4, 6, 7, 12, 14])
 def test_ulysses_needs_ranks_that_divide_the_query_heads_alone(cp: int) -> None:
-    """Then there are enough copies of the groups' keys for every rank's heads to find theirs."""
+    """There are enough copies of the groups' keys for every rank's heads to find theirs."""
     from qwen2_ascend.model.context_plan import ulysses_repeats
 
     for heads, groups in ((14, 2), (12, 4), (12, 3), (28, 4)):

@@ -63,7 +63,7 @@ def test_examples_and_tools_trust_no_code() -> None:
 
 
 def test_transformers_auto_classes_are_given_to_the_one_place_only() -> None:
-    """So an opener that has another name, or is fetched by `getattr`, stands out too."""
+    """An opener that has another name, or is fetched by `getattr`, stands out too."""
     for path in sorted((ROOT / "plugin").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         allowed: set[ast.AST] = set()
@@ -118,7 +118,7 @@ WISHES = {
 def test_a_folder_that_wants_its_own_code_is_refused_and_the_code_does_not_run(
     hostile: Path, tmp_path: Path, wish: str
 ) -> None:
-    """Also where the standard input answers transformers' question with yes."""
+    """The standard input may answer transformers' question with yes."""
     name, auto_map, changes = WISHES[wish]
     _wants(hostile, name, auto_map, **changes)
     code = (

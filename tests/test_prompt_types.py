@@ -101,7 +101,7 @@ def test_r1_task_stands_before_every_question(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("name", PROMPT_FORMATS)
 def test_question_ends_where_the_answer_begins(tokenizer: Any, name: str) -> None:
-    """So a prompt for generation is how the whole chat begins."""
+    """A prompt for generation is how the whole chat begins."""
     template = prompt_template(name)
     whole = render(tokenizer, messages(TWO), template=template)
     for ask in (False, True):

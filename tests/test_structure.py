@@ -36,7 +36,7 @@ def imported(tree: ast.AST, modules: Set[str]) -> Iterator[str]:
 
 
 def imports_of(root: Path) -> dict[str, set[str]]:
-    """By module, the modules of the same package that it imports."""
+    """The modules of the same package that each module imports."""
     files = {module_name(path, root): path for path in root.rglob("*.py")}
     return {
         name: {other for other in imported(ast.parse(path.read_text()), files.keys())}
@@ -149,3 +149,21 @@ def test_a_circle_is_found_however_it_is_closed(back: str, tmp_path: Path) -> No
     assert not circle(imports_of(root))
     (root / "second.py").write_text(back)
     assert {"pack.first", "pack.second"} == set(circle(imports_of(root)))
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring, those of attributes included."""
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                yield child.lineno, str(child.value.value).lstrip()
+
+
+def test_docstrings_are_no_ends_of_sentences() -> None:
+    """A reader sees them in --help and in editors, far from the name that they would go on from."""
+    assert not [
+        f"{path.relative_to(PACKAGE)}:{line}: {text.splitlines()[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        if text.startswith(("Of ", "And "))
+    ]

@@ -15,7 +15,7 @@ def plan(model: str | None = None, num_devices: int | None = None, **options: An
 
     Args:
         model: a Hugging Face folder, a config.json, or a published model's name.
-        num_devices: that the job runs on; this and the model may be left to `from_log`.
+        num_devices: devices that the job runs on; this and the model may be left to `from_log`.
         **options: the command's other flags, with underscores.
 
     Raises:

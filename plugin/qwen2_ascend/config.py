@@ -23,7 +23,7 @@ class YarnScaling:
     """YaRN rope scaling (Peng et al. 2023, arXiv:2309.00071), as Qwen's cards enable it."""
 
     factor: float
-    """By how much the context is stretched."""
+    """How many times longer the context becomes."""
     original_max_position_embeddings: int
     """Context length, in tokens, that the model was trained with."""
     beta_fast: float = 32.0
@@ -297,11 +297,11 @@ def _series(
     """The base and the instruct models of one series.
 
     Args:
-        prefix: of the names, as `Qwen2.5-Math-`.
+        prefix: how the names begin, such as `Qwen2.5-Math-`.
         sizes: those that were published.
         positions: max_position_embeddings of the base models, where it is not that of all the
             instruct models, which are under "Instruct".
-        rotary_base: of all.
+        rotary_base: the rotary base of all.
     """
     found: dict[str, _Published] = {}
     for size in sizes:

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _MOST_CHARACTERS = 10_000
-"""Of one fault; a file may give a tensor a name of megabytes."""
+"""The longest text of one fault; a file may give a tensor a name of megabytes."""
 _MOST_NAMED = 20
-"""Names, or faults of one kind, in a list."""
+"""The most names, or faults of one kind, in a list."""
 _MOST_FAULTS = 1000
 """A file may hold a fault for each of its bytes."""
 
@@ -49,7 +49,7 @@ class DamagedError(UserError):
     """A file that is not as it was written; another copy of it, or an older one, may be.
 
     Attributes:
-        folder: of the damaged checkpoint, where that is known.
+        folder: the damaged checkpoint's folder, where that is known.
     """
 
     folder: Path | None = None

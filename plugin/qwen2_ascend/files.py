@@ -21,12 +21,12 @@ from typing import Any, BinaryIO
 from qwen2_ascend.errors import UserError
 
 MAX_WHOLE_BYTES = 1 << 28
-"""Of a file that is read whole; the largest tokenizer.json is about 11 MB."""
+"""The largest file that is read whole; the largest tokenizer.json is about 11 MB."""
 MAX_JSON_VALUES = 500_000
-"""In a JSON text that is parsed: a tenth of a second or so, and at most about 50 MB."""
+"""The most values of a JSON text: a tenth of a second or so, and at most about 50 MB."""
 
 MAX_DIGITS = 4300
-"""Of a whole number in a JSON text, which is Python's own bound."""
+"""The most digits of a whole number in a JSON text, which is Python's own bound."""
 POINTER, MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 """How a Git LFS pointer begins, and its longest, by the format's specification."""
 _JSON_KINDS: dict[type, str] = {
@@ -50,7 +50,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def open_descriptor(path: str | Path) -> int:
-    """As `open_regular`, as a file descriptor."""
+    """Opens a file as `open_regular` does, as a file descriptor."""
     _check_mode(path, os.stat(path))  # before it is opened, which does something to some devices
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -62,7 +62,7 @@ def open_descriptor(path: str | Path) -> int:
 
 
 def require_regular(path: str | Path) -> None:
-    """For a library that opens `path` itself.
+    """Checks a file that a library opens itself.
 
     Raises:
         UserError: it is a FIFO, a device or a socket, or stands for a file of Git LFS.

@@ -65,7 +65,7 @@ def parse_flags(kind: type[T], program: str, arguments: Sequence[str] | None) ->
 
 
 def parse_pasted(kind: type[T], program: str, arguments: Sequence[str] | None, table: Table) -> T:
-    """As `parse_flags`, with what is pasted of others' flags in the settings' field `pasted`.
+    """Parses as `parse_flags` does; other tools' flags go into the settings' field `pasted`.
 
     Raises:
         UserError: the words are from a script that no shell can run, or for a
@@ -148,7 +148,7 @@ def _fail(
         faults: one line each.
         status: the exit status.
         who: the other rank that failed; "" where the fault names it.
-        kind: of an exception, for torchrun.
+        kind: the kind of an exception, for torchrun.
         words: what is printed instead of the faults.
     """
     text = "\n".join(faults)

@@ -17,7 +17,7 @@ def aligned(rows: Sequence[Sequence[str]], flush: str = "lr") -> list[str]:
     """Lines whose cells stand below one another.
 
     Args:
-        rows: of equal length.
+        rows: rows of equal length.
         flush: for each column, l for flush left or r for flush right; the last letter holds for
             all columns after it.
     """

@@ -17,7 +17,7 @@ from qwen2_ascend.errors import raise_if
 Pasted = tuple[tuple[str, str | None], ...]
 """Flags and their values, None where they have none, in the order of the command line."""
 Check = Callable[[str | None, Any, Qwen2Config], str | None]
-"""From a flag's value, the command's settings and the model: what to do instead, or None."""
+"""What to do instead, by a flag's value, the command's settings and the model, or None."""
 
 
 class Meaning(NamedTuple):
@@ -94,7 +94,7 @@ MODEL_FLAGS: Table = {
     "--model-type-hf": Meaning("the config says it", ("qwen2", "qwen25")),
     "--ai-framework": Meaning("there is no other", ("pytorch",)),
 }
-"""Of every command that opens a model: its shape, which the config decides, and what all have."""
+"""Flags of every command that opens a model: its shape, which the config decides, and others."""
 
 
 CARRIAGE_RETURN = (
@@ -129,7 +129,7 @@ NO_EXPERT = Meaning("there are no experts", None, refused=True)
 
 
 def split_script(arguments: Sequence[str], table: Table) -> tuple[list[str], Pasted]:
-    """As `split_flags`, of a command line as a script of others gives it.
+    """Splits the command line of another tool's script as `split_flags` does.
 
     Flags of models with experts are taken whatever the table says; `expert_faults` names them.
 
@@ -181,8 +181,8 @@ def pasted_faults(
 
     Args:
         pasted: from `split_flags`.
-        table: of the same command.
-        settings: of the same command; conditions ask it.
+        table: the table of the same command.
+        settings: the settings of the same command; conditions ask it.
         config: the model's; None leaves out the conditions.
     """
     return [

@@ -25,7 +25,7 @@ def open_pretrained(auto_class: Any, folder: str | Path, **keywords: Any) -> Any
     """What `auto_class.from_pretrained` makes of a folder, without code of the folder's own.
 
     Args:
-        auto_class: of transformers, AutoConfig or a model's class, for example.
+        auto_class: a class of transformers, AutoConfig or a model's class, for example.
         folder: a Hugging Face folder.
         keywords: further ones for `from_pretrained`.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def size_text(num_bytes: int) -> str:
-    """For a log: 3.09 GB, 12.4 MB."""
+    """A size for a log: 3.09 GB, 12.4 MB."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:.1f} MB"
 
 

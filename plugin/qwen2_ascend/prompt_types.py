@@ -113,7 +113,7 @@ PROMPT_FORMATS: Mapping[str, PromptFormat] = {
     "qwen_r1": _chatml(asks=R1_TASK + "{content}", default_system=HELPFUL),
     "trl": PromptFormat(user="{content}", assistant="{content}", prefix="{bos}"),
 }
-"""By the name that --prompt-type takes."""
+"""The formats by the name that --prompt-type takes."""
 
 
 def prompt_template(name: str) -> str:
@@ -168,7 +168,7 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
 
     Args:
         name: one of `PromptType`.
-        tokenizer: of transformers.
+        tokenizer: transformers' tokenizer.
 
     Raises:
         UserError: it has no such token.

@@ -162,7 +162,7 @@ def another_rotary_base(chunks: list[Any]) -> None:
 
 
 def no_key_bias(chunks: list[Any]) -> None:
-    """Of all query groups; q and v keep theirs."""
+    """Every query group loses it; q and v keep theirs."""
     import torch
 
     bias = layer(chunks, 1).self_attention.linear_qkv.bias
@@ -183,13 +183,13 @@ def no_causal_mask(chunks: list[Any]) -> None:
 
 
 def another_order_of_positions(chunks: list[Any]) -> None:
-    """Of CP2: layer 1's attention takes its chunks for one piece, as Ulysses has it."""
+    """Layer 1's attention takes CP2's chunks for one piece, as Ulysses has it."""
     attention = layer(chunks, 1).self_attention.core_attention
     attention.sequence_cut = replace(attention.sequence_cut, algorithm="ulysses_cp_algo")
 
 
 def nothing_from_the_other_rank(chunks: list[Any]) -> None:
-    """Of CP2: layer 2's queries see the keys of their own rank only."""
+    """Layer 2's queries see only the keys of their own rank, of CP2's two."""
     core = layer(chunks, 2).self_attention.core_attention
     core.sequence_cut = None
 
@@ -366,7 +366,7 @@ def dumps_of_two_layouts_compare(run: Run) -> str:
 
 
 def _compares_at_the_defaults(ours: Path, theirs: Path) -> None:
-    """As files: both activations and gradients pass; a planted fault of either kind does not."""
+    """Both activations and gradients pass as files; a planted fault of either kind does not."""
     from safetensors.torch import load_file, save_file
 
     from qwen2_ascend.comparison.compare import Rules, compare

@@ -104,8 +104,8 @@ def test_fp64_of_transformers_goes_through_no_fp32(folder: Path, own) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rotary_frequencies_are_not_rounded_to_16_bits(folder: Path, dtype: torch.dtype) -> None:
-    """As where transformers itself loads in that dtype: else angles are off by far more than the
-    dtype rounds, and a wrong rotary base of ours would pass as noise."""
+    """transformers itself rounds them where it loads in that dtype: then angles are off by far more
+    than the dtype rounds, and a wrong rotary base of ours would pass as noise."""
     from transformers import Qwen2ForCausalLM
 
     model = load_model(open_source(folder), None, dtype)

@@ -345,6 +345,10 @@ def test_the_language_is_the_browsers_and_can_be_changed(browser: Browser, serve
         opened(page, served, tab)
         expect(page.locator(f"#tab-{tab}")).to_have_text(re.compile("[\u4e00-\u9fff]"))
         expect(page.locator("#panel")).to_contain_text(re.compile("[\u4e00-\u9fff]"))
+    opened(page, served, "plan")
+    page.locator("#plan-go").click()
+    for line in page.locator("#plan-answer").inner_text().splitlines():
+        assert re.search("[\u4e00-\u9fff]", line), line
     page.locator("#language").select_option("en")
     expect(page.locator("#tab-runs")).to_have_text("Runs")
     page.reload()

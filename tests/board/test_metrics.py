@@ -191,6 +191,14 @@ def test_values_that_are_no_numbers_are_no_points(path: Path) -> None:
     assert not file.num_bad_lines
 
 
+@pytest.mark.parametrize("values", [[True, False, 4.5], ["1.5", "2", 4.5], [True, None, 4.5]])
+def test_what_only_looks_like_a_number_is_no_point(path: Path, values: list[Any]) -> None:
+    path.write_text("".join(line(i, loss=value) for i, value in enumerate(values, 1)))
+    file = MetricsFile(path)
+    file.update()
+    assert shown(file) == [(3, 4.5)]
+
+
 def test_a_file_of_endlessly_many_names_keeps_some(path: Path) -> None:
     path.write_text("".join(line(i, **{f"n{i}-{j}": 1.0 for j in range(50)}) for i in range(1, 50)))
     file = MetricsFile(path)

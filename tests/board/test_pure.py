@@ -22,6 +22,7 @@ from qwen2_ascend.board.listing import list_folders
 from qwen2_ascend.board.metrics import Point
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import settings as finetuning
+from qwen2_ascend.planning import report
 from qwen2_ascend.training import settings as pretraining
 
 # --- names ----------------------------------------------------------------------------------------
@@ -201,11 +202,25 @@ FORM = {
 }
 
 
+def spoken(named: Any) -> Any:
+    """What an English page makes of texts by their names."""
+    if isinstance(named, list):
+        return [spoken(one) for one in named]
+    if not isinstance(named, dict):
+        return named
+    values = {name: spoken(one) for name, one in named["values"].items()}
+    joined = {
+        name: ", ".join(one) if isinstance(one, list) else one for name, one in values.items()
+    }
+    return report.TEXTS[named["key"]].format(**joined)
+
+
 @pytest.mark.parametrize("method", plans.METHODS)
 def test_every_command_is_one_that_its_launcher_takes(tmp_path: Path, method: str) -> None:
     asked = plans.question({**FORM, "method": method}, Jail([tmp_path]))
     table = plans.answer(asked)
     assert len(table["rows"]) > 5
+    assert spoken(table["answer"]) == report.answer(plans._planned(asked)).split("\n")
     for number, row in enumerate(table["rows"][:4]):
         assert sum(row["parts"].values()) == row["memory"]["total"]
         command = plans.command(asked, number, "node")
@@ -362,6 +377,15 @@ def test_a_form_becomes_the_command_that_a_person_would_type(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+def test_numbers_keep_their_digits(tmp_path: Path) -> None:
+    typed = {"lr": "1.23456789e-5", "epochs": "2.00000001", "lora_alpha": "123456.75"}
+    words = order({**start_form(tmp_path), **typed}, Jail([tmp_path])).words
+    settings = finetuning.parse(words[5:])
+    assert settings.optimizer.lr == 1.23456789e-5
+    assert settings.tuning.num_train_epochs == 2.00000001
+    assert settings.lora.lora_alpha == 123456.75
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -430,6 +454,8 @@ def test_every_word_of_the_page_is_there_in_both_languages() -> None:
     for name, text in words[0].items():
         holes = [sorted(re.findall(r"\{\w+\}", one)) for one in (text, words[1][name])]
         assert holes[0] == holes[1], name
+    planned = {name: json.loads(f'"{words[0][name]}"') for name in report.TEXTS}
+    assert planned == report.TEXTS  # an answer has the same words in a terminal and on the page
     used = set()
     for file in static.glob("*.js"):
         used |= set(re.findall(r"\bt\(\"(\w+)\"", file.read_text(encoding="utf-8")))

@@ -788,7 +788,7 @@ def test_a_wrong_wish(case, tmp_path):
 
 
 def test_a_tp_that_would_cut_a_group_unevenly(tmp_path):
-    """As TP14 of Qwen2.5-0.5B would: 7 ranks for the 9 heads of a group."""
+    """TP14 of Qwen2.5-0.5B would put the 9 heads of a group on 7 ranks."""
     config = toy_config(
         num_attention_heads=6, num_query_groups=2, hidden_size=48, ffn_hidden_size=96, kv_channels=2
     )

@@ -313,7 +313,7 @@ def test_without_an_exchange_of_folders(tmp_path, monkeypatch):
 
 
 def test_verify_finds_a_flipped_bit(tmp_path, monkeypatch):
-    """In what was written, after it was written, wherever it is."""
+    """It may be wherever in what was written, after it was written."""
     source = toy(tmp_path / "hf")
     genuine = convert_module.verify
     for position in random.Random(0).sample(range(10_000, 50_000), 5):

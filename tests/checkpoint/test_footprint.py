@@ -76,7 +76,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_anonymous_memory_stays_flat(scratch):
-    """Of a 460 MB model: rows, columns and casts, there and back, with verification."""
+    """A 460 MB model goes there and back: rows, columns and casts, with verification."""
     config = Qwen2Config(
         num_layers=12,
         hidden_size=1024,

@@ -49,7 +49,7 @@ def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def interleaved_qkv(hf: dict, layer: str, kind: str, config: Qwen2Config) -> torch.Tensor:
-    """For each query group: its q heads, then its k head, then its v head."""
+    """The q heads of each query group, then its k head, then its v head."""
     width, per_group = config.kv_channels, config.num_attention_heads // config.num_query_groups
     rows = []
     for group in range(config.num_query_groups):

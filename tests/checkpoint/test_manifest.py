@@ -359,7 +359,7 @@ json_values = st.recursive(
 )
 @given(data=st.data())
 def test_any_json_value_at_any_place_is_accepted_or_refused(data, written, tmp_path):
-    """Never another exception, and never a path that leads out."""
+    """No other exception comes, and no path leads out."""
     raw = json.loads((written / "pt" / MANIFEST_FILE).read_text())
     for file in raw["tensors"]:  # two tensors of each, or most places would be theirs
         raw["tensors"][file] = dict(list(raw["tensors"][file].items())[:2])

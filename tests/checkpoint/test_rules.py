@@ -180,7 +180,7 @@ def reference_layer(model, config: Qwen2Config, i: int, tp: int, tp_rank: int):
         return np.array_split(array, tp, axis=1)[tp_rank]
 
     def interleaved(kind: str) -> np.ndarray:
-        """For each query group its q heads, its k head, its v head."""
+        """The q heads of each query group, its k head, its v head."""
         q, k, v = (model[f"{prefix}.self_attn.{name}_proj.{kind}"] for name in "qkv")
         pieces = []
         for group in range(groups):

@@ -53,7 +53,7 @@ def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]
 
 
 def compared(ours: np.ndarray, theirs: np.ndarray, name="x", **rules) -> Comparison:
-    """Both through files."""
+    """The comparison of both through files."""
     np.save(f"{name}.npy", ours)
     np.savez("theirs.npz", **{name: theirs})
     report = compare(open_dump(f"{name}.npy"), open_dump("theirs.npz"), Rules(**rules))
@@ -88,7 +88,7 @@ def test_fp32_tolerances_refuse_what_bf16_accepts(folder) -> None:
 
 
 def test_integers_must_be_equal(folder) -> None:
-    """Also with tolerances given: those are for floating point."""
+    """Tolerances do not count either: those are for floating point."""
     ids = np.arange(12).reshape(3, 4)
     assert compared(ids, ids, rtol=0.5, min_cosine=1.0).passed
     found = compared(ids + (ids == 7), ids, rtol=0.5, atol=10.0)
@@ -123,7 +123,7 @@ def test_a_given_noise_floor_excuses_rows_of_noise(folder) -> None:
 
 
 def gradients(seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Of a query's weight: rows of many sizes, all with the rounding of the large ones."""
+    """Gradients of a query's weight: rows of many sizes, all rounded like the large ones."""
     rng = np.random.default_rng(seed)
     sizes = np.concatenate([np.full(40, 1.0), np.logspace(0, -6, 24)])[:, None]
     theirs = (rng.standard_normal((64, 32)) * sizes).astype("f4")
@@ -154,14 +154,14 @@ def test_rows_of_a_gradient_may_be_nothing_but_rounding(folder, capsys) -> None:
     ],
 )
 def test_a_fault_in_a_row_of_a_gradient_is_found(folder, row, fault, kind) -> None:
-    """Whatever is larger than the rounding of the rows around it."""
+    """It is larger than the rounding of the rows around it."""
     ours, theirs = gradients()
     ours[row] = fault(ours[row])
     assert kind in kinds(compared(ours, theirs, name="grad"))
 
 
 def test_rows_that_are_all_small_are_held_to_themselves(folder) -> None:
-    """Of a tied embedding most rows have tiny gradients, and one token's hides none of them."""
+    """Most rows of a tied embedding have tiny gradients, and one token's hides none of them."""
     theirs = random((64, 32)) * np.float32(1e-7)
     theirs[3] *= 1e7
     ours = nudge(theirs, 1e-6)

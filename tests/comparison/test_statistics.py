@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_arrays(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", list(TORCH), ids=str)
 def test_one_step_of_nextafter_is_one_ulp(dtype) -> None:
-    """Against torch.nextafter, across zero, subnormals and powers of two; also many steps."""
+    """torch.nextafter agrees across zero, subnormals and powers of two; also after many steps."""
     start = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, 1.5e-7, -6e-8, 65504.0, -3.25]).to(
         TORCH[dtype]
     )

@@ -98,7 +98,7 @@ def _model(run: Run) -> Any:
 
 @CHECKS.add(world_size=1)
 def packed_and_single_chats_have_the_same_losses_and_gradients(run: Run) -> str:
-    """Per token, with several packs in a batch; padded and not padded single chats too."""
+    """Each token has the same, with several packs in a batch, and with padded single chats too."""
     import torch
 
     model, prefix = _model(run), _stored(run)

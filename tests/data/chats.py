@@ -49,7 +49,7 @@ TEMPLATE = """
 {{ '<|im_start|>assistant\\n' }}
 {%- endif -%}
 """.replace("DEFAULT", f"'{DEFAULT_SYSTEM}'")
-"""In Qwen2.5's form: a default system prompt, tools in it, answers of tools in a user turn."""
+"""Qwen2.5's form: a default system prompt, tools in it, answers of tools in a user turn."""
 
 CHATML = TEMPLATE.replace("ENDGENERATION", "").replace("GENERATION", "")
 

@@ -414,7 +414,7 @@ def test_a_place_for_prepared_chats_that_cannot_be_written_is_said(tmp_path: Pat
 
 
 def test_prompt_type_reaches_the_samples_of_a_file(tmp_path: Path) -> None:
-    """And a file that was prepared with another template is prepared again."""
+    """A file that was prepared with another template is prepared again."""
     from transformers import AutoTokenizer
 
     from qwen2_ascend.data.chat.settings import ChatSettings

@@ -86,7 +86,7 @@ def trained_runs(tokens) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("index", range(len(CHATS)))
 def test_every_turn_follows_its_prompt_and_ends_with_the_end_of_turn(tokenizer, index) -> None:
-    """In front of a trained turn are the very ids that the model is asked with when it generates.
+    """A trained turn follows the very ids that the model is asked with when it generates.
 
     The turn is what it then says, up to the token that stops it, and nothing else is trained on.
     """
@@ -164,7 +164,7 @@ def test_train_on_prompt_and_mask_history(small_tokenizer) -> None:
 
 
 def test_only_the_chats_own_turns_are_trained_on(small_tokenizer) -> None:
-    """Of preference pairs the answer, of OpenAI's weights the turns that count."""
+    """That is the answer of preference pairs, and the turns that count by OpenAI's weights."""
     chat = CHATS[3]
     (every,) = ChatRenderer(small_tokenizer)([chat])
     (one,) = ChatRenderer(small_tokenizer)([chat._replace(trained=chat.trained[1:2])])
@@ -173,7 +173,7 @@ def test_only_the_chats_own_turns_are_trained_on(small_tokenizer) -> None:
 
 @pytest.mark.parametrize("chat", [CHATS[0], CHATS[1], CHATS[3], *CHATS[4:8]])
 def test_generation_markers_give_the_same_turns(small_tokenizer, chat) -> None:
-    """With the newline in front, where the markers of this template begin."""
+    """They have the newline in front, where the markers of this template begin."""
     (plain,) = ChatRenderer(small_tokenizer)([chat])
     (marked,) = ChatRenderer(small_tokenizer, chat_template=MARKED)([chat])
     assert marked.ids.tolist() == plain.ids.tolist()
@@ -189,7 +189,7 @@ SIMPLE = (
 
 @pytest.mark.parametrize("said_first", ["h", "hello 😀", "語", "é", "<|im_end|>"])
 def test_markers_mask_exactly_what_is_between_them(small_tokenizer, said_first) -> None:
-    """At a span's end a character of several tokens; a first span of a single token.
+    """A span may end in a character of several tokens; a first span may be a single token.
 
     transformers' own mask leaves out all of the last character's tokens but the first, and lets
     such a first span run on into the next turn.
@@ -244,7 +244,7 @@ def test_a_chat_whose_text_lacks_a_part_is_a_bad_row(small_tokenizer, options) -
 
 
 def test_chats_with_tools_are_written_by_the_template_for_tools(small_tokenizer, tmp_path) -> None:
-    """As apply_chat_template chooses, chat by chat."""
+    """apply_chat_template chooses in the same way, chat by chat."""
     from transformers import AutoTokenizer
 
     small_tokenizer.save_pretrained(tmp_path)

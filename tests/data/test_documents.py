@@ -80,7 +80,7 @@ def test_documents_without_an_end_token_end_where_the_data_says(tmp_path: Path) 
 
 
 def test_an_end_token_inside_of_a_document_ends_it_too(tmp_path: Path) -> None:
-    """As in Megatron-LM, which knows the token alone: texts may have been joined before."""
+    """Megatron-LM knows the token alone: texts may have been joined before."""
     builder = IndexedDatasetBuilder(f"{tmp_path}/joined.bin", dtype=np.uint16)
     for _ in range(20):
         builder.add_document([5, 5, 5, 0, 6, 6, 6, 6], [8])

@@ -379,8 +379,8 @@ def num_parts(folder: Path) -> int:
 
 
 def test_kill_9_is_gone_on_from(tokenizer_folder: Path, tmp_path: Path, capsys) -> None:
-    """Killed, its workers do not outlive it; gone on from, the result is that of a run nobody
-    disturbed, and what was done is not done again."""
+    """Its workers do not outlive it; gone on from, the result is that of a run nobody disturbed,
+    and what was done is not done again."""
     texts = documents(1500, seed=5)
     corpus = write_jsonl(tmp_path / "large.jsonl", texts)
     output, folder = tmp_path / "a", tmp_path / ".a.preprocessing"

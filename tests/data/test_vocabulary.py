@@ -45,7 +45,7 @@ def test_the_width_of_the_file_follows_the_largest_id(tmp_path: Path, token_id, 
 
 
 def test_prepared_text_carries_its_largest_token(tmp_path: Path) -> None:
-    """In one of 5,000 documents: no sample of them would see it."""
+    """It is in one of 5,000 documents: no sample of them would see it."""
     folder = high_token(save_tokenizer(tmp_path / "hf"), 500)
     texts = ["the of and to"] * 5000
     texts[4001] = "the zq"

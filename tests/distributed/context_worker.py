@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.loop import TrainingRun
 
 TOLERANCE = 5e-7
-"""Of fp32 losses near 5.6, one rounding of which is 4.8e-7; over 4 steps 6e-8 is seen."""
+"""Tolerance of fp32 losses near 5.6, one rounding of which is 4.8e-7; over 4 steps 6e-8 is seen."""
 NORM_TOLERANCE = 5e-6
-"""Of gradient norms, relative; 5e-7 is seen."""
+"""Relative tolerance of gradient norms; 5e-7 is seen."""
 STEPS = 4
 ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
 
@@ -68,7 +68,7 @@ class Case(NamedTuple):
     data: str
     layout: str
     flags: str = ""
-    """Of both runs."""
+    """Flags of both runs."""
     tolerance: float = TOLERANCE
     world_size: int = 2
 

@@ -52,11 +52,11 @@ if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
 
 TIMEOUT_SECONDS = 560
-"""For a whole launch."""
+"""Time for a whole launch."""
 STALL_SECONDS = float(os.environ.get("CHECKS_STALL_SECONDS", "120"))
-"""For a collective, and for the other ranks after one has finished a check."""
+"""Time for a collective, and for the other ranks after one has finished a check."""
 START_SECONDS = 120
-"""For the imports of a fork server."""
+"""Time for the imports of a fork server."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class ForkServer:
         atexit.register(self.close)
 
     def fileno(self) -> int:
-        """For select: readable when a rank has ended."""
+        """What select waits for: readable when a rank has ended."""
         return self._channel.fileno()
 
     def tell(self, **order: object) -> None:

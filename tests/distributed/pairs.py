@@ -42,7 +42,7 @@ OFFLOAD = {
     "--use-distributed-optimizer": True,
     "--optimizer-cpu-offload": True,
 }
-"""On the CPU it must change nothing; tests/npusim/test_offload.py has it on a device."""
+"""Flags that change nothing on the CPU; tests/npusim/test_offload.py has them on a device."""
 O2 = {"--bf16": True, "--o2-gradient": True, "--o2-optimizer": True}
 
 NEUTRAL: dict[str, list[Any]] = {
@@ -311,7 +311,7 @@ _CHATS = {
 
 
 def _validate_tuning(settings: Any, config: Any, world_size: int) -> None:
-    """As the launcher does before it starts."""
+    """Checks settings as the launcher does before it starts."""
     finetuning.validate(settings, config, world_size)
     data = settings.data
     raise_if(packing_faults(settings.tuning.stage, data.pack, data.variable_seq_lengths))
@@ -427,7 +427,7 @@ def assignments(kind: Kind) -> list[Row]:
 
 
 def merged(one: Row, other: Row) -> Row | None:
-    """Both, or None where they contradict each other."""
+    """Both rows in one, or None where they contradict each other."""
     if any(one[flag] != other[flag] for flag in one.keys() & other.keys()):
         return None
     return {**one, **other}

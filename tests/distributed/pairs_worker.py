@@ -22,7 +22,7 @@ TOLERANCES = {"fp32": (2e-5, 2e-3), "bf16": (2e-2, 0.25), "fp16": (2e-2, 0.25)}
 STARTS = 5
 """More than any job needs to be complete."""
 LOSSY = ("--no-save-optim", "--no-load-optim")
-"""With these a run in two parts is another run than a whole one."""
+"""Flags with which a run in two parts is another run than a whole one."""
 PATHS = ("--save", "--load", "--report-dir", "--save-adapter")
 
 
@@ -147,7 +147,8 @@ def compared(own: list[dict], expected: list[dict], precision: str) -> float:
 
 
 def last_line(metrics: list[dict]) -> list[dict]:
-    """Without means: a checkpoint ends an interval of the log, and so cuts it otherwise."""
+    """The last line without means: a checkpoint ends an interval of the log and cuts it
+    otherwise."""
     *_, last = (row for row in metrics if "loss" in row)
     return [{name: last[name] for name in ("iteration", "grad_norm", "lr")}]
 

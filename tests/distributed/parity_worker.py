@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from distributed.reference import Answer
 
 FP32_TOLERANCE, FP64_TOLERANCE = 1e-6, 1e-14
-"""Of logits near 1; in fp64 about three times what is seen of the wide model, the largest.
-A gradient is allowed ten times as much, relative to the largest of its tensor."""
+"""Tolerances of logits near 1; in fp64 about three times what is seen of the wide model, the
+largest. A gradient is allowed ten times as much, relative to the largest of its tensor."""
 BATCHES, BATCH, LENGTH = 4, 2, 24
 """Micro-batches, sequences in each, tokens in each sequence."""
 
@@ -118,7 +118,7 @@ def _refusal(case: Case, needed: tuple[int, int]) -> str:
 
 
 def _differences(case: Case, dtype: str, run: Run) -> tuple[float, float, float]:
-    """Over all ranks: the largest difference of a logit, of a gradient relative to its tensor's
+    """The largest difference of a logit on all ranks, that of a gradient relative to its tensor's
     largest, and the largest logit itself."""
     import torch
 

@@ -29,7 +29,7 @@ class Answer(NamedTuple):
     logits: torch.Tensor
     """`[n, b, s, vocabulary]`"""
     gradients: dict[str, torch.Tensor]
-    """Of the mean over micro-batches, by transformers' names."""
+    """Gradients of the mean over micro-batches, in transformers' names."""
 
 
 def ask_transformers(folder: Path, dtype: str, shape: tuple[int, int, int], path: Path) -> None:

@@ -24,9 +24,9 @@ from helpers import make_tiny_hugging_face_folder
 WORKER = str(Path(__file__).with_name("steps_worker.py"))
 PRETRAIN = str(ROOT / "launch" / "pretrain_qwen2.py")
 TIMEOUT_SECONDS = 12
-"""Of the jobs that lose a rank; below a minute, and enough for a busy machine."""
+"""Time-out of the jobs that lose a rank; below a minute, and enough for a busy machine."""
 END_SECONDS = TIMEOUT_SECONDS + 10
-"""In which they have to end."""
+"""The time in which they have to end."""
 
 pytestmark = pytest.mark.distributed
 
@@ -117,7 +117,7 @@ def ended_in_time(job: Job, since: float) -> None:
     ("nodes", "silent"), [("--standalone --nproc-per-node 3", 1), ("static", 0), ("static", 1)]
 )
 def test_a_stopped_rank_is_named(nodes: str, silent: int, tmp_path: Path) -> None:
-    """Also alone on its node, also beside torchrun's store: it is the one that is named."""
+    """It is named also alone on its node, and beside torchrun's store."""
     options = two_nodes(nodes) if nodes == "static" else [nodes]
     with torchrun(tmp_path, [WORKER, str(TIMEOUT_SECONDS)], *options) as job:
         job.wait_for_text("step 5\n")
@@ -212,7 +212,7 @@ def test_a_signal_to_torchrun_ends_all_ranks(number: signal.Signals, tmp_path: P
 
 
 def test_a_fault_on_one_rank_is_said_once_with_its_number(tmp_path: Path) -> None:
-    """As where one node lacks a file: the others wait for a rank, and cannot see why."""
+    """Where one node lacks a file, the others wait for a rank, and cannot see why."""
     log = failed(tmp_path, "absent", 2)
     assert log.count("error: rank 1: the file is not here;") == 1, log
     assert "traceback : error: the file is not here; copy it.\n" in log, log

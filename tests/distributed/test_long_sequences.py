@@ -17,7 +17,7 @@ MEASURED = (
 
 @pytest.mark.distributed
 def test_what_is_kept_falls_as_one_by_the_number_of_ranks() -> None:
-    """And the step computes the same loss."""
+    """The step computes the same loss."""
     found = measure(LENGTH, [check for check in CHECKS.all() if check.name in MEASURED])
     assert len(found) == len(MEASURED)
     whole = found[1, "megatron_cp_algo"]

@@ -27,7 +27,7 @@ def test_every_flag_has_values_to_try(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_the_rules_answer_every_pair(kind: str) -> None:
-    """With odd values too: a UserError, or none; `is_allowed` lets everything else through."""
+    """Odd values too raise a UserError, or none; `is_allowed` lets everything else through."""
     of = pairs.KINDS[kind]
     values = [*pairs.assignments(of), *_odd(of)]
     answers = [

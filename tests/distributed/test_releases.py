@@ -23,7 +23,7 @@ from distributed.jobs import ROOT, read_metrics
 from helpers import make_tiny_hugging_face_folder
 
 TOLERANCE = 6e-7
-"""Of fp32 losses after a resume at another layout; train_worker.py has the same."""
+"""Tolerance of fp32 losses after a resume at another layout; train_worker.py has the same."""
 SAVED, STEPS = 2, 4
 FLAGS = (
     "--mock-data --seq-length 16 --global-batch-size 4 --train-iters 4 --lr 3e-3 --device cpu "
@@ -79,7 +79,7 @@ def written_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Writ
 def test_torch_dist_is_resumed_by_another_release(
     newer: str, direction: str, written_by: Callable[[str], Written], tmp_path: Path
 ) -> None:
-    """From two pipeline stages to one process; the run that goes on is the reference."""
+    """One process resumes two pipeline stages; the run that goes on is the reference."""
     writer, reader = (OWN, newer) if direction == "to the newer" else (newer, OWN)
     written = written_by(writer)
     log = train(reader, "", "", written.folder, tmp_path)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 2e-7
 MOVED_TOLERANCE = 6e-7
-"""Of fp32 losses and gradient norms after a resume at another layout."""
+"""Tolerance of fp32 losses and gradient norms after a resume at another layout."""
 STEPS, WARMUP = 4, 2
 LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
 LR, MIN_LR, WEIGHT_DECAY, CLIP = 3e-3, 1e-4, 0.1, 0.3
@@ -326,7 +326,7 @@ def weights_alone_can_be_taken(run: Run) -> str:
 # --- numbers that are not finite -----------------------------------------------------------------
 
 BAD_SAMPLE = 11
-"""In the second step; in its second micro-batch of two."""
+"""A sample of the second step, in its second micro-batch of two."""
 
 
 def spoil(training: TrainingRun) -> None:
@@ -510,7 +510,7 @@ def o2_holds_4n_and_8n_over_dp_bytes(run: Run) -> str:
 
 @CHECKS.add(world_size=2)
 def bf16_moments_are_resumed_to_the_last_bit(run: Run) -> str:
-    """At the same layout; at another they give its losses, and fp32 runs go on from them."""
+    """The layout is the same; another one gives its losses, and fp32 runs go on from them."""
     from qwen2_ascend.training import optimizer as optimizers
 
     flags = f"{FLAGS} --bf16 --o2-gradient --o2-optimizer"
@@ -552,7 +552,7 @@ def len_of(tensors: Iterable[Any]) -> int:
 
 
 def held_bytes(training: TrainingRun) -> int:
-    """Of weights, gradients and all that the optimizer keeps between two steps."""
+    """Bytes of weights, gradients and all that the optimizer keeps between two steps."""
     from qwen2_ascend.training.halves import split_mains
 
     tensors = list(weights(training).values())
@@ -672,7 +672,7 @@ def the_validation_loss_is_that_of_transformers(run: Run) -> str:
 
 @CHECKS.add(world_size=1)
 def the_last_checkpoint_is_said_to_be_the_last(run: Run) -> str:
-    """Also where its step is one of --save-interval's: it must succeed, exports are made of it."""
+    """Its step may be one of --save-interval's, too: it must succeed, exports are made of it."""
     from qwen2_ascend.training.loop import train
 
     training = start(run, f"{FLAGS} --save {run.folder}/last --save-interval 1")
@@ -772,7 +772,7 @@ def write_documents(run: Run, name: str, has_eod: bool) -> Path:
 def trained_alone(
     folder: Path, rows: list[tuple[Any, Any, Any]], has_eod: bool
 ) -> tuple[list[tuple[Any, Any]], float]:
-    """Of each document's part of a row our losses and transformers', and its gradient's norm.
+    """Our losses and transformers' of each document's part of a row, and its gradient's norm.
 
     The loss of a token whose label is another document's is NaN, unless the token is 0.
     """

@@ -68,7 +68,7 @@ metric_list:
 """,
 }
 TOKENIZERS = ("adds_bos", "knows_bos", "other_eos")
-"""As DeepSeek-R1-Distill-Qwen's; with a bos token that is not added; with an eos of its own."""
+"""DeepSeek-R1-Distill-Qwen's; one with a bos token that is not added; one with its own eos."""
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra 'eval')"
 )
@@ -184,7 +184,7 @@ def test_perplexity_of_a_text(world: World) -> None:
 
 
 def expected_loss(world: World, window: int, stride: int) -> tuple[float, int]:
-    """As transformers' page on perplexity: labels of what was scored before are -100."""
+    """The loss by transformers' page on perplexity: labels of what was scored before are -100."""
     import torch
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
@@ -272,7 +272,7 @@ def test_tasks_of_local_files(world: World, hugging_face: dict[tuple[str, str], 
 @needs_lm_eval
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_scores_are_those_of_the_hf_model_with_every_tokenizer(world: World, name: str) -> None:
-    """To rounding: bos, what stands before a text, how long windows are, what ends an answer."""
+    """They agree in bos, what stands before a text, how long windows are, what ends an answer."""
     run = world.runs[name]
     assert run.status == 0, run.err
     found = metrics(world.folder / f"{name}.json")

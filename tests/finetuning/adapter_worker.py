@@ -25,7 +25,7 @@ from finetuning.lora_worker import (
 )
 
 TOLERANCE = 5e-7
-"""Of peft's logits, and of a loss after an adapter has come from peft."""
+"""Tolerance of peft's logits, and of a loss after an adapter has come from peft."""
 
 CHECKS = Checks()
 
@@ -81,7 +81,7 @@ def all_logits(training: Any, tokens: Any):
 
 @unless_refused
 def peft_loads_what_is_saved(layout: str, case: str, run: Run) -> str:
-    """With the same logits (or loss, where the logits are spread over stages) as the trained."""
+    """Its logits (or loss, where the logits are spread over stages) are those of the trained."""
     import torch
 
     from qwen2_ascend.finetuning.adapter import save_adapter

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.training.loop import TrainingRun
 
 TOLERANCE = 2e-7
-"""Of a loss in nats per token."""
+"""Tolerance of a loss in nats per token."""
 STEPS, LENGTH, GLOBAL_BATCH = 4, 24, 8
 LR, WEIGHT_DECAY, CLIP = 2e-2, 0.1, 0.02
 

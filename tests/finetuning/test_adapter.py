@@ -212,7 +212,7 @@ def expected_weights(base: Path, adapter: Path, lora: LoraConfig) -> dict[str, n
 @pytest.mark.parametrize("targets", [("all-linear",), ("k_proj", "up_proj"), ("o_proj",)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_merging_adds_the_product(tmp_path: Path, dtype: str, targets: tuple[str, ...]) -> None:
-    """Into a folder, and into shards that cut query groups, and from shards as well."""
+    """Folders merge, shards that cut query groups, and a folder from shards as well."""
     config, lora = toy_config(num_query_groups=2, dtype=dtype), LoraConfig(rank=3, targets=targets)
     base = make_tiny_hugging_face_folder(tmp_path / "base", config)
     adapter = make_adapter(tmp_path / "adapter", config, lora)

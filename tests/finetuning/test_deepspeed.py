@@ -104,7 +104,7 @@ def written(folder: Path, **config: object) -> str:
 
 
 def test_a_configuration_file_adds_what_no_flag_says(tmp_path: Path) -> None:
-    """As of transformers' Trainer: "auto" stands for what the flags say."""
+    """The flags say what "auto" stands for, as in the file for transformers' Trainer."""
     flags = written(
         tmp_path,
         train_batch_size="auto",

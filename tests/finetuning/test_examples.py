@@ -309,7 +309,7 @@ def test_the_table_of_memory_is_computed(tmp_path: Path) -> None:
 
 
 def parameters_of_a_rank(config: Qwen2Config, tp: int, pp: int) -> int:
-    """Of the first stage, which holds the embedding; if it is the only one, all else too."""
+    """Weights of the first stage, which holds the embedding; an only stage has all else too."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     qkv = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
     layer = qkv * (hidden + 1) + config.num_attention_heads * config.kv_channels * hidden

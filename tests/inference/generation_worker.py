@@ -125,7 +125,7 @@ def greedy(tp: int, pp: int, config: Any, run: Run) -> str:
 
 
 def cut(ids: list[int], eos: int) -> list[int]:
-    """Up to and with the first `eos`."""
+    """The tokens up to and with the first `eos`."""
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 

@@ -25,7 +25,7 @@ class Reader:
     """Where exactly these names are read; folders of other versions are not looked at."""
     file: str
     functions: tuple[str, ...] = ()
-    """Of the file; none is all of it."""
+    """Functions of the file; none is all of it."""
     holders: tuple[str, ...]
     """What the code calls the args."""
     required: frozenset[str] = frozenset()

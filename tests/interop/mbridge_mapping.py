@@ -59,7 +59,7 @@ def fused(name: str) -> str:
 
 
 def check(bridge: Any, name: str, own: list[Any], weights: list[Any]) -> None:
-    """Of one parameter: the ranks' parts of the model's weights, and those from the parts."""
+    """Compares the ranks' parts of one parameter with the model's weights, both ways."""
     import torch
 
     whole = bridge._weight_to_mcore_format(name, weights)

@@ -108,7 +108,7 @@ def _common(training: TrainingRun, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _args(training: TrainingRun) -> Namespace:
-    """Of the thousand fields of Megatron-LM's those that say how a checkpoint is laid out."""
+    """The few of Megatron-LM's thousand fields that say how a checkpoint is laid out."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType

@@ -252,7 +252,7 @@ def what_a_checkpoint_lacks_is_said(run: Run) -> str:
 
 @CHECKS.add(world_size=1)
 def what_cannot_be_resumed_is_refused(run: Run) -> str:
-    """In words, with the way out; never begun anew."""
+    """The refusal names the way out; the run never begins anew."""
     import torch
 
     from qwen2_ascend.errors import UserError
@@ -313,7 +313,7 @@ SPOILT = [
 
 
 def _started(run: Run, flags: str, load: Path) -> tuple[Any, list[str]]:
-    """As `start`, with the lines that are logged."""
+    """Starts as `start` does, and returns the lines that are logged, too."""
     from qwen2_ascend import runtime
     from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.pretrain import prepare
@@ -383,7 +383,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _equal(found: list[Any], expected: list[Any]) -> str:
-    """Both runs' losses, norms and rates, bit for bit."""
+    """Compares both runs' losses, norms and rates, bit for bit."""
     for key in ("loss", "grad_norm", "lr"):
         pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(found, expected, strict=True)]
         assert all(a == b for a, b in pairs), (key, pairs)

@@ -24,13 +24,13 @@ from npusim.env import environment
 
 LENGTH, BATCH, ITERATIONS = 24, 4, 2
 TOLERANCE = 2e-5
-"""Of a loss near 6; Megatron-LM prints seven digits."""
+"""Tolerance of a loss near 6; Megatron-LM prints seven digits."""
 SAMPLES = f"--seq-length {LENGTH} --global-batch-size {BATCH} --split 100,0,0 --seed 1234"
 SCHEDULE = "--lr 1e-3 --min-lr 1e-3 --lr-decay-style constant"
 SIZES = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
 CARDS = 4
 FORMATS = {"megatron": "torch", "torch_dist": "torch_dist"}
-"""Of the splitter, and Megatron-LM's names."""
+"""The splitter's formats, and Megatron-LM's names."""
 FLAGS = f"""
     --use-checkpoint-args
     {SAMPLES} {SCHEDULE} --micro-batch-size 2 --weight-decay 0.1 --clip-grad 1.0
@@ -87,7 +87,7 @@ class OurRun:
     """A run of ours on a CPU."""
 
     losses: list[float]
-    """Of its steps."""
+    """The losses of its steps."""
     saved: Path
     """Its --save folder."""
 
@@ -186,7 +186,7 @@ def test_it_goes_on_from_converted_shards_and_we_merge_what_it_saves(
 def test_it_takes_the_weights_of_our_training_checkpoints(
     save_format, megatron, model, data, ours, tmp_path
 ):
-    """From torch_dist at another layout than that of the run."""
+    """torch_dist is read at another layout than that of the run."""
     flags = f"--ckpt-format {FORMATS[save_format]} --use-distributed-optimizer"
     if save_format == "torch_dist":
         saved = our_run(model, data, tmp_path / "run", flags, processes=2).saved
@@ -201,7 +201,7 @@ def test_it_takes_the_weights_of_our_training_checkpoints(
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("save_format", FORMATS)
 def test_a_run_goes_on_there_and_back_again(save_format, megatron, model, data, tmp_path):
-    """With weights, optimizer, schedule and samples: all losses are those of a run that stays.
+    """Weights, optimizer, schedule and samples go along: all losses are those of a run that stays.
 
     Two steps are ours, the third is Megatron-LM's, the fourth is ours and Megatron-LM's.
     """

@@ -155,7 +155,7 @@ def test_v2_merges_our_shards(v2, models, tmp_path):
 
 
 def test_we_merge_the_shards_of_v2(v2, models, tmp_path):
-    """And find out their layout, their vocabulary and their model from what v2 wrote."""
+    """What v2 wrote tells us their layout, their vocabulary and their model."""
     for checkout in v2:
         theirs = tmp_path / checkout.name
         jobs = [

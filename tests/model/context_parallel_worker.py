@@ -27,8 +27,8 @@ from model.context_cases import (
 CHECKS = Checks()
 RING, GATHER, ULYSSES = ALGORITHMS
 LIMITS = {"float64": 1e-14, "float32": 4e-6, "bfloat16": 2e-2}
-"""Of errors. The operator on whole rows has 1.0e-6 in fp32 and 5.8e-3 in bf16 against itself in
-fp64; ranks that share rows were seen to have 2.5e-15, 1.3e-6 and 8.3e-3."""
+"""Limits of errors. The operator on whole rows has 1.0e-6 in fp32 and 5.8e-3 in bf16 against itself
+in fp64; ranks that share rows were seen to have 2.5e-15, 1.3e-6 and 8.3e-3."""
 
 
 @cache
@@ -133,7 +133,7 @@ def queries_in_several_bands(run: Run) -> str:
 
 @CHECKS.add(world_size=4)
 def a_missing_piece_is_seen(run: Run) -> str:
-    """Of two rows, one of which is a single document: each rank leaves out one block of it."""
+    """Each rank leaves out one block of two rows, one of which is a single document."""
     import torch
 
     from qwen2_ascend.model import context_parallel, context_plan
@@ -213,7 +213,7 @@ class Events(list):
     """What is started, computed and waited for, in order."""
 
     def start(self, operations: list[Any]) -> list[Any]:
-        """For torch.distributed.batch_isend_irecv."""
+        """Stands in for torch.distributed.batch_isend_irecv."""
         name = ("keys", "gradients")[operations[0].tag]
         self.append(f"start {name}")
         works = self._genuine(operations)
@@ -383,7 +383,7 @@ def without_gradients(run: Run) -> str:
 
 @CHECKS.add(world_size=4)
 def an_upstream_gradient_of_odd_strides(run: Run) -> str:
-    """As a sum's, which is one number in the memory of all, and a transposed one's."""
+    """A sum's gradient is one number in the memory of all; the other one is transposed."""
     import torch
 
     for algorithm in ALGORITHMS:

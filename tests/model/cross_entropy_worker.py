@@ -101,7 +101,7 @@ for _tp, _sequence_parallel in ((1, False), (2, False), (2, True), (4, False), (
 
 @CHECKS.add(world_size=2)
 def half_precision_is_as_near_to_the_exact_one_as_the_plain_one(run: Run) -> str:
-    """Against fp64 on the same rounded inputs, whatever the size of the chunks."""
+    """fp64 has the same rounded inputs, whatever the size of the chunks."""
     import torch
 
     from qwen2_ascend.model.cross_entropy import chunked_cross_entropy

@@ -19,8 +19,8 @@ CHECKS = Checks()
 CONFIG = tiny_config(num_attention_heads=8, num_query_groups=4)
 LENGTH, BATCH = 24, 2
 NOISE = 3e-6
-"""Of tensors about 1 in size. Measured 9.5e-7: pieces of few rows go through other kernels, which
-add up in another order. Whole numbers, whose sums are exact in any order, do not differ at all."""
+"""Noise of tensors near 1. Measured 9.5e-7: pieces of few rows go through other kernels, which add
+up in another order. Whole numbers, whose sums are exact in any order, do not differ at all."""
 
 
 def layer(
@@ -282,8 +282,8 @@ RUNS = {
     "tp4-sp": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
 }
 LOSS_NOISE = 2e-7
-"""Of losses about 6. Four steps with pieces of six rows and more did not differ at all where this
-was measured; a CPU that takes another kernel for them may be off as transformers are."""
+"""Noise of losses about 6. Four steps with pieces of six rows and more did not differ at all where
+this was measured; a CPU that takes another kernel for them may be off as transformers are."""
 
 
 def losses_are_those_of_whole_products(flags: str, run: Run) -> str:

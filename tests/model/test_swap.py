@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def gradients(swap: AttentionSwap | None, layers: int = 3) -> list[torch.Tensor]:
-    """Of the inputs of some attentions, one behind the other."""
+    """Gradients of the inputs of some attentions, one behind the other."""
     generator = torch.Generator().manual_seed(5)
     inputs = [torch.randn(16, 2, 6, 8, generator=generator) for _ in range(layers)]
     for tensor in inputs:
@@ -40,7 +40,7 @@ def test_gradients_are_the_same_to_the_last_bit() -> None:
 
 
 def test_a_layer_fetches_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In backward: all of its own, then those of the layer whose turn is next, and nobody twice."""
+    """Backward fetches its own, then those of the layer whose turn is next, and nobody twice."""
     order: list[str] = []
     names: dict[int, str] = {}
     plain_out, plain_fetch = HostSwap.out, HostSwap.fetch
@@ -71,7 +71,7 @@ def test_a_layer_fetches_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tensors_that_follow_each_other_in_one_place_are_told_apart() -> None:
-    """As the chats of a pack, whose tensors of one shape come and go; in several rounds."""
+    """The chats of a pack have such tensors, which come and go; several rounds are made."""
     swap = HostSwap(CPU)
     for _ in range(3):
         group, moved = Group(swap, None), []

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(5 + 4 * i)] for i in range(8)]
-"""Of any vocabulary, of different lengths."""
+"""Prompts of any vocabulary, of different lengths."""
 
 
 def make(folder: str, layers: str = "") -> None:

@@ -47,9 +47,9 @@ class Sizes:
     lengths: str
     """Tokens of the attention benchmark."""
     steps: str
-    """Of each benchmark."""
+    """Steps of each benchmark."""
     layers: int | None
-    """Of the model that generates; None for all of the 0.5B's."""
+    """Layers of the model that generates; None for all of the 0.5B's."""
     new_tokens: int
 
 

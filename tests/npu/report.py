@@ -80,7 +80,7 @@ def anonymous(text: str, limit: int = 300) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
+    """Versions of Python and of the packages that are installed."""
     found = {"python": platform.python_version(), "architecture": platform.machine()}
     for package in PACKAGES:
         try:

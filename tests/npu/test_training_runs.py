@@ -25,7 +25,7 @@ LAYOUTS = {
     "dp2": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
 }
 TOLERANCES = {"": 1e-4, "--bf16": 3e-2}
-"""Of a loss near 5.5 nats, in fp32 and in bf16; guesses, since no card has been measured."""
+"""Tolerances of a loss near 5.5 nats, in fp32 and bf16; guesses, since no card was measured."""
 
 layouts = pytest.mark.parametrize(
     "layout",

@@ -45,7 +45,7 @@ class Call:
     """One call to HCCL, as this rank made it."""
 
     op: str
-    """As in AllReduce; sends and receives are Send and Receive."""
+    """The operation, such as AllReduce; sends and receives are Send and Receive."""
     communicator: str
     num_ranks: int
     count: int
@@ -60,7 +60,7 @@ class Call:
 
 DTYPES = ("int8", "int16", "int32", "fp16", "fp32", "int64", "uint64", "uint8", "uint16", "uint32")
 DTYPES += ("fp64", "bf16")
-"""In the order of HcclDataType."""
+"""The dtypes in the order of HcclDataType."""
 BYTES = dict(zip(DTYPES, (1, 2, 4, 2, 4, 8, 8, 1, 2, 4, 8, 2), strict=True))
 
 

@@ -30,9 +30,9 @@ from npusim.env import SOC_910B, environment
 INSIDE = "NPUSIM_FOLDER"
 """Set in the processes that see the simulated cards: a folder that the ranks share."""
 TIMEOUT_SECONDS = 3600
-"""For all simulated tests of a run together."""
+"""Time for all simulated tests of a run together."""
 XDIST_GROUP = "simulated"
-"""Under pytest-xdist one of its processes takes them all."""
+"""The group that one of pytest-xdist's processes takes whole."""
 
 REPORTS = pytest.StashKey[dict[str, list[dict]]]()
 UNAVAILABLE = pytest.StashKey[str]()

@@ -52,7 +52,7 @@ def _check(
 
 
 def _product(x1: Tensor, x2: Tensor) -> Tensor:
-    """As torch multiplies them: added up in fp32 and rounded once, as the matrix unit does."""
+    """A product as torch multiplies: added up in fp32 and rounded once, as the matrix unit does."""
     return torch.mm(x1, x2)
 
 

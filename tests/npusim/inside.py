@@ -20,9 +20,9 @@ import pytest
 import torch_npu
 
 GROUP_SECONDS = 1500
-"""For all tests of a group."""
+"""Time for all tests of a group."""
 STRAGGLER_SECONDS = 60
-"""For the other ranks once one has ended."""
+"""Time for the other ranks once one has ended."""
 
 
 class Recorder:

@@ -201,7 +201,7 @@ def launch_bytes(launch: Launch) -> int:
 
 
 def _tensor_bytes(text: str) -> int:
-    """Of all tensors in a launch's argument."""
+    """Bytes of all tensors in a launch's argument."""
     return sum(
         int(bits) // 8 * math.prod(int(n) for n in filter(None, shape.split(",")))
         for _, bits, shape in _TENSOR.findall(text)

@@ -62,14 +62,14 @@ ALLOCATOR = {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:False"}
 
 
 class Bytes(NamedTuple):
-    """Of one rank."""
+    """The bytes of one rank."""
 
     weights: int
     """Elements of all weights."""
     updated: int
     """Elements that this rank updates."""
     on_host: int
-    """Of those, how many the host updates."""
+    """The number of those that the host updates."""
     at_rest: int
     """Bytes alive between two steps."""
     peak: int
@@ -109,7 +109,7 @@ class Planned(NamedTuple):
 
 
 def planned(flags: str) -> Planned:
-    """Of an option, rounded up to no whole tensor of what the host keeps."""
+    """What is planned with an option, rounded up to no whole tensor of what the host keeps."""
     from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, stage_memory
     from qwen2_ascend.training.planned import as_run_layout
     from qwen2_ascend.training.settings import parse

@@ -66,12 +66,12 @@ class AttentionCall:
     next_tokens: int = 2**31 - 1
     zero_hidden_rows: bool = False
     query_ends: Sequence[int] | None = None
-    """Of a packed batch: where each sequence ends, cumulative."""
+    """Where each sequence of a packed batch ends, cumulative."""
     key_ends: Sequence[int] | None = None
     key_lengths: Sequence[int] | None = None
-    """Of a batch with a cache: how many keys of each sequence count."""
+    """How many keys of each sequence count, of a batch with a cache."""
     softmax_layout: str = ""
-    """Of a packed batch's statistics: token by token where it is "TND"."""
+    """"TND" where a packed batch's statistics lie token by token."""
     keep_prob: float = 1.0
     seed: int = 0
     offset: int = 0
@@ -155,7 +155,7 @@ class AttentionCall:
         _require(found == wanted, f"a mask {found} in sparse mode {self.sparse_mode}, not {wanted}")
 
     def _own_mask(self, index: int, num_queries: int, num_keys: int) -> Tensor:
-        """Of a mask [S, S] or [B or 1, N or 1, S, S], this sequence's part."""
+        """This sequence's part of a mask [S, S] or [B or 1, N or 1, S, S]."""
         assert self.mask is not None
         mask = self.mask.bool()
         if mask.dim() == 4:
@@ -195,7 +195,7 @@ def _up_to_multiple(size: int, of: int) -> int:
 
 
 class Scores(NamedTuple):
-    """Of one sequence, in fp32: keys and values expanded to the query heads."""
+    """The scores of one sequence in fp32, with keys and values expanded to the query heads."""
 
     query: Tensor
     key: Tensor
@@ -486,7 +486,7 @@ def _per_sequence(lengths: Sequence[int], sequences: int) -> list[int]:
 
 
 def _unsqueezed(mask: Tensor | None, one_token: bool) -> Tensor | None:
-    """For one token a mask may be [B, keys]."""
+    """The mask, which may be [B, keys] for one token."""
     return mask[:, None, None] if mask is not None and one_token and mask.dim() == 2 else mask
 
 

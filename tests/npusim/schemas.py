@@ -21,7 +21,7 @@ RECORDED = Path(__file__).with_name("schemas_2.13.json")
 
 @cache
 def recorded_schemas() -> dict[str, list[torch._C.FunctionSchema]]:
-    """By operator name, an entry per overload."""
+    """An entry per overload, by operator name."""
     texts = json.loads(RECORDED.read_text(encoding="utf-8"))
     return {
         name: [torch._C.parse_schema(f"npu::{name}{text}") for text in overloads]

@@ -49,7 +49,7 @@ class Launch:
     """One aclnn operator, as torch_npu's host code called it."""
 
     op: str
-    """As in aclnnRmsNorm."""
+    """The operator, such as aclnnRmsNorm."""
     arguments: tuple[object, ...]
     """Tensors and arrays as text ("f32[3,4]", "f32[3,4] strided" if not contiguous, "[1,2]"), text
     in quotes, other words as integers; 0 for an absent tensor. Floating-point arguments are in
@@ -255,7 +255,7 @@ def _to_npu(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _copy(x):
-    """With the whole storage, so that overlapping elements still overlap."""
+    """A copy with the whole storage, so that overlapping elements still overlap."""
     if not _is_npu(x):
         return x
     storage = _to_npu(host_view(_bytes(x)), x.device).untyped_storage()

@@ -97,7 +97,7 @@ def _decorator(path: str) -> Any:
 
 
 def install() -> None:
-    """From now on `import triton` and `import torchair` work; before torch_npu is imported."""
+    """Makes `import triton` and `import torchair` work; call it before torch_npu is imported."""
     absent = {name for name in PACKAGES if importlib.util.find_spec(name) is None}
     sys.meta_path.append(StandIns(absent))
     # torch_npu puts its own there where it is missing, and that one needs CANN

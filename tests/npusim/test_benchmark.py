@@ -23,7 +23,7 @@ SIDES = {
     "megatron-core": "benchmark of megatron-core",
     "transformers": BENCHMARK,
 }
-"""And the processes in which they run: megatron-core can be set up once in each."""
+"""The sides, and the processes that run them: megatron-core can be set up once in each."""
 STEPS = 2
 
 

@@ -203,7 +203,7 @@ def test_attention_of_whole_sequences(mode, heads, layout, keep_prob, worst):
 @dropouts
 @heads
 def test_attention_to_more_keys_than_queries(heads, keep_prob, worst):
-    """As the pieces of a sequence that ranks share: mode 3, whose diagonal ends at the last key."""
+    """Ranks share pieces of a sequence like this: mode 3, whose diagonal ends at the last key."""
     inputs = inputs_of(heads, 2, 24, 56)
     found = ours(heads, "SBH", inputs, sparse_mode=3, keep_prob=keep_prob)
     context, *_ = theirs_forward(heads, inputs, 3, keep_prob, input_layout="SBH")
@@ -265,7 +265,7 @@ def test_statistics_of_packed_documents_token_by_token(heads, worst):
 @heads
 @pytest.mark.parametrize("keep_prob", [0.9, 0.6])
 def test_gradient_of_each_document(keep_prob, heads, packed, worst):
-    """Of packed documents their model takes one document at a time; so do we here."""
+    """Their model takes one packed document at a time; so do we here."""
     lengths = (16, 24) if packed else (40,)
     ends = np.cumsum(lengths).tolist()
     inputs = inputs_of(heads, 1, 40, 40)
@@ -472,7 +472,7 @@ def test_adamw(step, worst):
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_cross_entropy_gradient(reduction, worst):
-    """Of the loss our layers compute on one rank, from its log-probabilities."""
+    """It is that of the loss our layers compute on one rank, from its log-probabilities."""
     logits, targets = 3 * randn(12, 97), torch.arange(12) * 5 % 97
     leaf = logits.clone().requires_grad_()
     upstream = randn(12) if reduction == "none" else torch.tensor(0.7)

@@ -147,7 +147,7 @@ def test_swiglu(dtype):
 
 
 def rotated_attention(qkv, cos, sin, *, ops, heads, ends):
-    """From linear_qkv's output on as the model does it: views, rotation, attention."""
+    """Attention from linear_qkv's output on as the model does it: views, rotation, attention."""
     num_heads, groups, width = heads
     blocks = qkv.unflatten(2, (groups, num_heads // groups + 2, width))
     q, k, v = blocks.split((num_heads // groups, 1, 1), dim=3)

@@ -11,9 +11,9 @@ from npusim.products import CASES, FUSED, GOLDEN, SEQUENCE_PARALLEL, WAYS, WIDE,
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 COC_NOISE = 1e-3
-"""Of losses about 6 and, relative, of gradient norms and a layer's tensors, in bf16, whose numbers
-are rounded by 4e-3 each. Nothing was measured to differ where this was written; a CPU may have
-another kernel for a piece's few rows."""
+"""Noise of losses about 6 and, relative, of gradient norms and a layer's tensors, in bf16, whose
+numbers are rounded by 4e-3 each. Nothing was measured to differ where this was written; a CPU may
+have another kernel for a piece's few rows."""
 
 
 def golden():
@@ -129,7 +129,7 @@ def test_fused_operators_take_the_place_of_products_and_exchanges():
 @pytest.mark.filterwarnings("default")
 @pytest.mark.simulated(cards=2, alone="products")
 def test_without_sequence_parallelism_there_is_no_fused_product(run):
-    """Of callers of `build_model`; training refuses it at start."""
+    """This is for callers of `build_model`; training refuses it at start."""
     from helpers import tiny_config
     from model.overlap_worker import tensors_of
     from qwen2_ascend.errors import UserError

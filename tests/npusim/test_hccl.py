@@ -30,7 +30,7 @@ def values(dtype, rank, size=SIZE, seed=0):
 
 
 def empty(dtype, size=SIZE):
-    """To receive into: poison until then."""
+    """Memory to receive into: poison until then."""
     import torch
 
     return torch.empty(size, dtype=getattr(torch, dtype), device="npu")
@@ -161,7 +161,7 @@ def test_bool_all_reduce(ranks):
 
 
 def test_dtypes_that_hccl_does_not_reduce_are_refused(ranks):
-    """By torch_npu's own host code, before anything reaches the simulated HCCL."""
+    """torch_npu's own host code does it, before anything reaches the simulated HCCL."""
     import torch.distributed as dist
 
     with pytest.raises(RuntimeError, match="Unsupported data type"):
@@ -364,7 +364,7 @@ def test_coalesced_all_reduces(ranks):
 
 
 def test_coalesced_reduce_scatters_and_all_gathers(ranks):
-    """As megatron-core's distributed optimizer issues them."""
+    """megatron-core's distributed optimizer issues them in this way."""
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _coalescing_manager

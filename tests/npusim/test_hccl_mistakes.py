@@ -154,7 +154,7 @@ def test_a_missing_wait(both):
 
 @pytest.mark.simulated(alone="death")
 def test_a_rank_that_dies(capfd):
-    """Noticed at once, not after the time-out."""
+    """It is noticed at once, not after the time-out."""
     import torch
     import torch.distributed as dist
 

@@ -53,7 +53,7 @@ def test_a_layer_launches_what_it_did(chip, layer, runtime, simulator):
 @pytest.mark.parametrize("name", FUSED)
 @on(SOC_910B)
 def test_a_switch_takes_one_operator_and_its_gradient_away(chip, name, runtime, simulator):
-    """And leaves the others fused."""
+    """The others stay fused."""
     found = layer_launches(runtime, simulator, backend="npu", plain=(name,))
     launched = set(found["forward"])
     assert {key for key, op in FUSED.items() if op not in launched} == {name}
@@ -85,7 +85,7 @@ def test_both_specs_have_the_same_weights(chip, runtime, simulator):
 def test_a_step_grows_by_the_same_number_of_launches_with_every_layer(
     chip, runtime, simulator, tmp_path
 ):
-    """So that a count of few layers tells that of many; operators on all tensors come in blocks."""
+    """A count of few layers tells that of many; operators on all tensors come in blocks."""
     found = []
     for layers in (1, 2, 3):
         counts = step_launches(runtime, simulator, tmp_path, layers, "")

@@ -14,7 +14,7 @@ FLAGS = f"{NPU_FLAGS} --use-distributed-optimizer --num-workers 0"
 STEPS = 3
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction"
 TOLERANCE = 1e-6
-"""Of losses: none differed. The AdamW of the host and that of the device may round otherwise."""
+"""Tolerance of losses: none differed. The host's and the device's AdamW may round otherwise."""
 
 pytestmark = [
     # Foreign warnings are errors in the CPU's training tests, and torch_npu adds many of its own.
@@ -67,7 +67,7 @@ def test_losses_and_bytes(precision, run):
 
 
 def test_checkpoints(run):
-    """To the last bit with the same fraction; runs with another one and without go on from them."""
+    """The same fraction resumes to the last bit; runs with another one and without go on, too."""
     from distributed.train_worker import save, start, state_of, steps
 
     def losses(training):

@@ -85,7 +85,7 @@ def test_training_is_fused_unless_it_is_switched_off(flags, run, simulator):
     ids=["fp32", "bf16-distributed-optimizer"],
 )
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(layout, form, flags, run):
-    """With the fused update and without, whichever saved it."""
+    """Either may have saved it: the fused update, or the other one."""
     flags = f"{NPU_FLAGS} {LAYOUTS[layout][1]} --global-batch-size 2 --ckpt-format {form} {flags}"
     through = [step.loss for step in steps(start(run, flags), 4)]
     off = "--no-fused-adamw"

@@ -63,7 +63,7 @@ def computed(ops, tensors, algorithm, packing, rank):
 
 
 def assert_as_near_as_the_plain_twin(algorithm, dtype, packing):
-    """Of rank 1 of 4, which sees keys of ranks before it and after it."""
+    """Compares on rank 1 of 4, which sees keys of ranks before it and after it."""
     import torch
 
     from qwen2_ascend.ops import get_ops
@@ -122,7 +122,7 @@ def test_whole_rows_need_no_newer_operator(monkeypatch):
 
 
 def test_packed_documents_are_refused_by_an_older_operator(monkeypatch):
-    """Once by the check at start, and by the operator's caller."""
+    """The check at start refuses them, and so does the operator's caller."""
     from qwen2_ascend.errors import UserError
     from qwen2_ascend.ops import npu
 

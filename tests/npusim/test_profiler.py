@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.simulated(alone="profiler")
 def test_a_run_is_refused_where_cann_has_no_profiler(tmp_path: Path) -> None:
-    """Before its first step; torch_npu would print an error and go on without a trace."""
+    """It has made no step; torch_npu would print an error and go on without a trace."""
     from types import SimpleNamespace
 
     from qwen2_ascend.errors import UserError

@@ -27,7 +27,7 @@ def test_every_call_site_of_the_package_fits():
 
 
 def test_no_call_site_is_overlooked():
-    """As many uses are found as the text has names of operators after a dot."""
+    """There are as many uses as the text has names of operators after a dot."""
     for path in PLUGIN.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         code = "\n".join(line.split("#")[0] for line in source.splitlines())

@@ -427,7 +427,7 @@ def test_swiglu(precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["half", "interleave"])
 def test_rotary(mode, precision):
-    """As a rotation of complex numbers."""
+    """It rotates as complex numbers do."""
     import torch
     import torch_npu
 

@@ -228,7 +228,7 @@ def test_lora_by_fused_operators_has_the_losses_of_an_independent_loop(flags, ru
 @pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 1024"])
 @pytest.mark.simulated(cards=2, alone="training")
 def test_half_precision_is_as_near_to_fp32_as_plain_operators_are(precision, run):
-    """Or, where those happen to be nearer, as near as the rounding of each token's loss allows."""
+    """Where those happen to be nearer, the rounding of each token's loss is the limit."""
     import torch
 
     from distributed.train_worker import hugging_face_folder, start, steps
@@ -250,7 +250,7 @@ def test_half_precision_is_as_near_to_fp32_as_plain_operators_are(precision, run
 @pytest.mark.filterwarnings("default")
 @pytest.mark.simulated(cards=2, alone="training")
 def test_recomputed_attention_drops_what_it_dropped_at_first(run):
-    """With and without sequence parallelism, which decides who forks the random state."""
+    """Sequence parallelism decides who forks the random state."""
     for sequence_parallel in (False, True):
         plain = _dropped_gradients(run, sequence_parallel)
         assert any((plain[key] != value).any() for key, value in _undropped(run).items())

@@ -110,7 +110,7 @@ def test_rms_norm_keeps_x_and_one_number_a_token_for_backward(dtype: torch.dtype
 
 
 def test_gradients_of_rms_norm_of_bf16_are_as_near_as_autograd_takes_them() -> None:
-    """To those in fp64; autograd's are those of the formula written out."""
+    """The reference is fp64; autograd's are those of the formula written out."""
 
     def written_out(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         wide = x.float()

@@ -15,11 +15,11 @@ class CommandLine(NamedTuple):
     """One of them."""
 
     name: str
-    """Of the script it is from: branch/family/script."""
+    """The script it is from: branch/family/script."""
     kind: str
     """pretrain, finetune, convert, preprocess, generate or evaluate."""
     size: str
-    """Of the model, as 7B."""
+    """The model's size, such as 7B."""
     world_size: int
     flags: list[str]
 

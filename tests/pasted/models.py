@@ -16,7 +16,7 @@ NAMES = {
     "qwen25_math": "Qwen2.5-Math-{}",
     "qwq": "QwQ-{}",
 }
-"""By a line's folder the name of its model; else it is Qwen2.5's base model."""
+"""The name of the model by a line's folder; else it is Qwen2.5's base model."""
 INSTRUCT = {("qwen25_math", "72B")}
 """Lines whose --norm-epsilon is that of the model tuned to follow instructions."""
 SHAPE = {

@@ -74,7 +74,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As MindSpeed-LLM's converters leave them: without config.json and tokenizer."""
+    """Shards as MindSpeed-LLM's converters leave them: without config.json and tokenizer."""
     folder = tmp_path_factory.mktemp("model_weights") / "mcore"
     convert(original, folder, *tp(2), *pp(2)).require()
     for path in folder.iterdir():

@@ -261,7 +261,7 @@ def test_files_of_another_benchmark_are_refused(world: World) -> None:
 @needs_lm_eval
 @pytest.mark.distributed
 def test_a_line_at_tp2_pp2_finds_the_same(world: World) -> None:
-    """And programs run, once, where the user has said so."""
+    """Programs run, once, where the user has said so."""
     output = world.folder / "tp2-pp2.json"
     changes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     flags = _flags(MMLU, world.folder, world.data["mmlu"], "--output-json", output, **changes)

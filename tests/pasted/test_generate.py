@@ -293,7 +293,7 @@ def test_a_prompt_of_ones_own_replaces_the_demonstration(world: World) -> None:
 
 @pytest.mark.distributed
 def test_a_line_at_tp2_pp2_gives_the_same(world: World) -> None:
-    """Also from shards beside which there is no config.json, as MindSpeed-LLM's are."""
+    """There may be no config.json beside the shards, as beside MindSpeed-LLM's."""
     changes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     name = "2.2.0/qwen25/generate_qwen25_7b_ptd"
     assert not (world.folder / "shards" / "config.json").exists()

@@ -105,7 +105,7 @@ def expected(folder: Path, name: str) -> tuple[list[list[int]], list[list[int]]]
 
 @pytest.mark.parametrize("line", LINES, ids=[line.name for line in LINES])
 def test_every_line_runs(line: CommandLine, tokenizer: Path, parquet: Path, tmp_path: Path) -> None:
-    """Changed in nothing but the program's name and the paths."""
+    """Nothing is changed but the program's name and the paths."""
     paths = {
         "--input": parquet,
         "--tokenizer-name-or-path": tokenizer,
@@ -129,7 +129,7 @@ def test_every_line_runs(line: CommandLine, tokenizer: Path, parquet: Path, tmp_
 
 
 def _check_packs(prefix: Path, length: int, ids: Any, labels: Any) -> None:
-    """Of --neat-pack: every chat once, numbered from 1, and padding of mask 0."""
+    """Checks --neat-pack: every chat is there once, numbered from 1, and padding has mask 0."""
     found = []
     kinds = ("packed_input_ids", "packed_labels", "packed_attention_mask")
     for row in zip(*(stored(prefix, kind) for kind in kinds), strict=True):

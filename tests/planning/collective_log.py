@@ -23,7 +23,7 @@ class Call(NamedTuple):
     op: str
     num_ranks: int
     num_bytes: int
-    """Of the whole tensor: what is reduced, gathered, scattered or sent."""
+    """Bytes of the whole tensor: what is reduced, gathered, scattered or sent."""
 
 
 class CollectiveLog(TorchDispatchMode):

@@ -35,7 +35,7 @@ class TimedRow(NamedTuple):
     device: Device
     devices_per_node: int
     seconds: float
-    """Of a step."""
+    """Seconds of a step."""
 
     @property
     def kind(self) -> str:
@@ -89,7 +89,7 @@ def _memory(row: dict[str, Any], rank: dict[str, Any]) -> MemoryRow:
 
 
 def rows() -> list[dict[str, Any]]:
-    """As they are in the file."""
+    """The rows of the file."""
     return json.loads(ROWS.read_text(encoding="utf-8"))["rows"]
 
 
@@ -99,7 +99,7 @@ def why_no_rest(row: dict[str, Any]) -> str | None:
 
 
 def why_no_peak(row: dict[str, Any]) -> str | None:
-    """Likewise of its peak."""
+    """The same of its peak."""
     return next(_not_at_peak(row), None)
 
 
@@ -218,8 +218,8 @@ def as_run_layout(row: dict[str, Any]) -> RunLayout:
 
 
 LOGIT_BYTES = {"1.0.0": 10, "2.0.0": 10, "2.1.0": 10, "2.2.0": 14}
-"""Of MindSpeed-LLM's branches: 16 bits, fp32, fp32 less the largest, and its exponential, where
-these are tensors of their own; inferred from rows whose peak is the loss."""
+"""Bytes of MindSpeed-LLM's branches: 16 bits, fp32, fp32 less the largest, and its exponential,
+where these are tensors of their own; inferred from rows whose peak is the loss."""
 
 
 def _stack(row: dict[str, Any]) -> Stack:

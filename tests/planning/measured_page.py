@@ -65,7 +65,7 @@ def as_steps(found: Sequence[TimedRow]) -> list[Measured]:
 
 
 def predicted_seconds(row: TimedRow, rates: Rates) -> float:
-    """Of a step."""
+    """Seconds of a step."""
     return step_time(row.cut, row.device, rates, devices_per_node=row.devices_per_node).total
 
 

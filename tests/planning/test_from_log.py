@@ -54,7 +54,7 @@ HELD_OUT = [
 
 
 def seconds(cut: RunLayout) -> float:
-    """Of a step on the machine of the test."""
+    """Seconds of a step on the machine of the test."""
     return step_time(cut, DEVICE, SLOW, devices_per_node=8).total
 
 
@@ -75,7 +75,7 @@ def write_log(
 
 
 def test_other_layouts_are_predicted_from_a_few_logged_ones(tmp_path: Path) -> None:
-    """On a machine that is half as fast as published ones, from four layouts.
+    """The machine is half as fast as published ones, and has logged four layouts.
 
     Within 15%; the published rates are off by more than 20%.
     """
@@ -255,7 +255,7 @@ def test_devices_are_known_by_what_drivers_call_them(said: str, name: str | None
 
 
 def test_a_run_writes_what_the_planner_reads(tmp_path: Path, capsys) -> None:
-    """On a CPU, whose log has no plan: run.json is the run's layout, and --from-log takes it."""
+    """A CPU's log has no plan: run.json is the run's layout, and --from-log takes it."""
     make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
     flags = (
         f"--config {tmp_path / 'hf'} --mock-data --device cpu --num-workers 0 --seq-length 32 "

@@ -47,7 +47,7 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
 
 
 def test_a_log_is_told_what_the_plan_was() -> None:
-    """On devices by the names that their drivers give; torch's memory is without HCCL's."""
+    """Devices have the names that their drivers give; torch's memory is without HCCL's."""
     settings = pretraining_settings.parse(COMMAND.split())
     cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
     planned = expected(cut, "Ascend910B3", 8)
@@ -160,7 +160,7 @@ def test_nothing_is_trained_or_written(tmp_path) -> None:
     ],
 )
 def test_zero_is_planned(flags: str, zero: Zero, capsys) -> None:
-    """By its launcher, and `plan` names the launcher and its flags for the same layout."""
+    """Its launcher plans it, and `plan` names the launcher and its flags for the same layout."""
     words = f"{ZERO_COMMAND} {flags}".split()
     assert by_zero.main([*words, "--plan", "8", "--plan-device", "910B3"]) == 0
     said = capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_what_of_zero_cannot_be_planned_is_refused(flags: str, words: str) -> No
 
 
 def test_more_stages_and_ranks_hold_less() -> None:
-    """Of what lasts between steps: 16 N / d at stage 3, and 12 N / d of the optimizer at all."""
+    """What lasts between steps is 16 N / d at stage 3, and 12 N / d of the optimizer at all."""
     job = Job(config=Qwen2Config.named("7B"), seq_length=4096, global_batch_size=64)
     at_rest = [
         [sum(zero_at_rest(RunLayout(job=job, dp=d, zero=Zero(stage=stage)))) for d in (2, 4, 8)]

@@ -121,7 +121,7 @@ def test_a_first_step_has_no_moments_until_its_update() -> None:
 
 @pytest.mark.parametrize("row", [row for row in rows() if row["set"] == "D"], ids=lambda r: r["id"])
 def test_what_a_vendor_supports_fits(row: dict) -> None:
-    """On as many cards as it says, in some layout; LoRA of the usual rank."""
+    """Some layout fits on as many cards as it says; LoRA has the usual rank."""
     number, batch = row["device"]["num_devices"], row["batch"]
     asked = Job(
         config=Qwen2Config.named(

@@ -145,7 +145,7 @@ def test_a_launch_command_is_planned_as_it_was_found(model, num_devices, asked, 
 
 
 def test_layouts_are_found_that_only_some_recomputing_lets_in():
-    """By SwiGLU's and the norms' outputs, or by the fewest layers of a block; faster than all."""
+    """SwiGLU's and norms' outputs are recomputed, or a block's fewest layers; faster than all."""
     plans = search.find_plans(job("14B"), machine(8))
     words = [report.recompute_words(plan.cut) for plan in plans if plan.has_headroom]
     assert "swiglu+norm" in words and any(word.startswith("block ") for word in words)
@@ -183,7 +183,7 @@ def test_what_would_fit_in_16_bits_is_said(capsys):
 
 
 def test_flags_are_written_as_the_launchers_take_them(capsys):
-    """Without a value, with one, and denied; what the launchers call a flag is called so here."""
+    """A flag has no value, one, or is denied; what the launchers call a flag is called so here."""
     from qwen2_ascend.training.optimizer_settings import PrecisionSettings
     from qwen2_ascend.training.recompute_settings import RecomputeSettings
     from qwen2_ascend.training.settings import ParallelSettings
@@ -265,7 +265,7 @@ def test_every_layout_that_the_launcher_takes_is_found():
 
 
 def _is_taken(cut: RunLayout) -> bool:
-    """By the launcher's own checks; a chunk that is a whole stage is no interleaved pipeline."""
+    """The launcher's checks decide; a chunk that is a whole stage is no interleaved pipeline."""
     from qwen2_ascend.training.settings import validate
 
     settings = _some_settings(cut.job.seq_length, cut.job.global_batch_size)
@@ -386,7 +386,7 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 
 def test_arithmetic_is_that_of_the_training_log():
-    """Added up over the ranks; recomputing layers costs a third more."""
+    """The ranks' sum is; recomputing layers costs a third more."""
     asked = job("14B")
     cut = RunLayout(job=asked, tp=4, pp=4, dp=2, micro_batch_size=2)
     per_token = train_flops_per_token(asked.config, asked.seq_length, cut.padded_vocab_size)
@@ -406,7 +406,7 @@ def test_more_micro_batches_and_chunks_leave_a_smaller_bubble():
 
 
 def test_a_mesh_gives_few_cards_few_links():
-    """Of 7 links a group of n cards has n - 1; a switch gives any group all."""
+    """A group of n cards has n - 1 of 7 links; a switch gives any group all."""
     mesh, switch = find_device("910B2"), find_device("910C")
     found = [mesh.link(n, n, 8) / 1e9 for n in (2, 4, 8)]
     assert found == pytest.approx([28, 84, 196])
@@ -508,7 +508,7 @@ def test_the_command_asks_for_what_was_planned(flags, capsys):
 
 
 def _keywords(flags: str) -> dict:
-    """Of `qwen2_ascend.plan`."""
+    """Keywords of `qwen2_ascend.plan`."""
     words, keywords = flags.split(), {}
     for word, after in pairwise([*words, "--"]):
         if word.startswith("--"):
@@ -636,7 +636,7 @@ def test_what_is_assumed_of_a_device_is_told(capsys):
 
 
 def test_scores_in_memory_take_what_they_take(capsys):
-    """And the launcher is told."""
+    """The launcher is told, too."""
     words = "--model 7B --num-devices 8 --seq-length 16384 --recompute-granularity none"
     main(f"{words} --attention-backend unfused".split())
     assert "does not fit" in capsys.readouterr().out

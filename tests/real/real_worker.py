@@ -10,7 +10,7 @@ from distributed.harness import Checks, Run, main
 from qwen2_ascend.parallel import ParallelLayout
 
 RELATIVE_TOLERANCE = 1e-5
-"""Of the largest logit, in fp32; transformers' eager and SDPA attention differ by about 1e-6."""
+"""Share of the largest logit in fp32; transformers' eager and SDPA differ by about 1e-6."""
 
 CHECKS = Checks()
 

@@ -1,4 +1,4 @@
-"""With real weights: fine-tuning at TP2 PP2 is fine-tuning in one process.
+"""Fine-tuning real weights at TP2 PP2 is fine-tuning them in one process.
 
 The same losses, and Hugging Face folders that differ no more than those of two runs in one process
 that add up in another order. Needs a Hugging Face folder of a 0.5B Qwen2.5 in
@@ -60,7 +60,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tuned]:
 
 
 def tune(out: Path, world_size: int, flags: str) -> Tuned:
-    """As examples/sft_0.5b/run.sh, for a few steps."""
+    """A few steps of examples/sft_0.5b/run.sh."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", world_size, REPOSITORY / "launch" / "finetune_qwen2.py"]
     command += ["--load", os.environ["QWEN2_REAL_CHECKPOINT"], "--data-path", CHATS]

@@ -1,4 +1,4 @@
-"""With real weights: greedy tokens are transformers', at TP1 and TP2, as the launcher is run.
+"""Greedy tokens of real weights are transformers', at TP1 and TP2, as the launcher is run.
 
 Needs a Hugging Face folder of a 0.5B Qwen2.5 in QWEN2_REAL_CHECKPOINT, 8 GB of memory and some ten
 minutes on two cores: `make test-real`.

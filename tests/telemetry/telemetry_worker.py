@@ -21,7 +21,7 @@ FLAGS = (
 )
 TOKENS = 4 * 24
 IDLE_WATTS, BUSY_WATTS = (20.0, 5.0), (300.0, 50.0)
-"""Of each rank."""
+"""Watts of each rank."""
 
 
 class Counter:
@@ -38,7 +38,7 @@ class Counter:
         self._asked: float | None = None
 
     def clock(self) -> float:
-        """Asked before and after each reading."""
+        """The clock that is asked before and after each reading."""
         asked = self._asked
         self._asked = time.monotonic() if asked is None else None
         return self._asked if asked is None else asked  # type: ignore[return-value]

@@ -113,7 +113,7 @@ def test_idle_is_measured_before_and_taken_off() -> None:
 
 
 def test_the_thread_reads_and_idle_waits() -> None:
-    """By the real clock: 40 W counted by a source that is asked every 5 ms."""
+    """The clock is real: 40 W are counted by a source that is asked every 5 ms."""
     source = Source(Clock(), lambda t: 40.0)
     source.clock, source.period_seconds = time.monotonic, 0.005  # type: ignore[assignment]
     meter = EnergyMeter(source)

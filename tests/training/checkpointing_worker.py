@@ -28,7 +28,7 @@ class Payload:
 
 
 def in_the_generators(folder: Path, payload: Payload) -> None:
-    """Saved as if it were the state of the random number generators."""
+    """The check saves it as if it were the state of the random number generators."""
 
 
 def in_the_metadata(folder: Path, payload: Payload) -> None:

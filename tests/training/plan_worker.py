@@ -77,7 +77,7 @@ def rank_0_says_which_iteration_is_resumed(run: Run) -> str:
 
 
 def plan_of(flags: str) -> RunPlan:
-    """As the launcher does: rank 0 makes its plan, and all agree on it."""
+    """The plan that rank 0 makes and all agree on, as in the launcher."""
     from functools import partial
 
     from qwen2_ascend.machine import rank

@@ -80,7 +80,7 @@ def test_pythons_own_collector_rests_in_between(fails: bool) -> None:
 
 
 def test_a_run_collects_so(collected: list[int]) -> None:
-    """Before its first step, after steps 2 and 4, and around the validation loss of step 3."""
+    """Collected before its first step, after steps 2 and 4, and around step 3's validation loss."""
     from qwen2_ascend.training import loop, setup
 
     settings = SimpleNamespace(

@@ -200,7 +200,7 @@ def test_the_tracked_iteration_may_be_written_again(
     driver: Driver,
     tmp_path: Path,
 ) -> None:
-    """From iteration 2 on, over the iteration 4 that is there and tracked."""
+    """The run goes on from iteration 2, over the iteration 4 that is there and tracked."""
     folder, _ = whole(kind)
     expected = state(folder / "iter_0000004")
     module, flags = flags_of(

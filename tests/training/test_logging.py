@@ -67,7 +67,7 @@ def test_one_line_per_interval_with_every_figure(lines: list[str]) -> None:
 
 
 def test_the_first_steps_are_set_beside_the_plan_once(lines: list[str]) -> None:
-    """Without the very first; the median of the next four; the same line once at the end."""
+    """The very first is left out; the median of the next four counts; one more line at the end."""
     planned = Expected("910B3", 0.8, 4 * 2**30)
     report = reporter(train_iters=8, log_interval=1, planned=planned)
     for iteration, seconds in enumerate((30.0, 1.0, 1.0, 0.9, 7.0, 1.0, 1.0), start=1):
@@ -97,7 +97,7 @@ def test_a_short_run_says_at_its_end_what_was_planned(lines: list[str]) -> None:
 
 
 def test_no_figure_of_a_device_is_told_that_is_not_there(lines: list[str], tmp_path: Path) -> None:
-    """On a simulated one: neither in the line nor in the files."""
+    """A simulated one has none: neither in the line nor in the files."""
     report = reporter(log_interval=1, flops_per_step=None, report_dir=tmp_path)
     report.step(step(1, peak_memory_bytes=None))
     assert "TFLOP/s" not in lines[0] and "GiB" not in lines[0]

@@ -37,7 +37,7 @@ def test_fp32_weights_are_refused() -> None:
 
 
 def test_megatron_lms_flags_are_taken() -> None:
-    """As its users paste them: the precision-aware optimizer is what the offload goes through."""
+    """Users paste them: the precision-aware optimizer is what the offload goes through."""
     flags = f"{OFFLOAD} --use-precision-aware-optimizer --overlap-cpu-optimizer-d2h-h2d"
     settings = parse(f"{NEEDED} {flags} --optimizer-offload-fraction 0.4".split())
     validate(settings, Qwen2Config.named("7B"), 1)
@@ -46,7 +46,7 @@ def test_megatron_lms_flags_are_taken() -> None:
 
 
 def test_a_release_whose_optimizer_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As megatron-core 0.12."""
+    """megatron-core 0.12 is such."""
     import megatron.core.optimizer as of_megatron
 
     settings = parse(f"{NEEDED} {OFFLOAD}".split())

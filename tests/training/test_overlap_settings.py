@@ -44,7 +44,7 @@ def faults(flags: str, model: str = "7B", world_size: int = 8) -> list[str]:
     ],
 )
 def test_what_cannot_be_is_refused(flags: str, model: str, words: list[str]) -> None:
-    """With the way out; several faults at once."""
+    """The refusal names the way out; it may have several faults at once."""
     found = faults(flags, model, world_size=16)
     told = "\n".join(found)
     assert all(word in told for word in words), told
@@ -67,7 +67,7 @@ def test_columns_outside_the_operators_range_are_refused(columns: str, limit: in
 
 @pytest.mark.parametrize("size", ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"])
 def test_every_published_model_fits_the_operators(size: str) -> None:
-    """At every number of ranks that the operators and the model allow."""
+    """They fit at every number of ranks that the operators and the model allow."""
     from qwen2_ascend.parallel import tensor_parallel_sizes
 
     for tp in set(tensor_parallel_sizes(Qwen2Config.named(size))) & {2, 4, 8}:
@@ -99,7 +99,7 @@ def test_the_log_says_what_has_an_effect(flags: str, notes: list[str]) -> None:
 
 
 def test_batches_of_their_own_lengths_are_cut_as_equally_as_can_be() -> None:
-    """So no length has to be divided: tests/model/overlap_worker.py has pieces of several sizes."""
+    """No length has to be divided: tests/model/overlap_worker.py has pieces of several sizes."""
     flags = f"--config 7B --stage sft --data-path x --lr 1e-5 --train-iters 3 {COC} {TP2}"
     for more, expected in (("", 1), ("--variable-seq-lengths", 0)):
         words = f"{flags} --coc-parallel-num 8 --seq-length 12 {more}".split()

@@ -11,7 +11,7 @@ from qwen2_ascend.training.signals import SAME_SECONDS, StopSignal
 
 
 class Obeyed(Exception):
-    """Raised by what was there before."""
+    """What an earlier handler raises."""
 
 
 def obey(*_: object) -> None:

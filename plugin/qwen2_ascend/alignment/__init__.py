@@ -1,1 +1,1 @@
-"""Where two implementations part: dumps compared; a run against transformers, layer by layer."""
+"""Finds where a run differs from transformers, layer by layer."""

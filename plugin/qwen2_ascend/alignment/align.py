@@ -1,4 +1,4 @@
-"""From the command line to the verdict: what `launch/align_qwen2.py` runs.
+"""What `launch/align_qwen2.py` runs, from the command line to the verdict.
 
 The model runs first, at its layout and on its device, and is recorded; then the other ranks are
 done, and rank 0 holds the record to transformers on the CPU. Imports of torch wait until the
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the flags; sys.argv's without it.
 
     Returns:
-        0 where both sides agree, 1 where they part; else as `launched` has it.
+        0 where both sides agree, 1 where they differ; else as `launched` has it.
     """
     verdicts = []
     status = launched(lambda: verdicts.append(align(parse(arguments))))
@@ -224,7 +224,7 @@ def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
     Args:
         settings: for the factor and the reference's weights.
         source: the weights.
-        record: of this run or another.
+        record: a record of this run or another.
     """
     from qwen2_ascend.alignment import judge as judging
     from qwen2_ascend.alignment.reference import compute, load_model, widened
@@ -313,7 +313,7 @@ def _token_mismatches(record: Record, other: Record) -> list[str]:
 
     if torch.equal(record.tokens, other.tokens):
         return []
-    return ["--from-dump and --compare-with hold runs on different tokens; make one of them anew."]
+    return ["--from-dump and --compare-with hold runs on different tokens; make one of them again."]
 
 
 def _dump(record: Record, settings: AlignSettings) -> None:

@@ -1,4 +1,4 @@
-"""From every rank's pieces to whole tensors in transformers' names and shapes, on rank 0.
+"""Whole tensors in transformers' names and shapes, made on rank 0 from every rank's pieces.
 
 Activations are joined over the tensor-parallel ranks, and over those that share each sequence, and
 cut apart as the mapping table cuts the weights that made them; gradients go back through the table
@@ -77,7 +77,7 @@ def whole_sequences(name: str, own: torch.Tensor, sequence_cut: SequenceCut | No
     """A tensor of all positions, in their order, from those of the ranks that share them.
 
     Args:
-        name: of the tensor; of the losses, `[n * b, 1, s]`, the last axis is the sequence.
+        name: the tensor's name; the losses' last axis, of `[n * b, 1, s]`, is the sequence.
         own: this rank's part, else `[n * b, s, features]`.
         sequence_cut: None where this rank has all positions.
     """
@@ -89,7 +89,7 @@ def whole_sequences(name: str, own: torch.Tensor, sequence_cut: SequenceCut | No
 
 
 def _difference(ours: torch.Tensor, other: torch.Tensor) -> float:
-    """Of the worst token, relative to it."""
+    """The largest relative difference of a token."""
     if torch.equal(ours, other):
         return 0.0
     a, b = ours.float(), other.float()
@@ -133,7 +133,7 @@ def _whole(
 
 
 def _query_key_value(qkv: torch.Tensor, config: Qwen2Config) -> dict[str, torch.Tensor]:
-    """As the table's rule of linear_qkv: a block is a query group, and holds q, k and v."""
+    """Query, key and value by the table's rule of linear_qkv; a block is one query group."""
     rule = next(rule for rule in qwen2_rules(config) if rule.megatron.endswith("linear_qkv.bias"))
     blocks = qkv.unflatten(-1, rule.view[:2])
     return {

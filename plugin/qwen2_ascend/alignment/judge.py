@@ -1,4 +1,4 @@
-"""Which sublayer parts first: each one's own error, apart from what it inherited, against noise.
+"""Finds the first sublayer whose own error, apart from what it inherited, exceeds the noise.
 
 A difference at the end of a model says nothing about where it arose, and a threshold for it is a
 guess. So every sublayer is judged by itself: transformers' same sublayer is given *our* recorded
@@ -50,16 +50,16 @@ PIECE = 1 << 22
 """Elements that are widened at once."""
 
 PROVEN = 1e-10
-"""In fp64 nothing may differ by more, relative to its own size, at the end of the whole model."""
+"""The largest relative difference that fp64 may have at the end of the whole model."""
 
 
 class Error(NamedTuple):
     """How far a tensor is from another, relative to it, token by token."""
 
     mean: float
-    """Over the tokens, of the length of the difference over the length of the reference."""
+    """Mean over the tokens of the difference's length over the reference's."""
     worst: float
-    """Of the token where it is largest; infinite where something is not a finite number."""
+    """The largest error of a token; infinite where something is not a finite number."""
 
     def scaled(self, factor: float) -> Error:
         return Error(self.mean * factor, self.worst * factor)
@@ -78,11 +78,11 @@ class Finding:
 
     name: str
     own: Error
-    """Of the output, from our own input."""
+    """The output's error, computed from our own input."""
     noise: Error
     """The same of transformers in our dtype."""
     total: Error | None = None
-    """Of the output of the whole model up to here, inherited errors included."""
+    """The output's error in the whole model up to here, with inherited errors."""
     total_noise: Error | None = None
     ratio: float
     """Own error over noise."""
@@ -114,7 +114,7 @@ class StepFinding:
     step: int
     loss: float
     reference: float
-    """In the wider dtype."""
+    """The loss in the wider dtype."""
     noise: float
     """Largest |transformers in our dtype - reference| of the steps so far."""
     grad_norm: float
@@ -137,7 +137,7 @@ class Judgement:
     """The reference's."""
     loss_noise: float
     logits: Mapping[str, float] = field(default_factory=dict)
-    """Of the whole models: KL divergence, agreement of the likeliest token, largest difference."""
+    """KL divergence, agreement on the likeliest token, largest difference of the whole models."""
 
     @property
     def first(self) -> Finding | None:
@@ -257,7 +257,7 @@ class _Functions(NamedTuple):
 
     dtype: torch.dtype
     compute: Mapping[str, Sequence[Callable[..., Tensor]]]
-    """By the sublayer's name in its layer: one function, or several that are as good."""
+    """One function, or several that are as good, for each sublayer's name in its layer."""
 
 
 def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Functions, _Functions]:
@@ -365,7 +365,7 @@ def judge_gradient(
 
 
 def _relative(ours: Tensor, reference: Tensor) -> float:
-    """In fp64, piece by piece: the vocabulary's matrices are large."""
+    """The relative difference in fp64, computed piece by piece: vocabulary matrices are large."""
     squares = reference_squares = 0.0
     for a, b in zip(ours.flatten().split(PIECE), reference.flatten().split(PIECE), strict=True):
         a, b = a.double(), b.double()
@@ -443,7 +443,7 @@ class Between:
 
     other: Judgement
     activations: Mapping[str, Error]
-    """Of ours, relative to the other's."""
+    """Our error relative to the other record."""
     gradients: Mapping[str, float]
 
 

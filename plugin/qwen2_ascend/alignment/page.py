@@ -46,10 +46,11 @@ noise {{ "%.1e" | format(j.loss_noise) }}</dd>
 {{ "%.2f" | format(100 * j.logits.top5) }}%</dd>
 </dl>
 <img alt="heat map of layers and sublayers" src="data:image/png;base64,{{ picture }}">
-<p class="note">Own error: transformers' sublayer is given this run's input in {{ j.wide }}; what
-this run's output differs from that is the sublayer's own, nothing of it is inherited. Noise: the
-same of transformers' sublayer in {{ j.record.precision }}. All are lengths of differences relative
-to the reference, token by token. A sublayer parts above {{ j.noise_factor }} times the noise.</p>
+<p class="note">Own error: transformers' sublayer gets this run's input in {{ j.wide }}; the
+difference of the two outputs is the sublayer's own error, without those of earlier layers. Noise:
+the same error of transformers' sublayer in {{ j.record.precision }}. All are lengths of differences
+relative to the reference, token by token. A sublayer differs above {{ j.noise_factor }} times the
+noise.</p>
 {% if curve %}
 <h2>Loss of {{ j.steps | length }} training step(s)</h2>
 <img alt="loss curve" src="data:image/png;base64,{{ curve }}">
@@ -80,8 +81,8 @@ to the reference, token by token. A sublayer parts above {{ j.noise_factor }} ti
 </table>
 {% if j.gradients %}
 <h2>Gradients</h2>
-<p class="note">Of the mean loss; each inherits all errors of forward and of the backward after it.
-</p>
+<p class="note">Gradients of the mean loss. Each has the errors of the forward pass and of the
+backward pass down to it.</p>
 <table>
 <tr><th>parameter</th><th>error</th><th>noise</th><th>ratio</th>
 {% if between and between.gradients %}<th>the two runs</th>{% endif %}</tr>
@@ -109,8 +110,8 @@ def render_page(
     """The page.
 
     Args:
-        judgement: of this run.
-        between: of the run it is compared with.
+        judgement: the judgement of this run.
+        between: the comparison with another run.
         verdict: the finding in words.
         picture: the heat map, PNG.
         curve: the loss curve, PNG.

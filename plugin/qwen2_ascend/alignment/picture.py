@@ -203,7 +203,7 @@ def _title(judgement: Judgement) -> str:
 
 
 def curve_png(judgement: Judgement) -> bytes:
-    """Both losses above, their difference against noise below."""
+    """A picture of both losses above and of their difference against noise below."""
     from matplotlib.ticker import MaxNLocator
 
     steps = judgement.steps
@@ -246,5 +246,5 @@ def curve_png(judgement: Judgement) -> bytes:
 
 
 def _visible(values: Sequence[float]) -> list[float]:
-    """No zero on a logarithmic axis."""
+    """The values without zeros, which a logarithmic axis cannot show."""
     return [max(value, 1e-12) for value in values]

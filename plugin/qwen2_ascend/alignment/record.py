@@ -46,14 +46,14 @@ class Record:
     tokens: torch.Tensor
     """`[n, b, s + 1]`: n micro-batches, each sequence with the token after its last."""
     activations: Mapping[str, torch.Tensor]
-    """By the names of `sublayers`, `[n * b, s, features]` on the host; the loss `[n * b, 1, s]`."""
+    """Named as in `sublayers`: `[n * b, s, features]` on the host; the loss `[n * b, 1, s]`."""
     loss: float
     """Mean over the tokens, in nats."""
     disagreement: Mapping[str, float] = field(default_factory=dict)
     """Where the tensor-parallel ranks hold different values of what should be the same on all: by
     how much, at the worst token, relative to it."""
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Of that loss, by Hugging Face's names, on the host; empty where none were taken."""
+    """The loss's gradients on the host, in Hugging Face's names; empty where none were taken."""
 
 
 def save_record(record: Record, folder: Path) -> None:
@@ -102,7 +102,7 @@ def load_record(folder: Path) -> Record:
     missing = [name for name in expected if name not in activations]
     if tokens is None or missing:
         named = ", ".join(missing[:5]) or "tokens"
-        raise UserError(f"{folder}: the record is not whole, {named} is missing; make it anew.")
+        raise UserError(f"{folder}: the record is not whole, {named} is missing; make it again.")
     has_gradients = (folder / "gradients.safetensors").exists()
     return Record(
         config=config,
@@ -131,7 +131,7 @@ def _description(folder: Path) -> dict[str, Any]:
     if found.get("version") != VERSION:
         raise UserError(
             f"{path}: version {found.get('version')} is not {VERSION}, which this release reads; "
-            "make the record anew."
+            "make the record again."
         )
     return found
 

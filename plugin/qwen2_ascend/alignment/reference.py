@@ -69,7 +69,7 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
         source: the checkpoint. A Hugging Face folder is loaded by transformers itself, shards by
             this project's table.
         folder: a Hugging Face folder to take instead.
-        dtype: of the weights; wider ones in the file are rounded to it.
+        dtype: the dtype of the weights; wider ones in the file are rounded to it.
     """
     from transformers import AutoConfig, Qwen2ForCausalLM
     from transformers.utils import logging
@@ -277,7 +277,7 @@ def layer_sublayers(
 
     Args:
         layer: a Qwen2DecoderLayer.
-        cos_sin: of `tables`.
+        cos_sin: what `tables` returns.
         attention: "sdpa" or "eager": which of transformers' attentions.
     """
     attn, mlp = layer.self_attn, layer.mlp

@@ -108,9 +108,9 @@ def _parted_verdict(judgement: Judgement, first: Finding) -> str:
     if rest := parted[1:]:
         shown = ", ".join(finding.place for finding in rest[:6])
         more = f" and {len(rest) - 6} more" if len(rest) > 6 else ""
-        words.append(f"By themselves part also: {shown}{more}.")
+        words.append(f"These differ by themselves too: {shown}{more}.")
     elif first is not judgement.findings[-1]:
-        words.append("All after it only inherit.")
+        words.append("Those after it only inherit its error.")
     return " ".join(words)
 
 
@@ -228,8 +228,8 @@ def write_files(judgement: Judgement, between: Between | None, files: Mapping[st
     """Writes what is asked for.
 
     Args:
-        judgement: of this run.
-        between: of the run it is compared with.
+        judgement: the judgement of this run.
+        between: the comparison with another run.
         files: paths by "html", "png" and "json".
 
     Raises:

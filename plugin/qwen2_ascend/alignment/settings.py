@@ -78,7 +78,7 @@ class TokenSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSettings:
-    """What is compared besides the activations, and what counts as parted."""
+    """What is compared besides the activations, and how much counts as a difference."""
 
     no_gradients: Flag = False
     """Leave the gradients out: no backward, and a third of the memory."""
@@ -97,7 +97,7 @@ class CheckSettings:
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
     noise_factor: float = 4.0
-    """A sublayer has parted when its error is more than this many times the measured noise."""
+    """A sublayer differs if its error is more than this many times the measured noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +153,12 @@ class MachineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignSettings:
-    """Find where this project's model and transformers' part, sublayer by sublayer.
+    """Find where this project's model differs from transformers', sublayer by sublayer.
 
     torchrun --nproc-per-node 4 launch/align_qwen2.py --load Qwen2.5-0.5B
     --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --bf16 --report out
 
-    One process needs no torchrun. The exit status is 0 where both agree, 1 where they part.
+    One process needs no torchrun. The exit status is 0 if both agree, 1 if they differ.
     """
 
     model: SubjectSettings

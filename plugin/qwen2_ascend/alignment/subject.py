@@ -160,7 +160,7 @@ def train(
 
 
 class TokenDataset:
-    """Given sequences in the shape of pretraining data; each once, in their order.
+    """Sequences in the shape of pretraining data; each comes once, in their order.
 
     Args:
         tokens: `[samples, s + 1]`.
@@ -186,7 +186,7 @@ class TokenDataset:
 def _forward_backward(
     settings: AlignSettings, chunks: Sequence[Any], tokens: Tensor, with_gradients: bool
 ) -> list[Tensor]:
-    """Through megatron-core's schedule; the last stage's losses `[b, s]` of each micro-batch."""
+    """The last stage's losses `[b, s]` of each micro-batch, by megatron-core's schedule."""
     losses: list[Tensor] = []
     cut = SequenceCut.of_layout(settings.training().layout())
 

@@ -14,9 +14,9 @@ class Sublayer(NamedTuple):
     """One step of the model."""
 
     name: str
-    """In records: "embedding", or "layers.3.query" for one of a layer."""
+    """The name in records: "embedding", or "layers.3.query" for one of a layer."""
     label: str
-    """For people."""
+    """The name that people read."""
     parents: tuple[str, ...]
     """What it is computed from, in the order of the arguments."""
 

@@ -42,7 +42,7 @@ class AttentionBenchmark:
     kv_channels: int = 64
     """Width of a head."""
     sides: tuple[str, ...] = SIDES
-    """Of ours, unfused and sdpa; the first is what the others are compared with."""
+    """Some of ours, unfused and sdpa; the others are compared with the first."""
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     """auto takes npu, else cuda, else cpu."""
     dtypes: tuple[str, ...] = ("fp32", "bf16")
@@ -52,7 +52,7 @@ class AttentionBenchmark:
     rounds: int = 5
     """Measured rounds, after one that is not counted."""
     threads: int = 1
-    """Of each side, on a CPU."""
+    """Threads of each side on a CPU."""
     clock: Literal["wall", "cpu"] = "wall"
     """What speeds are told by; cpu is the processes' own time, for a machine with other work."""
     json: Path | None = None

@@ -26,7 +26,7 @@ SIDES = ("ours", "ours-async", "ours-torch", "dist_checkpointing", "torch.save")
 RANKED_SIDES = ("ours", "ours-async", "ours-torch", "dist_checkpointing")
 """Those that can be measured on several ranks."""
 BYTES_PER_WEIGHT = {"fp32": 12, "bf16": 14}
-"""Of weight and AdamW's two moments; with bf16 weights the fp32 ones too."""
+"""Bytes of a weight and AdamW's two moments; bf16 weights have fp32 ones too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,10 @@ class CheckpointBenchmark:
     """A Hugging Face folder, a config.json or a published size; by default a small model (hidden
     512, 8 layers, vocabulary 8192)."""
     num_layers: int | None = None
-    """So many layers instead."""
+    """The number of layers, instead of the model's own."""
     sides: tuple[str, ...] = ()
-    """Of ours, ours-async, ours-torch, dist_checkpointing and torch.save; the first is what the
-    others are compared with. By default all that can run on so many processes."""
+    """Some of ours, ours-async, ours-torch, dist_checkpointing and torch.save; the others are
+    compared with the first. By default all that can run on so many processes."""
     processes: int = 1
     """Data-parallel ranks of each way."""
     dtype: str = "fp32"
@@ -59,7 +59,7 @@ class CheckpointBenchmark:
     rounds: int = 3
     """Measured rounds, after one that is not counted."""
     threads: int = 1
-    """Of each process."""
+    """Threads of each process."""
     directory: Path | None = None
     """Where to work: a folder on the disk to be measured; the system's temporary one by default."""
     json: Path | None = None

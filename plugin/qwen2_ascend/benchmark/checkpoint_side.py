@@ -23,7 +23,7 @@ from qwen2_ascend.benchmark.train_side import (
 )
 
 STEP_SECONDS = 2.0
-"""Of forward and backward between an asynchronous save and the update that waits for its copy; by
+"""Forward and backward between an asynchronous save and the update that waits for its copy: by
 arithmetic 800 tokens of the benchmark's small model, on a core of 114 GFLOP/s."""
 
 
@@ -32,7 +32,7 @@ class State:
     """What each side is reduced to."""
 
     save: Callable[[Path], float | None]
-    """Into a folder that is not there yet; the seconds that count, or None for all until what was
+    """Saves into a new folder; returns the seconds that count, or None for all until what was
     written is on the disk."""
     load: Callable[[Path], None]
     tensors: Callable[[], list[Any]]
@@ -237,7 +237,7 @@ def _weights(model: Any) -> list[Any]:
 
 
 def _moments(optimizer: Any) -> list[Any]:
-    """Of torch's AdamW, in the order of its parameters."""
+    """The moments of torch's AdamW, in the order of its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")]
 

@@ -39,7 +39,7 @@ class ConvertBenchmark:
     target_pipeline_parallel_size: int = 2
     """Pipeline stages."""
     save_format: Literal["megatron", "safetensors", "torch_dist"] = "megatron"
-    """Of the shards."""
+    """The format of the shards."""
     rounds: int = 5
     """Measured pairs in each direction, after one that is not counted."""
     directory: Path | None = None

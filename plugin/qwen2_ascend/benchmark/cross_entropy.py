@@ -23,11 +23,11 @@ class CrossEntropyBenchmark:
     vocab_size: int = 152064
     """Rows of the output layer."""
     hidden_size: int = 896
-    """Of the model."""
+    """The model's hidden size."""
     seq_length: int = 4096
     """Tokens."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of hidden states and weight; the softmax is fp32."""
+    """The dtype of hidden states and weight; the softmax is fp32."""
     chunk_sizes: tuple[int, ...] = (1024, 256)
     """Tokens whose logits exist at once."""
 
@@ -50,7 +50,7 @@ def measure(options: CrossEntropyBenchmark, chunk_size: int) -> tuple[float, int
 
 
 def main(arguments: str) -> None:
-    """In the process that is measured: prints the seconds and the bytes it began with."""
+    """Runs in the measured process: prints the seconds and the bytes it began with."""
     options = json.loads(arguments)
 
     from qwen2_ascend import runtime

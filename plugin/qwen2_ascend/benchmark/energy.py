@@ -55,11 +55,11 @@ class SideEnergy:
 
 
 def energy_figures(answers: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, Any]:
-    """For a report: joules per token of each round, or None, and why.
+    """Joules per token of each round for a report, or None, and why.
 
     Args:
-        answers: of `SideEnergy.ask`, a round each.
-        tokens: of a round.
+        answers: what `SideEnergy.ask` returned, a round each.
+        tokens: the tokens of a round.
     """
     reasons = [answer["no_energy"] for answer in answers if answer.get("no_energy")]
     has_all = bool(answers) and all(answer.get("joules") is not None for answer in answers)

@@ -12,19 +12,19 @@ DTYPES = ("fp32", "bf16")
 
 
 def dtype_faults(dtypes: Sequence[str]) -> list[str]:
-    """Of `--dtypes`."""
+    """The faults of `--dtypes`."""
     return [f"--dtypes {dtype} is not fp32 or bf16." for dtype in dtypes if dtype not in DTYPES]
 
 
 def side_faults(sides: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Of `--sides`."""
+    """The faults of `--sides`."""
     return [
         f"--sides {side} is not one of {', '.join(known)}." for side in sides if side not in known
     ]
 
 
 def count_faults(options: Any, *names: str) -> list[str]:
-    """Of options that must be at least 1, or all of whose numbers must."""
+    """The faults of options that must be at least 1, or all of whose numbers must."""
     values = {name: getattr(options, name) for name in names}
     least = {k: min(v, default=0) if isinstance(v, tuple) else v for k, v in values.items()}
     return number_faults(SimpleNamespace(**least), at_least_one=names)

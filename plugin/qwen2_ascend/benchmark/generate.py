@@ -26,7 +26,7 @@ TEXTS = (
     "1 + 1 =",
     "Once upon a time, in a land far away, there lived a",
 )
-"""Repeated to fill a batch; of different lengths."""
+"""Prompts of different lengths, repeated to fill a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class GenerateBenchmark:
     batch_sizes: tuple[int, ...] = (1, 8)
     """Prompts at once."""
     new_tokens: int = 64
-    """To generate for each prompt."""
+    """Tokens to generate for each prompt."""
     rounds: int = 5
     """Measured pairs, after one that is not counted."""
     threads: int = 1
-    """Of each side."""
+    """Threads of each side."""
     json: Path | None = None
     """Also write the figures there."""
 

@@ -18,7 +18,7 @@ class Measured(NamedTuple):
 
     seconds: float
     peak_anonymous_bytes: int
-    """Of the process itself; memory mapped from files does not count."""
+    """The process's own memory; memory mapped from files does not count."""
     output: str
     """What it printed."""
 

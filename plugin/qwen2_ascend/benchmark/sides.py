@@ -29,7 +29,7 @@ class Side:
 
     Args:
         module: run by `python -m`; it calls `serve`.
-        arguments: of the command line.
+        arguments: the arguments of the command line.
         threads: OMP_NUM_THREADS.
         environment: variables besides those of this process.
     """
@@ -112,8 +112,8 @@ class RankedSide:
 
     Args:
         module: as of `Side`.
-        arguments: of every rank.
-        threads: of each.
+        arguments: the arguments of every rank.
+        threads: the threads of each.
         processes: how many ranks there are.
     """
 
@@ -166,7 +166,7 @@ class RankedSide:
 
 
 def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
-    """In a side's process: answers every line of the standard input until it ends.
+    """Answers every line of the standard input, in a side's process, until it ends.
 
     Args:
         prepare: loads what is needed and returns what answers a question.
@@ -199,8 +199,8 @@ def running(
 
     Args:
         module: as of `Side`.
-        arguments: of every side, by its name.
-        threads: of each.
+        arguments: every side's arguments, by its name.
+        threads: the threads of each.
 
     Raises:
         UserError: one of them has ended.
@@ -235,9 +235,9 @@ class Stopwatch:
     """Seconds of wall time and of this process's own work; usable with `with`."""
 
     wall: float
-    """Passed on the clock."""
+    """Seconds on the clock."""
     cpu: float
-    """Of all threads of this process: what is left to judge by on a machine with other work."""
+    """Seconds of all threads of this process, which count on a machine with other work."""
 
     def __enter__(self) -> Stopwatch:
         self._begun = time.perf_counter(), time.process_time()

@@ -33,7 +33,7 @@ SMALL = Qwen2Config(
     max_position_embeddings=4096,
     dtype="fp32",
 )
-"""Trained without --config and --load: the 0.5B's proportions in a size that a CPU trains."""
+"""The model without --config and --load: the 0.5B's proportions in a size that a CPU trains."""
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative difference between two sides' losses with which they do the same work."""
 
@@ -58,8 +58,8 @@ class TrainBenchmark:
     num_layers: int | None = None
     """With --config: so many layers instead, for a model that is too large for one device."""
     sides: tuple[str, ...] = ()
-    """Of ours, ours-plain, transformers and megatron-core; by default all that the device has, the
-    first is what the others are compared with."""
+    """Some of ours, ours-plain, transformers and megatron-core; by default all that the device has.
+    The others are compared with the first."""
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     """auto takes npu, else cuda, else cpu."""
     dtypes: tuple[str, ...] = ("fp32",)
@@ -75,7 +75,7 @@ class TrainBenchmark:
     rounds: int = 5
     """Measured rounds, after one that is not counted."""
     threads: int = 1
-    """Of each side, on a CPU."""
+    """Threads of each side on a CPU."""
     clock: Literal["wall", "cpu"] = "wall"
     """What speeds are told by; cpu is the processes' own time, for a machine with other work."""
     peak_tflops: float | None = None
@@ -264,7 +264,7 @@ def _measure(options: TrainBenchmark, folder: Path, dtype: str) -> dict[str, lis
 
 
 def _peak_flops(options: TrainBenchmark, device_name: str, dtype: str) -> float | None:
-    """Of the device in bf16; None where no figure with a source is known."""
+    """The device's peak in bf16; None where no figure with a source is known."""
     if options.peak_tflops is not None:
         return options.peak_tflops * 1e12
     if dtype != "bf16" or options.device == "cpu":

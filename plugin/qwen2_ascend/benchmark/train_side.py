@@ -40,14 +40,14 @@ class Work:
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
-    """On the one device."""
+    """Sequences of a step on the one device."""
     max_steps: int
     """More are never asked for."""
     lr: float = 1e-4
     clip_grad: float = 1.0
     weight_decay: float = 0.01
     use_distributed_optimizer: bool = False
-    """Over all ranks, which are data-parallel."""
+    """Whether all ranks, which are data-parallel, share the optimizer's state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ def build_transformers(work: Work) -> tuple[Trainer, Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronCore(Trainer):
-    """With what a checkpoint is made of."""
+    """A trainer with what a checkpoint is made of."""
 
     model: Any
     """GPTModel."""

@@ -61,7 +61,7 @@ class Access:
         """Why a request is refused, or None.
 
         Args:
-            method: of HTTP.
+            method: HTTP's method.
             headers: with small letters.
             query_token: what the address brings along.
         """

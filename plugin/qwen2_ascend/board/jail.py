@@ -61,7 +61,7 @@ class Jail:
         return real
 
     def existing(self, name: str) -> Path:
-        """As `path`, of something that is there.
+        """The `path` of a file or folder that exists.
 
         Raises:
             UserError: as `path`, or there is nothing.

@@ -7,6 +7,7 @@ runs in a session of its own, so it goes on when the board ends.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -104,7 +105,7 @@ def _method(form: Mapping[str, Any], save: Path) -> list[str]:
     words = []
     if choice(form, "method", METHODS) == "lora":
         words += ["--lora-r", str(whole(form, "lora_r", 1, 4096))]
-        words += ["--lora-alpha", f"{real(form, 'lora_alpha', 0, 1e6):g}"]
+        words += ["--lora-alpha", _digits(real(form, "lora_alpha", 0, 1e6))]
     dtype = choice(form, "dtype", DTYPES)
     words += [f"--{dtype}"] if dtype != "fp32" else []
     words += ["--device", choice(form, "device", DEVICES)]
@@ -131,11 +132,16 @@ def _layout(form: Mapping[str, Any]) -> list[str]:
 
 def _length(form: Mapping[str, Any]) -> list[str]:
     words = ["--seq-length", str(whole(form, "seq_length", 2, 1 << 24))]
-    words += ["--num-train-epochs", f"{real(form, 'epochs', 0, 10_000):g}"]
-    words += ["--lr", f"{real(form, 'lr', 0, 100):g}", "--lr-decay-style", "cosine"]
+    words += ["--num-train-epochs", _digits(real(form, "epochs", 0, 10_000))]
+    words += ["--lr", _digits(real(form, "lr", 0, 100)), "--lr-decay-style", "cosine"]
     if interval := whole(form, "save_interval", 0, 1 << 30):
         words += ["--save-interval", str(interval)]
     return words
+
+
+def _digits(value: float) -> str:
+    """All digits of a number, as short as Python writes them."""
+    return repr(value).removesuffix(".0")
 
 
 class Jobs:
@@ -147,6 +153,8 @@ class Jobs:
         self._order: Order | None = None
         self._started = 0.0
         self._stop_asked = False
+        self._can_save = False
+        """Whether all ranks were told to stop when they could save before they end."""
 
     def start(self, wanted: Order) -> None:
         """Starts a run.
@@ -195,6 +203,7 @@ class Jobs:
                 ranks = psutil.Process(self._process.pid).children()
             except psutil.NoSuchProcess:
                 return
+            self._can_save = bool(ranks) and all(_catches_stop(rank.pid) for rank in ranks)
             for pid in [rank.pid for rank in ranks] or [self._process.pid]:
                 try:
                     os.kill(pid, signal.SIGTERM)
@@ -202,7 +211,7 @@ class Jobs:
                     continue
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: nothing, running, stopping, done, stopped or failed."""
+        """What the page shows; a run that was stopped before it could save is stopped_early."""
         with self._lock:
             if self._process is None or self._order is None:
                 return {"state": "none"}
@@ -219,9 +228,19 @@ class Jobs:
     def _word(self, status: int | None) -> str:
         if status is None:
             return "stopping" if self._stop_asked else "running"
-        if status == 0:
-            return "stopped" if self._stop_asked else "done"
-        return "failed"
+        if self._stop_asked and (status == 0 or not self._can_save):
+            return "stopped" if status == 0 else "stopped_early"
+        return "failed" if status else "done"
 
     def _is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+
+def _catches_stop(pid: int) -> bool:
+    """Whether a process handles SIGTERM: a rank does once it has imported what it needs."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return caught is not None and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1 == 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from qwen2_ascend.files import open_descriptor
 CAPACITY = 1024
 """Buckets of a file."""
 BLOCK_BYTES = 1 << 20
-"""Read at once."""
+"""What is read at once."""
 MAX_LINE_BYTES = 1 << 16
 """Longer lines are no rows of a log."""
 MAX_SERIES = 48
@@ -35,10 +35,11 @@ TAIL_BYTES = 1 << 15
 LARGEST = 1e100
 """A figure beyond it is none: sums of it and squares would be infinite, which JSON cannot say."""
 SAMPLE_BYTES = 2048
-"""Read at each place of a sample; a row has about 300."""
+"""What is read at each place of a sample; a row has about 300."""
 _MARK = 64
 """Bytes before the place of reading that must still be there when it goes on."""
 
+_NUMBERS = {int, float, type(None)}
 Row = dict[str, Any]
 
 
@@ -381,13 +382,13 @@ def _sampled(fd: int, size: int, places: int) -> list[Row]:
 
 def _numbers(rows: Sequence[Row], name: str) -> np.ndarray | None:
     """A column of rows, NaN where there is no finite number; None where there is no number."""
-    given: Iterable[Any] = [row.get(name) for row in rows]
+    given = [row.get(name) for row in rows]
     try:
+        if not _NUMBERS.issuperset(map(type, given)):
+            raise TypeError  # numpy would read True and "1.5" as numbers
         values = np.array(given, dtype=np.float64)
-        if values.ndim != 1:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        values = np.array([np.nan if (x := _number(v)) is None else x for v in given])
+    except (TypeError, OverflowError):
+        values = np.array([_number(value) for value in given], dtype=np.float64)
     values[~(np.abs(values) < LARGEST)] = np.nan
     return None if np.isnan(values).all() else values
 

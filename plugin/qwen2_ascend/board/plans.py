@@ -87,13 +87,22 @@ def answer(asked: Question) -> dict[str, Any]:
     result = _planned(asked)
     shown = report.best_of_each_shape(result.plans)[:MAX_ROWS]
     return {
-        "answer": report.answer(result),
-        "notes": report._notes(result),
+        "answer": [_named(one) for one in report.said(result)],
+        "notes": [_named(one) for one in report.notes(result)],
         "usable_memory": result.machine.usable_memory,
         "device_memory": result.machine.device.memory,
         "kinds": KINDS,
         "rows": [_row(one) for one in shown],
     }
+
+
+def _named(text: Any) -> Any:
+    """A text by its name, so that the page says it in its language."""
+    if isinstance(text, report.Listed):
+        return [_named(one) for one in text]
+    if not isinstance(text, report.Said):
+        return text
+    return {"key": text.key, "values": {name: _named(one) for name, one in text.values.items()}}
 
 
 def _planned(asked: Question) -> report.Result:

@@ -24,7 +24,7 @@ MAX_CHARACTERS = 6000
 """Shown of a chat."""
 MAX_ROW_BYTES = 1 << 22
 MAX_ROWS = 200
-"""Looked at to find NUM_CHATS that can be rendered."""
+"""The most rows that are searched for NUM_CHATS that can be rendered."""
 
 
 def preview(model: Path, data: Path) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from qwen2_ascend.board.metrics import MetricsFile
 AT_ONCE_BYTES = 1 << 19
 """How much of a file is read while the page waits."""
 SLICE_BYTES = 1 << 21
-"""Read by the thread between two looks at what the page wants."""
+"""What the thread reads between two looks at what the page wants."""
 SAMPLED_PLACES = 8000
-"""At how many places all files of one question are looked at together."""
+"""The number of places of all files of one question together that are looked at."""
 FEWEST_PLACES, MOST_PLACES = 40, 400
-"""At how many places one file is looked at, at least and at most."""
+"""The least and the largest number of places of one file that are looked at."""
 MAX_FILES = 400
-"""Kept in memory, each with some 500 kB at most."""
+"""The most files in memory, each with some 500 kB at most."""
 
 T = TypeVar("T")
 

@@ -39,7 +39,7 @@ class RunState:
     validation_loss: float | None = None
     tokens_per_second: float | None = None
     modified: float
-    """When metrics.jsonl was last written, in seconds since 1970."""
+    """The time metrics.jsonl was last written, in seconds since 1970."""
     is_live: bool
     size: int
     """Bytes of metrics.jsonl."""

@@ -74,7 +74,7 @@ class ConvertOptions:
     hf_cfg_dir: Path | None = None
     """Folder with config.json and tokenizer, when they are not beside the weights."""
     save_format: Literal["megatron", "safetensors", "torch_dist"] = "megatron"
-    """Of shards: mp_rank_*/model_optim_rng.pt, the same tree as safetensors, or torch_dist."""
+    """Shards' format: mp_rank_*/model_optim_rng.pt, the same tree as safetensors, or torch_dist."""
     padded_vocab_size: int | None = None
     """Pad the vocabulary to this many rows, with zeros; they are trimmed on the way back."""
     make_vocab_size_divisible_by: int | None = None

@@ -83,7 +83,7 @@ def load_tensors(
     pp_stage: int,
     adapter: Adapter | None = None,
 ) -> None:
-    """As `load_checkpoint_weights`, into tensors that have a parameter's name and shape each.
+    """Does what `load_checkpoint_weights` does for tensors with parameters' names and shapes.
 
     Raises:
         UserError: the source holds a tensor twice and differently, or the model is another one.

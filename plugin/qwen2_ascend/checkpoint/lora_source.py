@@ -47,7 +47,7 @@ def open_lora(folder: str | Path, config: Qwen2Config, given: GivenLora | None =
 
     Args:
         folder: a PEFT folder, or what a LoRA run saved.
-        config: of the model that was adapted.
+        config: the config of the model that was adapted.
         given: what flags say of it.
 
     Raises:

@@ -31,9 +31,9 @@ def megatron_args(
 
     Args:
         config: the model's.
-        layout: of the ranks that hold it.
+        layout: the layout of the ranks that hold it.
         padded_vocab_size: the rows of the embedding in the shards.
-        dtype: of the weights: bf16, fp16 or fp32.
+        dtype: the dtype of the weights: bf16, fp16 or fp32.
     """
     names = {short: long for long, short in DTYPES.items()}
     return Namespace(

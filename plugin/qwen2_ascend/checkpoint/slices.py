@@ -38,7 +38,7 @@ def parts_of(box: Box, run: Run, *, joins_blocks: bool) -> Iterator[Part]:
 
     Args:
         box: `[blocks, rows, columns]`.
-        run: of its elements.
+        run: the run of its elements.
         joins_blocks: whether a box may be of several whole blocks.
     """
     (block0, _), (row0, row1), (column0, column1) = box
@@ -88,7 +88,7 @@ def share_of(sizes: Mapping[K, int], replica: int, num_replicas: int) -> dict[K,
 
 
 def owners(pieces: Mapping[P, Mapping[str, TensorSlice]]) -> dict[P, set[str]]:
-    """By shard, the names of the tensors that it writes: of equal boxes the first one.
+    """The names of the tensors that each shard writes: of equal boxes the first one.
 
     Norms lie on every tensor-parallel rank, a tied embedding on the first stage and the last.
     """

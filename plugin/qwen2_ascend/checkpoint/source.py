@@ -31,7 +31,7 @@ def find_reader(folder: str | Path, kind: str | None = None) -> Reader:
     """Asks a folder what it is.
 
     Args:
-        folder: of a checkpoint; of Megatron's also one iteration's.
+        folder: a checkpoint's folder; of Megatron's also one iteration's.
         kind: "hf" or "mg", where the user says it.
 
     Raises:
@@ -87,11 +87,11 @@ def open_states(
     """What an iteration holds beside every weight, such as Adam's moments.
 
     Args:
-        folder: of the iteration.
+        folder: the iteration's folder.
         config: the model's; rows from its vocab_size on are padding and are not loaded.
         kinds: what is wanted, "" for the weights, each with what its keys in a torch_dist folder
             have before the weight's own.
-        args: of the run that wrote it.
+        args: the `args` of the run that wrote it.
         sharding_type: how a torch_dist folder keeps the distributed optimizer's state.
 
     Returns:

@@ -64,9 +64,9 @@ class Target:
     held: tuple[StoredSlice, ...]
     files: tuple[TargetFile, ...]
     small_files: Mapping[Path, bytes]
-    """Written whole before the folder is published: config, index."""
+    """Files that are written whole before the folder is published: config, index."""
     tracker: tuple[Path, bytes] | None
-    """Written last of all: latest_checkpointed_iteration.txt."""
+    """The file that is written last: latest_checkpointed_iteration.txt."""
 
     @property
     def total_bytes(self) -> int:
@@ -303,8 +303,8 @@ def torch_dist_chunk(
     Args:
         part: one range of the whole tensor's rows, or a part of one row.
         rules: by their Megatron names.
-        num_layers: of the whole model.
-        dtype: of the chunk.
+        num_layers: layers of the whole model.
+        dtype: the dtype of the chunk.
     """
     rule, layer = rule_of(part, rules)
     (block, _), (row, _), (column, _) = part.box

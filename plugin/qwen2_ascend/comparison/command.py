@@ -42,8 +42,8 @@ class CompareOptions:
     """An element may differ by atol + rtol * |theirs|. Without it by dtype: fp64 1e-10, fp32 1e-5,
     fp16 0.03, bf16 0.2, which is a few times the noise of a whole model; integers must be equal."""
     atol: float | None = None
-    """Without it rtol times the largest of the element's row. Rows that differ by at most a given
-    --atol are not asked for their cosine: it is the level below which everything is noise."""
+    """The default is rtol times the largest of the element's row. Rows that differ by at most a
+    given --atol are not asked for their cosine: it is the level below which everything is noise."""
     min_cosine: float | None = None
     """Least cosine similarity of a row; without it by dtype: fp64 1 - 1e-12, fp32 1 - 1e-10, fp16
     0.9995, bf16 0.98."""

@@ -63,7 +63,7 @@ class Rules:
     """The same infinity, or NaN, at the same places of both sides is no finding."""
 
     def tolerances(self, dtype: str, *, gradient: bool = False) -> Tolerances:
-        """For arrays computed in `dtype`."""
+        """The tolerances of arrays computed in `dtype`."""
         defaults = tolerance.default_tolerances(dtype, gradient=gradient)
         if defaults is tolerance.EXACT:
             return defaults
@@ -122,7 +122,7 @@ class Report:
         return tuple(c for c in self.comparisons if not c.passed)
 
     def to_json(self) -> dict[str, Any]:
-        """For machines; what JSON has no number for is "nan", "inf" or "-inf"."""
+        """The report for machines; what JSON has no number for is "nan", "inf" or "-inf"."""
         return {
             "qwen2_ascend": __version__,
             "passed": self.passed,

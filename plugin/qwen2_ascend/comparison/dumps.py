@@ -34,7 +34,7 @@ PRECISION = "computed_in"
 
 MAX_DEPTH = 64
 MAX_VALUES = 200_000
-"""Of containers inside a .pt."""
+"""The most values in containers of a .pt."""
 
 
 class Stored(NamedTuple):
@@ -67,11 +67,11 @@ class Dump:
     num_files: int
 
     def by_full_name(self) -> dict[str, Stored]:
-        """By the file's place in the folder, without its suffix, and the name in the file."""
+        """The arrays by the file's place, without its suffix, and the name in the file."""
         return {self._full_name(stored): stored for stored in self.arrays}
 
     def by_short_name(self) -> dict[str, Stored] | None:
-        """By the name in the file alone where it has one; None when two are then the same."""
+        """The arrays by the name in the file, or the file's; None when two are then the same."""
         names = [stored.inner or self._file_name(stored) for stored in self.arrays]
         if max(Counter(names).values(), default=0) > 1:
             return None
@@ -89,7 +89,7 @@ class Dump:
 
 
 def open_dumps(*paths: str | Path) -> list[Dump]:
-    """As `open_dump` for each, with the faults of all at once."""
+    """Opens each as `open_dump` does, and reports all faults at once."""
     dumps, faults = [], []
     for path in paths:
         try:

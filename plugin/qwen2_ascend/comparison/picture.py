@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 AGREES, DIFFERS, REFERENCE = "#2b6f9e", "#c8452e", "#888888"
 MAX_DOTS = 20_000
-"""Of the scatter: drawn by chance from all elements."""
+"""The most dots of the scatter, drawn by chance from all elements."""
 MAX_LABELS = 60
 """Names below the bars; more would not be read."""
 
@@ -32,12 +32,12 @@ def draw(
     """Writes the picture of `report`.
 
     Args:
-        report: of `compare(ours, theirs, rules)`.
+        report: what `compare(ours, theirs, rules)` returned.
         ours: opened still, for the elements of one array.
         theirs: the same.
         rules: the same.
         path: the PNG.
-        name: of the array to show in detail; the worst without it.
+        name: the array to show in detail; the worst without it.
 
     Raises:
         UserError: `path` cannot be written.

@@ -36,7 +36,7 @@ class Summary:
     min: float
     mean: float
     std: float
-    """Of the population: divided by n."""
+    """The population's: divided by n."""
 
     @property
     def largest(self) -> float:
@@ -108,7 +108,7 @@ class Difference:
 
     @property
     def usual_length(self) -> float:
-        """Of their rows that are not zero, the median."""
+        """The median length of their rows that are not zero."""
         return _usual(self.row_lengths)
 
 
@@ -120,7 +120,7 @@ class LogitsAgreement:
     num_skipped: int
     """Rows with a NaN or +infinity, or nothing above -infinity, on either side."""
     kl_mean: float
-    """Of KL(softmax(theirs) || softmax(ours)), in nats; NaN when no row is left."""
+    """Mean of KL(softmax(theirs) || softmax(ours)), in nats; NaN when no row is left."""
     kl_max: float
     top1: float
     """Share of rows whose argmax is the same token."""

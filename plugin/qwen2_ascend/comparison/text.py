@@ -17,7 +17,7 @@ HEADINGS = (
 """Msprobe's words where it has them. Cosine is the least of the rows, ULP the largest distance,
 used the share of its tolerance that the worst element takes."""
 DETAILED = 3
-"""Up to this many arrays all figures are shown without being asked for."""
+"""The most arrays whose figures are all shown without being asked for."""
 MAX_FINDINGS = 20
 """Lines; the rest are counted."""
 MIN_NAME = 16
@@ -29,7 +29,7 @@ def report_lines(report: Report, *, details: bool = False, width: int | None = N
     """The whole report.
 
     Args:
-        report: of `compare`.
+        report: what `compare` returned.
         details: every figure of every array, not only where there are few.
         width: columns of the terminal, into which names are shortened; None where nothing is.
     """

@@ -23,15 +23,15 @@ class Tolerances:
     largest terms, so a small element among large ones is not expected to be precise itself. Not the
     largest of the array: a few tokens of Qwen2 have hidden states 200 times those of the others."""
     min_cosine: float = -1.0
-    """Of every row. Rows that differ by at most a given atol are not asked for it, nor counted by
-    the next."""
+    """The least cosine of every row. Rows that differ by at most a given atol are not asked for it,
+    nor counted by the next."""
     max_relative_l2: float = math.inf
-    """Of the median row: length of the difference over the length of theirs. It sees what changes
+    """The median row's length of the difference over the length of theirs. It sees what changes
     every row a little, such as a wrong scale, where a cosine sees nothing."""
     max_kl: float = 0.0
-    """Of logits: KL divergence in nats, mean over the rows."""
+    """The largest KL divergence of logits in nats, mean over the rows."""
     min_top1: float = 0.0
-    """Of logits: share of rows that agree on the likeliest token."""
+    """The least share of rows whose logits agree on the likeliest token."""
     usual_rows: bool = False
     """Rows that are shorter than their tensor's median row are held to that one's size in place of
     their own. So it is with gradients: a row of a weight's is a sum over all tokens, and where its
@@ -52,7 +52,7 @@ DEFAULTS = {
     "fp16": Tolerances(rtol=3e-2, min_cosine=0.9995, max_relative_l2=1e-2, max_kl=1e-4),
     "bf16": Tolerances(rtol=0.2, min_cosine=0.98, max_relative_l2=0.08, max_kl=5e-3),
 }
-"""By the coarser dtype of a pair; integers must be equal.
+"""The tolerances for the coarser dtype of a pair; integers must be equal.
 
 A few times the noise of a whole model. Qwen2.5-Coder-0.5B in transformers on a CPU, eager attention
 against SDPA, 64 tokens of code, every hidden state and the logits, in fp32, fp16 and bf16:
@@ -84,8 +84,8 @@ class Finding(NamedTuple):
     """Why a pair does not agree."""
 
     kind: str
-    """For machines: shape, dtype, nonfinite, missing, tolerance, cosine, short_rows, relative_l2,
-    kl, top1."""
+    """What machines read: shape, dtype, nonfinite, missing, tolerance, cosine, short_rows,
+    relative_l2, kl, top1."""
     text: str
 
 
@@ -179,6 +179,6 @@ def _beyond(difference: Difference, tolerances: Tolerances) -> str:
 
 
 def cosine_text(cosine: float) -> str:
-    """As a distance from 1 where digits would say 1: 1-2e-12."""
+    """The cosine, or its distance from 1 where digits would say 1: 1-2e-12."""
     away = 1 - cosine
     return f"1-{away:.2g}" if 0 < away < 1e-5 else f"{cosine:.6g}"

@@ -95,7 +95,7 @@ def largest_token(prefix: str | Path) -> int | None:
 
 
 def sample_documents(dataset: Any, num_documents: int = 128) -> list[np.ndarray]:
-    """Up to `num_documents` documents' tokens, evenly spread, the first among them."""
+    """The tokens of up to `num_documents` documents, evenly spread, the first among them."""
     step = -(-len(dataset) // num_documents) or 1
     # copies: a view outlives the dataset's memory map and then crashes the process
     return [np.array(dataset[i]) for i in range(0, len(dataset), step)]

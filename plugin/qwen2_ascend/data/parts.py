@@ -97,7 +97,7 @@ class Batch(NamedTuple):
 
     rows: list[Row]
     end: Position
-    """Behind the last of them."""
+    """The position behind the last of them."""
     read_bytes: int
     """Bytes on disk that were read until here."""
 

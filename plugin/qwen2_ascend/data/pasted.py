@@ -63,7 +63,7 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], Pasted]:
     --handler-name also says the task here, where no --task does.
 
     Raises:
-        UserError: of a handler that there is not.
+        UserError: there is no such handler.
     """
     rest, pasted = split_by_table(arguments, PREPROCESS_FLAGS)
     at, handler = _handler(rest)

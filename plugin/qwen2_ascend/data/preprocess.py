@@ -1,4 +1,4 @@
-"""From documents to Megatron's .bin/.idx: workers tokenize, one process writes, in input order.
+"""Turns documents into Megatron's .bin/.idx: workers tokenize, one process writes, in order.
 
 `inputs.py` gives the rows, `tokenization.py` their ids, `parts.py` keeps them so that a killed run
 can go on, and `output.py` renames the whole into place.

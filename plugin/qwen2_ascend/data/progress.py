@@ -70,8 +70,8 @@ def print_summary(
     """Prints what was written.
 
     Args:
-        counts: of each key: documents, tokens, shortest, longest.
-        outputs: of each key the .bin file.
+        counts: documents, tokens, shortest, longest of each key.
+        outputs: the .bin file of each key.
         bad_rows: rows that were left out.
         bad_rows_file: where they are listed.
         seconds: how long this run took.

@@ -47,7 +47,7 @@ class PreprocessSettings:
     input_format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """What the files are; auto goes by their names."""
     split_text_on: Literal["file", "blank-line", "line"] = "file"
-    """Of a text file, what is one document."""
+    """What one document of a text file is."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do with a row that gives no document: not JSON, no such key, not a string, empty, not
     UTF-8, too long; or no chat, or none with a token to train on."""

@@ -49,7 +49,7 @@ class Benchmark:
     name: str
     folder: Path
     num_examples: int | None
-    """So many stand in front of each question; None takes what lm-eval's task says."""
+    """How many stand in front of each question; None takes what lm-eval's task says."""
     subjects: Sequence[Subject]
 
     def describe(self) -> str:
@@ -69,7 +69,7 @@ class Kind(NamedTuple):
     """Makes a question in the data set's columns of a line; raises ValueError if it is none."""
     num_examples: int | None = None
     suffix: str | None = None
-    """Of the names of the files with examples, in the folder dev beside; None where there are
+    """The suffix of the files with examples, in the folder dev beside; None where there are
     none."""
     columns: Sequence[str] = ()
     """These are the columns of a CSV file without a head."""
@@ -258,4 +258,4 @@ KINDS: Mapping[str, Kind] = {
     "agieval": Kind("*.jsonl", _agieval),
     "human_eval": Kind("*.jsonl", _human_eval),
 }
-"""By the name that --task takes."""
+"""The kinds by the name that --task takes."""

@@ -41,7 +41,7 @@ class Qwen2LM(TemplateLM):
         tokenizer: the model's.
         defaults: what the model's folder says of generation: how tokens are chosen where a task
             does not say, and which end a text.
-        seed: of the draws, where a task samples.
+        seed: the seed of the draws, where a task samples.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Qwen2LM(TemplateLM):
         return self._tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        """Of (texts, context's tokens, continuation's tokens): log-probability, and whether greedy.
+        """Each continuation's log-probability after its context, and whether it is the greedy one.
 
         A context that is too long loses its beginning; the last token is only asked for.
         """

@@ -30,4 +30,4 @@ EVALUATE_FLAGS: Table = {
     ),
     "--hf-chat-template": Meaning("say --apply-chat-template", refused=True),
 }
-"""Of launch/evaluate_qwen2.py."""
+"""The pasted flags of launch/evaluate_qwen2.py."""

@@ -19,7 +19,7 @@ class Perplexity:
     bits_per_byte: float
     """Comparable between tokenizers."""
     num_tokens: int
-    """That were scored: all but the first."""
+    """The tokens that were scored: all but the first."""
 
 
 def perplexity(
@@ -28,9 +28,9 @@ def perplexity(
     """Slides a window over `tokens`; see `windows` for which token is scored in which.
 
     Args:
-        scorer: of this rank; every rank gets the same result.
+        scorer: this rank's scorer; every rank gets the same result.
         tokens: at least two.
-        num_bytes: of the text, in UTF-8.
+        num_bytes: bytes of the text, in UTF-8.
         window: tokens that are read at once.
         stride: tokens by which the window moves on.
     """

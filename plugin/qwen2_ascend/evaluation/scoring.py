@@ -40,11 +40,11 @@ class Scorer:
     def score(
         self, sequences: Sequence[Sequence[int]], firsts: Sequence[int]
     ) -> list[list[Scored]]:
-        """Of each sequence the tokens from its `first` on, given all that stand before them.
+        """Scores the tokens of each sequence from its `first` on, given all that stand before them.
 
         Args:
             sequences: tokens, at least two, at most one more than the model's context.
-            firsts: of each, the place of the first token to score, at least 1.
+            firsts: the place of the first token to score in each, at least 1.
 
         Returns:
             On every rank the same.

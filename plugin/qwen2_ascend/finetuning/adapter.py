@@ -72,7 +72,7 @@ class Part(NamedTuple):
     """A box of an adapter's tensor in the file of the rank that has it."""
 
     kind: str
-    """Of the optimizer's tensors; "" is the adapter itself."""
+    """The kind of the optimizer's tensor; "" is the adapter itself."""
     tensor: str
     box: Box
     file: str
@@ -80,7 +80,7 @@ class Part(NamedTuple):
     dtype: str
 
     def held(self, folder: Path) -> StoredSlice:
-        """As a source of what is merged."""
+        """The box as a source for merging."""
         shape = tuple(stop - start for start, stop in self.box)
         stored = StoredTensor(folder / self.file, self.offset, shape, self.dtype)
         return StoredSlice(self.tensor, TensorSlice(self.tensor, self.box, shape), stored)

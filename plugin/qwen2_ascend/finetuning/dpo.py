@@ -86,7 +86,7 @@ def answer_log_probs(
     Under context parallelism each rank has a part of the rows and gets the sums of all parts.
 
     Args:
-        losses: of every token, `[2 b, s]`, the chosen rows first.
+        losses: every token's loss, `[2 b, s]`, the chosen rows first.
         loss_mask: `[2 b, s]`, 1 on the answers' tokens.
     """
     mask = loss_mask.float()
@@ -146,7 +146,8 @@ class _Numbered:
 def _reference(
     run: TrainingRun, plan: RunPlan[FinetuneSettings], sources: list[Any]
 ) -> torch.Tensor:
-    """Kept from an earlier start, or computed now: `[pairs, 2]` of all sources, on every rank."""
+    """Log-probabilities `[pairs, 2]` of all sources on every rank, computed now or kept from
+    before."""
     identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
     save = plan.settings.checkpoint.save
     if kept is not None:
@@ -256,7 +257,7 @@ def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
 
 
 def _identity(plan: RunPlan[FinetuneSettings], sources: list[Any]) -> dict[str, str]:
-    """Of the pairs and of the weights that the reference is made with, as rank 0 sees them."""
+    """What rank 0 tells the pairs and the reference's weights by."""
     pairs = xxhash.xxh3_64()
     for row in _rows(sources):
         pairs.update(row)

@@ -70,8 +70,8 @@ def finish(
     """Makes the exports of a complete run and parts the ranks; every rank calls it.
 
     Args:
-        plan: of the run, with its length.
-        runtime: of this rank, which is closed.
+        plan: the plan of the run, with its length.
+        runtime: this rank's runtime, which is closed.
         is_complete: whether the run is; if not, nothing is exported.
         write_adapter: writes a PEFT folder, on every rank.
     """

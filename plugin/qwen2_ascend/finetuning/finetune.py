@@ -107,7 +107,7 @@ def with_exports(plan: RunPlan[F]) -> RunPlan[F]:
 
 
 def plan_of_run(settings: F, found: Found | None) -> RunPlan[F]:
-    """As `make_plan`, but for the exports."""
+    """The plan that `make_plan` makes, without the exports."""
     plan = _opened(settings, found)
     if plan.lora is not None and plan.source is not None and plan.config != plan.source.config:
         raise UserError(

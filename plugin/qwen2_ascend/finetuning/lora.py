@@ -83,7 +83,7 @@ def apply_lora(
         lora: the adapter.
         config: the model's shape.
         layout: how it is cut.
-        seed: of the values of A.
+        seed: the seed of the values of A.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     rules = adapter_rules(config, lora)
@@ -188,9 +188,9 @@ def initial_a(name: str, rank: int, columns: int, seed: int) -> Tensor:
 
     Args:
         name: the tensor's in PEFT.
-        rank: of the adapter.
+        rank: the rank of the adapter.
         columns: inputs of the projection.
-        seed: of all adapters.
+        seed: the seed of all adapters.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -64,7 +64,7 @@ class LoraStorage(ABC):
 
         Args:
             run: its model has adapters.
-            identity: of the base model.
+            identity: the identity of the base model.
             lora: what the adapters are.
             base: where the base model was loaded from.
         """
@@ -161,7 +161,7 @@ class LoraStorage(ABC):
 
 
 class MegatronLora(LoraStorage):
-    """Of the Megatron path: every rank writes its slices of the adapters."""
+    """LoRA by megatron-core: every rank writes its slices of the adapters."""
 
     unlike = "another layout"
 

@@ -31,7 +31,7 @@ class SavedLora:
     """A checkpoint of a LoRA run."""
 
     folder: Path
-    """Of the iteration; a PEFT folder."""
+    """The iteration's folder, in PEFT's format."""
     lora: LoraConfig
     state: Mapping[str, Any]
     """RUN_FILE."""

@@ -47,7 +47,7 @@ class TuningSettings:
     dpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """The loss of a pair's margin."""
     dpo_label_smoothing: float = 0.0
-    """With sigmoid: the share of pairs whose preference is taken for wrong (cDPO)."""
+    """The share of pairs whose preference sigmoid takes for wrong (cDPO)."""
     pref_ftx: float = 0.0
     """Weight of the chosen answer's own sft loss, added to dpo's."""
 

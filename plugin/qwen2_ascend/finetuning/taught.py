@@ -27,7 +27,7 @@ def taught_files(plan: RunPlan[FinetuneSettings]) -> dict[str, bytes]:
     """Files of the exported folder that differ from the base model's, by name.
 
     Args:
-        plan: of the run.
+        plan: the plan of the run.
 
     Raises:
         UserError: --chat-template cannot be read.

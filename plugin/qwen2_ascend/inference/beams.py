@@ -115,7 +115,7 @@ def beam_search(
         max_new_tokens: at least one.
         eos_tokens: those that end a continuation.
         sampling: what changes the probabilities, and whether candidates are drawn.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     Raises:
         UserError: logits are not finite.

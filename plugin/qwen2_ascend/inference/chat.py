@@ -59,7 +59,7 @@ def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], i
     What the cache holds of the chat so far is not computed again.
 
     Args:
-        generator: of one row.
+        generator: a generator of one row.
         manner: how the chat is led.
         max_new_tokens: for a prompt of so many tokens.
     """

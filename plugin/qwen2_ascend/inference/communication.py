@@ -55,7 +55,7 @@ def best_over_ranks(values: Tensor, indices: Tensor, first_column: int) -> Tenso
     Args:
         values: each row's largest on this rank, `[n]`, fp32.
         indices: its column among this rank's, `[n]`.
-        first_column: of this rank's in the whole.
+        first_column: where this rank's columns begin in the whole.
     """
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return indices

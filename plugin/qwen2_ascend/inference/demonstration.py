@@ -34,7 +34,7 @@ class Demonstration:
 
     Args:
         settings: all flags.
-        folder: of the model's config.json.
+        folder: the folder of the model's config.json.
         tokenizer: the model's.
         vocab_size: the model's.
 
@@ -77,7 +77,7 @@ class Demonstration:
         """Does the tasks in their order.
 
         Args:
-            engine: of one row.
+            engine: an engine of one row.
             show: prints a line on one rank.
         """
         for task, text in self._texts.items():

@@ -39,7 +39,7 @@ NOT_FINITE = -1
 """Stands for the token of a sequence whose logits are infinite or no numbers."""
 
 Choose = Callable[[Tensor], list[int]]
-"""From logits `[n, vocabulary]` in fp32 to n tokens."""
+"""Chooses n tokens from logits `[n, vocabulary]` in fp32."""
 
 
 def not_finite(dtype: torch.dtype) -> str:
@@ -231,7 +231,7 @@ class Engine:
 
     @property
     def first_column(self) -> int:
-        """Of this rank's logits in the whole vocabulary."""
+        """Where this rank's logits begin in the whole vocabulary."""
         tp = parallel_state.get_tensor_model_parallel_world_size()
         padded = -(-self.config.vocab_size // tp)
         return padded * parallel_state.get_tensor_model_parallel_rank()

@@ -45,7 +45,7 @@ class Completion:
 
     index: int
     text: str
-    """Without the special tokens, and without the string that ended it."""
+    """The text without special tokens, and without the string that ended it."""
     tokens: list[int]
     """The new tokens, with the one that ended the text."""
     finish_reason: str
@@ -78,7 +78,7 @@ class Generator:
         sampling: how a token is chosen.
         stop: strings that end the text.
         special_tokens: those that `decode` leaves out, and what they are called in `stop`.
-        seed: of the draws.
+        seed: the seed of the draws.
     """
 
     def __init__(

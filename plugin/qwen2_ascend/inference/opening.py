@@ -1,4 +1,4 @@
-"""From the flags that name a model to an engine that has its weights.
+"""Opens an engine with its weights from the flags that name a model.
 
 Imports of torch and megatron-core wait until the settings are known to be right.
 """
@@ -31,7 +31,7 @@ class OpenedModel:
 
     source: Source
     adapter: Adapter | None
-    """To merge into them."""
+    """The adapter to merge into them."""
 
 
 def open_model(model: ServedModelSettings) -> OpenedModel:

@@ -101,11 +101,11 @@ SERVED_FLAGS: Table = {
     **dict.fromkeys(sorted(EXPERTS), NO_EXPERT),
     "--lora-fusion": Meaning(MERGED),
 }
-"""Of every command that asks a model."""
+"""The pasted flags of every command that asks a model."""
 
 GENERATE_FLAGS: Table = {
     **SERVED_FLAGS,
     "--max-length": Meaning("say --max-new-tokens", None, refused=True),
     "--add-eos-token": Meaning("say --stop, with the token's text", None, refused=True),
 }
-"""Of launch/generate_qwen2.py."""
+"""The pasted flags of launch/generate_qwen2.py."""

@@ -23,7 +23,7 @@ class Prompt:
     """One thing to continue."""
 
     where: str
-    """For a message: the flag, or file and line."""
+    """The place for a message: the flag, or file and line."""
     row: Mapping[str, Any]
     """{"prompt": text} or {"messages": [...]}, with whatever else its line has."""
 

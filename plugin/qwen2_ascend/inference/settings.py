@@ -161,7 +161,7 @@ class SamplingSettings:
     top_p: float | None = None
     """Draw from the likeliest tokens whose probabilities sum to this."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens less likely that the text has already."""
+    """A value above 1 makes tokens less likely that the text has already."""
     stop: Annotated[Repeated[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
     """A string that ends the text, and is left out of it; may be given several times. Special
     tokens count as the text that the tokenizer has for them."""

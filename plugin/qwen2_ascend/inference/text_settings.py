@@ -24,7 +24,7 @@ def text_settings(
 
     Args:
         settings: the flags.
-        folder: of the model's config.json.
+        folder: the folder of the model's config.json.
         tokenizer: the model's.
         is_chat: whether the end of a turn ends a text.
 

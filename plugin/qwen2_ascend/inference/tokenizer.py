@@ -37,7 +37,7 @@ class Tokenizer:
         self.folder = folder
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """As transformers gives them to a model, with a bos token where the tokenizer adds one.
+        """A text's tokens by transformers, with a bos token where the tokenizer adds one.
 
         Raises:
             UserError: the text holds what is no character.
@@ -107,13 +107,13 @@ class Tokenizer:
         return template_for(self._tokenizer, None, self._template)
 
     def decode(self, tokens: list[int]) -> str:
-        """Without special tokens, and otherwise as the tokens are."""
+        """The text without special tokens, and otherwise as the tokens are."""
         return self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def decode_as_configured(self, tokens: list[int]) -> str:
-        """Without special tokens, and with spaces cleaned up where tokenizer_config.json says so.
+        """Text without special tokens; tokenizer_config.json says whether spaces are cleaned up.
 
         Only whole texts can be decoded in this way.
         """

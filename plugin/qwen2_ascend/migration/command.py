@@ -20,7 +20,7 @@ from qwen2_ascend.migration.programs import PROGRAMS, Job, migrate_command, own_
 from qwen2_ascend.migration.script import Command, Script, Token, read_script, token
 
 MAX_BYTES = 1 << 20
-"""Of a script."""
+"""The largest script."""
 KEPT = ("source", ".", "export", "set", "cd", "mkdir", "ulimit", "unset")
 """Commands around a job that stay as they are."""
 
@@ -172,7 +172,7 @@ def _variables(job: Job) -> list[str]:
 
 
 def _num_devices(launcher: Sequence[Token]) -> int | None:
-    """Of all nodes, as torchrun's flags say it."""
+    """The devices of all nodes, as torchrun's flags say it."""
     product = 1
     for flag, default in (("--nproc-per-node", None), ("--nnodes", "1")):
         value = default

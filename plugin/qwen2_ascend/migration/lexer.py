@@ -33,10 +33,10 @@ class Word:
     line: int
     pieces: tuple[WordPart, ...]
     source: str
-    """As it stands in the script."""
+    """The text in the script."""
     operator: str | None = None
     items: tuple[Word, ...] | None = None
-    """Of an array, `NAME=(...)`; then `pieces` are what stands before the bracket."""
+    """The words of an array, `NAME=(...)`; then `pieces` are what stands before the bracket."""
 
     @property
     def plain(self) -> str | None:

@@ -33,8 +33,8 @@ def memory_line(flags: Flags, num_devices: int | None) -> str:
     """One sentence: what the fullest device needs, or why that is not known.
 
     Args:
-        flags: of the script's command, by MindSpeed-LLM's names.
-        num_devices: of all nodes; None where the script does not say.
+        flags: the flags of the script's command, by MindSpeed-LLM's names.
+        num_devices: the devices of all nodes; None where the script does not say.
     """
     try:
         cut = _cut(flags, num_devices)

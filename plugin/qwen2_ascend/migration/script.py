@@ -57,7 +57,7 @@ class Token:
         return tuple(part.variable for part in self.parts if part.variable)
 
     def quoted(self, *, as_list: bool = False) -> str:
-        """As bash takes it.
+        """The word as bash takes it.
 
         Args:
             as_list: may be split, where it is a variable without quotes; what is not known here
@@ -109,7 +109,7 @@ class Script:
     notes: list[str] = field(default_factory=list)
     """What was not followed, with its line."""
     assignments: dict[str, list[Variable]] = field(default_factory=dict)
-    """Of each variable, in order."""
+    """Each variable's values, in order."""
 
     def needed(self, names: Sequence[str]) -> list[str]:
         """The assignments that words of these variables need, in the order of the script."""

@@ -1,4 +1,4 @@
-"""From a Qwen2Config and a ParallelLayout to this rank's model chunks."""
+"""Builds this rank's model chunks from a Qwen2Config and a ParallelLayout."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Documents(NamedTuple):
 
     rows: range
     ends: tuple[int, ...]
-    """Counted from the row's start."""
+    """The ends, counted from the row's start."""
 
     def within(self, positions: range) -> Iterator[range]:
         """Each document's positions that are in `positions`, and in front of it."""
@@ -169,7 +169,7 @@ def sent_bytes(
     Args:
         algorithm: context_parallel_algo.
         cp: context_parallel_size.
-        tokens: of all rows, that this rank holds.
+        tokens: the tokens of all rows that this rank holds.
         np: query heads.
         ng: query groups.
         hn: head width.

@@ -17,10 +17,10 @@ class KVCache:
     """Keys and values of all layers of a chunk, in rows: a row holds one sequence.
 
     Args:
-        num_layers: of the chunk.
+        num_layers: layers of the chunk.
         num_rows: sequences at once.
         num_groups: query groups of this rank.
-        width: of a head.
+        width: the width of a head.
         dtype: the model's.
         device: the model's.
     """
@@ -75,7 +75,7 @@ class NewTokens:
     `[1, b]`; one alone may go on with any number of tokens, `[s, 1]`.
 
     Args:
-        rows: of the cache, one after the other.
+        rows: rows of the cache, one after the other.
         starts: tokens each of them holds already.
         counts: new tokens of each.
     """
@@ -89,7 +89,7 @@ class NewTokens:
 
     @property
     def ends(self) -> tuple[int, ...] | None:
-        """Of fresh sequences: where each ends; None for one alone."""
+        """The ends of fresh sequences; None for one alone."""
         return tuple(accumulate(self.counts)) if len(self.rows) > 1 else None
 
     @property
@@ -114,7 +114,7 @@ class NewTokens:
         return torch.tensor(list(accumulate(self.counts)), device=device) - 1
 
     def place(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """For tokens `[1, b]` at different places: the rows and the places, as indices."""
+        """The rows and the places of tokens `[1, b]` at different places, as indices."""
         if self.is_fresh or len(set(self.starts)) == 1:
             return None
         places = torch.tensor(self.starts, device=device)

@@ -75,8 +75,8 @@ def choose_layers(
 
     Args:
         layers: in order.
-        activations: whose SwiGLU; None is none.
-        norms: whose two norms.
+        activations: the layers whose SwiGLU output is computed again; None is none.
+        norms: the layers whose norms' outputs are computed again; None is none.
     """
     layers = list(layers)
     for index in activations.layers(len(layers)) if activations else ():

@@ -59,7 +59,7 @@ class SequenceCut:
         """What `own` has cut, put together again.
 
         Args:
-            parts: of all ranks of the group, in their order.
+            parts: the parts of all ranks of the group, in their order.
             dim: the axis that is the sequence.
         """
         length = sum(part.shape[dim] for part in parts)

@@ -18,7 +18,7 @@ from qwen2_ascend.errors import UserError
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, ends: Sequence[int] | None
 ) -> None:
-    """Of `attention`'s arguments: shapes, heads, dtypes, the dropout's range, the documents.
+    """Checks `attention`'s shapes, heads, dtypes, dropout range and documents.
 
     Raises:
         ValueError: they contradict each other.
@@ -53,7 +53,7 @@ def check_ends(ends: Sequence[int], s: int, b: int) -> None:
 
 
 def check_cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> None:
-    """Of `cached_attention`'s arguments: shapes, heads, dtypes, lengths within the cache.
+    """Checks `cached_attention`'s shapes, heads, dtypes and lengths within the cache.
 
     Raises:
         ValueError: they contradict each other.

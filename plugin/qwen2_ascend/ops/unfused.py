@@ -16,7 +16,7 @@ from qwen2_ascend.ops.blocks import Block, Gradients, PartialAttention, PartialO
 from qwen2_ascend.ops.checks import check_attention
 
 QUERIES_AT_ONCE = 1024
-"""Whose scores partial attention holds in memory."""
+"""The queries whose scores partial attention holds in memory."""
 
 
 def attention(

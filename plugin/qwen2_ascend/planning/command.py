@@ -37,7 +37,7 @@ NOT_WITH_ZERO += ("recompute_granularity selective", "recompute_method block")
 OUTPUTS = ("activation_function", "norm")
 """What --recompute-... computes again alone."""
 MOST = 1e12
-"""Of GB, GB/s and TFLOP/s: beyond it a device's figures are slips, or infinite."""
+"""The most GB, GB/s or TFLOP/s; a device's figures beyond it are slips, or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class PlanOptions:
     micro_batch_size: int | None = None
     """Sequences that go through a rank at once; by default 1, 2, 4 and 8 are tried."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Of weights and activations; by default bf16."""
+    """The dtype of weights and activations; by default bf16."""
     attention_backend: Literal["auto", "unfused"] = "auto"
     """unfused keeps s x s scores per head; auto is a kernel that does not."""
     cross_entropy_chunk_size: int | None = None
@@ -103,17 +103,17 @@ class PlanOptions:
     recompute_granularity: Literal["none", "selective", "full"] | None = None
     """Only layouts with this."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full: uniform is by single layers; block recomputes the first of each chunk."""
+    """Full recomputing: uniform is by single layers; block recomputes the first of each chunk."""
     recompute_num_layers: int | None = None
-    """With block: how many."""
+    """How many layers block recomputes."""
     recompute_activation_function: YesNo | None = None
     """Only layouts that compute SwiGLU's output again, or that do not."""
     recompute_activation_function_num_layers: int | None = None
-    """In so many layers of each chunk; by default in all."""
+    """Layers of each chunk whose SwiGLU output is computed again; by default all."""
     recompute_norm: YesNo | None = None
     """Only layouts that compute the norms' outputs again, or that do not."""
     recompute_norm_num_layers: int | None = None
-    """In so many layers of each chunk; by default in all."""
+    """Layers of each chunk whose norms' outputs are computed again; by default all."""
     swap_attention: YesNo = "no"
     """What attention keeps waits in the host's memory; the copies are taken for hidden."""
     reuse_fp32_param: YesNo | None = None
@@ -125,14 +125,14 @@ class PlanOptions:
     use_ascend_mc2: YesNo = "no"
     """Matrix products hide a half of tensor parallelism's traffic, with sequence parallelism."""
     use_ascend_coc: YesNo = "no"
-    """Likewise, by pieces."""
+    """The same by pieces."""
     coc_parallel_num: int = 1
     """With --use-ascend-coc: how many pieces, 1 (not cut), 2, 4 or 8."""
     optimizer_cpu_offload: YesNo = "no"
     """fp32 weights and moments are in the host's memory; only layouts with the distributed
-    optimizer. The seconds do not know how slow the host's update and its copies are."""
+    optimizer. The seconds do not include the host's update and its copies."""
     optimizer_offload_fraction: float = 1.0
-    """How much of them."""
+    """The fraction of them that the host holds."""
     zero_stage: Literal[1, 2, 3] | None = None
     """DeepSpeed's ZeRO trains (launch/finetune_qwen2_deepspeed.py), with data-parallel ranks alone;
     all weights, with attention that keeps no scores."""
@@ -316,7 +316,7 @@ def _is_yes(asked: YesNo | None) -> bool | None:
 
 
 def _number_of_layers(asked: YesNo | None, number: int | None) -> int | None:
-    """Of each chunk, whose output is computed again; None leaves it to the search."""
+    """The layers of each chunk whose output is computed again; None leaves it to the search."""
     if asked is None:
         return None
     return (ALL_LAYERS if number is None else number) if asked == "yes" else 0

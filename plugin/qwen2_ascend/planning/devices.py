@@ -29,14 +29,14 @@ class Rates:
     links: float
     """Share of the links' bandwidth that collectives reach."""
     layer_seconds: float
-    """Added by each layer and micro-batch, forward and backward: launches, waits, small kernels."""
+    """What each layer and micro-batch adds, both ways: launches, waits, small kernels."""
     step_seconds: float
-    """Added by each step."""
+    """What each step adds."""
     source: str
 
 
 MC2_SHARE = 0.5
-"""Of tensor parallelism's traffic, what is left to wait for under MC2 and COC; fitted with the
+"""The part of tensor parallelism's traffic that MC2 and COC leave to wait for; fitted with the
 others, between 0.3 and 0.7 it makes no difference that the measurements show."""
 _FITTED = "fitted to {} published steps of megatron-core ({}; docs/planning.md)"
 ASCEND = Rates(
@@ -98,7 +98,7 @@ class Device:
         """Bytes per second that a rank can send in a collective, one direction.
 
         Args:
-            num_ranks: that take part.
+            num_ranks: ranks that take part.
             span: devices from the first of them to the last.
             devices_per_node: with fast links to each other.
         """

@@ -67,7 +67,7 @@ def fit_rates(
 
 
 def fit_machine(steps: Sequence[Measured], prior: Rates, *, source: str) -> Rates:
-    """As `fit_rates`, for a machine of which nothing is known but these steps.
+    """Fits as `fit_rates` does, for a machine of which only these steps are known.
 
     First all rates of `prior` are scaled alike, as far as the peaks allow, until half of the steps
     are predicted too long and half too short. From there each may go its own way, but not far.

@@ -13,7 +13,7 @@ Recompute = Literal["none", "selective", "full"]
 ALL_LAYERS = 1 << 20
 """More than any model has."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Of a weight or an activation."""
+"""Bytes of a weight or an activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class Stack:
     """What a trainer's code holds that another's of the same model does not; ours by default."""
 
     logit_bytes: int | None = None
-    """Of each logit at the loss: 16-bit logits, their fp32 copy, softmax; None is in-place fp32."""
+    """Bytes of a logit at the loss: 16-bit logits, their fp32 copy, softmax; None is in-place
+    fp32."""
     clips: Literal["copy", "in place"] = "copy"
     """Whether clipping copies a gradient at a time, or multiplies it where it is."""
     keeps_gathered_inputs: bool = False
@@ -44,9 +45,9 @@ class Job:
     global_batch_size: int
     """Sequences per optimizer step, over all devices; pairs of them with `pairs`."""
     dtype: str = "bf16"
-    """Of weights and activations: bf16, fp16 or fp32."""
+    """The dtype of weights and activations: bf16, fp16 or fp32."""
     backend: str = "npu"
-    """Whose operators run, cpu, cuda or npu: they keep different tensors for backward."""
+    """The operators that run, cpu, cuda or npu: they keep different tensors for backward."""
     keeps_scores: bool = False
     """--attention-backend unfused: attention's matrix of scores is in memory."""
     cross_entropy_chunk_size: int | None = None
@@ -65,7 +66,7 @@ class Job:
 
     @property
     def tokens_per_sample(self) -> int:
-        """Of one of `global_batch_size`."""
+        """Tokens of one of `global_batch_size`."""
         return self.seq_length * (2 if self.pairs else 1)
 
     @property
@@ -110,12 +111,12 @@ class RunLayout:
     distributed_optimizer: bool = False
     recompute: Recompute = "none"
     recomputed_layers: int | None = None
-    """Of a stage, where `recompute` is full, spread evenly over its chunks; None is all of them."""
+    """Layers of a stage that full `recompute` takes, spread evenly over its chunks; None is all."""
     recompute_activation_function: int = 0
-    """In so many layers of each chunk, after those that are recomputed whole, SwiGLU's output is
+    """The layers of each chunk, after those that are recomputed whole, whose SwiGLU output is
     computed again in backward; ALL_LAYERS is all."""
     recompute_norm: int = 0
-    """In so many, the norms' outputs."""
+    """The layers whose norms' outputs are."""
     swap_attention: bool = False
     """What attention keeps waits in the host's memory."""
     reuse_fp32_param: bool = False
@@ -128,8 +129,8 @@ class RunLayout:
     zero: Zero | None = None
     """DeepSpeed trains, and not megatron-core."""
     optimizer_offload_fraction: float = 0.0
-    """Of the fp32 weights and moments, what the host keeps and updates; it rounds up to whole
-    tensors in a run, which is not counted."""
+    """The share of the fp32 weights and moments that the host keeps and updates; a run rounds it up
+    to whole tensors, which is not counted."""
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each stage; None where all have as many."""
     noop_layers: tuple[int, ...] = ()
@@ -138,13 +139,13 @@ class RunLayout:
     cp: int = 1
     """Context-parallel ranks, which share a sequence."""
     ulysses: int = 1
-    """Of those, the ranks that exchange heads; the others pass keys and values round a ring."""
+    """The ranks among them that exchange heads; the others pass keys and values round a ring."""
     gathers_keys: bool = False
     """Context-parallel ranks gather all keys and values (kvallgather_cp_algo)."""
     mc2: bool = False
     """Matrix products overlap with the collectives of tensor parallelism (MC2, COC)."""
     coc_parallel_num: int = 1
-    """With `mc2`: the pieces that COC cuts a product into; 1 is MC2."""
+    """The pieces that COC cuts a product into, with `mc2`; 1 is MC2."""
     overlap_grad_reduce: bool = False
 
     @property
@@ -160,7 +161,7 @@ class RunLayout:
 
     @property
     def context_parallel_algo(self) -> ContextParallelAlgorithm:
-        """By what ranks exchange."""
+        """How ranks exchange keys and values."""
         if self.gathers_keys:
             return "kvallgather_cp_algo"
         return "ulysses_cp_algo" if self.ulysses > 1 else "megatron_cp_algo"
@@ -176,7 +177,7 @@ class RunLayout:
 
     @cached_property
     def num_microbatches(self) -> int:
-        """Of each data-parallel rank in a step."""
+        """Micro-batches of each data-parallel rank in a step."""
         return self.job.global_batch_size // (self.dp * self.micro_batch_size)
 
     def layers_of(self, stage: int) -> int:
@@ -221,7 +222,7 @@ class RunLayout:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a micro-batch on one rank."""
+        """Tokens of a micro-batch on one rank."""
         return self.micro_batch_size * self.job.tokens_per_sample // self.cp
 
     @cached_property
@@ -261,7 +262,7 @@ class RunLayout:
         return stage == self.pp - 1
 
     def label(self) -> str:
-        """As in a table: TP8 PP4 VPP2 DP4."""
+        """The name in a table: TP8 PP4 VPP2 DP4."""
         words = [f"TP{self.tp}", f"PP{self.pp}"]
         if self.num_chunks > 1:
             words.append(f"VPP{self.num_chunks}")

@@ -19,12 +19,12 @@ from qwen2_ascend.planning.parameters import Parameters, embedding, layer_tensor
 
 FP32 = 4
 HCCL_BYTES = 2 * 200 * 2**20
-"""That a communicator takes of an NPU: twice HCCL_BUFFSIZE, 200 MiB unless set (CANN's documents
+"""What a communicator takes of an NPU: twice HCCL_BUFFSIZE, 200 MiB unless set (CANN's documents
 and HCCL's sources)."""
 SOFTMAX_STATISTICS = {"cpu": 4, "cuda": 4, "npu": 2 * 8 * 4}
 """Bytes per token and head: log-sum-exp; torch_npu's largest score and sum, 8 times each."""
 _CAUSAL_MASK = 2048 * 2048
-"""Of npu_fusion_attention, once per device."""
+"""The mask of npu_fusion_attention, once per device."""
 
 
 class Memory(NamedTuple):
@@ -36,13 +36,13 @@ class Memory(NamedTuple):
     optimizer: int
     """fp32 weights beside 16-bit ones, and both moments."""
     activations: int
-    """Kept for backward, of all micro-batches under way."""
+    """What backward needs of all micro-batches under way."""
     logits: int
-    """Of the vocabulary's size: logits, softmax and their gradient."""
+    """Tensors of the vocabulary's size: logits, softmax and their gradient."""
     temporary: int
     """The rest that is alive at the peak: gradients of activations, new ones of weights."""
     buffers: int
-    """For communication, and tables."""
+    """Tables, and buffers for communication."""
     moment: str
     """Which moment it is: loss, backward, embedding, update."""
 
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
 
     @property
     def at_rest(self) -> int:
-        """Between steps."""
+        """Bytes between steps."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -108,7 +108,8 @@ def resting_state(cut: RunLayout, weights: Parameters) -> tuple[int, int, int]:
 
 
 def _state_bytes(cut: RunLayout, trained: int) -> int:
-    """Of a rank's optimizer on the device: fp32 weights and moments that the host does not keep."""
+    """Bytes of a rank's optimizer on the device: fp32 weights and moments, less the host's
+    share."""
     kept = 1 - (cut.optimizer_offload_fraction if cut.job.backend != "cpu" else 0)
     return int((_moment_bytes(cut) + _main_bytes(cut)) * trained * kept) // _share(cut)
 
@@ -129,12 +130,12 @@ def _share(cut: RunLayout) -> int:
 
 
 def _moment_bytes(cut: RunLayout) -> int:
-    """Of AdamW's two of a weight."""
+    """Bytes of AdamW's two moments of a weight."""
     return 2 * (cut.job.element if cut.o2_optimizer else FP32)
 
 
 def _main_bytes(cut: RunLayout) -> int:
-    """Of what the optimizer keeps of an fp32 weight besides its moments, between two updates."""
+    """Bytes of an fp32 weight that the optimizer keeps besides its moments, between two updates."""
     if cut.job.element == FP32:
         return 0
     return 2 if cut.reuse_fp32_param else FP32
@@ -165,8 +166,7 @@ def chunks_under_way(cut: RunLayout, stage: int) -> int:
 
 
 def passes_under_way(cut: RunLayout, stage: int) -> list[int]:
-    """Of each chunk, its share of `chunks_under_way`: pp micro-batches go through one, then the
-    next."""
+    """Each chunk's share of `chunks_under_way`: pp micro-batches go through one, then the next."""
     rounds, rest = divmod(chunks_under_way(cut, stage), cut.pp * cut.num_chunks)
     return [
         (rounds * cut.pp) + min(max(rest - chunk * cut.pp, 0), cut.pp)
@@ -313,7 +313,7 @@ def chunk_activations(cut: RunLayout, stage: int) -> list[int]:
 
 
 def _kept_by(cut: RunLayout, layers: int, whole: int) -> int:
-    """By so many layers, `whole` of which are recomputed."""
+    """Bytes that so many layers keep, `whole` of which are recomputed."""
     others = layers - whole
     return (
         whole * _hidden(cut)
@@ -340,7 +340,7 @@ def _activation_function(cut: RunLayout) -> int:
 
 
 def _layer_activations(cut: RunLayout, *, selective: bool = False) -> int:
-    """Without recomputing, or without what attention's core keeps.
+    """Bytes that a layer keeps without recomputing, or without what attention's core keeps.
 
     Twice h: the inputs of both norms; twice h: their outputs, which the matrix products keep; what
     attention keeps; gate and up, SwiGLU's output and in plain torch silu(gate).
@@ -384,7 +384,7 @@ def _attention(cut: RunLayout) -> int:
 
 
 def _scores(cut: RunLayout) -> int:
-    """Per token, of all heads of a rank; the softmax of each is kept in fp32 and as it is used."""
+    """Scores of a token in all heads of a rank; each softmax is kept in fp32 and as it is used."""
     return cut.heads * cut.job.seq_length
 
 

@@ -18,9 +18,9 @@ class Parameters(NamedTuple):
     """Numbers of weights on one rank."""
 
     all: int
-    """Held and computed with."""
+    """The weights that are held and computed with."""
     trained: int
-    """That get a gradient: all, or the adapters."""
+    """The weights that get a gradient: all, or the adapters."""
     buffers: tuple[int, ...]
     """Elements of each model chunk's gradient buffer, with the distributed optimizer's padding."""
     largest: int

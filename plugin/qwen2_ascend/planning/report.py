@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,9 @@ class Result(NamedTuple):
     plans: list[Plan]
     """The best first."""
     fewest: Plan | None
-    """On the smallest number of devices that the job fits on."""
+    """The plan on the smallest number of devices that the job fits on."""
     in_16_bits: Plan | None = None
-    """Where nothing fits: the best with --o2-gradient and --o2-optimizer, if that does."""
+    """The best plan with --o2-gradient and --o2-optimizer, if only that fits."""
 
 
 def best_of_each_shape(plans: list[Plan]) -> list[Plan]:
@@ -45,7 +45,7 @@ def text(result: Result, *, top: int, commands: int) -> str:
     """The answer, a table of the best layouts, and launch commands of the first of them."""
     shown = best_of_each_shape(result.plans)[:top]
     fitting = [plan for plan in shown if plan.fits]
-    lines = [answer(result), "", *_table(shown), "", _notes(result)]
+    lines = [answer(result), "", *_table(shown), "", *map(str, notes(result))]
     for plan in fitting[:commands]:
         what = "on random tokens (give --load and --data-path instead)"
         if result.job.lora_rank is not None or plan.cut.zero is not None:
@@ -55,57 +55,115 @@ def text(result: Result, *, top: int, commands: int) -> str:
     return "\n".join(lines)
 
 
+class Said(NamedTuple):
+    """A text of TEXTS by its name, filled in with texts, numbers and others of these."""
+
+    key: str
+    values: Mapping[str, Any] = {}
+
+    def __str__(self) -> str:
+        return TEXTS[self.key].format(**self.values)
+
+
+class Listed(tuple):
+    """Words with commas between them."""
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+
+TEXTS = {
+    "plan_asked": "{model} ({parameters} parameters, {dtype}, {trained}, {samples}, {batch} per "
+    "step) on {cards} x {device}, {usable} of {memory} GB usable:",
+    "plan_all_weights": "all weights",
+    "plan_adapters": "LoRA rank {rank}",
+    "plan_sequences": "sequences of {length}",
+    "plan_pairs": "pairs of sequences of {length}",
+    "plan_does_fit": "fits: {fitting} of {all} valid layouts; the smallest takes {gb} GB on the "
+    "fullest card ({layout}).",
+    "plan_does_not": "does not fit: none of {all} valid layouts; the smallest takes {gb} GB on the "
+    "fullest card ({layout}).",
+    "plan_nowhere": "No number of these devices that was tried is enough.",
+    "plan_fewest": "The fewest it fits on: {devices}, {gb} GB ({layout}).",
+    "plan_one_device": "1 device",
+    "plan_devices": "{number} devices",
+    "plan_16_bits": "With --o2-gradient --o2-optimizer, which cost precision, it fits: {gb} GB "
+    "({layout}).",
+    "plan_micro": "micro-batch {size}",
+    "plan_zero": "ZeRO stage {stage}",
+    "plan_sequence_parallel": "sequence parallel",
+    "plan_distributed": "distributed optimizer",
+    "plan_recomputed": "{what} recompute",
+    "plan_columns": "GB is what the fullest card holds at the fullest moment of a step; tight "
+    "leaves less than {headroom} of the card. TP (with SP), CP, PP, DP GB are sent per card and "
+    "step.\ns/step and tok/s (per card) are predicted, not measured here: constants are {source}.",
+    "plan_source": "{device}: {source}.",
+    "plan_assumed": "Assumed, for want of figures: {names}; --help has flags for yours.",
+}
+"""What the planner says. The board's page has the same texts, and a Chinese one of each."""
+
+
 def answer(result: Result) -> str:
     """Whether it fits, and what would."""
+    return "\n".join(map(str, said(result)))
+
+
+def said(result: Result) -> list[Said]:
+    """The sentences of `answer`."""
+    machine, sentences = result.machine, [_asked(result)]
+    fitting = sum(plan.fits for plan in result.plans)
+    best = min(result.plans, key=lambda plan: plan.memory.total)
+    counts = {"fitting": fitting, "all": len(result.plans)}
+    sentences.append(Said("plan_does_fit" if fitting else "plan_does_not", counts | _size(best)))
+    fewest = result.fewest
+    if fewest is None:
+        sentences.append(Said("plan_nowhere"))
+    elif fewest.cut.num_devices != machine.num_devices:
+        number = fewest.cut.num_devices
+        devices = (
+            Said("plan_devices", {"number": number}) if number > 1 else Said("plan_one_device")
+        )
+        sentences.append(Said("plan_fewest", {"devices": devices} | _size(fewest)))
+    if result.in_16_bits is not None:
+        sentences.append(Said("plan_16_bits", _size(result.in_16_bits)))
+    return sentences
+
+
+def _asked(result: Result) -> Said:
     job, machine = result.job, result.machine
     parameters = num_parameters(job.config)
     unit = 9 if parameters >= 1e8 else 6
-    what = f"{result.model} ({parameters / 10**unit:.2f}e{unit} parameters, {job.dtype}"
-    what += ", " + (f"LoRA rank {job.lora_rank}" if job.lora_rank else "all weights")
-    samples = "pairs of sequences" if job.pairs else "sequences"
-    what += f", {samples} of {job.seq_length}, {job.global_batch_size} per step)"
-    where = f"{machine.num_devices} x {machine.device.name}"
-    usable = f"{machine.usable_memory / GB:.1f} of {machine.device.memory / GB:.1f} GB usable"
-    fitting = sum(plan.fits for plan in result.plans)
-    best = min(result.plans, key=lambda plan: plan.memory.total)
-    least = f"{_gb(best.memory.total)} GB on the fullest card ({_settings(best.cut)})"
-    lines = [f"{what} on {where}, {usable}:"]
-    if fitting:
-        lines.append(
-            f"fits: {fitting} of {len(result.plans)} valid layouts; the smallest takes {least}."
-        )
-    else:
-        lines.append(
-            f"does not fit: none of {len(result.plans)} valid layouts; the smallest takes {least}."
-        )
-    fewest = result.fewest
-    if fewest is None:
-        lines.append("It fits on no number of these devices that was tried.")
-    elif fewest.cut.num_devices != machine.num_devices:
-        number = f"{fewest.cut.num_devices} device{'s' if fewest.cut.num_devices > 1 else ''}"
-        lines.append(
-            f"The fewest it fits on: {number}, {_gb(fewest.memory.total)} GB "
-            f"({_settings(fewest.cut)})."
-        )
-    if result.in_16_bits is not None:
-        plan = result.in_16_bits
-        lines.append(
-            "With --o2-gradient --o2-optimizer, which cost precision, it fits: "
-            f"{_gb(plan.memory.total)} GB ({_settings(plan.cut)})."
-        )
-    return "\n".join(lines)
+    adapters = Said("plan_adapters", {"rank": job.lora_rank})
+    samples = "plan_pairs" if job.pairs else "plan_sequences"
+    values = {
+        "model": result.model,
+        "parameters": f"{parameters / 10**unit:.2f}e{unit}",
+        "dtype": job.dtype,
+        "trained": adapters if job.lora_rank else Said("plan_all_weights"),
+        "samples": Said(samples, {"length": job.seq_length}),
+        "batch": job.global_batch_size,
+        "cards": machine.num_devices,
+        "device": machine.device.name,
+        "usable": f"{machine.usable_memory / GB:.1f}",
+        "memory": f"{machine.device.memory / GB:.1f}",
+    }
+    return Said("plan_asked", values)
 
 
-def _settings(cut: RunLayout) -> str:
+def _size(plan: Plan) -> dict[str, Any]:
+    return {"gb": _gb(plan.memory.total), "layout": _settings(plan.cut)}
+
+
+def _settings(cut: RunLayout) -> Listed:
     """All of a cut in a few words."""
-    words = [cut.label(), f"micro-batch {cut.micro_batch_size}"]
+    words: list[Any] = [cut.label(), Said("plan_micro", {"size": cut.micro_batch_size})]
     if cut.zero is not None:
-        words.append(f"ZeRO stage {cut.zero.stage}")
-    words += ["sequence parallel"] * cut.sequence_parallel
-    words += ["distributed optimizer"] * cut.distributed_optimizer
-    words += [f"{recompute_words(cut)} recompute"] * (recompute_words(cut) != "-")
-    words += [flag for flag, is_on in _further_flags(cut).items() if is_on]
-    return ", ".join(words)
+        words.append(Said("plan_zero", {"stage": cut.zero.stage}))
+    words += [Said("plan_sequence_parallel")] * cut.sequence_parallel
+    words += [Said("plan_distributed")] * cut.distributed_optimizer
+    if (what := recompute_words(cut)) != "-":
+        words.append(Said("plan_recomputed", {"what": what}))
+    return Listed([*words, *(flag for flag, is_on in _further_flags(cut).items() if is_on)])
 
 
 def recompute_words(cut: RunLayout) -> str:
@@ -174,19 +232,18 @@ def _table(plans: list[Plan]) -> list[str]:
     return aligned(rows)
 
 
-def _notes(result: Result) -> str:
+def notes(result: Result) -> list[Said]:
+    """What the table's columns are, and where figures and constants are from."""
     device = result.machine.device
     rates = result.machine.rates or device.rates
-    names = [name.replace("_", " ") for name in device.assumed]
-    assumed = ""
-    if names:
-        assumed = f"\nAssumed, for want of figures: {', '.join(names)}; --help has flags for yours."
-    return (
-        "GB: of the fullest card, at the fullest moment of a step; tight leaves less than "
-        f"{result.machine.headroom:.0%} of the card. TP (with SP), CP, PP, DP GB: sent "
-        "per card and step.\ns/step and tok/s (per card) are predicted, not measured "
-        f"here: constants are {rates.source}.\n{device.name}: {device.source}." + assumed
-    )
+    headroom = f"{result.machine.headroom:.0%}"
+    found = [
+        Said("plan_columns", {"headroom": headroom, "source": rates.source}),
+        Said("plan_source", {"device": device.name, "source": device.source}),
+    ]
+    if names := Listed(name.replace("_", " ") for name in device.assumed):
+        found.append(Said("plan_assumed", {"names": names}))
+    return found
 
 
 # --- launch commands ------------------------------------------------------------------------------

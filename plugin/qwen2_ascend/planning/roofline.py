@@ -68,7 +68,7 @@ def step_time(
     *,
     devices_per_node: int,
 ) -> StepTime:
-    """Of the slowest stage, and the others' part of the bubble."""
+    """The slowest stage's time, and the others' part of the bubble."""
     work, busy = step_work(cut, device, rates, devices_per_node)
     return StepTime(
         products=busy.products / rates.products,
@@ -132,7 +132,7 @@ def micro_batch_work(cut: RunLayout, stage: int, device: Device, devices_per_nod
 
 
 def stage_flops(cut: RunLayout, stage: int) -> float:
-    """Of one micro-batch on one rank, forward and backward and what is recomputed.
+    """FLOPs of one micro-batch on one rank: forward, backward and what is recomputed.
 
     Without recomputation the stages' sum is `flops.train_flops_per_token` of the tokens.
     """
@@ -162,7 +162,8 @@ def stage_attention(cut: RunLayout, stage: int) -> float:
 
 
 def stage_bytes(cut: RunLayout, stage: int) -> float:
-    """Read and written by norms, residuals, rotary, SwiGLU, the loss and the sums of gradients."""
+    """Bytes that norms, residuals, rotary, SwiGLU, the loss and sums of gradients read and
+    write."""
     config, e = cut.job.config, cut.job.element
     h = config.hidden_size / (cut.tp if cut.sequence_parallel else 1)
     # two norms read and write h, two residuals read 2 h and write h; rotary reads and writes its
@@ -198,7 +199,7 @@ def _trained(cut: RunLayout, stage: int) -> int:
 
 
 def _exchange_seconds(cut: RunLayout, stage: int, device: Device, devices_per_node: int) -> float:
-    """Of what ranks send each other for a micro-batch, at the links' bandwidth.
+    """Seconds of what ranks send each other for a micro-batch, at the links' bandwidth.
 
     Ranks are numbered TP first, then CP, then DP, then PP.
     """

@@ -18,7 +18,7 @@ from qwen2_ascend.planning.zero import fullest_rank
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 LEAST_TOKENS = 4096
-"""Of a sequence, that a context-parallel rank is left with where the search chooses."""
+"""The fewest tokens of a sequence that the search leaves a context-parallel rank."""
 MOST_CONTEXT_PARALLEL = 16
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     stage: int
     """The fullest one."""
     memory: Memory
-    """Of a rank of that stage."""
+    """The memory of a rank of that stage."""
     time: StepTime
     fits: bool
     has_headroom: bool
@@ -80,26 +80,26 @@ class Choices:
     num_layer_list: tuple[int, ...] | None = None
     """Layers of each stage; only stages of equal numbers are tried by themselves."""
     context_parallel_size: int | None = None
-    """Tried are 1, and powers of two that leave a rank LEAST_TOKENS of a sequence."""
+    """The search tries 1, and powers of two that leave a rank LEAST_TOKENS of a sequence."""
     context_parallel_algo: str = "megatron_cp_algo"
     sequence_parallel: bool | None = None
     use_distributed_optimizer: bool | None = None
     micro_batch_sizes: tuple[int, ...] = MICRO_BATCH_SIZES
     recompute: tuple[Recompute, ...] = RECOMPUTE
     recomputed_layers: int | None = None
-    """Of each chunk, where `recompute` is full; None is all, and where all are more than it takes,
-    also the fewest that leave headroom."""
+    """The layers of each chunk that full `recompute` computes again; None is all, and where all are
+    more than it takes, also the fewest that leave headroom."""
     recompute_activation_function: int | None = None
     recompute_norm: int | None = None
-    """Both are tried in all layers where a layout does not fit without."""
+    """The search tries both in all layers where a layout does not fit without."""
     reuse_fp32_param: bool | None = None
-    """Tried where no layout fits without."""
+    """The search tries it where no layout fits without."""
     swap_attention: bool = False
     o2_gradient: bool = False
     o2_optimizer: bool = False
     mc2: bool = False
     is_fused: bool = False
-    """By --use-ascend-mc2, which tensor parallelism has with sequence parallelism only."""
+    """Whether `mc2` is --use-ascend-mc2, which needs sequence parallelism."""
     coc_parallel_num: int = 1
     optimizer_offload_fraction: float = 0.0
     """Needs the distributed optimizer and 16-bit weights; other layouts are not tried then."""

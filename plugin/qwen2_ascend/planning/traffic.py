@@ -35,7 +35,7 @@ class Collective(NamedTuple):
 
     @property
     def sent_bytes(self) -> float:
-        """By one rank, in all calls."""
+        """Bytes that one rank sends in all calls."""
         return sent_bytes(self.op, self.num_ranks, self.num_bytes) * self.num_calls
 
 
@@ -61,12 +61,12 @@ def rank_traffic(cut: RunLayout, stage: int) -> dict[Kind, float]:
 
 
 def micro_batches_traffic(cut: RunLayout, stage: int) -> dict[Kind, float]:
-    """Of those, what its micro-batches send."""
+    """The part of it that the stage's micro-batches send."""
     return _sent(_of_micro_batches(cut, stage))
 
 
 def update_traffic(cut: RunLayout, stage: int) -> float:
-    """And what the update sends."""
+    """The part of it that the update sends."""
     return _sent(_data_parallel(cut, stage))["DP"] if cut.replicas > 1 else 0.0
 
 
@@ -197,9 +197,9 @@ def _data_parallel(cut: RunLayout, stage: int) -> Iterator[Collective]:
 
 
 def _zero(cut: RunLayout, zero_stage: int) -> Iterator[Collective]:
-    """As Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count: stage 1 scatters sums of
-    gradients once, the others after each micro-batch; weights are gathered after the update, in
-    stage 3 before each forward and each backward."""
+    """The collectives that Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) count: stage 1
+    scatters sums of gradients once, the others after each micro-batch; weights are gathered after
+    the update, in stage 3 before each forward and each backward."""
     num_bytes = sum(parameters(cut, 0).buffers) * cut.job.element
     n = cut.num_microbatches
     gathers = 2 * n if zero_stage == 3 else 1

@@ -32,7 +32,7 @@ from qwen2_ascend.runtime.power_sources import find_power_source
 MISSES = 3
 """Readings in a row that may fail before the source counts as lost."""
 FEWEST_READINGS = 3
-"""Of power, below which an integral says nothing."""
+"""The fewest readings of power whose integral says something."""
 
 
 class Energy(NamedTuple):
@@ -45,7 +45,7 @@ class Energy(NamedTuple):
 
 
 def format_energy(energy: Energy) -> str:
-    """In a line of the log."""
+    """The energy for a line of the log."""
     return (
         f"{energy.joules_per_token:.4g} J/token "
         f"({energy.joules_per_token_above_idle:.4g} above idle) | {energy.watts:.1f} W"
@@ -64,17 +64,17 @@ class EnergyCurve:
         self._times: list[float] = []
         self._readings: list[float] = []
         self._joules: list[float] = []
-        """From the first reading to each."""
+        """Joules from the first reading to each."""
         self.num_readings = 0
 
     @property
     def first_time(self) -> float:
-        """Of the readings that are kept."""
+        """The time of the first reading that is kept."""
         return self._times[0]
 
     @property
     def last_time(self) -> float:
-        """Of the last reading."""
+        """The time of the last reading."""
         return self._times[-1]
 
     def add(self, moment: float, reading: float) -> None:
@@ -179,7 +179,7 @@ class EnergyMeter:
 
     @property
     def joules(self) -> float | None:
-        """Since `start`, until `stop` or the last reading; None where that was not measured."""
+        """Joules from `start` to `stop` or the last reading; None where that was not measured."""
         with self._lock:
             if self.reason is not None or self._span is None:
                 return None

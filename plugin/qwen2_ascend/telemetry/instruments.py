@@ -23,7 +23,7 @@ class Instruments:
 
     Args:
         run: begins at its progress.
-        tokens_per_step: that all ranks together read.
+        tokens_per_step: tokens that all ranks together read.
 
     Raises:
         UserError: steps are to be profiled on a device without a profiler.

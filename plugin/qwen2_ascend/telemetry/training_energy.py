@@ -26,11 +26,11 @@ class _Step(NamedTuple):
     begin: float
     end: float
     tokens: int
-    """Of the whole job."""
+    """Tokens of the whole job."""
 
 
 class _Sum(NamedTuple):
-    """Of all ranks."""
+    """The sum over all ranks."""
 
     joules: float = 0.0
     idle_joules: float = 0.0
@@ -65,8 +65,8 @@ class EnergyLog:
     """The energy of a run's steps. Every rank has one, and calls the same methods in step.
 
     Args:
-        runtime: of this rank.
-        meter: of this rank's device; `begin` starts it.
+        runtime: this rank's runtime.
+        meter: the meter of this rank's device; `begin` starts it.
     """
 
     def __init__(self, runtime: Runtime, meter: EnergyMeter) -> None:
@@ -81,8 +81,8 @@ class EnergyLog:
         """The log, or None and a line where a rank has no source; all ranks call it.
 
         Args:
-            runtime: of this rank.
-            meter: of this rank's device; looked for by default.
+            runtime: this rank's runtime.
+            meter: the meter of this rank's device; looked for by default.
         """
         meter = meter or EnergyMeter.find(Place.of(runtime))
         if reasons := _why_not(runtime, meter):
@@ -112,7 +112,7 @@ class EnergyLog:
         Args:
             begin: when it began, by time.monotonic.
             end: when it ended.
-            tokens: that all ranks together read in it.
+            tokens: tokens that all ranks together read in it.
             is_due: the log wants figures.
             is_last: wait for a reading, so that no step is left.
 
@@ -180,7 +180,7 @@ class EnergyLog:
 
 
 def require_power_source(runtime: Runtime) -> None:
-    """Before any work; every rank calls it.
+    """Refuses a run without a power source, before any work; every rank calls it.
 
     Raises:
         UserError: some rank has none.

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written and published, the same for every kind of them.
+"""The times a run's checkpoints are written and published, the same for every kind of them.
 
 A save has three parts. Together all ranks lay out what each of them writes; then each writes its
 own part, in a thread; and when all have, which they ask each other in short rounds, rank 0

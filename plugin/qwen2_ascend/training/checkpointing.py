@@ -282,7 +282,7 @@ class _Chunks(NamedTuple):
     layout: FileLayout
     places: list[_Place]
     entries: list[torch_dist_layout.Entry]
-    """Of all ranks; on rank 0."""
+    """The entries of all ranks; on rank 0."""
 
 
 def _state_key(kind: str, key: str, sharding_type: str | None) -> str:

@@ -55,8 +55,8 @@ def write_description(
     """Writes run.json into a folder.
 
     Args:
-        folder: of metrics.jsonl.
-        plan: of the run.
+        folder: the folder of metrics.jsonl.
+        plan: the plan of the run.
         runtime: its device.
         train_iters: steps of the whole run.
         first_iteration: steps that were made before this start.
@@ -76,7 +76,7 @@ def description(plan: RunPlan, runtime: Runtime, train_iters: int) -> dict[str, 
     """What run.json says.
 
     Args:
-        plan: of the run.
+        plan: the plan of the run.
         runtime: its device.
         train_iters: steps of the whole run.
     """

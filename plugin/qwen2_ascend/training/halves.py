@@ -100,11 +100,11 @@ class SplitMains:
 
     @property
     def num_bytes(self) -> int:
-        """That are kept instead of the fp32 weights."""
+        """Bytes that are kept instead of the fp32 weights."""
         tensors = [tensor for halves in self._halves.values() for tensor in halves]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def split_mains(optimizer: Any) -> SplitMains | None:
-    """Of an optimizer that was built to split them."""
+    """The split weights of an optimizer that was built to split them."""
     return getattr(optimizer, "split_mains", None)

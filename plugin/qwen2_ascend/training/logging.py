@@ -47,7 +47,7 @@ class Step(NamedTuple):
     metrics: Mapping[str, float] = {}
     """What the objective reports besides its loss, by the names in the log."""
     energy: Energy | None = None
-    """Of the steps since the last that had one."""
+    """The energy of the steps since the last that had one."""
 
 
 class Reporter:

@@ -34,7 +34,7 @@ def training_flags(kind: type[Any]) -> Table:
 
 
 def parse_training_flags(kind: type[S], program: str, arguments: Sequence[str] | None) -> S:
-    """As `parse_flags`, with what is pasted of others' flags beside the settings.
+    """Parses as `parse_flags` does; other tools' flags are returned beside the settings.
 
     Raises:
         UserError: as `parse_pasted`.
@@ -190,7 +190,7 @@ YARN_FLAGS: Mapping[str, str] = {
     "--rope-scaling-beta-fast": "beta_fast",
     "--rope-scaling-beta-slow": "beta_slow",
 }
-"""By each its name in `YarnScaling`."""
+"""Each flag's name in `YarnScaling`."""
 YARN = "the run has this YaRN scaling, and the config.json that is saved with it says so"
 MSCALE = "YaRN multiplies cos and sin by 0.1 ln(factor) + 1"
 
@@ -285,7 +285,7 @@ TUNING: Table = {
     "--padded-samples": Meaning("the last step takes from the next epoch what it lacks"),
     "--lora-fusion": Meaning("adapters exchange nothing but their low-rank products"),
 }
-"""Of fine-tuning's launchers alone."""
+"""The flags of fine-tuning's launchers alone."""
 ZERO: Table = {
     "--context-parallel-size": Meaning(
         "every rank computes whole sequences; launch/finetune_qwen2.py cuts them", ("1",)
@@ -294,4 +294,4 @@ ZERO: Table = {
         "every rank computes whole sequences; launch/finetune_qwen2.py cuts them", None
     ),
 }
-"""Of the launcher with DeepSpeed alone."""
+"""The flags of the launcher with DeepSpeed alone."""

@@ -43,7 +43,7 @@ class Laid(NamedTuple):
     state: dict[Any, Any]
     """In the file of the weights, below `KEY`."""
     places: dict[tuple[torch.nn.Parameter, str], InFile]
-    """Of each parameter and kind."""
+    """The place of each parameter and kind."""
     flat: dict[Any, Any] | None = None
     """What FLAT_FILE holds, if there is one."""
 
@@ -145,7 +145,7 @@ def _groups(optimizer: Any, part: Any) -> list[dict[str, Any]]:
 
 
 def _numbers(part: Any) -> list[dict[torch.nn.Parameter, int]]:
-    """By parameter group the model's parameters, each with the number that torch gives it."""
+    """The model's parameters of each parameter group, with the number that torch gives each."""
     groups = part.float16_groups if _has_mains(part) else _own_groups(part)
     numbers, count = [], 0
     for group in groups:

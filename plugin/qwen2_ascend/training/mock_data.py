@@ -12,7 +12,7 @@ class MockDataset:
         num_samples: samples that there are.
         seq_length: tokens in a sample.
         vocab_size: tokens are below it.
-        seed: of all samples.
+        seed: the seed of all samples.
     """
 
     def __init__(self, num_samples: int, seq_length: int, vocab_size: int, seed: int) -> None:

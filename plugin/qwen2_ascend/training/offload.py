@@ -17,7 +17,7 @@ from qwen2_ascend.training.optimizer_settings import OptimizerSettings
 
 
 def config_keywords(settings: OptimizerSettings, device: str) -> dict[str, Any]:
-    """Of megatron-core's OptimizerConfig; on a CPU the optimizer is on the host anyway.
+    """Arguments for megatron-core's OptimizerConfig; a CPU's optimizer is on the host anyway.
 
     Raises:
         UserError: the installed megatron-core cannot do it.

@@ -46,9 +46,9 @@ class StateSlice(NamedTuple):
     start: int
     stop: int
     tensors: dict[str, torch.Tensor]
-    """By kind, of MOMENTS and MAIN, in place wherever the optimizer has them. All are fp32, but for
-    the moments of --o2-optimizer, which are bf16. The distributed optimizer has MAIN of fp32
-    weights too, the weights themselves."""
+    """MOMENTS and MAIN by kind, in place wherever the optimizer has them. All are fp32, but for the
+    moments of --o2-optimizer, which are bf16. The distributed optimizer has MAIN of fp32 weights
+    too, the weights themselves."""
 
 
 def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> MegatronOptimizer:

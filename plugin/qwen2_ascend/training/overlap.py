@@ -24,8 +24,8 @@ class OverlapSettings:
     is exchanged, and these have no effect."""
 
     use_ascend_mc2: Flag = False
-    """On an npu, with --sequence-parallel: torch_npu's fused operators multiply and exchange at
-    once, in bf16 or fp16, in the linear layers of every decoder layer."""
+    """torch_npu's fused operators multiply and exchange at once, in bf16 or fp16, in the linear
+    layers of every decoder layer; it needs an npu and --sequence-parallel."""
     use_ascend_coc: Flag = False
     """Cut the products of these layers into --coc-parallel-num pieces, and exchange each while the
     next is computed; on every device."""
@@ -90,7 +90,7 @@ class OverlapSettings:
         ]
 
     def notes(self, tensor_model_parallel_size: int) -> list[str]:
-        """For the log: what is overlapped, and which flags have no effect."""
+        """Lines for the log: what is overlapped, and which flags have no effect."""
         given = "--use-ascend-mc2" if self.use_ascend_mc2 else "--use-ascend-coc"
         if not self.use_ascend_mc2 and not self.use_ascend_coc:
             return []

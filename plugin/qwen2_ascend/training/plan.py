@@ -52,8 +52,8 @@ class Found(NamedTuple):
     """What rank 0 found on the disk; the other ranks do not look for themselves."""
 
     folders: Mapping[str, str] = {}
-    """Of --load and --pretrained-checkpoint the folder in it that is opened: an iteration, or
-    "." for the folder itself. What is not named holds no checkpoint."""
+    """The folder that --load or --pretrained-checkpoint opens in its own: an iteration, or "." for
+    the folder itself. What is not named holds no checkpoint."""
     exports: tuple[str, ...] = ()
     """Flags of exports that this run has made already."""
 
@@ -68,7 +68,7 @@ class RunPlan(Generic[S_co]):
     """A run, before anything of it is loaded."""
 
     settings: S_co
-    """With what the checkpoint settles filled in."""
+    """The settings, with what the checkpoint settles filled in."""
     config: Qwen2Config
     world_size: int
     source: Source | None

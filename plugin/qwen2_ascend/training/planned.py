@@ -74,9 +74,9 @@ def against_the_plan(
 
     Args:
         planned: by the planner.
-        steps: that were measured.
-        seconds: of one of them.
-        peak_memory_bytes: of the fullest device; None where nobody measured it.
+        steps: the steps that were measured.
+        seconds: the seconds of one of them.
+        peak_memory_bytes: the fullest device's peak; None where nobody measured it.
     """
     measured = f"{seconds:.3f} s/step ({seconds / planned.seconds - 1:+.0%})"
     foreseen = f"{planned.seconds:.3f} s/step"

@@ -25,9 +25,9 @@ class Owned(NamedTuple):
     name: str
     """The parameter's."""
     kind: str
-    """Of the optimizer's tensors; "" is the parameter itself."""
+    """The kind of the optimizer's tensor; "" is the parameter itself."""
     piece: TensorSlice
-    """Of the whole parameter."""
+    """The box of the whole parameter."""
     run: Run
 
     def written_dtype(self, tensor: torch.Tensor) -> torch.dtype:
@@ -50,8 +50,8 @@ class RankState:
         """Nothing is copied.
 
         Args:
-            parameters: of each chunk, by name.
-            pieces: of all ranks.
+            parameters: each chunk's parameters, by name.
+            pieces: the pieces of all ranks.
             optimizer: None leaves its tensors out of what is written.
             is_stored_once: whether of the ranks that have equal tensors one writes them; else each
                 tensor/pipeline rank writes all that it has.
@@ -139,7 +139,7 @@ class RankState:
         The parameters must have been loaded before.
 
         Args:
-            num_updates: that had been made when the state was saved.
+            num_updates: updates that had been made when the state was saved.
 
         Returns:
             By kind, of every parameter that this rank updates: its piece, which run of its

@@ -20,7 +20,7 @@ class SavedRun:
     """A training checkpoint, as far as it is the same on every rank."""
 
     folder: Path
-    """Of the iteration."""
+    """The iteration's folder."""
     common: Mapping[str, Any]
     sharding_type: str | None = None
     """How the distributed optimizer's state is kept in a torch_dist folder."""

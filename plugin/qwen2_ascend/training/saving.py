@@ -28,7 +28,7 @@ _BAND_BYTES = 4 << 20
 _THREADS = 2
 
 Checked = dict[str, dict[str, dict[str, Any]]]
-"""By file and name what the manifest says of a tensor: dtype, shape, offset, xxh3_128."""
+"""What the manifest says of a tensor, by file and name: dtype, shape, offset, xxh3_128."""
 
 
 class Written(NamedTuple):
@@ -43,11 +43,11 @@ class Store(NamedTuple):
     """A tensor and where it goes."""
 
     name: str
-    """In the manifest; no two in a file are the same."""
+    """The name in the manifest; no two in a file are the same."""
     file: str
     """Its place in the iteration's folder."""
     offset: int
-    """Of its first byte in the file."""
+    """Where its first byte is in the file."""
     shape: tuple[int, ...]
     tensor: torch.Tensor
     """Contiguous, of any shape with as many elements, on any device."""

@@ -18,9 +18,9 @@ def build_schedule(
     """The scheduler that sets `lr` and `weight_decay` of every parameter group.
 
     Args:
-        optimizer: whose `param_groups` it sets.
+        optimizer: the optimizer whose `param_groups` it sets.
         settings: what `settings.validate` has checked.
-        length: of the run; `step(increment=length.global_batch_size)` after each step.
+        length: the length of the run; `step(increment=length.global_batch_size)` after each step.
 
     Raises:
         UserError: the installed megatron-core does not have `lr_wsd_decay_style`.

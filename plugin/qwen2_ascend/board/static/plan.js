@@ -1,7 +1,7 @@
 // Plan: a question to the planner, its table, and a layout as a launch command.
 
 import {
-  ask, copyButton, field, formOf, gb, guarded, h, numberInput, select, short, showFaults, t, textInput,
+  ask, copyButton, field, formOf, gb, guarded, h, numberInput, select, short, showFaults, spoken, t, textInput,
 } from "./ui.js";
 
 let form = {
@@ -51,6 +51,10 @@ function build(panel, state) {
   if (answer) draw(result);
 }
 
+function lines(sentences) {
+  return sentences.map(spoken).join("\n");
+}
+
 function draw(result) {
   const most = Math.max(answer.device_memory, ...answer.rows.map((one) => one.memory.total));
   const legend = h("p", { class: "legend" }, answer.kinds.map((kind) =>
@@ -67,8 +71,8 @@ function draw(result) {
     drawCommand(command);
   })));
   table.append(body);
-  result.replaceChildren(h("pre", { class: "answer", id: "plan-answer" }, answer.answer), legend, command,
-    h("div", { class: "wide" }, table), h("pre", { class: "notes" }, answer.notes));
+  result.replaceChildren(h("pre", { class: "answer", id: "plan-answer" }, lines(answer.answer)), legend, command,
+    h("div", { class: "wide" }, table), h("pre", { class: "notes" }, lines(answer.notes)));
   if (row === null) {
     command.append(h("p", { class: "quiet" }, t("pick_layout")));
   } else {

@@ -24,6 +24,13 @@ export function t(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
+/** A text that the server gives by its name; a list of them has commas between. */
+export function spoken(text) {
+  if (Array.isArray(text)) return text.map(spoken).join(t("comma"));
+  if (text === null || typeof text !== "object") return String(text);
+  return t(text.key, Object.fromEntries(Object.entries(text.values).map(([name, value]) => [name, spoken(value)])));
+}
+
 /** An element: attributes whose names begin with "on" are listeners; children are elements or texts. */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);

@@ -103,7 +103,7 @@ class Reader(Protocol):
 
 
 def check_layer_count(where: Path | str, config: Qwen2Config, num_tensors: int) -> None:
-    """Before anything is enumerated per layer: a config may claim any number of them."""
+    """Refuses a config that claims more layers than there are tensors, before enumerating any."""
     if config.num_layers > num_tensors:
         raise UserError(
             f"{where}: config.json says {config.num_layers} layers, "

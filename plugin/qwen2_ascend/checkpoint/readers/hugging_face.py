@@ -28,7 +28,7 @@ class HuggingFaceReader:
         return self.folder, self.folder.parent
 
     def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """As `Reader.read`."""
+        """See `Reader.read`."""
         tensors = {
             name: tensor
             for name, tensor in hugging_face.read_tensors(self.folder).items()

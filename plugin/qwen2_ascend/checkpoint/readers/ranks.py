@@ -25,7 +25,7 @@ class RanksReader(MegatronFolder):
     """An iteration whose ranks have a folder each."""
 
     def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """As `Reader.read`."""
+        """See `Reader.read`."""
         shards = megatron.read_ranks(self.iteration).shards
         return _ranks_source(self.iteration, config, side_files, shards)
 
@@ -33,7 +33,7 @@ class RanksReader(MegatronFolder):
 def open_rank_states(
     folder: Path, config: Qwen2Config, kinds: Mapping[str, str]
 ) -> dict[str, Source]:
-    """As `source.open_states`, of an mp_rank tree."""
+    """Does what `source.open_states` says for an mp_rank tree."""
     return {
         kind: _ranks_source(folder, config, (), shards, kind)
         for kind, shards in megatron_optimizer.read_rank_states(folder, kinds).items()

@@ -28,7 +28,7 @@ class TorchDistReader(MegatronFolder):
     """An iteration that torch's distributed checkpointing has written."""
 
     def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """As `Reader.read`."""
+        """See `Reader.read`."""
         chunks = torch_dist.read(self.iteration, wanted=_is_model_key).chunks
         return _torch_dist_source(self.iteration, config, side_files, chunks, str(self.iteration))
 
@@ -41,7 +41,7 @@ def open_torch_dist_states(
     args: Namespace,
     sharding_type: str | None,
 ) -> dict[str, Source]:
-    """As `source.open_states`, of a torch_dist folder."""
+    """Does what `source.open_states` says for a torch_dist folder."""
     by_buckets = sharding_type in megatron_optimizer.BY_BUCKETS
     own_kinds = {kind: prefix for kind, prefix in kinds.items() if not (kind and by_buckets)}
     prefixes = tuple(own_kinds.values())

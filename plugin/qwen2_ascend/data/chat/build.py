@@ -127,7 +127,7 @@ class ChatDatasetBuilder:
     def _epochs(
         self, name: str, prefixes: Sequence[str], share: tuple[float, float], wanted: int | None
     ) -> EpochDataset | None:
-        """As many samples of this share of the rows as are wanted; None where there are none.
+        """The wanted number of samples of this share of the rows; None where there are none.
 
         Raises:
             UserError: as `_source`; or samples are wanted, and there is no row to take them from.

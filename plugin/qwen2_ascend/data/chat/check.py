@@ -26,9 +26,9 @@ from qwen2_ascend.files import missing, reading
 
 ROWS_TO_DETECT = 100
 MAX_ROW_BYTES = 16 * 2**20
-"""Of the rows that a format is found out from."""
+"""The most bytes of rows that a format is recognized by."""
 MAX_ARRAY_BYTES = 64 * 2**20
-"""Of a JSON array that is read for it, which is only possible whole; the preparation reads any."""
+"""The largest JSON array that is read for it, as a whole; the preparation reads any."""
 
 
 def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> None:
@@ -122,7 +122,7 @@ def _first_good(file: InputFile, reading: Reading, take: Callable[[Any], Any]) -
     """What `take` makes of the first row that it can take.
 
     Raises:
-        UserError: of none of the first rows; says what is wrong with the first one.
+        UserError: it can take none of the first rows; the message is about the first one.
     """
     reason = ""
     for row, _, _ in islice(read_chat_rows([file], reading, Position()), ROWS_TO_DETECT):

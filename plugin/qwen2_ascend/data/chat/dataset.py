@@ -68,7 +68,7 @@ class ChatDataset:
             rows: numbers of the chats to take.
             seq_length: tokens of a sample; longer chats are cut at the end.
             pack: put several chats into a sample.
-            seed: of the packing.
+            seed: the seed of the packing.
             pad_token: what fills a sample up.
             variable_seq_lengths: do not fill up here but in `collate`, to the longest of a batch.
             pad_to_multiple_of: with `variable_seq_lengths`, the batch's length is a multiple of it.
@@ -257,7 +257,7 @@ def make_sample(
     """Chats one behind the other, as a sample.
 
     Args:
-        chats: of each the token ids and, for each token, whether it is trained on.
+        chats: the token ids of each and, for each token, whether it is trained on.
         length: tokens of the sample, filled up with `pad_token`; as long as the chats when None.
         pad_token: no loss is on it.
         index: kept in the sample.

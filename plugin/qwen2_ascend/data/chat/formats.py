@@ -87,7 +87,7 @@ class Chat(NamedTuple):
     """A conversation."""
 
     messages: list[Message]
-    """In the form that chat templates take."""
+    """The messages in the form that chat templates take."""
     tools: list[dict[str, Any]] | None
     trained: tuple[int, ...]
     """Which messages the loss is on; all of them the assistant's, at least one."""

@@ -36,7 +36,7 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int, seed
     Args:
         lengths: tokens of each chat, 1 to `capacity`.
         capacity: tokens of a pack.
-        seed: of the shuffling; the same seed gives the same packs everywhere.
+        seed: the seed of the shuffling; the same seed gives the same packs everywhere.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if not len(lengths):

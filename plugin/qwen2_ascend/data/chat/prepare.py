@@ -46,7 +46,7 @@ class Preparation(NamedTuple):
 
 
 def prepared(words: Sequence[str], preparation: Preparation) -> dict[str, str]:
-    """Of each word of --data-path its prefix; files of chats are prepared, by rank 0.
+    """The prefix of each word of --data-path; rank 0 prepares files of chats.
 
     Every rank calls this, and every rank raises what rank 0 raises.
 

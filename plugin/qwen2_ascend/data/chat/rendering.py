@@ -73,7 +73,7 @@ class ChatRenderer:
         """Takes the tokenizer's own template unless another is given.
 
         Args:
-            tokenizer: of transformers, with a fast backend or without.
+            tokenizer: transformers' tokenizer, with a fast backend or without.
             chat_template: a Jinja template instead of the tokenizer's.
             prompt_type: a named template instead; its tokens are MindSpeed-LLM's, which cuts a text
                 behind the system text too, and trains on all that an answer is written as.

@@ -149,7 +149,7 @@ class _Part:
         return []
 
     def largest_token(self) -> int:
-        """Of all rows where the preparation noted it, else of some."""
+        """The largest of all rows where the preparation noted it, else of some."""
         from qwen2_ascend.data.indexed import largest_token
 
         noted = largest_token(dataset_path(self.prefix, f"{self._side}input_ids"))

@@ -34,7 +34,7 @@ class Summary:
 
     @classmethod
     def of(cls, state: State, prefixes: Sequence[Path]) -> Summary:
-        """Of the finished files at `prefixes`."""
+        """The summary of the finished files at `prefixes`."""
         from qwen2_ascend.data.indexed import open_indexed
 
         datasets = [open_indexed(prefix) for prefix in prefixes]
