@@ -157,7 +157,7 @@ class Manifest:
 
     folder: Path
     tensors: Mapping[str, Mapping[str, Entry]]
-    """By file and name."""
+    """The entries by file and name."""
     sizes: Mapping[str, int]
     """Bytes of each weight file."""
     files: Mapping[str, str] | None
@@ -181,7 +181,7 @@ class Comparison:
 
     @property
     def checksums(self) -> dict[StoredTensor, str]:
-        """Of the tensors that were written in one part."""
+        """Checksums of the tensors that were written in one part."""
         return {stored: parts[0][1] for stored, parts in self.parts.items() if len(parts) == 1}
 
 

@@ -70,7 +70,7 @@ class Runtime:
     simulated: bool = False
     """An npu that is not hardware: its speed and memory mean nothing."""
     notes: tuple[str, ...] = ()
-    """For the log: what was set in the environment, MindSpeed, why there is no NPU."""
+    """Lines for the log: what was set in the environment, MindSpeed, why there is no NPU."""
 
     def synchronize(self) -> None:
         """Waits until the device has done all that was given to it."""

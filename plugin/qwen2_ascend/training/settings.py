@@ -175,8 +175,8 @@ class PrecisionSettings:
     hysteresis: int = 2
     """Overflows until the scale is halved."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """When the loss or the gradient norm is not finite: end the run, or go on without that update.
-    The weights are not touched either way."""
+    """stop ends the run when the loss or the gradient norm is not finite; skip goes on without the
+    update. The weights are not touched either way."""
 
     def notes(self, optimizer: OptimizerSettings) -> list[str]:
         """What a log says of the precision that these flags cost."""
@@ -205,8 +205,8 @@ class RecomputeSettings:
     recompute_granularity: Literal["full", "selective"] | None = None
     """selective: only attention's core; full: whole layers."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full: uniform keeps the input of every --recompute-num-layers layers; block recomputes
-    the first --recompute-num-layers of each stage and keeps the others whole."""
+    """How full recomputes: uniform keeps the input of every --recompute-num-layers layers; block
+    recomputes the first --recompute-num-layers of each stage and keeps the others whole."""
     recompute_num_layers: int | None = None
     """See --recompute-method; by default every layer is computed again, each on its own."""
     recompute_activation_function: Flag = False
@@ -363,7 +363,7 @@ class ReportSettings:
     plan: Annotated[int | None, tyro.conf.arg(metavar="DEVICES")] = None
     """Train nothing; print what qwen2-ascend plan says of this command on so many devices."""
     plan_device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "910B"
-    """Whose memory and speed --plan goes by; qwen2-ascend plan --help has the names."""
+    """The device whose memory and speed --plan goes by; qwen2-ascend plan --help has the names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +389,7 @@ class RuntimeSettings:
     no_manual_gc_eval: Flag = False
     """With --manual-gc: do not collect before and after the validation loss is measured."""
     exit_signal_handler: bool = True
-    """On SIGTERM save, then stop at the end of the step."""
+    """Save on SIGTERM, then stop at the end of the step."""
 
     def wants_mindspeed(self) -> bool | None:
         """True: it has to be; False: it must not be; None: where it fits.

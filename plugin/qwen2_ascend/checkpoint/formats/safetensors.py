@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_AXES = 64
 """PyTorch's and numpy's bound."""
 ALIGNMENT = 64
-"""Of the first tensor's bytes, so that mapped tensors start on a cache line."""
+"""Alignment of the first tensor's bytes, so that mapped tensors start on a cache line."""
 
 DTYPES = {
     "BF16": "bf16",
@@ -47,7 +47,7 @@ class SafetensorsHeader:
     """What one .safetensors file says it holds."""
 
     tensors: dict[str, StoredTensor]
-    """By name, in the order of their bytes in the file."""
+    """The tensors by name, in the order of their bytes in the file."""
     metadata: dict[str, str]
 
 

@@ -64,7 +64,7 @@ from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import open_regular, read_bytes, read_json
 
 MAX_METADATA_BYTES = 1 << 26
-"""Of a `.metadata`; a chunk takes about 300 bytes in it."""
+"""The largest `.metadata`; a chunk takes about 300 bytes in it."""
 CONFIG = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -131,9 +131,9 @@ class TorchDistLayout:
     """A folder to be."""
 
     files: dict[str, FileLayout]
-    """By name: the .distcp files, and common.pt, .metadata and metadata.json complete."""
+    """The .distcp files by name, and common.pt, .metadata and metadata.json complete."""
     places: dict[str, list[ChunkPlace]]
-    """Of every chunk, keys and order as given to `layout_torch_dist`."""
+    """Every chunk's place, with keys and order as given to `layout_torch_dist`."""
 
 
 def read(

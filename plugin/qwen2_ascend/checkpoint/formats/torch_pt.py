@@ -44,7 +44,7 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import open_regular
 
 MAX_PICKLE_BYTES = 1 << 24
-"""Of a data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
+"""The largest data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
 MAX_AXES = 64
 
 KeyPath = tuple[Any, ...]
@@ -121,7 +121,7 @@ def read(path: str | Path) -> Any:
 
 
 def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
-    """As `read`, for a torch.save that is `num_bytes` of `file` from `start`.
+    """The contents of a torch.save that is `num_bytes` of `file` from `start`, as by `read`.
 
     Raises:
         UserError: as `read`.
@@ -140,7 +140,7 @@ def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
 
 
 def check_size(path: str | Path) -> None:
-    """For a file that torch.load will read: whether its pickle makes no more than its size allows.
+    """Checks that the pickle of a file for torch.load makes no more than its size allows.
 
     Raises:
         UserError: it makes far more. Whatever else is wrong with it is left to torch.load.
@@ -289,7 +289,7 @@ class _Storage(NamedTuple):
 
 @dataclass
 class _Unreadable:
-    """In place of a tensor that is not a contiguous run of a dtype we know."""
+    """The stand-in for a tensor that is not a contiguous run of a dtype we know."""
 
     reason: str
 
