@@ -151,7 +151,7 @@ class Comparison:
 
     @property
     def checksums(self) -> dict[StoredTensor, str]:
-        """Of the tensors that were written in one part."""
+        """Checksums of the tensors that were written in one part."""
         return {stored: parts[0][1] for stored, parts in self.parts.items() if len(parts) == 1}
 
 

@@ -1,4 +1,4 @@
-"""From logits to tokens: transformers' own logits processors, and the draw.
+"""Draws tokens from logits, with transformers' own logits processors.
 
 Which processors there are and in which order is written in two tables, as transformers' generate
 puts them together. Draws are made on the host from a generator per sequence, so they depend on the
@@ -174,7 +174,7 @@ class Sampling:
                 yield step.make(self.options[step.name], place)
 
     def describe(self) -> str:
-        """In a few words, for a log."""
+        """A few words for a log."""
         listed = [
             f"{name.replace('_', '-' if 'top' in name else ' ')} {_short(self.options[name])}"
             for name in (step.name for step in (*WARPERS, *PROCESSORS))

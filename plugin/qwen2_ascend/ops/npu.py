@@ -30,9 +30,9 @@ _CAUSAL_FROM_START, _CAUSAL_FROM_END = 2, 3
 """`sparse_mode`: the diagonal starts at the first key, or ends at the last."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEADS, _MAX_WIDTH, _MAX_TOKENS = 256, 768, 2**20
-"""Of npu_fusion_attention: query heads, head width, tokens of a sequence."""
+"""The most query heads, head width and tokens of a sequence for npu_fusion_attention."""
 _MAX_PACKED_TOKENS, _MAX_DOCUMENTS = 10**6, 2048
-"""Of a packed batch: tokens, of more CANN's gradient says that it may time out, and documents."""
+"""The most tokens of a packed batch (CANN's gradient says that more may time out) and documents."""
 _MAX_STRIDE = 65_535
 """Numbers between a sequence's tokens that npu_fusion_attention steps over; of more it transposes
 its inputs and results, forward and backward, in further kernels."""
@@ -42,7 +42,7 @@ _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**1
 """Of npu_fused_infer_attention_score; the last where there is one new token. Where there are more,
 CANN also refuses widths that are no multiple of 16."""
 _MAX_ROTARY_AXIS = 999
-"""Of npu_rotary_mul: its batch, and its heads."""
+"""The largest batch and number of heads of npu_rotary_mul."""
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CANN_FOLDERS = ("cann", "ascend-toolkit", "nnae")
-"""Under /usr/local/Ascend or ~/Ascend, each with a set_env.sh."""
+"""Folders of /usr/local/Ascend or ~/Ascend, each with a set_env.sh."""
 DRIVER_LIBRARIES = ("libascend_hal", "libdrvdsmi", "libdcmi")
 """Those that come with the driver; CANN has the others."""
 

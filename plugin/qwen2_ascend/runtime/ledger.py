@@ -20,7 +20,7 @@ class Patch:
     how: str
     """What the replacement does."""
     until: str
-    """When it can go."""
+    """The condition under which it can go."""
 
 
 _APPLIED: dict[str, Patch] = {}

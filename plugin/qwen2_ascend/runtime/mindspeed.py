@@ -57,7 +57,7 @@ BRANCHES = (
 """What MindSpeed's own README and installation pages say, and which release of megatron-core."""
 
 NEEDED_PACKAGES = ("einops", "scipy")
-"""Of MindSpeed's requirements those that its import fails without."""
+"""The requirements of MindSpeed that its import fails without."""
 NEEDED_BY_NEWER = ("triton",)
 """The same, from core_r0.16.0 on; for Ascend it is in the package triton-ascend."""
 
@@ -75,7 +75,7 @@ class Installed(NamedTuple):
     is_placeholder: bool
     """The package of that name on the Python package index: no MindSpeed at all."""
     is_train_26: bool
-    """Of the branches 26.x and master, which share a version with 2.3.0."""
+    """Whether it is of the branches 26.x and master, which share a version with 2.3.0."""
 
 
 class Adaptor(NamedTuple):
@@ -392,7 +392,7 @@ def _assert_before_megatron() -> None:
 
 
 def relied_on(patched: Sequence[str]) -> tuple[str, ...]:
-    """Of what MindSpeed has replaced, what a run of this project goes through."""
+    """The replacements by MindSpeed that a run of this project goes through."""
     return tuple(
         name
         for name in patched

@@ -100,7 +100,7 @@ class Place:
     device: str
     """cpu, cuda or npu."""
     local_rank: int = 0
-    """Of the process on its host; also the index of its device."""
+    """The process's rank on its host; also the index of its device."""
     simulated: bool = False
     """The device is not hardware."""
     uuid: Callable[[], str] = field(default=lambda: _cuda_uuid(0))

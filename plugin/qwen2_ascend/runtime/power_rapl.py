@@ -31,7 +31,7 @@ class PackageDomain:
 
     folder: Path
     name: str
-    """As in package-0."""
+    """The package's name, such as package-0."""
     range_joules: float
     """Where the counter starts again."""
     _last: float | None = None

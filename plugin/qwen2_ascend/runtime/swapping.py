@@ -67,7 +67,7 @@ class HostSwap:
         return swapped.back
 
     def _host_memory(self, tensor: Tensor) -> Tensor:
-        """Of its shape, and of its strides where it has no gaps."""
+        """Memory of its shape, and of its strides where it has no gaps."""
         like = torch.empty_like(tensor, device="meta")
         if free := self._free[_kind(like)]:
             return free.pop()

@@ -33,7 +33,7 @@ from qwen2_ascend.runtime import ending
 MOST_NAMED = 8
 """Ranks that a message names one by one."""
 SHORTEST_SECONDS = 0.1
-"""Between two beats; a step is told at once, if it takes longer than this."""
+"""The least time between two beats; a longer step is told at once."""
 STOP_SECONDS = 5
 """What is left to a rank after Ctrl-C, wherever it is."""
 _BYE = "bye"
@@ -46,7 +46,7 @@ def interval_seconds(timeout_seconds: float) -> float:
 
 
 def timer_seconds(timeout_seconds: float) -> float:
-    """After how many seconds the kernel kills a stopped process: the others have named it by then.
+    """The seconds before the kernel kills a stopped process; the others have named it by then.
 
     It takes them two beats to miss it, and two and a half to see who else is silent.
     """
@@ -77,13 +77,13 @@ class _Seen:
     """What a rank has seen of the others."""
 
     looked: float
-    """When it looked last."""
+    """The time it looked last."""
     changed: float
-    """When the beat of the rank before it was another one."""
+    """The time the beat of the rank before it was another one."""
     before: tuple[int, str] = (-1, "")
-    """That rank, and the number of its beat."""
+    """The rank before it, and the number of its beat."""
     failed: float | None = None
-    """When it saw that some rank had failed."""
+    """The time it saw that some rank had failed."""
 
 
 class Cause(NamedTuple):

@@ -43,7 +43,7 @@ class Objective(Protocol):
     def __call__(
         self, losses: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """From the loss of every token to that of the micro-batch.
+        """The micro-batch's loss from the loss of every token.
 
         Args:
             losses: `[b, s]`.
@@ -96,7 +96,7 @@ class StepResult(NamedTuple):
     overflow: bool
     """fp16: not updated, because the loss scale was too high; it is lower now."""
     peak_memory_bytes: int
-    """Of the rank that has most."""
+    """The peak of the rank that has most."""
     stop_wanted: bool
     """Some rank was told to stop."""
     metrics: dict[str, float]

@@ -252,7 +252,7 @@ class ReportSettings:
     plan: Annotated[int | None, tyro.conf.arg(metavar="DEVICES")] = None
     """Train nothing; print what qwen2-ascend plan says of this command on so many devices."""
     plan_device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "910B"
-    """Whose memory and speed --plan goes by; qwen2-ascend plan --help has the names."""
+    """The device whose memory and speed --plan goes by; qwen2-ascend plan --help has the names."""
 
     def faults(self) -> list[str]:
         """What contradicts itself."""
@@ -285,7 +285,7 @@ class RuntimeSettings:
     no_manual_gc_eval: Flag = False
     """With --manual-gc: do not collect before and after the validation loss is measured."""
     exit_signal_handler: bool = True
-    """On SIGTERM save, then stop at the end of the step."""
+    """Save on SIGTERM, then stop at the end of the step."""
 
     def wants_mindspeed(self) -> bool | None:
         """True: it has to be; False: it must not be; None: where it fits.

@@ -1,4 +1,4 @@
-"""From checked settings to a run that trains: what pretraining and fine-tuning share."""
+"""What pretraining and fine-tuning share, from checked settings to a run that trains."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ _COMPARED = 256
 Name = tuple[int, str]
 """A parameter of a rank: its model chunk, and its name there."""
 OfRank = dict[str, dict[Name, StoredTensor]]
-"""By kind, the optimizer's tensors of one rank."""
+"""The optimizer's tensors of one rank, by kind."""
 
 
 class UnfitError(ValueError):

@@ -32,7 +32,7 @@ _MOST_PICKLES = 5
 _CUT_OFF = "it ends in the middle"
 _TOO_MUCH = "it makes far more objects than a file of its size describes"
 MAX_KEY_PARTS = 16
-"""Of a tuple that is a dictionary's key."""
+"""The longest tuple that may be a dictionary's key."""
 
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
@@ -55,7 +55,7 @@ class Inert:
 
 @dataclass(eq=False)
 class InertKey:
-    """As Inert, for a class whose objects are dictionary keys; each equals itself alone."""
+    """An Inert for a class whose objects are dictionary keys; each equals itself alone."""
 
     type_name: str
     state: Any = None
@@ -75,7 +75,7 @@ class PickleFault(ValueError):
 Reader = Callable[[IO[bytes]], Any]
 """What reads an instruction's argument."""
 Known = Mapping[str, Any]
-"""By module and name: a Maker, or the value that the name itself stands for."""
+"""A Maker, or the value that a name itself stands for, by module and name."""
 
 
 def known_records(*type_names: str) -> dict[str, Maker]:
@@ -121,7 +121,7 @@ def read_pickle(
 
 
 def check_size(data: bytes, what: str) -> None:
-    """For a pickle that another reader will read: whether it makes no more than its size allows.
+    """Checks that a pickle for another reader makes no more objects than its size allows.
 
     Raises:
         UserError: it makes far more. Whatever else is wrong with it is left to the other reader.
@@ -464,34 +464,34 @@ PLAIN: dict[str, Any] = {
 
 
 class Call(NamedTuple):
-    """To be pickled as a call: the reader gets `function(*args)`."""
+    """Pickled as a call: the reader gets `function(*args)`."""
 
     function: Name
     args: tuple[Any, ...]
 
 
 class Record(NamedTuple):
-    """To be pickled as an object of a class, made without a call and given `state`."""
+    """Pickled as an object of a class, made without a call and given `state`."""
 
     type_name: Name
     state: Any
 
 
 class Name(NamedTuple):
-    """To be pickled as a global."""
+    """Pickled as a global."""
 
     module: str
     name: str
 
 
 class DictItems(NamedTuple):
-    """To be pickled as a dictionary; its keys need not be hashable here."""
+    """Pickled as a dictionary; its keys need not be hashable here."""
 
     items: Sequence[tuple[Any, Any]]
 
 
 class PersistentId(NamedTuple):
-    """To be pickled as a persistent id."""
+    """Pickled as a persistent id."""
 
     value: Any
 

@@ -27,7 +27,7 @@ from qwen2_ascend.files import open_regular, parse_json, reading
 MAX_HEADER_BYTES = 100_000_000
 """The library's own bound."""
 ALIGNMENT = 64
-"""Of the first tensor's bytes, so that mapped tensors start on a cache line."""
+"""Alignment of the first tensor's bytes, so that mapped tensors start on a cache line."""
 
 DTYPES = {
     "BF16": "bf16",
@@ -51,7 +51,7 @@ class SafetensorsHeader:
     """What one .safetensors file says it holds."""
 
     tensors: dict[str, StoredTensor]
-    """By name, in the order of their bytes in the file."""
+    """The tensors by name, in the order of their bytes in the file."""
     metadata: dict[str, str]
 
 

@@ -119,7 +119,7 @@ def read(path: str | Path) -> Any:
 
 
 def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
-    """As `read`, for a torch.save that is `num_bytes` of `file` from `start`.
+    """The contents of a torch.save that is `num_bytes` of `file` from `start`, as by `read`.
 
     Raises:
         UserError: as `read`.
@@ -138,7 +138,7 @@ def read_part(file: BinaryIO, path: Path, start: int, num_bytes: int) -> Any:
 
 
 def check_size(path: str | Path) -> None:
-    """For a file that torch.load will read: whether its pickle makes no more than its size allows.
+    """Checks that the pickle of a file for torch.load makes no more than its size allows.
 
     Raises:
         UserError: it makes far more. Whatever else is wrong with it is left to torch.load.
@@ -287,7 +287,7 @@ class _Storage(NamedTuple):
 
 @dataclass
 class _Unreadable:
-    """In place of a tensor that is not a contiguous run of a dtype we know."""
+    """The stand-in for a tensor that is not a contiguous run of a dtype we know."""
 
     reason: str
 

@@ -22,7 +22,7 @@ from qwen2_ascend.checkpoint.formats.stored import FileLayout
 ALIGNMENT = 64
 """Bytes; what torch.save aligns the data of every record to."""
 MAX_DIRECTORY_BYTES = 1 << 21
-"""Of a central directory that is read; a record takes about 60 bytes there."""
+"""The largest central directory that is read; a record takes about 60 bytes there."""
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
@@ -46,7 +46,7 @@ class Record(NamedTuple):
     """The bytes of one record."""
 
     offset: int
-    """From the start of the file (of all the file, where the zip is only a part of it)."""
+    """Bytes from the start of the file (of all the file, where the zip is only a part of it)."""
     num_bytes: int
     crc: int = 0
     """CRC-32 of the bytes; 0 where it was not known when the record was written."""
@@ -57,7 +57,7 @@ class ZipLayout(FileLayout):
     """A zip to be; its segments hold the records that were given as bytes, too."""
 
     offsets: dict[str, int]
-    """Of the data of each record."""
+    """Where the data of each record begins."""
 
 
 def read_zip(file: BinaryIO, start: int, num_bytes: int) -> dict[str, Record]:

@@ -70,7 +70,7 @@ class ZeroRun(TrainingRun):
         return read_batches(self, self.train_data, self.progress.consumed_samples)
 
     def step(self, batches: Iterator[Batch | None], *, stop_wanted: bool = False) -> StepResult:
-        """As `training.loop.train_step`.
+        """Does what `training.loop.train_step` does.
 
         Raises:
             NonFiniteError: loss or gradient norm are not finite, and `on_nonfinite` is "stop".
@@ -94,7 +94,7 @@ class ZeroRun(TrainingRun):
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """As `training.loop.evaluate`."""
+        """Does what `training.loop.evaluate` does."""
         self.engine.eval()
         batches = read_batches(self, self.valid_data, 0)
         total, num_tokens = 0.0, 0

@@ -1,4 +1,4 @@
-"""From the command line to the exit status: what `launch/finetune_qwen2_deepspeed.py` runs."""
+"""What `launch/finetune_qwen2_deepspeed.py` runs, from the command line to the exit status."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from qwen2_ascend.training.saving import RankPart, Store
 
 
 class ZeroLora(LoraStorage):
-    """Of ZeRO: the ranks gather whole tensors, and rank 0 writes them."""
+    """LoRA under ZeRO: the ranks gather whole tensors, and rank 0 writes them."""
 
     unlike = "other ranks"
 

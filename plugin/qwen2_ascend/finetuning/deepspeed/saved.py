@@ -20,7 +20,7 @@ class SavedZero:
     """A checkpoint of a ZeRO run."""
 
     folder: Path
-    """Of the iteration; a Hugging Face folder."""
+    """The iteration's folder, in Hugging Face's format."""
     state: Mapping[str, Any]
     """RUN_FILE."""
 

@@ -88,9 +88,9 @@ class ZeroRecomputeSettings(RecomputeSettings):
     recompute_granularity: Literal["full"] | None = None
     """full: keep the inputs of layers only."""
     recompute_method: Literal["uniform"] | None = None
-    """With full: uniform, for every layer."""
+    """The method of full recomputing: uniform, for every layer."""
     recompute_num_layers: Literal[1] | None = None
-    """With full: 1."""
+    """The layers of a unit of full recomputing: 1."""
     recompute_activation_function: Absent[bool] = False
     recompute_activation_function_num_layers: Absent[int | None] = None
     recompute_norm: Absent[bool] = False
