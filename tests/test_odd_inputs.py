@@ -81,7 +81,7 @@ def _command_lines(folder: Path, good: Path) -> dict[str, tuple[str, str]]:
 
 def test_odd_inputs_are_taken_or_refused_in_a_sentence(ended: dict[str, Ended]) -> None:
     wrong = {}
-    for name, (status, out, err) in ended.items():
+    for name, (status, out, err, _) in ended.items():
         told = [line for line in err.splitlines() if line.startswith("error: ")]
         sentences = all(len(line.split()) > 4 for line in told)
         if (status not in (0, 2) or EXCEPTION.search(out + err) or not sentences) or (
