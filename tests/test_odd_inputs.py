@@ -94,7 +94,8 @@ def test_odd_inputs_are_taken_or_refused_in_a_sentence(
 ) -> None:
     names = list(commands)[part::PARTS]
     wrong = {}
-    for name, (status, out, err) in run_commands(folder, {n: commands[n] for n in names}).items():
+    ended = run_commands(folder, {name: commands[name] for name in names})
+    for name, (status, out, err, _) in ended.items():
         told = [line for line in err.splitlines() if line.startswith("error: ")]
         sentences = all(len(line.split()) > 4 for line in told)
         if (status not in (0, 2) or EXCEPTION.search(out + err) or not sentences) or (

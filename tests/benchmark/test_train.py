@@ -16,7 +16,15 @@ from qwen2_ascend.benchmark.sides import interleaved
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.flops import train_flops_per_token
 
-TINY = tiny_config(num_layers=2)
+TINY = tiny_config(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=96,
+    max_position_embeddings=64,
+)
 OPTIONS = train.TrainBenchmark(
     sides=("ours", "transformers"),
     device="cpu",

@@ -69,7 +69,7 @@ class PretrainingDatasetBuilder:
     seq_length: int
     """Tokens in a sample."""
     seed: int
-    """Of the shuffling."""
+    """The seed of the shuffling."""
     eod_token: int | None
     """Id of the token that ends a document; None where there is none."""
     data_path: Sequence[str] | None = None

@@ -39,7 +39,7 @@ its inputs and results, forward and backward, in further kernels."""
 _REPEATED = 8
 """How often npu_fusion_attention gives the maximum and the sum of each row."""
 _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**18
-"""Of npu_fused_infer_attention_score; the last where there is one new token. Where there are more,
+"""Limits of npu_fused_infer_attention_score; the last where there is one new token. Where there are more,
 CANN also refuses widths that are no multiple of 16."""
 _MAX_ROTARY_AXIS = 999
 """The largest batch and number of heads of npu_rotary_mul."""
@@ -243,7 +243,7 @@ class _Launch(NamedTuple):
 
     blocks: Sequence[Block]
     queries: list[TokenSlice]
-    """Of neighbouring blocks together, so that few views are taken."""
+    """The slices of neighbouring blocks are joined, so that few views are taken."""
     keys: list[TokenSlice]
 
     @classmethod

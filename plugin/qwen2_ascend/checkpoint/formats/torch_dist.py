@@ -55,7 +55,7 @@ from qwen2_ascend.errors import UserError, raise_if, shown
 from qwen2_ascend.files import open_regular, read_bytes, read_json, reading
 
 MAX_METADATA_BYTES = 1 << 26
-"""Of a `.metadata`; a chunk takes about 300 bytes in it."""
+"""The largest `.metadata`; a chunk takes about 300 bytes in it."""
 METADATA = "torch.distributed.checkpoint.metadata"
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _INDEX = f"{METADATA}.MetadataIndex"

@@ -75,7 +75,7 @@ class TorchDistLayout:
     files: dict[str, FileLayout]
     """By name: the .distcp files, and common.pt, .metadata and metadata.json complete."""
     places: dict[str, list[ChunkPlace]]
-    """Of every chunk, keys and order as given to `layout_torch_dist`."""
+    """Where every chunk goes, keys and order as given to `layout_torch_dist`."""
 
 
 def extra_states(num_layers: int) -> list[str]:

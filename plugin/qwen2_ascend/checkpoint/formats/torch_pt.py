@@ -46,7 +46,7 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import open_regular, reading
 
 MAX_PICKLE_BYTES = 1 << 24
-"""Of a data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
+"""The largest data.pkl; a tensor takes about 250 bytes in it, Qwen2-72B about 250 KB."""
 
 KeyPath = tuple[Any, ...]
 """Keys from the root to one leaf: dict keys, list indices and Namespace attribute names."""

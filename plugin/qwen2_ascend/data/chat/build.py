@@ -46,7 +46,7 @@ class ChatDatasetBuilder:
     seq_length: int
     """Longest sample, in tokens; longer chats are cut at the end."""
     seed: int
-    """Of the packing and of every epoch's order."""
+    """The seed of the packing and of every epoch's order."""
     num_samples: tuple[int | None, int] = (None, 0)
     """Samples wanted of train and valid, epochs are repeated as needed; None is one epoch, and
     `with_num_samples` changes it later."""
