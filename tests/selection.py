@@ -25,13 +25,13 @@ import pytest
 HERE = Path(__file__).parent
 DURATIONS = HERE / "durations.json"
 SECONDS = 12
-"""Of each file, in one process on a quiet machine."""
+"""The seconds of each file, in one process on a quiet machine."""
 QUICK = 0.25
 """Seconds below which a case is neither stored nor left out."""
 SEED = "TEST_SEED"
 """Environment variable that chooses the part instead of the commit."""
 PAIRS_SEED = "PAIRS_SEED"
-"""Of the tests that choose themselves which flags meet."""
+"""The seed of the tests that choose themselves which flags meet."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
