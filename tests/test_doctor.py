@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import pythons
 from qwen2_ascend import doctor
 from qwen2_ascend.doctor import Finding, Machine, examine, report
 
@@ -386,6 +388,12 @@ def test_the_python_is_one_that_the_metadata_name(
     monkeypatch.setattr(doctor.platform, "python_version", lambda: running)
     monkeypatch.setattr(doctor, "_supported_pythons", lambda: ["3.10", "3.11", "3.12", "3.13"])
     assert fake.only("python").level == level
+
+
+def test_make_test_pythons_takes_the_pythons_that_doctor_knows() -> None:
+    assert doctor._supported_pythons() == pythons.named()
+    metadata = importlib.metadata.metadata("qwen2-ascend")
+    assert metadata["Requires-Python"] == f">={pythons.named()[0]}"
 
 
 def test_mindspeeds_newer_branches_need_megatrons_training(fake: Fake) -> None:
