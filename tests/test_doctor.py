@@ -149,6 +149,15 @@ def test_a_missing_cann_is_a_problem_that_names_the_script(fake: Fake) -> None:
     assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in found.way_out
 
 
+def test_torch_npu_that_crashes_beside_a_cuda_build_needs_the_cpu_build(fake: Fake) -> None:
+    """As 2.14.0 of both do, once CANN is there."""
+    fake.package("torch", "2.7.1", TORCH.format(cuda="13.0", available=False))
+    fake.package("torch_npu", "2.7.1", "import os; os.abort()")
+    found = fake.only("torch_npu")
+    assert (found.level, found.text) == ("problem", "crashed (SIGABRT)")
+    assert 'pip install "torch==2.7.1" --index-url' in found.way_out
+
+
 def test_torch_npu_without_devices_is_a_problem(fake: Fake) -> None:
     fake.package("torch", "2.7.1", CPU_TORCH.replace("lambda: 2", "lambda: 0"))
     fake.package("torch_npu", "2.7.1")

@@ -279,11 +279,17 @@ def _torch_import(machine: Machine) -> Iterator[Finding]:
         yield note(
             "import torch",
             f"a CUDA {cuda} build and no CUDA device; it works on the CPU, and is GBs too large",
-            "install the CPU build: pip install torch --index-url "
-            "https://download.pytorch.org/whl/cpu",
+            _cpu_build(torch.answer["version"]),
         )
     else:
         yield ok("import torch", f"works{f', CUDA {cuda}' if cuda else ', CPU build'}")
+
+
+def _cpu_build(version: str) -> str:
+    return (
+        f'install the CPU build: pip install "torch=={_release(version)}" --index-url '
+        "https://download.pytorch.org/whl/cpu"
+    )
 
 
 def _torch_way_out(error: str) -> str:
@@ -316,6 +322,9 @@ def _torch_npu(machine: Machine) -> Iterator[Finding]:
     probe = machine.probe(_TORCH_NPU)
     if probe.error:
         why = diagnosis.import_fault(probe.error, machine.environ, machine.root)
+        if probe.error.startswith("crashed") and machine.torch.answer.get("cuda"):
+            # both register allocator settings of the same names, which ends the process
+            why = f"torch_npu and torch's CUDA build cannot be together; {_cpu_build(ours or '')}"
         yield problem("import torch_npu", probe.error, why)
     elif not probe.answer["count"]:
         why = diagnosis.no_device_fault(machine.environ, machine.root)
