@@ -2,6 +2,7 @@
 # make test         what every commit runs: of each file so many tests that they take 12 seconds
 # make test-all     everything that can be tested on this machine
 # make test-compat  what depends on megatron-core, with the oldest and the newest release
+# make test-torch   what depends on torch and torch_npu, with newer releases of both
 # make test-pythons what needs no torch, with each Python
 # make check        format, lint, types
 # make browser      Chromium, without which the tests of the board's page are skipped
@@ -41,8 +42,13 @@ WITH_MEGATRON := tests/distributed/test_releases.py tests/distributed/test_train
 WITH_MEGATRON += --deselect tests/distributed/test_train.py::test_losses_are_those_of_one_process
 COMPAT_ARGS ?= --seconds 6
 
-.PHONY: venv npu-site browser quickstart test test-all test-compat test-pythons test-real test-npu \
-  test-cuda check format clean
+# A newer torch and the torch_npu of that release, in an environment of their own as above. On x86-64
+# the package index has torch with CUDA only: 6 GB. CI leaves it out.
+TORCH ?= 2.14.0
+WITH_TORCH := tests/npusim tests/ops tests/model tests/runtime tests/checkpoint/formats
+
+.PHONY: venv npu-site browser quickstart test test-all test-compat test-torch test-pythons test-real \
+  test-npu test-cuda check format clean
 
 venv: $(VENV)/.dev $(VENV)/npu-site
 
@@ -68,16 +74,29 @@ $(VENV)/npu-site: $(VENV)/.base constraints.txt
 	  --target $@.new '$(TORCH_NPU)'
 	mv $@.new $@
 
+# An environment that takes from $(VENV) what it does not have itself.
+define BESIDE_VENV
+rm -rf $(@D)
+$(BIN)/python -m venv --without-pip $(@D)
+$(BIN)/python -c '$(SITE); print(f"import site; site.addsitedir({site!r})")' \
+  > "$$($(@D)/bin/python -c '$(SITE); print(site)')/venv.pth"
+endef
+
 # Releases from 0.17 on say that they need Python 3.12, and work with less. Without what a release
 # requires besides torch (Flask, wandb, nltk and more, 430 MB): the project never imports it.
-.PRECIOUS: .venv-compat-%/.dev
+.PRECIOUS: .venv-compat-%/.dev .venv-torch-%/.dev
 .venv-compat-%/.dev: $(VENV)/.dev
-	rm -rf $(@D)
-	$(BIN)/python -m venv --without-pip $(@D)
-	$(BIN)/python -c '$(SITE); print(f"import site; site.addsitedir({site!r})")' \
-	  > "$$($(@D)/bin/python -c '$(SITE); print(site)')/venv.pth"
+	$(BESIDE_VENV)
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check \
 	  $(PIP_ARGS) --no-deps --ignore-requires-python 'megatron-core==$*'
+	@touch $@
+
+.venv-torch-%/.dev: $(VENV)/.dev
+	$(BESIDE_VENV)
+	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check \
+	  $(PIP_ARGS) 'torch==$*'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps \
+	  --target $(@D)/npu-site 'torch_npu==$*'
 	@touch $@
 
 # Debian's Chromium, for tests/board/test_browser.py, which Playwright drives; needs root where it is
@@ -100,6 +119,12 @@ test-compat: $(addprefix test-compat-,$(MEGATRON_CORE))
 test-compat-%: .venv-compat-%/.dev
 	.venv-compat-$*/bin/python -m pytest $(PYTEST_ARGS) -o cache_dir=.venv-compat-$*/.pytest_cache \
 	  $(COMPAT_ARGS) $(WITH_MEGATRON)
+
+test-torch: test-torch-$(TORCH)
+
+test-torch-%: .venv-torch-%/.dev
+	.venv-torch-$*/bin/python -m pytest $(PYTEST_ARGS) -o cache_dir=.venv-torch-$*/.pytest_cache \
+	  $(WITH_TORCH)
 
 # What needs no torch, with each Python that is supported and found here.
 test-pythons: $(VENV)/.base
@@ -130,4 +155,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .venv-compat* .venv-python-* quickstart .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-compat* .venv-torch-* .venv-python-* quickstart .pytest_cache .ruff_cache .hypothesis

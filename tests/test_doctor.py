@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import pythons
 from qwen2_ascend.doctor import command, host, machine, python
 from qwen2_ascend.doctor.command import examine
 from qwen2_ascend.doctor.findings import Finding, ok, problem, report
@@ -147,6 +149,15 @@ def test_a_missing_cann_is_a_problem_that_names_the_script(fake: Fake) -> None:
     assert found.level == "problem"
     assert "libhccl.so: cannot open" in found.text
     assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in found.way_out
+
+
+def test_torch_npu_that_crashes_beside_a_cuda_build_needs_the_cpu_build(fake: Fake) -> None:
+    """As 2.14.0 of both do, once CANN is there."""
+    fake.package("torch", "2.7.1", TORCH.format(cuda="13.0", available=False))
+    fake.package("torch_npu", "2.7.1", "import os; os.abort()")
+    found = fake.only("torch_npu")
+    assert (found.level, found.text) == ("problem", "crashed (SIGABRT)")
+    assert 'pip install "torch==2.7.1" --index-url' in found.way_out
 
 
 def test_torch_npu_without_devices_is_a_problem(fake: Fake) -> None:
@@ -388,6 +399,12 @@ def test_the_python_is_one_that_the_metadata_name(
     monkeypatch.setattr(python.platform, "python_version", lambda: running)
     monkeypatch.setattr(python, "supported_pythons", lambda: ["3.10", "3.11", "3.12", "3.13"])
     assert fake.only("python").level == level
+
+
+def test_make_test_pythons_takes_the_pythons_that_doctor_knows() -> None:
+    assert python.supported_pythons() == pythons.named()
+    metadata = importlib.metadata.metadata("qwen2-ascend")
+    assert metadata["Requires-Python"] == f">={pythons.named()[0]}"
 
 
 def test_mindspeeds_newer_branches_need_megatrons_training(fake: Fake) -> None:

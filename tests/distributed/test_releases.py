@@ -1,8 +1,8 @@
 """A checkpoint that one megatron-core has written is resumed with another, in both directions.
 
-The other releases are those of the environments that are there: `.venv`, and what `make
-test-compat` has built beside it. Each run is a user's own: the launch script, by torchrun where
-there are two ranks.
+The other release is `.venv`'s, and each older one whose environment `make test-compat` has built
+before. So `make test-compat` runs every pair of the oldest, the pinned and the newest release. Each
+run is a user's own: the launch script, by torchrun where there are two ranks.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ OWN = importlib.metadata.version("megatron-core")
 
 
 def environments() -> dict[str, Path]:
-    """The Python of each newer release that an environment of this repository has.
+    """The Python of `.venv`'s release and of each older one that has an environment here.
 
-    Older ones have their own turn, in which this one is the newer.
+    With a newer one the pair has its turn there.
     """
     found = {}
     for folder in (ROOT / ".venv", *sorted(ROOT.glob(".venv-compat-*"))):
         for info in folder.glob("lib/python3.*/site-packages/megatron_core-*.dist-info"):
-            found[info.name.removesuffix(".dist-info").partition("-")[2]] = folder / "bin/python"
-    own = Version(OWN)
-    return {release: python for release, python in found.items() if Version(release) > own}
+            release = info.name.removesuffix(".dist-info").partition("-")[2]
+            if folder.name == ".venv" or Version(release) < Version(OWN):
+                found[release] = folder / "bin/python"
+    return {release: python for release, python in found.items() if release != OWN}
 
 
-NEWER = environments()
+OTHERS = environments()
 
 
 class Written(NamedTuple):
@@ -73,14 +74,14 @@ def written_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Writ
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(not NEWER, reason="no environment with a newer megatron-core is built")
-@pytest.mark.parametrize("direction", ["to the newer", "to the older"])
-@pytest.mark.parametrize("newer", sorted(NEWER))
+@pytest.mark.skipif(not OTHERS, reason="no environment with an older megatron-core is built")
+@pytest.mark.parametrize("direction", ["to the other", "from the other"])
+@pytest.mark.parametrize("other", sorted(OTHERS))
 def test_torch_dist_is_resumed_by_another_release(
-    newer: str, direction: str, written_by: Callable[[str], Written], tmp_path: Path
+    other: str, direction: str, written_by: Callable[[str], Written], tmp_path: Path
 ) -> None:
     """One process resumes two pipeline stages; the run that goes on is the reference."""
-    writer, reader = (OWN, newer) if direction == "to the newer" else (newer, OWN)
+    writer, reader = (OWN, other) if direction == "to the other" else (other, OWN)
     written = written_by(writer)
     log = train(reader, "", "", written.folder, tmp_path)
     losses = losses_of(tmp_path)
@@ -95,7 +96,7 @@ def losses_of(folder: Path) -> dict[int, float]:
 
 def train(release: str, launcher: str, flags: str, load: Path, save: Path) -> str:
     """Runs the launch script to its end, with the environment of a release; its log."""
-    python = Path(sys.executable) if release == OWN else NEWER[release]
+    python = Path(sys.executable) if release == OWN else OTHERS[release]
     command = [str(python), *launcher.split(), str(ROOT / "launch" / "pretrain_qwen2.py")]
     command += ["--load", str(load), "--save", str(save), *FLAGS.split(), *flags.split()]
     done = subprocess.run(

@@ -1,17 +1,19 @@
 """Tests marked `hardware` run on this machine's devices, or skip and say why there is none.
 
 HARDWARE says of which kind: npu (the default), cuda, or cpu, which proves the tests (hardware.py).
+Who names a kind that is not there gets no skipped tests but an error.
 `make test-npu` and `make test-cuda` run them and leave a report (report.py) in npu-report and
 cuda-report, or where REPORT says.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from npu.hardware import Hardware, chosen
+from npu.hardware import VARIABLE, Hardware, chosen
 from npu.report import Check, anonymous, versions, write
 
 FIGURES = pytest.StashKey[dict]()
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not marked:
         return
     reason, device = no_hardware()
+    if reason and VARIABLE in os.environ and not config.option.collectonly:
+        raise pytest.UsageError(f"no {chosen().name.upper()}: {reason}")
     config.stash[DEVICE] = device
     for item in marked:
         cards = item.get_closest_marker("hardware").kwargs.get("cards", 1)  # type: ignore[union-attr]

@@ -102,39 +102,47 @@ def test_a_run_on_hardware_leaves_a_report(tmp_path: Path) -> None:
     assert raw["machine"]["chip"] == "Ascend910B3" and "torch" in raw["machine"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("npu", "no NPU: `npu-smi info` does not work here"), ("cuda", "no CUDA: torch sees no dev")],
-)
-@pytest.mark.skipif("npu" in os.environ.get("PATH", ""), reason="npu-smi may be there")
-def test_without_hardware_all_is_skipped_with_the_reason(
-    kind: str, reason: str, tmp_path: Path
-) -> None:
-    folder = Path(__file__).parent
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "hardware",
-            "-p",
-            "no:cacheprovider",
-            str(folder),
-        ],
-        env={
-            **os.environ,
-            "PATH": "/nowhere",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HARDWARE": kind,
-            "NPU_REPORT": str(tmp_path / "report"),
-        },
+def without_hardware(report: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    """Runs the tests of hardware where neither npu-smi nor a CUDA device is found."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    hidden = {"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "", "NPU_REPORT": str(report)}
+    kept = {name: value for name, value in os.environ.items() if name != "HARDWARE"}
+    return subprocess.run(
+        [*command, "-m", "hardware", str(Path(__file__).parent)],
+        env={**kept, **hidden, **environ},
         capture_output=True,
         text=True,
         timeout=200,
     )
+
+
+def test_without_hardware_all_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    done = without_hardware(tmp_path / "report")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert reason in done.stdout
+    assert "no NPU: `npu-smi info` does not work here" in done.stdout
     assert "passed" not in done.stdout.splitlines()[-1]
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("npu", "no NPU: `npu-smi info` does not work here"),
+        ("cuda", "no CUDA: torch sees no device"),
+    ],
+)
+def test_hardware_that_is_named_and_absent_is_an_error(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
+    """So `make test-cuda` does not end well where it has tested nothing."""
+    done = without_hardware(tmp_path / "report", HARDWARE=kind)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert done.stderr.strip() == f"ERROR: {reason}"
+    assert not (tmp_path / "report").exists()
+
+
+def test_without_hardware_its_tests_can_be_collected(tmp_path: Path) -> None:
+    done = without_hardware(tmp_path / "report", "--collect-only", HARDWARE="cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file in ("test_figures.py", "test_operators.py", "test_training_runs.py"):
+        assert file in done.stdout

@@ -22,11 +22,13 @@ from pathlib import Path
 SOURCES = Path(__file__).with_name("csrc")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
+PRELOADED = "libtorch_keys.so"
 LIBRARIES = (
     # name, what its objects' names begin with, what it needs
     ("libascendcl.so", ("acl_", "streams", "stubs"), ()),
     ("libopapi.so", ("opapi_", "trampolines"), ("ascendcl",)),
     ("libhccl.so", ("hccl_",), ("ascendcl",)),
+    (PRELOADED, ("torch_",), ()),
 )
 EMPTY_LIBRARIES = {
     # Named by the wheel's libraries as needed, or opened by name for functions that are in others.

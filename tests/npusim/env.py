@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from npusim.build import build, find_wheel
+from npusim.build import PRELOADED, build, find_wheel
 
 SOC_910B = "Ascend910B2"
 SOC_910C = "Ascend910_9391"
@@ -46,13 +46,15 @@ def environment(
         Unavailable: the simulated device cannot be had on this machine.
     """
     wheel = find_wheel()
+    libraries = build(wheel)
     python_path = [str(wheel.site), str(TESTS), str(TESTS.parent / "plugin")]
     if "PYTHONPATH" in base:
         python_path.append(base["PYTHONPATH"])
     return {
         **{name: value for name, value in base.items() if not name.startswith("ASCEND_")},
         **SETTINGS,
-        "LD_LIBRARY_PATH": str(build(wheel)),
+        "LD_LIBRARY_PATH": str(libraries),
+        "LD_PRELOAD": str(libraries / PRELOADED),
         "PYTHONPATH": os.pathsep.join(python_path),
         "TORCH_NPU_SIM_SOC": soc,
         "TORCH_NPU_SIM_DEVICES": str(num_devices),

@@ -1,8 +1,8 @@
 """Checks calls of torch_npu's operators against their recorded schemas, without torch_npu.
 
-`schemas_2.13.json` holds the schema of every `npu::npu_*` operator of torch_npu 2.13.0. Call sites
-are found in the source text: any use of an attribute with such a name, and whatever else is taken
-from torch_npu under a name that begins with `npu_`.
+`schemas_2.13.json` holds the schema of every `npu::npu_*` operator of torch_npu 2.13.0; those of
+2.14.0 are the same. Call sites are found in the source text: any use of an attribute with such a
+name, and whatever else is taken from torch_npu under a name that begins with `npu_`.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ def test_minus_sqrt_came_with_0_13(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def old_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """A TransformerConfig without pipeline_model_parallel_layout, as before 0.13."""
+    megatron_compat.prepare_import()  # or 0.15 warns, which is an error in a test
     old = type("Old", (), {"__dataclass_fields__": {}})
     monkeypatch.setattr(CONFIG, old)
 

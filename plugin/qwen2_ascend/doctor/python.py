@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from qwen2_ascend.doctor.findings import Finding, note, ok, problem
 from qwen2_ascend.doctor.machine import Machine
+from qwen2_ascend.runtime.mindspeed import release
 
 NPU_PACKAGES = ("torch_npu", "mindspeed", "megatron_adaptor")
 OTHER_PACKAGES = ("pyarrow", "matplotlib", "tensorboard", "datasets")
@@ -71,8 +72,7 @@ def check_torch(machine: Machine) -> Iterator[Finding]:
         yield note(
             "import torch",
             f"a CUDA {cuda} build and no CUDA device; it works on the CPU, and is GBs too large",
-            "install the CPU build: pip install torch --index-url "
-            "https://download.pytorch.org/whl/cpu",
+            cpu_build(machine),
         )
     else:
         yield ok("import torch", f"works, {f'CUDA {cuda}' if cuda else 'CPU build'}")
@@ -90,6 +90,14 @@ def requirements() -> dict[str, str]:
         if match and "extra ==" not in line:
             found[match[1]] = match[2].strip()
     return dict(sorted(found.items(), key=lambda item: (item[0] != "torch", item[0])))
+
+
+def cpu_build(machine: Machine) -> str:
+    """The way to torch's CPU build of the same release."""
+    return (
+        f'install the CPU build: pip install "torch=={release(machine.version("torch") or "")}" '
+        "--index-url https://download.pytorch.org/whl/cpu"
+    )
 
 
 def supported_pythons() -> list[str]:

@@ -167,6 +167,8 @@ def prepare_import() -> None:
         "Apex is not installed",
         # About the default of a field that nobody here sets.
         "full scope is deprecated",
+        # 0.15, which tries to compile CUDA code for inference.
+        "Failed to create unified memory mempool",
         # 0.19, of a process that is no rank, such as a command's that prepares data.
         "Could not determine rank from torch.distributed",
     ):
