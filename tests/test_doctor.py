@@ -536,7 +536,7 @@ def test_doctor_needs_nothing_but_the_standard_library(fake: Fake, tmp_path: Pat
     tables = [
         f"runtime/{name}.py" for name in ("__init__", "diagnosis", "environment", "mindspeed")
     ]
-    for name in ("__init__.py", "errors.py", "cli.py", "machine.py", *tables):
+    for name in ("__init__.py", "errors.py", "cli.py", "machine.py", "markdown.py", *tables):
         (copy / name).write_bytes((source / name).read_bytes())
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from qwen2_ascend.doctor.findings import Finding, note, ok, problem
 from qwen2_ascend.doctor.machine import Machine, last_line
-from qwen2_ascend.doctor.python import cpu_build
+from qwen2_ascend.doctor.python import TORCH_PROBE, cpu_build
 from qwen2_ascend.runtime import diagnosis, environment
 from qwen2_ascend.runtime.mindspeed import release
 
@@ -45,7 +45,8 @@ def check_torch_npu(machine: Machine) -> Iterator[Finding]:
     names, error = machine.probe(_TORCH_NPU)
     if error:
         why = diagnosis.import_fault(error, machine.environ, machine.root)
-        if error.startswith("crashed") and machine.torch.answer.get("cuda"):
+        is_crash = error.startswith("crashed")
+        if is_crash and (torch := machine.probe(TORCH_PROBE)).answer and torch.answer["cuda"]:
             # both register allocator settings of the same names, which ends the process
             why = f"torch_npu and torch's CUDA build cannot be together; {cpu_build(machine)}"
         yield problem("import torch_npu", error, why)

@@ -14,7 +14,7 @@ from qwen2_ascend.runtime.mindspeed import release
 NPU_PACKAGES = ("torch_npu", "mindspeed", "megatron_adaptor")
 OTHER_PACKAGES = ("pyarrow", "matplotlib", "tensorboard", "datasets")
 
-_TORCH = """
+TORCH_PROBE = """
 import json, torch
 print(json.dumps(dict(cuda=torch.version.cuda, cuda_available=torch.cuda.is_available())))
 """
@@ -60,7 +60,7 @@ def _package(machine: Machine, name: str, specifier: str) -> Finding:
 def check_torch(machine: Machine) -> Iterator[Finding]:
     if machine.version("torch") is None:
         return
-    torch = machine.probe(_TORCH)
+    torch = machine.probe(TORCH_PROBE)
     if torch.error:
         way_out = "install torch again: pip install --force-reinstall torch"
         if "numpy" in torch.error.lower():
