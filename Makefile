@@ -19,6 +19,7 @@ export OMP_NUM_THREADS := 1
 
 # pytest-xdist's processes; each also starts up to four ranks, which wait for each other a lot.
 TEST_PROCESSES ?= 2
+TEST_ARGS ?=
 PYTEST_ARGS := -n $(TEST_PROCESSES) --dist loadgroup --durations 30
 
 # torch_npu must be of torch's own release. It gets a folder of its own: without CANN, torch and
@@ -109,10 +110,10 @@ quickstart: $(VENV)/.run
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev $(VENV)/npu-site
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TEST_ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/npu-site
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --all
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TEST_ARGS) --all
 
 test-compat: $(addprefix test-compat-,$(MEGATRON_CORE))
 

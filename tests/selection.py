@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ[SEED] = seed()  # for pytest-xdist's processes too: HEAD may move
     os.environ.setdefault(PAIRS_SEED, str(int(_digest(seed())[:6], 16)))
     if config.getoption("--store-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Stopwatch())
