@@ -22,6 +22,8 @@ REST_TOLERANCE, PEAK_TOLERANCE = 0.01, 0.05
 UPDATE_OF_STAGE_3 = -0.12
 """The plan was 9.6% above what stage 3 took in its update; which tensor it counts too many is not
 known."""
+STEPS = 3
+"""The least of so many peaks counts: garbage of earlier runs, 6% once, may live into a step."""
 SHORT = {"length": 32, "sequences": 1}
 """The update is the fullest moment."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -46,13 +48,13 @@ def flags(cut: RunLayout, run: Run) -> str:
         f"--zero-stage {cut.zero.stage} --deepspeed-config {config} --data-path {chats(run)} "
         f"--seq-length {cut.job.seq_length} --micro-batch-size {cut.micro_batch_size} "
         f"--global-batch-size {cut.job.global_batch_size} --device cpu --num-workers 0 "
-        f"--train-iters 3 --lr 1e-3 {'--bf16' * (cut.job.dtype == 'bf16')} "
+        f"--train-iters {STEPS + 1} --lr 1e-3 {'--bf16' * (cut.job.dtype == 'bf16')} "
         f"{full * (cut.recompute == 'full')}"
     )
 
 
 def memory_of_a_step(cut: RunLayout, run: Run) -> str:
-    """The second step's peak within a twentieth, and what is held before it within a hundredth."""
+    """A step's peak within a twentieth, and what is held between two within a hundredth."""
     from finetuning.deepspeed_worker import start, steps_of
     from planning.tensor_memory import TensorMemory
 
@@ -62,13 +64,18 @@ def memory_of_a_step(cut: RunLayout, run: Run) -> str:
         steps_of(training, 1)  # AdamW makes its state
         gc.collect()
         at_rest = memory.live
-        memory.reset_peak()
-        steps_of(training, 1)
+        peaks = []
+        for _ in range(STEPS):
+            gc.collect()
+            memory.reset_peak()
+            steps_of(training, 1)
+            peaks.append(memory.peak)
+    peak = min(peaks)
     expected = zero_memory(cut)
     bucket = BUCKET * cut.job.element if cut.zero and cut.zero.stage == 3 else 0
     rest = at_rest / (sum(zero_at_rest(cut)) + bucket) - 1
-    above = memory.peak / expected.total - 1
-    told = f"at rest {at_rest:,} {rest:+.2%}, peak {memory.peak:,} {above:+.2%} of {expected}"
+    above = peak / expected.total - 1
+    told = f"at rest {at_rest:,} {rest:+.2%}, peak {peak:,} {above:+.2%} of {expected}; {peaks}"
     assert abs(rest) < REST_TOLERANCE, told
     is_upper_bound = cut.zero is not None and cut.zero.stage == 3 and expected.moment == "update"
     assert (UPDATE_OF_STAGE_3 if is_upper_bound else -PEAK_TOLERANCE) < above, told
