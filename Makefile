@@ -132,7 +132,7 @@ test-pythons: $(VENV)/.base
 	$(BIN)/python tests/pythons.py $(PIP_ARGS)
 
 test-real: $(VENV)/.dev
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -m real --all
 
 # On a machine with Ascend NPUs, by the Python that torch_npu is installed for; see docs/npu.md.
 NPU_PYTHON ?= python3

@@ -1,8 +1,8 @@
 """Python programs that tests start: each in a process of its own, or many after one another in one.
 
-`python commands.py COMMANDS.json RESULTS.json` is that one process. COMMANDS.json is a list of
-{"program", "flags"}, with "stdin" where something is read there. RESULTS.json has for each the exit
-status, what was written to stdout and stderr, and what is in the working folder then.
+`python commands.py` is that one process. It reads a line of JSON for each command, {"program",
+"flags"}, with "stdin" where something is read there, and answers with the exit status, what was
+written to stdout and stderr, and what is in the working folder then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,10 @@ PROGRAMS = {
     "finetune": "qwen2_ascend.finetuning.finetune",
     "qwen2-ascend": "qwen2_ascend.cli",
 }
+
+
+SECONDS = 500
+"""What a command may take on a busy machine."""
 
 
 class Ended(NamedTuple):
@@ -65,7 +70,7 @@ def environment(**changes: str) -> dict[str, str]:
 def run_python(
     *words: object,
     status: int | None = 0,
-    seconds: float = 500,
+    seconds: float = SECONDS,
     stdin: str = "",
     folder: Path | None = None,
     environ: Mapping[str, str] | None = None,
@@ -94,13 +99,66 @@ def run_python(
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+class Commands(Mapping[str, Ended]):
+    """How commands end that run in one process, in `folder`; each runs when somebody asks for it.
+
+    Args:
+        folder: where they run.
+        commands: {"program", "flags"}, and "stdin", by name.
+    """
+
+    def __init__(self, folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> None:
+        self._folder, self._commands = folder, commands
+        self._ended: dict[str, Ended] = {}
+        self._process: subprocess.Popen[str] | None = None
+
+    def __getitem__(self, name: str) -> Ended:
+        if name not in self._ended:
+            self._ended[name] = self._run(self._commands[name])
+        return self._ended[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._commands)
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+    def _run(self, command: Mapping[str, Any]) -> Ended:
+        if self._process is None:
+            words = [sys.executable, __file__]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._process = subprocess.Popen(
+                words, cwd=self._folder, env=environment(), text=True, **pipes
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        assert select.select([self._process.stdout], [], [], SECONDS)[0], f"no end of {command}"
+        answer = self._process.stdout.readline()
+        assert answer, f"its process died of {command}"
+        return Ended(**json.loads(answer))
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+
+@contextlib.contextmanager
+def commands_in(folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> Iterator[Commands]:
+    """`Commands` whose process ends with the block."""
+    made = Commands(folder, commands)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 def run_commands(folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> dict[str, Ended]:
-    """Runs command lines one after the other in a process of their own, in `folder`."""
-    given, written = folder / "commands.json", folder / "results.json"
-    given.write_text(json.dumps(list(commands.values())), encoding="utf-8")
-    run_python(__file__, given, written, folder=folder)
-    results = json.loads(written.read_text(encoding="utf-8"))
-    return dict(zip(commands, (Ended(**result) for result in results), strict=True))
+    """Runs all of them now, one after the other."""
+    with commands_in(folder, commands) as made:
+        return dict(made)
 
 
 def _run(program: str, flags: list[str], stdin: str = "") -> dict[str, object]:
@@ -134,7 +192,14 @@ def _written_to_stderr() -> Iterator[IO[bytes]]:
         os.close(kept)
 
 
+def _serve() -> None:
+    """Answers every line; what programs print past Python's buffers goes to stderr."""
+    asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    for line in asked:
+        print(json.dumps(_run(**json.loads(line))), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    given, written = map(Path, sys.argv[1:])  # a program may change sys.argv
-    results = [_run(**command) for command in json.loads(given.read_text(encoding="utf-8"))]
-    written.write_text(json.dumps(results), encoding="utf-8")
+    _serve()

@@ -166,8 +166,14 @@ def missing(path: str | Path) -> str:
     return "is a folder, name the file in it" if os.path.isdir(path) else "no such file"
 
 
-def output_faults(flag: str, path: Path | None) -> Iterator[str]:
-    """Why no file can be written at `path`, which `flag` names; found before hours of work."""
+def output_faults(flag: str, path: Path | None, *, is_renamed: bool = False) -> Iterator[str]:
+    """Why no file can be written at `path`, which `flag` names; found before hours of work.
+
+    Args:
+        flag: the flag, for the message.
+        path: the file, which may be there already; None where none is asked for.
+        is_renamed: it is written beside, and takes the place of what is there.
+    """
     if path is None:
         return
     folder = path.absolute().parent
@@ -175,7 +181,7 @@ def output_faults(flag: str, path: Path | None) -> Iterator[str]:
         yield f"{flag} {path}: is a folder; name a file in it."
     elif not folder.is_dir():
         yield f"{flag} {path}: there is no folder {folder}; make it first."
-    elif not os.access(path if path.exists() else folder, os.W_OK):
+    elif not os.access(path if path.exists() and not is_renamed else folder, os.W_OK):
         yield f"{flag} {path}: cannot be written; check its permissions."
 
 

@@ -54,6 +54,6 @@ def num_cores() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """A variable's number; `default` where it has none, which `place` refuses."""
+    """A variable's number; `default` where it holds none, which `place` refuses in TORCHRUN."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default

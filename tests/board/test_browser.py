@@ -48,7 +48,6 @@ HTML_NAME = "<img src=x onerror=document.title='owned'>"
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: make browser"),
-    pytest.mark.xdist_group("board"),
     pytest.mark.timeout(900),
 ]
 

@@ -9,13 +9,14 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from commands import TORCHRUN, World, run_commands, run_python
+from commands import TORCHRUN, World, commands_in, run_python
 from inference.worlds import model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "evaluate_qwen2.py"
@@ -75,7 +76,7 @@ needs_lm_eval = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("evaluate")
     model_with_tokenizer(folder / "hf")
     for name in TOKENIZERS:
@@ -96,7 +97,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         name: {"program": "evaluate", "flags": flags.format(d=folder).split()}
         for name, flags in _commands().items()
     }
-    return World(folder, run_commands(folder, commands))
+    with commands_in(folder, commands) as runs:
+        yield World(folder, runs)
 
 
 def other_tokenizer(source: Path, folder: Path, name: str) -> None:
@@ -278,6 +280,7 @@ def test_scores_are_those_of_the_hf_model_with_every_tokenizer(world: World, nam
     found = metrics(world.folder / f"{name}.json")
     assert found == pytest.approx(by_hf_model(world, name), rel=1e-5)
     if name != "other_eos":
+        world.runs["tasks"].require()
         assert found != pytest.approx(metrics(world.folder / "tasks.json"), rel=1e-4)
 
 
@@ -292,6 +295,7 @@ def test_results_at_tp2_pp2_are_those_of_one_process(
     command += ["--text-file", world.folder / "text.txt", "--window", 64, "--stride", 24]
     command += ["--include-path", world.folder / "tasks", "--tasks", *TASKS]
     run_python(*command, "--output-json", output)
+    world.runs["text"].require()
     alone = metrics(world.folder / "text.json")
     assert metrics(output) == pytest.approx(alone | hugging_face, rel=1e-5)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from commands import Ended, run_commands
+from commands import Ended, commands_in
 from inference.worlds import model_with_tokenizer
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.generation_config import NEUTRAL, WITHOUT_EFFECT, Defaults
@@ -42,12 +42,12 @@ CHANGES: dict[str, Callable[[list[int]], dict[str, Any]]] = {
 class World(NamedTuple):
     folder: Path
     expected: dict[str, list[int]]
-    runs: dict[str, Ended]
+    runs: Mapping[str, Ended]
     decode: Callable[[list[int]], str]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,8 +76,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         flags += ["--output-file", folder / f"{name}.jsonl"]
         flags += [] if "max_" in name else ["--max-new-tokens", NEW]
         commands[name] = {"program": "generate", "flags": list(map(str, flags))}
-    runs = run_commands(folder, commands)
-    return World(folder, expected, runs, lambda x: tokenizer.decode(x, skip_special_tokens=True))
+    with commands_in(folder, commands) as runs:
+        yield World(folder, expected, runs, lambda x: tokenizer.decode(x, skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("name", CHANGES)

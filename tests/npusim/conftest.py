@@ -31,8 +31,6 @@ INSIDE = "NPUSIM_FOLDER"
 """Set in the processes that see the simulated cards: a folder that the ranks share."""
 TIMEOUT_SECONDS = 3600
 """Time for all simulated tests of a run together."""
-XDIST_GROUP = "simulated"
-"""The group that one of pytest-xdist's processes takes whole."""
 
 REPORTS = pytest.StashKey[dict[str, list[dict]]]()
 UNAVAILABLE = pytest.StashKey[str]()
@@ -51,7 +49,6 @@ def run():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "simulated(cards, soc, alone): runs on simulated NPUs")
-    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which may be absent")
     # torch 2.13 renames the collectives that megatron-core, and so these tests, call
     config.addinivalue_line("filterwarnings", "ignore:.torch.distributed.* is deprecated")
     # torch_npu says so of its own implementation
@@ -60,14 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:barrier.*using the device under current")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("simulated"):
             item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS + 60))
-            item.add_marker(pytest.mark.xdist_group(XDIST_GROUP))
-    # pytest takes down the fixtures of a test when it sets up the next; these are never set up here
-    items.sort(key=lambda item: item.get_closest_marker("simulated") is not None)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -82,10 +75,12 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if UNAVAILABLE in item.session.stash:
         return None  # pytest_runtest_setup says why
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for data in item.session.stash[REPORTS][_inside(item)]:
+    for data in item.session.stash[REPORTS][item.nodeid]:
         data["nodeid"] = item.nodeid
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
         item.ihook.pytest_runtest_logreport(report=report)
+    # pytest takes down what earlier tests have set up where the last of them ends: here, this one
+    item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
@@ -106,7 +101,7 @@ def _run_inside(session: pytest.Session) -> dict[str, list[dict]]:
         if item.get_closest_marker("simulated"):
             group = _group(item)
             groups.setdefault(json.dumps(group), {**group, "tests": []})["tests"].append(
-                _inside(item)
+                item.nodeid
             )
     folder = session.config._tmp_path_factory.mktemp("npusim")  # type: ignore[attr-defined]
     (folder / "groups.json").write_text(json.dumps(list(groups.values())), encoding="utf-8")
@@ -123,11 +118,6 @@ def _run_inside(session: pytest.Session) -> dict[str, list[dict]]:
         for number, group in enumerate(groups.values())
         for test in group["tests"]
     }
-
-
-def _inside(item: pytest.Item) -> str:
-    """The test's node id there, where it has no xdist_group's name behind it."""
-    return item.nodeid.removesuffix(f"@{XDIST_GROUP}")
 
 
 def _group(item: pytest.Item) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -32,19 +33,20 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def plain(run):
-    """TP2 DP2 with the distributed optimizer, without any option."""
+@functools.cache
+def without_options(run):
+    """TP2 DP2 with the distributed optimizer."""
     from npusim.live_bytes import measured
 
     measured(run, "")  # what a process makes once
     return measured(run, "")
 
 
-def test_bytes_at_rest_and_peak_without_options(plain):
+def test_bytes_at_rest_and_peak_without_options(run):
     """6 N + 12 N / dp at rest."""
     from npusim.live_bytes import planned
 
+    plain = without_options(run)
     expected = 6 * plain.weights + 12 * plain.updated
     # rotary tables, the gathered input, and padding of the buffers
     assert expected <= plain.at_rest <= 1.03 * expected, (plain, expected)
@@ -52,9 +54,10 @@ def test_bytes_at_rest_and_peak_without_options(plain):
 
 
 @pytest.mark.parametrize("flags", SAVED)
-def test_bytes_at_rest(flags, run, plain):
+def test_bytes_at_rest(flags, run):
     from npusim.live_bytes import measured, planned
 
+    plain = without_options(run)
     of_all, of_updated = SAVED[flags]
     found = measured(run, flags)
     saved = of_all * found.weights + of_updated * found.updated + 12 * found.on_host
@@ -70,9 +73,10 @@ def test_bytes_at_rest(flags, run, plain):
 
 
 @pytest.mark.parametrize("flags", [one for one in OPTIONS if one and one not in SAVED])
-def test_peaks(flags, run, plain):
+def test_peaks(flags, run):
     from npusim.live_bytes import measured, planned
 
+    plain = without_options(run)
     found, told = measured(run, flags), planned(flags)
     print(found, told)
     assert found.peak == pytest.approx(told.peak, rel=PEAK_TOLERANCE), (found, told)

@@ -186,7 +186,8 @@ class Jobs:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            self._order, self._started, self._stop_asked = wanted, time.time(), False
+            self._order, self._started = wanted, time.time()
+            self._stop_asked = self._can_save = False
 
     def stop(self) -> None:
         """Asks the ranks to save and end; torchrun itself only where it has no ranks yet.
@@ -203,7 +204,7 @@ class Jobs:
                 ranks = psutil.Process(self._process.pid).children()
             except psutil.NoSuchProcess:
                 return
-            self._can_save = bool(ranks) and all(_catches_stop(rank.pid) for rank in ranks)
+            self._can_save |= bool(ranks) and all(_catches_stop(rank.pid) for rank in ranks)
             for pid in [rank.pid for rank in ranks] or [self._process.pid]:
                 try:
                     os.kill(pid, signal.SIGTERM)

@@ -23,7 +23,7 @@ def folder(name):
 names = "megatron.core", "megatron.training", "mindspeed", "megatron_adaptor", "transformer_engine"
 found = {name.rpartition(".")[2]: folder(name) for name in names}
 info = os.path.join(found["core"] or "", "package_info.py")
-if os.path.exists(info):
+if found["core"] and os.path.exists(info):
     found["version"] = runpy.run_path(info).get("__version__", "").partition("+")[0] or None
 found["missing"] = [name for name in ("einops", "scipy", "triton")
                     if importlib.util.find_spec(name) is None]

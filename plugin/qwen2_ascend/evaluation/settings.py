@@ -147,7 +147,7 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
         faults.append(f"--seed {settings.seed} must be from 0 to below 2^63.")
     if tasks.include_path is not None and not tasks.include_path.is_dir():
         faults.append(f"--include-path {tasks.include_path}: no such folder.")
-    faults += output_faults("--output-json", settings.output_json)
+    faults += output_faults("--output-json", settings.output_json, is_renamed=True)
     faults += _local_faults(settings)
     faults += pasted_faults(settings.pasted, EVALUATE_FLAGS, settings, config)
     raise_if(dict.fromkeys(faults))

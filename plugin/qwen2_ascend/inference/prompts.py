@@ -132,7 +132,7 @@ class OutputFile:
         self._part = path.with_name(path.name + ".part")
         self._waiting: dict[int, str] = {}
         self._file: TextIO | None = None
-        raise_if(output_faults("--output-file", path))
+        raise_if(output_faults("--output-file", path, is_renamed=True))
         if path.exists() and not overwrite:
             raise UserError(f"--output-file {path}: exists already; say --overwrite to replace it.")
         if self._part.exists() and not (overwrite or resume):

@@ -39,8 +39,8 @@ its inputs and results, forward and backward, in further kernels."""
 _REPEATED = 8
 """How often npu_fusion_attention gives the maximum and the sum of each row."""
 _MAX_INFERENCE_WIDTH, _MAX_HEADS_PER_GROUP, _MAX_DECODE_CAPACITY = 512, 64, 2**18
-"""Limits of npu_fused_infer_attention_score; the last where there is one new token. Where there are
-more, CANN also refuses widths that are no multiple of 16."""
+"""Limits of npu_fused_infer_attention_score; the last where there is one new token. CANN refuses
+widths that are no multiple of 16 where there are more tokens; this code refuses them always."""
 _MAX_ROTARY_AXIS = 999
 """The largest batch and number of heads of npu_rotary_mul."""
 
