@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pythons
-from qwen2_ascend.doctor import command, host, machine, python
+from qwen2_ascend.doctor import command, host, machine, megatron, python
 from qwen2_ascend.doctor.command import examine
 from qwen2_ascend.doctor.findings import Finding, ok, problem, report
 from qwen2_ascend.doctor.machine import Machine
@@ -557,3 +557,14 @@ def test_doctor_needs_nothing_but_the_standard_library(fake: Fake, tmp_path: Pat
 def test_report_aligns(fake: Fake) -> None:
     lines = report([ok("a", "x"), ok("long name", "y")]).splitlines()
     assert lines[:2] == ["ok       a          x", "ok       long name  y"]
+
+
+def test_no_file_of_the_working_folder_is_run(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no megatron-core, another package's package_info.py is none of its."""
+    fake.package("megatron", None, "raise ImportError('gone')")
+    (tmp_path / "package_info.py").write_text("__version__ = '9.9'")
+    monkeypatch.chdir(tmp_path)
+    found, error = Machine(fake.root, fake.environ).probe(megatron._FOLDERS)
+    assert (error, found["core"], found.get("version")) == (None, None, None)

@@ -259,3 +259,15 @@ def test_the_walk_finds_what_it_should(tmp_path):
         "    open(p, 'wb'); p.open(mode='a'); read_bytes(p); os.open(p, os.O_RDWR | os.O_CREAT)\n"
     )
     assert [function for function, _ in openings(path)] == ["f"] * 5
+
+
+def test_what_makes_an_output_impossible_depends_on_how_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is replaced needs a folder that can be written, another one itself."""
+    path = tmp_path / "out.json"
+    path.touch()
+    for locked, is_renamed in ((path, False), (tmp_path, True)):
+        monkeypatch.setattr(os, "access", lambda asked, mode, locked=locked: asked != locked)
+        assert "permissions" in next(files.output_faults("--out", path, is_renamed=is_renamed))
+        assert not list(files.output_faults("--out", path, is_renamed=not is_renamed))
