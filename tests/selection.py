@@ -25,7 +25,7 @@ import pytest
 
 HERE = Path(__file__).parent
 DURATIONS = HERE / "durations.json"
-SECONDS = 8
+SECONDS = 6
 """The seconds of each file, in one process on a quiet machine."""
 QUICK = 0.25
 """Seconds below which a case is neither stored nor left out."""
