@@ -92,7 +92,7 @@ def part(
 
 def family(nodeid: str) -> str:
     """The file and the function of a test, without its parameters."""
-    return nodeid.partition("[")[0].partition("@")[0]
+    return nodeid.partition("[")[0]
 
 
 def stored_durations() -> dict[str, float]:

@@ -152,7 +152,7 @@ def test_a_missing_cann_is_a_problem_that_names_the_script(fake: Fake) -> None:
 
 
 def test_torch_npu_that_crashes_beside_a_cuda_build_needs_the_cpu_build(fake: Fake) -> None:
-    """As 2.14.0 of both do, once CANN is there."""
+    """2.14.0 of both crash so, once CANN is there."""
     fake.package("torch", "2.7.1", TORCH.format(cuda="13.0", available=False))
     fake.package("torch_npu", "2.7.1", "import os; os.abort()")
     found = fake.only("torch_npu")

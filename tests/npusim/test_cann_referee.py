@@ -348,7 +348,7 @@ def over_a_cache(heads, new_tokens, dtype):
 @heads
 @pytest.mark.parametrize("new_tokens", [1, 5], ids=["decode", "prefill"])
 def test_attention_over_a_cache(new_tokens, heads, dtype, worst):
-    """Of a prompt the diagonal ends at each sequence's length, not at the cache's."""
+    """A prompt's diagonal ends at each sequence's length, not at the cache's."""
     inputs, context, log_sum = over_a_cache(heads, new_tokens, dtype)
     unused = ("tensorflow", "ml_dtypes", *(f"atk.{name}" for name in HARNESS))
     their = model(STEPS, unused=unused)

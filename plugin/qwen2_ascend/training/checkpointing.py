@@ -129,7 +129,7 @@ class MegatronWriter:
 
     @property
     def _optimizer(self) -> Any:
-        """Whose state is saved; None where that of none is."""
+        """The optimizer whose state is saved; None with --no-save-optim."""
         return None if self._settings.no_save_optim else self._run.optimizer
 
     @cached_property

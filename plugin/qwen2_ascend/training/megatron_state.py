@@ -41,7 +41,7 @@ class Laid(NamedTuple):
     """The optimizer's state, laid out for the files of a tensor/pipeline rank."""
 
     state: dict[Any, Any]
-    """In the file of the weights, below `KEY`."""
+    """What the file of the weights holds below `KEY`."""
     places: dict[tuple[torch.nn.Parameter, str], InFile]
     """The place of each parameter and kind."""
     flat: dict[Any, Any] | None = None

@@ -71,7 +71,7 @@ class ChatDatasetBuilder:
     variable_seq_lengths: bool = False
     """Pad a micro-batch to its longest chat only; not with `pack`."""
     pad_to_multiple_of: int = 1
-    """With `variable_seq_lengths`, the batch's length is a multiple of it."""
+    """The batch's length is a multiple of it, with `variable_seq_lengths`."""
     shuffle: bool = True
     """Give every epoch an order of its own."""
     vocab_size: int | None = None
