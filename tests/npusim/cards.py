@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=60)
+_joins = count()
+"""Each start has its own keys in the store that outlasts it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,10 @@ class Ranks:
 def join() -> Ranks:
     """Starts the default group (hccl) and a gloo group."""
     torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("hccl", timeout=TIMEOUT)
+    server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(f"join {next(_joins)}", dist.TCPStore(*server, timeout=TIMEOUT))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("hccl", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     assert dist.group.WORLD is not None
     gloo = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, gloo)

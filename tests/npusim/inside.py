@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch_npu
+from torch.distributed import TCPStore
 
 GROUP_SECONDS = 1500
 """Time for all tests of a group."""
@@ -54,24 +54,22 @@ def main(root: str, folder: Path) -> int:
 
 def _run_group(group: dict, folder: Path) -> int:
     folder.mkdir()
-    ranks: dict[int, int] = {}
-    port = _free_port()
+    ranks: set[int] = set()
+    # Kept here as torchrun keeps it: a rank that keeps it itself may, between two modules' tests,
+    # end it under a rank that has already joined.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     try:
         for rank in range(group["cards"]):
             process = os.fork()
             if process == 0:
-                _run_rank(group, rank, port, folder)
-            ranks[process] = rank
+                _run_rank(group, rank, store.port, folder)
+            ranks.add(process)
         return _wait(ranks, time.monotonic() + GROUP_SECONDS)
     finally:
         for process in ranks:
             os.kill(process, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+        for process in ranks:
+            os.waitpid(process, 0)
 
 
 def _run_rank(group: dict, rank: int, port: int, folder: Path) -> None:
@@ -86,6 +84,7 @@ def _run_rank(group: dict, rank: int, port: int, folder: Path) -> None:
         WORLD_SIZE=str(group["cards"]),
         MASTER_ADDR="localhost",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         NPUSIM_FOLDER=str(folder),
         HCCL_SIM_LOG=str(folder / "hccl"),
         TORCH_NPU_SIM_SOC=group["soc"],
@@ -104,20 +103,18 @@ def _run_rank(group: dict, rank: int, port: int, folder: Path) -> None:
     os._exit(status)
 
 
-def _wait(ranks: dict[int, int], deadline: float) -> int:
+def _wait(ranks: set[int], deadline: float) -> int:
     """Reaps the ranks, until the deadline; leaves in `ranks` those that are left over."""
     worst = 0
-    while ranks:
-        process, status = os.waitpid(-1, os.WNOHANG)
-        if process:
-            del ranks[process]
-            worst = max(worst, os.waitstatus_to_exitcode(status) != 0)
-            deadline = min(deadline, time.monotonic() + STRAGGLER_SECONDS)
-        elif time.monotonic() > deadline:
-            return 1
-        else:
-            time.sleep(0.02)
-    return worst
+    while ranks and time.monotonic() < deadline:
+        for process in list(ranks):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                ranks.remove(process)
+                worst = max(worst, os.waitstatus_to_exitcode(status) != 0)
+                deadline = min(deadline, time.monotonic() + STRAGGLER_SECONDS)
+        time.sleep(0.02)
+    return 1 if ranks else worst
 
 
 if __name__ == "__main__":
