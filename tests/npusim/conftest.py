@@ -183,7 +183,7 @@ def simulator(request: pytest.FixtureRequest):
         yield entered
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest):
     """This rank among the simulated cards, with HCCL started; see cards.py."""
     from torch.distributed import destroy_process_group

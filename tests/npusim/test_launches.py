@@ -73,6 +73,7 @@ def test_both_specs_have_the_same_weights(chip, runtime, simulator):
     for backend in ("torch", "npu"):
         runtimes.destroy_model_parallel()
         runtimes.initialize_model_parallel(layout, 4)
+        runtime.seed_all(1)
         (model,) = build_model(tiny_config(), layout, dtype="bf16", backend=backend)
         shapes.append(
             {name: tuple(x.shape) for name, x in model.state_dict().items() if x is not None}
