@@ -74,7 +74,7 @@ def test_npu_with_another_release_names_both(torch_npu: types.SimpleNamespace) -
     ],
 )
 def test_a_release_is_the_numbers_that_a_version_begins_with(version: str, numbers: str) -> None:
-    assert npu.release(version) == numbers
+    assert mindspeed.release(version) == numbers
 
 
 def test_megatron_adaptor_is_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
