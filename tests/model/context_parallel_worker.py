@@ -22,6 +22,7 @@ from model.context_cases import (
     inputs,
     output_and_gradients,
     own,
+    sent_bytes,
 )
 
 CHECKS = Checks()
@@ -189,7 +190,6 @@ def bytes_sent(run: Run) -> str:
     import torch
 
     from planning.collective_log import CollectiveLog
-    from qwen2_ascend.model.context_plan import sent_bytes
 
     for algorithm in ALGORITHMS:
         for cp in (2, 4):

@@ -209,7 +209,7 @@ def run(options: PlanOptions) -> None:
     result = _plan(options, logs)
     if logs:
         print("\n".join([*log.table(logs, result.machine.rates or log.rates_of(logs)), ""]))
-    if not logs:
+    else:
         print(_which_bin(options.device or DEFAULT_DEVICE), end="")
     print(report.text(result, top=options.top, commands=options.commands))
     if options.json:
