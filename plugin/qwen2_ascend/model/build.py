@@ -131,7 +131,8 @@ def _gpt_models(
             config, transformer.params_dtype, current().device, sequence_cut
         )
         cut_attention(model.decoder.layers, sequence_cut)
-        _check_layers(model, layers)
+        built = [layer.layer_number - 1 for layer in model.decoder.layers]
+        assert built == list(layers), f"megatron-core built layers {built}, not {list(layers)}"
         yield model
 
 
@@ -208,11 +209,6 @@ def _p2p(virtual_size: int | None) -> dict[str, bool]:
     if virtual_size is None:
         return {}
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-
-
-def _check_layers(model: Any, layers: range) -> None:
-    built = [layer.layer_number - 1 for layer in model.decoder.layers]
-    assert built == list(layers), f"megatron-core built layers {built}, not {list(layers)}"
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:

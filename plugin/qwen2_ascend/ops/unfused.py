@@ -31,22 +31,8 @@ def attention(
 ) -> Tensor:
     """What `attention.attention` computes, with the whole matrix of scores in memory.
 
-    Scores and softmax are in fp32, or in q's dtype where that is wider.
-
-    Args:
-        q: queries, `[s, b, np, hn]`.
-        k: keys, `[s, b, ng, hn]`.
-        v: values, `[s, b, ng, hn]`.
-        softmax_scale: what the scores are multiplied by.
-        dropout_p: share of the attention weights to drop.
-        ends: where each packed document ends, as in `attention.attention`.
-
-    Returns:
-        `[s, b, np * hn]`.
-
-    Raises:
-        ValueError: arguments that contradict each other.
-        UserError: attention dropout out of range.
+    The arguments, the shapes and what is refused are the same. Scores and softmax are in fp32, or
+    in q's dtype where that is wider.
     """
     check_attention(q, k, v, dropout_p, ends)
     grouped = q.unflatten(2, (k.shape[2], -1))  # [s, b, ng, np / ng, hn]
