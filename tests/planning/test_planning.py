@@ -42,23 +42,14 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "README.md"
 
 
 def job(model: str = "7B", **changes) -> Job:
-    return Job(
-        **{
-            "config": Qwen2Config.named(model),
-            "seq_length": 4096,
-            "global_batch_size": 256,
-            **changes,
-        }
-    )
+    usual = {"config": Qwen2Config.named(model), "seq_length": 4096, "global_batch_size": 256}
+    return Job(**{**usual, **changes})
 
 
-def machine(num_devices: int, device: str = "910B2", **changes) -> search.Machine:
+def machine(num_devices: int, device: str = "910B2") -> search.Machine:
     found = find_device(device)
     return search.Machine(
-        device=found,
-        num_devices=num_devices,
-        devices_per_node=found.devices_per_node,
-        **changes,
+        device=found, num_devices=num_devices, devices_per_node=found.devices_per_node
     )
 
 

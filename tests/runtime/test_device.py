@@ -161,8 +161,6 @@ def test_the_npu_path_transfers_and_records_its_additions(
     torch_npu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which modules are imported and replaced; that megatron-core then runs is not shown here."""
-    from qwen2_ascend.runtime import ledger
-
     transfer = types.ModuleType("torch_npu.contrib.transfer_to_npu")
     monkeypatch.setitem(sys.modules, "torch_npu.contrib", types.ModuleType("torch_npu.contrib"))
     monkeypatch.setitem(sys.modules, "torch_npu.contrib.transfer_to_npu", transfer)

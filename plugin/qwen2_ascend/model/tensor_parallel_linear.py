@@ -13,12 +13,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.model.overlap import MakeOverlap, Overlap, start_gather, start_scatter
+
+
+def _group() -> Any:
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 class OverlappedColumnLinear(ColumnParallelLinear):
@@ -28,7 +32,7 @@ class OverlappedColumnLinear(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         is_ours = not self.gather_output and (self.bias is None or not self.skip_bias_add)
         assert is_ours, "not a layer of this package's spec"
-        self._overlap = overlap(get_tensor_model_parallel_group())
+        self._overlap = overlap(_group())
 
     def forward(self, input_: Tensor, *_: Any) -> tuple[Tensor, None]:  # pyright: ignore
         """x to `[s, b, o]`, and no bias to be added later."""
@@ -44,7 +48,7 @@ class OverlappedRowLinear(RowParallelLinear):
     def __init__(self, *args: Any, overlap: MakeOverlap, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert self.input_is_parallel and self.bias is None, "not a layer of this package's spec"
-        self._overlap = overlap(get_tensor_model_parallel_group())
+        self._overlap = overlap(_group())
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         """x `[s, b, k]` to the sum over the ranks, and no bias."""
@@ -79,7 +83,7 @@ class _ColumnProduct(torch.autograd.Function):
         """The input's gradient is exchanged while the weight's is computed; of a frozen weight,
         which has none, while itself is."""
         x, weight = ctx.saved_tensors
-        group = get_tensor_model_parallel_group()
+        group = _group()
         is_trained, rows = ctx.needs_input_grad[1], grad.flatten(0, 1)
         gathering = None
         if ctx.sequence_parallel and is_trained:
