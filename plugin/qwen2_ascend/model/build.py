@@ -131,8 +131,7 @@ def _gpt_models(
             config, transformer.params_dtype, current().device, sequence_cut
         )
         cut_attention(model.decoder.layers, sequence_cut)
-        built = [layer.layer_number - 1 for layer in model.decoder.layers]
-        assert built == list(layers), f"megatron-core built layers {built}, not {list(layers)}"
+        _check_layers(model, layers)
         yield model
 
 
@@ -209,6 +208,11 @@ def _p2p(virtual_size: int | None) -> dict[str, bool]:
     if virtual_size is None:
         return {}
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+
+
+def _check_layers(model: Any, layers: range) -> None:
+    built = [layer.layer_number - 1 for layer in model.decoder.layers]
+    assert built == list(layers), f"megatron-core built layers {built}, not {list(layers)}"
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:
