@@ -457,18 +457,18 @@ def test_an_unsaid_window_has_transformers_default_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "message"),
+    ("data", "message"),
     [
-        ("config.json", None, r"config\.json: no such file; give a Hugging Face model folder"),
-        ("config.json", b"{", "cannot be read as JSON"),
-        ("config.json", b"\xff\xfe", "cannot be read as JSON"),
-        ("config.json", b"[1]", "holds list, not a JSON object"),
-        ("config.json", b"[" * 100_000, "cannot be read as JSON"),
+        (None, r"config\.json: no such file; give a Hugging Face model folder"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[1]", "holds list, not a JSON object"),
+        (b"[" * 100_000, "cannot be read as JSON"),
     ],
 )
-def test_files_that_are_no_config_are_refused(name, data, message, tmp_path: Path) -> None:
+def test_files_that_are_no_config_are_refused(data, message, tmp_path: Path) -> None:
     if data is not None:
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(UserError, match=message):
         Qwen2Config.from_pretrained(tmp_path)
 

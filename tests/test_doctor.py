@@ -15,7 +15,7 @@ import pytest
 import pythons
 from qwen2_ascend.doctor import command, host, machine, megatron, python
 from qwen2_ascend.doctor.command import examine
-from qwen2_ascend.doctor.findings import Finding, ok, problem, report
+from qwen2_ascend.doctor.findings import Finding, ok, problem
 from qwen2_ascend.doctor.machine import Machine
 
 CHECKS = dict(command.CHECKS)
@@ -39,17 +39,18 @@ class Fake:
 
     def package(self, name: str, version: str | None, code: str = "", under: str = "") -> Path:
         """Installs a package: its metadata if `version`, and `code` as its __init__.py."""
-        site = self.packages / under
-        module = site / name.replace("-", "_").replace(".", "/")
+        module = self.packages / under / name.replace("-", "_").replace(".", "/")
         module.mkdir(parents=True, exist_ok=True)
         (module / "__init__.py").write_text(code)
         if version is not None:
-            info = site / f"{name.replace('-', '_')}-{version}.dist-info"
-            info.mkdir()
-            (info / "METADATA").write_text(
-                f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-            )
+            self.metadata(name, version, under)
         return module
+
+    def metadata(self, name: str, version: str, under: str = "") -> None:
+        info = self.packages / under / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (info / "METADATA").write_text(text)
 
     def program(self, name: str, script: str) -> None:
         path = self.programs / name
@@ -58,6 +59,9 @@ class Fake:
 
     def check(self, name: str, **environ: str) -> list[Finding]:
         return list(CHECKS[name](Machine(self.root, {**self.environ, **environ})))
+
+    def named(self, name: str, **environ: str) -> dict[str, Finding]:
+        return {finding.name: finding for finding in self.check(name, **environ)}
 
     def only(self, name: str, **environ: str) -> Finding:
         (finding,) = self.check(name, **environ)
@@ -236,15 +240,11 @@ def test_cann_and_whether_it_was_sourced(fake: Fake) -> None:
 def test_the_environment_of_a_run_is_shown(fake: Fake) -> None:
     assert fake.check("environment") == [], "without an NPU none of it is set"
     fake.package("torch_npu", "2.7.1")
-    found = {f.name: f for f in fake.check("environment", TASK_QUEUE_ENABLE="1")}
+    found = fake.named("environment", TASK_QUEUE_ENABLE="1")
     assert found["TASK_QUEUE_ENABLE"].text.startswith("1 (a run would set 2): ")
     assert found["CPU_AFFINITY_CONF"].text.startswith("a run sets 1: ")
     assert {"HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "PYTORCH_NPU_ALLOC_CONF"} <= set(found)
-    (left,) = [
-        f
-        for f in fake.check("environment", PYTORCH_ALLOC_CONF="x")
-        if f.name == "PYTORCH_NPU_ALLOC_CONF"
-    ]
+    left = fake.named("environment", PYTORCH_ALLOC_CONF="x")["PYTORCH_NPU_ALLOC_CONF"]
     assert left.text == "is left unset, because PYTORCH_ALLOC_CONF is set"
 
 
@@ -259,18 +259,14 @@ def install_megatron(
     (core / "package_info.py").write_text(f"__version__ = {version!r}\n")
     (core / "datasets").mkdir()
     (core / "datasets" / "__init__.py").write_text("")
-    site = fake.packages / under
     if with_metadata:
-        info = site / f"megatron_core-{version}.dist-info"
-        info.mkdir()
-        text = f"Metadata-Version: 2.1\nName: megatron-core\nVersion: {version}\n"
-        (info / "METADATA").write_text(text)
-    return str(site)
+        fake.metadata("megatron-core", version, under)
+    return str(fake.packages / under)
 
 
 def test_megatron_says_where_it_is_from(fake: Fake) -> None:
     folder = install_megatron(fake, "0.16.1")
-    found = {finding.name: finding for finding in fake.check("megatron")}
+    found = fake.named("megatron")
     assert found["megatron.core"].level == "ok"
     assert found["megatron.core"].text == f"0.16.1 from {folder}/megatron/core"
     assert found["import megatron.core"].level == "ok"
@@ -280,7 +276,7 @@ def test_a_tree_that_hides_pips_megatron_is_a_problem(fake: Fake) -> None:
     folder = install_megatron(fake, "0.16.1")
     tree = install_megatron(fake, "0.12.1", "Megatron-LM", with_metadata=False)
     paths = f"{tree}:{folder}"
-    found = {finding.name: finding for finding in fake.check("megatron", PYTHONPATH=paths)}
+    found = fake.named("megatron", PYTHONPATH=paths)
     assert found["megatron.core"].level == "problem"
     assert "0.12.1 in" in found["megatron.core"].text
     assert "hides pip's megatron-core 0.16.1" in found["megatron.core"].text
@@ -290,7 +286,7 @@ def test_a_tree_of_the_same_version_is_noted(fake: Fake) -> None:
     folder = install_megatron(fake, "0.12.1")
     tree = install_megatron(fake, "0.12.1", "Megatron-LM", with_metadata=False)
     fake.package("megatron.training", None, under="Megatron-LM")
-    found = {f.name: f for f in fake.check("megatron", PYTHONPATH=f"{tree}:{folder}")}
+    found = fake.named("megatron", PYTHONPATH=f"{tree}:{folder}")
     assert found["megatron.core"].level == "note"
     assert found["megatron.training"].level == "note"
 
@@ -308,21 +304,18 @@ def test_a_megatron_that_cannot_be_imported_is_a_problem(fake: Fake) -> None:
     install_megatron(fake, "0.16.1")
     path = fake.packages / "megatron" / "core" / "__init__.py"
     path.write_text("raise ImportError('cannot import name x from torch')")
-    found = {finding.name: finding for finding in fake.check("megatron")}
+    found = fake.named("megatron")
     assert found["import megatron.core"].level == "problem"
     assert "cannot import name x from torch" in found["import megatron.core"].text
 
 
 def test_helpers_that_are_not_compiled_need_a_compiler(fake: Fake) -> None:
     install_megatron(fake, "0.16.1")
-    found = {finding.name: finding for finding in fake.check("megatron")}
-    assert found["helpers_cpp"].level == "problem"
+    assert fake.named("megatron")["helpers_cpp"].level == "problem"
     fake.program("c++", "true")
-    found = {finding.name: finding for finding in fake.check("megatron")}
-    assert found["helpers_cpp"].level == "note"
+    assert fake.named("megatron")["helpers_cpp"].level == "note"
     (fake.packages / "megatron" / "core" / "datasets" / "helpers_cpp.py").write_text("")
-    found = {finding.name: finding for finding in fake.check("megatron")}
-    assert (found["helpers_cpp"].level, found["helpers_cpp"].text) == ("ok", "compiled")
+    assert fake.named("megatron")["helpers_cpp"] == ("helpers_cpp", "ok", "compiled", "")
 
 
 @pytest.mark.parametrize(
@@ -372,7 +365,7 @@ def test_a_release_of_megatron_is_told_without_the_commit_of_the_folder(fake: Fa
     install_megatron(fake, "0.18.2")
     info = fake.packages / "megatron" / "core" / "package_info.py"
     info.write_text("__version__ = '0.18.2+1234abc'\n")
-    found = {finding.name: finding for finding in fake.check("megatron")}
+    found = fake.named("megatron")
     assert found["megatron.core"].text.startswith("0.18.2 from ")
 
 
@@ -384,7 +377,7 @@ def test_a_triton_that_is_missing_is_no_fault_of_megatron(fake: Fake) -> None:
     (moe / "paged_stash.py").write_text("import triton")
     core = fake.packages / "megatron" / "core" / "__init__.py"
     core.write_text("import megatron.core.transformer.moe.ops.paged_stash")
-    found = {finding.name: finding for finding in fake.check("megatron")}
+    found = fake.named("megatron")
     assert found["import megatron.core"].level == "ok"
     assert "triton is not installed, and nothing here uses it" in found["import megatron.core"].text
 
@@ -439,7 +432,7 @@ def test_packages_are_held_against_what_this_one_needs(fake: Fake, monkeypatch) 
     fake.package("xxhash", "3.4.0", under="user")
     fake.package("tyro", "1.0.17")
     fake.package("pyarrow", "20.0.0")
-    found = {finding.name: finding for finding in fake.check("packages")}
+    found = fake.named("packages")
     assert found["torch"].level == "problem"
     assert found["torch"].way_out == 'pip install "torch>=2.7"'
     assert found["megatron-core"].text == "is not installed"
@@ -552,11 +545,6 @@ def test_doctor_needs_nothing_but_the_standard_library(fake: Fake, tmp_path: Pat
     assert done.stderr == ""
     assert done.returncode in (0, 1)
     assert json.loads(done.stdout)["findings"]
-
-
-def test_report_aligns(fake: Fake) -> None:
-    lines = report([ok("a", "x"), ok("long name", "y")]).splitlines()
-    assert lines[:2] == ["ok       a          x", "ok       long name  y"]
 
 
 def test_no_file_of_the_working_folder_is_run(

@@ -109,11 +109,11 @@ def name_faults(what: str, names: Sequence[str]) -> list[str]:
     return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]
 
 
-def at_most(faults: list[str], most: int = _MOST_NAMED) -> list[str]:
+def at_most(faults: list[str]) -> list[str]:
     """The first of many faults of one kind, and how many more there are."""
-    if len(faults) <= most:
+    if (more := len(faults) - _MOST_NAMED) <= 0:
         return faults
-    return [*faults[:most], f"and {len(faults) - most} more faults of this kind."]
+    return [*faults[:_MOST_NAMED], f"and {more} more faults of this kind."]
 
 
 class Faults(list[str]):

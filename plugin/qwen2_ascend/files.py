@@ -110,7 +110,8 @@ def read_json(path: str | Path, **options: Any) -> Any:
         with reading(path):
             return parse_json(read_bytes(path), **options)
     except UserError as error:
-        raise UserError(_located(path, fault) for fault in error.faults) from None
+        faults = error.faults
+        raise UserError(f if f.startswith(str(path)) else f"{path}: {f}" for f in faults) from None
 
 
 @contextlib.contextmanager
@@ -285,7 +286,3 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-
-
-def _located(path: str | Path, fault: str) -> str:
-    return fault if fault.startswith(str(path)) else f"{path}: {fault}"

@@ -48,11 +48,6 @@ def log_above(bar: Any) -> None:
             handler.bar = bar
 
 
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(record.getMessage())
-
-
 class _Console(logging.Handler):
     """Asks for the stream at each line: tests and forked ranks replace it."""
 
@@ -60,14 +55,14 @@ class _Console(logging.Handler):
         super().__init__()
         self.bar: Any = None
         self._stream, self._goes_on = stream, goes_on
-        self.setFormatter(_OneLine())
         self.addFilter(lambda record: rank() == 0)
 
     def emit(self, record: logging.LogRecord) -> None:
+        line = printable(record.getMessage())
         if self._goes_on:
-            attempt("the log", self._write, self.format(record))
+            attempt("the log", self._write, line)
         else:
-            self._write(self.format(record))
+            self._write(line)
 
     def _write(self, line: str) -> None:
         file = getattr(sys, self._stream)

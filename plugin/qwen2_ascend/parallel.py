@@ -64,12 +64,7 @@ class ParallelLayout:
     @property
     def of_weights(self) -> ParallelLayout:
         """The same without what cuts sequences: of what a checkpoint says."""
-        whole = ParallelLayout()
-        return replace(
-            self,
-            context_parallel_size=whole.context_parallel_size,
-            context_parallel_algo=whole.context_parallel_algo,
-        )
+        return replace(self, context_parallel_size=1, context_parallel_algo="megatron_cp_algo")
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Chunks per stage, or None without an interleaved pipeline."""
@@ -141,11 +136,8 @@ class ParallelLayout:
         return faults
 
     def _layer_faults(self, config: Qwen2Config) -> list[str]:
-        layers, pp, per_chunk = (
-            config.num_layers,
-            self.pp,
-            self.num_layers_per_virtual_pipeline_stage,
-        )
+        layers, pp = config.num_layers, self.pp
+        per_chunk = self.num_layers_per_virtual_pipeline_stage
         if self.num_layer_list is not None:
             return self._layer_list_faults(layers)
         if layers % pp:

@@ -32,7 +32,8 @@ def open_pretrained(auto_class: Any, folder: str | Path, **keywords: Any) -> Any
     Raises:
         UserError: the folder wants its own code, or has files that are not its own regular ones.
     """
-    check_folder(Path(folder), ("AutoConfig", auto_class.__name__))
+    asked = ("AutoConfig", auto_class.__name__)
+    raise_if([*_foreign_files(Path(folder)), *_own_code(Path(folder), asked)])
     return auto_class.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, **keywords
     )
@@ -61,19 +62,6 @@ def open_tokenizer(path: str | Path, **keywords: Any) -> Any:
         ) from error
     _check_templates(folder, tokenizer.chat_template)
     return tokenizer
-
-
-def check_folder(folder: Path, classes: tuple[str, ...]) -> None:
-    """Refuses what transformers must not open.
-
-    Args:
-        folder: a Hugging Face folder.
-        classes: what it is opened with, by the names that `auto_map` has for them.
-
-    Raises:
-        UserError: every fault.
-    """
-    raise_if([*_foreign_files(folder), *_own_code(folder, classes)])
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -165,7 +153,12 @@ def _foreign_files(folder: Path) -> Iterator[str]:
 
 
 def _own_code(folder: Path, classes: tuple[str, ...]) -> Iterator[str]:
-    """The files by which `folder` asks for code of its own to be run, one sentence each."""
+    """The files by which `folder` asks for code of its own to be run, one sentence each.
+
+    Args:
+        folder: a Hugging Face folder.
+        classes: what it is opened with, by the names that `auto_map` has for them.
+    """
     for name in ("tokenizer_config.json", "config.json"):
         path = folder / name
         if not path.exists():

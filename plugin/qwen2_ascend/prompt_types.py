@@ -119,20 +119,22 @@ PROMPT_FORMATS: Mapping[str, PromptFormat] = {
 def prompt_template(name: str) -> str:
     """The Jinja chat template of a prompt type; `chat_template.render` takes it as `template`.
 
+    A Python string literal is one of Jinja's too.
+
     Args:
         name: one of `PromptType`.
     """
     prompt = PROMPT_FORMATS[name]
-    eos = "(eos_token or '<|endoftext|>')" if prompt.eos is None else _literal(prompt.eos)
+    eos = "(eos_token or '<|endoftext|>')" if prompt.eos is None else repr(prompt.eos)
     said = "(message['content'] or '')"
 
     def write(slots: str, content: str) -> str:
         """A Jinja statement that writes a format."""
         values = {"{content}": content, "{bos}": "(bos_token or '')", "{eos}": eos}
-        parts = [values.get(part) or _literal(part) for part in SLOT.split(slots) if part]
+        parts = [values.get(part) or repr(part) for part in SLOT.split(slots) if part]
         return "{{- " + " + ".join(parts) + " -}}" if parts else ""
 
-    default = _literal(prompt.default_system)
+    default = repr(prompt.default_system)
     return "\n".join(
         [
             f"{{%- set system, turns = {default}, messages -%}}",
@@ -183,8 +185,3 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
             f"{tokenizer.name_or_path} does not have; take a prompt type of that model, or leave "
             "it out for its own chat template."
         )
-
-
-def _literal(text: str) -> str:
-    """A text as a Jinja string."""
-    return repr(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 ALGORITHMS = ("megatron_cp_algo", "kvallgather_cp_algo", "ulysses_cp_algo")
@@ -54,3 +55,27 @@ def error(found: Any, exact: Any) -> float:
     gradients of q and k of documents of one token are zero."""
     exact = exact.double()
     return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
+
+
+def sent_bytes(
+    algorithm: str, cp: int, *, tokens: int, np: int, ng: int, hn: int, element: int
+) -> tuple[float, float]:
+    """What attention makes a rank send forward and backward, where a gather or a scatter is a ring.
+
+    Args:
+        algorithm: context_parallel_algo.
+        cp: context_parallel_size.
+        tokens: the tokens of all rows that this rank holds.
+        np: query heads.
+        ng: query groups.
+        hn: head width.
+        element: bytes of a number of q, k and v.
+    """
+    one_head = tokens * hn * element
+    if algorithm == "ulysses_cp_algo":
+        # q, k and v there and the result back; keys are repeated so that each rank gets as many
+        once = (cp - 1) / cp * (2 * np + 2 * ng * (cp // math.gcd(ng, cp))) * one_head
+        return once, once
+    # keys and values; in backward again, and their gradients
+    once = (cp - 1) * 2 * ng * one_head
+    return once, 2 * once

@@ -22,6 +22,7 @@ from model.context_cases import (
     inputs,
     output_and_gradients,
     own,
+    sent_bytes,
 )
 
 CHECKS = Checks()
@@ -100,7 +101,7 @@ for algorithm in ALGORITHMS:
 
 
 @CHECKS.add(world_size=4)
-def heads_of_all_kinds(run: Run) -> str:
+def heads_of_all_kinds(run: Run) -> None:
     """Among them fewer groups than ranks, and numbers that do not divide each other; Ulysses
     repeats their keys."""
     import torch
@@ -109,11 +110,10 @@ def heads_of_all_kinds(run: Run) -> str:
         for algorithm in ALGORITHMS:
             found = difference(algorithm, 4, torch.float64, "two rows", heads)
             assert found <= LIMITS["float64"], (heads, algorithm, found)
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def queries_in_several_bands(run: Run) -> str:
+def queries_in_several_bands(run: Run) -> None:
     """Attention by matrix products takes some queries at a time."""
     import torch
 
@@ -125,7 +125,6 @@ def queries_in_several_bands(run: Run) -> str:
             for algorithm in (RING, GATHER):
                 found = difference(algorithm, 2, torch.float64, packing, ops=ops)
                 assert found <= LIMITS["float64"], (packing, algorithm, found)
-    return ""
 
 
 # --- that the comparison sees mistakes ------------------------------------------------------------
@@ -184,12 +183,11 @@ def bytes_of(log: Any) -> float:
 
 
 @CHECKS.add(world_size=4)
-def bytes_sent(run: Run) -> str:
+def bytes_sent(run: Run) -> None:
     """What torch.distributed is asked to send is what `sent_bytes` says."""
     import torch
 
     from planning.collective_log import CollectiveLog
-    from qwen2_ascend.model.context_plan import sent_bytes
 
     for algorithm in ALGORITHMS:
         for cp in (2, 4):
@@ -206,7 +204,6 @@ def bytes_sent(run: Run) -> str:
                 sizes = {"tokens": S // cp * 2, "np": np_, "ng": ng, "hn": hn, "element": 2}
                 expected = sent_bytes(algorithm, cp, **sizes)
                 assert found == expected, (algorithm, cp, found, expected)
-    return ""
 
 
 class Events(list):
@@ -253,7 +250,7 @@ class Events(list):
 
 
 @CHECKS.add(world_size=4)
-def the_next_block_is_under_way_while_one_is_computed(run: Run) -> str:
+def the_next_block_is_under_way_while_one_is_computed(run: Run) -> None:
     import torch
 
     events = Events()
@@ -271,11 +268,10 @@ def the_next_block_is_under_way_while_one_is_computed(run: Run) -> str:
         *("start keys", "compute", "wait gradients", "start gradients", "wait keys"),
         *("compute", "wait gradients", "start gradients", "wait gradients"),
     ], events
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def blocks_without_work_are_not_computed(run: Run) -> str:
+def blocks_without_work_are_not_computed(run: Run) -> None:
     """Where every chunk is a document of its own, only the first step of the ring has work."""
     import torch
 
@@ -283,11 +279,10 @@ def blocks_without_work_are_not_computed(run: Run) -> str:
     off = difference(RING, 4, torch.float32, "chunk by chunk", ops=events.watched_ops())
     assert off <= LIMITS["float32"]
     assert events == ["compute"] * 2, events
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def kept_for_backward(run: Run) -> str:
+def kept_for_backward(run: Run) -> None:
     """This rank's q, k, v, result and log-sum-exp, and nothing of other ranks'."""
     import torch
 
@@ -307,7 +302,6 @@ def kept_for_backward(run: Run) -> str:
             del result
             expected = 2 * S // cp * ((2 * np_ + 2 * ng) * hn * 2 + np_ * 4)
             assert sum(kept.values()) == expected, (algorithm, cp, kept, expected)
-    return ""
 
 
 # --- together with others -------------------------------------------------------------------------
@@ -333,7 +327,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 @CHECKS.add(world_size=4)
-def recomputed(run: Run) -> str:
+def recomputed(run: Run) -> None:
     from megatron.core import tensor_parallel
 
     def wrapped(attend: Any) -> Any:
@@ -343,11 +337,10 @@ def recomputed(run: Run) -> str:
 
     for algorithm in ALGORITHMS:
         assert same(*through(algorithm, wrapped)), algorithm
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def swapped(run: Run) -> str:
+def swapped(run: Run) -> None:
     """--swap-attention."""
     import torch
 
@@ -364,11 +357,10 @@ def swapped(run: Run) -> str:
 
     for algorithm in ALGORITHMS:
         assert same(*through(algorithm, wrapped)), algorithm
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def without_gradients(run: Run) -> str:
+def without_gradients(run: Run) -> None:
     import torch
 
     for algorithm in ALGORITHMS:
@@ -378,11 +370,10 @@ def without_gradients(run: Run) -> str:
             found = attend(*tensors, softmax_scale=SCALE)
         expected = attend(*(x.requires_grad_() for x in tensors), softmax_scale=SCALE)
         assert torch.equal(found, expected), algorithm
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def an_upstream_gradient_of_odd_strides(run: Run) -> str:
+def an_upstream_gradient_of_odd_strides(run: Run) -> None:
     """A sum's gradient is one number in the memory of all; the other one is transposed."""
     import torch
 
@@ -396,11 +387,10 @@ def an_upstream_gradient_of_odd_strides(run: Run) -> str:
         expected = output_and_gradients(attend, tensors, upstream)
         transposed = upstream.transpose(0, 2).contiguous().transpose(0, 2)
         assert same(expected, output_and_gradients(attend, tensors, transposed)), algorithm
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def mistakes(run: Run) -> str:
+def mistakes(run: Run) -> None:
     """Arguments that contradict each other are refused before anything is sent."""
     import pytest
     import torch
@@ -416,11 +406,10 @@ def mistakes(run: Run) -> str:
         ):
             with pytest.raises(ValueError, match=message):
                 attend(*wrong, softmax_scale=SCALE, **options)
-    return ""
 
 
 @CHECKS.add(world_size=4)
-def dropout(run: Run) -> str:
+def dropout(run: Run) -> None:
     """Ulysses drops weights as the operator does; the others refuse."""
     import pytest
     import torch
@@ -434,7 +423,6 @@ def dropout(run: Run) -> str:
         attend, mine = shared(algorithm, 4)
         with pytest.raises(ValueError, match=r"attention dropout 0\.25 with .*: use ulysses"):
             attend(*map(mine, (q, k, v)), softmax_scale=SCALE, dropout_p=0.25)
-    return ""
 
 
 if __name__ == "__main__":

@@ -68,11 +68,16 @@ def plain(hidden, weight, labels, sequence_parallel: bool):
     return losses.t()
 
 
+def chunked(*inputs: Any, **options: Any) -> torch.Tensor:
+    """`chunked_cross_entropy`."""
+    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
+
+    return chunked_cross_entropy(*inputs, **options)
+
+
 def equals_the_plain_one(tp: int, sequence_parallel: bool, run: Run) -> str:
     """Losses and both gradients, within fp32's rounding, for any chunk."""
     import torch
-
-    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
 
     layout(run, tp)
     hidden, weight, labels, grads = example(torch.float32)
@@ -83,7 +88,7 @@ def equals_the_plain_one(tp: int, sequence_parallel: bool, run: Run) -> str:
     expected_grads = torch.autograd.grad(expected, inputs, grads)
     worst = 0.0
     for chunk_size in CHUNKS:
-        losses = chunked_cross_entropy(
+        losses = chunked(
             *inputs, labels, chunk_size=chunk_size, sequence_parallel=sequence_parallel
         )
         found = (losses, *torch.autograd.grad(losses, inputs, grads))
@@ -103,8 +108,6 @@ for _tp, _sequence_parallel in ((1, False), (2, False), (2, True), (4, False), (
 def half_precision_is_as_near_to_the_exact_one_as_the_plain_one(run: Run) -> str:
     """fp64 has the same rounded inputs, whatever the size of the chunks."""
     import torch
-
-    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
 
     layout(run, 2)
     notes = []
@@ -129,7 +132,7 @@ def half_precision_is_as_near_to_the_exact_one_as_the_plain_one(run: Run) -> str
 
         noise = off(plain(*inputs, labels, False))
         for chunk_size in CHUNKS:
-            own = off(chunked_cross_entropy(*inputs, labels, chunk_size=chunk_size))
+            own = off(chunked(*inputs, labels, chunk_size=chunk_size))
             assert all(a <= 1.2 * b for a, b in zip(own, noise, strict=True)), (own, noise)
         notes.append(f"{dtype}: off by {own}, the plain one by {noise}")
     return "; ".join(notes)
@@ -140,8 +143,7 @@ def its_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(run: Run) -> st
     """Bytes of all tensors that exist at once, counted; the weight's gradient is in every way."""
     import torch
 
-    from model.live_bytes import LiveBytes
-    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
+    from planning.tensor_memory import TensorMemory
 
     layout(run)
     rows, width, tokens = 4096, 16, 256
@@ -149,33 +151,32 @@ def its_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(run: Run) -> st
     logits_bytes, gradient_bytes = 4 * rows * tokens, weight.nbytes
 
     def peak(num_tokens: int, chunk_size: int | None) -> int:
-        inputs = [torch.randn(num_tokens, 1, width).requires_grad_(), weight.clone()]
-        inputs[1].requires_grad_()
-        labels = torch.randint(rows, (1, num_tokens))
-        with LiveBytes() as live:
+        with TensorMemory() as memory:
+            inputs = [torch.randn(num_tokens, 1, width).requires_grad_(), weight.clone()]
+            inputs[1].requires_grad_()
+            labels = torch.randint(rows, (1, num_tokens))
+            before = memory.live
             if chunk_size is None:
                 losses = plain(*inputs, labels, False)
             else:
-                losses = chunked_cross_entropy(*inputs, labels, chunk_size=chunk_size)
+                losses = chunked(*inputs, labels, chunk_size=chunk_size)
             losses.sum().backward()
-        return live.peak
+        return memory.peak - before
 
-    whole, chunked, small = peak(tokens, None), peak(tokens, 32), peak(tokens, 8)
+    whole, some, small = peak(tokens, None), peak(tokens, 32), peak(tokens, 8)
     assert whole >= logits_bytes, (whole, logits_bytes)
     # of a chunk two copies at most, of which the plain way has one of all tokens
-    assert chunked - gradient_bytes <= 2 * whole * 32 / tokens, (chunked, whole)
-    assert small < chunked < whole / 3
+    assert some - gradient_bytes <= 2 * whole * 32 / tokens, (some, whole)
+    assert small < some < whole / 3
     longer = peak(2 * tokens, 32)
-    assert longer - chunked < logits_bytes / 8, (longer, chunked)
-    return f"plain {whole}, chunks of 32 {chunked}, of 8 {small}, of 32 twice as long {longer}"
+    assert longer - some < logits_bytes / 8, (longer, some)
+    return f"plain {whole}, chunks of 32 {some}, of 8 {small}, of 32 twice as long {longer}"
 
 
 @CHECKS.add(world_size=1)
-def it_is_torchs_cross_entropy(run: Run) -> str:
+def it_is_torchs_cross_entropy(run: Run) -> None:
     """An independent one, in fp32, over the same rows."""
     import torch
-
-    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
 
     layout(run)
     hidden, weight, labels, grads = example(torch.float32)
@@ -185,24 +186,21 @@ def it_is_torchs_cross_entropy(run: Run) -> str:
         (hidden @ weight.t()).permute(1, 2, 0), labels, reduction="none"
     )
     expected_grads = torch.autograd.grad(expected, inputs, grads)
-    losses = chunked_cross_entropy(*inputs, labels, chunk_size=5)
+    losses = chunked(*inputs, labels, chunk_size=5)
     found_grads = torch.autograd.grad(losses, inputs, grads)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     for one, other in zip(found_grads, expected_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    return ""
 
 
 @CHECKS.add(world_size=1)
 def extreme_logits_are_no_nan(run: Run) -> None:
     import torch
 
-    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
-
     layout(run)
     hidden, weight, labels, grads = example(torch.float32)
     inputs = [(hidden * 1e4).requires_grad_(), weight.requires_grad_()]
-    losses = chunked_cross_entropy(*inputs, labels, chunk_size=5)
+    losses = chunked(*inputs, labels, chunk_size=5)
     assert losses.isfinite().all()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(losses, inputs, grads))
 
@@ -211,14 +209,12 @@ def extreme_logits_are_no_nan(run: Run) -> None:
 def a_frozen_weight_gets_no_gradient(run: Run) -> None:
     import torch
 
-    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
-
     layout(run)
     hidden, weight, labels, grads = example(torch.float32)
     hidden.requires_grad_()
-    losses = chunked_cross_entropy(hidden, weight, labels, chunk_size=5)
+    losses = chunked(hidden, weight, labels, chunk_size=5)
     (frozen,) = torch.autograd.grad(losses, hidden, grads)
-    losses = chunked_cross_entropy(hidden, weight.requires_grad_(), labels, chunk_size=5)
+    losses = chunked(hidden, weight.requires_grad_(), labels, chunk_size=5)
     assert torch.equal(frozen, torch.autograd.grad(losses, hidden, grads)[0])
 
 

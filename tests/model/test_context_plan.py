@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.context_cases import sent_bytes
 from qwen2_ascend.model.context_plan import (
     GATHER,
     RING,
@@ -16,7 +17,6 @@ from qwen2_ascend.model.context_plan import (
     Launch,
     gathered_launches,
     ring_launches,
-    sent_bytes,
     ulysses_repeats,
 )
 from qwen2_ascend.parallel import sequence_ranges

@@ -14,6 +14,7 @@ from model.context_cases import (
     inputs,
     output_and_gradients,
     own,
+    sent_bytes,
 )
 
 CARDS = 4
@@ -100,7 +101,6 @@ def test_messages_are_those_of_the_ring(groups):
     import torch.distributed as dist
 
     from npusim.cards import hccl_calls
-    from qwen2_ascend.model.context_plan import sent_bytes
 
     attend, mine = shared("megatron_cp_algo", groups[CARDS])
     *leaves, upstream = (mine(x).npu() for x in inputs(2, torch.bfloat16))

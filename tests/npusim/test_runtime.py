@@ -32,7 +32,7 @@ ONE_CARD = """
     with warnings.catch_warnings(record=True) as told:
         torch.distributed.broadcast(torch.ones(1, device=running.device), 0)
         torch.distributed.barrier()
-    print(json.dumps([running.simulated, running.memory(), running.utilization_percent(),
+    print(json.dumps([running.simulated, running.memory(),
         running.describe(), out_of_memory, kept, once, [str(w.message) for w in told],
         os.environ["TASK_QUEUE_ENABLE"], os.environ["HCCL_DETERMINISTIC"],
         torch.are_deterministic_algorithms_enabled()]))
@@ -91,10 +91,10 @@ def run(
 def test_one_card(tmp_path: Path) -> None:
     done = run(ONE_CARD, tmp_path, simulated(num_devices=1))
     assert done.returncode == 0, done.stderr
-    (is_simulated, memory, busy, line, out_of_memory, kept, once, told, queue, hccl, strict) = (
-        json.loads(done.stdout.splitlines()[-1])
+    (is_simulated, memory, line, out_of_memory, kept, once, told, queue, hccl, strict) = json.loads(
+        done.stdout.splitlines()[-1]
     )
-    assert is_simulated and memory is busy is None, "no figure of hardware that is not there"
+    assert is_simulated and memory is None, "no figure of hardware that is not there"
     assert line.startswith("device npu (simulated Ascend910B2), backend hccl, 1 process(es)")
     assert out_of_memory.startswith("out of memory: ") and "--micro-batch-size" in out_of_memory
     assert not told, "torch_npu's words on what no user can act on"

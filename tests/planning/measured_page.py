@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from planning.measured import TimedRow, memory_rows, timed_rows
 from qwen2_ascend import markdown
-from qwen2_ascend.planning.devices import Rates
 from qwen2_ascend.planning.fitting import Measured, fit_rates
 from qwen2_ascend.planning.roofline import step_time
 
@@ -41,8 +40,8 @@ class Point(NamedTuple):
 
 
 def points() -> list[Point]:
-    """All of them; a step's time by rates that are fitted to the other rows of its kind."""
-    return [*_memory(), *(point for kind in KINDS for point in _times(kind))]
+    """All of them."""
+    return [*_memory(), *(point for kind in KINDS for point in times(kind))]
 
 
 def _memory() -> Iterator[Point]:
@@ -52,21 +51,18 @@ def _memory() -> Iterator[Point]:
                 yield Point(row.name, row.kind, figure, *pair)
 
 
-def _times(kind: str) -> Iterator[Point]:
+def times(kind: str) -> Iterator[Point]:
+    """One for each row of a kind, predicted by rates that are fitted to the others."""
     found = [row for row in timed_rows() if row.kind == kind]
     for row in found:
         rates = fit_rates(as_steps([other for other in found if other is not row]))
-        yield Point(row.name, kind, "time", row.seconds, predicted_seconds(row, rates))
+        time = step_time(row.cut, row.device, rates, devices_per_node=row.devices_per_node)
+        yield Point(row.name, kind, "time", row.seconds, time.total)
 
 
 def as_steps(found: Sequence[TimedRow]) -> list[Measured]:
     """Rows as the fit takes them."""
     return [Measured(row.cut, row.device, row.devices_per_node, row.seconds) for row in found]
-
-
-def predicted_seconds(row: TimedRow, rates: Rates) -> float:
-    """Seconds of a step."""
-    return step_time(row.cut, row.device, rates, devices_per_node=row.devices_per_node).total
 
 
 def table(found: Sequence[Point]) -> str:

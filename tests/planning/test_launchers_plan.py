@@ -35,11 +35,16 @@ ZERO_COMMAND = (
 )
 
 
+def planned(flags: str = ""):
+    """The settings of COMMAND with further flags, and the planner's view of them."""
+    settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
+    return settings, as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
+
+
 def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
     assert pretraining.main(f"{COMMAND} --plan 16 --plan-device 910B3".split()) == 0
     said = capsys.readouterr().out
-    settings = pretraining_settings.parse(COMMAND.split())
-    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
+    _, cut = planned()
     assert (cut.label(), cut.num_microbatches) == ("TP4 PP2 DP2", 16)
     gigabytes = fullest_stage(cut)[1].total / 1e9
     assert "fits: 1 of 1 valid layouts" in said and f"takes {gigabytes:.1f} GB" in said
@@ -48,14 +53,13 @@ def test_the_command_is_planned_on_so_many_devices(capsys) -> None:
 
 def test_a_log_is_told_what_the_plan_was() -> None:
     """Devices have the names that their drivers give; torch's memory is without HCCL's."""
-    settings = pretraining_settings.parse(COMMAND.split())
-    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
-    planned = expected(cut, "Ascend910B3", 8)
-    assert planned is not None and planned.device == "910B3"
+    _, cut = planned()
+    told = expected(cut, "Ascend910B3", 8)
+    assert told is not None and told.device == "910B3"
     device = find_device("910B3")
     plan = plan_of(cut, Machine(device=device, num_devices=16, devices_per_node=8))
-    assert planned.seconds == plan.time.total
-    assert planned.memory == plan.memory.total - communicators(cut) * HCCL_BYTES
+    assert told.seconds == plan.time.total
+    assert told.memory == plan.memory.total - communicators(cut) * HCCL_BYTES
     assert expected(cut, "cpu", 8) is None and expected(cut, "Ascend920", 8) is None
 
 
@@ -95,8 +99,7 @@ def test_a_log_is_told_what_the_plan_was() -> None:
     ],
 )
 def test_what_the_planner_knows_it_is_told(flags: str, fields: dict) -> None:
-    settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
+    settings, cut = planned(flags)
     assert {name: getattr(cut, name) for name in fields} == fields
     assert cut.job.cross_entropy_chunk_size == settings.recompute.cross_entropy_chunk_size
 
@@ -105,8 +108,7 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
     """Megatron's block counts in each chunk, the planner in the stage."""
     flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 2"
     flags += " --num-layers-per-virtual-pipeline-stage 6"
-    settings = pretraining_settings.parse(f"{COMMAND} {flags}".split())
-    cut = as_run_layout(settings, Qwen2Config.named("14B"), 16, "npu")
+    _, cut = planned(flags)
     assert cut.recomputed(0) == 2 * cut.num_chunks == 8
 
 

@@ -27,8 +27,8 @@ from planning.measured_page import (
     PICTURE,
     as_steps,
     points,
-    predicted_seconds,
     table,
+    times,
 )
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.planning.devices import ASCEND, GPU, Rates, find_device
@@ -49,11 +49,7 @@ def measured(kind: str) -> list[TimedRow]:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_steps_are_predicted_from_the_other_rows(kind: str) -> None:
     """Within 20% on 80% of the rows, and never twice as long or half."""
-    found = measured(kind)
-    errors = {}
-    for row in found:
-        others = as_steps([other for other in found if other is not row])
-        errors[row.name] = predicted_seconds(row, fit_rates(others)) / row.seconds - 1
+    errors = {point.row: point.error for point in times(kind)}
     sizes = sorted(map(abs, errors.values()))
     near = sum(size <= 0.2 for size in sizes) / len(sizes)
     assert near >= 0.8, errors

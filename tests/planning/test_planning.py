@@ -19,6 +19,7 @@ from qwen2_ascend import markdown
 from qwen2_ascend.checkpoint.rules import Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning import settings as finetuning
 from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.command import PlanOptions, _choices, as_launchers_write, main
 from qwen2_ascend.planning.devices import DEVICES, find_device
@@ -26,7 +27,12 @@ from qwen2_ascend.planning.flops import train_flops_per_token
 from qwen2_ascend.planning.job import Job, RunLayout
 from qwen2_ascend.planning.memory import fullest_stage, stage_memory
 from qwen2_ascend.planning.parameters import num_parameters, parameters
-from qwen2_ascend.planning.roofline import bubble_fraction, stage_flops, step_time
+from qwen2_ascend.planning.roofline import (
+    bubble_fraction,
+    stage_attention,
+    stage_products,
+    step_time,
+)
 from qwen2_ascend.planning.traffic import step_traffic
 from qwen2_ascend.training import settings as pretraining
 from qwen2_ascend.training.planned import as_run_layout
@@ -36,23 +42,14 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "README.md"
 
 
 def job(model: str = "7B", **changes) -> Job:
-    return Job(
-        **{
-            "config": Qwen2Config.named(model),
-            "seq_length": 4096,
-            "global_batch_size": 256,
-            **changes,
-        }
-    )
+    usual = {"config": Qwen2Config.named(model), "seq_length": 4096, "global_batch_size": 256}
+    return Job(**{**usual, **changes})
 
 
-def machine(num_devices: int, device: str = "910B2", **changes) -> search.Machine:
+def machine(num_devices: int, device: str = "910B2") -> search.Machine:
     found = find_device(device)
     return search.Machine(
-        device=found,
-        num_devices=num_devices,
-        devices_per_node=found.devices_per_node,
-        **changes,
+        device=found, num_devices=num_devices, devices_per_node=found.devices_per_node
     )
 
 
@@ -63,11 +60,18 @@ def result(model: str, num_devices: int, **changes) -> report.Result:
     )
 
 
-def _some_of(found: report.Result) -> list[search.Plan]:
-    """Four shapes, and a plan of each kind of recomputing: to parse one takes a while."""
-    kinds = [next(p for p in found.plans if p.cut.recompute == kind) for kind in search.RECOMPUTE]
-    shapes = report.best_of_each_shape(found.plans)
-    return [*shapes[:2], *shapes[-2:], *kinds]
+def _some_of(found: list[search.Plan]) -> list[search.Plan]:
+    """Four shapes, and the fastest of each way to recompute: to parse one takes a while."""
+    kinds = {report.recompute_words(plan.cut): plan for plan in reversed(found)}
+    shapes = report.best_of_each_shape(found)
+    return [*shapes[:2], *shapes[-2:], *kinds.values()]
+
+
+def launched(plan: search.Plan, model: str = "7B", module=pretraining):
+    """The settings that the launcher makes of the flags for a plan; it takes them."""
+    settings = module.parse(shlex.split(" ".join(report.launch_flags(model, plan.cut))))
+    module.validate(settings, plan.cut.job.config, plan.cut.num_devices)
+    return settings
 
 
 # --- parameters -----------------------------------------------------------------------------------
@@ -97,30 +101,10 @@ def test_every_rank_has_the_parameters_of_the_table(cut, tied):
 
 
 @pytest.mark.parametrize(
-    ("model", "num_devices", "changes"),
-    [
-        ("0.5B", 8, {"dtype": "fp32"}),
-        ("7B", 16, {"cross_entropy_chunk_size": 2048}),
-        ("72B", 256, {}),
-    ],
-)
-def test_launch_commands_are_ones_that_the_launcher_takes(model, num_devices, changes):
-    """The best of some shapes, and the fastest of each way to recompute."""
-    from qwen2_ascend.training.settings import parse, validate
-
-    found = result(model, num_devices, **changes)
-    for plan in _some_of(found):
-        settings = parse(shlex.split(" ".join(report.launch_flags(model, plan.cut))))
-        validate(settings, found.job.config, num_devices)
-        assert settings.layout() == plan.cut.layout
-        assert settings.padded_vocab_size(found.job.config) == plan.cut.padded_vocab_size
-        assert settings.data_parallel_size(num_devices) == plan.cut.dp
-
-
-@pytest.mark.parametrize(
     ("model", "num_devices", "asked", "changes"),
     [
         ("0.5B", 8, {}, {"dtype": "fp32"}),
+        ("7B", 16, {}, {"cross_entropy_chunk_size": 2048}),
         ("14B", 8, {}, {}),
         ("72B", 256, {}, {}),
         ("7B", 16, {}, {"seq_length": 65536, "global_batch_size": 16}),
@@ -131,17 +115,15 @@ def test_launch_commands_are_ones_that_the_launcher_takes(model, num_devices, ch
     ],
 )
 def test_a_launch_command_is_planned_as_it_was_found(model, num_devices, asked, changes):
-    """The launcher's --plan sees the very layout whose flags the search gives."""
-    from qwen2_ascend.training.planned import as_run_layout
-    from qwen2_ascend.training.settings import parse, validate
-
+    """The launcher takes it, and its --plan sees the very layout whose flags the search gives."""
     wanted = job(model, **changes)
     found = search.find_plans(wanted, machine(num_devices), search.Choices(**asked))
-    kinds = {report.recompute_words(plan.cut): plan for plan in reversed(found)}
-    for plan in [found[0], *kinds.values()][:5]:
-        settings = parse(shlex.split(" ".join(report.launch_flags(model, plan.cut))))
-        validate(settings, wanted.config, num_devices)
+    for plan in _some_of(found):
+        settings = launched(plan, model)
         assert as_run_layout(settings, wanted.config, num_devices, "npu") == plan.cut
+        assert settings.layout() == plan.cut.layout
+        assert settings.padded_vocab_size(wanted.config) == plan.cut.padded_vocab_size
+        assert settings.data_parallel_size(num_devices) == plan.cut.dp
 
 
 def test_layouts_are_found_that_only_some_recomputing_lets_in():
@@ -205,26 +187,18 @@ def test_flags_are_written_as_the_launchers_take_them(capsys):
 
 
 def test_a_vocabulary_that_does_not_divide_is_padded(tmp_path):
-    from qwen2_ascend.training.settings import parse, validate
-
     config = tiny_config(vocab_size=255)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_hugging_face()), encoding="utf-8")
     asked = job(config=Qwen2Config.from_pretrained(path), seq_length=64)
     plan = next(plan for plan in search.find_plans(asked, machine(4)) if plan.cut.tp == 4)
-    settings = parse(shlex.split(" ".join(report.launch_flags(str(path), plan.cut))))
-    validate(settings, config, 4)
+    settings = launched(plan, str(path))
     assert settings.padded_vocab_size(config) == plan.cut.padded_vocab_size == 512
 
 
 def test_a_lora_command_is_one_that_the_launcher_takes():
-    from qwen2_ascend.finetuning.settings import parse, validate
-
-    found = result("7B", 8, lora_rank=16)
-    for plan in _some_of(found):
-        settings = parse(shlex.split(" ".join(report.launch_flags("7B", plan.cut))))
-        validate(settings, found.job.config, 8)
-        assert settings.lora_config().rank == 16
+    for plan in _some_of(search.find_plans(job(lora_rank=16), machine(8))):
+        assert launched(plan, module=finetuning).lora_config().rank == 16
 
 
 def test_a_command_for_several_nodes_is_for_all_devices():
@@ -266,8 +240,6 @@ def test_every_layout_that_the_launcher_takes_is_found():
 
 def _is_taken(cut: RunLayout) -> bool:
     """The launcher's checks decide; a chunk that is a whole stage is no interleaved pipeline."""
-    from qwen2_ascend.training.settings import validate
-
     settings = _some_settings(cut.job.seq_length, cut.job.global_batch_size)
     parallel = replace(
         settings.parallel,
@@ -277,7 +249,9 @@ def _is_taken(cut: RunLayout) -> bool:
     )
     batch = replace(settings.batch, micro_batch_size=cut.micro_batch_size)
     try:
-        validate(replace(settings, parallel=parallel, batch=batch), cut.job.config, cut.num_devices)
+        pretraining.validate(
+            replace(settings, parallel=parallel, batch=batch), cut.job.config, cut.num_devices
+        )
     except UserError:
         return False
     return cut.layers_per_chunk is None or cut.num_chunks > 1
@@ -285,10 +259,8 @@ def _is_taken(cut: RunLayout) -> bool:
 
 @functools.cache
 def _some_settings(seq_length: int, global_batch_size: int):
-    from qwen2_ascend.training.settings import parse
-
     flags = f"--seq-length {seq_length} --global-batch-size {global_batch_size}"
-    return parse(f"--config 0.5B --mock-data --train-iters 1 --lr 1e-5 {flags}".split())
+    return pretraining.parse(f"--config 0.5B --mock-data --train-iters 1 --lr 1e-5 {flags}".split())
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -392,9 +364,13 @@ def test_arithmetic_is_that_of_the_training_log():
     per_token = train_flops_per_token(asked.config, asked.seq_length, cut.padded_vocab_size)
     expected = asked.tokens_per_step * per_token
     passes = cut.num_microbatches * cut.dp * cut.tp
-    found = passes * sum(stage_flops(cut, stage) for stage in range(cut.pp))
+
+    def flops(cut: RunLayout, stage: int) -> float:
+        return stage_products(cut, stage) + stage_attention(cut, stage)
+
+    found = passes * sum(flops(cut, stage) for stage in range(cut.pp))
     assert found == pytest.approx(expected, rel=1e-12)
-    middle = stage_flops(replace(cut, recompute="full"), 1) / stage_flops(cut, 1)
+    middle = flops(replace(cut, recompute="full"), 1) / flops(cut, 1)
     assert middle == pytest.approx(4 / 3)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from commands import Ended, run_python
 
 PAGED = """
     import triton
@@ -45,20 +45,14 @@ def borrower(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"megatron.core.{request.param[:-3].replace('/', '.')}"
 
 
-def python(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
-    plugin = Path(__file__).parents[2] / "plugin"
-    return subprocess.run(
-        [sys.executable, "-S", "-c", textwrap.dedent(code)],
-        env={"PYTHONPATH": f"{tmp_path}:{plugin}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def python(tmp_path: Path, code: str, status: int = 0) -> Ended:
+    environ = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2] / 'plugin'}"}
+    return run_python("-S", "-c", textwrap.dedent(code), status=status, environ=environ)
 
 
 def test_without_it_the_import_fails(borrower: str, tmp_path: Path) -> None:
-    done = python(tmp_path, f"import {borrower}")
-    assert "No module named 'triton'" in done.stderr
+    done = python(tmp_path, f"import {borrower}", status=1)
+    assert "No module named 'triton'" in done.err
 
 
 def test_one_module_is_lent_it_and_the_ledger_says_so(borrower: str, tmp_path: Path) -> None:
@@ -79,15 +73,14 @@ def test_one_module_is_lent_it_and_the_ledger_says_so(borrower: str, tmp_path: P
             print(error)
         """,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "kernel is a triton kernel, and triton is not installed.\n"
+    assert done.out == "kernel is a triton kernel, and triton is not installed.\n"
 
 
 def test_a_triton_that_is_there_is_taken(borrower: str, tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("jit = lambda function: 'genuine'")
     (tmp_path / "triton" / "language.py").write_text("constexpr = object")
-    done = python(
+    python(
         tmp_path,
         f"""
         import importlib
@@ -97,4 +90,3 @@ def test_a_triton_that_is_there_is_taken(borrower: str, tmp_path: Path) -> None:
         assert not ledger.applied_patches()
         """,
     )
-    assert done.returncode == 0, done.stderr

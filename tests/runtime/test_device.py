@@ -74,7 +74,7 @@ def test_npu_with_another_release_names_both(torch_npu: types.SimpleNamespace) -
     ],
 )
 def test_a_release_is_the_numbers_that_a_version_begins_with(version: str, numbers: str) -> None:
-    assert npu.release(version) == numbers
+    assert mindspeed.release(version) == numbers
 
 
 def test_megatron_adaptor_is_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +161,6 @@ def test_the_npu_path_transfers_and_records_its_additions(
     torch_npu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which modules are imported and replaced; that megatron-core then runs is not shown here."""
-    from qwen2_ascend.runtime import ledger
-
     transfer = types.ModuleType("torch_npu.contrib.transfer_to_npu")
     monkeypatch.setitem(sys.modules, "torch_npu.contrib", types.ModuleType("torch_npu.contrib"))
     monkeypatch.setitem(sys.modules, "torch_npu.contrib.transfer_to_npu", transfer)

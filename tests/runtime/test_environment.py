@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import run_python
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import environment
 from qwen2_ascend.runtime.environment import DETERMINISTIC, apply, describe, wanted
@@ -104,4 +103,4 @@ def test_the_tables_are_there_without_torch() -> None:
         "assert not {'torch', 'numpy', 'megatron'} & set(sys.modules)\n"
     )
     environ = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environ)
+    run_python("-c", code, environ=environ)

@@ -20,18 +20,19 @@ def somebody(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
-PATCH = ledger.Patch(target="somebody:Thing.answer", why="w", how="h", until="u")
+REASONS = {"why": "w", "how": "h", "until": "u"}
+PATCH = ledger.Patch(target="somebody:Thing.answer", **REASONS)
 
 
 def test_a_second_application_does_nothing(somebody: types.ModuleType) -> None:
     for _ in range(2):
-        ledger.apply(PATCH, lambda original: lambda self: original(self) + 1)
+        ledger.apply(PATCH.target, lambda original: lambda self: original(self) + 1, **REASONS)
     assert somebody.Thing().answer() == 2
     assert ledger.applied_patches() == (PATCH,)
 
 
 def test_a_passing_replacement_is_taken_back_and_recorded(somebody: types.ModuleType) -> None:
-    with ledger.applied_during(PATCH, lambda original: lambda self: 7):
+    with ledger.applied_during(PATCH.target, lambda original: lambda self: 7, **REASONS):
         assert somebody.Thing().answer() == 7
     assert somebody.Thing().answer() == 1
     assert ledger.applied_patches() == (PATCH,)
@@ -40,7 +41,6 @@ def test_a_passing_replacement_is_taken_back_and_recorded(somebody: types.Module
 def test_a_target_that_is_gone_is_an_error_and_leaves_no_record(
     somebody: types.ModuleType,
 ) -> None:
-    patch = ledger.Patch(target="somebody:Thing.gone", why="w", how="h", until="u")
     with pytest.raises(AttributeError, match="gone"):
-        ledger.apply(patch, lambda original: original)
+        ledger.apply("somebody:Thing.gone", lambda original: original, **REASONS)
     assert ledger.applied_patches() == ()

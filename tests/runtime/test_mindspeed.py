@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from commands import Ended, run_python
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import mindspeed
 from qwen2_ascend.runtime.mindspeed import (
@@ -170,19 +169,15 @@ FAKE = {
 }
 
 
-def activation(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
+def activation(tmp_path: Path, code: str) -> Ended:
     """Runs code with a made-up MindSpeed of the genuine one's interface."""
     folder = tmp_path / "mindspeed"
     folder.mkdir()
     for name, text in FAKE.items():
         (folder / name).write_text(textwrap.dedent(text))
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), "--tensor-model-parallel-size", "7"],
-        env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2] / 'plugin'}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    words = ("-c", textwrap.dedent(code), "--tensor-model-parallel-size", "7")
+    environ = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2] / 'plugin'}"}
+    return run_python(*words, environ=environ)
 
 
 def test_activation_tells_the_sizes_and_hides_the_command_line(tmp_path: Path) -> None:
@@ -200,8 +195,7 @@ def test_activation_tells_the_sizes_and_hides_the_command_line(tmp_path: Path) -
         assert warnings.filters == before
         """,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert done.err == ""
 
 
 def test_megatron_adaptor_is_imported_before_megatron_and_sees_no_command_line(
@@ -214,7 +208,7 @@ def test_megatron_adaptor_is_imported_before_megatron_and_sees_no_command_line(
         "assert not [name for name in sys.modules if name.startswith('megatron.')]\n"
         "command_line = list(sys.argv)\n"
     )
-    done = activation(
+    activation(
         tmp_path,
         """
         import sys
@@ -226,7 +220,6 @@ def test_megatron_adaptor_is_imported_before_megatron_and_sees_no_command_line(
         assert megatron_adaptor.command_line == sys.argv[:1] and len(sys.argv) == 3
         """,
     )
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_mindspeed_that_breaks_says_the_way_out(tmp_path: Path) -> None:
@@ -244,5 +237,5 @@ def test_a_mindspeed_that_breaks_says_the_way_out(tmp_path: Path) -> None:
             print(error)
         """,
     )
-    assert "No module named 'triton_of_ascend'" in done.stdout, done.stderr
-    assert "--no-mindspeed" in done.stdout
+    assert "No module named 'triton_of_ascend'" in done.out
+    assert "--no-mindspeed" in done.out

@@ -11,7 +11,7 @@ import pytest
 from qwen2_ascend.runtime import power
 from qwen2_ascend.runtime.power import NoPowerSource, Place, PowerReadingError
 from qwen2_ascend.runtime.power_nvidia import open_nvidia_smi, open_nvml, parse_power_draw
-from qwen2_ascend.runtime.power_rapl import POWERCAP, Rapl, open_rapl
+from qwen2_ascend.runtime.power_rapl import POWERCAP, Rapl, open_rapl, packages
 from qwen2_ascend.runtime.power_sources import find_power_source
 
 RANGE_UJ = 262_143_328_850
@@ -69,13 +69,11 @@ def test_rapl_counters_come_round(powercap: Powercap) -> None:
 
 def test_rapl_does_not_guess_how_often_a_counter_came_round(powercap: Powercap) -> None:
     moments = iter((0.0, 200.0, 500.0))
-    source = open_rapl(0, powercap.root)
-    assert isinstance(source, Rapl)
-    source.clock, source._read_at = lambda: next(moments), None
-    source.read()
-    source.read()
+    rapl = Rapl(packages(powercap.root / POWERCAP), clock=lambda: next(moments))
+    rapl.read()
+    rapl.read()
     with pytest.raises(PowerReadingError, match="300 s between two readings of package-0"):
-        source.read()
+        rapl.read()
 
 
 def test_the_memory_mapped_face_counts_where_it_is_the_only_one(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -142,11 +141,6 @@ def transformer_config(
     *,
     dtype: str = "fp32",
     sequence_parallel: bool = False,
-    recompute_granularity: str | None = None,
-    recompute_method: str | None = None,
-    recompute_num_layers: int | None = None,
-    attention_dropout: float = 0.0,
-    hidden_dropout: float = 0.0,
     **options: Any,
 ) -> TransformerConfig:
     """megatron-core's configuration of this model, cut by `layout`.
@@ -156,12 +150,8 @@ def transformer_config(
         layout: the cut.
         dtype: bf16, fp16, fp32, or, for proofs, fp64.
         sequence_parallel: cut the norms' and residuals' sequence over the tensor-parallel ranks.
-        recompute_granularity: None, "selective" (attention) or "full" (whole layers).
-        recompute_method: with "full": "uniform" or "block".
-        recompute_num_layers: with "full": layers per unit, or recomputed layers per stage.
-        attention_dropout: share of the attention weights to drop in training.
-        hidden_dropout: share of each block's output to drop in training.
-        **options: further fields of TransformerConfig, under their own names.
+        **options: further fields of TransformerConfig, under their own names; nothing is dropped
+            without attention_dropout and hidden_dropout.
 
     Raises:
         UserError: sequence parallelism without tensor parallelism, or a cut that the installed
@@ -173,8 +163,8 @@ def transformer_config(
     on_cpu = current().name == "cpu"
     fields: dict[str, Any] = {
         **_shape(config),
-        "attention_dropout": attention_dropout,
-        "hidden_dropout": hidden_dropout,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
         "params_dtype": TORCH_DTYPES[dtype],
         "pipeline_dtype": TORCH_DTYPES[dtype],
         "bf16": dtype == "bf16",
@@ -184,9 +174,6 @@ def transformer_config(
         "context_parallel_size": layout.cp,
         "virtual_pipeline_model_parallel_size": virtual_size,
         "sequence_parallel": sequence_parallel,
-        "recompute_granularity": recompute_granularity,
-        "recompute_method": recompute_method,
-        "recompute_num_layers": recompute_num_layers,
         "use_cpu_initialization": on_cpu,
         # A CPU has no stream to wait for.
         "batch_p2p_sync": not on_cpu,
@@ -233,15 +220,8 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
 
     Without these marks the gradient norm counts each cut weight on one rank only.
     """
-    for module, dim in _cut_modules(model):
-        weight = module.weight
-        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
-
-
-def _cut_modules(model: GPTModel) -> Iterator[tuple[torch.nn.Module, int]]:
     for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            yield module, 0
-        elif isinstance(module, RowParallelLinear):
-            yield module, 1
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            weight, dim = module.weight, int(isinstance(module, RowParallelLinear))
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

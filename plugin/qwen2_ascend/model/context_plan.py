@@ -1,12 +1,11 @@
-"""Context parallelism as arithmetic: who attends to what, what is sent, and what does not fit.
+"""Context parallelism as arithmetic: who attends to what.
 
 A rank holds the positions of each row that `sequence_ranges` says. A document is cut where those
 are. Of the documents that reach into a chunk of queries from before, there is one at most, and the
 chunk's queries of it see all of its earlier keys. So only the attention of a chunk to itself is
 causal.
 
-Letters: `s` tokens of a whole row, `b` rows, `np` query heads and `ng` query groups of a rank
-(after tensor parallelism), `hn` head width.
+Letters: `s` tokens of a whole row, `b` rows, `ng` query groups of a rank.
 """
 
 from __future__ import annotations
@@ -152,34 +151,3 @@ def ulysses_repeats(ng: int, cp: int) -> int:
     The query heads that cp divides are then as many for each of them.
     """
     return cp // math.gcd(ng, cp)
-
-
-class Sent(NamedTuple):
-    """Bytes that a rank sends in one layer for one micro-batch."""
-
-    forward: float
-    backward: float
-
-
-def sent_bytes(
-    algorithm: str, cp: int, *, tokens: int, np: int, ng: int, hn: int, element: int
-) -> Sent:
-    """What attention makes a rank send, where a gather or a scatter is a ring.
-
-    Args:
-        algorithm: context_parallel_algo.
-        cp: context_parallel_size.
-        tokens: the tokens of all rows that this rank holds.
-        np: query heads.
-        ng: query groups.
-        hn: head width.
-        element: bytes of a number of q, k and v.
-    """
-    one_head = tokens * hn * element
-    if algorithm == ULYSSES:
-        others = (cp - 1) / cp
-        there, back = np + 2 * ng * ulysses_repeats(ng, cp), np
-        return Sent(*[others * (there + back) * one_head] * 2)
-    # keys and values; in backward again, and their gradients
-    once = (cp - 1) * 2 * ng * one_head
-    return Sent(once, 2 * once)

@@ -58,14 +58,8 @@ def get_qwen2_layer_spec(
             linear_proj=row,
         ),
     )
-    mlp = ModuleSpec(
-        module=Qwen2MLP,
-        params=ops,
-        submodules=MLPSubmodules(
-            linear_fc1=column,
-            linear_fc2=row,
-        ),
-    )
+    submodules = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    mlp = ModuleSpec(module=Qwen2MLP, params=ops, submodules=submodules)
     # megatron-core takes functions here too, though its own annotations say types only.
     add_residual: Any = get_bias_dropout_add
     return ModuleSpec(

@@ -83,15 +83,13 @@ class CausalAttention(torch.nn.Module):
         self.sequence_cut: SequenceCut | None = None
         """Which part of every sequence this rank has; None is all of it."""
         self._ops = ops
-        self._attention = ops.attention
-        self._cached_attention = ops.cached_attention
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch | None = None) -> Tensor:
         """q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np * hn]`.
 
         s is this rank's part of the sequence under context parallelism.
         """
-        attend: Callable[..., Tensor] = self._attention
+        attend: Callable[..., Tensor] = self._ops.attention
         if (cut := self.sequence_cut) is not None:
             attend = partial(
                 context_attention, algorithm=cut.algorithm, group=cut.group, ops=self._ops
@@ -105,8 +103,8 @@ class CausalAttention(torch.nn.Module):
         """`forward` without dropout, over what `cache` holds besides, which k and v go into."""
         cache.write(k, v)
         if cache.is_fresh:
-            return self._attention(q, k, v, softmax_scale=self.softmax_scale, ends=cache.ends)
-        return self._cached_attention(
+            return self._ops.attention(q, k, v, softmax_scale=self.softmax_scale, ends=cache.ends)
+        return self._ops.cached_attention(
             q, cache.keys, cache.values, lengths=cache.lengths, softmax_scale=self.softmax_scale
         )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
 
 
 class PackedBatch(PackedSeqParams):
@@ -24,15 +24,15 @@ class PackedBatch(PackedSeqParams):
         num_parts: context_parallel_size.
     """
 
-    def __init__(self, ends: Sequence[int], position_ids: torch.Tensor, num_parts: int = 1) -> None:
+    def __init__(self, ends: Sequence[int], position_ids: Tensor, num_parts: int = 1) -> None:
         longest = max(end - start for start, end in pairwise((0, *ends)))
         super().__init__(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest)
         assert ends[-1] == num_parts * position_ids.numel(), (ends[-1], position_ids.shape)
         self.ends = tuple(ends)
         self._position_ids = position_ids
-        self._cos_sin: torch.Tensor | None = None
+        self._cos_sin: Tensor | None = None
 
-    def cos_sin(self, table: torch.Tensor) -> torch.Tensor:
+    def cos_sin(self, table: Tensor) -> Tensor:
         """Each token's rotation, `[2, s, b, hn]`, from the table of positions `[2, length, hn]`."""
         if self._cos_sin is None:
             self._cos_sin = table[:, self._position_ids.t()]

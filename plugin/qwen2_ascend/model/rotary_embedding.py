@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
 
 from qwen2_ascend.config import Qwen2Config, YarnScaling
 from qwen2_ascend.model.sequence_cut import SequenceCut
@@ -40,7 +41,7 @@ class Qwen2RotaryEmbedding(RotaryEmbedding):
 
     def forward(  # pyright: ignore[reportIncompatibleVariableOverride]  # theirs is cached
         self, max_seq_len: int, *args: Any, packed_seq: bool = False, **kwargs: Any
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """cos and sin of positions 0 ... max_seq_len - 1, `[2, s, hn]`.
 
         Under context parallelism those of this rank's positions, but of packed documents all: they
@@ -56,7 +57,7 @@ class Qwen2RotaryEmbedding(RotaryEmbedding):
         return self._own
 
     @torch.no_grad()
-    def _compute(self, length: int) -> torch.Tensor:
+    def _compute(self, length: int) -> Tensor:
         positions = torch.arange(length, dtype=self.inv_freq.dtype, device=self.inv_freq.device)
         angles = torch.outer(positions, self.inv_freq)
         angles = torch.cat((angles, angles), dim=-1)
@@ -64,7 +65,7 @@ class Qwen2RotaryEmbedding(RotaryEmbedding):
         return table.to(self._dtype)
 
 
-def inverse_frequencies(config: Qwen2Config, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def inverse_frequencies(config: Qwen2Config, dtype: torch.dtype = torch.float32) -> Tensor:
     """Radians per position of each pair of dimensions, `[hn / 2]`."""
     width, base = config.kv_channels, config.rotary_base
     periods = base ** (torch.arange(0, width, 2, dtype=dtype) / width)

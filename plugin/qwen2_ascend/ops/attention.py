@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qwen2_ascend.ops import unfused
@@ -24,14 +25,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     softmax_scale: float,
     dropout_p: float = 0.0,
     ends: Sequence[int] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Causal attention over whole sequences, or within each document of packed ones.
 
     Args:
@@ -66,13 +67,13 @@ def attention(
 
 
 def cached_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
     *,
     lengths: Sequence[int],
     softmax_scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Causal attention of the newest tokens over a cache that already holds them; no gradient.
 
     Args:
@@ -107,9 +108,7 @@ def cached_attention(
     return context.permute(2, 0, 1, 3, 4).reshape(s, b, heads * width)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, dropout_p: float
-) -> torch.Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, dropout_p: float) -> Tensor:
     """`[s, b, np, hn]` of causal attention within each sequence."""
     # Sequences are independent, as heads are: counting them as heads of one batch keeps Megatron's
     # [s, b, ...] order through the kernel without a copy on either side.
@@ -125,7 +124,7 @@ def _attend(
     return context.squeeze(0).transpose(0, 1).reshape(q.shape)
 
 
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
+def _heads_first(x: Tensor) -> Tensor:
     """`[s, b, n, hn]` as `[1, b * n, s, hn]`."""
     return x.flatten(1, 2).transpose(0, 1).unsqueeze(0)
 
@@ -134,12 +133,7 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _partial(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    blocks: Sequence[Block],
-    *,
-    softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], *, softmax_scale: float
 ) -> list[PartialOutput]:
     if q.device.type != "cpu":
         return unfused.partial_attention.forward(q, k, v, blocks, softmax_scale=softmax_scale)
@@ -155,12 +149,12 @@ def _partial(
 
 
 def _partial_backward(
-    d_context: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    context: torch.Tensor,
-    lse: torch.Tensor,
+    d_context: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Tensor,
+    lse: Tensor,
     blocks: Sequence[Block],
     *,
     softmax_scale: float,
@@ -193,9 +187,7 @@ partial_attention = PartialAttention(_partial, _partial_backward)
 matrix products."""
 
 
-def _of_block(
-    block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _of_block(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """The block's q, k and v as `[1, b * np, s, hn]`: each query head with its own keys."""
     queries, keys = TokenSlice(block.rows, block.queries), TokenSlice(block.rows, block.keys)
     per_group = q.shape[2] // k.shape[2]

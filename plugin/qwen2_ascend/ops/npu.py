@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch_npu  # pyright: ignore[reportMissingImports]  # installed where there is an NPU
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.errors import UserError, raise_if
@@ -49,14 +50,14 @@ _MAX_ROTARY_AXIS = 999
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     softmax_scale: float,
     dropout_p: float = 0.0,
     ends: Sequence[int] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Flash attention: whole sequences or packed documents (TND); K and V are not expanded.
 
     Whole sequences stay as they lie (SBH) while the operator takes that without transposing them.
@@ -98,7 +99,7 @@ def _padded(width: int) -> int:
     return -(-width // multiple) * multiple
 
 
-def _check_limits(q: torch.Tensor, tokens: int, documents: int) -> None:
+def _check_limits(q: Tensor, tokens: int, documents: int) -> None:
     """Raises UserError for what npu_fusion_attention does not take.
 
     Args:
@@ -129,7 +130,7 @@ def _check_limits(q: torch.Tensor, tokens: int, documents: int) -> None:
 
 
 @cache
-def _causal_mask(device: torch.device) -> torch.Tensor:
+def _causal_mask(device: torch.device) -> Tensor:
     """True above the diagonal, where a query must not look: `[2048, 2048]`, once per device."""
     # Made during generation it must still serve training afterwards, whose backward keeps it.
     with torch.inference_mode(False):
@@ -141,12 +142,7 @@ def _causal_mask(device: torch.device) -> torch.Tensor:
 
 
 def _partial(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    blocks: Sequence[Block],
-    *,
-    softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], *, softmax_scale: float
 ) -> list[PartialOutput]:
     launch = _Launch.of(blocks, q, k)
     context, largest, total, *_ = torch_npu.npu_fusion_attention(
@@ -169,12 +165,12 @@ def _partial(
 
 
 def _partial_backward(
-    d_context: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    context: torch.Tensor,
-    lse: torch.Tensor,
+    d_context: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Tensor,
+    lse: Tensor,
     blocks: Sequence[Block],
     *,
     softmax_scale: float,
@@ -247,7 +243,7 @@ class _Launch(NamedTuple):
     keys: list[TokenSlice]
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], q: torch.Tensor, k: torch.Tensor) -> _Launch:
+    def of(cls, blocks: Sequence[Block], q: Tensor, k: Tensor) -> _Launch:
         """Raises UserError for what the operator does not take."""
         launch = cls(
             blocks,
@@ -269,7 +265,7 @@ class _Launch(NamedTuple):
     def sparse_mode(self) -> int:
         return _CAUSAL_FROM_END if self.blocks[0].causal else 0
 
-    def mask(self, device: torch.device) -> torch.Tensor | None:
+    def mask(self, device: torch.device) -> Tensor | None:
         """None where every query sees every key of its block."""
         return _causal_mask(device) if self.blocks[0].causal else None
 
@@ -286,22 +282,20 @@ class _Launch(NamedTuple):
     def _ends(self, ranges: Iterable[range]) -> list[int] | None:
         return list(accumulate(map(len, ranges))) if self.layout == "TND" else None
 
-    def laid_out(self, x: torch.Tensor, places: list[TokenSlice]) -> torch.Tensor:
+    def laid_out(self, x: Tensor, places: list[TokenSlice]) -> Tensor:
         """Those tokens of x, `[s, b, n, hn]`, in the call's layout."""
         if self.layout == "SBH":
             return places[0].of(x).flatten(2).contiguous()
         return torch.cat([place.of(x).squeeze(1) for place in places])
 
-    def taken_apart(
-        self, result: torch.Tensor, places: list[TokenSlice], heads: int
-    ) -> list[torch.Tensor]:
+    def taken_apart(self, result: Tensor, places: list[TokenSlice], heads: int) -> list[Tensor]:
         """`laid_out` back: `[tokens, rows, n, hn]` of each place."""
         if self.layout == "SBH":
             return [result.unflatten(2, (heads, -1))]
         sizes = [len(place.tokens) for place in places]
         return [part.unsqueeze(1) for part in result.split(sizes)]
 
-    def statistics(self, lse: torch.Tensor) -> torch.Tensor:
+    def statistics(self, lse: Tensor) -> Tensor:
         """The queries' part of `[s, b, np]` as the operator has its rows' numbers: eight times."""
         if self.layout == "SBH":
             rows = self.queries[0].of(lse).permute(1, 2, 0)
@@ -309,7 +303,7 @@ class _Launch(NamedTuple):
             rows = torch.cat([place.of(lse).squeeze(1) for place in self.queries])
         return rows.unsqueeze(-1).repeat(*[1] * rows.dim(), _REPEATED)
 
-    def statistics_apart(self, rows: torch.Tensor) -> list[torch.Tensor]:
+    def statistics_apart(self, rows: Tensor) -> list[Tensor]:
         """The operator's rows' numbers as `[queries, rows, np]` of each place."""
         if self.layout == "SBH":
             return [rows.permute(2, 0, 1)]
@@ -333,13 +327,13 @@ def _runs(places: list[TokenSlice]) -> list[TokenSlice]:
 
 
 def cached_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
     *,
     lengths: Sequence[int],
     softmax_scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """The inference operator, which reads the cache as it lies; the plain twin for fp32.
 
     Raises:
@@ -369,7 +363,7 @@ def cached_attention(
     return context.permute(2, 0, 1, 3).reshape(s, b, heads * width)
 
 
-def _why_not_fused(q: torch.Tensor, keys: torch.Tensor) -> str | None:
+def _why_not_fused(q: Tensor, keys: Tensor) -> str | None:
     """What of these the inference operator does not take; None if it takes them."""
     s, _, heads, width = q.shape
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -393,14 +387,14 @@ def _warn_once(reason: str) -> None:
 # --- norm, rotary, SwiGLU -------------------------------------------------------------------------
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """One kernel forward and one backward, in fp32 inside."""
     checks.check_rms_norm(x, weight)
     _check_dtype(x)
     return torch_npu.npu_rms_norm(x, weight, epsilon=epsilon)[0]
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """One kernel instead of a product, a concatenation, a product and a sum.
 
     Raises:
@@ -420,7 +414,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
             f"npu_rotary_mul takes less than {_MAX_ROTARY_AXIS + 1} sequences and heads at once; "
             f"got {batched.shape[1]} and {batched.shape[2]}: lower the micro-batch size."
         )
-    turned: torch.Tensor = _Rotary.apply(batched, cos.view(rows), sin.view(rows))  # pyright: ignore
+    turned: Tensor = _Rotary.apply(batched, cos.view(rows), sin.view(rows))  # pyright: ignore
     return turned.view(x.shape)
 
 
@@ -428,27 +422,27 @@ class _Rotary(torch.autograd.Function):
     """npu_rotary_mul, keeping cos and sin for backward but not, as its own autograd does, x."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         assert not (cos.requires_grad or sin.requires_grad), "the tables are constants"
         ctx.save_for_backward(cos, sin)
         return torch_npu.npu_rotary_mul(x, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         cos, sin = ctx.saved_tensors
         # x is there for the gradients of cos and sin, which nobody wants; x's own needs it not.
         return torch_npu.npu_rotary_mul_backward(grad, grad, cos, sin)[0], None, None
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: Tensor) -> Tensor:
     """One kernel; the first half is the gate."""
     checks.check_swiglu(x)
     _check_dtype(x)
     return torch_npu.npu_swiglu(x.contiguous(), dim=-1)
 
 
-def _check_dtype(x: torch.Tensor) -> None:
+def _check_dtype(x: Tensor) -> None:
     if x.dtype not in _DTYPES:
         raise UserError(
             f"{x.dtype} is not a dtype of torch_npu's fused operators, which take float16, "

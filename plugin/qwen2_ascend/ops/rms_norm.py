@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.ops.checks import check_rms_norm
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
 
     Args:
@@ -30,9 +31,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return _RMSNorm.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
 
 
-def _normalized(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _normalized(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The result and each token's 1 / rms, `[..., 1]`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
@@ -43,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps x, which others keep too, and a number per token; autograd keeps x's copies in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         normed, inverse_rms = _normalized(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse_rms)
         return normed
@@ -51,8 +50,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         wide_weight = weight.to(inverse_rms.dtype)
         normal = x * inverse_rms

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen2_ascend.ops.checks import check_rotary
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin.
 
     Args:
@@ -33,9 +34,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotary.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 
-def _turned(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False
-) -> torch.Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """x turned by its position's angle, or by as much backwards; without rotate_half's copies."""
     first, second = x.chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
@@ -55,14 +54,14 @@ class _Rotary(torch.autograd.Function):
     """Turns the gradient back; autograd would split it, negate a half and put it together again."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _turned(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turned(grad, cos, sin, back=True), None, None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from qwen2_ascend.ops.checks import check_swiglu
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up.
 
     Args:
@@ -29,7 +30,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(x)  # pyright: ignore[reportReturnType]
 
 
-def _activated(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _activated(x: Tensor) -> tuple[Tensor, Tensor]:
     """The result and silu(gate)."""
     gate, up = x.chunk(2, dim=-1)
     activated = silu(gate)
@@ -40,7 +41,7 @@ class _SwiGLU(torch.autograd.Function):
     """Writes both halves' gradients to where they belong; autograd would copy them together."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         result, activated = _activated(x)
         ctx.save_for_backward(x, activated)
         return result
@@ -48,8 +49,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, grad: Tensor
+    ) -> Tensor:
         x, activated = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         d_x = torch.empty_like(x)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.nn.functional import dropout
 
 from qwen2_ascend.ops.blocks import Block, Gradients, PartialAttention, PartialOutput, TokenSlice
@@ -20,32 +21,18 @@ QUERIES_AT_ONCE = 1024
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     softmax_scale: float,
     dropout_p: float = 0.0,
     ends: Sequence[int] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """What `attention.attention` computes, with the whole matrix of scores in memory.
 
-    Scores and softmax are in fp32, or in q's dtype where that is wider.
-
-    Args:
-        q: queries, `[s, b, np, hn]`.
-        k: keys, `[s, b, ng, hn]`.
-        v: values, `[s, b, ng, hn]`.
-        softmax_scale: what the scores are multiplied by.
-        dropout_p: share of the attention weights to drop.
-        ends: where each packed document ends, as in `attention.attention`.
-
-    Returns:
-        `[s, b, np * hn]`.
-
-    Raises:
-        ValueError: arguments that contradict each other.
-        UserError: attention dropout out of range.
+    The arguments, the shapes and what is refused are the same. Scores and softmax are in fp32, or
+    in q's dtype where that is wider.
     """
     check_attention(q, k, v, dropout_p, ends)
     grouped = q.unflatten(2, (k.shape[2], -1))  # [s, b, ng, np / ng, hn]
@@ -57,7 +44,7 @@ def attention(
     return torch.einsum("bgrst,tbgd->sbgrd", weights, v).flatten(2)
 
 
-def _hidden(s: int, b: int, ends: Sequence[int] | None, device: torch.device) -> torch.Tensor:
+def _hidden(s: int, b: int, ends: Sequence[int] | None, device: torch.device) -> Tensor:
     """True where a query must not look, `[b or 1, 1, 1, s, s]`."""
     later = torch.ones(s, s, dtype=torch.bool, device=device).triu(1)
     if ends is None:
@@ -71,12 +58,7 @@ def _hidden(s: int, b: int, ends: Sequence[int] | None, device: torch.device) ->
 
 
 def _partial(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    blocks: Sequence[Block],
-    *,
-    softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], *, softmax_scale: float
 ) -> list[PartialOutput]:
     parts = []
     for block in _bands(blocks):
@@ -91,12 +73,12 @@ def _partial(
 
 
 def _partial_backward(
-    d_context: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    context: torch.Tensor,
-    lse: torch.Tensor,
+    d_context: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Tensor,
+    lse: Tensor,
     blocks: Sequence[Block],
     *,
     softmax_scale: float,
@@ -136,15 +118,13 @@ def _bands(blocks: Sequence[Block]) -> Iterator[Block]:
             yield block._replace(queries=queries, keys=block.keys[: len(block.keys) - hidden])
 
 
-def _grouped(
-    block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _grouped(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The block's q `[s, b, ng, np / ng, hn]`, k and v `[t, b, ng, hn]`."""
     queries, keys = TokenSlice(block.rows, block.queries), TokenSlice(block.rows, block.keys)
     return queries.of(q).unflatten(2, (k.shape[2], -1)), keys.of(k), keys.of(v)
 
 
-def _scores(block: Block, q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+def _scores(block: Block, q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
     """`[b, ng, np / ng, s, t]` in fp32 or wider, -inf where a query must not look."""
     scores = torch.einsum("sbgrd,tbgd->bgrst", q, k)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * softmax_scale

@@ -36,6 +36,15 @@ NOT_WITH_ZERO += ("recompute_granularity selective", "recompute_method block")
 """Options that are not planned with it at one value."""
 OUTPUTS = ("activation_function", "norm")
 """What --recompute-... computes again alone."""
+SHARES = ("memory_fraction", "efficiency", "bandwidth_efficiency")
+FIGURES = {
+    "memory_gb": ("memory", GB),
+    "peak_tflops": ("peak_flops", TERA),
+    "memory_bandwidth_gb": ("memory_bandwidth", GB),
+    "node_bandwidth_gb": ("node_bandwidth", GB),
+    "network_bandwidth_gb": ("network_bandwidth", GB),
+}
+"""Options that say another figure of the device, which field of `Device` it is, and its unit."""
 MOST = 1e12
 """The most GB, GB/s or TFLOP/s; a device's figures beyond it are slips, or infinite."""
 
@@ -200,7 +209,7 @@ def run(options: PlanOptions) -> None:
     result = _plan(options, logs)
     if logs:
         print("\n".join([*log.table(logs, result.machine.rates or log.rates_of(logs)), ""]))
-    if not logs:
+    else:
         print(_which_bin(options.device or DEFAULT_DEVICE), end="")
     print(report.text(result, top=options.top, commands=options.commands))
     if options.json:
@@ -261,11 +270,7 @@ def _plan(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> report.Result:
         in_16_bits = replace(choices, o2_gradient=True, o2_optimizer=True)
         best = search.find_plans(job, machine, in_16_bits)[0]
         cheaper = best if best.fits and in_16_bits != choices else None
-    return report.Result(_name(options), job, machine, plans, fewest, cheaper)
-
-
-def _name(options: PlanOptions) -> str:
-    return options.model or "the log's model"
+    return report.Result(options.model or "the log's model", job, machine, plans, fewest, cheaper)
 
 
 def _choices(options: PlanOptions) -> search.Choices:
@@ -273,11 +278,8 @@ def _choices(options: PlanOptions) -> search.Choices:
     is_block = options.recompute_method == "block"
     is_offloaded = options.optimizer_cpu_offload == "yes"
     return search.Choices(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
+        **{size: getattr(options, size) for size in LAYOUT_SIZES},
         num_layer_list=layer_list(options.num_layer_list),
-        context_parallel_size=options.context_parallel_size,
         context_parallel_algo=options.context_parallel_algo,
         sequence_parallel=_is_yes(options.sequence_parallel),
         use_distributed_optimizer=_is_yes(options.use_distributed_optimizer),
@@ -324,8 +326,7 @@ def _number_of_layers(asked: YesNo | None, number: int | None) -> int | None:
 
 def _job(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> Job:
     """The last log's, with what the options say otherwise."""
-    model, chunk = options.model, options.cross_entropy_chunk_size
-    config = None
+    model, config = options.model, None
     if model is not None:
         path = Path(model)
         config = Qwen2Config.from_pretrained(path) if path.exists() else Qwen2Config.named(model)
@@ -335,7 +336,7 @@ def _job(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> Job:
         "global_batch_size": options.global_batch_size,
         "dtype": options.dtype,
         "keeps_scores": options.attention_backend == "unfused" or None,
-        "cross_entropy_chunk_size": chunk,
+        "cross_entropy_chunk_size": options.cross_entropy_chunk_size,
         "lora_rank": options.lora_r,
         "pairs": options.stage == "dpo" or None,
     }
@@ -375,15 +376,12 @@ def _rates(options: PlanOptions, known: Rates) -> Rates:
 
 def _device(options: PlanOptions, logged: Device | None) -> Device:
     """The log's or the table's, with what the options say otherwise."""
-    given = {
-        "memory": (options.memory_gb, GB),
-        "peak_flops": (options.peak_tflops, TERA),
-        "memory_bandwidth": (options.memory_bandwidth_gb, GB),
-        "node_bandwidth": (options.node_bandwidth_gb, GB),
-        "network_bandwidth": (options.network_bandwidth_gb, GB),
-    }
     device = logged or find_device(options.device or DEFAULT_DEVICE)
-    changes = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+    changes = {
+        name: value * unit
+        for option, (name, unit) in FIGURES.items()
+        if (value := getattr(options, option)) is not None
+    }
     if not changes:
         return device
     source = f"{', '.join(changes)} as given; else {device.source}"
@@ -393,21 +391,14 @@ def _device(options: PlanOptions, logged: Device | None) -> Device:
 
 def _combination_faults(options: PlanOptions) -> list[str]:
     """Flags that need another, or exclude one."""
-    needs = {
-        "--recompute-method needs --recompute-granularity full.": options.recompute_method
-        is not None
-        and options.recompute_granularity != "full",
-        "--recompute-method block needs --recompute-num-layers.": options.recompute_method
-        == "block"
-        and options.recompute_num_layers is None,
-    }
-    for what in OUTPUTS:
-        flag, number = flag_of(f"recompute_{what}"), f"recompute_{what}_num_layers"
-        is_alone = getattr(options, f"recompute_{what}") != "yes"
-        needs[f"{flag}-num-layers needs {flag}."] = (
-            is_alone and getattr(options, number) is not None
-        )
-    faults = [fault for fault, is_one in needs.items() if is_one]
+    faults = []
+    if options.recompute_method is not None and options.recompute_granularity != "full":
+        faults.append("--recompute-method needs --recompute-granularity full.")
+    if options.recompute_method == "block" and options.recompute_num_layers is None:
+        faults.append("--recompute-method block needs --recompute-num-layers.")
+    for what in (f"recompute_{output}" for output in OUTPUTS):
+        if getattr(options, what) != "yes" and getattr(options, f"{what}_num_layers") is not None:
+            faults.append(f"{flag_of(what)}-num-layers needs {flag_of(what)}.")
     return faults + _training_faults(options) + _zero_faults(options)
 
 
@@ -455,18 +446,6 @@ def _zero_faults(options: PlanOptions) -> list[str]:
 def _faults(options: PlanOptions) -> list[str]:
     counts = ("num_devices", "devices_per_node", "micro_batch_size", *LAYOUT_SIZES)
     counts += ("recompute_num_layers", "global_batch_size", "top")
-    shares = {
-        "--memory-fraction": options.memory_fraction,
-        "--efficiency": options.efficiency,
-        "--bandwidth-efficiency": options.bandwidth_efficiency,
-    }
-    above_zero = {
-        "--memory-gb": options.memory_gb,
-        "--peak-tflops": options.peak_tflops,
-        "--memory-bandwidth-gb": options.memory_bandwidth_gb,
-        "--node-bandwidth-gb": options.node_bandwidth_gb,
-        "--network-bandwidth-gb": options.network_bandwidth_gb,
-    }
     faults = Faults(
         f"{flag_of(name)} {value!r} is not a whole number."
         for name in counts
@@ -478,14 +457,14 @@ def _faults(options: PlanOptions) -> list[str]:
     faults += number_faults(options, at_least_one=counts, not_negative=numbers)
     faults.collect(lambda: layer_list(options.num_layer_list))
     faults += [
-        f"{k} {v} must be above 0 and at most 1."
-        for k, v in shares.items()
-        if v is not None and not 0 < v <= 1
+        f"{flag_of(name)} {value} must be above 0 and at most 1."
+        for name in SHARES
+        if (value := getattr(options, name)) is not None and not 0 < value <= 1
     ]
     faults += [
-        f"{k} {v} must be above zero, and a figure that a device can have."
-        for k, v in above_zero.items()
-        if v is not None and not 0 < v < MOST
+        f"{flag_of(name)} {value} must be above zero, and a figure that a device can have."
+        for name in FIGURES
+        if (value := getattr(options, name)) is not None and not 0 < value < MOST
     ]
     faults += _combination_faults(options)
     if options.from_log and options.device:

@@ -8,7 +8,7 @@ measurements that others have published, a set for each family of devices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen2_ascend.errors import UserError
@@ -116,12 +116,12 @@ _ASCEND: dict[str, Any] = {
     "backend": "npu",
     "rates": ASCEND,
 }
+_NVIDIA: dict[str, Any] = {"devices_per_node": 8, "backend": "cuda", "rates": GPU}
 _910B_SOURCE = (
     "memory and peak ({cores} cores x 4096 multiply-adds x {ghz} GHz): CANN's "
     "platform_config/Ascend{name}.ini; bandwidths: Ascend/msmodeling's tensor_cast/device.py, and "
     "7 links of 28 GB/s in a node by CANN hccl's Mesh.md"
 )
-_BANDWIDTHS = ("memory_bandwidth", "node_bandwidth", "network_bandwidth")
 
 
 def _ascend_910b(name: str, cores: int, ghz: float, gib: int) -> Device:
@@ -136,6 +136,16 @@ def _ascend_910b(name: str, cores: int, ghz: float, gib: int) -> Device:
     )
 
 
+_A100 = Device(
+    name="A100",
+    memory=80 * GB,
+    peak_flops=312e12,
+    memory_bandwidth=2.039e12,
+    node_bandwidth=300e9,
+    network_bandwidth=25e9,
+    source="NVIDIA A100 80GB SXM data sheet; network: DGX A100, 200 Gb/s per GPU",
+    **_NVIDIA,
+)
 _LIST = (
     _ascend_910b("910B1", 24, 1.85, 64),
     _ascend_910b("910B2", 24, 1.8, 64),
@@ -150,28 +160,12 @@ _LIST = (
         "CANN's platform_config/Ascend910_9391.ini",
         **_ASCEND,
     ),
-    Device(
-        name="A100",
-        memory=80 * GB,
-        peak_flops=312e12,
-        memory_bandwidth=2.039e12,
-        node_bandwidth=300e9,
-        network_bandwidth=25e9,
-        devices_per_node=8,
-        backend="cuda",
-        rates=GPU,
-        source="NVIDIA A100 80GB SXM data sheet; network: DGX A100, 200 Gb/s per GPU",
-    ),
-    Device(
+    _A100,
+    replace(
+        _A100,
         name="A100-40GB",
         memory=40 * GB,
-        peak_flops=312e12,
         memory_bandwidth=1.555e12,
-        node_bandwidth=300e9,
-        network_bandwidth=25e9,
-        devices_per_node=8,
-        backend="cuda",
-        rates=GPU,
         source="NVIDIA A100 40GB SXM data sheet; network: DGX A100, 200 Gb/s per GPU",
     ),
     Device(
@@ -181,10 +175,8 @@ _LIST = (
         memory_bandwidth=3.35e12,
         node_bandwidth=450e9,
         network_bandwidth=50e9,
-        devices_per_node=8,
-        backend="cuda",
-        rates=GPU,
         source="NVIDIA H100 SXM data sheet; network: DGX H100, 400 Gb/s per GPU",
+        **_NVIDIA,
     ),
     Device(
         name="B200",
@@ -193,10 +185,8 @@ _LIST = (
         memory_bandwidth=8e12,
         node_bandwidth=900e9,
         network_bandwidth=50e9,
-        devices_per_node=8,
-        backend="cuda",
-        rates=GPU,
         source="NVIDIA DGX B200 data sheet (dense bf16); network: 400 Gb/s per GPU",
+        **_NVIDIA,
     ),
     Device(
         name="CPU",
@@ -208,7 +198,7 @@ _LIST = (
         devices_per_node=4,
         backend="cpu",
         source="no product: round numbers for one process on a few cores; give your own",
-        assumed=("memory", "peak_flops", *_BANDWIDTHS),
+        assumed=("memory", "peak_flops", "memory_bandwidth", "node_bandwidth", "network_bandwidth"),
     ),
 )
 DEVICES = {device.name: device for device in _LIST}
@@ -223,15 +213,13 @@ def find_device(name: str, flag: str = "--device") -> Device:
     Raises:
         UserError: there is none.
     """
-    wanted = name.upper().removeprefix("ASCEND").strip(" -_")
-    by_name = {key.upper(): value for key, value in DEVICES.items()}
-    by_name |= {alias.upper(): DEVICES[target] for alias, target in ALIASES.items()}
-    if wanted not in by_name:
+    known = DEVICES | {alias: DEVICES[target] for alias, target in ALIASES.items()}
+    if (found := known.get(_bare(name))) is None:
         raise UserError(
             f"{flag} {name} is not known; known are {', '.join([*ALIASES, *DEVICES])}. For "
             "another give the nearest, with --memory-gb, --peak-tflops and so on."
         )
-    return by_name[wanted]
+    return found
 
 
 def device_called(name: str) -> Device | None:
@@ -243,7 +231,10 @@ def device_called(name: str) -> Device | None:
         if known and "40GB" in words:
             return DEVICES.get(f"{known[0].name}-40GB")
         return known[0] if known else None
-    bare = name.upper().removeprefix("ASCEND").strip(" -_")
-    exact = {key.upper(): device for key, device in DEVICES.items()}
-    exact |= {key.upper(): DEVICES[ALIASES[key]] for key in ALIASES if key.startswith("910_")}
-    return exact.get(bare)
+    bare = _bare(name)
+    return DEVICES.get(ALIASES[bare] if bare in ALIASES and bare.startswith("910_") else bare)
+
+
+def _bare(name: str) -> str:
+    """A device's name as the tables have it: in capitals, without who makes it."""
+    return name.upper().removeprefix("ASCEND").strip(" -_")

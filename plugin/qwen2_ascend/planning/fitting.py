@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ PRIOR = Rates(
 )
 _NOISE = 0.1
 """Relative, of a measured step; the same run measured twice by others differs by up to 14%."""
+_FREEDOM = 0.5
+"""By what factor, as a logarithm, a rate may easily be another than where the search begins."""
 
 
 class Measured(NamedTuple):
@@ -35,9 +37,7 @@ class Measured(NamedTuple):
     seconds: float
 
 
-def fit_rates(
-    steps: Sequence[Measured], prior: Rates = PRIOR, *, freedom: float = 0.5, source: str = ""
-) -> Rates:
+def fit_rates(steps: Sequence[Measured], prior: Rates = PRIOR, *, source: str = "") -> Rates:
     """The rates at which the predicted steps come nearest to the measured ones.
 
     The error is the logarithm of predicted over measured, and a large one counts less than its
@@ -46,20 +46,19 @@ def fit_rates(
     Args:
         steps: at least one.
         prior: where the search begins.
-        freedom: by what factor, as a logarithm, a rate may easily be another than in `prior`.
         source: says where the measurements are from.
     """
     works = [step_work(s.cut, s.device, prior, s.devices_per_node)[0] for s in steps]
     measured = np.log([s.seconds for s in steps])
-    begin = np.log([value for value in astuple(prior)[: len(NUMBERS)]])
+    begin = np.log([getattr(prior, name) for name in NUMBERS])
     # no rate but the seconds can be above the peak
     most = np.where([name.endswith("seconds") for name in NUMBERS], np.inf, 0.0)
     found = begin
     for _ in range(30):
         errors, slopes = _linearized(works, measured, found)
         weights = (1 + (errors / _NOISE) ** 2) ** -0.25 / _NOISE
-        left = np.vstack([slopes * weights[:, None], np.eye(len(found)) / freedom])
-        right = np.concatenate([-errors * weights, (begin - found) / freedom])
+        left = np.vstack([slopes * weights[:, None], np.eye(len(found)) / _FREEDOM])
+        right = np.concatenate([-errors * weights, (begin - found) / _FREEDOM])
         step = np.linalg.lstsq(left, right, rcond=None)[0]
         found = np.minimum(found + np.clip(step, -0.5, 0.5), most)
     values = dict(zip(NUMBERS, np.exp(found).tolist(), strict=True))
@@ -78,7 +77,7 @@ def fit_machine(steps: Sequence[Measured], prior: Rates, *, source: str) -> Rate
     )
     shares = {name: min(getattr(prior, name) / slower, 1.0) for name in NUMBERS[:4]}
     seconds = {name: getattr(prior, name) * slower for name in NUMBERS[4:]}
-    return fit_rates(steps, replace(prior, **shares, **seconds), freedom=0.5, source=source)
+    return fit_rates(steps, replace(prior, **shares, **seconds), source=source)
 
 
 def _linearized(

@@ -284,12 +284,12 @@ def launch_flags(model: str, cut: RunLayout) -> list[str]:
     if cut.zero is not None:
         return _zero_flags(model, cut, cut.zero)
     job = cut.job
-    data = ["--mock-data"] if job.lora_rank is None else ["--data-path CHATS.jsonl"]
+    source, data = "--config", "--mock-data"
+    if job.lora_rank is not None:
+        source, data = "--load", "--data-path CHATS.jsonl"
     flags = [
-        f"--config {shlex.quote(model)}"
-        if job.lora_rank is None
-        else f"--load {shlex.quote(model)}",
-        *data,
+        f"{source} {shlex.quote(model)}",
+        data,
         f"--device {job.backend}",
         f"--tensor-model-parallel-size {cut.tp}",
         f"--pipeline-model-parallel-size {cut.pp}",

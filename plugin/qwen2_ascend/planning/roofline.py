@@ -131,16 +131,13 @@ def micro_batch_work(cut: RunLayout, stage: int, device: Device, devices_per_nod
     )
 
 
-def stage_flops(cut: RunLayout, stage: int) -> float:
-    """FLOPs of one micro-batch on one rank: forward, backward and what is recomputed.
-
-    Without recomputation the stages' sum is `flops.train_flops_per_token` of the tokens.
-    """
-    return stage_products(cut, stage) + stage_attention(cut, stage)
-
-
 def stage_products(cut: RunLayout, stage: int) -> float:
-    """FLOPs of the matrix products among `stage_flops`."""
+    """FLOPs of one micro-batch's matrix products on one rank: forward, backward and what is
+    recomputed.
+
+    Without recomputation these and `stage_attention`'s are, over all stages,
+    `flops.train_flops_per_token` of the tokens.
+    """
     job, config = cut.job, cut.job.config
     # frozen weights have no gradient: backward is once forward, and the adapters are small
     times = 3 if job.lora_rank is None else 2
@@ -153,7 +150,7 @@ def stage_products(cut: RunLayout, stage: int) -> float:
 
 
 def stage_attention(cut: RunLayout, stage: int) -> float:
-    """FLOPs of attention's core among `stage_flops`."""
+    """FLOPs of attention's core, counted likewise."""
     config = cut.job.config
     layers = cut.layers_of(stage)
     core = attention_flops(cut.job.seq_length, config.num_attention_heads, config.kv_channels)

@@ -271,10 +271,8 @@ def _settings(shape: RunLayout, choices: Choices) -> Iterator[RunLayout]:
             sequence_parallel=in_sequence,
             distributed_optimizer=is_distributed,
         )
-        is_asked = choices.use_distributed_optimizer in (
-            None,
-            is_distributed,
-        ) and choices.sequence_parallel in (None, in_sequence)
+        is_asked = choices.use_distributed_optimizer in (None, is_distributed)
+        is_asked = is_asked and choices.sequence_parallel in (None, in_sequence)
         if choices.is_fused and shape.tp > 1 and not in_sequence:
             continue
         if is_asked and _divides_sequences(cut):

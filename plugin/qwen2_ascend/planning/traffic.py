@@ -50,23 +50,18 @@ def step_traffic(cut: RunLayout) -> dict[Kind, float]:
     """Bytes that all devices together send in a step, by kind."""
     total: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     for stage in range(cut.pp):
-        for kind, sent in rank_traffic(cut, stage).items():
+        for kind, sent in _sent(collectives(cut, stage)).items():
             total[kind] += sent * cut.tp * cut.replicas
     return total
 
 
-def rank_traffic(cut: RunLayout, stage: int) -> dict[Kind, float]:
-    """Bytes that one rank of `stage` sends in a step, by kind."""
-    return _sent(collectives(cut, stage))
-
-
 def micro_batches_traffic(cut: RunLayout, stage: int) -> dict[Kind, float]:
-    """The part of it that the stage's micro-batches send."""
+    """Bytes that one rank of `stage` sends in a step for its micro-batches, by kind."""
     return _sent(_of_micro_batches(cut, stage))
 
 
 def update_traffic(cut: RunLayout, stage: int) -> float:
-    """The part of it that the update sends."""
+    """Bytes that it sends for the update."""
     return _sent(_data_parallel(cut, stage))["DP"] if cut.replicas > 1 else 0.0
 
 

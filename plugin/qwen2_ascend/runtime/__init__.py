@@ -17,12 +17,11 @@ from qwen2_ascend.runtime import environment
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime.device import Runtime, select_device
-    from qwen2_ascend.runtime.ledger import Patch, applied_patches
+    from qwen2_ascend.runtime.ledger import applied_patches
     from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel, supported_keywords
     from qwen2_ascend.runtime.startup import current, initialize_model_parallel, start
 
 __all__ = [
-    "Patch",
     "Runtime",
     "applied_patches",
     "current",
@@ -34,7 +33,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Patch": "ledger",
     "Runtime": "device",
     "applied_patches": "ledger",
     "current": "startup",

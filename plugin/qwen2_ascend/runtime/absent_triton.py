@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from qwen2_ascend.runtime.ledger import Patch, record
+from qwen2_ascend.runtime.ledger import record
 
 BORROWERS = (
     "megatron.core.transformer.moe.paged_stash",  # 0.18
@@ -58,12 +58,10 @@ class _Lender(Loader):
         vars(module)["__builtins__"] = {**vars(builtins), "__import__": _import}
         self._original.exec_module(module)
         record(
-            Patch(
-                target=f"{module.__name__}:triton",
-                why="megatron-core imports triton kernels of mixtures of experts, installed or not",
-                how="lends this one module a stand-in whose kernels raise when they are called",
-                until="megatron-core asks whether triton is there, as its other modules do",
-            )
+            f"{module.__name__}:triton",
+            why="megatron-core imports triton kernels of mixtures of experts, installed or not",
+            how="lends this one module a stand-in whose kernels raise when they are called",
+            until="megatron-core asks whether triton is there, as its other modules do",
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from qwen2_ascend.runtime.ledger import Patch, applied_during, apply
+from qwen2_ascend.runtime.ledger import applied_during, apply
 
 _CPU = torch.device("cpu")
 _BLOCK = 4096
@@ -25,111 +25,105 @@ def redirect_torch() -> None:
     # real ones. With ours in their place transformers' from_pretrained leaves inv_freq unset.
     _device_constructors()
     apply(
-        Patch(
-            target="torch:cuda.current_device",
-            why="megatron-core allocates on torch.cuda.current_device() throughout",
-            how="answers torch.device('cpu')",
-            until=_UNTIL,
-        ),
+        "torch:cuda.current_device",
         lambda original: lambda: _CPU,
+        why="megatron-core allocates on torch.cuda.current_device() throughout",
+        how="answers torch.device('cpu')",
+        until=_UNTIL,
     )
     for factory in ("tensor", "zeros"):
         apply(
-            Patch(
-                target=f"torch:{factory}",
-                why="gradient norm, clipping and token counts are allocated with device='cuda'",
-                how="device='cuda' becomes the CPU, anything else passes through",
-                until=_UNTIL,
-            ),
+            f"torch:{factory}",
             _on_cpu,
+            why="gradient norm, clipping and token counts are allocated with device='cuda'",
+            how="device='cuda' becomes the CPU, anything else passes through",
+            until=_UNTIL,
         )
     apply(
-        Patch(
-            target="torch:Tensor.type",
-            why="gradient clipping and the distributed optimizer accept torch.cuda.* tensors only",
-            how="type() without arguments says torch.cuda.FloatTensor for torch.FloatTensor",
-            until=_UNTIL,
-        ),
+        "torch:Tensor.type",
         cuda_type_name,
+        why="gradient clipping and the distributed optimizer accept torch.cuda.* tensors only",
+        how="type() without arguments says torch.cuda.FloatTensor for torch.FloatTensor",
+        until=_UNTIL,
     )
     apply(
-        Patch(
-            target="torch:Tensor.cuda",
-            why="the last pipeline stage moves its copy of a tied embedding with .cuda()",
-            how="answers the tensor itself",
-            until=_UNTIL,
-        ),
+        "torch:Tensor.cuda",
         lambda original: lambda self, *args, **kwargs: self,
+        why="the last pipeline stage moves its copy of a tied embedding with .cuda()",
+        how="answers the tensor itself",
+        until=_UNTIL,
     )
-    _redirect_streams()
-    _redirect_random_state()
+    _redirect_streams_and_generator()
 
 
-def _redirect_streams() -> None:
+def _redirect_streams_and_generator() -> None:
     apply(
-        Patch(
-            target="torch:cuda.synchronize",
-            why="saving torch_dist waits for copies from the device that it has begun",
-            how="returns at once: on the CPU nothing is under way",
-            until=_UNTIL,
-        ),
+        "torch:cuda.synchronize",
         lambda original: lambda device=None: None,
+        why="saving torch_dist waits for copies from the device that it has begun",
+        how="returns at once: on the CPU nothing is under way",
+        until=_UNTIL,
     )
     apply(
-        Patch(
-            target="torch:cuda.current_stream",
-            why="before it reduces gradients megatron-core 0.19 takes the stream that CUDA graphs "
-            "would be waited for on, with or without graphs",
-            how="answers the CPU's stream, on which waiting does nothing",
-            until=_UNTIL,
-        ),
+        "torch:cuda.current_stream",
         lambda original: lambda device=None: torch.cpu.current_stream(),
+        why="before it reduces gradients megatron-core 0.19 takes the stream that CUDA graphs "
+        "would be waited for on, with or without graphs",
+        how="answers the CPU's stream, on which waiting does nothing",
+        until=_UNTIL,
+    )
+    apply(
+        "torch:cuda.get_rng_state",
+        lambda original: lambda device="cuda": torch.get_rng_state(),
+        why="the RNG tracker saves the CUDA generator before it forks; raises without CUDA",
+        how="reads the CPU generator",
+        until=_UNTIL,
+    )
+    apply(
+        "torch:cuda.manual_seed",
+        lambda original: lambda seed: torch.default_generator.manual_seed(seed),
+        why="the RNG tracker seeds lazily, which never happens: no crash, but every "
+        "tensor-parallel rank draws the same dropout",
+        how="seeds the CPU generator",
+        until=_UNTIL,
     )
 
 
 def redirect_megatron() -> None:
     """Imports megatron.core and gives its RNG tracker the CPU generator."""
     with applied_during(
-        Patch(
-            target="torch:compile",
-            why="each jit_fuser of megatron-core imports the inductor, more than a second per "
-            "process, and compiles C++ for seconds when it is first called",
-            how="leaves functions as they are while megatron.core is imported",
-            until="megatron-core compiles when called, not when imported",
-        ),
+        "torch:compile",
         lambda original: _uncompiled,
+        why="each jit_fuser of megatron-core imports the inductor, more than a second per "
+        "process, and compiles C++ for seconds when it is first called",
+        how="leaves functions as they are while megatron.core is imported",
+        until="megatron-core compiles when called, not when imported",
     ):
         importlib.import_module("megatron.core.models.gpt")
     module = "megatron.core.tensor_parallel.random"
     apply(
-        Patch(
-            target=f"{module}:_get_cuda_rng_state",
-            why="the RNG tracker saves its state on leaving a fork; raises without CUDA",
-            how="reads the CPU generator",
-            until=_UNTIL,
-        ),
+        f"{module}:_get_cuda_rng_state",
         lambda original: lambda *args, **kwargs: torch.get_rng_state(),
+        why="the RNG tracker saves its state on leaving a fork; raises without CUDA",
+        how="reads the CPU generator",
+        until=_UNTIL,
     )
     apply(
-        Patch(
-            target=f"{module}:_set_cuda_rng_state",
-            why="sets a CUDA generator lazily, which never happens: no crash, but a fork does not "
-            "change the generator and recomputation draws another dropout",
-            how="sets the CPU generator",
-            until=_UNTIL,
-        ),
+        f"{module}:_set_cuda_rng_state",
         lambda original: lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
+        why="sets a CUDA generator lazily, which never happens: no crash, but a fork does not "
+        "change the generator and recomputation draws another dropout",
+        how="sets the CPU generator",
+        until=_UNTIL,
     )
     apply(
-        Patch(
-            target="megatron.core.optimizer.clip_grads:l2_norm_impl",
-            why="torch.norm adds a whole tensor up in fp32, one number after the other: on the CPU "
-            "the norm of 136 million numbers is up to 1% too small, and less so where tensor "
-            "parallelism has cut it, so that clipping depends on the layout",
-            how="takes the norms of blocks, and then theirs in fp64",
-            until="torch.norm on the CPU adds up in blocks, as torch.sum does",
-        ),
+        "megatron.core.optimizer.clip_grads:l2_norm_impl",
         lambda original: _l2_norm,
+        why="torch.norm adds a whole tensor up in fp32, one number after the other: on the CPU "
+        "the norm of 136 million numbers is up to 1% too small, and less so where tensor "
+        "parallelism has cut it, so that clipping depends on the layout",
+        how="takes the norms of blocks, and then theirs in fp64",
+        until="torch.norm on the CPU adds up in blocks, as torch.sum does",
     )
 
 
@@ -175,25 +169,3 @@ def _on_cpu(original: Any) -> Any:
         return original(*args, **kwargs)
 
     return factory
-
-
-def _redirect_random_state() -> None:
-    apply(
-        Patch(
-            target="torch:cuda.get_rng_state",
-            why="the RNG tracker saves the CUDA generator before it forks; raises without CUDA",
-            how="reads the CPU generator",
-            until=_UNTIL,
-        ),
-        lambda original: lambda device="cuda": torch.get_rng_state(),
-    )
-    apply(
-        Patch(
-            target="torch:cuda.manual_seed",
-            why="the RNG tracker seeds lazily, which never happens: no crash, but every "
-            "tensor-parallel rank draws the same dropout",
-            how="seeds the CPU generator",
-            until=_UNTIL,
-        ),
-        lambda original: lambda seed: torch.default_generator.manual_seed(seed),
-    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime.device import Runtime
-from qwen2_ascend.runtime.ledger import Patch, apply
+from qwen2_ascend.runtime.ledger import apply
 
 
 def import_deepspeed(runtime: Runtime) -> Any:
@@ -50,23 +50,19 @@ def _redirect(device: str) -> None:
     """What DeepSpeed takes for granted on this device and does not have."""
     if device == "cpu":
         apply(
-            Patch(
-                target="deepspeed.ops:__compatible_ops__",
-                why="on a CPU DeepSpeed compiles its own all_reduce over shared memory when it "
-                "starts: a minute, and it needs a C++ compiler",
-                how="says that this operator cannot be built, so that gloo does all",
-                until="DeepSpeed has a switch for it",
-            ),
+            "deepspeed.ops:__compatible_ops__",
             lambda original: {**original, "deepspeed_shm_comm": False},
+            why="on a CPU DeepSpeed compiles its own all_reduce over shared memory when it "
+            "starts: a minute, and it needs a C++ compiler",
+            how="says that this operator cannot be built, so that gloo does all",
+            until="DeepSpeed has a switch for it",
         )
     elif device == "npu":
         apply(
-            Patch(
-                target="deepspeed.accelerator.npu_accelerator:NPU_Accelerator.is_fp64_supported",
-                why="ZeRO-3 adds gradient norms up over the ranks in fp64 where a device has it, "
-                "which HCCL's all_reduce refuses on 910B and 910C",
-                how="says no, so that they are added up in fp32",
-                until="DeepSpeed asks what the backend can reduce",
-            ),
+            "deepspeed.accelerator.npu_accelerator:NPU_Accelerator.is_fp64_supported",
             lambda original: lambda self: False,
+            why="ZeRO-3 adds gradient norms up over the ranks in fp64 where a device has it, "
+            "which HCCL's all_reduce refuses on 910B and 910C",
+            how="says no, so that they are added up in fp32",
+            until="DeepSpeed asks what the backend can reduce",
         )

@@ -103,15 +103,6 @@ class Runtime:
             total=module.get_device_properties(self.device).total_memory,
         )
 
-    def utilization_percent(self) -> int | None:
-        """How busy the accelerator is just now; None where nobody says it."""
-        if self.name == "cpu" or self.simulated:
-            return None
-        try:
-            return int(torch.get_device_module(self.device).utilization())
-        except (AttributeError, ImportError, RuntimeError):  # cuda's wants pynvml
-            return None
-
     def reached(self, step: int) -> None:
         """Lets the other ranks know how far this one is, should it be lost."""
         meeting = meetings.current()

@@ -31,32 +31,40 @@ def applied_patches() -> tuple[Patch, ...]:
     return tuple(_APPLIED.values())
 
 
-def apply(patch: Patch, replacement: Callable[[Any], Any]) -> None:
-    """Replaces the target with `replacement(original)`; a second time does nothing."""
-    if patch.target not in _APPLIED:
-        owner, name, original = _find(patch.target)
+def apply(target: str, replacement: Callable[[Any], Any], **reasons: str) -> None:
+    """Replaces the target with `replacement(original)`; a second time does nothing.
+
+    Args:
+        target: as in `Patch`.
+        replacement: gets what is there, gives what takes its place.
+        **reasons: the other fields of `Patch`.
+    """
+    if target not in _APPLIED:
+        owner, name, original = _find(target)
         setattr(owner, name, replacement(original))
-        _APPLIED[patch.target] = patch
+        record(target, **reasons)
 
 
-def record(patch: Patch) -> None:
+def record(target: str, **reasons: str) -> None:
     """Notes what somebody else's code has replaced on our behalf."""
-    _APPLIED[patch.target] = patch
+    _APPLIED[target] = Patch(target=target, **reasons)
 
 
 @contextmanager
-def applied_during(patch: Patch, replacement: Callable[[Any], Any]) -> Iterator[None]:
+def applied_during(
+    target: str, replacement: Callable[[Any], Any], **reasons: str
+) -> Iterator[None]:
     """Replaces the target for the length of a `with` block only.
 
     It is recorded all the same: what is imported in the block keeps what it saw.
     """
-    owner, name, original = _find(patch.target)
+    owner, name, original = _find(target)
     setattr(owner, name, replacement(original))
     try:
         yield
     finally:
         setattr(owner, name, original)
-    _APPLIED[patch.target] = patch
+    record(target, **reasons)
 
 
 def _find(target: str) -> tuple[Any, str, Any]:

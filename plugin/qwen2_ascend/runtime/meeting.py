@@ -124,7 +124,7 @@ def _found(
     while True:
         try:
             left = max(deadline - time.monotonic(), 1)
-            store = _host(server, left) if hosts else _connect(server, left)
+            store = _connect(server, left, hosts=hosts)
             return store, (_call if rank == 0 else _answer)(store, rank, world_size, deadline)
         except dist.DistNetworkError as error:  # who kept the store may be restarted too
             if hosts or time.monotonic() > deadline:
@@ -151,18 +151,10 @@ def _hosts_store(rank: int) -> bool:
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def _host(server: tuple[str, int], timeout_seconds: float) -> Any:
-    return TCPStore(
-        *server,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_seconds),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-
-
-def _connect(server: tuple[str, int], timeout_seconds: float) -> Any:
-    return TCPStore(*server, is_master=False, timeout=timedelta(seconds=timeout_seconds))
+def _connect(server: tuple[str, int], timeout_seconds: float, *, hosts: bool = False) -> Any:
+    timeout = timedelta(seconds=timeout_seconds)
+    options = {"wait_for_workers": False, "multi_tenant": True} if hosts else {}
+    return TCPStore(*server, is_master=hosts, timeout=timeout, **options)
 
 
 def _call(store: Any, rank: int, world_size: int, deadline: float) -> str:

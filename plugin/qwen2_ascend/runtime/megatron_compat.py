@@ -20,6 +20,7 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.machine import local_rank
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import absent_triton
+from qwen2_ascend.runtime.ledger import applied_during, apply
 
 
 def supported_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
@@ -194,21 +195,17 @@ def model_parallel_seed(seed: int) -> int:
 
 def prepare_torch_dist() -> None:
     """Mends megatron-core's saving of torch_dist checkpoints where this installation needs it."""
-    from qwen2_ascend.runtime.ledger import Patch, apply
-
     name = "megatron.core.dist_checkpointing.strategies.filesystem_async"
     module = importlib.import_module(name)
     takes_format = "serialization_format" in inspect.signature(module._write_item).parameters
     if takes_format and "serialization_format" not in inspect.getsource(module):
         apply(
-            Patch(
-                target=f"{name}:_write_item",
-                why="megatron-core 0.12 calls a function of torch's that takes one argument more "
-                "since torch 2.8",
-                how="adds the argument, with the format that torch had before",
-                until="megatron-core 0.12 is no longer supported",
-            ),
+            f"{name}:_write_item",
             _in_torch_format,
+            why="megatron-core 0.12 calls a function of torch's that takes one argument more "
+            "since torch 2.8",
+            how="adds the argument, with the format that torch had before",
+            until="megatron-core 0.12 is no longer supported",
         )
 
 
@@ -225,18 +222,14 @@ def each_node_builds_data() -> Iterator[None]:
     In the block megatron-core takes a rank's place on its node for its place among all; the others
     of the node wait at the same barriers and read what that one has written.
     """
-    from qwen2_ascend.runtime.ledger import Patch, applied_during
-
     place = local_rank()
     with applied_during(
-        Patch(
-            target="torch.distributed:get_rank",
-            why="megatron-core lets global rank 0 alone write sample indices, which ranks on nodes "
-            "with disks of their own cannot read",
-            how="answers the rank's place on its node while datasets are built",
-            until="megatron-core has a setting for storage that nodes do not share",
-        ),
+        "torch.distributed:get_rank",
         lambda original: lambda group=None: place if group is None else original(group),
+        why="megatron-core lets global rank 0 alone write sample indices, which ranks on nodes "
+        "with disks of their own cannot read",
+        how="answers the rank's place on its node while datasets are built",
+        until="megatron-core has a setting for storage that nodes do not share",
     ):
         yield
 
@@ -281,21 +274,17 @@ def _counts_tokens_of_sequences(finalize: Callable[..., None]) -> bool:
 
 def prepare_buckets() -> None:
     """Mends the distributed optimizer of tied embeddings over pipeline stages in 0.12."""
-    from qwen2_ascend.runtime.ledger import Patch, apply
-
     name = "megatron.core.distributed.param_and_grad_buffer"
     source = inspect.getsource(importlib.import_module(name))
     if "if param_start_index % self.data_parallel_world_size" in source:
         apply(
-            Patch(
-                target=f"{name}:math",
-                why="a tied embedding has a bucket of its own; megatron-core 0.12 pads the one "
-                "before to 128 elements but begins the embedding at the next multiple of 64, so "
-                "that it may be in both, which the distributed optimizer refuses by an assertion",
-                how="lcm takes 64 for 128: buckets are padded as far as parameters are",
-                until="megatron-core 0.12 is no longer supported",
-            ),
+            f"{name}:math",
             _HalfPadding,
+            why="a tied embedding has a bucket of its own; megatron-core 0.12 pads the one "
+            "before to 128 elements but begins the embedding at the next multiple of 64, so "
+            "that it may be in both, which the distributed optimizer refuses by an assertion",
+            how="lcm takes 64 for 128: buckets are padded as far as parameters are",
+            until="megatron-core 0.12 is no longer supported",
         )
 
 
@@ -314,20 +303,16 @@ class _HalfPadding:
 
 def prepare_distributed_optimizer() -> None:
     """Mends megatron-core 0.12's distributed optimizer where Transformer Engine is missing."""
-    from qwen2_ascend.runtime.ledger import Patch, apply
-
     name = "megatron.core.optimizer.distrib_optimizer"
     module = importlib.import_module(name)
     if hasattr(module, "quantize_param_shard"):
         apply(
-            Patch(
-                target=f"{name}:quantize_param_shard",
-                why="megatron-core 0.12 refuses to quantize no fp8 parameters at all without "
-                "Transformer Engine",
-                how="does nothing when there are no fp8 parameters",
-                until="megatron-core 0.12 is no longer supported",
-            ),
+            f"{name}:quantize_param_shard",
             _unless_empty,
+            why="megatron-core 0.12 refuses to quantize no fp8 parameters at all without "
+            "Transformer Engine",
+            how="does nothing when there are no fp8 parameters",
+            until="megatron-core 0.12 is no longer supported",
         )
 
 

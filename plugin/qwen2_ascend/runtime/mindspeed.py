@@ -168,7 +168,7 @@ def current_stack(torch_version: str) -> Stack:
 def release(version: str) -> str:
     """The three numbers of a version, which releases are matched by.
 
-    So a release candidate, a post-release and a local build are of the release they are named for.
+    2.7.1.post2, 2.7.1rc1, 2.7.1a0+git1 and 2.7.1+cpu are of release 2.7.1.
     """
     from packaging.version import InvalidVersion, Version
 
@@ -350,20 +350,13 @@ def activate(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         UserError: it cannot be imported. Parts of torch may have been replaced by then.
     """
-    _assert_before_megatron()
     os.environ.setdefault("MIND_SPEED_LOG_LEVEL", "ERROR")
-    try:
-        with _without_command_line(), warnings.catch_warnings(record=True):
-            args_utils: Any = importlib.import_module("mindspeed.args_utils")
-            namespace = args_utils.get_mindspeed_args(get_defaults=True)
-            vars(namespace).update(arguments)
-            args_utils._MINDSPEED_ARGS = namespace  # else it parses sys.argv
-            importlib.import_module("mindspeed.megatron_adaptor")
-    except (ImportError, AttributeError, OSError) as error:
-        raise UserError(
-            f"MindSpeed cannot be activated ({type(error).__name__}: {error}); install its "
-            "requirements.txt and the CANN of its branch, or refuse it with --no-mindspeed."
-        ) from error
+    with _activating("MindSpeed", "requirements.txt"):
+        args_utils: Any = importlib.import_module("mindspeed.args_utils")
+        namespace = args_utils.get_mindspeed_args(get_defaults=True)
+        vars(namespace).update(arguments)
+        args_utils._MINDSPEED_ARGS = namespace  # else it parses sys.argv
+        importlib.import_module("mindspeed.megatron_adaptor")
     manager = importlib.import_module("mindspeed.patch_utils").MindSpeedPatchesManager
     return tuple(name for name, patch in manager.patches_info.items() if patch.is_applied)
 
@@ -374,21 +367,8 @@ def activate_adaptor() -> None:
     Raises:
         UserError: it cannot be imported. Parts of torch may have been replaced by then.
     """
-    _assert_before_megatron()
-    try:
-        with _without_command_line(), warnings.catch_warnings(record=True):
-            importlib.import_module("megatron_adaptor")
-    except (ImportError, AttributeError, OSError) as error:
-        raise UserError(
-            f"MegatronAdaptor cannot be activated ({type(error).__name__}: {error}); install its "
-            "requirements and the CANN of its branch, or refuse it with --no-mindspeed."
-        ) from error
-
-
-def _assert_before_megatron() -> None:
-    assert not any(name.startswith("megatron.core") for name in sys.modules), (
-        "comes before megatron"
-    )
+    with _activating("MegatronAdaptor", "requirements"):
+        importlib.import_module("megatron_adaptor")
 
 
 def relied_on(patched: Sequence[str]) -> tuple[str, ...]:
@@ -402,10 +382,20 @@ def relied_on(patched: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _without_command_line() -> Iterator[None]:
+def _activating(what: str, requirements: str) -> Iterator[None]:
+    """Hides the command line and warnings; raises UserError where an import in the block fails."""
+    assert not any(name.startswith("megatron.core") for name in sys.modules), (
+        "comes before megatron"
+    )
     saved = sys.argv
     sys.argv = sys.argv[:1]
     try:
-        yield
+        with warnings.catch_warnings(record=True):
+            yield
+    except (ImportError, AttributeError, OSError) as error:
+        raise UserError(
+            f"{what} cannot be activated ({type(error).__name__}: {error}); install its "
+            f"{requirements} and the CANN of its branch, or refuse it with --no-mindspeed."
+        ) from error
     finally:
         sys.argv = saved

@@ -15,7 +15,7 @@ from typing import Any
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import diagnosis, mindspeed
 from qwen2_ascend.runtime.cpu import cuda_type_name
-from qwen2_ascend.runtime.ledger import Patch, apply, record
+from qwen2_ascend.runtime.ledger import apply, record
 
 SIMULATED = "TORCH_NPU_SIM_SOC"
 """Set where torch_npu runs on a simulated device, to the chip that it plays."""
@@ -32,13 +32,13 @@ def missing() -> str | None:
     """Why no NPU can be used here, with the way out; None when one can."""
     import torch
 
-    ours = release(torch.__version__)
+    ours = mindspeed.release(torch.__version__)
     if not is_installed():
         return (
             f"torch_npu is not installed; install the release that equals torch: pip install "
             f'"torch_npu=={ours}".'
         )
-    theirs = release(importlib.metadata.version("torch_npu"))
+    theirs = mindspeed.release(importlib.metadata.version("torch_npu"))
     if ours != theirs:
         return (
             f"torch_npu is {theirs} and torch is {ours}; the two releases must be equal: pip "
@@ -100,13 +100,11 @@ def redirect() -> None:
     with warnings.catch_warnings(record=True):
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
     apply(
-        Patch(
-            target="torch:Tensor.type",
-            why="gradient clipping and the distributed optimizer accept torch.cuda.* tensors only",
-            how="type() without arguments says torch.cuda.FloatTensor for torch.npu.FloatTensor",
-            until="torch_npu.contrib.transfer_to_npu covers Tensor.type()",
-        ),
+        "torch:Tensor.type",
         cuda_type_name,
+        why="gradient clipping and the distributed optimizer accept torch.cuda.* tensors only",
+        how="type() without arguments says torch.cuda.FloatTensor for torch.npu.FloatTensor",
+        until="torch_npu.contrib.transfer_to_npu covers Tensor.type()",
     )
     for message in (
         # megatron-core's barriers name no device; ours is the current one
@@ -122,12 +120,10 @@ def activate_mindspeed(arguments: Mapping[str, Any]) -> str:
     patched = mindspeed.activate(arguments)
     relied_on = mindspeed.relied_on(patched)
     record(
-        Patch(
-            target="mindspeed:megatron_adaptor",
-            why="--mindspeed: Ascend's own rewrites of megatron-core",
-            how=f"replaces {len(patched)} attributes, among them: {', '.join(relied_on)}",
-            until="the run is started with --no-mindspeed",
-        )
+        "mindspeed:megatron_adaptor",
+        why="--mindspeed: Ascend's own rewrites of megatron-core",
+        how=f"replaces {len(patched)} attributes, among them: {', '.join(relied_on)}",
+        until="the run is started with --no-mindspeed",
     )
     _mend_device_capability()
     return f"{len(patched)} attributes replaced"
@@ -137,12 +133,10 @@ def activate_adaptor() -> str:
     """Activates MegatronAdaptor, records that, and says what is known of it."""
     mindspeed.activate_adaptor()
     record(
-        Patch(
-            target="megatron_adaptor:",
-            why="--mindspeed: Ascend's own rewrites of megatron-core 0.17 and later",
-            how="replaces attributes of torch and megatron-core that it keeps no list of",
-            until="the run is started with --no-mindspeed",
-        )
+        "megatron_adaptor:",
+        why="--mindspeed: Ascend's own rewrites of megatron-core 0.17 and later",
+        how="replaces attributes of torch and megatron-core that it keeps no list of",
+        until="the run is started with --no-mindspeed",
     )
     return "it keeps no list of what it replaces"
 
@@ -153,16 +147,9 @@ def _mend_device_capability() -> None:
 
     if not inspect.signature(torch.cuda.get_device_capability).parameters:
         apply(
-            Patch(
-                target="torch:cuda.get_device_capability",
-                why="MindSpeed 2.3.0's takes no device; torch's broadcast passes one since 2.13",
-                how="takes a device and does not look at it",
-                until="MindSpeed 2.3.0_core_r0.12.1 is no longer supported",
-            ),
+            "torch:cuda.get_device_capability",
             lambda original: lambda device=None: original(),
+            why="MindSpeed 2.3.0's takes no device; torch's broadcast passes one since 2.13",
+            how="takes a device and does not look at it",
+            until="MindSpeed 2.3.0_core_r0.12.1 is no longer supported",
         )
-
-
-def release(version: str) -> str:
-    """2.7.1.post2, 2.7.1rc1, 2.7.1a0+git1 and 2.7.1+cpu are of release 2.7.1."""
-    return mindspeed.release(version)

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime.device import Runtime
@@ -33,64 +33,37 @@ class PowerReadingError(RuntimeError):
     """A source that was there gave no figure this time."""
 
 
-class PowerSource(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class PowerSource:
     """One thing that measures the device of this process."""
 
-    @property
-    def name(self) -> str:
-        """What is measured and by what, for the log."""
-        ...
-
-    @property
-    def counts_energy(self) -> bool:
-        """Whether `read` gives joules since some moment; else it gives watts."""
-        ...
-
-    @property
-    def period_seconds(self) -> float:
-        """How often it is worth while to read it."""
-        ...
-
-    def read(self) -> float:
-        """Joules or watts, now.
-
-        Raises:
-            PowerReadingError: no figure this time.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class PowerTool:
-    """A figure of a program that prints the power each time it is run."""
-
     name: str
-    command: tuple[str, ...]
-    watts: Callable[[str], float]
-    """The figure in what was printed; raises PowerReadingError where there is none."""
-    counts_energy: bool = False
-    period_seconds: float = 1.0
-
-    def read(self) -> float:
-        """Watts.
-
-        Raises:
-            PowerReadingError: the program failed, or its figure is missing.
-        """
-        return self.watts(ask(self.command))
+    """What is measured and by what, for the log."""
+    read: Callable[[], float]
+    """Gives joules or watts, now; raises PowerReadingError where there is no figure this time."""
+    counts_energy: bool
+    """Whether `read` gives joules since some moment; else it gives watts."""
+    period_seconds: float
+    """How often it is worth while to read it."""
 
 
-@dataclass(frozen=True)
-class CountedElsewhere:
-    """The source of a process whose device another process of the host already counts."""
+def power_tool(name: str, command: Sequence[str], watts: Callable[[str], float]) -> PowerSource:
+    """A figure of a program that prints the power each time it is run.
 
-    name: str
-    counts_energy: bool = True
-    period_seconds: float = 60.0
+    Args:
+        name: of the source.
+        command: the program and its arguments.
+        watts: gives the figure in what was printed; raises PowerReadingError where there is none.
+    """
+    return PowerSource(
+        name=name, read=lambda: watts(ask(command)), counts_energy=False, period_seconds=1.0
+    )
 
-    def read(self) -> float:
-        """No joules: adding it changes nothing."""
-        return 0.0
+
+def counted_elsewhere(name: str) -> PowerSource:
+    """The source of a process whose device another process of the host already counts: no joules,
+    which change nothing where they are added."""
+    return PowerSource(name=name, read=lambda: 0.0, counts_energy=True, period_seconds=60.0)
 
 
 @dataclass(frozen=True, kw_only=True)

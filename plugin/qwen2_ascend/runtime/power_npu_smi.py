@@ -23,14 +23,14 @@ from typing import NamedTuple
 
 from qwen2_ascend.runtime import diagnosis
 from qwen2_ascend.runtime.power import (
-    CountedElsewhere,
     NoPowerSource,
     PowerReadingError,
     PowerSource,
-    PowerTool,
     ask,
+    counted_elsewhere,
     find_command,
     number,
+    power_tool,
 )
 
 POWER_KEYS = ("NPU Real-time Power(W)", "Power Dissipation(W)")
@@ -89,7 +89,7 @@ def open_npu_smi(local_rank: int, environ: Mapping[str, str] = os.environ) -> Po
             table = parse_table(ask((path, "info")))
             with_own_figure = {c for (k, c), watts in table.items() if k == own.card and watts}
         command, figure = _find(path, own, with_own_figure, has_neighbours=len(card) > 1)
-        source = PowerTool(f"npu-smi, {figure}", command, partial(_watts, command, figure))
+        source = power_tool(f"npu-smi, {figure}", command, partial(_watts, command, figure))
         source.read()
     except PowerReadingError as error:
         raise NoPowerSource(f"npu-smi: {error}.") from None
@@ -98,7 +98,7 @@ def open_npu_smi(local_rank: int, environ: Mapping[str, str] = os.environ) -> Po
         if chip.card == own.card and (
             figure.chip is None or _sharer(chip.chip, with_own_figure) == figure.chip
         ):
-            return CountedElsewhere(f"{source.name}, counted by local rank {other}")
+            return counted_elsewhere(f"{source.name}, counted by local rank {other}")
     return source
 
 

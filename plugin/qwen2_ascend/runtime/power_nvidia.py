@@ -7,41 +7,17 @@ NVML counts millijoules since the driver was loaded, from Volta on; older GPUs s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qwen2_ascend.runtime.power import (
     NoPowerSource,
     PowerReadingError,
     PowerSource,
-    PowerTool,
     find_command,
     number,
+    power_tool,
 )
-
-
-@dataclass(frozen=True)
-class Nvml:
-    """One GPU, by nvidia-ml-py."""
-
-    name: str
-    counts_energy: bool
-    period_seconds: float
-    ask_millis: Callable[[], int]
-    """Millijoules or milliwatts."""
-    error: type[Exception]
-    """NVML's own."""
-
-    def read(self) -> float:
-        """Joules since the driver was loaded, or watts.
-
-        Raises:
-            PowerReadingError: NVML gives none this time.
-        """
-        try:
-            return self.ask_millis() / 1e3
-        except self.error as error:
-            raise PowerReadingError(f"NVML: {error}") from None
 
 
 def open_nvml(uuid: str) -> PowerSource:
@@ -69,16 +45,15 @@ def open_nvml(uuid: str) -> PowerSource:
 
 def _first_that_answers(pynvml: Any, device: Any, uuid: str) -> PowerSource:
     faults = []
-    for what, counts, ask_device in (
+    for what, counts, ask_millis in (
         ("energy counter", True, pynvml.nvmlDeviceGetTotalEnergyConsumption),
         ("power", False, pynvml.nvmlDeviceGetPowerUsage),
     ):
-        source = Nvml(
+        source = PowerSource(
             name=f"NVML, {what} of {uuid}",
+            read=partial(_read, ask_millis, device, pynvml.NVMLError),
             counts_energy=counts,
             period_seconds=0.5 if counts else 0.1,
-            ask_millis=lambda ask_device=ask_device: ask_device(device),
-            error=pynvml.NVMLError,
         )
         try:
             source.read()
@@ -89,6 +64,14 @@ def _first_that_answers(pynvml: Any, device: Any, uuid: str) -> PowerSource:
     raise NoPowerSource(f"NVML: {uuid} has {' and '.join(faults)}.")
 
 
+def _read(ask_millis: Callable[[Any], int], device: Any, failure: type[Exception]) -> float:
+    """Joules since the driver was loaded, or watts."""
+    try:
+        return ask_millis(device) / 1e3
+    except failure as error:
+        raise PowerReadingError(f"NVML: {error}") from None
+
+
 def open_nvidia_smi(uuid: str, environ: Mapping[str, str]) -> PowerSource:
     """The GPU's power.
 
@@ -97,7 +80,7 @@ def open_nvidia_smi(uuid: str, environ: Mapping[str, str]) -> PowerSource:
     """
     path = find_command("nvidia-smi", environ)
     command = (path, "-i", uuid, "--query-gpu=power.draw", "--format=csv")
-    source = PowerTool(f"nvidia-smi, power.draw of {uuid}", command, _watts)
+    source = power_tool(f"nvidia-smi, power.draw of {uuid}", command, _watts)
     try:
         source.read()
     except PowerReadingError as error:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2_ascend.runtime.power import (
-    CountedElsewhere,
     NoPowerSource,
     PowerReadingError,
     PowerSource,
+    counted_elsewhere,
 )
 
 POWERCAP = Path("sys/class/powercap")
@@ -65,14 +65,7 @@ class Rapl:
 
     domains: Sequence[PackageDomain]
     clock: Callable[[], float] = time.monotonic
-    counts_energy: bool = True
-    period_seconds: float = 0.5
-    _read_at: float | None = field(default=None)
-
-    @property
-    def name(self) -> str:
-        """What is measured and by what."""
-        return f"RAPL, {', '.join(domain.name for domain in self.domains)} (the whole host's)"
+    _read_at: float | None = None
 
     def read(self) -> float:
         """Joules of all packages since the first call."""
@@ -89,22 +82,33 @@ def open_rapl(local_rank: int, root: Path = Path("/")) -> PowerSource:
     Raises:
         NoPowerSource: there are none, or they cannot be read.
     """
-    domains = _packages(root / POWERCAP)
+    domains = packages(root / POWERCAP)
     if local_rank > 0:
-        return CountedElsewhere("RAPL, counted by local rank 0")
-    source = Rapl(domains)
+        return counted_elsewhere("RAPL, counted by local rank 0")
+    rapl = Rapl(domains)
     try:
-        source.read()
+        rapl.read()
     except PowerReadingError as error:
         way_out = ""
         if "Permission denied" in str(error):
             way_out = f" Linux lets root alone read it; as root: chmod a+r /{POWERCAP}"
             way_out += "/intel-rapl:*/energy_uj"
         raise NoPowerSource(f"{error}{way_out}.") from None
-    return source
+    names = ", ".join(domain.name for domain in domains)
+    return PowerSource(
+        name=f"RAPL, {names} (the whole host's)",
+        read=rapl.read,
+        counts_energy=True,
+        period_seconds=0.5,
+    )
 
 
-def _packages(folder: Path) -> list[PackageDomain]:
+def packages(folder: Path) -> list[PackageDomain]:
+    """The packages that powercap's folder shows.
+
+    Raises:
+        NoPowerSource: there are none, or they cannot be read.
+    """
     if not folder.is_dir():
         raise NoPowerSource(
             "RAPL: /sys/class/powercap is not there (a virtual machine, a container without it, "

@@ -18,7 +18,7 @@ from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime import cpu, diagnosis, environment, mindspeed, npu
 from qwen2_ascend.runtime.agreement import raise_together, require_equal
 from qwen2_ascend.runtime.device import BACKENDS, Runtime, select_device
-from qwen2_ascend.runtime.ledger import Patch, apply
+from qwen2_ascend.runtime.ledger import apply
 from qwen2_ascend.runtime.meeting import Meeting, leave, meet
 from qwen2_ascend.runtime.megatron_compat import (
     prepare_buckets,
@@ -228,13 +228,7 @@ def _join(runtime: Runtime, meeting: Meeting) -> None:
 
 def _limit_default_timeouts() -> None:
     apply(
-        Patch(
-            target="torch.distributed.distributed_c10d:_get_default_timeout",
-            why="groups that are made without a time-out (DeepSpeed's, torch's own) wait 10 or 30 "
-            "minutes for a rank that is lost, whatever --distributed-timeout-minutes says",
-            how="gives the time-out of this run",
-            until="torch lets the default time-out be set",
-        ),
+        "torch.distributed.distributed_c10d:_get_default_timeout",
         lambda original: (
             lambda backend: (
                 original(backend)
@@ -242,6 +236,10 @@ def _limit_default_timeouts() -> None:
                 else timedelta(seconds=_current.timeout_seconds)
             )
         ),
+        why="groups that are made without a time-out (DeepSpeed's, torch's own) wait 10 or 30 "
+        "minutes for a rank that is lost, whatever --distributed-timeout-minutes says",
+        how="gives the time-out of this run",
+        until="torch lets the default time-out be set",
     )
 
 
