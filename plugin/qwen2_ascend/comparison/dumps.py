@@ -64,7 +64,6 @@ class Dump:
 
     path: Path
     arrays: tuple[Stored, ...]
-    num_files: int
 
     def by_full_name(self) -> dict[str, Stored]:
         """The arrays by the file's place, without its suffix, and the name in the file."""
@@ -108,9 +107,8 @@ def open_dump(path: str | Path) -> Dump:
             name; every fault at once, naming its file.
     """
     path = Path(path)
-    files = _files(path)
     arrays, faults = [], []
-    for file in files:
+    for file in _files(path):
         try:
             with reading(file):
                 arrays += _READERS[file.suffix.lower()](file)
@@ -119,7 +117,7 @@ def open_dump(path: str | Path) -> Dump:
     raise_if(faults)
     if not arrays:
         raise UserError(f"{path}: holds no arrays.")
-    dump = Dump(path=path, arrays=tuple(arrays), num_files=len(files))
+    dump = Dump(path=path, arrays=tuple(arrays))
     raise_if(_ambiguous(dump))
     return dump
 
@@ -330,14 +328,15 @@ def _stored_tensor(path: Path, name: str, leaf: torch.Tensor | bool | int | floa
         kind = "" if leaf.layout == torch.strided else f", {leaf.layout}"
         return Stored(path, name, shape, f"{leaf.dtype}{kind}".replace("torch.", ""), None)
     plain = leaf.detach()
-    return Stored(path, name, shape, dtype_name(dtype), lambda: _numpy(plain))
+    return Stored(path, name, shape, dtype_name(dtype), lambda: to_numpy(plain))
 
 
 def _is_huge(number: bool | int | float) -> bool:
     return isinstance(number, int) and not -(2**63) <= number < 2**63
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory, of a tensor on the host without a graph; numpy knows bf16 by ml_dtypes."""
     import torch
 
     if tensor.dtype == torch.bfloat16:
