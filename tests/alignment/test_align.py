@@ -168,8 +168,9 @@ def test_token_errors_are_relative_to_each_token() -> None:
     reference[0, 0] = 1e6
     ours = reference.clone()
     ours[0, 2] += 0.5
-    assert judging.token_error(ours, reference) == (pytest.approx(0.125), pytest.approx(0.5))
-    assert judging.token_error(reference, reference) == (0, 0)
+    error = judging.Error(pytest.approx(0.125), pytest.approx(0.5))
+    assert judging.token_error(ours, reference) == error
+    assert judging.token_error(reference, reference) == judging.Error(0, 0)
     assert judging.token_error(ours, torch.zeros_like(ours)).worst == torch.inf
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 from qwen2_ascend.runtime.power import Place, PowerReadingError
+from qwen2_ascend.runtime.power_sources import find_power_source
+from qwen2_ascend.telemetry import energy
 from qwen2_ascend.telemetry.energy import EnergyCurve, EnergyMeter
 
 
@@ -178,8 +181,9 @@ def test_an_unforeseen_error_ends_the_measuring_and_not_the_work() -> None:
     assert meter.joules is None and "segmentation of the bus" in (meter.reason or "")
 
 
-def test_without_a_source_there_is_a_reason_and_no_figure(tmp_path) -> None:
-    meter = EnergyMeter.find(Place(device="cpu"), root=tmp_path)
+def test_without_a_source_there_is_a_reason_and_no_figure(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(energy, "find_power_source", partial(find_power_source, root=tmp_path))
+    meter = EnergyMeter.find(Place(device="cpu"))
     assert meter.measure_idle() is None
     with meter:
         pass
@@ -191,7 +195,7 @@ def test_a_search_that_fails_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object, **__: object) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr("qwen2_ascend.telemetry.energy.find_power_source", broken)
+    monkeypatch.setattr(energy, "find_power_source", broken)
     meter = EnergyMeter.find(Place(device="cpu"))
     assert meter.is_lost and "not yours" in (meter.reason or "")
 
