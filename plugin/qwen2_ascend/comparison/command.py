@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -90,15 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qwen2_ascend.comparison.dumps import open_dumps
 
     ours, theirs = open_dumps(options.ours, options.theirs)
-    rules = _rules(options)
-    report = _compare(ours, theirs, rules, options.png_name)
+    report = _compare(ours, theirs, _rules(options), options.png_name)
     if options.json is not None:
         _write_json(report, options.json)
     _print(report, options)
     if options.png is not None:
         from qwen2_ascend.comparison.picture import draw
 
-        draw(report, ours, theirs, rules, options.png, options.png_name)
+        draw(report, options.png, options.png_name)
     sys.stdout.flush()
     if not report.passed:
         raise SystemExit(EXIT_DIFFERENT)
@@ -128,21 +127,10 @@ def _faults(options: CompareOptions) -> Iterator[str]:
 def _rules(options: CompareOptions) -> Rules:
     from qwen2_ascend.comparison.compare import GRADIENTS, LOGITS, Rules
 
-    return Rules(
-        rtol=options.rtol,
-        atol=options.atol,
-        min_cosine=options.min_cosine,
-        max_relative_l2=options.max_relative_l2,
-        max_kl=options.max_kl,
-        min_top1=options.min_top1,
-        names=options.names,
-        logits=options.logits or LOGITS,
-        gradients=options.gradients or GRADIENTS,
-        precision=options.precision,
-        any_dtype=options.any_dtype,
-        common_only=options.common_only,
-        equal_nonfinite=options.equal_nonfinite,
-    )
+    given = {field.name: getattr(options, field.name) for field in fields(Rules)}
+    given["logits"] = options.logits or LOGITS
+    given["gradients"] = options.gradients or GRADIENTS
+    return Rules(**given)
 
 
 def _compare(ours: Dump, theirs: Dump, rules: Rules, png_name: str | None) -> Report:

@@ -77,6 +77,30 @@ class Rules:
         return dataclasses.replace(defaults, **given)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The arrays of one name; one of them may be missing."""
+
+    name: str
+    ours: Stored | None
+    theirs: Stored | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(side.num_bytes for side in (self.ours, self.theirs) if side)
+
+    def load(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Both arrays in one shape; None when they cannot be compared element by element."""
+        if self.ours is None or self.theirs is None:
+            return None
+        if self.ours.load is None or self.theirs.load is None:
+            return None
+        if _squeezed(self.ours.shape) != _squeezed(self.theirs.shape):
+            return None
+        theirs = self.theirs.load()
+        return self.ours.load().reshape(theirs.shape), theirs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """An array as one dump holds it."""
@@ -92,13 +116,17 @@ class Side:
 class Comparison:
     """One name."""
 
-    name: str
+    pair: Pair
     ours: Side | None
     theirs: Side | None
     findings: tuple[Finding, ...]
     difference: Difference | None = None
     logits: LogitsAgreement | None = None
     tolerances: Tolerances | None = None
+
+    @property
+    def name(self) -> str:
+        return self.pair.name
 
     @property
     def passed(self) -> bool:
@@ -132,30 +160,6 @@ class Report:
             "num_failed": len(self.failed),
             "arrays": [_comparison_json(comparison) for comparison in self.comparisons],
         }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The arrays of one name; one of them may be missing."""
-
-    name: str
-    ours: Stored | None
-    theirs: Stored | None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(side.num_bytes for side in (self.ours, self.theirs) if side)
-
-    def load(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Both arrays in one shape; None when they cannot be compared element by element."""
-        if self.ours is None or self.theirs is None:
-            return None
-        if self.ours.load is None or self.theirs.load is None:
-            return None
-        if _squeezed(self.ours.shape) != _squeezed(self.theirs.shape):
-            return None
-        theirs = self.theirs.load()
-        return self.ours.load().reshape(theirs.shape), theirs
 
 
 def match(ours: Dump, theirs: Dump, rules: Rules) -> list[Pair]:
@@ -224,7 +228,7 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     arrays = pair.load()
     if arrays is None:
         return Comparison(
-            name=pair.name,
+            pair=pair,
             ours=_side(pair.ours),
             theirs=_side(pair.theirs),
             findings=tuple(findings),
@@ -242,7 +246,7 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     findings += _nonfinite(ours.summary, theirs.summary, found, rules)
     findings += tolerance.judge(found, agreement, limits)
     return Comparison(
-        name=pair.name,
+        pair=pair,
         ours=ours,
         theirs=theirs,
         findings=tuple(findings),
@@ -305,12 +309,8 @@ def _nonfinite(
 
 
 def _counts(side: Summary) -> str:
-    counts = []
-    if side.num_nan:
-        counts.append(f"{side.num_nan} NaN")
-    if side.num_inf:
-        counts.append(f"{side.num_inf} infinite")
-    return " and ".join(counts)
+    counts = ((side.num_nan, "NaN"), (side.num_inf, "infinite"))
+    return " and ".join(f"{count} {what}" for count, what in counts if count)
 
 
 def _side(stored: Stored | None, array: np.ndarray | None = None) -> Side | None:
@@ -349,15 +349,12 @@ def _nothing_in_common(pairs: list[Pair]) -> str:
 
 
 def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    figures = ("ours", "theirs", "difference", "logits", "tolerances")
     return {
         "name": comparison.name,
         "passed": comparison.passed,
         "findings": [finding._asdict() for finding in comparison.findings],
-        "ours": _json(comparison.ours),
-        "theirs": _json(comparison.theirs),
-        "difference": _json(comparison.difference),
-        "logits": _json(comparison.logits),
-        "tolerances": _json(comparison.tolerances),
+        **{name: _json(getattr(comparison, name)) for name in figures},
     }
 
 
