@@ -11,6 +11,8 @@ from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGIT
 from qwen2_ascend.figures import new_figure, png, with_grid
 
 OUTER = (EMBEDDING, FINAL_NORM, LOGITS, LOSS)
+Grid = Sequence[Sequence[str]]
+"""The sublayers of a map, row by row."""
 DARK = "#222222"
 FAULT = "#c1121f"
 TITLES = (
@@ -30,7 +32,10 @@ def heat_map_png(judgement: Judgement) -> bytes:
     rows = figure.subplots(
         2, 2, height_ratios=(max(num_layers, 5), max(0.8, 0.05 * num_layers)), squeeze=False
     )
-    names = ([[full_name(n, x.name) for x in LAYER] for n in range(num_layers)], [list(OUTER)])
+    names: tuple[Grid, Grid] = (
+        [[full_name(n, x.name) for x in LAYER] for n in range(num_layers)],
+        [OUTER],
+    )
     ratios = _Map(_log_ratio, *_ratio_colours(judgement), "own error / noise")
     totals = _Map(_log_total, "viridis", _total_range(judgement), "error, relative")
     for column, values in enumerate((ratios, totals)):
@@ -47,12 +52,8 @@ def heat_map_png(judgement: Judgement) -> bytes:
         _label(bar, values, judgement.noise_factor if column == 0 else None)
     for axes, grid in zip(rows[:, 0], names, strict=True):
         _mark(axes, grid, judgement)
-    figure.suptitle(
-        _title(judgement),
-        fontsize=14,
-        fontweight="bold",
-        color=DARK if judgement.aligned else FAULT,
-    )
+    color = DARK if judgement.aligned else FAULT
+    figure.suptitle(_title(judgement), fontsize=14, fontweight="bold", color=color)
     return png(figure)
 
 
@@ -92,7 +93,7 @@ def _total_range(judgement: Judgement) -> Any:
     return Normalize(low, max(high, low + 1))
 
 
-def _draw(axes: Any, values: _Map, names: list[list[str]], judgement: Judgement) -> Any:
+def _draw(axes: Any, values: _Map, names: Grid, judgement: Judgement) -> Any:
     by_name = {finding.name: values.value(finding) for finding in judgement.findings}
     grid = [[by_name[name] for name in row] for row in names]
     image = axes.imshow(grid, aspect="auto", cmap=values.colours, norm=values.norm)
@@ -127,7 +128,7 @@ def _label(bar: Any, values: _Map, limit: float | None) -> None:
     bar.ax.tick_params(labelsize=9)
 
 
-def _mark(axes: Any, names: list[list[str]], judgement: Judgement) -> None:
+def _mark(axes: Any, names: Grid, judgement: Judgement) -> None:
     """A cross in every cell that parts, a frame around the first."""
     from matplotlib.patches import Rectangle
 
@@ -170,32 +171,17 @@ def curve_png(judgement: Judgement) -> bytes:
     figure = new_figure(8, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     numbers = [step.step for step in steps]
-    above.plot(
-        numbers,
-        [x.reference for x in steps],
-        color="tab:gray",
-        linewidth=4,
-        alpha=0.5,
-        label="transformers + AdamW",
-    )
+    broad = {"color": "tab:gray", "linewidth": 4, "alpha": 0.5}
+    above.plot(numbers, [x.reference for x in steps], label="transformers + AdamW", **broad)
     above.plot(numbers, [x.loss for x in steps], color="tab:blue", linewidth=1.3, label="this run")
     above.set_ylabel("loss (nats per token)")
     above.legend(frameon=False)
-    below.plot(
-        numbers,
-        _visible([abs(x.loss - x.reference) for x in steps]),
-        color="tab:blue",
-        label="difference",
-        marker="o",
-        markersize=3,
-    )
-    below.plot(
-        numbers,
-        _visible([judgement.noise_factor * x.noise for x in steps]),
-        color=FAULT,
-        linestyle="--",
-        label=f"{judgement.noise_factor:g} x noise",
-    )
+    dots = {"color": "tab:blue", "marker": "o", "markersize": 3}
+    differences = _visible([abs(x.loss - x.reference) for x in steps])
+    below.plot(numbers, differences, label="difference", **dots)
+    limit = judgement.noise_factor
+    limits = _visible([limit * x.noise for x in steps])
+    below.plot(numbers, limits, color=FAULT, linestyle="--", label=f"{limit:g} x noise")
     below.set_yscale("log")
     below.set_ylabel("difference")
     below.set_xlabel("step")
