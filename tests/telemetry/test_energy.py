@@ -43,11 +43,18 @@ class Source:
         return self.of_time(self.clock())
 
 
+def faked(
+    of_time: Callable[[float], float], counts_energy: bool = False
+) -> tuple[Clock, Source, EnergyMeter]:
+    clock = Clock()
+    source = Source(clock, of_time, counts_energy)
+    return clock, source, EnergyMeter(source, clock=clock)
+
+
 def measured(
     of_time: Callable[[float], float], seconds: float, readings: int, counts_energy: bool = False
 ) -> EnergyMeter:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, of_time, counts_energy), clock=clock)
+    clock, _, meter = faked(of_time, counts_energy)
     with meter:
         for _ in range(readings - 2):
             clock.now += seconds / (readings - 1)
@@ -100,8 +107,7 @@ def test_parts_of_a_measurement_add_up() -> None:
 
 
 def test_idle_is_measured_before_and_taken_off() -> None:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, lambda t: 5.0 * t, counts_energy=True), clock=clock)
+    clock, _, meter = faked(lambda t: 5.0 * t, counts_energy=True)
     meter.start()
     clock.now += 2.0
     meter.stop()
@@ -136,9 +142,7 @@ def test_too_few_readings_of_power_are_no_figure() -> None:
 
 
 def test_a_single_miss_is_bridged_and_three_are_a_loss() -> None:
-    clock = Clock()
-    source = Source(clock, lambda t: 100.0)
-    meter = EnergyMeter(source, clock=clock)
+    clock, source, meter = faked(lambda t: 100.0)
     meter.start()
     miss = PowerReadingError("npu-smi shows no power")
     source.faults = iter((miss, miss, None, miss, None, None))
@@ -163,17 +167,14 @@ def test_a_single_miss_is_bridged_and_three_are_a_loss() -> None:
 
 
 def test_a_counter_that_goes_back_is_lost_not_wrapped_by_guess() -> None:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, lambda t: 1000.0 - t, counts_energy=True), clock=clock)
+    clock, _, meter = faked(lambda t: 1000.0 - t, counts_energy=True)
     with meter:
         clock.now += 1.0
     assert meter.joules is None and "the energy counter went back" in (meter.reason or "")
 
 
 def test_an_unforeseen_error_ends_the_measuring_and_not_the_work() -> None:
-    clock = Clock()
-    source = Source(clock, lambda t: 1.0)
-    meter = EnergyMeter(source, clock=clock)
+    clock, source, meter = faked(lambda t: 1.0)
     with meter:
         source.faults = iter((RuntimeError("segmentation of the bus"),))
         clock.now += 1.0
@@ -201,8 +202,7 @@ def test_a_search_that_fails_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_moments_outside_of_the_readings_have_no_figure() -> None:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, lambda t: 10.0), clock=clock)
+    clock, _, meter = faked(lambda t: 10.0)
     meter.start()
     clock.now += 1.0
     assert meter.between(100.0, 100.5) is None, "not read since: nothing is continued"
