@@ -362,8 +362,9 @@ def _compares_at_the_defaults(ours: Path, theirs: Path) -> None:
     """Both activations and gradients pass as files; a planted fault of either kind does not."""
     from safetensors.torch import load_file, save_file
 
-    from qwen2_ascend.comparison.compare import Rules, compare
+    from qwen2_ascend.comparison.compare import compare
     from qwen2_ascend.comparison.dumps import open_dumps
+    from qwen2_ascend.comparison.rules import Rules
 
     def failed() -> list[str]:
         return [x.name for x in compare(*open_dumps(ours, theirs), Rules()).failed]

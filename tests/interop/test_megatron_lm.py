@@ -106,13 +106,8 @@ def our_run(
         --save {folder / "saved"} {more}
     """
     launch = TESTS.parent / "launch" / "pretrain_qwen2.py"
-    run_python(
-        *TORCHRUN,
-        processes,
-        launch,
-        *flags.split(),
-        environment=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    run_python(*TORCHRUN, processes, launch, *flags.split(), environment=one_thread)
     rows = (folder / "report" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return OurRun(losses=[json.loads(row)["loss"] for row in rows], saved=folder / "saved")
 

@@ -271,9 +271,7 @@ def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Function
 def _outer(
     model: Any, record: Record, wide: torch.dtype | None
 ) -> Mapping[str, Sequence[Callable[..., Tensor]]]:
-    inputs, labels = (
-        part.flatten(0, 1) for part in (record.tokens[..., :-1], record.tokens[..., 1:])
-    )
+    inputs, labels = record.tokens[..., :-1].flatten(0, 1), record.tokens[..., 1:].flatten(0, 1)
 
     def part(module: Any) -> Callable[..., Tensor]:
         # copied when it is called: the vocabulary's matrices are large

@@ -14,6 +14,7 @@ import numpy as np
 from qwen2_ascend import __version__
 from qwen2_ascend.comparison import tolerances as tolerance
 from qwen2_ascend.comparison.dumps import Dump, Stored
+from qwen2_ascend.comparison.rules import Rules
 from qwen2_ascend.comparison.statistics import (
     FLOATS,
     Difference,
@@ -29,52 +30,11 @@ from qwen2_ascend.comparison.tolerances import Finding, Tolerances
 from qwen2_ascend.errors import UserError
 
 LOGITS = ("*logits*",)
-"""Names of arrays that are logits, whatever their case."""
+"""Names of arrays that are logits, whatever their case, where the rules have none."""
 
 
 GRADIENTS = ("*grad*",)
-"""Names of arrays, or of their files, that are gradients."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What is compared, and what passes."""
-
-    rtol: float | None = None
-    """This and the next five instead of the defaults of the pair's dtype; not for integers."""
-    atol: float | None = None
-    min_cosine: float | None = None
-    max_relative_l2: float | None = None
-    max_kl: float | None = None
-    min_top1: float | None = None
-    names: tuple[str, ...] = ()
-    """Patterns of names to compare; all without them."""
-    logits: tuple[str, ...] = LOGITS
-    """Patterns of names that are logits."""
-    gradients: tuple[str, ...] = GRADIENTS
-    """Patterns of names, or of files' names, that are gradients."""
-    precision: str | None = None
-    """What both runs computed in, where their arrays are of a finer dtype and do not say."""
-    any_dtype: bool = False
-    """A difference of dtype is no finding."""
-    common_only: bool = False
-    """A name on one side only is no finding."""
-    equal_nonfinite: bool = False
-    """The same infinity, or NaN, at the same places of both sides is no finding."""
-
-    def tolerances(self, dtype: str, *, gradient: bool = False) -> Tolerances:
-        """The tolerances of arrays computed in `dtype`."""
-        defaults = tolerance.default_tolerances(dtype, gradient=gradient)
-        if defaults is tolerance.EXACT:
-            return defaults
-        given = {
-            field.name: value
-            for field in dataclasses.fields(Tolerances)
-            if (value := getattr(self, field.name, None)) is not None
-        }
-        if self.atol is not None:  # it says what is noise; so no row has to
-            given["usual_rows"] = False
-        return dataclasses.replace(defaults, **given)
+"""The same of arrays, or of their files, that are gradients."""
 
 
 @dataclass(frozen=True)
@@ -237,11 +197,11 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     ours, theirs = _side(pair.ours, a), _side(pair.theirs, b)
     assert ours and theirs and ours.summary and theirs.summary
     dtype = coarser(a.dtype, b.dtype)
-    limits = rules.tolerances(_computed_in(pair, dtype, rules), gradient=_is_gradient(pair, rules))
+    limits = _tolerances(rules, _computed_in(pair, dtype, rules), _is_gradient(pair, rules))
     found = difference(
         a, b, dtype=dtype, rtol=limits.rtol, atol=limits.atol, usual_rows=limits.usual_rows
     )
-    is_logits = _fits(pair.name, rules.logits) and a.ndim > 0 and a.size > 0
+    is_logits = _fits(pair.name, rules.logits or LOGITS) and a.ndim > 0 and a.size > 0
     agreement = logits_agreement(a, b) if is_logits else None
     findings += _nonfinite(ours.summary, theirs.summary, found, rules)
     findings += tolerance.judge(found, agreement, limits)
@@ -256,6 +216,21 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     )
 
 
+def _tolerances(rules: Rules, dtype: str, is_gradient: bool) -> Tolerances:
+    """The tolerances of arrays computed in `dtype`."""
+    defaults = tolerance.default_tolerances(dtype, gradient=is_gradient)
+    if defaults is tolerance.EXACT:
+        return defaults
+    given = {
+        field.name: value
+        for field in dataclasses.fields(Tolerances)
+        if (value := getattr(rules, field.name, None)) is not None
+    }
+    if rules.atol is not None:  # it says what is noise; so no row has to
+        given["usual_rows"] = False
+    return dataclasses.replace(defaults, **given)
+
+
 def _computed_in(pair: Pair, dtype: np.dtype, rules: Rules) -> str:
     """The coarsest of the pair's dtype and what its files, or the rules, say it was computed in."""
     if dtype not in FLOATS:
@@ -268,7 +243,7 @@ def _computed_in(pair: Pair, dtype: np.dtype, rules: Rules) -> str:
 
 def _is_gradient(pair: Pair, rules: Rules) -> bool:
     files = [side.path.stem for side in (pair.ours, pair.theirs) if side]
-    return any(_fits(name, rules.gradients) for name in (pair.name, *files))
+    return any(_fits(name, rules.gradients or GRADIENTS) for name in (pair.name, *files))
 
 
 def _findings_of_form(pair: Pair, rules: Rules) -> Iterator[Finding]:
