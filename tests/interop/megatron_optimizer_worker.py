@@ -6,9 +6,9 @@ Nothing changes in the next losses. `megatron_core_files` writes and loads what 
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -323,7 +323,7 @@ def _started(run: Run, flags: str, load: Path) -> tuple[Any, list[str]]:
 
 
 def _folder(run: Run, *words: object) -> Path:
-    return run.folder / re.sub(r"\W+", "_", repr(words))
+    return run.folder / hashlib.sha256(repr(words).encode()).hexdigest()  # short, on all ranks
 
 
 def _give_config(run: Run, folder: Path, model: Path) -> None:

@@ -85,7 +85,10 @@ def align(settings: AlignSettings) -> bool:
         if output.dump_only:
             return True
         _give_memory_back()  # the model is done with
-        _use_every_core(runtime.world_size)
+        if runtime.world_size > 1:  # torchrun gave each process one thread; the others are done
+            import torch
+
+            torch.set_num_threads(num_cores())
     from qwen2_ascend.alignment.report import describe_verdict, print_report, write_files
 
     judgement, between = judge_both(settings, source, record, other)
@@ -311,14 +314,6 @@ def _loaded(folder: Path, config: Qwen2Config) -> Record:
         if k != "torch_dtype" and ours[k] != theirs.get(k)
     )
     return record
-
-
-def _use_every_core(world_size: int) -> None:
-    """torchrun gives each of several processes one thread; the others are done by now."""
-    import torch
-
-    if world_size > 1:
-        torch.set_num_threads(num_cores())
 
 
 def _give_memory_back() -> None:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 @contextmanager
-def copied(
-    places: Iterable[tuple[str, Any, int | None]],
-) -> Iterator[dict[str, list[Tensor]]]:
+def copied(places: Iterable[tuple[str, Any, int | None]]) -> Iterator[dict[str, list[Tensor]]]:
     """Fills a dict, for the length of the block, with what every forward computes.
 
     Args:

@@ -176,10 +176,7 @@ def _read_npy(path: Path) -> list[Stored]:
 def _read_npz(path: Path) -> list[Stored]:
     def loader(name: str) -> Callable[[], np.ndarray]:
         def load() -> np.ndarray:
-            with (
-                _readable(path, f"array {name!r}"),
-                np.load(path, allow_pickle=False) as archive,
-            ):
+            with _readable(path, f"array {name!r}"), np.load(path, allow_pickle=False) as archive:
                 return _native(archive[name])
 
         return load
