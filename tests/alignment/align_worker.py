@@ -73,11 +73,16 @@ def judged(
     return found
 
 
+def verdict(found: Judgement) -> str:
+    from qwen2_ascend.alignment.report import describe_verdict
+
+    return describe_verdict(found)
+
+
 def agrees(
     flags: str, worst_total: float, config: Qwen2Config, release: tuple[int, int], run: Run
 ) -> str:
     """Every sublayer, gradient and step agrees, and the whole model by `worst_total`."""
-    from qwen2_ascend.alignment.report import describe_verdict
     from qwen2_ascend.errors import UserError
     from qwen2_ascend.runtime.megatron_compat import megatron_release
 
@@ -90,7 +95,7 @@ def agrees(
     found = judged(run, flags, config=config)
     if found is None:
         return ""
-    assert found.aligned, describe_verdict(found)
+    assert found.aligned, verdict(found)
     assert len(found.findings) == 16 * config.num_layers + 4
     assert len(found.gradients) == 12 * config.num_layers + (2 if config is TIED else 3)
     worst = max(finding.total.worst for finding in found.findings)
@@ -98,7 +103,7 @@ def agrees(
     # no dead comparison: what is judged is there, and none of it is zero
     assert all(x.float().abs().max() > 0 for x in found.record.activations.values())
     assert all(x.abs().max() > 0 for x in found.record.gradients.values())
-    return f"{describe_verdict(found)} Largest total {worst:.1e}."
+    return f"{verdict(found)} Largest total {worst:.1e}."
 
 
 def _agrees(
@@ -240,12 +245,6 @@ FAULTS = {
 }
 
 
-IN_CUT_SEQUENCES = {
-    another_order_of_positions: "layers.1.core_attention",
-    nothing_from_the_other_rank: "layers.2.core_attention",
-}
-
-
 def layer(chunks: list[Any], number: int) -> Any:
     """A layer of TP2, or of CP2."""
     return chunks[0].decoder.layers[number]
@@ -260,16 +259,14 @@ def is_located(
     layout: str = TP2,
 ) -> str:
     """The first is named, and exactly those that are wrong themselves: none that inherit."""
-    from qwen2_ascend.alignment.report import describe_verdict
-
     flags = f"{layout} --no-gradients --precision {precision}"
     found = judged(run, flags, plant)
     if found is None:
         return ""
-    assert found.first is not None and found.first.name == first, describe_verdict(found)
+    assert found.first is not None and found.first.name == first, verdict(found)
     if also is not None:
         parted = {finding.name for finding in found.parted}
-        assert parted == {first} | also, describe_verdict(found)
+        assert parted == {first} | also, verdict(found)
     logits = next(finding for finding in found.findings if finding.name == "logits")
     error, noise = logits.total.mean, logits.total_noise.mean
     if plant is another_norm_on_the_second_rank:
@@ -278,7 +275,7 @@ def is_located(
         assert not found.record.disagreement
     if precision == "fp32":  # in bf16 the logits of some show nothing of it
         assert error > 20 * noise, f"{error}, noise {noise}"
-    return f"{describe_verdict(found)} The logits are off by {error / noise:.1f} times the noise."
+    return f"{verdict(found)} The logits are off by {error / noise:.1f} times the noise."
 
 
 IN_BF16 = (swap_gate_and_up, another_rotary_base, no_key_bias, no_causal_mask)
@@ -288,42 +285,38 @@ for _plant, (_first, _also) in FAULTS.items():
         _name = f"{_plant.__name__}-{_precision}"
         CHECKS.case(_name, 2, is_located, _plant, _first, _also, _precision)
 
-for _plant, _first in IN_CUT_SEQUENCES.items():
+for _plant, _layer in ((another_order_of_positions, 1), (nothing_from_the_other_rank, 2)):
+    _first = f"layers.{_layer}.core_attention"
     CHECKS.case(_plant.__name__, 2, is_located, _plant, _first, set(), "fp32", layout=CP2)
 
 
 @CHECKS.add(world_size=2)
 def padding_of_the_vocabulary_is_seen_in_the_loss(run: Run) -> str:
     """Its logits are 0, not minus infinity: Megatron's softmax counts them, and nothing else."""
-    from qwen2_ascend.alignment.report import describe_verdict
-
     found = judged(run, f"{TP2} --padded-vocab-size 320")
     if found is None:
         return ""
-    assert [finding.name for finding in found.parted] == ["loss"], describe_verdict(found)
+    assert [finding.name for finding in found.parted] == ["loss"], verdict(found)
     assert found.record.activations["logits"].shape[-1] == TIED.vocab_size
-    return describe_verdict(found)
+    return verdict(found)
 
 
 @CHECKS.add(world_size=2)
 def a_fault_of_backward_is_located(run: Run) -> str:
-    from qwen2_ascend.alignment.report import describe_verdict
-
     found = judged(run, TP2, half_a_gradient)
     if found is None:
         return ""
     assert found.first is None
     parted = [finding.name for finding in found.gradients if finding.parted]
     assert parted == ["model.layers.2.input_layernorm.weight"], parted
-    assert "PARTED in backward" in describe_verdict(found)
-    return describe_verdict(found)
+    assert "PARTED in backward" in verdict(found)
+    return verdict(found)
 
 
 @CHECKS.add(world_size=2)
 def a_fault_of_the_optimizer_is_seen(run: Run) -> str:
     """Half the learning rate: the first loss is right, the second is not."""
     from qwen2_ascend.alignment.align import judge, judge_curve, run_subject
-    from qwen2_ascend.alignment.report import describe_verdict
 
     settings, source, tokens = given(run, f"{TP2} --train-iters 2 --lr 1e-3")
     half = replace(settings, checks=replace(settings.checks, lr=5e-4))
@@ -335,7 +328,7 @@ def a_fault_of_the_optimizer_is_seen(run: Run) -> str:
     found = replace(found, steps=tuple(judge_curve(settings, source, curve, tokens)))
     assert found.first is None and found.first_gradient is None
     assert found.first_step is not None and found.first_step.step == 2
-    return describe_verdict(found)
+    return verdict(found)
 
 
 @CHECKS.add(world_size=4)
@@ -369,8 +362,9 @@ def _compares_at_the_defaults(ours: Path, theirs: Path) -> None:
     """Both activations and gradients pass as files; a planted fault of either kind does not."""
     from safetensors.torch import load_file, save_file
 
-    from qwen2_ascend.comparison.compare import Rules, compare
+    from qwen2_ascend.comparison.compare import compare
     from qwen2_ascend.comparison.dumps import open_dumps
+    from qwen2_ascend.comparison.rules import Rules
 
     def failed() -> list[str]:
         return [x.name for x in compare(*open_dumps(ours, theirs), Rules()).failed]

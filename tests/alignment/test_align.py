@@ -52,10 +52,16 @@ def own(folder: Path) -> tuple[Record, object]:
 # --- judging -------------------------------------------------------------------------------------
 
 
+def judged(record: Record, model: object, **wrong: torch.Tensor) -> list[judging.Finding]:
+    """Every sublayer of the record, some of whose outputs are others."""
+    record = dataclasses.replace(record, activations={**record.activations, **wrong})
+    return judging.judge_sublayers(record, model, 4.0)
+
+
 def test_each_sublayer_of_transformers_is_what_its_forward_computes(own) -> None:
     """Its own run, judged sublayer by sublayer, is off by its own noise and by nothing else."""
     record, model = own
-    findings = judging.judge_sublayers(record, model, 4.0)
+    findings = judged(record, model)
     assert [x.name for x in findings] == [x.name for x in sublayers(CONFIG.num_layers)]
     assert record.activations.keys() == {x.name for x in findings}
     assert not any(finding.parted for finding in findings)
@@ -71,8 +77,7 @@ def test_a_small_fault_of_any_sublayer_is_located(own, name: str) -> None:
     record, model = own
     wrong = record.activations[name].clone()
     wrong[0, -1] *= 1.0001
-    record = dataclasses.replace(record, activations={**record.activations, name: wrong})
-    parted = [x.name for x in judging.judge_sublayers(record, model, 4.0) if x.parted]
+    parted = [x.name for x in judged(record, model, **{name: wrong}) if x.parted]
     assert parted[0] == name
     children = {x.name for x in sublayers(2) if name in x.parents}
     assert set(parted) <= {name} | children
@@ -83,9 +88,7 @@ def test_nan_parts(own) -> None:
     name = full_name(1, "up")
     wrong = record.activations[name].clone()
     wrong[1, 2, 3] = torch.nan
-    record = dataclasses.replace(record, activations={**record.activations, name: wrong})
-    findings = judging.judge_sublayers(record, model, 4.0)
-    assert next(x for x in findings if x.parted).name == name
+    assert next(x for x in judged(record, model, **{name: wrong}) if x.parted).name == name
 
 
 def test_fp64_of_transformers_goes_through_no_fp32(folder: Path, own) -> None:
@@ -96,8 +99,7 @@ def test_fp64_of_transformers_goes_through_no_fp32(folder: Path, own) -> None:
     assert all(x.dtype == torch.float64 for x in found.activations.values())
     wide = dataclasses.replace(record, precision="fp64", activations=found.activations)
     narrow = load_model(open_source(folder), None, torch.float32)
-    findings = judging.judge_sublayers(wide, narrow, 4.0)
-    assert max(x.own.worst for x in findings) < 1e-14
+    assert max(x.own.worst for x in judged(wide, narrow)) < 1e-14
     exact = {k: v.double() for k, v in record.activations.items()}
     assert 1e-9 < judging.token_error(exact["logits"], found.activations["logits"]).mean < 1e-6
 
@@ -125,9 +127,8 @@ def test_gradients_are_handed_over_whole_and_dropped(folder: Path, own) -> None:
     kept = compute(model, tokens, with_gradients=True).gradients
     taken: dict[str, torch.Tensor] = {}
     found = compute(model, tokens, with_gradients=True, take=taken.__setitem__)
-    assert (
-        not found.gradients and taken.keys() == kept.keys() == dict(model.named_parameters()).keys()
-    )
+    assert not found.gradients
+    assert taken.keys() == kept.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(taken[name], kept[name]) for name in kept)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -168,8 +169,9 @@ def test_token_errors_are_relative_to_each_token() -> None:
     reference[0, 0] = 1e6
     ours = reference.clone()
     ours[0, 2] += 0.5
-    assert judging.token_error(ours, reference) == (pytest.approx(0.125), pytest.approx(0.5))
-    assert judging.token_error(reference, reference) == (0, 0)
+    error = judging.Error(pytest.approx(0.125), pytest.approx(0.5))
+    assert judging.token_error(ours, reference) == error
+    assert judging.token_error(reference, reference) == judging.Error(0, 0)
     assert judging.token_error(ours, torch.zeros_like(ours)).worst == torch.inf
 
 
@@ -217,8 +219,6 @@ def test_a_broken_record_is_refused(own, tmp_path: Path) -> None:
     (tmp_path / "description.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="not of an alignment record"):
         load_record(tmp_path)
-    with pytest.raises(UserError, match="no such file"):
-        load_record(tmp_path / "elsewhere")
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -343,15 +343,8 @@ def test_a_dump_holds_the_run(world: World) -> None:
 
 def test_json_has_no_infinity(own) -> None:
     record, model = own
-    bad = {**record.activations, "logits": torch.full_like(record.activations["logits"], torch.inf)}
-    record = dataclasses.replace(record, activations=bad)
-    findings = judging.judge_sublayers(record, model, 4.0)
-    found = judging.Judgement(
-        record=record,
-        wide="fp64",
-        noise_factor=4.0,
-        findings=tuple(findings),
-        loss=1.0,
-        loss_noise=0.0,
-    )
+    infinite = torch.full_like(record.activations["logits"], torch.inf)
+    findings = tuple(judged(record, model, logits=infinite))
+    figures = {"noise_factor": 4.0, "loss": 1.0, "loss_noise": 0.0}
+    found = judging.Judgement(record=record, wide="fp64", findings=findings, **figures)
     json.dumps(to_json(found, None), allow_nan=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -16,10 +17,10 @@ from safetensors.numpy import save_file
 
 from commands import run_python
 from qwen2_ascend import cli
-from qwen2_ascend.comparison import command as compare_command
 from qwen2_ascend.comparison import statistics, tolerances
-from qwen2_ascend.comparison.compare import Comparison, Rules, compare, match
+from qwen2_ascend.comparison.compare import Comparison, compare, match
 from qwen2_ascend.comparison.dumps import open_dump
+from qwen2_ascend.comparison.rules import Rules
 from qwen2_ascend.comparison.text import report_lines
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -180,8 +181,6 @@ def test_gradients_that_are_zero_on_one_side_fail(folder) -> None:
 
 def test_what_was_computed_in_16_bits_is_judged_so_whatever_it_is_kept_in(folder) -> None:
     """Megatron adds up the gradients of a bf16 model in fp32."""
-    from safetensors.numpy import save_file
-
     theirs = random((16, 64))
     ours = nudge(theirs, 2e-2)
     assert not compared(ours, theirs, name="grad").passed
@@ -213,14 +212,6 @@ def test_a_wrong_scale_has_a_perfect_cosine_and_fails(folder, dtype) -> None:
     assert "relative_l2" in kinds(compared(ours, theirs))
 
 
-def test_rtol_and_atol_are_numpys(folder) -> None:
-    theirs = random((40, 40))
-    ours = nudge(theirs, 1e-3)
-    found = compared(ours, theirs, rtol=1e-3, atol=1e-4).difference
-    expected = ~np.isclose(ours.astype("f8"), theirs.astype("f8"), rtol=1e-3, atol=1e-4)
-    assert found is not None and found.num_beyond == expected.sum() > 0
-
-
 def test_logits_are_judged_as_distributions(folder) -> None:
     theirs = random((5, 50))
     ours = theirs + 3.0  # every token's logit moved alike: the same distribution
@@ -237,7 +228,7 @@ def test_logits_are_judged_as_distributions(folder) -> None:
 
 def test_the_help_states_the_tolerances_that_hold() -> None:
     """Property: figures in the help are those of the table."""
-    texts = (compare_command.__file__ and Path(compare_command.__file__).read_text()) or ""
+    texts = inspect.getsource(Rules)
     for dtype, defaults in tolerances.DEFAULTS.items():
         for name in ("rtol", "min_cosine", "max_relative_l2", "max_kl"):
             text = texts[texts.index(f"    {name}: float") :].split('"""')[1]

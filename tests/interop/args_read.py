@@ -319,10 +319,8 @@ def written(config: Qwen2Config, layout: ParallelLayout, rows: int, dtype: str) 
         rows: of the padded vocabulary.
         dtype: bf16, fp16 or fp32.
     """
-    stages, layers = (
-        layout.pipeline_model_parallel_size,
-        layout.num_layers_per_virtual_pipeline_stage,
-    )
+    tp, pp = layout.tp, layout.pp
+    per_chunk = layout.num_layers_per_virtual_pipeline_stage
     return {
         # the model's shape
         "num_layers": config.num_layers,
@@ -341,7 +339,7 @@ def written(config: Qwen2Config, layout: ParallelLayout, rows: int, dtype: str) 
         "hidden_dropout": 0.0,
         "vocab_size": config.vocab_size,
         "padded_vocab_size": rows,
-        "make_vocab_size_divisible_by": rows // layout.tensor_model_parallel_size,
+        "make_vocab_size_divisible_by": rows // tp,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         # what every Qwen2 is
         "group_query_attention": True,
@@ -375,13 +373,13 @@ def written(config: Qwen2Config, layout: ParallelLayout, rows: int, dtype: str) 
         "cp_comm_type": ["p2p"],
         "config_logger_dir": "",
         # the ranks
-        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": stages,
-        "virtual_pipeline_model_parallel_size": layers and config.num_layers // stages // layers,
-        "num_layers_per_virtual_pipeline_stage": layers,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": per_chunk and config.num_layers // pp // per_chunk,
+        "num_layers_per_virtual_pipeline_stage": per_chunk,
         "num_layer_list": ",".join(map(str, layout.num_layer_list or ())) or None,
         "expert_model_parallel_size": 1,
-        "world_size": layout.tensor_model_parallel_size * stages,
+        "world_size": tp * pp,
         "data_parallel_size": 1,
         # the weights, and that they are all
         "params_dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],

@@ -13,14 +13,15 @@ downloaded. Without a folder its tests skip and say so.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
+import commands
+from commands import TESTS
+from npusim.build import Unavailable
+from npusim.env import environment
 
 
 def checkouts(variable: str, has: Callable[[Path], bool], what: str) -> list[Path]:
@@ -64,13 +65,20 @@ def run_python(
     base = dict(os.environ if environment is None else environment)
     places = [base.get("PYTHONPATH", ""), str(TESTS), str(TESTS.parent / "plugin")]
     base["PYTHONPATH"] = os.pathsep.join(filter(None, places))
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=base,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
-    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-    return result.stdout
+    return commands.run_python(*arguments, environ=base, folder=folder, seconds=seconds).out
+
+
+def simulated(num_devices: int, *places: Path) -> dict[str, str]:
+    """The variables of a process on simulated cards; skips the test where there are none.
+
+    Args:
+        num_devices: cards.
+        places: what comes first on its path.
+    """
+    try:
+        found = environment(num_devices=num_devices)
+    except Unavailable as error:
+        pytest.skip(f"no simulated device: {error}")
+    found["PYTHONPATH"] = os.pathsep.join([*map(str, places), found["PYTHONPATH"]])
+    found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron-LM insists on it
+    return found

@@ -114,6 +114,7 @@ def _args(training: TrainingRun) -> Namespace:
     from megatron.core.enums import ModelType
 
     parallel, config = training.settings.parallel, training.chunks[0].config
+    is_tied = training.chunks[0].module.share_embeddings_and_output_weights
     return Namespace(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -125,9 +126,7 @@ def _args(training: TrainingRun) -> Namespace:
         context_parallel_size=1,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         world_size=training.runtime.world_size,
-        untie_embeddings_and_output_weights=not training.chunks[
-            0
-        ].module.share_embeddings_and_output_weights,
+        untie_embeddings_and_output_weights=not is_tied,
         padded_vocab_size=256,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         ddp_bucket_size=None,

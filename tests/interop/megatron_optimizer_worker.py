@@ -6,6 +6,8 @@ Nothing changes in the next losses. `megatron_core_files` writes and loads what 
 from __future__ import annotations
 
 import functools
+import hashlib
+import operator
 import random
 import shutil
 from pathlib import Path
@@ -279,33 +281,26 @@ def what_cannot_be_resumed_is_refused(run: Run) -> str:
     return "\n".join(found)
 
 
+def _at(state: dict[str, Any], *path: Any) -> Any:
+    return functools.reduce(operator.getitem, path, state)
+
+
 def _forget(state: dict[str, Any], *path: Any) -> None:
-    *above, last = path
-    for key in above:
-        state = state[key]
-    del state[last]
+    del _at(state, *path[:-1])[path[-1]]
 
 
 def _put(state: dict[str, Any], value: Any, *path: Any) -> None:
-    *above, last = path
-    for key in above:
-        state = state[key]
-    state[last] = value
+    _at(state, *path[:-1])[path[-1]] = value
 
 
+GROUPS, KIND = ("optimizer", "optimizer", "param_groups"), "param_state_sharding_type"
 SPOILT = [
     (lambda state: _put(state, [state["optimizer"]] * 2, "optimizer"), "chained"),
     (lambda state: _forget(state, "iteration"), "lacks 'iteration'"),
     (lambda state: _forget(state, "optimizer", "optimizer", "state", 3), "lacks 3"),
-    (lambda state: _forget(state, "optimizer", "optimizer", "param_groups", 1), "parameters"),
-    (
-        lambda state: state["optimizer"]["optimizer"]["param_groups"][0]["params"].reverse(),
-        "parameter group",
-    ),
-    (
-        lambda state: _put(state, "fsdp_dtensor", "optimizer", "param_state_sharding_type"),
-        "fsdp_dtensor",
-    ),
+    (lambda state: _forget(state, *GROUPS, 1), "parameters"),
+    (lambda state: _at(state, *GROUPS, 0, "params").reverse(), "parameter group"),
+    (lambda state: _put(state, "fsdp_dtensor", "optimizer", KIND), "fsdp_dtensor"),
     (lambda state: _forget(state, "rng_state", 0, "cuda_rng_state"), "cuda_rng_state"),
     (lambda state: _put(state, state["rng_state"][0], "rng_state"), "rng_state"),
     (lambda state: _put(state, None, "args"), "padded_vocab_size"),
@@ -328,14 +323,7 @@ def _started(run: Run, flags: str, load: Path) -> tuple[Any, list[str]]:
 
 
 def _folder(run: Run, *words: object) -> Path:
-    return run.folder / str(abs(hash_of(words)))
-
-
-def hash_of(words: tuple[object, ...]) -> int:
-    """The same on every rank, which Python's own is not."""
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest(repr(words).encode())
+    return run.folder / hashlib.sha256(repr(words).encode()).hexdigest()  # short, on all ranks
 
 
 def _give_config(run: Run, folder: Path, model: Path) -> None:

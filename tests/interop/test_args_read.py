@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoint.toys import convert, make_hugging_face_folder, toy_config
-from interop.args_read import LEFT_OUT, READERS, Reader, written
+from interop.args_read import LEFT_OUT, READERS, written
 from interop.checkouts import checkouts
 from interop.names_read import names_read
 from qwen2_ascend.checkpoint.formats.pickles import DType
@@ -68,18 +68,10 @@ def test_the_genuine_tools_read_these_names(tool):
     def has_version(folder: Path) -> bool:
         return any(folder.name.endswith(version) for version in versions)
 
-    found = checkouts(
-        f"{tool}_PATH", has_version, f"a name that ends with one of {sorted(versions)}"
-    )
+    what = f"a name that ends with one of {sorted(versions)}"
+    found = checkouts(f"{tool}_PATH", has_version, what)
     for reader in own:
         for folder in found:
             if folder.name.endswith(reader.versions):
-                assert read_by(reader, folder) == reader.required | reader.optional, (
-                    folder.name,
-                    reader.file,
-                    reader.functions,
-                )
-
-
-def read_by(reader: Reader, folder: Path) -> set[str]:
-    return names_read(folder / reader.file, reader.functions, reader.holders)
+                read = names_read(folder / reader.file, reader.functions, reader.holders)
+                assert read == reader.required | reader.optional, (folder.name, reader)

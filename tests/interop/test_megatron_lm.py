@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint.toys import convert, pp, tp
+from commands import TORCHRUN
 from helpers import make_tiny_hugging_face_folder, tiny_config
-from interop.checkouts import TESTS, checkouts, contains, run_python
-from npusim.build import Unavailable
-from npusim.env import environment
+from interop.checkouts import TESTS, checkouts, contains, run_python, simulated
 
 LENGTH, BATCH, ITERATIONS = 24, 4, 2
 TOLERANCE = 2e-5
@@ -107,8 +106,8 @@ def our_run(
         --save {folder / "saved"} {more}
     """
     launch = TESTS.parent / "launch" / "pretrain_qwen2.py"
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    run_python(*ranks, launch, *flags.split(), environment=os.environ | {"OMP_NUM_THREADS": "1"})
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    run_python(*TORCHRUN, processes, launch, *flags.split(), environment=one_thread)
     rows = (folder / "report" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return OurRun(losses=[json.loads(row)["loss"] for row in rows], saved=folder / "saved")
 
@@ -133,9 +132,8 @@ class MegatronLM:
             flags: more of them.
             iterations: of the whole run.
         """
-        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", CARDS]
         output = run_python(
-            *(*ranks, "-m", "interop.inside", TESTS / "interop" / "megatron_lm.py"),
+            *(*TORCHRUN, CARDS, "-m", "interop.inside", TESTS / "interop" / "megatron_lm.py"),
             *(*FLAGS.split(), "--data-path", self.data, "--tokenizer-model", self.model),
             *("--load", load, "--ckpt-format", FORMATS[save_format]),
             *("--train-iters", iterations, *flags),
@@ -155,14 +153,9 @@ class MegatronLM:
 def megatron(request: pytest.FixtureRequest, model: Path, data: Path) -> MegatronLM:
     has = contains("megatron/core/package_info.py", f"MINOR = {request.param}\n")
     checkout = checkouts("MEGATRON_LM_PATH", has, f"release 0.{request.param}")[0]
-    try:
-        simulated = environment(num_devices=CARDS)
-    except Unavailable as error:
-        pytest.skip(f"no simulated device: {error}")
-    simulated["PYTHONPATH"] = os.pathsep.join([str(checkout), simulated["PYTHONPATH"]])
     # torch's broadcast asks for the capability, which the device does not tell
-    simulated |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NPU_DEVICE_CAPABILITY": "8.0"}
-    return MegatronLM(release=request.param, environment=simulated, model=model, data=data)
+    environment = simulated(CARDS, checkout) | {"TORCH_NPU_DEVICE_CAPABILITY": "8.0"}
+    return MegatronLM(release=request.param, environment=environment, model=model, data=data)
 
 
 @pytest.mark.timeout(1800)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from checkpoint.toys import convert, load_folder, make_hugging_face_folder, pp, toy_config, tp
-from interop.checkouts import TESTS, checkouts, contains, run_python
-from npusim.build import Unavailable
-from npusim.env import environment
+from interop.checkouts import TESTS, checkouts, contains, run_python, simulated
 
 V2_MODEL = "qwen25"
 
@@ -77,14 +74,7 @@ def v1() -> V1:
     megatron = checkouts("MEGATRON_LM_PATH", has, "release 0.12")[0]
     has = contains("mindspeed/megatron_adaptor.py", "import")
     mindspeed = checkouts("MINDSPEED_PATH", has, "mindspeed/megatron_adaptor.py")[0]
-    try:
-        simulated = environment(num_devices=1)
-    except Unavailable as error:
-        pytest.skip(f"no simulated device: {error}")
-    places = [checkout, megatron, mindspeed, simulated["PYTHONPATH"]]
-    simulated["PYTHONPATH"] = os.pathsep.join(map(str, places))
-    simulated["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron-LM insists on it
-    return V1(checkout=checkout, environment=simulated)
+    return V1(checkout=checkout, environment=simulated(1, checkout, megatron, mindspeed))
 
 
 @pytest.fixture(scope="module")

@@ -115,10 +115,8 @@ def what_two_ranks_use_is_added(run: Run) -> str:
         assert math.isclose(row["watts"], sum(BUSY_WATTS), rel_tol=1e-4), row
         assert math.isclose(row["idle_watts"], sum(IDLE_WATTS), rel_tol=1e-4), row
         # rank 0's time is known, rank 1's is another one
-        joules, idle = (
-            row["joules_per_token"] * TOKENS,
-            (row["joules_per_token"] - row["joules_per_token_above_idle"]) * TOKENS,
-        )
+        joules = row["joules_per_token"] * TOKENS
+        idle = joules - row["joules_per_token_above_idle"] * TOKENS
         seconds = (joules - BUSY_WATTS[0] * row["step_seconds"]) / BUSY_WATTS[1]
         expected = IDLE_WATTS[0] * row["step_seconds"] + IDLE_WATTS[1] * seconds
         assert seconds > 0 and math.isclose(idle, expected, rel_tol=1e-3), row

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 from qwen2_ascend.runtime.power import Place, PowerReadingError
+from qwen2_ascend.runtime.power_sources import find_power_source
+from qwen2_ascend.telemetry import energy
 from qwen2_ascend.telemetry.energy import EnergyCurve, EnergyMeter
 
 
@@ -40,11 +43,18 @@ class Source:
         return self.of_time(self.clock())
 
 
+def faked(
+    of_time: Callable[[float], float], counts_energy: bool = False
+) -> tuple[Clock, Source, EnergyMeter]:
+    clock = Clock()
+    source = Source(clock, of_time, counts_energy)
+    return clock, source, EnergyMeter(source, clock=clock)
+
+
 def measured(
     of_time: Callable[[float], float], seconds: float, readings: int, counts_energy: bool = False
 ) -> EnergyMeter:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, of_time, counts_energy), clock=clock)
+    clock, _, meter = faked(of_time, counts_energy)
     with meter:
         for _ in range(readings - 2):
             clock.now += seconds / (readings - 1)
@@ -97,8 +107,7 @@ def test_parts_of_a_measurement_add_up() -> None:
 
 
 def test_idle_is_measured_before_and_taken_off() -> None:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, lambda t: 5.0 * t, counts_energy=True), clock=clock)
+    clock, _, meter = faked(lambda t: 5.0 * t, counts_energy=True)
     meter.start()
     clock.now += 2.0
     meter.stop()
@@ -133,9 +142,7 @@ def test_too_few_readings_of_power_are_no_figure() -> None:
 
 
 def test_a_single_miss_is_bridged_and_three_are_a_loss() -> None:
-    clock = Clock()
-    source = Source(clock, lambda t: 100.0)
-    meter = EnergyMeter(source, clock=clock)
+    clock, source, meter = faked(lambda t: 100.0)
     meter.start()
     miss = PowerReadingError("npu-smi shows no power")
     source.faults = iter((miss, miss, None, miss, None, None))
@@ -160,17 +167,14 @@ def test_a_single_miss_is_bridged_and_three_are_a_loss() -> None:
 
 
 def test_a_counter_that_goes_back_is_lost_not_wrapped_by_guess() -> None:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, lambda t: 1000.0 - t, counts_energy=True), clock=clock)
+    clock, _, meter = faked(lambda t: 1000.0 - t, counts_energy=True)
     with meter:
         clock.now += 1.0
     assert meter.joules is None and "the energy counter went back" in (meter.reason or "")
 
 
 def test_an_unforeseen_error_ends_the_measuring_and_not_the_work() -> None:
-    clock = Clock()
-    source = Source(clock, lambda t: 1.0)
-    meter = EnergyMeter(source, clock=clock)
+    clock, source, meter = faked(lambda t: 1.0)
     with meter:
         source.faults = iter((RuntimeError("segmentation of the bus"),))
         clock.now += 1.0
@@ -178,8 +182,9 @@ def test_an_unforeseen_error_ends_the_measuring_and_not_the_work() -> None:
     assert meter.joules is None and "segmentation of the bus" in (meter.reason or "")
 
 
-def test_without_a_source_there_is_a_reason_and_no_figure(tmp_path) -> None:
-    meter = EnergyMeter.find(Place(device="cpu"), root=tmp_path)
+def test_without_a_source_there_is_a_reason_and_no_figure(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(energy, "find_power_source", partial(find_power_source, root=tmp_path))
+    meter = EnergyMeter.find(Place(device="cpu"))
     assert meter.measure_idle() is None
     with meter:
         pass
@@ -191,14 +196,13 @@ def test_a_search_that_fails_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object, **__: object) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr("qwen2_ascend.telemetry.energy.find_power_source", broken)
+    monkeypatch.setattr(energy, "find_power_source", broken)
     meter = EnergyMeter.find(Place(device="cpu"))
     assert meter.is_lost and "not yours" in (meter.reason or "")
 
 
 def test_moments_outside_of_the_readings_have_no_figure() -> None:
-    clock = Clock()
-    meter = EnergyMeter(Source(clock, lambda t: 10.0), clock=clock)
+    clock, _, meter = faked(lambda t: 10.0)
     meter.start()
     clock.now += 1.0
     assert meter.between(100.0, 100.5) is None, "not read since: nothing is continued"

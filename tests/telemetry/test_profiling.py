@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,15 +94,12 @@ def test_a_genuine_trace_holds_the_steps_that_were_asked_for(tmp_path: Path) -> 
 
     from qwen2_ascend.runtime.profiling import open_profiler
 
-    def opened(warmup: int, active: int):
-        folder = tmp_path / "made" / "for it"
-        return open_profiler("cpu", folder, "rank0", warmup=warmup, active=active)
-
-    profiler = StepProfiler(2, 4, 0, opened)
+    folder = tmp_path / "made" / "for it"
+    profiler = StepProfiler(2, 4, 0, partial(open_profiler, "cpu", folder, "rank0"))
     for iteration in range(1, 7):
         torch.ones(iteration, 4).cos()
         profiler.step_done(iteration)
-    (trace,) = (tmp_path / "made" / "for it").glob("rank0.*.pt.trace.json")
+    (trace,) = folder.glob("rank0.*.pt.trace.json")
     events = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
     steps = {name for name in events if name.startswith("ProfilerStep#")}
     assert len(steps) == 2, steps

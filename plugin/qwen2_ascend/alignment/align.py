@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.alignment.settings import AlignSettings, parse, validate
@@ -60,14 +61,15 @@ def align(settings: AlignSettings) -> bool:
     validate(settings, source.config, world_size())
 
     silence_foreign_warnings()
-    other = _other_record(settings, source.config)
-    if settings.output.from_dump is not None:
-        from qwen2_ascend.alignment.record import load_record
-
-        record, curve, tokens = load_record(settings.output.from_dump), None, None
-        raise_if(_mismatches(record, source.config, str(settings.output.from_dump)))
-        if other is not None:
-            raise_if(_token_mismatches(record, other))
+    output = settings.output
+    other = None if output.compare_with is None else _loaded(output.compare_with, source.config)
+    if output.from_dump is not None:
+        record, curve, tokens = _loaded(output.from_dump, source.config), None, None
+        if other is not None and record.tokens.tolist() != other.tokens.tolist():
+            raise UserError(
+                "--from-dump and --compare-with hold runs on different tokens; make one of them "
+                "again."
+            )
     else:
         runtime = start(settings, source)
         tokens = make_tokens(settings, source, other)
@@ -75,11 +77,18 @@ def align(settings: AlignSettings) -> bool:
         runtime.close()
         if record is None:
             return True
-        _dump(record, settings)
-        if settings.output.dump_only:
+        if output.dump is not None:
+            from qwen2_ascend.alignment.record import save_record
+
+            save_record(record, output.dump)
+            logger.info(f"dump: {output.dump}")
+        if output.dump_only:
             return True
         _give_memory_back()  # the model is done with
-        _use_every_core(runtime.world_size)
+        if runtime.world_size > 1:  # torchrun gave each process one thread; the others are done
+            import torch
+
+            torch.set_num_threads(num_cores())
     from qwen2_ascend.alignment.report import describe_verdict, print_report, write_files
 
     judgement, between = judge_both(settings, source, record, other)
@@ -88,7 +97,7 @@ def align(settings: AlignSettings) -> bool:
         steps = judge_curve(settings, source, curve, tokens)
         judgement = replace(judgement, steps=tuple(steps))
     print_report(judgement, between)
-    write_files(judgement, between, settings.output.files())
+    write_files(judgement, between, output.files())
     for line in describe_verdict(judgement, between).splitlines():
         logger.info(line)
     return judgement.aligned and (between is None or between.other.aligned)
@@ -166,10 +175,11 @@ def _text_tokens(settings: AlignSettings, source: Source) -> Tensor | None:
     if text is None:
         return None
 
+    from qwen2_ascend.inference.opening import config_folder
     from qwen2_ascend.inference.tokenizer import Tokenizer
 
-    folder = next(path.parent for path in source.side_files if path.name == "config.json")
-    return torch.tensor(Tokenizer(tokens.tokenizer_name_or_path or folder).encode(text))
+    folder = tokens.tokenizer_name_or_path or config_folder(source)
+    return torch.tensor(Tokenizer(folder).encode(text))
 
 
 def run_subject(
@@ -226,6 +236,8 @@ def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
         source: the weights.
         record: a record of this run or another.
     """
+    import transformers
+
     from qwen2_ascend.alignment import judge as judging
     from qwen2_ascend.alignment.reference import compute, load_model, widened
     from qwen2_ascend.dtypes import TORCH_DTYPES
@@ -234,7 +246,7 @@ def judge(settings: AlignSettings, source: Source, record: Record) -> Judgement:
     wide, (narrow, scale) = judging.wide_dtype(precision), judging.noise_dtype(precision)
     logger.info(f"subject: {record.origin}")
     logger.info(
-        f"reference: transformers {_transformers_release()} in {wide}; noise: it in {narrow}"
+        f"reference: transformers {transformers.__version__} in {wide}; noise: it in {narrow}"
     )
     model = load_model(source, settings.model.reference_model, TORCH_DTYPES[narrow])
     with_gradients = bool(record.gradients)
@@ -291,45 +303,17 @@ def judge_curve(
     return judging.judge_steps(curve, exact, noisy, precision, checks.noise_factor)
 
 
-def _other_record(settings: AlignSettings, config: Qwen2Config) -> Record | None:
-    folder = settings.output.compare_with
-    if folder is None:
-        return None
+def _loaded(folder: Path, config: Qwen2Config) -> Record:
     from qwen2_ascend.alignment.record import load_record
 
     record = load_record(folder)
-    raise_if(_mismatches(record, config, str(folder)))
-    return record
-
-
-def _mismatches(record: Record, config: Qwen2Config, where: str) -> list[str]:
     theirs, ours = record.config.to_hugging_face(), config.to_hugging_face()
-    names = [k for k in ours if k != "torch_dtype" and ours[k] != theirs.get(k)]
-    return [f"{where}: {k}={theirs.get(k)}, and the model of --load has {ours[k]}." for k in names]
-
-
-def _token_mismatches(record: Record, other: Record) -> list[str]:
-    import torch
-
-    if torch.equal(record.tokens, other.tokens):
-        return []
-    return ["--from-dump and --compare-with hold runs on different tokens; make one of them again."]
-
-
-def _dump(record: Record, settings: AlignSettings) -> None:
-    from qwen2_ascend.alignment.record import save_record
-
-    if settings.output.dump is not None:
-        save_record(record, settings.output.dump)
-        logger.info(f"dump: {settings.output.dump}")
-
-
-def _use_every_core(world_size: int) -> None:
-    """torchrun gives each of several processes one thread; the others are done by now."""
-    import torch
-
-    if world_size > 1:
-        torch.set_num_threads(num_cores())
+    raise_if(
+        f"{folder}: {k}={theirs.get(k)}, and the model of --load has {ours[k]}."
+        for k in ours
+        if k != "torch_dtype" and ours[k] != theirs.get(k)
+    )
+    return record
 
 
 def _give_memory_back() -> None:
@@ -342,9 +326,3 @@ def _give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc's
         trim(0)
-
-
-def _transformers_release() -> str:
-    import transformers
-
-    return transformers.__version__

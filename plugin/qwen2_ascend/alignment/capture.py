@@ -1,13 +1,11 @@
-"""Hooks that take every sublayer's output out of a running GPTModel, as each rank has it.
+"""Where every sublayer's output is seen in a running GPTModel, as each rank has it.
 
 What a hook sees is this rank's piece in Megatron's shapes; `gather.py` makes transformers' of it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -66,33 +64,21 @@ class Taken(NamedTuple):
     sharing: str
 
 
-@contextmanager
-def capturing(chunks: Sequence[Any]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Fills a dict, for the length of the block, with what every forward of `chunks` computes.
+def places(chunks: Sequence[Any]) -> Iterator[tuple[str, Any, int | None]]:
+    """Where the sublayers of this rank's GPTModels, wrapped or not, are seen: for `copied`.
 
-    Args:
-        chunks: this rank's GPTModels, wrapped or not.
-
-    Yields:
-        By name (`layers.3.qkv`), one `[s, b, ...]` per micro-batch, in their order.
+    Names are as `layers.3.qkv`; what is seen there is `[s, b, ...]` of a micro-batch.
     """
-    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
-    handles = []
-    try:
-        for chunk in chunks:
-            model = unwrap(chunk)
-            for tap in OUTER_TAPS:
-                if (module := _submodule(model, tap.module)) is not None:
-                    handles.append(_attach(module, tap, seen[tap.name]))
-            for layer in model.decoder.layers:
-                for tap in LAYER_TAPS:
-                    name = full_name(layer.layer_number - 1, tap.name)
-                    module = _submodule(layer, tap.module)
-                    handles.append(_attach(module, tap, seen[name]))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    for chunk in chunks:
+        model = unwrap(chunk)
+        modules = dict(model.named_modules())
+        for tap in OUTER_TAPS:
+            if tap.module in modules:
+                yield tap.name, modules[tap.module], tap.argument
+        for layer in model.decoder.layers:
+            for tap in LAYER_TAPS:
+                name = full_name(layer.layer_number - 1, tap.name)
+                yield name, layer.get_submodule(tap.module), tap.argument
 
 
 def joined(seen: dict[str, list[torch.Tensor]]) -> dict[str, Taken]:
@@ -102,26 +88,3 @@ def joined(seen: dict[str, list[torch.Tensor]]) -> dict[str, Taken]:
         name: Taken(torch.cat(tensors, dim=1).flatten(2), sharing[name.rsplit(".", 1)[-1]])
         for name, tensors in seen.items()
     }
-
-
-def _attach(module: Any, tap: Tap, into: list[torch.Tensor]) -> Any:
-    """Copies at once: what follows may write into the tensor."""
-
-    def on_output(_module: Any, _arguments: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        into.append(tensor.detach().clone())
-
-    def on_input(_module: Any, arguments: Any, keywords: Any) -> None:
-        # a TransformerBlock hands its layers everything by name
-        tensor = arguments[tap.argument] if arguments else keywords["hidden_states"]
-        into.append(tensor.detach().clone())
-
-    if tap.argument is None:
-        return module.register_forward_hook(on_output)
-    return module.register_forward_pre_hook(on_input, with_kwargs=True)
-
-
-def _submodule(module: Any, path: str) -> Any:
-    for name in path.split(".") if path else ():
-        module = getattr(module, name, None)
-    return module

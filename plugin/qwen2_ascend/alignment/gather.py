@@ -110,25 +110,18 @@ def _whole(
     name: str, pieces: list[torch.Tensor], sharing: str, config: Qwen2Config
 ) -> dict[str, torch.Tensor]:
     """One or several of the model's tensors, `[b, s, features]`, from all ranks' `[s, b, ...]`."""
-    parts: dict[str, torch.Tensor]
+    if sharing == GROUPS:  # more ranks than groups: neighbours hold the same one
+        pieces = pieces[:: max(len(pieces) // config.num_query_groups, 1)]
+    whole = torch.cat(pieces, dim=-1 if sharing in _CUT else 0)
     place = name.rpartition(".")[0]
     if sharing == QKV:
-        parts = _query_key_value(torch.cat(pieces, dim=-1), config)
+        cut = _query_key_value(whole, config)
+        parts = {f"{place}.{kind}": tensor for kind, tensor in cut.items()}
     elif sharing == GATE_UP:
-        halves = zip(*(piece.chunk(2, dim=-1) for piece in pieces), strict=True)
-        parts = dict(zip(("gate", "up"), (torch.cat(x, dim=-1) for x in halves), strict=True))
-    elif sharing == GROUPS:
-        # more ranks than groups: neighbours hold the same one
-        step = max(len(pieces) // config.num_query_groups, 1)
-        parts = {name: torch.cat(pieces[::step], dim=-1)}
-    elif sharing == COLUMNS:
-        parts = {name: torch.cat(pieces, dim=-1)}
+        gate, up = whole.unflatten(-1, (len(pieces), 2, -1)).unbind(-2)
+        parts = {f"{place}.gate": gate.flatten(-2), f"{place}.up": up.flatten(-2)}
     else:
-        parts = {name: torch.cat(pieces, dim=0)}
-    if name == LOGITS:
-        parts = {name: parts[name][..., : config.vocab_size]}  # without the padding
-    if sharing in (QKV, GATE_UP):
-        parts = {f"{place}.{part}": tensor for part, tensor in parts.items()}
+        parts = {name: whole[..., : config.vocab_size] if name == LOGITS else whole}  # no padding
     return {key: tensor.transpose(0, 1).contiguous() for key, tensor in parts.items()}
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,8 +42,8 @@ from qwen2_ascend.alignment.sublayers import (
     split_name,
     sublayers,
 )
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
-from qwen2_ascend.comparison import statistics
+from qwen2_ascend.comparison.dumps import to_numpy
+from qwen2_ascend.comparison.statistics import difference, logits_agreement
 from qwen2_ascend.dtypes import TORCH_DTYPES
 
 PIECE = 1 << 22
@@ -53,7 +53,8 @@ PROVEN = 1e-10
 """The largest relative difference that fp64 may have at the end of the whole model."""
 
 
-class Error(NamedTuple):
+@dataclass(frozen=True)
+class Error:
     """How far a tensor is from another, relative to it, token by token."""
 
     mean: float
@@ -227,29 +228,12 @@ def judge_sublayers(record: Record, model: Any, noise_factor: float) -> list[Fin
         model: transformers' model in `noise_dtype` of the record's precision; it stays as it is.
         noise_factor: see the module.
     """
-    found = []
+    found, everything = [], sublayers(record.config.num_layers)
     with torch.no_grad():
-        for layer, group in _by_layer(sublayers(record.config.num_layers)):
+        for layer, group in groupby(everything, lambda x: split_name(x.name)[0]):
             wide, narrow = _functions(record, model, layer)
-            for sublayer in group:
-                found.append(_judge(record, sublayer, wide, narrow, noise_factor))
+            found += [_judge(record, x, wide, narrow, noise_factor) for x in group]
     return found
-
-
-def _by_layer(
-    everything: Sequence[Sublayer],
-) -> Iterator[tuple[int | None, list[Sublayer]]]:
-    """What is outside the layers comes one by one."""
-    group: list[Sublayer] = []
-    current: int | None = None
-    for sublayer in everything:
-        layer, _ = split_name(sublayer.name)
-        if group and (layer != current or layer is None):
-            yield current, group
-            group = []
-        group.append(sublayer)
-        current = layer
-    yield current, group
 
 
 class _Functions(NamedTuple):
@@ -287,9 +271,7 @@ def _functions(record: Record, model: Any, layer: int | None) -> tuple[_Function
 def _outer(
     model: Any, record: Record, wide: torch.dtype | None
 ) -> Mapping[str, Sequence[Callable[..., Tensor]]]:
-    inputs, labels = (
-        part.flatten(0, 1) for part in (record.tokens[..., :-1], record.tokens[..., 1:])
-    )
+    inputs, labels = record.tokens[..., :-1].flatten(0, 1), record.tokens[..., 1:].flatten(0, 1)
 
     def part(module: Any) -> Callable[..., Tensor]:
         # copied when it is called: the vocabulary's matrices are large
@@ -315,7 +297,7 @@ def _judge(
     exact = wide.compute[short][0](*(x.to(wide.dtype) for x in inputs))
     own = token_error(record.activations[sublayer.name], exact)
     # one of the ranks is off by half of what they disagree by, at least
-    own = own._replace(worst=max(own.worst, record.disagreement.get(sublayer.name, 0.0)))
+    own = replace(own, worst=max(own.worst, record.disagreement.get(sublayer.name, 0.0)))
     noises = [
         token_error(compute(*(x.to(narrow.dtype) for x in inputs)), exact)
         for compute in narrow.compute[short]
@@ -385,9 +367,8 @@ def judge_steps(
 ) -> list[StepFinding]:
     """Losses and gradient norms, step by step; noise does not shrink again once it is there."""
     found, noise = [], 0.0
-    eps = torch.finfo(TORCH_DTYPES[noise_dtype(precision)[0]]).eps
     for step, (mine, wide, other) in enumerate(zip(ours, exact, narrow, strict=True)):
-        noise = max(noise, abs(other[0] - wide[0]), _loss_floor(wide[0], precision, eps))
+        noise = max(noise, abs(other[0] - wide[0]), _loss_floor(wide[0], precision))
         found.append(
             StepFinding(
                 step=step + 1,
@@ -402,39 +383,22 @@ def judge_steps(
     return found
 
 
-def _loss_floor(loss: float, precision: str, eps: float) -> float:
+def _loss_floor(loss: float, precision: str) -> float:
     """The least that counts as noise: two roundings of an fp32 loss; of logits in fewer digits,
     a tenth of one."""
-    if precision in ("fp32", "fp64"):
-        return 2 * eps * abs(loss)
-    return 0.1 * eps * abs(loss)
+    eps = torch.finfo(TORCH_DTYPES[noise_dtype(precision)[0]]).eps
+    return (2 if precision in ("fp32", "fp64") else 0.1) * eps * abs(loss)
 
 
 def logits_summary(record: Record, exact: Computed) -> dict[str, float]:
     """What the whole models' logits say of the next token."""
     ours, theirs = (to_numpy(x) for x in (record.activations[LOGITS], exact.activations[LOGITS]))
-    found, agreement = (
-        statistics.difference(ours, theirs),
-        statistics.logits_agreement(ours, theirs),
-    )
-    return {
-        "max_abs": found.max_abs,
-        "relative_to_largest": found.relative_to_largest,
-        "relative_l2": found.relative_l2,
-        "cosine_min": found.cosine_min,
-        "kl_mean": agreement.kl_mean,
-        "kl_max": agreement.kl_max,
-        "top1": agreement.top1,
-        "top5": agreement.top5,
+    found, agreement = difference(ours, theirs), logits_agreement(ours, theirs)
+    of_found = ("max_abs", "relative_to_largest", "relative_l2", "cosine_min")
+    of_agreement = ("kl_mean", "kl_max", "top1", "top5")
+    return {name: getattr(found, name) for name in of_found} | {
+        name: getattr(agreement, name) for name in of_agreement
     }
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The same memory; numpy knows bf16 by ml_dtypes."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(NUMPY_DTYPES["bf16"])
-    return tensor.numpy()
 
 
 @dataclass(frozen=True, kw_only=True)

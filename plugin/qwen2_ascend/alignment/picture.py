@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from qwen2_ascend.alignment.judge import Finding, Judgement
 from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, LOSS, full_name
 from qwen2_ascend.figures import new_figure, png, with_grid
 
 OUTER = (EMBEDDING, FINAL_NORM, LOGITS, LOSS)
+Grid = Sequence[Sequence[str]]
+"""The sublayers of a map, row by row."""
 DARK = "#222222"
 FAULT = "#c1121f"
+TITLES = (
+    "Own error of each sublayer, in units of the noise",
+    "Error of the whole model up to there",
+)
 
 
 def heat_map_png(judgement: Judgement) -> bytes:
@@ -26,42 +32,38 @@ def heat_map_png(judgement: Judgement) -> bytes:
     rows = figure.subplots(
         2, 2, height_ratios=(max(num_layers, 5), max(0.8, 0.05 * num_layers)), squeeze=False
     )
-    by_name = {finding.name: finding for finding in judgement.findings}
-    ratios = _Map(by_name, _log_ratio, *_ratio_colours(judgement), "own error / noise")
-    totals = _Map(by_name, _log_total, "viridis", _total_range(judgement), "error, relative")
-    for column, (values, title) in enumerate(
-        (
-            (ratios, "Own error of each sublayer, in units of the noise"),
-            (totals, "Error of the whole model up to there"),
-        )
-    ):
-        image = _layers(rows[0][column], values, num_layers, title)
-        _outside(rows[1][column], values)
+    names: tuple[Grid, Grid] = (
+        [[full_name(n, x.name) for x in LAYER] for n in range(num_layers)],
+        [OUTER],
+    )
+    ratios = _Map(_log_ratio, *_ratio_colours(judgement), "own error / noise")
+    totals = _Map(_log_total, "viridis", _total_range(judgement), "error, relative")
+    for column, values in enumerate((ratios, totals)):
+        layers, outside = rows[:, column]
+        image = _draw(layers, values, names[0], judgement)
+        layers.set_title(TITLES[column], fontsize=11, color=DARK)
+        layers.set_xticks(range(len(LAYER)), [x.label for x in LAYER], rotation=40, ha="right")
+        layers.set_yticks(range(0, num_layers, max(1, num_layers // 32)))
+        layers.set_ylabel("layer")
+        _draw(outside, values, names[1], judgement)
+        outside.set_xticks(range(len(OUTER)), ["embedding", "final norm", "logits", "loss"])
+        outside.set_yticks([])
         bar = figure.colorbar(image, ax=rows[:, column], fraction=0.03, pad=0.01)
         _label(bar, values, judgement.noise_factor if column == 0 else None)
-    first = judgement.first
-    for axes in rows[:, 0]:
-        _mark(axes, judgement, first)
-    figure.suptitle(
-        _title(judgement),
-        fontsize=14,
-        fontweight="bold",
-        color=DARK if judgement.aligned else FAULT,
-    )
+    for axes, grid in zip(rows[:, 0], names, strict=True):
+        _mark(axes, grid, judgement)
+    color = DARK if judgement.aligned else FAULT
+    figure.suptitle(_title(judgement), fontsize=14, fontweight="bold", color=color)
     return png(figure)
 
 
-class _Map:
+class _Map(NamedTuple):
     """What a colour is made of."""
 
-    def __init__(
-        self, by_name: dict[str, Finding], value: Any, colours: Any, limits: Any, label: str
-    ) -> None:
-        self._by_name, self._value = by_name, value
-        self.colours, self.norm, self.label = colours, limits, label
-
-    def of(self, name: str) -> float:
-        return self._value(self._by_name[name])
+    value: Callable[[Finding], float]
+    colours: str
+    norm: Any
+    label: str
 
 
 def _log_ratio(finding: Finding) -> float:
@@ -91,25 +93,12 @@ def _total_range(judgement: Judgement) -> Any:
     return Normalize(low, max(high, low + 1))
 
 
-def _layers(axes: Any, values: _Map, num_layers: int, title: str) -> Any:
-    grid = [[values.of(full_name(n, x.name)) for x in LAYER] for n in range(num_layers)]
+def _draw(axes: Any, values: _Map, names: Grid, judgement: Judgement) -> Any:
+    by_name = {finding.name: values.value(finding) for finding in judgement.findings}
+    grid = [[by_name[name] for name in row] for row in names]
     image = axes.imshow(grid, aspect="auto", cmap=values.colours, norm=values.norm)
-    axes.set_title(title, fontsize=11, color=DARK)
-    axes.set_xticks(range(len(LAYER)), [x.label for x in LAYER], rotation=40, ha="right")
-    step = max(1, num_layers // 32)
-    axes.set_yticks(range(0, num_layers, step))
-    axes.set_ylabel("layer")
-    _tidy(axes, len(LAYER), num_layers)
+    _tidy(axes, len(names[0]), len(names))
     return image
-
-
-def _outside(axes: Any, values: _Map) -> None:
-    axes.imshow(
-        [[values.of(name) for name in OUTER]], aspect="auto", cmap=values.colours, norm=values.norm
-    )
-    axes.set_xticks(range(len(OUTER)), ["embedding", "final norm", "logits", "loss"])
-    axes.set_yticks([])
-    _tidy(axes, len(OUTER), 1)
 
 
 def _tidy(axes: Any, columns: int, rows: int) -> None:
@@ -139,59 +128,31 @@ def _label(bar: Any, values: _Map, limit: float | None) -> None:
     bar.ax.tick_params(labelsize=9)
 
 
-def _mark(axes: Any, judgement: Judgement, first: Finding | None) -> None:
+def _mark(axes: Any, names: Grid, judgement: Judgement) -> None:
     """A cross in every cell that parts, a frame around the first."""
     from matplotlib.patches import Rectangle
 
-    names = _positions(judgement)
-    is_outside = len(axes.get_yticks()) == 0
+    places = {name: (x, y) for y, row in enumerate(names) for x, name in enumerate(row)}
     for finding in judgement.parted:
-        outside, row, column = names[finding.name]
-        if outside != is_outside:
+        if finding.name not in places:
             continue
-        axes.text(
-            column,
-            row,
-            "x",
-            ha="center",
-            va="center",
-            color="white",
-            fontsize=11,
-            fontweight="bold",
-        )
-        if finding is first:
-            axes.add_patch(
-                Rectangle(
-                    (column - 0.5, row - 0.5),
-                    1,
-                    1,
-                    fill=False,
-                    edgecolor="black",
-                    linewidth=2.5,
-                    zorder=5,
-                    clip_on=False,
-                )
-            )
+        column, row = places[finding.name]
+        style = {"ha": "center", "fontweight": "bold"}
+        axes.text(column, row, "x", va="center", color="white", fontsize=11, **style)
+        if finding is judgement.first:
+            box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black")
+            box.set(linewidth=2.5, zorder=5, clip_on=False)
+            axes.add_patch(box)
             axes.annotate(
                 "first",
                 (column, row - 0.5),
                 (0, 10),
                 textcoords="offset points",
-                ha="center",
                 fontsize=10,
-                fontweight="bold",
                 color=DARK,
                 bbox={"boxstyle": "round,pad=0.2", "fc": "white", "ec": DARK},
+                **style,
             )
-
-
-def _positions(judgement: Judgement) -> dict[str, tuple[bool, int, int]]:
-    """(outside the layers, row, column) of every sublayer."""
-    found = {name: (True, 0, column) for column, name in enumerate(OUTER)}
-    for layer in range(judgement.record.config.num_layers):
-        for column, sublayer in enumerate(LAYER):
-            found[full_name(layer, sublayer.name)] = (False, layer, column)
-    return found
 
 
 def _title(judgement: Judgement) -> str:
@@ -210,32 +171,17 @@ def curve_png(judgement: Judgement) -> bytes:
     figure = new_figure(8, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     numbers = [step.step for step in steps]
-    above.plot(
-        numbers,
-        [x.reference for x in steps],
-        color="tab:gray",
-        linewidth=4,
-        alpha=0.5,
-        label="transformers + AdamW",
-    )
+    broad = {"color": "tab:gray", "linewidth": 4, "alpha": 0.5}
+    above.plot(numbers, [x.reference for x in steps], label="transformers + AdamW", **broad)
     above.plot(numbers, [x.loss for x in steps], color="tab:blue", linewidth=1.3, label="this run")
     above.set_ylabel("loss (nats per token)")
     above.legend(frameon=False)
-    below.plot(
-        numbers,
-        _visible([abs(x.loss - x.reference) for x in steps]),
-        color="tab:blue",
-        label="difference",
-        marker="o",
-        markersize=3,
-    )
-    below.plot(
-        numbers,
-        _visible([judgement.noise_factor * x.noise for x in steps]),
-        color=FAULT,
-        linestyle="--",
-        label=f"{judgement.noise_factor:g} x noise",
-    )
+    dots = {"color": "tab:blue", "marker": "o", "markersize": 3}
+    differences = _visible([abs(x.loss - x.reference) for x in steps])
+    below.plot(numbers, differences, label="difference", **dots)
+    limit = judgement.noise_factor
+    limits = _visible([limit * x.noise for x in steps])
+    below.plot(numbers, limits, color=FAULT, linestyle="--", label=f"{limit:g} x noise")
     below.set_yscale("log")
     below.set_ylabel("difference")
     below.set_xlabel("step")

@@ -122,8 +122,6 @@ def _description(folder: Path) -> dict[str, Any]:
     path = folder / "description.json"
     try:
         found = json_value(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a folder that --dump has written.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:

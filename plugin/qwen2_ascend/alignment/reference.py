@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import types
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from qwen2_ascend.alignment.hooks import copied
 from qwen2_ascend.alignment.sublayers import (
     EMBEDDING,
     FINAL_NORM,
@@ -71,8 +71,12 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
         folder: a Hugging Face folder to take instead.
         dtype: the dtype of the weights; wider ones in the file are rounded to it.
     """
+    import transformers
     from transformers import AutoConfig, Qwen2ForCausalLM
     from transformers.utils import logging
+
+    from qwen2_ascend.checkpoint.transformers_model import load_weights
+    from qwen2_ascend.inference.opening import config_folder
 
     model: Any
     config: Any
@@ -81,40 +85,22 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
         folder = source.folder
     if folder is not None:
         config = open_pretrained(AutoConfig, folder)
-        loading = _loading_dtype(torch.float32)
+        # without a dtype, fp32 files may be rounded to what config.json says
+        release = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+        options = {"dtype" if release >= (4, 56) else "torch_dtype": torch.float32}
         model = open_pretrained(
-            Qwen2ForCausalLM, folder, config=config, attn_implementation="sdpa", **loading
+            Qwen2ForCausalLM, folder, config=config, attn_implementation="sdpa", **options
         )
-        return _rounded(model, dtype).train()
-
-    from qwen2_ascend.checkpoint.transformers_model import load_weights
-
-    path = next(path for path in source.side_files if path.name == "config.json")
-    config = open_pretrained(AutoConfig, path.parent)
-    config._attn_implementation = "sdpa"
-    model = Qwen2ForCausalLM(config)
-    model = model.float()
-    load_weights(model, source)
-    return _rounded(model, dtype).train()
-
-
-def _rounded(model: Any, dtype: torch.dtype) -> Any:
-    """The weights in `dtype`, in place; rotary frequencies stay as wide as they are.
-
-    `Module.to` would round those too, which transformers does not when it loads in 16 bits: at
-    position 30 the angles would be off by a tenth.
-    """
+    else:
+        config = open_pretrained(AutoConfig, config_folder(source))
+        config._attn_implementation = "sdpa"
+        model = Qwen2ForCausalLM(config).float()
+        load_weights(model, source)
+    # not by `Module.to`, which rounds rotary frequencies too, as transformers does not when it
+    # loads in 16 bits: at position 30 the angles would be off by a tenth
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def _loading_dtype(dtype: torch.dtype) -> dict[str, Any]:
-    """transformers' keyword; without it, fp32 files may be rounded to what config.json says."""
-    import transformers
-
-    release = tuple(int(n) for n in transformers.__version__.split(".")[:2])
-    return {"dtype" if release >= (4, 56) else "torch_dtype": dtype}
+    return model.train()
 
 
 def widened(module: Any, dtype: torch.dtype) -> Any:
@@ -176,7 +162,7 @@ def compute(
     gradients: dict[str, Tensor] = {}
     take = take or gradients.__setitem__
     names = {parameter: name for name, parameter in model.named_parameters()}
-    with _recording(model) as seen, ExitStack() as taking:
+    with copied(_places(model)) as seen, ExitStack() as taking:
         taking.enter_context(torch.set_grad_enabled(with_gradients))
         for index, batch in enumerate(tokens):
             if with_gradients and index == len(tokens) - 1:
@@ -209,12 +195,10 @@ def gradients_taken(model: Any, take: Callable[[Tensor, Tensor], None]) -> Itera
         assert gradient is not None
         take(parameter, gradient)
 
-    handles = [p.register_post_accumulate_grad_hook(on_gradient) for p in model.parameters()]
-    try:
+    with ExitStack() as hooks:
+        for parameter in model.parameters():
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(on_gradient))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -224,34 +208,12 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.view(labels.shape).unsqueeze(1)
 
 
-@contextmanager
-def _recording(model: Any) -> Iterator[dict[str, list[Tensor]]]:
-    seen: dict[str, list[Tensor]] = defaultdict(list)
-    handles = [
-        _attach(model.model.embed_tokens, None, seen[EMBEDDING]),
-        _attach(model.model.norm, None, seen[FINAL_NORM]),
-    ]
+def _places(model: Any) -> Iterator[tuple[str, Any, int | None]]:
+    yield EMBEDDING, model.model.embed_tokens, None
+    yield FINAL_NORM, model.model.norm, None
     for number, layer in enumerate(model.model.layers):
         for name, (path, argument) in LAYER_MODULES.items():
-            module = layer.get_submodule(path)
-            handles.append(_attach(module, argument, seen[full_name(number, name)]))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _attach(module: Any, argument: int | None, into: list[Tensor]) -> Any:
-    def on_output(_module: Any, _arguments: Any, output: Any) -> None:
-        into.append((output[0] if isinstance(output, tuple) else output).detach().clone())
-
-    def on_input(_module: Any, arguments: Any) -> None:
-        into.append(arguments[argument].detach().clone())
-
-    if argument is None:
-        return module.register_forward_hook(on_output)
-    return module.register_forward_pre_hook(on_input)
+            yield full_name(number, name), layer.get_submodule(path), argument
 
 
 def _add_rotated(model: Any, activations: dict[str, Tensor]) -> None:

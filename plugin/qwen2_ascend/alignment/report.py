@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.alignment.judge import Between, Error, Finding, Judgement
+from qwen2_ascend.alignment.judge import Between, Finding, Judgement
 from qwen2_ascend.alignment.sublayers import LAYER, LOGITS, split_name
 from qwen2_ascend.markdown import aligned
 
@@ -183,7 +183,7 @@ def to_json(judgement: Judgement, between: Between | None) -> dict[str, Any]:
     if between is not None:
         found["compared_with"] = _judgement_json(between.other)
         found["between"] = {
-            "activations": {k: v._asdict() for k, v in between.activations.items()},
+            "activations": {k: asdict(v) for k, v in between.activations.items()},
             "gradients": dict(between.gradients),
         }
     return _finite(found)
@@ -205,15 +205,10 @@ def _judgement_json(judgement: Judgement) -> dict[str, Any]:
             "noise": judgement.loss_noise,
         },
         "logits": dict(judgement.logits),
-        "sublayers": [_finding_json(finding) for finding in judgement.findings],
+        "sublayers": [asdict(finding) for finding in judgement.findings],
         "gradients": [asdict(finding) for finding in judgement.gradients],
         "steps": [asdict(step) for step in judgement.steps],
     }
-
-
-def _finding_json(finding: Finding) -> dict[str, Any]:
-    fields = {name: getattr(finding, name) for name in finding.__dataclass_fields__}
-    return {k: v._asdict() if isinstance(v, Error) else v for k, v in fields.items()}
 
 
 def _finite(value: Any) -> Any:

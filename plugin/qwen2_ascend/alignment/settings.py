@@ -30,8 +30,6 @@ from qwen2_ascend.training.settings import (
     shared_faults,
 )
 
-Repeated = tyro.conf.UseAppendAction
-
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectSettings:

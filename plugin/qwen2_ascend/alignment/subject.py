@@ -17,8 +17,9 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qwen2_ascend.alignment.capture import WHOLE, Taken, capturing, joined
+from qwen2_ascend.alignment.capture import WHOLE, Taken, joined, places
 from qwen2_ascend.alignment.gather import gather_activations, gather_gradients
+from qwen2_ascend.alignment.hooks import copied
 from qwen2_ascend.alignment.record import Record
 from qwen2_ascend.alignment.settings import AlignSettings
 from qwen2_ascend.alignment.sublayers import LOSS
@@ -92,7 +93,7 @@ def record(
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     wrapped[0].config.finalize_model_grads_func = finalize_model_grads if with_gradients else None
-    with capturing(wrapped) as seen:
+    with copied(places(wrapped)) as seen:
         losses = _forward_backward(settings, wrapped, tokens.to(runtime.device), with_gradients)
     taken = joined(seen)
     if losses:
@@ -153,34 +154,20 @@ def train(
     from qwen2_ascend.training.setup import build_run
 
     chunks = build(settings, source, runtime, plant)
-    run = build_run(settings.training(), runtime, chunks, train_data=TokenDataset(tokens))
-    batches: Iterator[Any] = run.batches()
-    steps = [run.step(batches) for _ in range(settings.checks.train_iters)]
-    return [(step.loss, step.grad_norm) for step in steps]
-
-
-class TokenDataset:
-    """Sequences in the shape of pretraining data; each comes once, in their order.
-
-    Args:
-        tokens: `[samples, s + 1]`.
-    """
-
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        text = self._tokens[index]
-        length = len(text) - 1
-        return {
+    length = settings.tokens.seq_length
+    data = [
+        {
             "tokens": text[:-1],
             "labels": text[1:],
             "loss_mask": torch.ones(length),
             "position_ids": torch.arange(length),
         }
+        for text in tokens
+    ]
+    run = build_run(settings.training(), runtime, chunks, train_data=data)
+    batches: Iterator[Any] = run.batches()
+    steps = [run.step(batches) for _ in range(settings.checks.train_iters)]
+    return [(step.loss, step.grad_norm) for step in steps]
 
 
 def _forward_backward(

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from qwen2_ascend.comparison.rules import Rules
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.figures import report_faults
 from qwen2_ascend.files import output_faults
 
 if TYPE_CHECKING:
-    from qwen2_ascend.comparison.compare import Report, Rules
+    from qwen2_ascend.comparison.compare import Report
     from qwen2_ascend.comparison.dumps import Dump
 
 EXIT_DIFFERENT = 1
@@ -26,7 +27,7 @@ PROGRESS_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(Rules):
     """Compare dumped arrays of two runs: figures, a verdict, JSON and a picture.
 
     A dump is a .npy, .npz, .pt or .safetensors file, or a folder of them. Arrays are matched by
@@ -38,40 +39,6 @@ class CompareOptions:
     """The dump that is judged."""
     theirs: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="THEIRS")]
     """The reference."""
-    rtol: float | None = None
-    """An element may differ by atol + rtol * |theirs|. Without it by dtype: fp64 1e-10, fp32 1e-5,
-    fp16 0.03, bf16 0.2, which is a few times the noise of a whole model; integers must be equal."""
-    atol: float | None = None
-    """The default is rtol times the largest of the element's row. Rows that differ by at most a
-    given --atol are not asked for their cosine: it is the level below which everything is noise."""
-    min_cosine: float | None = None
-    """Least cosine similarity of a row; without it by dtype: fp64 1 - 1e-12, fp32 1 - 1e-10, fp16
-    0.9995, bf16 0.98."""
-    max_relative_l2: float | None = None
-    """Largest relative L2 of the median row; without it by dtype: fp64 1e-10, fp32 3e-6, fp16 0.01,
-    bf16 0.08."""
-    max_kl: float | None = None
-    """Largest mean KL divergence of logits, in nats; without it by dtype: fp64 1e-12, fp32 1e-10,
-    fp16 1e-4, bf16 5e-3."""
-    min_top1: float | None = None
-    """Least share of logits' rows that agree on the likeliest token; not judged without it."""
-    names: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Compare only names that fit this pattern, as 'decoder.layers.*'."""
-    logits: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Pattern of names that are logits, whatever their case; '*logits*' without it."""
-    gradients: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Pattern of names, or names of files, that are gradients; '*grad*' without it. Their defaults
-    are wider (fp32: rtol 2e-3, cosine 1 - 2e-6, L2 1e-4; bf16: 2, 0.3, 0.5), and rows shorter than
-    the median one are held to its size: where terms cancel, what is left is their rounding."""
-    precision: Literal["fp64", "fp32", "fp16", "bf16"] | None = None
-    """What the runs computed in, where arrays are of a finer dtype, as gradients of bf16 runs are;
-    what --dump of align_qwen2.py has written says so itself."""
-    any_dtype: bool = False
-    """Let dtypes differ; the coarser one's tolerances hold, as they do without this flag."""
-    common_only: bool = False
-    """Leave out names that only one side has."""
-    equal_nonfinite: bool = False
-    """Accept the same infinity, or NaN, at the same places of both sides (masked logits)."""
     details: bool = False
     """Print all figures of every array."""
     json: Path | None = None
@@ -90,15 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qwen2_ascend.comparison.dumps import open_dumps
 
     ours, theirs = open_dumps(options.ours, options.theirs)
-    rules = _rules(options)
-    report = _compare(ours, theirs, rules, options.png_name)
+    report = _compare(ours, theirs, options)
     if options.json is not None:
         _write_json(report, options.json)
     _print(report, options)
     if options.png is not None:
         from qwen2_ascend.comparison.picture import draw
 
-        draw(report, ours, theirs, rules, options.png, options.png_name)
+        draw(report, options.png, options.png_name)
     sys.stdout.flush()
     if not report.passed:
         raise SystemExit(EXIT_DIFFERENT)
@@ -125,31 +91,11 @@ def _faults(options: CompareOptions) -> Iterator[str]:
     yield from output_faults("--png", options.png)
 
 
-def _rules(options: CompareOptions) -> Rules:
-    from qwen2_ascend.comparison.compare import GRADIENTS, LOGITS, Rules
-
-    return Rules(
-        rtol=options.rtol,
-        atol=options.atol,
-        min_cosine=options.min_cosine,
-        max_relative_l2=options.max_relative_l2,
-        max_kl=options.max_kl,
-        min_top1=options.min_top1,
-        names=options.names,
-        logits=options.logits or LOGITS,
-        gradients=options.gradients or GRADIENTS,
-        precision=options.precision,
-        any_dtype=options.any_dtype,
-        common_only=options.common_only,
-        equal_nonfinite=options.equal_nonfinite,
-    )
-
-
-def _compare(ours: Dump, theirs: Dump, rules: Rules, png_name: str | None) -> Report:
+def _compare(ours: Dump, theirs: Dump, options: CompareOptions) -> Report:
     from qwen2_ascend.comparison.compare import compare, match
     from qwen2_ascend.progress import Progress
 
-    pairs = match(ours, theirs, rules)
+    pairs, png_name = match(ours, theirs, options), options.png_name
     if png_name is not None and png_name not in {pair.name for pair in pairs}:
         examples = ", ".join(repr(pair.name) for pair in pairs[:5])
         raise UserError(
@@ -157,9 +103,9 @@ def _compare(ours: Dump, theirs: Dump, rules: Rules, png_name: str | None) -> Re
         )
     total = sum(pair.num_bytes for pair in pairs)
     if total < PROGRESS_BYTES:
-        return compare(ours, theirs, rules)
+        return compare(ours, theirs, options)
     with Progress("comparing", total) as progress:
-        return compare(ours, theirs, rules, progress)
+        return compare(ours, theirs, options, progress)
 
 
 def _write_json(report: Report, path: Path) -> None:

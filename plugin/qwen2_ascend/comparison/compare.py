@@ -14,6 +14,7 @@ import numpy as np
 from qwen2_ascend import __version__
 from qwen2_ascend.comparison import tolerances as tolerance
 from qwen2_ascend.comparison.dumps import Dump, Stored
+from qwen2_ascend.comparison.rules import Rules
 from qwen2_ascend.comparison.statistics import (
     FLOATS,
     Difference,
@@ -29,52 +30,35 @@ from qwen2_ascend.comparison.tolerances import Finding, Tolerances
 from qwen2_ascend.errors import UserError
 
 LOGITS = ("*logits*",)
-"""Names of arrays that are logits, whatever their case."""
+"""Names of arrays that are logits, whatever their case, where the rules have none."""
 
 
 GRADIENTS = ("*grad*",)
-"""Names of arrays, or of their files, that are gradients."""
+"""The same of arrays, or of their files, that are gradients."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What is compared, and what passes."""
+@dataclass(frozen=True)
+class Pair:
+    """The arrays of one name; one of them may be missing."""
 
-    rtol: float | None = None
-    """This and the next five instead of the defaults of the pair's dtype; not for integers."""
-    atol: float | None = None
-    min_cosine: float | None = None
-    max_relative_l2: float | None = None
-    max_kl: float | None = None
-    min_top1: float | None = None
-    names: tuple[str, ...] = ()
-    """Patterns of names to compare; all without them."""
-    logits: tuple[str, ...] = LOGITS
-    """Patterns of names that are logits."""
-    gradients: tuple[str, ...] = GRADIENTS
-    """Patterns of names, or of files' names, that are gradients."""
-    precision: str | None = None
-    """What both runs computed in, where their arrays are of a finer dtype and do not say."""
-    any_dtype: bool = False
-    """A difference of dtype is no finding."""
-    common_only: bool = False
-    """A name on one side only is no finding."""
-    equal_nonfinite: bool = False
-    """The same infinity, or NaN, at the same places of both sides is no finding."""
+    name: str
+    ours: Stored | None
+    theirs: Stored | None
 
-    def tolerances(self, dtype: str, *, gradient: bool = False) -> Tolerances:
-        """The tolerances of arrays computed in `dtype`."""
-        defaults = tolerance.default_tolerances(dtype, gradient=gradient)
-        if defaults is tolerance.EXACT:
-            return defaults
-        given = {
-            field.name: value
-            for field in dataclasses.fields(Tolerances)
-            if (value := getattr(self, field.name, None)) is not None
-        }
-        if self.atol is not None:  # it says what is noise; so no row has to
-            given["usual_rows"] = False
-        return dataclasses.replace(defaults, **given)
+    @property
+    def num_bytes(self) -> int:
+        return sum(side.num_bytes for side in (self.ours, self.theirs) if side)
+
+    def load(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Both arrays in one shape; None when they cannot be compared element by element."""
+        if self.ours is None or self.theirs is None:
+            return None
+        if self.ours.load is None or self.theirs.load is None:
+            return None
+        if _squeezed(self.ours.shape) != _squeezed(self.theirs.shape):
+            return None
+        theirs = self.theirs.load()
+        return self.ours.load().reshape(theirs.shape), theirs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +76,17 @@ class Side:
 class Comparison:
     """One name."""
 
-    name: str
+    pair: Pair
     ours: Side | None
     theirs: Side | None
     findings: tuple[Finding, ...]
     difference: Difference | None = None
     logits: LogitsAgreement | None = None
     tolerances: Tolerances | None = None
+
+    @property
+    def name(self) -> str:
+        return self.pair.name
 
     @property
     def passed(self) -> bool:
@@ -132,30 +120,6 @@ class Report:
             "num_failed": len(self.failed),
             "arrays": [_comparison_json(comparison) for comparison in self.comparisons],
         }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The arrays of one name; one of them may be missing."""
-
-    name: str
-    ours: Stored | None
-    theirs: Stored | None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(side.num_bytes for side in (self.ours, self.theirs) if side)
-
-    def load(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Both arrays in one shape; None when they cannot be compared element by element."""
-        if self.ours is None or self.theirs is None:
-            return None
-        if self.ours.load is None or self.theirs.load is None:
-            return None
-        if _squeezed(self.ours.shape) != _squeezed(self.theirs.shape):
-            return None
-        theirs = self.theirs.load()
-        return self.ours.load().reshape(theirs.shape), theirs
 
 
 def match(ours: Dump, theirs: Dump, rules: Rules) -> list[Pair]:
@@ -224,7 +188,7 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     arrays = pair.load()
     if arrays is None:
         return Comparison(
-            name=pair.name,
+            pair=pair,
             ours=_side(pair.ours),
             theirs=_side(pair.theirs),
             findings=tuple(findings),
@@ -233,16 +197,16 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     ours, theirs = _side(pair.ours, a), _side(pair.theirs, b)
     assert ours and theirs and ours.summary and theirs.summary
     dtype = coarser(a.dtype, b.dtype)
-    limits = rules.tolerances(_computed_in(pair, dtype, rules), gradient=_is_gradient(pair, rules))
+    limits = _tolerances(rules, _computed_in(pair, dtype, rules), _is_gradient(pair, rules))
     found = difference(
         a, b, dtype=dtype, rtol=limits.rtol, atol=limits.atol, usual_rows=limits.usual_rows
     )
-    is_logits = _fits(pair.name, rules.logits) and a.ndim > 0 and a.size > 0
+    is_logits = _fits(pair.name, rules.logits or LOGITS) and a.ndim > 0 and a.size > 0
     agreement = logits_agreement(a, b) if is_logits else None
     findings += _nonfinite(ours.summary, theirs.summary, found, rules)
     findings += tolerance.judge(found, agreement, limits)
     return Comparison(
-        name=pair.name,
+        pair=pair,
         ours=ours,
         theirs=theirs,
         findings=tuple(findings),
@@ -250,6 +214,21 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
         logits=agreement,
         tolerances=limits,
     )
+
+
+def _tolerances(rules: Rules, dtype: str, is_gradient: bool) -> Tolerances:
+    """The tolerances of arrays computed in `dtype`."""
+    defaults = tolerance.default_tolerances(dtype, gradient=is_gradient)
+    if defaults is tolerance.EXACT:
+        return defaults
+    given = {
+        field.name: value
+        for field in dataclasses.fields(Tolerances)
+        if (value := getattr(rules, field.name, None)) is not None
+    }
+    if rules.atol is not None:  # it says what is noise; so no row has to
+        given["usual_rows"] = False
+    return dataclasses.replace(defaults, **given)
 
 
 def _computed_in(pair: Pair, dtype: np.dtype, rules: Rules) -> str:
@@ -264,7 +243,7 @@ def _computed_in(pair: Pair, dtype: np.dtype, rules: Rules) -> str:
 
 def _is_gradient(pair: Pair, rules: Rules) -> bool:
     files = [side.path.stem for side in (pair.ours, pair.theirs) if side]
-    return any(_fits(name, rules.gradients) for name in (pair.name, *files))
+    return any(_fits(name, rules.gradients or GRADIENTS) for name in (pair.name, *files))
 
 
 def _findings_of_form(pair: Pair, rules: Rules) -> Iterator[Finding]:
@@ -305,12 +284,8 @@ def _nonfinite(
 
 
 def _counts(side: Summary) -> str:
-    counts = []
-    if side.num_nan:
-        counts.append(f"{side.num_nan} NaN")
-    if side.num_inf:
-        counts.append(f"{side.num_inf} infinite")
-    return " and ".join(counts)
+    counts = ((side.num_nan, "NaN"), (side.num_inf, "infinite"))
+    return " and ".join(f"{count} {what}" for count, what in counts if count)
 
 
 def _side(stored: Stored | None, array: np.ndarray | None = None) -> Side | None:
@@ -349,15 +324,12 @@ def _nothing_in_common(pairs: list[Pair]) -> str:
 
 
 def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    figures = ("ours", "theirs", "difference", "logits", "tolerances")
     return {
         "name": comparison.name,
         "passed": comparison.passed,
         "findings": [finding._asdict() for finding in comparison.findings],
-        "ours": _json(comparison.ours),
-        "theirs": _json(comparison.theirs),
-        "difference": _json(comparison.difference),
-        "logits": _json(comparison.logits),
-        "tolerances": _json(comparison.tolerances),
+        **{name: _json(getattr(comparison, name)) for name in figures},
     }
 
 

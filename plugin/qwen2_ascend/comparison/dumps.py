@@ -11,9 +11,11 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -64,7 +66,6 @@ class Dump:
 
     path: Path
     arrays: tuple[Stored, ...]
-    num_files: int
 
     def by_full_name(self) -> dict[str, Stored]:
         """The arrays by the file's place, without its suffix, and the name in the file."""
@@ -108,9 +109,8 @@ def open_dump(path: str | Path) -> Dump:
             name; every fault at once, naming its file.
     """
     path = Path(path)
-    files = _files(path)
     arrays, faults = [], []
-    for file in files:
+    for file in _files(path):
         try:
             with reading(file):
                 arrays += _READERS[file.suffix.lower()](file)
@@ -119,7 +119,7 @@ def open_dump(path: str | Path) -> Dump:
     raise_if(faults)
     if not arrays:
         raise UserError(f"{path}: holds no arrays.")
-    dump = Dump(path=path, arrays=tuple(arrays), num_files=len(files))
+    dump = Dump(path=path, arrays=tuple(arrays))
     raise_if(_ambiguous(dump))
     return dump
 
@@ -165,43 +165,33 @@ def _read_npy(path: Path) -> list[Stored]:
     def load() -> np.ndarray:
         return _native(npy.open_memmap(path, mode="r"))
 
-    try:
+    with _readable(path, ".npy file"):
         with open_regular(path) as file:
             shape, dtype = _npy_header(file)
         if not dtype.hasobject:
             load()  # its length is that of the header
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged header makes of numpy's reader
-        raise UserError(_damaged(path, ".npy file", error)) from None
     return [_stored(path, "", shape, dtype, load)]
 
 
 def _read_npz(path: Path) -> list[Stored]:
     def loader(name: str) -> Callable[[], np.ndarray]:
         def load() -> np.ndarray:
-            try:
-                with np.load(path, allow_pickle=False) as archive:
-                    return _native(archive[name])
-            except OSError:
-                raise
-            except Exception as error:  # as above
-                raise UserError(_damaged(path, f"array {name!r}", error)) from None
+            with _readable(path, f"array {name!r}"), np.load(path, allow_pickle=False) as archive:
+                return _native(archive[name])
 
         return load
 
     arrays = []
-    try:
-        with open_regular(path) as whole, zipfile.ZipFile(whole) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as file:
-                    shape, dtype = _npy_header(file)
-                name = member.removesuffix(".npy")
-                arrays.append(_stored(path, name, shape, dtype, loader(name)))
-    except (OSError, UserError):
-        raise
-    except Exception as error:  # as above
-        raise UserError(_damaged(path, ".npz file", error)) from None
+    with (
+        _readable(path, ".npz file"),
+        open_regular(path) as whole,
+        zipfile.ZipFile(whole) as archive,
+    ):
+        for member in archive.namelist():
+            with archive.open(member) as file:
+                shape, dtype = _npy_header(file)
+            name = member.removesuffix(".npy")
+            arrays.append(_stored(path, name, shape, dtype, loader(name)))
     return arrays
 
 
@@ -274,24 +264,18 @@ def _load_pt(path: Path) -> Any:
     with open_regular(path) as file:
         # else written by torch before 1.6, which cannot be mapped
         is_zip = file.read(4) == b"PK\3\4"
-    try:
-        # Namespaces are Megatron's arguments beside the weights; they hold no code
-        with torch.serialization.safe_globals([argparse.Namespace]):
+    # Namespaces are Megatron's arguments beside the weights; they hold no code
+    with _readable(path, ".pt file"), torch.serialization.safe_globals([argparse.Namespace]):
+        try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of torch's reader
-        raise UserError(_pt_fault(path, error)) from None
-
-
-def _pt_fault(path: Path, error: Exception) -> str:
-    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-    if refused:
-        return (
-            f"{path}: asks for {refused[1]}; refused, not executed. Only tensors and plain "
-            "containers are read; save a dict of tensors, or use safetensors."
-        )
-    return _damaged(path, ".pt file", error)
+        except UnpicklingError as error:
+            refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            if refused is None:
+                raise
+            raise UserError(
+                f"{path}: asks for {refused[1]}; refused, not executed. Only tensors and plain "
+                "containers are read; save a dict of tensors, or use safetensors."
+            ) from None
 
 
 def _leaves(
@@ -330,14 +314,15 @@ def _stored_tensor(path: Path, name: str, leaf: torch.Tensor | bool | int | floa
         kind = "" if leaf.layout == torch.strided else f", {leaf.layout}"
         return Stored(path, name, shape, f"{leaf.dtype}{kind}".replace("torch.", ""), None)
     plain = leaf.detach()
-    return Stored(path, name, shape, dtype_name(dtype), lambda: _numpy(plain))
+    return Stored(path, name, shape, dtype_name(dtype), lambda: to_numpy(plain))
 
 
 def _is_huge(number: bool | int | float) -> bool:
     return isinstance(number, int) and not -(2**63) <= number < 2**63
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory, of a tensor on the host without a graph; numpy knows bf16 by ml_dtypes."""
     import torch
 
     if tensor.dtype == torch.bfloat16:
@@ -346,20 +331,25 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 _TORCH_DTYPES = {
-    "torch.bfloat16": NUMPY_DTYPES["bf16"],
-    **{
-        f"torch.{name}": np.dtype(name)
-        for name in (
-            *("float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64"),
-            *("uint8", "uint16", "uint32", "uint64"),
-        )
-    },
+    f"torch.{name}": np.dtype(name)  # ml_dtypes has told numpy of bfloat16
+    for name in (
+        *("bfloat16", "float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64"),
+        *("uint8", "uint16", "uint32", "uint64"),
+    )
 }
 
 
-def _damaged(path: Path, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".") or type(error).__name__
-    return f"{path}: not a readable {what}: {reason}."
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Makes a UserError of whatever a damaged file makes of numpy's or torch's reader."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
+        reason = reason or type(error).__name__
+        raise UserError(f"{path}: not a readable {what}: {reason}.") from None
 
 
 _READERS: dict[str, Callable[[Path], list[Stored]]] = {

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen2_ascend.comparison.compare import Comparison, Pair, Report, Rules, match
-from qwen2_ascend.comparison.dumps import Dump
+from qwen2_ascend.comparison.compare import Comparison, Report
 from qwen2_ascend.comparison.statistics import difference_histogram
 from qwen2_ascend.comparison.text import number
 from qwen2_ascend.comparison.tolerances import cosine_text
@@ -26,16 +25,11 @@ MAX_LABELS = 60
 """Names below the bars; more would not be read."""
 
 
-def draw(
-    report: Report, ours: Dump, theirs: Dump, rules: Rules, path: Path, name: str | None = None
-) -> None:
+def draw(report: Report, path: Path, name: str | None = None) -> None:
     """Writes the picture of `report`.
 
     Args:
-        report: what `compare(ours, theirs, rules)` returned.
-        ours: opened still, for the elements of one array.
-        theirs: the same.
-        rules: the same.
+        report: what `compare` returned; the files of one array are read again.
         path: the PNG.
         name: the array to show in detail; the worst without it.
 
@@ -53,8 +47,7 @@ def draw(
         what = "nothing" if name is None else f"{name}: nothing"
         figure.text(0.5, 0.25, f"{what} could be compared", ha="center", color=DIFFERS)
     else:
-        pair = next(pair for pair in match(ours, theirs, rules) if pair.name == shown.name)
-        _draw_details([figure.add_subplot(grid[-1, i]) for i in range(3)], shown, pair)
+        _draw_details([figure.add_subplot(grid[-1, i]) for i in range(3)], shown)
     _title(figure, report)
     try:
         path.write_bytes(png(figure))
@@ -126,8 +119,8 @@ def _tail(name: str, length: int) -> str:
 # -- one array
 
 
-def _draw_details(axes: list[Axes], comparison: Comparison, pair: Pair) -> None:
-    arrays = pair.load()
+def _draw_details(axes: list[Axes], comparison: Comparison) -> None:
+    arrays = comparison.pair.load()
     assert arrays is not None
     _draw_histogram(axes[0], comparison, *arrays)
     _draw_cosines(axes[1], comparison)

@@ -22,7 +22,6 @@ BLOCK = 1 << 16
 FLOATS = tuple(NUMPY_DTYPES[name] for name in ("bf16", "fp16", "fp32", "fp64"))
 """Floating-point dtypes that are compared, the coarsest first."""
 _NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-_DIGITS = {dtype: bits for dtype, bits in zip(FLOATS, (8, 11, 24, 53), strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +36,6 @@ class Summary:
     mean: float
     std: float
     """The population's: divided by n."""
-
-    @property
-    def largest(self) -> float:
-        """Largest magnitude, 0 when nothing is finite."""
-        return 0.0 if math.isnan(self.max) else max(abs(self.max), abs(self.min))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +139,6 @@ def coarser(a: np.dtype, b: np.dtype) -> np.dtype:
     if floats:
         return min(floats, key=FLOATS.index)
     return np.result_type(a, b) if np.result_type(a, b).kind in "iub" else np.dtype(np.int64)
-
-
-def epsilon(dtype: np.dtype) -> float:
-    """Distance from 1 to the next number; 0 for integers."""
-    return 2.0 ** (1 - _DIGITS[dtype]) if dtype in FLOATS else 0.0
 
 
 def describe(array: np.ndarray) -> Summary:

@@ -14,11 +14,9 @@ readings; nothing is continued beyond the last one. A figure that cannot be had 
 from __future__ import annotations
 
 import bisect
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 from qwen2_ascend.runtime.power import (
@@ -142,22 +140,17 @@ class EnergyMeter:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._span: tuple[float, float | None] | None = None
+        self._begin: float | None = None
+        """The first reading since the last `start`; the curve ends with the last one."""
         self._curve = self._new_curve()
         self.idle_watts: float | None = None
         """Mean power while nothing was done; `measure_idle` finds it."""
 
     @classmethod
-    def find(
-        cls,
-        place: Place,
-        *,
-        root: Path = Path("/"),
-        environ: Mapping[str, str] = os.environ,
-    ) -> EnergyMeter:
+    def find(cls, place: Place) -> EnergyMeter:
         """A meter of the device; one without figures where nothing measures it."""
         try:
-            return cls(find_power_source(place, root=root, environ=environ))
+            return cls(find_power_source(place))
         except NoPowerSource as reason:
             return cls(None, str(reason))
         except Exception as error:  # as in `read_now`: it ends the measuring, never the run
@@ -173,7 +166,7 @@ class EnergyMeter:
         """Why `joules` is None; None when it is a figure."""
         if self._fault is not None:
             return self._fault
-        if self._span is None:
+        if self._begin is None:
             return "nothing has been measured yet."
         return self._too_short()
 
@@ -181,19 +174,17 @@ class EnergyMeter:
     def joules(self) -> float | None:
         """Joules from `start` to `stop` or the last reading; None where that was not measured."""
         with self._lock:
-            if self.reason is not None or self._span is None:
+            if self.reason is not None or self._begin is None:
                 return None
-            begin, end = self._span
-            return self._curve.joules(begin, self._curve.last_time if end is None else end)
+            return self._curve.joules(self._begin, self._curve.last_time)
 
     @property
     def seconds(self) -> float | None:
         """How long `joules` took."""
         with self._lock:
-            if self._span is None or self._fault is not None:
+            if self._begin is None or self._fault is not None:
                 return None
-            begin, end = self._span
-            return (self._curve.last_time if end is None else end) - begin
+            return self._curve.last_time - self._begin
 
     @property
     def watts(self) -> float | None:
@@ -236,11 +227,11 @@ class EnergyMeter:
         assert self._thread is None, "it is running"
         if self._fault is not None:
             return
-        self._curve, self._span, self._misses = self._new_curve(), None, 0
+        self._curve, self._begin, self._misses = self._new_curve(), None, 0
         self._stop.clear()
         # a first reading that fails is a loss: without it the beginning is not measured
         if self.read_now(must=True):
-            self._span = (self._curve.last_time, None)
+            self._begin = self._curve.last_time
             self._thread = threading.Thread(target=self._sample, name="energy", daemon=True)
             self._thread.start()
 
@@ -251,8 +242,7 @@ class EnergyMeter:
         self._stop.set()
         self._thread.join()
         self._thread = None
-        if self._fault is None and self._span is not None and self.read_now(must=True):
-            self._span = (self._span[0], self._curve.last_time)
+        self.read_now(must=True)
 
     def __enter__(self) -> EnergyMeter:
         self.start()
@@ -300,18 +290,18 @@ class EnergyMeter:
     def between(self, begin: float, end: float) -> float | None:
         """Joules between two moments of `clock`; None unless both are within the readings."""
         with self._lock:
-            if self._fault is not None or not self._curve.num_readings:
+            curve = self._curve
+            if self._fault is not None or not curve.num_readings:
                 return None
-            if not self._curve.first_time <= begin <= end <= self._curve.last_time:
-                return None
-            return self._curve.joules(begin, end)
+            is_within = curve.first_time <= begin <= end <= curve.last_time
+            return curve.joules(begin, end) if is_within else None
 
     def forget_before(self, moment: float) -> None:
         """Drops readings that are no longer asked for; `joules` is then from there on."""
         with self._lock:
-            if self._span is not None and self._curve.num_readings:
+            if self._begin is not None:
                 self._curve.forget_before(moment)
-                self._span = (max(self._span[0], self._curve.first_time), self._span[1])
+                self._begin = max(self._begin, self._curve.first_time)
 
     def _sample(self) -> None:
         assert self._source is not None

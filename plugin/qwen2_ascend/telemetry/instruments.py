@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
-from qwen2_ascend.errors import raise_if
+from qwen2_ascend.errors import UserError
 from qwen2_ascend.telemetry.energy import Energy
 from qwen2_ascend.telemetry.profiling import StepProfiler
 from qwen2_ascend.telemetry.reporting import attempt
@@ -80,24 +81,22 @@ def _profiler(run: TrainingRun) -> StepProfiler | None:
             f"nothing is profiled: {first} steps have been made, and recording ends at {end}"
         )
         return None
-    raise_if([fault] if (fault := profiler_fault(run.runtime.name)) else [])
+    if fault := profiler_fault(run.runtime.name):
+        raise UserError(fault)
     ranks = ", ".join(map(str, settings.profile_ranks))
     logger.info(f"profiling iterations {max(begin, first) + 1}-{end} on rank(s) {ranks}: {folder}")
     runtime = run.runtime
     if runtime.rank not in settings.profile_ranks:
         return None
 
-    def opened(warmup: int, active: int):
-        return open_profiler(
-            runtime.name,
-            folder,
-            f"rank{runtime.rank}",
-            warmup=warmup,
-            active=active,
-            record_shapes=settings.profile_record_shapes,
-            profile_memory=settings.profile_with_memory,
-            with_stack=settings.profile_with_stack,
-            level=settings.profile_level,
-        )
-
+    opened = partial(
+        open_profiler,
+        runtime.name,
+        folder,
+        f"rank{runtime.rank}",
+        record_shapes=settings.profile_record_shapes,
+        profile_memory=settings.profile_with_memory,
+        with_stack=settings.profile_with_stack,
+        level=settings.profile_level,
+    )
     return attempt("profiling", StepProfiler, begin, end, first, opened)

@@ -14,12 +14,12 @@ class StepProfiler:
         end: steps of the run when recording ends.
         first_iteration: steps that were made before this process; a resumed run that is past
             `begin` records what is left.
-        open_profiler: from the number of steps to warm up on, and of those to keep, to a
-            profiler, `runtime.profiling.open_profiler`.
+        open_profiler: from the number of steps to `warmup` on, and of those that are `active`, to
+            a profiler: `runtime.profiling.open_profiler`.
     """
 
     def __init__(
-        self, begin: int, end: int, first_iteration: int, open_profiler: Callable[[int, int], Any]
+        self, begin: int, end: int, first_iteration: int, open_profiler: Callable[..., Any]
     ) -> None:
         self._begin = max(begin, first_iteration)
         self._end = end
@@ -35,7 +35,7 @@ class StepProfiler:
             if iteration >= self._end:
                 self.close()
         elif iteration == self._begin - self._warmup and self._begin < self._end:
-            self._profiler = self._open(self._warmup, self._end - self._begin)
+            self._profiler = self._open(warmup=self._warmup, active=self._end - self._begin)
             self._ask("start")
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ The names are Megatron's and MindSpeed-LLM's. Nothing here imports torch.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,11 +56,11 @@ class ProfileSettings:
                 raise UserError(
                     "--profile-steps and --profile-step-start, --profile-step-end: give one."
                 )
-            if (found := _parse_steps(self.profile_steps)) is None:
+            if (found := re.fullmatch(r"(\d+):(\d+)", self.profile_steps)) is None:
                 raise UserError(
                     f"--profile-steps {self.profile_steps} is not START:END, as in 10:12."
                 )
-            return found
+            return int(found[1]), int(found[2])
         if not self.profile:
             return None
         start, end = one_by_one
@@ -109,14 +110,6 @@ class ProfileSettings:
         elif fault := folder_fault(folder):
             faults.append(f"--profile-dir {folder}: {fault}.")
         return faults + self.range_faults(train_iters or 0)
-
-
-def _parse_steps(text: str) -> tuple[int, int] | None:
-    """(begin, end) of 10:12; None where it is not of that form."""
-    begin, colon, end = text.partition(":")
-    if not colon or not begin.isdecimal() or not end.isdecimal():
-        return None
-    return int(begin), int(end)
 
 
 def folder_fault(folder: Path) -> str | None:

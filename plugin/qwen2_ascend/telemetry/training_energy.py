@@ -77,14 +77,9 @@ class EnergyLog:
         self._is_over = False
 
     @classmethod
-    def open(cls, runtime: Runtime, meter: EnergyMeter | None = None) -> EnergyLog | None:
-        """The log, or None and a line where a rank has no source; all ranks call it.
-
-        Args:
-            runtime: this rank's runtime.
-            meter: the meter of this rank's device; looked for by default.
-        """
-        meter = meter or EnergyMeter.find(Place.of(runtime))
+    def open(cls, runtime: Runtime) -> EnergyLog | None:
+        """The log, or None and a line where a rank has no source; all ranks call it."""
+        meter = EnergyMeter.find(Place.of(runtime))
         if reasons := _why_not(runtime, meter):
             logger.info(f"energy: not measured. {reasons}")
             return None
