@@ -11,7 +11,7 @@ import pytest
 from commands import run_python
 from helpers import tiny_config
 from qwen2_ascend.benchmark import train
-from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.benchmark.measure import Spread, largest_difference
 from qwen2_ascend.benchmark.sides import interleaved
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.flops import train_flops_per_token
@@ -71,7 +71,7 @@ def test_other_losses_are_other_work() -> None:
     for loss in (1.001, float("nan")):
         answers = {"ours": [answer(1, 1, [1.0])], "transformers": [answer(1, 1, [loss])]}
         assert not train.summarize(OPTIONS, TINY, "fp32", answers)["same_losses"]
-    assert train.largest_difference([[2.0, 4.0], [2.0, 3.0], [2.1, 4.0]]) == pytest.approx(0.25)
+    assert largest_difference([[2.0, 4.0], [2.0, 3.0], [2.1, 4.0]]) == pytest.approx(0.25)
 
 
 def test_sides_take_turns_at_being_first() -> None:

@@ -39,6 +39,17 @@ def started_runtime(device: str, *, for_megatron: bool = False) -> Runtime:
     return runtime
 
 
+def chosen_device(name: str) -> str:
+    """The device that --device names; `auto` takes the best one there is.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    from qwen2_ascend.runtime import select_device
+
+    return select_device(None if name == "auto" else name)
+
+
 def refuse_simulated(runtime: Runtime) -> None:
     """Measures nothing on a device that is played.
 

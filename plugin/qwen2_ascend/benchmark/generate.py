@@ -90,7 +90,6 @@ def _rounds(
     sides: dict[str, Side],
     energy: SideEnergy,
 ) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     loads, differing = [], set()
     for i in range(options.rounds + 1):
@@ -100,12 +99,11 @@ def _rounds(
         print(f"  {dtype} batch {batch} round {i}: {said}", flush=True)
         differing.add(answers["ours"]["tokens"] != answers["transformers"]["tokens"])
         for name in SIDES if i else ():
-            seconds[name].append(answers[name]["seconds"])
             kept[name].append(answers[name])
     return {
         "dtype": dtype,
         "batch": batch,
-        "seconds": seconds,
+        "seconds": {name: [answer["seconds"] for answer in kept[name]] for name in SIDES},
         "same_tokens": differing == {False},
         "load": loads[1:],
         "energy": {name: energy_figures(kept[name], batch * options.new_tokens) for name in SIDES},

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
     """What it printed."""
 
 
-def run_measured(command: Sequence[str], timeout_seconds: float = 3600) -> Measured:
+def run_measured(command: Sequence[str]) -> Measured:
     """Runs a command to its end.
 
     Raises:
@@ -33,7 +33,7 @@ def run_measured(command: Sequence[str], timeout_seconds: float = 3600) -> Measu
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak = PeakMemory(process.pid)
     with peak:
-        output, _ = process.communicate(timeout=timeout_seconds)
+        output, _ = process.communicate(timeout=3600)
     seconds = time.perf_counter() - started
     if process.returncode:
         raise RuntimeError(f"{command[0]} failed with {process.returncode}: {output[-2000:]}")
@@ -58,6 +58,13 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self:.2f}"
+
+
+def largest_difference(sides: Iterable[Sequence[float]]) -> float:
+    """Largest relative difference of any side's numbers from the first side's; NaN is infinite."""
+    first, *others = sides
+    found = [abs(a - b) / abs(a) for other in others for a, b in zip(first, other, strict=True)]
+    return max((x if x == x else float("inf") for x in found), default=0.0)
 
 
 class PeakMemory:

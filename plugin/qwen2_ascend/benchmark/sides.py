@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, TypeVar
 
 from qwen2_ascend.errors import UserError
@@ -54,18 +53,12 @@ class Side:
     def __enter__(self) -> Side:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
-    def pids(self) -> list[int]:
-        """The process's."""
-        return [self._process.pid]
+    def pid(self) -> int:
+        return self._process.pid
 
     def ask(self, question: Any) -> Any:
         """What the process says to `question`.
@@ -144,7 +137,7 @@ class RankedSide:
     @property
     def pids(self) -> list[int]:
         """The processes', by rank."""
-        return [pid for rank in self._ranks for pid in rank.pids]
+        return [rank.pid for rank in self._ranks]
 
     def ask(self, question: Any) -> list[Any]:
         """What every rank says to `question`.

@@ -85,15 +85,18 @@ def answer(asked: Question) -> dict[str, Any]:
         UserError: there is no layout, or no such model.
     """
     result = _planned(asked)
-    shown = report.best_of_each_shape(result.plans)[:MAX_ROWS]
     return {
         "answer": [_named(one) for one in report.said(result)],
         "notes": [_named(one) for one in report.notes(result)],
         "usable_memory": result.machine.usable_memory,
         "device_memory": result.machine.device.memory,
         "kinds": KINDS,
-        "rows": [_row(one) for one in shown],
+        "rows": [_row(one) for one in _shown(result)],
     }
+
+
+def _shown(result: report.Result) -> list[Plan]:
+    return report.best_of_each_shape(result.plans)[:MAX_ROWS]
 
 
 def _named(text: Any) -> Any:
@@ -139,10 +142,10 @@ def command(asked: Question, row: int, place: str) -> str:
         place: one of PLACES.
 
     Raises:
-        UserError: there is no such row or place.
+        UserError: there is no such row.
     """
     result = _planned(asked)
-    shown = report.best_of_each_shape(result.plans)[:MAX_ROWS]
+    shown = _shown(result)
     if not 0 <= row < len(shown):
         raise UserError(f"the table has no row {row}.")
     cut, machine = shown[row].cut, result.machine
@@ -154,8 +157,6 @@ def command(asked: Question, row: int, place: str) -> str:
         devices_per_node=-(-cut.num_devices // nodes),
         device=cut.job.backend,
     )
-    if place not in PLACES:
-        raise UserError(f"place {place!r} is none of {', '.join(PLACES)}.")
     return getattr(scheduling, place)(launch)
 
 

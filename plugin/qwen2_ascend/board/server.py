@@ -141,7 +141,7 @@ class Board:
         return {
             **asdict(self._description(folder)),
             "folder": str(folder),
-            "checkpoints": runs.as_json(runs.checkpoints(folder)),
+            "checkpoints": [asdict(one) for one in runs.checkpoints(folder)],
             "log": None if log is None else self.jail.name(log),
             "log_lines": lines,
             "log_error": fault,
@@ -190,12 +190,7 @@ class Board:
 
     def _description(self, folder: Path) -> runs.Description:
         """`runs.describe`, again only when the folder or its run.json has changed."""
-        changed = 0.0
-        for path in (folder, folder / RUN_FILE):
-            try:
-                changed = max(changed, path.stat().st_mtime)
-            except OSError:
-                continue
+        changed = max(_modified(folder), _modified(folder / RUN_FILE))
         kept = self._described.get(folder)
         if kept is None or kept[0] != changed:
             kept = self._described[folder] = (changed, runs.describe(folder))
