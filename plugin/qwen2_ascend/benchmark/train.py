@@ -181,9 +181,8 @@ def _faults(options: TrainBenchmark) -> list[str]:
 
 
 def _global_batch_size(options: TrainBenchmark) -> int:
-    if options.global_batch_size is None:
-        return options.micro_batch_size
-    return options.global_batch_size
+    size = options.global_batch_size
+    return options.micro_batch_size if size is None else size
 
 
 def shape(name: str | None, num_layers: int | None) -> Qwen2Config:

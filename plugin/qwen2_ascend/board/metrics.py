@@ -295,14 +295,9 @@ def parse_lines(lines: Sequence[bytes]) -> tuple[list[Row], list[bytes]]:
                 return rows, []
         except (ValueError, RecursionError):
             pass
-    rows, bad = [], []
-    for line in lines:
-        row = _parsed(line)
-        if row is None:
-            bad.append(line)
-        else:
-            rows.append(row)
-    return rows, bad
+    parsed = [_parsed(line) for line in lines]
+    bad = [line for line, row in zip(lines, parsed, strict=True) if row is None]
+    return [row for row in parsed if row is not None], bad
 
 
 def _parsed(line: bytes) -> Row | None:

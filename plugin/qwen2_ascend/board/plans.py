@@ -23,6 +23,7 @@ from qwen2_ascend.planning.search import Plan
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 METHODS = ("pretrain", "sft", "lora")
 PLACES = ("node", "slurm", "volcano")
+DEVICE_NAMES = (*ALIASES, *DEVICES)
 MAX_ROWS = 40
 MAX_DEVICES = 16_384
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporary", "logits", "buffers")
@@ -38,11 +39,6 @@ class Question:
     """One of METHODS."""
 
 
-def devices() -> list[str]:
-    """Names that the form offers."""
-    return [*ALIASES, *DEVICES]
-
-
 def question(form: Mapping[str, Any], jail: Jail) -> Question:
     """The question that a form asks.
 
@@ -55,7 +51,7 @@ def question(form: Mapping[str, Any], jail: Jail) -> Question:
         method=method,
         options=PlanOptions(
             model=_model(str(form.get("model") or ""), jail),
-            device=choice(form, "device", devices()),
+            device=choice(form, "device", DEVICE_NAMES),
             num_devices=whole(form, "num_devices", 1, MAX_DEVICES),
             seq_length=whole(form, "seq_length", 1, 1 << 24),
             global_batch_size=whole(form, "global_batch_size", 1, 1 << 24),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -80,7 +81,9 @@ def run_state(folder: Path) -> RunState:
         training, validation = last_rows(path)
     except (OSError, UserError) as error:
         return RunState(modified=0.0, is_live=False, size=0, error=reason(error))
-    described = _read_described(folder)
+    described: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # `describe` says why
+        described = _described(folder)
     found = None
     if training is None and validation is None and status.st_size:
         found = f"{METRICS_FILE}: its end holds no row of a log."
@@ -143,13 +146,6 @@ def _described(folder: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path.name}: holds no object.")
     return value
-
-
-def _read_described(folder: Path) -> dict[str, Any]:
-    try:
-        return _described(folder)
-    except UserError:
-        return {}  # `describe` says why
 
 
 def _from_checkpoint(folder: Path) -> dict[str, str]:
