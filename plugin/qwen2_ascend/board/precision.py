@@ -50,13 +50,14 @@ def _cell(path: Path, found: Any) -> dict[str, Any]:
     if not isinstance(found, Mapping) or not isinstance(found.get("name"), str):
         raise UserError(f"{path.name}: a sublayer has no name; it is no report of align_qwen2.py.")
     name = found["name"]
+    fault = UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.")
     try:
         layer, short = split_name(name)
         place = describe(name)
     except (ValueError, StopIteration):
-        raise UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.") from None
+        raise fault from None
     if short not in (COLUMNS if layer is not None else OUTSIDE):
-        raise UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.")
+        raise fault
     if layer is not None and not 0 <= layer < MAX_SUBLAYERS:
         raise UserError(f"{path.name}: {printable(name[:80])} is no layer of a model.")
     return {

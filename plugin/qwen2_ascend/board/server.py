@@ -42,8 +42,6 @@ MAX_RUNS = 400
 MAX_SERIES = 16
 FEWEST_POINTS, MOST_POINTS = 60, 1000
 """How many points a curve has at least and at most; it has fewer where there are many curves."""
-DERIVED = {"mfu": "tflops_per_device"}
-"""Series that the page may ask for, and what they are computed from."""
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -411,12 +409,12 @@ class _Guard:
 def _curve(
     file: MetricsFile, name: str, most: int, described: runs.Description
 ) -> list[tuple[float, ...]]:
-    points = file.buckets.points(DERIVED.get(name, name), most)
     if name != "mfu":
-        return points  # type: ignore[return-value]
+        return file.buckets.points(name, most)  # type: ignore[return-value]
     if not described.peak_flops:
         return []
     scale = 1e12 / described.peak_flops
+    points = file.buckets.points("tflops_per_device", most)
     return [(x, mean * scale, low * scale, high * scale) for x, mean, low, high in points]
 
 

@@ -79,22 +79,12 @@ export class Chart {
   }
 
   range() {
-    let [left, right, low, high] = [Infinity, -Infinity, Infinity, -Infinity];
-    for (const curve of this.curves) {
-      left = Math.min(left, curve.points[0][0]);
-      right = Math.max(right, curve.points[curve.points.length - 1][0]);
-      for (const [, mean, least, most] of curve.points) {
-        for (const value of curve.shade ? [mean, least, most] : [mean]) {
-          if (this.log && value <= 0) continue;
-          low = Math.min(low, value);
-          high = Math.max(high, value);
-        }
-      }
-    }
-    for (const line of this.lines) {
-      low = Math.min(low, line.value);
-      high = Math.max(high, line.value);
-    }
+    let left = Math.min(...this.curves.map((curve) => curve.points[0][0]));
+    let right = Math.max(...this.curves.map((curve) => curve.points.at(-1)[0]));
+    const values = this.curves.flatMap((curve) => curve.points.flatMap(([, mean, least, most]) => (curve.shade ? [mean, least, most] : [mean])));
+    const drawn = values.filter((value) => !this.log || value > 0).concat(this.lines.map((line) => line.value));
+    let low = drawn.reduce((least, value) => Math.min(least, value), Infinity);
+    let high = drawn.reduce((most, value) => Math.max(most, value), -Infinity);
     if (this.options.fromZero && !this.log) low = Math.min(low, 0);
     if (left === right) [left, right] = [left - 1, right + 1];
     [low, high] = [this.scale(low), this.scale(high)];
