@@ -11,7 +11,7 @@ import pytest
 from commands import run_python
 from helpers import tiny_config
 from qwen2_ascend.benchmark import train
-from qwen2_ascend.benchmark.measure import Spread, largest_difference
+from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import interleaved
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.flops import train_flops_per_token
@@ -87,8 +87,8 @@ def test_sides_take_turns_at_being_first() -> None:
 
 
 def test_a_spread_is_written_as_its_format_says() -> None:
-    assert f"{Spread.of([3.0, 1.0, 2.0]):.1f}" == "2.0 (1.0-3.0)"
-    assert str(Spread.of([1.0])) == "1.00 (1.00-1.00)"
+    assert spread([3.0, 1.0, 2.0], ".1f") == "2.0 (1.0-3.0)"
+    assert spread([1.0]) == "1.00 (1.00-1.00)"
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:

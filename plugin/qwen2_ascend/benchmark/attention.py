@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.device import chosen_device
 from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
-from qwen2_ascend.benchmark.measure import Spread, largest_difference
+from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import interleaved, running
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.planning.flops import attention_flops
@@ -173,11 +173,11 @@ def _print(options: AttentionBenchmark, reports: Sequence[Mapping[str, Any]]) ->
     rows = []
     for report in reports:
         for side, row in report["sides"].items():
-            milliseconds = Spread.of([1e3 * s / options.steps for s in row["seconds"]])
-            cells = [report["dtype"], str(report["seq_length"]), side, f"{milliseconds:.2f}"]
-            cells += [f"{Spread.of(row['tflops_per_second']):.3f}"]
+            cells = [report["dtype"], str(report["seq_length"]), side]
+            cells.append(spread([1e3 * s / options.steps for s in row["seconds"]]))
+            cells.append(spread(row["tflops_per_second"], ".3f"))
             cells += [f"{row['peak_memory_bytes'] / 1e6:.0f}"]
-            cells.append("1" if side == first else f"{Spread.of(row['first_over_it']):.3f}")
+            cells.append("1" if side == first else spread(row["first_over_it"], ".3f"))
             cells.append("yes" if report["same_results"] else "no")
             rows.append(cells)
     print(markdown.table([*head, "same results"], rows))

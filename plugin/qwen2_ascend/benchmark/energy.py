@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwen2_ascend import markdown
-from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.benchmark.measure import spread
 from qwen2_ascend.benchmark.sides import Side
 from qwen2_ascend.runtime.power import Place
 from qwen2_ascend.telemetry.energy import EnergyMeter
@@ -76,5 +76,5 @@ def energy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for side, row in rows.items():
         both = (row["joules_per_token"], row["joules_per_token_above_idle"])
-        lines.append([side, *(f"{Spread.of(values):.4g}" for values in both)])
+        lines.append([side, *(spread(values, ".4g") for values in both)])
     return markdown.table(("side", "J/token", "J/token above idle"), lines)

@@ -40,24 +40,11 @@ def run_measured(command: Sequence[str]) -> Measured:
     return Measured(seconds, peak.num_bytes, output)
 
 
-class Spread(NamedTuple):
-    """Several figures in short."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def __format__(self, form: str) -> str:
-        """The median with the lowest and the highest, each as `form` says."""
-        median, low, high = (format(value, form) for value in self)
-        return f"{median} ({low}-{high})"
-
-    def __str__(self) -> str:
-        return f"{self:.2f}"
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """The median of several figures with the lowest and the highest, each as `form` says."""
+    figures = (statistics.median(values), min(values), max(values))
+    median, low, high = (format(value, form) for value in figures)
+    return f"{median} ({low}-{high})"
 
 
 def largest_difference(sides: Iterable[Sequence[float]]) -> float:

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -222,20 +221,3 @@ def interleaved(
             if i:
                 results[name].append(result)
     return results
-
-
-class Stopwatch:
-    """Seconds of wall time and of this process's own work; usable with `with`."""
-
-    wall: float
-    """Seconds on the clock."""
-    cpu: float
-    """Seconds of all threads of this process, which count on a machine with other work."""
-
-    def __enter__(self) -> Stopwatch:
-        self._begun = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wall = time.perf_counter() - self._begun[0]
-        self.cpu = time.process_time() - self._begun[1]

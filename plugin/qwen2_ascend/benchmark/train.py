@@ -15,7 +15,7 @@ from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.device import chosen_device
 from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
 from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
-from qwen2_ascend.benchmark.measure import Spread, largest_difference
+from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import Side, interleaved, running
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
@@ -276,11 +276,11 @@ def _print(options: TrainBenchmark, config: Qwen2Config, report: Mapping[str, An
     head = ("side", "tokens/s", "TFLOP/s", "MFU, %", "peak memory, MB", f"{first} over it")
     rows = []
     for side, row in report["sides"].items():
-        mfu = str(Spread.of([100 * x for x in row["mfu"]])) if row["mfu"] else "-"
-        cells = [side, f"{Spread.of(row['tokens_per_second']):.0f}"]
-        cells += [f"{Spread.of(row['tflops_per_second']):.3f}", mfu]
+        cells = [side, spread(row["tokens_per_second"], ".0f")]
+        cells.append(spread(row["tflops_per_second"], ".3f"))
+        cells.append(spread([100 * x for x in row["mfu"]]) if row["mfu"] else "-")
         cells += [f"{row['peak_memory_bytes'] / 1e6:.0f}"]
-        cells.append("1" if side == first else f"{Spread.of(row['first_over_it']):.3f}")
+        cells.append("1" if side == first else spread(row["first_over_it"], ".3f"))
         rows.append(cells)
     print(markdown.table(head, rows))
     if energy := energy_table(report["sides"]):

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2_ascend.benchmark.device import refuse_simulated, started_runtime
-from qwen2_ascend.benchmark.sides import Stopwatch, serve
+from qwen2_ascend.benchmark.device import measured, refuse_simulated, started_runtime
+from qwen2_ascend.benchmark.sides import serve
 from qwen2_ascend.pretrained import open_pretrained
 
 if TYPE_CHECKING:
@@ -73,19 +73,8 @@ def _trainer_of(work: Work) -> Trainer:
 
 
 def _measured(trainer: Trainer, num_steps: int) -> dict[str, Any]:
-    runtime = trainer.runtime
-    runtime.reset_peak_memory()
-    runtime.synchronize()
-    with Stopwatch() as watch:
-        losses = [trainer.step() for _ in range(num_steps)]
-        runtime.synchronize()
-    return {
-        "wall": watch.wall,
-        "cpu": watch.cpu,
-        "losses": losses,
-        "peak_memory_bytes": runtime.peak_memory_bytes(),
-        "device": runtime.device_name(),
-    }
+    losses, figures = measured(trainer.runtime, lambda: [trainer.step() for _ in range(num_steps)])
+    return {**figures, "losses": losses}
 
 
 def _ours(work: Work, *, plain: bool = False) -> Trainer:
