@@ -159,8 +159,9 @@ class _Reader:
                     f"lines {opened}-{statement[0].line}: is not followed; what it sets is taken "
                     "from the environment"
                 )
-            elif waiting:
-                self._forget(statement)
+            elif waiting:  # what it sets is not known behind the block
+                for match in filter(None, (_ASSIGNMENT.match(word.source) for word in statement)):
+                    self._variables.pop(match[1], None)
             else:
                 self._statement(statement)
         self._settle()
@@ -196,12 +197,6 @@ class _Reader:
             elif word == "function()":
                 waiting.append("}")
 
-    def _forget(self, statement: Sequence[Word]) -> None:
-        """What a statement in a block may set is not known behind it."""
-        for word in statement:
-            if match := _ASSIGNMENT.match(word.source):
-                self._variables.pop(match[1], None)
-
     # --- statements -------------------------------------------------------------------------------
 
     def _statement(self, statement: Sequence[Word]) -> None:
@@ -222,10 +217,15 @@ class _Reader:
         if word.items is not None:
             values = tuple(one for item in word.items for one in self._tokens(item))
         else:
-            values = (Token(self._parts(_value_pieces(word)), word.line),)
+            value = word.pieces[0]._replace(text=word.pieces[0].text.partition("=")[2])
+            values = (Token(self._parts((value, *word.pieces[1:])), word.line),)
         before = self._variables.get(name)
         if is_more and before is not None:
-            values = _joined(before.values, values, is_array=word.items is not None)
+            if word.items is not None:
+                values = (*before.values, *values)
+            else:
+                parts = before.values[0].parts + values[0].parts
+                values = (replace(before.values[0], parts=parts),)
         source = f"{prefix} {word.source}".strip()
         is_array = word.items is not None or bool(is_more and before and before.is_array)
         variable = Variable(values, source, _is_block(values, is_array), is_array)
@@ -374,22 +374,6 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _joined(
-    before: Sequence[Token], after: Sequence[Token], *, is_array: bool
-) -> tuple[Token, ...]:
-    """What NAME+=... makes of two values."""
-    if is_array:
-        return (*before, *after)
-    return (replace(before[0], parts=before[0].parts + after[0].parts),)
-
-
-def _value_pieces(word: Word) -> tuple[WordPart, ...]:
-    """The pieces behind the first `=` of an assignment."""
-    first, *others = word.pieces
-    value = first.text.partition("=")[2]
-    return (first._replace(text=value), *others)
 
 
 def _source(given: Sequence[Word]) -> str:
