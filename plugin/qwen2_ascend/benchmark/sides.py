@@ -38,14 +38,14 @@ class Side:
         arguments: Sequence[str],
         *,
         threads: int,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] = {},
     ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environment or {}),
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environment),
             start_new_session=True,
         )
 
@@ -115,16 +115,16 @@ class RankedSide:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        common = {
+        environment = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
         }
         self._ranks: list[Side] = []
-        for rank in range(processes):
-            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self._ranks.append(Side(module, arguments, threads=threads, environment=own))
+        for rank in map(str, range(processes)):
+            environment |= {"RANK": rank, "LOCAL_RANK": rank}
+            self._ranks.append(Side(module, arguments, threads=threads, environment=environment))
 
     def __enter__(self) -> RankedSide:
         return self

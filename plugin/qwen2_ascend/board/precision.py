@@ -14,7 +14,6 @@ from qwen2_ascend.files import read_json
 MAX_SUBLAYERS = 20_000
 OUTSIDE = ("embedding", "final_layernorm", "logits", LOSS)
 """Sublayers outside of the layers."""
-COLUMNS = tuple(sublayer.name for sublayer in LAYER)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -50,14 +49,13 @@ def _cell(path: Path, found: Any) -> dict[str, Any]:
     if not isinstance(found, Mapping) or not isinstance(found.get("name"), str):
         raise UserError(f"{path.name}: a sublayer has no name; it is no report of align_qwen2.py.")
     name = found["name"]
-    fault = UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.")
     try:
         layer, short = split_name(name)
         place = describe(name)
     except (ValueError, StopIteration):
-        raise fault from None
-    if short not in (COLUMNS if layer is not None else OUTSIDE):
-        raise fault
+        raise UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.") from None
+    if layer is None and short not in OUTSIDE:
+        raise UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.")
     if layer is not None and not 0 <= layer < MAX_SUBLAYERS:
         raise UserError(f"{path.name}: {printable(name[:80])} is no layer of a model.")
     return {
