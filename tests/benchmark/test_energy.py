@@ -60,7 +60,7 @@ def test_each_side_is_measured_above_idle(bench: Bench) -> None:
     )
 
 
-def test_without_a_source_nothing_is_told_but_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_source_nothing_is_told_but_why() -> None:
     said: list[str] = []
     energy = SideEnergy("cpu", said.append, EnergyMeter(None, "nothing here."))
     energy.begin()

@@ -11,7 +11,7 @@ import pytest
 from commands import run_python
 from helpers import tiny_config
 from qwen2_ascend.benchmark import train
-from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import interleaved
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.planning.flops import train_flops_per_token
@@ -71,7 +71,7 @@ def test_other_losses_are_other_work() -> None:
     for loss in (1.001, float("nan")):
         answers = {"ours": [answer(1, 1, [1.0])], "transformers": [answer(1, 1, [loss])]}
         assert not train.summarize(OPTIONS, TINY, "fp32", answers)["same_losses"]
-    assert train.largest_difference([[2.0, 4.0], [2.0, 3.0], [2.1, 4.0]]) == pytest.approx(0.25)
+    assert largest_difference([[2.0, 4.0], [2.0, 3.0], [2.1, 4.0]]) == pytest.approx(0.25)
 
 
 def test_sides_take_turns_at_being_first() -> None:
@@ -87,8 +87,8 @@ def test_sides_take_turns_at_being_first() -> None:
 
 
 def test_a_spread_is_written_as_its_format_says() -> None:
-    assert f"{Spread.of([3.0, 1.0, 2.0]):.1f}" == "2.0 (1.0-3.0)"
-    assert str(Spread.of([1.0])) == "1.00 (1.00-1.00)"
+    assert spread([3.0, 1.0, 2.0], ".1f") == "2.0 (1.0-3.0)"
+    assert spread([1.0]) == "1.00 (1.00-1.00)"
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:

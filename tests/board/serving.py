@@ -45,15 +45,11 @@ class Served(NamedTuple):
         return self.request(f"/api/{question}", json.dumps(form).encode()).json
 
     def request(
-        self,
-        path: str,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        method: str | None = None,
+        self, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> Answer:
         """Any request; JSON unless `headers` say otherwise."""
         given = {"Content-Type": "application/json"} if headers is None else dict(headers)
-        request = urllib.request.Request(self.url + path, body, given, method=method)
+        request = urllib.request.Request(self.url + path, body, given)
         opener = urllib.request.build_opener(_NoRedirect)
         try:
             with opener.open(request, timeout=120) as response:

@@ -21,6 +21,16 @@ def line(iteration: int, **values: Any) -> str:
     return json.dumps({"iteration": iteration, "loss": 1.0 / iteration, **values}) + "\n"
 
 
+def write(path: Path, iterations: range, **values: Any) -> None:
+    path.write_text("".join(line(i, **values) for i in iterations))
+
+
+def read(path: Path) -> MetricsFile:
+    file = MetricsFile(path)
+    file.update()
+    return file
+
+
 def shown(file: MetricsFile, name: str = "loss") -> list[tuple[int, float]]:
     return [(point.iteration, point.mean) for point in file.buckets.points(name)]
 
@@ -56,8 +66,7 @@ def test_what_a_training_log_writes_is_what_is_shown(tmp_path: Path) -> None:
             )
         )
     reporter.validation(3, 2.5)
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    assert file.update()
+    file = read(tmp_path / "metrics.jsonl")
     assert shown(file) == [(1, 3.0), (3, 2.0)]  # no point for what is not finite
     assert shown(file, "validation_loss") == [(3, 2.5)]
     assert shown(file, "tokens_per_second") == [(1, 256.0), (2, 256.0), (3, 256.0)]
@@ -65,31 +74,31 @@ def test_what_a_training_log_writes_is_what_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_file_that_grows_is_read_on_and_not_again(path: Path, monkeypatch) -> None:
-    path.write_text("".join(line(i) for i in range(1, 101)))
-    file = MetricsFile(path)
-    file.update()
-    read: list[int] = []
+    write(path, range(1, 101))
+    file = read(path)
+    sizes: list[int] = []
     pread, mine = os.pread, threading.get_ident()
 
     def counted(fd: int, size: int, offset: int) -> bytes:
         if threading.get_ident() == mine:  # other tests' readers go on
-            read.append(size)
+            sizes.append(size)
         return pread(fd, size, offset)
 
     monkeypatch.setattr(metrics.os, "pread", counted)
     with path.open("a") as out:
         out.write(line(101))
-    assert file.update()
+    file.update()
     assert shown(file)[-1] == (101, 1 / 101)
-    assert sum(read) < 500  # the new line, and the mark before it
-    assert not file.update()  # nothing new
+    assert sum(sizes) < 500  # the new line, and the mark before it
+    revision = file.revision
+    file.update()
+    assert file.revision == revision  # nothing new
 
 
 def test_the_end_of_a_line_that_is_being_written_is_waited_for(path: Path) -> None:
     whole = line(1) + line(2)
     path.write_text(whole[:-10])
-    file = MetricsFile(path)
-    file.update()
+    file = read(path)
     assert [x for x, _ in shown(file)] == [1]
     path.write_text(whole)
     file.update()
@@ -98,21 +107,19 @@ def test_the_end_of_a_line_that_is_being_written_is_waited_for(path: Path) -> No
 
 
 def test_a_resumed_run_that_writes_its_file_anew_is_begun_anew(path: Path) -> None:
-    path.write_text("".join(line(i) for i in range(1, 50)))
-    file = MetricsFile(path)
-    file.update()
+    write(path, range(1, 50))
+    file = read(path)
     other = path.with_name("other")
-    other.write_text("".join(line(i, loss=7.0) for i in range(1, 60)))
+    write(other, range(1, 60), loss=7.0)
     other.replace(path)
     file.update()
     assert shown(file)[-1] == (59, 7.0) and len(shown(file)) == 59
 
 
 def test_a_file_that_is_overwritten_in_place_is_begun_anew(path: Path) -> None:
-    path.write_text("".join(line(i) for i in range(1, 50)))
-    file = MetricsFile(path)
-    file.update()
-    path.write_text("".join(line(i, loss=7.0) for i in range(1, 90)))  # longer, the same inode
+    write(path, range(1, 50))
+    file = read(path)
+    write(path, range(1, 90), loss=7.0)  # longer, the same inode
     file.update()
     assert set(y for _, y in shown(file)) == {7.0} and len(shown(file)) == 89
     path.write_text(line(1))
@@ -123,8 +130,7 @@ def test_a_file_that_is_overwritten_in_place_is_begun_anew(path: Path) -> None:
 def test_an_iteration_that_goes_back_forgets_what_came_after_it(path: Path) -> None:
     rows = [*range(1, 30), *range(20, 25)]
     path.write_text("".join(line(i, loss=float(n)) for n, i in enumerate(rows)))
-    file = MetricsFile(path)
-    file.update()
+    file = read(path)
     assert [x for x, _ in shown(file)] == list(range(1, 25))
     assert shown(file)[19] == (20, 29.0)
 
@@ -138,8 +144,7 @@ def test_a_long_run_keeps_means_and_spikes_in_bounded_memory(
     losses = np.random.default_rng(0).normal(3, 0.1, count)
     losses[2000] = 99.0
     path.write_text("".join(line(i, loss=float(losses[i - 1])) for i in range(1, count + 1)))
-    file = MetricsFile(path)
-    file.update()
+    file = read(path)
     points = file.buckets.points("loss")
     assert CAPACITY / 2 < len(points) <= CAPACITY
     # eight rows of a bucket, each independent of the blocks that the file was read in
@@ -174,35 +179,32 @@ HOSTILE = {
 def test_lines_that_are_no_rows_are_counted_and_left_out(path: Path, bad: bytes) -> None:
     path.write_bytes(line(1).encode() + bad + line(2).encode())
     before = path.read_bytes()
-    file = MetricsFile(path)
-    file.update()
+    file = read(path)
     assert shown(file) == [(1, 1.0), (2, 0.5)]
     assert file.num_bad_lines == 1
     assert file.first_bad_line is not None and len(file.first_bad_line) <= 80
     assert path.read_bytes() == before
 
 
-def test_values_that_are_no_numbers_are_no_points(path: Path) -> None:
-    values: list[Any] = ["x", None, True, {"a": 1}, [1], 10**400, float("nan"), float("inf"), 4.5]
-    path.write_text("".join(line(i, loss=value) for i, value in enumerate(values, 1)))
-    file = MetricsFile(path)
-    file.update()
-    assert shown(file) == [(9, 4.5)]
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["x", None, True, {"a": 1}, [1], 10**400, float("nan"), float("inf")],
+        [True, False],
+        ["1.5", "2"],
+        [True, None],
+    ],
+)
+def test_values_that_are_no_numbers_are_no_points(path: Path, values: list[Any]) -> None:
+    path.write_text("".join(line(i, loss=value) for i, value in enumerate([*values, 4.5], 1)))
+    file = read(path)
+    assert shown(file) == [(len(values) + 1, 4.5)]
     assert not file.num_bad_lines
-
-
-@pytest.mark.parametrize("values", [[True, False, 4.5], ["1.5", "2", 4.5], [True, None, 4.5]])
-def test_what_only_looks_like_a_number_is_no_point(path: Path, values: list[Any]) -> None:
-    path.write_text("".join(line(i, loss=value) for i, value in enumerate(values, 1)))
-    file = MetricsFile(path)
-    file.update()
-    assert shown(file) == [(3, 4.5)]
 
 
 def test_a_file_of_endlessly_many_names_keeps_some(path: Path) -> None:
     path.write_text("".join(line(i, **{f"n{i}-{j}": 1.0 for j in range(50)}) for i in range(1, 50)))
-    file = MetricsFile(path)
-    file.update()
+    file = read(path)
     assert len(file.buckets.names) <= metrics.MAX_SERIES and shown(file)[-1][0] == 49
 
 
@@ -212,8 +214,7 @@ def test_what_is_no_file_is_an_error_to_show(path: Path, kind: str) -> None:
         path.mkdir()
     elif kind == "fifo":
         os.mkfifo(path)
-    file = MetricsFile(path)
-    file.update()
+    file = read(path)
     assert file.error and not shown(file)
     file.sample(10)
     assert file.error and not shown(file)
@@ -221,7 +222,7 @@ def test_what_is_no_file_is_an_error_to_show(path: Path, kind: str) -> None:
 
 def test_a_sample_is_of_rows_that_are_there_and_ends_with_the_last(path: Path) -> None:
     count = 20_000
-    path.write_text("".join(line(i) for i in range(1, count + 1)))
+    write(path, range(1, count + 1))
     file = MetricsFile(path)
     file.sample(100)
     assert file.is_sampled and not file.is_complete
@@ -251,7 +252,7 @@ def test_large_files_are_sampled_at_once_and_read_in_the_thread(tmp_path: Path) 
     paths = [tmp_path / str(n) / "metrics.jsonl" for n in range(3)]
     for path in paths:
         path.parent.mkdir()
-        path.write_text("".join(line(i) for i in range(1, 20_000)))
+        write(path, range(1, 20_000))
     reader = reading.Reader()
     assert reader.look(paths, lambda file: file.is_sampled) == [True] * 3
     assert reader.wait(60)
@@ -261,12 +262,12 @@ def test_large_files_are_sampled_at_once_and_read_in_the_thread(tmp_path: Path) 
     )
     with paths[1].open("a") as out:
         out.write(line(20_000))
-    assert [x for x in reader.look(paths, lambda file: shown(file)[-1][0])][1] == 20_000
+    assert reader.look(paths, lambda file: shown(file)[-1][0])[1] == 20_000
 
 
 def test_a_file_that_goes_away_does_not_keep_the_thread_busy(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(line(i) for i in range(1, 20_000)))
+    write(path, range(1, 20_000))
     reader = reading.Reader()
     reader.look([path], lambda file: None)
     path.unlink()

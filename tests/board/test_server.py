@@ -177,7 +177,7 @@ global_batch_size method lora_r dtype data save side messages temperature max_ne
 @pytest.mark.parametrize("value", [None, 3, [], {}, "x", True, -1, [["a"]], {"a": 1}])
 def test_every_question_answers_any_value_with_faults(served: Served, value: Any) -> None:
     names = re.findall(r"\w+", FIELDS)
-    for question in (*server.QUESTIONS, "chat_ask"):
+    for question in server.QUESTIONS:
         if question == "stop":
             continue
         answer = served.request(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2_ascend import markdown
+from qwen2_ascend.benchmark.device import chosen_device
 from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
-from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import interleaved, running
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.planning.flops import attention_flops
@@ -67,12 +68,7 @@ def run(options: AttentionBenchmark) -> None:
         SystemExit: with 1 when the sides did not compute the same.
     """
     raise_if(_faults(options))
-
-    from qwen2_ascend.runtime import select_device
-
-    options = replace(
-        options, device=select_device(None if options.device == "auto" else options.device)
-    )
+    options = replace(options, device=chosen_device(options.device))
     reports = _measure(options)
     _print(options, reports)
     if options.json:
@@ -117,7 +113,7 @@ def summarize(
     # backward is twice forward; what a flash kernel computes again in it does not count
     flops = options.steps * options.batch_size * seq_length * 3 * per_token
     first = answers[options.sides[0]]
-    rows, difference = {}, 0.0
+    rows = {}
     for side in options.sides:
         seconds = [answer[options.clock] for answer in answers[side]]
         rows[side] = {
@@ -126,10 +122,8 @@ def summarize(
             "peak_memory_bytes": max(answer["peak_memory_bytes"] for answer in answers[side]),
             "first_over_it": [b / a[options.clock] for a, b in zip(first, seconds, strict=True)],
         }
-        for mine, other in zip(first, answers[side], strict=True):
-            pairs = zip(mine["sums"], other["sums"], strict=True)
-            found = [abs(a - b) / abs(a) for a, b in pairs]
-            difference = max(difference, *(x if x == x else float("inf") for x in found))
+    compared = (first, *(answers[side] for side in options.sides))
+    difference = largest_difference([x for one in of for x in one["sums"]] for of in compared)
     return {
         "dtype": dtype,
         "seq_length": seq_length,
@@ -179,11 +173,11 @@ def _print(options: AttentionBenchmark, reports: Sequence[Mapping[str, Any]]) ->
     rows = []
     for report in reports:
         for side, row in report["sides"].items():
-            milliseconds = Spread.of([1e3 * s / options.steps for s in row["seconds"]])
-            cells = [report["dtype"], str(report["seq_length"]), side, f"{milliseconds:.2f}"]
-            cells += [f"{Spread.of(row['tflops_per_second']):.3f}"]
+            cells = [report["dtype"], str(report["seq_length"]), side]
+            cells.append(spread([1e3 * s / options.steps for s in row["seconds"]]))
+            cells.append(spread(row["tflops_per_second"], ".3f"))
             cells += [f"{row['peak_memory_bytes'] / 1e6:.0f}"]
-            cells.append("1" if side == first else f"{Spread.of(row['first_over_it']):.3f}")
+            cells.append("1" if side == first else spread(row["first_over_it"], ".3f"))
             cells.append("yes" if report["same_results"] else "no")
             rows.append(cells)
     print(markdown.table([*head, "same results"], rows))

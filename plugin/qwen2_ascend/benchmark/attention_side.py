@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qwen2_ascend.benchmark.sides import Stopwatch, serve
+from qwen2_ascend.benchmark.device import measured, started_runtime
+from qwen2_ascend.benchmark.sides import serve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +26,6 @@ def main(side: str, device: str) -> None:
 
 
 def _prepared(side: str, device: str) -> Callable[[Any], Any]:
-    from qwen2_ascend.benchmark.device import started_runtime
-
     runtime = started_runtime(device)
     attention = _sdpa if side == "sdpa" else _own(side, runtime.name)
     return partial(_measured, attention, runtime)
@@ -67,24 +66,17 @@ def _measured(attention: Attention, runtime: Runtime, question: dict[str, Any]) 
     q, k, v = drawn("query_shape"), drawn("key_shape"), drawn("key_shape")
     inputs = [x.requires_grad_() for x in (q, k, v)]
     grad = drawn("query_shape")
-    runtime.reset_peak_memory()
-    runtime.synchronize()
-    context, grads = None, ()
-    with Stopwatch() as watch:
+
+    def passes() -> tuple[Tensor, ...]:
+        context, grads = inputs[0], ()
         for _ in range(question["steps"]):
             context = attention(*inputs)
             grads = torch.autograd.grad(context, inputs, grad)
-        runtime.synchronize()
-    peak = runtime.peak_memory_bytes()
-    assert context is not None
-    return {
-        "wall": watch.wall,
-        "cpu": watch.cpu,
-        "peak_memory_bytes": peak,
-        "device": runtime.device_name(),
-        # a sum of squares hides a permutation, weights that grow along the numbers do not
-        "sums": [_weighted(x) for x in (context, *grads)],
-    }
+        return context, *grads
+
+    results, figures = measured(runtime, passes)
+    # a sum of squares hides a permutation, weights that grow along the numbers do not
+    return {**figures, "sums": [_weighted(x) for x in results]}
 
 
 def _weighted(x: Tensor) -> float:

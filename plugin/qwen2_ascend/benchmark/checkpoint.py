@@ -15,7 +15,7 @@ import tyro
 
 from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.faults import count_faults, side_faults
-from qwen2_ascend.benchmark.measure import PeakMemory, Spread
+from qwen2_ascend.benchmark.measure import PeakMemory, spread
 from qwen2_ascend.benchmark.sides import RankedSide, interleaved
 from qwen2_ascend.benchmark.train import make_random_model, shape
 from qwen2_ascend.config import Qwen2Config
@@ -205,9 +205,9 @@ def _print(options: CheckpointBenchmark, config: Qwen2Config, report: Mapping[st
     for side, row in report.items():
         for action in ("save", "load"):
             of = row[action]
-            cells = [side, f"{row['num_bytes'] / 1e9:.2f}", action, str(Spread.of(of["seconds"]))]
-            cells += [str(Spread.of([x / 1e9 for x in of["bytes_per_second"]]))]
-            cells.append("1" if side == first else str(Spread.of(of["first_over_it"])))
+            cells = [side, f"{row['num_bytes'] / 1e9:.2f}", action, spread(of["seconds"])]
+            cells.append(spread([x / 1e9 for x in of["bytes_per_second"]]))
+            cells.append("1" if side == first else spread(of["first_over_it"]))
             cells += [f"{of['memory_bytes'] / 1e6:.0f}", "yes" if row["intact"] else "no"]
             rows.append(cells)
     print(markdown.table(head, rows))

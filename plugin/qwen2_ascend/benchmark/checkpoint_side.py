@@ -15,7 +15,6 @@ from typing import Any
 from qwen2_ascend import machine
 from qwen2_ascend.benchmark.sides import serve
 from qwen2_ascend.benchmark.train_side import (
-    MegatronCore,
     Work,
     build_megatron_core,
     build_ours,
@@ -148,14 +147,6 @@ def _compute(seconds: float) -> None:
         torch.mm(matrix, matrix)
 
 
-def _ours_async(work: Work) -> State:
-    return _ours(work, is_async=True)
-
-
-def _ours_torch(work: Work) -> State:
-    return _ours(work, ckpt_format="torch")
-
-
 def _dist_checkpointing(work: Work) -> State:
     """megatron-core's own, as its documentation has it: sharded_state_dict, save, load.
 
@@ -170,7 +161,7 @@ def _dist_checkpointing(work: Work) -> State:
 
     from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
 
-    made: MegatronCore = build_megatron_core(work)
+    made = build_megatron_core(work)
     made.step()
     prepare_torch_dist()
 
@@ -211,8 +202,9 @@ def _dist_checkpointing(work: Work) -> State:
 def _torch_save(work: Work) -> State:
     import torch
 
-    trainer, model, optimizer = build_transformers(work)
+    trainer = build_transformers(work)
     trainer.step()
+    model, optimizer = trainer.model, trainer.optimizer
 
     def save(folder: Path) -> None:
         folder.mkdir()
@@ -244,8 +236,8 @@ def _moments(optimizer: Any) -> list[Any]:
 
 BUILDERS: dict[str, Callable[[Work], State]] = {
     "ours": _ours,
-    "ours-async": _ours_async,
-    "ours-torch": _ours_torch,
+    "ours-async": partial(_ours, is_async=True),
+    "ours-torch": partial(_ours, ckpt_format="torch"),
     "dist_checkpointing": _dist_checkpointing,
     "torch.save": _torch_save,
 }

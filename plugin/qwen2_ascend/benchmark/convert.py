@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qwen2_ascend import markdown
-from qwen2_ascend.benchmark.measure import Measured, Spread, run_measured
+from qwen2_ascend.benchmark.measure import Measured, run_measured, spread
 from qwen2_ascend.checkpoint.formats.hugging_face import INDEX_FILE, index_json, plan_files
 from qwen2_ascend.checkpoint.formats.stored import TensorSpec
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
@@ -158,7 +158,7 @@ def _print(options: ConvertBenchmark, config: Qwen2Config, rows: dict[str, dict]
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         per_byte = [ratio * row["bytes_in"] / row["bytes_out"] for ratio in ratios]
         cells = [direction, f"{row['bytes_in'] / 1e9:.2f}", f"{row['bytes_out'] / 1e9:.2f}"]
-        cells += [str(Spread.of(values)) for values in (ours, theirs, ratios, per_byte)]
+        cells += [spread(values) for values in (ours, theirs, ratios, per_byte)]
         cells += [f"{max(run.peak_anonymous_bytes for run in row['convert']) / 1e6:.0f}"]
         lines.append(cells)
     print(markdown.table(head, lines))

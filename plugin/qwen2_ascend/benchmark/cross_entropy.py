@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from qwen2_ascend.benchmark.measure import run_measured
+from qwen2_ascend.benchmark.measure import PeakMemory, run_measured
 from qwen2_ascend.progress import size_text
 
 
@@ -66,7 +67,7 @@ def main(arguments: str) -> None:
     hidden = torch.randn(options["seq_length"], 1, options["hidden_size"]).to(dtype)
     weight = torch.randn(options["vocab_size"], options["hidden_size"], dtype=dtype).mul_(0.02)
     labels = torch.randint(options["vocab_size"], (1, options["seq_length"]))
-    floor = _anonymous_bytes() + weight.nbytes
+    floor = PeakMemory(os.getpid()).sample() + weight.nbytes
     hidden.requires_grad_()
     weight.requires_grad_()
     started = time.perf_counter()
@@ -82,12 +83,6 @@ def _losses(hidden, weight, labels, chunk_size: int):
     if chunk_size:
         return chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
     return vocab_parallel_cross_entropy(hidden @ weight.t(), labels.t().contiguous())
-
-
-def _anonymous_bytes() -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        (line,) = (line for line in file if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen2_ascend.errors import UserError
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
+
+
+T = TypeVar("T")
 
 
 def started_runtime(device: str, *, for_megatron: bool = False) -> Runtime:
@@ -39,6 +44,17 @@ def started_runtime(device: str, *, for_megatron: bool = False) -> Runtime:
     return runtime
 
 
+def chosen_device(name: str) -> str:
+    """The device that --device names; `auto` takes the best one there is.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    from qwen2_ascend.runtime import select_device
+
+    return select_device(None if name == "auto" else name)
+
+
 def refuse_simulated(runtime: Runtime) -> None:
     """Measures nothing on a device that is played.
 
@@ -47,3 +63,24 @@ def refuse_simulated(runtime: Runtime) -> None:
     """
     if runtime.simulated:
         raise UserError("the npu is simulated; its speed and its memory mean nothing.")
+
+
+def measured(runtime: Runtime, work: Callable[[], T]) -> tuple[T, dict[str, Any]]:
+    """Does some work on a device, until that has done all of it.
+
+    Returns:
+        What `work` returns. Then the device's name, the most bytes that it held, and seconds:
+        `wall` on the clock, `cpu` of all threads of this process, which count on a machine with
+        other work.
+    """
+    runtime.reset_peak_memory()
+    runtime.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    runtime.synchronize()
+    return result, {
+        "wall": time.perf_counter() - wall,
+        "cpu": time.process_time() - cpu,
+        "peak_memory_bytes": runtime.peak_memory_bytes(),
+        "device": runtime.device_name(),
+    }

@@ -6,18 +6,13 @@ One side works at a time while the others are loaded and idle, so what is drawn 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from qwen2_ascend import markdown
-from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.benchmark.measure import spread
+from qwen2_ascend.benchmark.sides import Side
 from qwen2_ascend.runtime.power import Place
 from qwen2_ascend.telemetry.energy import EnergyMeter
-
-
-class Asked(Protocol):
-    """`sides.Side`."""
-
-    def ask(self, question: Any) -> Any: ...
 
 
 class SideEnergy:
@@ -43,7 +38,7 @@ class SideEnergy:
         else:
             self._say(f"energy: {self._meter.name}; idle {idle:.1f} W")
 
-    def ask(self, side: Asked, question: Any) -> dict[str, Any]:
+    def ask(self, side: Side, question: Any) -> dict[str, Any]:
         """The side's answer, a dict, with `joules` and `joules_above_idle`, None where unknown."""
         was_lost = self._meter.is_lost
         with self._meter as meter:
@@ -80,6 +75,6 @@ def energy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     lines = []
     for side, row in rows.items():
-        both = [Spread.of(row[key]) for key in ("joules_per_token", "joules_per_token_above_idle")]
-        lines.append([side, *(f"{s.median:.4g} ({s.low:.4g}-{s.high:.4g})" for s in both)])
+        both = (row["joules_per_token"], row["joules_per_token_above_idle"])
+        lines.append([side, *(spread(values, ".4g") for values in both)])
     return markdown.table(("side", "J/token", "J/token above idle"), lines)

@@ -11,7 +11,7 @@ from typing import Any
 from qwen2_ascend import markdown
 from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
 from qwen2_ascend.benchmark.faults import count_faults, dtype_faults
-from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.benchmark.measure import spread
 from qwen2_ascend.benchmark.sides import Side, running
 from qwen2_ascend.errors import raise_if
 
@@ -90,7 +90,6 @@ def _rounds(
     sides: dict[str, Side],
     energy: SideEnergy,
 ) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     loads, differing = [], set()
     for i in range(options.rounds + 1):
@@ -100,12 +99,11 @@ def _rounds(
         print(f"  {dtype} batch {batch} round {i}: {said}", flush=True)
         differing.add(answers["ours"]["tokens"] != answers["transformers"]["tokens"])
         for name in SIDES if i else ():
-            seconds[name].append(answers[name]["seconds"])
             kept[name].append(answers[name])
     return {
         "dtype": dtype,
         "batch": batch,
-        "seconds": seconds,
+        "seconds": {name: [answer["seconds"] for answer in kept[name]] for name in SIDES},
         "same_tokens": differing == {False},
         "load": loads[1:],
         "energy": {name: energy_figures(kept[name], batch * options.new_tokens) for name in SIDES},
@@ -125,9 +123,9 @@ def _print(options: GenerateBenchmark, rows: list[dict[str, Any]]) -> None:
         tokens = row["batch"] * options.new_tokens
         ours, theirs = (row["seconds"][name] for name in SIDES)
         cells = [row["dtype"], str(row["batch"])]
-        cells += [str(Spread.of([tokens / s for s in seconds])) for seconds in (ours, theirs)]
-        cells.append(str(Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])))
-        cells += ["yes" if row["same_tokens"] else "no", str(Spread.of(row["load"]))]
+        cells += [spread([tokens / s for s in seconds]) for seconds in (ours, theirs)]
+        cells.append(spread([b / a for a, b in zip(ours, theirs, strict=True)]))
+        cells += ["yes" if row["same_tokens"] else "no", spread(row["load"])]
         lines.append(cells)
     print(markdown.table(head, lines))
     for row in rows:

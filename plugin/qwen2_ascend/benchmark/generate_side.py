@@ -28,10 +28,6 @@ def _measured(run: Callable[[list[str]], list[list[int]]], num_texts: int) -> di
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
-def _tokenizer(folder: Path) -> Any:
-    return open_tokenizer(folder, padding_side="left")
-
-
 def _ours(folder: Path, dtype: str, new_tokens: int) -> Callable[[list[str]], list[list[int]]]:
     from qwen2_ascend import runtime
     from qwen2_ascend.checkpoint.source import open_source
@@ -45,7 +41,7 @@ def _ours(folder: Path, dtype: str, new_tokens: int) -> Callable[[list[str]], li
     from qwen2_ascend.inference.generator import Generator, Request
 
     engines: dict[int, Any] = {}
-    tokenizer = _tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     first = load_engine(source, layout, dtype=dtype)
 
     def run(texts: list[str]) -> list[list[int]]:
@@ -71,7 +67,7 @@ def _transformers(
 
     from qwen2_ascend.dtypes import TORCH_DTYPES
 
-    tokenizer = _tokenizer(folder)
+    tokenizer = open_tokenizer(folder, padding_side="left")
     model: Any = open_pretrained(AutoModelForCausalLM, folder, dtype=TORCH_DTYPES[dtype]).eval()
     model.generation_config.eos_token_id = None
 

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
     """What it printed."""
 
 
-def run_measured(command: Sequence[str], timeout_seconds: float = 3600) -> Measured:
+def run_measured(command: Sequence[str]) -> Measured:
     """Runs a command to its end.
 
     Raises:
@@ -33,31 +33,25 @@ def run_measured(command: Sequence[str], timeout_seconds: float = 3600) -> Measu
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak = PeakMemory(process.pid)
     with peak:
-        output, _ = process.communicate(timeout=timeout_seconds)
+        output, _ = process.communicate(timeout=3600)
     seconds = time.perf_counter() - started
     if process.returncode:
         raise RuntimeError(f"{command[0]} failed with {process.returncode}: {output[-2000:]}")
     return Measured(seconds, peak.num_bytes, output)
 
 
-class Spread(NamedTuple):
-    """Several figures in short."""
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """The median of several figures with the lowest and the highest, each as `form` says."""
+    figures = (statistics.median(values), min(values), max(values))
+    median, low, high = (format(value, form) for value in figures)
+    return f"{median} ({low}-{high})"
 
-    median: float
-    low: float
-    high: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def __format__(self, form: str) -> str:
-        """The median with the lowest and the highest, each as `form` says."""
-        median, low, high = (format(value, form) for value in self)
-        return f"{median} ({low}-{high})"
-
-    def __str__(self) -> str:
-        return f"{self:.2f}"
+def largest_difference(sides: Iterable[Sequence[float]]) -> float:
+    """Largest relative difference of any side's numbers from the first side's; NaN is infinite."""
+    first, *others = sides
+    found = [abs(a - b) / abs(a) for other in others for a, b in zip(first, other, strict=True)]
+    return max((x if x == x else float("inf") for x in found), default=0.0)
 
 
 class PeakMemory:

@@ -13,10 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, TypeVar
 
 from qwen2_ascend.errors import UserError
@@ -40,32 +38,26 @@ class Side:
         arguments: Sequence[str],
         *,
         threads: int,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] = {},
     ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environment or {}),
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environment),
             start_new_session=True,
         )
 
     def __enter__(self) -> Side:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
-    def pids(self) -> list[int]:
-        """The process's."""
-        return [self._process.pid]
+    def pid(self) -> int:
+        return self._process.pid
 
     def ask(self, question: Any) -> Any:
         """What the process says to `question`.
@@ -123,16 +115,16 @@ class RankedSide:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        common = {
+        environment = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
         }
         self._ranks: list[Side] = []
-        for rank in range(processes):
-            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self._ranks.append(Side(module, arguments, threads=threads, environment=own))
+        for rank in map(str, range(processes)):
+            environment |= {"RANK": rank, "LOCAL_RANK": rank}
+            self._ranks.append(Side(module, arguments, threads=threads, environment=environment))
 
     def __enter__(self) -> RankedSide:
         return self
@@ -144,7 +136,7 @@ class RankedSide:
     @property
     def pids(self) -> list[int]:
         """The processes', by rank."""
-        return [pid for rank in self._ranks for pid in rank.pids]
+        return [rank.pid for rank in self._ranks]
 
     def ask(self, question: Any) -> list[Any]:
         """What every rank says to `question`.
@@ -229,20 +221,3 @@ def interleaved(
             if i:
                 results[name].append(result)
     return results
-
-
-class Stopwatch:
-    """Seconds of wall time and of this process's own work; usable with `with`."""
-
-    wall: float
-    """Seconds on the clock."""
-    cpu: float
-    """Seconds of all threads of this process, which count on a machine with other work."""
-
-    def __enter__(self) -> Stopwatch:
-        self._begun = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wall = time.perf_counter() - self._begun[0]
-        self.cpu = time.process_time() - self._begun[1]

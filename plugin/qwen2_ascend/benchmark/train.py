@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qwen2_ascend import markdown
+from qwen2_ascend.benchmark.device import chosen_device
 from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
 from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
-from qwen2_ascend.benchmark.measure import Spread
+from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import Side, interleaved, running
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
@@ -92,8 +93,10 @@ def run(options: TrainBenchmark) -> None:
         SystemExit: with 1 when the sides did not compute the same losses.
     """
     raise_if(_faults(options))
-    device = _device(options)
-    options = replace(options, device=device, sides=options.sides or default_sides(device))
+    device = chosen_device(options.device)
+    # only an npu has fused kernels to switch off
+    possible = tuple(side for side in SIDES if side != "ours-plain" or device == "npu")
+    options = replace(options, device=device, sides=options.sides or possible)
     with TemporaryDirectory(prefix="qwen2-benchmark-") as name:
         folder = _weights(Path(name) / "hf", options)
         config = Qwen2Config.from_pretrained(folder)
@@ -106,11 +109,6 @@ def run(options: TrainBenchmark) -> None:
         options.json.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     if not all(report["same_losses"] for report in reports):
         raise SystemExit(1)
-
-
-def default_sides(device: str) -> tuple[str, ...]:
-    """What there is to compare on a device: only an npu has fused kernels to switch off."""
-    return tuple(side for side in SIDES if side != "ours-plain" or device == "npu")
 
 
 def summarize(
@@ -128,16 +126,15 @@ def summarize(
         answers: of every side, a round each: `wall` and `cpu` seconds, the `losses` of its steps,
             `peak_memory_bytes` and `device`.
     """
-    sides = options.sides
     tokens = options.steps * _global_batch_size(options) * options.seq_length
     per_token = train_flops_per_token(config, options.seq_length, config.vocab_size)
     flops = tokens * per_token
-    device_name = answers[sides[0]][0]["device"]
+    first = [answer[options.clock] for answer in answers[options.sides[0]]]
+    device_name = answers[options.sides[0]][0]["device"]
     peak = _peak_flops(options, device_name, dtype)
     rows = {}
-    for side in sides:
+    for side in options.sides:
         seconds = [answer[options.clock] for answer in answers[side]]
-        first = [answer[options.clock] for answer in answers[sides[0]]]
         rows[side] = {
             "seconds": seconds,
             "tokens_per_second": [tokens / s for s in seconds],
@@ -148,7 +145,7 @@ def summarize(
             "losses": [loss for answer in answers[side] for loss in answer["losses"]],
             **energy_figures(answers[side], tokens),
         }
-    difference = largest_difference([row["losses"] for row in rows.values()])
+    difference = largest_difference(row["losses"] for row in rows.values())
     return {
         "dtype": dtype,
         "device": device_name,
@@ -159,13 +156,6 @@ def summarize(
         "largest_loss_difference": difference,
         "same_losses": difference <= LOSS_TOLERANCE[dtype],
     }
-
-
-def largest_difference(losses: Sequence[Sequence[float]]) -> float:
-    """Largest relative difference of any side's losses from the first side's; NaN is infinite."""
-    first, *others = losses
-    found = [abs(a - b) / abs(a) for other in others for a, b in zip(first, other, strict=True)]
-    return max((x if x == x else float("inf") for x in found), default=0.0)
 
 
 def _faults(options: TrainBenchmark) -> list[str]:
@@ -191,15 +181,8 @@ def _faults(options: TrainBenchmark) -> list[str]:
 
 
 def _global_batch_size(options: TrainBenchmark) -> int:
-    if options.global_batch_size is None:
-        return options.micro_batch_size
-    return options.global_batch_size
-
-
-def _device(options: TrainBenchmark) -> str:
-    from qwen2_ascend.runtime import select_device
-
-    return select_device(None if options.device == "auto" else options.device)
+    size = options.global_batch_size
+    return options.micro_batch_size if size is None else size
 
 
 def shape(name: str | None, num_layers: int | None) -> Qwen2Config:
@@ -293,11 +276,11 @@ def _print(options: TrainBenchmark, config: Qwen2Config, report: Mapping[str, An
     head = ("side", "tokens/s", "TFLOP/s", "MFU, %", "peak memory, MB", f"{first} over it")
     rows = []
     for side, row in report["sides"].items():
-        mfu = str(Spread.of([100 * x for x in row["mfu"]])) if row["mfu"] else "-"
-        cells = [side, f"{Spread.of(row['tokens_per_second']):.0f}"]
-        cells += [f"{Spread.of(row['tflops_per_second']):.3f}", mfu]
+        cells = [side, spread(row["tokens_per_second"], ".0f")]
+        cells.append(spread(row["tflops_per_second"], ".3f"))
+        cells.append(spread([100 * x for x in row["mfu"]]) if row["mfu"] else "-")
         cells += [f"{row['peak_memory_bytes'] / 1e6:.0f}"]
-        cells.append("1" if side == first else f"{Spread.of(row['first_over_it']):.3f}")
+        cells.append("1" if side == first else spread(row["first_over_it"], ".3f"))
         rows.append(cells)
     print(markdown.table(head, rows))
     if energy := energy_table(report["sides"]):

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2_ascend.benchmark.device import refuse_simulated, started_runtime
-from qwen2_ascend.benchmark.sides import Stopwatch, serve
+from qwen2_ascend.benchmark.device import measured, refuse_simulated, started_runtime
+from qwen2_ascend.benchmark.sides import serve
 from qwen2_ascend.pretrained import open_pretrained
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Trainer:
     step: Callable[[], float]
     """One optimizer step; its loss."""
     runtime: Runtime
+    model: Any
+    optimizer: Any
 
 
 def main(argument: str) -> None:
@@ -71,29 +73,23 @@ def _trainer_of(work: Work) -> Trainer:
 
 
 def _measured(trainer: Trainer, num_steps: int) -> dict[str, Any]:
-    runtime = trainer.runtime
-    runtime.reset_peak_memory()
-    runtime.synchronize()
-    with Stopwatch() as watch:
-        losses = [trainer.step() for _ in range(num_steps)]
-        runtime.synchronize()
-    return {
-        "wall": watch.wall,
-        "cpu": watch.cpu,
-        "losses": losses,
-        "peak_memory_bytes": runtime.peak_memory_bytes(),
-        "device": runtime.device_name(),
-    }
+    losses, figures = measured(trainer.runtime, lambda: [trainer.step() for _ in range(num_steps)])
+    return {**figures, "losses": losses}
 
 
 def _ours(work: Work, *, plain: bool = False) -> Trainer:
     run, _ = build_ours(work, plain=plain)
     batches = run.batches()
-    return Trainer(step=lambda: run.step(batches).loss, runtime=run.runtime)
+    return Trainer(
+        step=lambda: run.step(batches).loss,
+        runtime=run.runtime,
+        model=run.chunks[0],
+        optimizer=run.optimizer,
+    )
 
 
 def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan]:
-    """The run that `launch/pretrain_qwen2.py` makes, and its plan."""
+    """The run that `launch/pretrain_qwen2.py` makes, `plain` without fused kernels; its plan."""
     from qwen2_ascend.training import settings as s
     from qwen2_ascend.training.fusion import FusionSettings
     from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
@@ -101,9 +97,11 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
     from qwen2_ascend.training.pretrain import prepare
     from qwen2_ascend.training.setup import start_runtime
 
-    off = dict.fromkeys(("rmsnorm", "rotary_pos_emb", "swiglu", "adamw"), True)
-    switched_off = {f"no_fused_{name}": value for name, value in off.items()}
-    fusion = FusionSettings(attention_backend="unfused", **switched_off)
+    fusion = FusionSettings()
+    if plain:
+        fused = ("rmsnorm", "rotary_pos_emb", "swiglu", "adamw")
+        off = {f"no_fused_{name}": True for name in fused}
+        fusion = FusionSettings(attention_backend="unfused", **off)
     settings = s.PretrainSettings(
         model=s.ModelSettings(load=Path(work.folder)),
         parallel=s.ParallelSettings(use_distributed_optimizer=work.use_distributed_optimizer),
@@ -120,7 +118,7 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
             weight_decay=work.weight_decay,
         ),
         precision=PrecisionSettings(bf16=work.dtype == "bf16"),
-        fusion=fusion if plain else FusionSettings(),
+        fusion=fusion,
         data=s.DataSettings(mock_data=True),
         runtime=s.RuntimeSettings(device=work.device, seed=SEED),  # pyright: ignore
     )
@@ -129,21 +127,8 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
     return prepare(plan, runtime), plan
 
 
-def _ours_plain(work: Work) -> Trainer:
-    """The same with every fused kernel switched off."""
-    return _ours(work, plain=True)
-
-
-def _transformers(work: Work) -> Trainer:
-    return build_transformers(work)[0]
-
-
-def build_transformers(work: Work) -> tuple[Trainer, Any, Any]:
-    """transformers with SDPA, and what its Trainer does by default: autocast, fused AdamW.
-
-    Returns:
-        The trainer, the model and the optimizer.
-    """
+def build_transformers(work: Work) -> Trainer:
+    """transformers with SDPA, and what its Trainer does by default: autocast, fused AdamW."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -176,19 +161,10 @@ def build_transformers(work: Work) -> tuple[Trainer, Any, Any]:
         optimizer.zero_grad()
         return float(total)
 
-    return Trainer(step=step, runtime=runtime), model, optimizer
+    return Trainer(step=step, runtime=runtime, model=model, optimizer=optimizer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MegatronCore(Trainer):
-    """A trainer with what a checkpoint is made of."""
-
-    model: Any
-    """GPTModel."""
-    optimizer: Any
-
-
-def build_megatron_core(work: Work) -> MegatronCore:
+def build_megatron_core(work: Work) -> Trainer:
     """megatron-core's GPTModel with its own local layer spec, its data parallelism and optimizer.
 
     Its kernels of Megatron-LM's CUDA extensions are off: the package does not have them.
@@ -232,7 +208,7 @@ def build_megatron_core(work: Work) -> MegatronCore:
         optimizer.step()
         return float(sum(losses)) / num_microbatches
 
-    return MegatronCore(step=step, runtime=runtime, model=model, optimizer=optimizer)
+    return Trainer(step=step, runtime=runtime, model=model, optimizer=optimizer)
 
 
 def _megatron_model(work: Work, runtime: Any) -> tuple[Any, Any]:
@@ -315,8 +291,8 @@ def _batches(work: Work, runtime: Any) -> Iterator[dict[str, Any]]:
 
 BUILDERS: dict[str, Callable[[Work], Trainer]] = {
     "ours": _ours,
-    "ours-plain": _ours_plain,
-    "transformers": _transformers,
+    "ours-plain": partial(_ours, plain=True),
+    "transformers": build_transformers,
     "megatron-core": build_megatron_core,
 }
 

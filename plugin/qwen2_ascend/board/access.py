@@ -48,12 +48,8 @@ class Access:
     """
 
     def __init__(self, host: str, token: str | None) -> None:
-        self._token = token
+        self.token = token
         self._is_loopback = is_loopback(host)
-
-    @property
-    def token(self) -> str | None:
-        return self._token
 
     def refusal(
         self, method: str, headers: Mapping[str, str], query_token: str | None
@@ -74,15 +70,15 @@ class Access:
                 return Refusal(403, "the request comes from the page of another site.")
             if not headers.get("content-type", "").startswith("application/json"):
                 return Refusal(415, "the request has to be JSON.")
-        if self._token is not None and not self._is_known(headers, query_token):
+        if self.token is not None and not _is_known(self.token, headers, query_token):
             return Refusal(401, "open the address with the token that the board printed.")
         return None
 
-    def _is_known(self, headers: Mapping[str, str], query_token: str | None) -> bool:
-        assert self._token is not None
-        given = (query_token, _cookie(headers.get("cookie", "")))
-        own = self._token.encode()
-        return any(hmac.compare_digest(one.encode("utf-8", "replace"), own) for one in given if one)
+
+def _is_known(token: str, headers: Mapping[str, str], query_token: str | None) -> bool:
+    given = (query_token, _cookie(headers.get("cookie", "")))
+    own = token.encode()
+    return any(hmac.compare_digest(one.encode("utf-8", "replace"), own) for one in given if one)
 
 
 def is_loopback(host: str) -> bool:

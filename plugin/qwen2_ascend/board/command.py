@@ -45,20 +45,12 @@ class BoardOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` and serves.
+    """Parses `argv` and serves until Ctrl-C or SIGTERM.
 
     Raises:
         UserError: folders, address or port cannot be used, or the extra is not installed.
     """
-    serve(tyro.cli(BoardOptions, args=argv, description=BoardOptions.__doc__))
-
-
-def serve(options: BoardOptions) -> None:
-    """Serves until Ctrl-C or SIGTERM.
-
-    Raises:
-        UserError: as `main`.
-    """
+    options = tyro.cli(BoardOptions, args=argv, description=BoardOptions.__doc__)
     jail = Jail(options.folders or (Path("."),))
     token = wanted_token(options)
     try:

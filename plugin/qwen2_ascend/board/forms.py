@@ -31,14 +31,23 @@ def real(form: Mapping[str, Any], name: str, low: float, high: float) -> float:
     Raises:
         UserError: it is none.
     """
-    value = _number(form.get(name), float, 40)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        value = math.nan
-    if not low < value <= high:
+    value = finite(_number(form.get(name), float, 40))
+    if value is None or not low < value <= high:
         raise UserError(
             f"{name} {shown(form.get(name))} must be a number above {low:g} and up to {high:g}."
         )
-    return float(value)
+    return value
+
+
+def finite(value: Any, below: float = math.inf) -> float | None:
+    """A number of a size below `below`; None where it is larger, or no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if abs(value) < below else None
 
 
 def _number(value: Any, kind: type[int] | type[float], longest: int) -> Any:

@@ -6,6 +6,7 @@ runs in a session of its own, so it goes on when the board ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -206,10 +207,8 @@ class Jobs:
                 return
             self._can_save |= bool(ranks) and all(_catches_stop(rank.pid) for rank in ranks)
             for pid in [rank.pid for rank in ranks] or [self._process.pid]:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    continue
 
     def state(self) -> dict[str, Any]:
         """What the page shows; a run that was stopped before it could save is stopped_early."""

@@ -94,13 +94,9 @@ def _sort(jail: Jail, folder: Path, files: set[str], listing: Listing) -> None:
         enter(listing.runs, folder, folder / METRICS_FILE)
     if REPORT_FILE in files:
         enter(listing.reports, folder / REPORT_FILE, folder / REPORT_FILE)
-    is_checkpoint = "latest_checkpointed_iteration.txt" in files
-    if is_checkpoint or ("config.json" in files and _has_weights(files)):
+    is_model = "config.json" in files and any(name.endswith(".safetensors") for name in files)
+    if is_model or "latest_checkpointed_iteration.txt" in files:
         enter(listing.models, folder, folder / "config.json")
     for name in sorted(files):
         if name.endswith(DATA) and name != METRICS_FILE and not OTHER_JSON.fullmatch(name):
             enter(listing.data, folder / name, folder / name)
-
-
-def _has_weights(files: set[str]) -> bool:
-    return any(name.endswith(".safetensors") for name in files)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen2_ascend.board.forms import finite
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import open_descriptor
+from qwen2_ascend.files import open_regular
 
 CAPACITY = 1024
 """Buckets of a file."""
@@ -135,7 +136,7 @@ class Buckets:
 
     def _halve(self) -> None:
         """Each two buckets become one."""
-        used, half = self._used, CAPACITY // 2
+        half = CAPACITY // 2
         self._last[:half] = np.maximum(self._last[0::2], self._last[1::2])
         self._last[half:] = 0
         for table in self._series.values():
@@ -144,7 +145,6 @@ class Buckets:
             table[:half, 2] = np.minimum(first[:, 2], second[:, 2])
             table[:half, 3] = np.maximum(first[:, 3], second[:, 3])
             table[half:] = (0.0, 0.0, np.inf, -np.inf)
-        assert used <= CAPACITY
         self._stride *= 2
 
     def _forget_from(self, iteration: int) -> None:
@@ -206,43 +206,25 @@ class MetricsFile:
         place = "sample" if self.is_sampled else self.offset
         return "-".join(map(str, (*(self._identity or ()), place)))
 
-    def update(self, most_bytes: int = 1 << 40) -> bool:
-        """Reads on, `most_bytes` at most.
-
-        Returns:
-            Whether there is something else to show. `error` says why a file cannot be read.
-        """
-        before = self.revision, self.error
+    def update(self, most_bytes: int = 1 << 40) -> None:
+        """Reads on, `most_bytes` at most; `error` says why a file cannot be read."""
         try:
-            fd = open_descriptor(self.path)
+            with open_regular(self.path) as file:
+                self._read_on(file.fileno(), most_bytes)
         except (OSError, UserError) as error:
             self._fail(error)
-            return before != (self.revision, self.error)
-        try:
-            self._read_on(fd, most_bytes)
-        except OSError as error:
-            self._fail(error)
-        finally:
-            os.close(fd)
-        return before != (self.revision, self.error)
 
     def sample(self, places: int) -> None:
         """Looks at rows at `places` places of the file; `update` then reads it from its start."""
         self._begin_anew()
         try:
-            fd = open_descriptor(self.path)
+            with open_regular(self.path) as file:
+                status = os.fstat(file.fileno())
+                self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
+                rows = _sampled(file.fileno(), status.st_size, places)
         except (OSError, UserError) as error:
             self._fail(error)
             return
-        try:
-            status = os.fstat(fd)
-            self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
-            rows = _sampled(fd, status.st_size, places)
-        except OSError as error:
-            self._fail(error)
-            return
-        finally:
-            os.close(fd)
         self._sample = Buckets()
         if rows:
             self._sample.add(rows)
@@ -313,14 +295,9 @@ def parse_lines(lines: Sequence[bytes]) -> tuple[list[Row], list[bytes]]:
                 return rows, []
         except (ValueError, RecursionError):
             pass
-    rows, bad = [], []
-    for line in lines:
-        row = _parsed(line)
-        if row is None:
-            bad.append(line)
-        else:
-            rows.append(row)
-    return rows, bad
+    parsed = [_parsed(line) for line in lines]
+    bad = [line for line, row in zip(lines, parsed, strict=True) if row is None]
+    return [row for row in parsed if row is not None], bad
 
 
 def _parsed(line: bytes) -> Row | None:
@@ -347,13 +324,9 @@ def last_rows(path: Path) -> tuple[Row | None, Row | None]:
     Raises:
         OSError, UserError: it cannot be read.
     """
-    fd = open_descriptor(path)
-    try:
-        size = os.fstat(fd).st_size
-        begin = max(0, size - TAIL_BYTES)
-        data = os.pread(fd, TAIL_BYTES, begin)
-    finally:
-        os.close(fd)
+    with open_regular(path) as file:
+        begin = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
+        data = os.pread(file.fileno(), TAIL_BYTES, begin)
     lines = data.split(b"\n")
     rows = list(filter(None, map(_parsed, lines[1 if begin else 0 :])))
     training = next((row for row in reversed(rows) if "loss" in row), None)
@@ -363,7 +336,7 @@ def last_rows(path: Path) -> tuple[Row | None, Row | None]:
 
 def number(row: Mapping[str, Any] | None, name: str) -> float | None:
     """A finite number of a row, or None."""
-    return None if row is None else _number(row.get(name))
+    return None if row is None else finite(row.get(name), LARGEST)
 
 
 def _sampled(fd: int, size: int, places: int) -> list[Row]:
@@ -388,16 +361,6 @@ def _numbers(rows: Sequence[Row], name: str) -> np.ndarray | None:
             raise TypeError  # numpy would read True and "1.5" as numbers
         values = np.array(given, dtype=np.float64)
     except (TypeError, OverflowError):
-        values = np.array([_number(value) for value in given], dtype=np.float64)
+        values = np.array([finite(value, LARGEST) for value in given], dtype=np.float64)
     values[~(np.abs(values) < LARGEST)] = np.nan
     return None if np.isnan(values).all() else values
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if abs(value) < LARGEST else None

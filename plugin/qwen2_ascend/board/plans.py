@@ -23,6 +23,7 @@ from qwen2_ascend.planning.search import Plan
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 METHODS = ("pretrain", "sft", "lora")
 PLACES = ("node", "slurm", "volcano")
+DEVICE_NAMES = (*ALIASES, *DEVICES)
 MAX_ROWS = 40
 MAX_DEVICES = 16_384
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporary", "logits", "buffers")
@@ -38,11 +39,6 @@ class Question:
     """One of METHODS."""
 
 
-def devices() -> list[str]:
-    """Names that the form offers."""
-    return [*ALIASES, *DEVICES]
-
-
 def question(form: Mapping[str, Any], jail: Jail) -> Question:
     """The question that a form asks.
 
@@ -55,7 +51,7 @@ def question(form: Mapping[str, Any], jail: Jail) -> Question:
         method=method,
         options=PlanOptions(
             model=_model(str(form.get("model") or ""), jail),
-            device=choice(form, "device", devices()),
+            device=choice(form, "device", DEVICE_NAMES),
             num_devices=whole(form, "num_devices", 1, MAX_DEVICES),
             seq_length=whole(form, "seq_length", 1, 1 << 24),
             global_batch_size=whole(form, "global_batch_size", 1, 1 << 24),
@@ -85,15 +81,18 @@ def answer(asked: Question) -> dict[str, Any]:
         UserError: there is no layout, or no such model.
     """
     result = _planned(asked)
-    shown = report.best_of_each_shape(result.plans)[:MAX_ROWS]
     return {
         "answer": [_named(one) for one in report.said(result)],
         "notes": [_named(one) for one in report.notes(result)],
         "usable_memory": result.machine.usable_memory,
         "device_memory": result.machine.device.memory,
         "kinds": KINDS,
-        "rows": [_row(one) for one in shown],
+        "rows": [_row(one) for one in _shown(result)],
     }
+
+
+def _shown(result: report.Result) -> list[Plan]:
+    return report.best_of_each_shape(result.plans)[:MAX_ROWS]
 
 
 def _named(text: Any) -> Any:
@@ -139,10 +138,10 @@ def command(asked: Question, row: int, place: str) -> str:
         place: one of PLACES.
 
     Raises:
-        UserError: there is no such row or place.
+        UserError: there is no such row.
     """
     result = _planned(asked)
-    shown = report.best_of_each_shape(result.plans)[:MAX_ROWS]
+    shown = _shown(result)
     if not 0 <= row < len(shown):
         raise UserError(f"the table has no row {row}.")
     cut, machine = shown[row].cut, result.machine
@@ -154,8 +153,6 @@ def command(asked: Question, row: int, place: str) -> str:
         devices_per_node=-(-cut.num_devices // nodes),
         device=cut.job.backend,
     )
-    if place not in PLACES:
-        raise UserError(f"place {place!r} is none of {', '.join(PLACES)}.")
     return getattr(scheduling, place)(launch)
 
 

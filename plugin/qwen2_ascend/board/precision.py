@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.alignment.sublayers import LAYER, LOSS, describe, split_name
+from qwen2_ascend.board.forms import finite
 from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.files import read_json
 
 MAX_SUBLAYERS = 20_000
 OUTSIDE = ("embedding", "final_layernorm", "logits", LOSS)
 """Sublayers outside of the layers."""
-COLUMNS = tuple(sublayer.name for sublayer in LAYER)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def read_report(path: Path) -> dict[str, Any]:
         "first": _text(value.get("first")),
         "origin": _text(value.get("origin")),
         "precision": _text(value.get("precision")),
-        "noise_factor": _finite(value.get("noise_factor")),
+        "noise_factor": finite(value.get("noise_factor")),
         "logits": _numbers(value.get("logits")),
         "loss": _numbers(value.get("loss")),
         "columns": [{"name": one.name, "label": one.label} for one in LAYER],
@@ -55,7 +54,7 @@ def _cell(path: Path, found: Any) -> dict[str, Any]:
         place = describe(name)
     except (ValueError, StopIteration):
         raise UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.") from None
-    if short not in (COLUMNS if layer is not None else OUTSIDE):
+    if layer is None and short not in OUTSIDE:
         raise UserError(f"{path.name}: {printable(name[:80])} is no sublayer of Qwen2.")
     if layer is not None and not 0 <= layer < MAX_SUBLAYERS:
         raise UserError(f"{path.name}: {printable(name[:80])} is no layer of a model.")
@@ -64,7 +63,7 @@ def _cell(path: Path, found: Any) -> dict[str, Any]:
         "place": place,
         "layer": layer,
         "column": short,
-        "ratio": _finite(found.get("ratio")),
+        "ratio": finite(found.get("ratio")),
         "parted": found.get("parted") is True,
         "own": _numbers(found.get("own")),
         "noise": _numbers(found.get("noise")),
@@ -79,7 +78,7 @@ def _histogram(value: Any) -> dict[str, list[float]] | None:
     if not isinstance(value, Mapping):
         return None
     edges, counts = _list(value.get("edges")), _list(value.get("counts"))
-    numbers = [_finite(x) for x in (*edges, *counts)]
+    numbers = [finite(x) for x in (*edges, *counts)]
     if len(edges) != len(counts) + 1 or None in numbers or len(counts) > 300:
         return None
     return {"edges": edges, "counts": counts}
@@ -89,19 +88,9 @@ def _numbers(value: Any) -> dict[str, float | bool | None]:
     if not isinstance(value, Mapping):
         return {}
     return {
-        printable(str(name)): one if isinstance(one, bool) else _finite(one)
+        printable(str(name)): one if isinstance(one, bool) else finite(one)
         for name, one in list(value.items())[:40]
     }
-
-
-def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _list(value: Any) -> list[Any]:

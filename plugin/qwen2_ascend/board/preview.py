@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,6 @@ def rendered(model: Path, data: Path) -> dict[str, Any]:
 
 def _rows(files: Any, reading: Any) -> Iterator[tuple[str, Any]]:
     """The places of rows, and what parses each."""
-    from functools import partial
-
     from qwen2_ascend.data.chat.encoding import parse_row
     from qwen2_ascend.data.chat.rows import read_chat_rows, where
     from qwen2_ascend.data.inputs import Position

@@ -32,9 +32,8 @@ class Reader:
 
     def __init__(self) -> None:
         self._files: OrderedDict[Path, MetricsFile] = OrderedDict()
-        self._lock = threading.Lock()
         self._wanted: OrderedDict[Path, None] = OrderedDict()
-        self._work = threading.Condition(self._lock)
+        self._work = threading.Condition()
         self._thread: threading.Thread | None = None
         self._num_looking = 0
         """Pages that wait for an answer; the thread lets them go first."""
@@ -42,7 +41,7 @@ class Reader:
     def look(self, paths: Sequence[Path], take: Callable[[MetricsFile], T]) -> list[T]:
         """What `take` makes of each file as it is known by now; the thread reads the rest."""
         places = min(MOST_PLACES, max(FEWEST_PLACES, SAMPLED_PLACES // max(len(paths), 1)))
-        with self._lock:
+        with self._work:
             self._num_looking += 1
         try:
             return [self._taken(path, places, take) for path in paths]
@@ -50,10 +49,12 @@ class Reader:
             with self._work:
                 self._num_looking -= 1
                 self._work.notify_all()
-            self._start()
+                if self._wanted and self._thread is None:
+                    self._thread = threading.Thread(target=self._read, daemon=True, name="metrics")
+                    self._thread.start()
 
     def _taken(self, path: Path, places: int, take: Callable[[MetricsFile], T]) -> T:
-        with self._lock:
+        with self._work:
             return take(self._current(path, places))
 
     def wait(self, seconds: float) -> bool:
@@ -76,12 +77,6 @@ class Reader:
         if not file.is_complete:
             self._wanted[path] = None
         return file
-
-    def _start(self) -> None:
-        with self._lock:
-            if self._wanted and self._thread is None:
-                self._thread = threading.Thread(target=self._read, daemon=True, name="metrics")
-                self._thread.start()
 
     def _read(self) -> None:
         while True:

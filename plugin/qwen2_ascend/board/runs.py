@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def run_state(folder: Path) -> RunState:
         training, validation = last_rows(path)
     except (OSError, UserError) as error:
         return RunState(modified=0.0, is_live=False, size=0, error=reason(error))
-    described = _read_described(folder)
+    described: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # `describe` says why
+        described = _described(folder)
     found = None
     if training is None and validation is None and status.st_size:
         found = f"{METRICS_FILE}: its end holds no row of a log."
@@ -117,19 +120,17 @@ def describe(folder: Path) -> Description:
     except UserError as error:
         described = {}
         notes.append(str(error))
-    flags, environment = described.get("flags"), described.get("environment")
-    configuration = _texts(flags) | _texts(described.get("model"), "model.")
+    configuration = _texts(described.get("flags")) | _texts(described.get("model"), "model.")
     if not configuration:
         try:
             configuration = _from_checkpoint(folder)
         except Exception as error:  # a foreign or damaged checkpoint; the page says so
             notes.append(printable(f"{folder.name}: {error or type(error).__name__}"))
-    planned = described.get("planned_memory_bytes")
     return Description(
         configuration=configuration,
-        environment=_texts(environment),
+        environment=_texts(described.get("environment")),
         train_iters=_whole(described.get("train_iters")),
-        planned_memory_bytes=_whole(planned),
+        planned_memory_bytes=_whole(described.get("planned_memory_bytes")),
         peak_flops=_peak(number(described, "peak_flops")),
         notes=notes,
     )
@@ -145,13 +146,6 @@ def _described(folder: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path.name}: holds no object.")
     return value
-
-
-def _read_described(folder: Path) -> dict[str, Any]:
-    try:
-        return _described(folder)
-    except UserError:
-        return {}  # `describe` says why
 
 
 def _from_checkpoint(folder: Path) -> dict[str, str]:
@@ -243,7 +237,7 @@ def find_log(folder: Path) -> Path | None:
     return folder / max(files)[1] if files else None
 
 
-def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
+def log_tail(path: Path) -> list[str]:
     """The last lines of a log, printable; of a progress bar's line what is seen last.
 
     Raises:
@@ -259,20 +253,7 @@ def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
     shown = [printable(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in found]
     while shown and not shown[-1]:
         shown.pop()
-    return shown[-lines:]
-
-
-def mfu(row: Mapping[str, Any] | None, described: Description) -> float | None:
-    """Share of the device's peak that a row's TFLOP/s are."""
-    rate = number(row, "tflops_per_device")
-    if rate is None or not described.peak_flops:
-        return None
-    return rate * 1e12 / described.peak_flops
-
-
-def as_json(states: Sequence[Any]) -> list[dict[str, Any]]:
-    """Dataclasses as what JSON has."""
-    return [asdict(state) for state in states]
+    return shown[-LOG_LINES:]
 
 
 def reason(error: OSError | UserError) -> str:

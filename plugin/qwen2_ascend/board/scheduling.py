@@ -13,6 +13,17 @@ from dataclasses import dataclass
 
 WIDTH = 96
 IMAGE = "REGISTRY/qwen2-ascend:cann9.0.0-torch2.7.1"
+DRIVER_VOLUMES = """\
+            - name: driver
+              hostPath: {path: /usr/local/Ascend/driver}
+            - name: hccn
+              hostPath: {path: /etc/hccn.conf}
+"""
+"""What an NPU's driver needs in a job for Volcano, with DRIVER_MOUNTS."""
+DRIVER_MOUNTS = """\
+                - {name: driver, mountPath: /usr/local/Ascend/driver, readOnly: true}
+                - {name: hccn, mountPath: /etc/hccn.conf, readOnly: true}
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +42,12 @@ class Launch:
 def node(launch: Launch) -> str:
     """The command for one node, or for each of several, of which NODE_RANK and MASTER_ADDR say
     which it is and where the first one is."""
-    return _wrapped(["torchrun", *_torchrun(launch, "$NODE_RANK"), launch.script, *launch.flags])
+    return _wrapped(_words(launch, "$NODE_RANK"))
 
 
 def slurm(launch: Launch) -> str:
     """A script for sbatch, which saves and queues up again ten minutes before its time is over."""
-    words = ["torchrun", *_torchrun(launch, None), launch.script, *launch.flags]
-    command = _wrapped(words, indent="    ")
+    command = _wrapped(_words(launch), indent="    ")
     gpus = f"#SBATCH --gpus-per-node={launch.devices_per_node}\n" * (launch.device == "cuda")
     return f"""\
 #!/usr/bin/env bash
@@ -75,12 +85,11 @@ wait "$STEP"
 
 def volcano(launch: Launch) -> str:
     """A job for `kubectl apply`; the image, the claim and the folders are to be changed."""
-    words = ["torchrun", *_torchrun(launch, None), launch.script, *launch.flags]
-    command = json.dumps(f"exec {' '.join(words)}", ensure_ascii=False)
+    command = json.dumps(f"exec {' '.join(_words(launch))}", ensure_ascii=False)
     devices = launch.devices_per_node
     resource = {"npu": "huawei.com/Ascend910", "cuda": "nvidia.com/gpu"}.get(launch.device)
     asked = f"{{{resource}: {devices}}}" if resource else '{cpu: "8"}'
-    driver, mount = _ascend() if launch.device == "npu" else ("", "")
+    driver, mount = (DRIVER_VOLUMES, DRIVER_MOUNTS) if launch.device == "npu" else ("", "")
     return f"""\
 # kubectl apply -f THIS_FILE, with your image, claim and paths. One pod takes a node.
 apiVersion: batch.volcano.sh/v1alpha1
@@ -130,32 +139,18 @@ spec:
 """
 
 
-def _ascend() -> tuple[str, str]:
-    """Volumes and mounts that an NPU's driver needs."""
-    volumes = (
-        "            - name: driver\n"
-        "              hostPath: {path: /usr/local/Ascend/driver}\n"
-        "            - name: hccn\n"
-        "              hostPath: {path: /etc/hccn.conf}\n"
-    )
-    mounts = (
-        "                - {name: driver, mountPath: /usr/local/Ascend/driver, readOnly: true}\n"
-        "                - {name: hccn, mountPath: /etc/hccn.conf, readOnly: true}\n"
-    )
-    return volumes, mounts
-
-
-def _torchrun(launch: Launch, node_rank: str | None) -> list[str]:
-    """torchrun's own flags; None leaves the number of the node to PET_NODE_RANK."""
+def _words(launch: Launch, node_rank: str | None = None) -> list[str]:
+    """The command; PET_NODE_RANK is the number of the node where `node_rank` is None."""
+    words = ["torchrun"]
     if launch.num_nodes == 1:
-        return ["--standalone", f"--nproc-per-node {launch.devices_per_node}"]
-    rank = [f"--node-rank {node_rank}"] if node_rank else []
-    return [
-        f"--nnodes {launch.num_nodes}",
-        *rank,
-        f"--nproc-per-node {launch.devices_per_node}",
-        '--master-addr "$MASTER_ADDR" --master-port 29500',
-    ]
+        words.append("--standalone")
+    else:
+        words.append(f"--nnodes {launch.num_nodes}")
+        words += [f"--node-rank {node_rank}"] if node_rank else []
+    words.append(f"--nproc-per-node {launch.devices_per_node}")
+    if launch.num_nodes > 1:
+        words.append('--master-addr "$MASTER_ADDR" --master-port 29500')
+    return [*words, launch.script, *launch.flags]
 
 
 def _wrapped(words: Sequence[str], indent: str = "") -> str:

@@ -7,7 +7,7 @@ Whatever a user can mend comes back as `faults`, which the page shows.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -42,8 +42,6 @@ MAX_RUNS = 400
 MAX_SERIES = 16
 FEWEST_POINTS, MOST_POINTS = 60, 1000
 """How many points a curve has at least and at most; it has fewer where there are many curves."""
-DERIVED = {"mfu": "tflops_per_device"}
-"""Series that the page may ask for, and what they are computed from."""
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -77,7 +75,7 @@ class Board:
             "models": [self.jail.name(path) for path in listing.models],
             "data": [self.jail.name(path) for path in listing.data],
             "is_cut": listing.is_cut,
-            "devices": plans.devices(),
+            "devices": plans.DEVICE_NAMES,
             "sizes": plans.SIZES,
             "loaded": {s: self.jail.name(path) for s, path in self.talkers.loaded().items()},
         }
@@ -101,11 +99,8 @@ class Board:
         known = known if isinstance(known, Mapping) else {}
         folders = [self._run(name) for name in names]
         most = max(FEWEST_POINTS, min(MOST_POINTS, 12_000 // max(len(names), 1)))
-
-        def take(file: MetricsFile) -> dict[str, Any]:
-            return self._curves(file, series, most, known)
-
-        found = self.reader.look([folder / METRICS_FILE for folder in folders], take)
+        paths = [folder / METRICS_FILE for folder in folders]
+        found = self.reader.look(paths, lambda file: self._curves(file, series, most, known))
         return {"runs": dict(zip(names, found, strict=True))}
 
     def _curves(
@@ -141,7 +136,7 @@ class Board:
         return {
             **asdict(self._description(folder)),
             "folder": str(folder),
-            "checkpoints": runs.as_json(runs.checkpoints(folder)),
+            "checkpoints": [asdict(one) for one in runs.checkpoints(folder)],
             "log": None if log is None else self.jail.name(log),
             "log_lines": lines,
             "log_error": fault,
@@ -164,11 +159,7 @@ class Board:
         pair = [text(form, key) for key in ("first", "second")]
         others = [one for one in _texts(form, "runs", MAX_RUNS) if one not in pair]
         paths = [self._run(one) / METRICS_FILE for one in (*pair, *others)]
-
-        def take(file: MetricsFile) -> list[Any]:
-            return file.buckets.points(name)
-
-        first, second, *rest = self.reader.look(paths, take)
+        first, second, *rest = self.reader.look(paths, lambda file: file.buckets.points(name))
         band = noise.noise_band(first, second)
         if band is None:
             raise UserError(f"{pair[0]} and {pair[1]} have no iterations with {name} in common.")
@@ -190,12 +181,7 @@ class Board:
 
     def _description(self, folder: Path) -> runs.Description:
         """`runs.describe`, again only when the folder or its run.json has changed."""
-        changed = 0.0
-        for path in (folder, folder / RUN_FILE):
-            try:
-                changed = max(changed, path.stat().st_mtime)
-            except OSError:
-                continue
+        changed = max(_modified(folder), _modified(folder / RUN_FILE))
         kept = self._described.get(folder)
         if kept is None or kept[0] != changed:
             kept = self._described[folder] = (changed, runs.describe(folder))
@@ -299,6 +285,7 @@ QUESTIONS = (
     "chat_load",
     "chat_unload",
     "chat_stop",
+    "chat_ask",
 )
 """What /api/NAME may be; each is a method of Board."""
 
@@ -320,16 +307,11 @@ def create_app(board: Board) -> ASGIApp:
         name = request.path_params["name"]
         if name not in QUESTIONS:
             return _faults(404, f"there is no question {name!r}.")
-        method: Callable[[Form], dict[str, Any]] = getattr(board, name)
-        return await _answered(request, lambda form: _json(method, form))
-
-    async def ask(request: Request) -> Response:
-        return await _answered(request, lambda form: _stream(board, form))
+        return await _answered(request, getattr(board, name))
 
     routes = [
         Route("/", page),
         Route("/static/{name}", page),
-        Route("/api/chat_ask", ask, methods=["POST"]),
         Route("/api/{name}", api, methods=["POST"]),
     ]
     return _Guard(Starlette(routes=routes), board.access)
@@ -351,22 +333,16 @@ def _with_cookie(access: Access) -> Response:
     return response
 
 
-async def _answered(request: Request, answer: Callable[[Form], Awaitable[Response]]) -> Response:
+async def _answered(request: Request, method: Callable[[Form], Any]) -> Response:
     try:
-        return await answer(await _form(request))
+        found = await run_in_threadpool(method, await _form(request))
+        if isinstance(found, Iterator):
+            return StreamingResponse(_written(found), media_type="application/x-ndjson")
+        return JSONResponse(found)
     except UserError as error:
         return _faults(400, *error.faults)
     except Exception as error:  # a fault of ours: the page says it, and the board goes on
         return _faults(500, printable(f"{type(error).__name__}: {error}"))
-
-
-async def _json(method: Callable[[Form], dict[str, Any]], form: Form) -> Response:
-    return JSONResponse(await run_in_threadpool(method, form))
-
-
-async def _stream(board: Board, form: Form) -> Response:
-    lines = await run_in_threadpool(board.chat_ask, form)
-    return StreamingResponse(_written(lines), media_type="application/x-ndjson")
 
 
 async def _written(lines: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
@@ -433,12 +409,12 @@ class _Guard:
 def _curve(
     file: MetricsFile, name: str, most: int, described: runs.Description
 ) -> list[tuple[float, ...]]:
-    points = file.buckets.points(DERIVED.get(name, name), most)
     if name != "mfu":
-        return points  # type: ignore[return-value]
+        return file.buckets.points(name, most)  # type: ignore[return-value]
     if not described.peak_flops:
         return []
     scale = 1e12 / described.peak_flops
+    points = file.buckets.points("tflops_per_device", most)
     return [(x, mean * scale, low * scale, high * scale) for x, mean, low, high in points]
 
 

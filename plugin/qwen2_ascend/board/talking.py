@@ -98,8 +98,7 @@ class Answerer:
 
     def write(self, **fields: Any) -> None:
         """Writes a line of the answer."""
-        self._out.write(json.dumps(fields) + "\n")
-        self._out.flush()
+        _write(self._out, **fields)
 
 
 @shown_log("stderr")
@@ -108,7 +107,6 @@ def main() -> None:
     # what libraries print goes to stderr; the answers have the standard output to themselves
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    answerer = None
     questions: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
     try:
         answerer = Answerer(Path(sys.argv[1]), out)
@@ -137,7 +135,11 @@ def _listen(questions: SimpleQueue[dict[str, Any] | None], answerer: Answerer) -
 
 def _write_faults(out: TextIO, error: Exception) -> None:
     faults = error.faults if isinstance(error, UserError) else (str(error) or type(error).__name__,)
-    out.write(json.dumps({"faults": [printable(fault) for fault in faults]}) + "\n")
+    _write(out, faults=[printable(fault) for fault in faults])
+
+
+def _write(out: TextIO, **fields: Any) -> None:
+    out.write(json.dumps(fields) + "\n")
     out.flush()
 
 

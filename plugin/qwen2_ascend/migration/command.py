@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from qwen2_ascend.errors import Faults, UserError, printable, raise_if
 from qwen2_ascend.files import output_faults, read_text
 from qwen2_ascend.migration.memory import memory_line
 from qwen2_ascend.migration.programs import PROGRAMS, Job, migrate_command, own_flags
-from qwen2_ascend.migration.script import Command, Script, Token, read_script, token
+from qwen2_ascend.migration.script import NAMED, Command, Script, Token, read_script, token
 
 MAX_BYTES = 1 << 20
 """The largest script."""
@@ -168,7 +167,7 @@ def _variables(job: Job) -> list[str]:
     """Those whose assignments the new command needs."""
     named = [name for word in (*job.launcher, *job.words) for name in word.variables]
     beside = " ".join([*job.command.environment, job.command.rest])
-    return [*named, *re.findall(r"\$\{?([A-Za-z_]\w*)", beside)]
+    return [*named, *NAMED.findall(beside)]
 
 
 def _num_devices(launcher: Sequence[Token]) -> int | None:

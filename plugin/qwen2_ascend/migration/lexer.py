@@ -128,20 +128,17 @@ class _Lexer:
         if operator := self._operator():
             return Word(line=line, pieces=(), source=operator, operator=operator)
         pieces: list[WordPart] = []
+        items = None
         while self.at < len(self.text):
             char = self.text[self.at]
             if char == "(" and _ARRAY.search(self.text[start : self.at]):
                 items = self._array()
-                return Word(
-                    line=line,
-                    pieces=tuple(pieces),
-                    source=self.text[start : self.at],
-                    items=items,
-                )
+                break
             if char in " \t\r" or char in _SINGLE:
                 break
             pieces += self._pieces(char)
-        return Word(line=line, pieces=tuple(pieces), source=self.text[start : self.at])
+        source = self.text[start : self.at]
+        return Word(line=line, pieces=tuple(pieces), source=source, items=items)
 
     def _operator(self) -> str | None:
         found = next((op for op in _OPERATORS if self.text.startswith(op, self.at)), None)

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import PurePath
-from typing import NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
+from qwen2_ascend.checkpoint.command import ConvertOptions
+from qwen2_ascend.checkpoint.pasted import CONVERT_FLAGS, split_convert_flags
+from qwen2_ascend.data.pasted import PREPROCESS_FLAGS
+from qwen2_ascend.data.pasted import split_flags as split_preprocess_flags
+from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
+from qwen2_ascend.evaluation.settings import EvaluateSettings
+from qwen2_ascend.finetuning.settings import FinetuneSettings
 from qwen2_ascend.flags import flag_of
+from qwen2_ascend.inference.pasted import GENERATE_FLAGS
+from qwen2_ascend.inference.settings import GenerateSettings
 from qwen2_ascend.migration.script import Command, Token, token
 from qwen2_ascend.pasted_flags import Pasted, Table, pasted_faults, said, split_flags
+from qwen2_ascend.training.megatron_flags import training_flags
+from qwen2_ascend.training.settings import PretrainSettings
 
 Split = Callable[[Sequence[str]], tuple[list[str], Pasted]]
 
@@ -27,11 +40,14 @@ class Program:
     """What pasted flags mean to it."""
     split: Split
     """Parts our words from pasted flags."""
-    is_launcher: bool
-    """Whether torchrun starts it."""
     trains: bool = False
     keeps: tuple[str, ...] = ()
     """Pasted flags that say more than their words do, and stay."""
+
+    @property
+    def is_launcher(self) -> bool:
+        """Whether torchrun starts it."""
+        return self.command.endswith(".py")
 
 
 class Change(NamedTuple):
@@ -62,11 +78,6 @@ class Job:
 
 
 MOE_FLAGS = ("--num-experts", "--moe-", "--n-shared-experts", "--shared-expert", "--first-k-dense")
-PROGRAMS = (
-    *("pretrain_gpt.py", "posttrain_gpt.py", "inference.py", "evaluation.py"),
-    *("convert_ckpt.py", "convert_ckpt_v2.py", "preprocess_data.py"),
-)
-"""MindSpeed-LLM's that are known."""
 
 
 def find_program(name: str, flags: Sequence[str | None]) -> Program | None:
@@ -77,17 +88,7 @@ def find_program(name: str, flags: Sequence[str | None]) -> Program | None:
         flags: its words; what trains on chats was pretrain_gpt.py too, once.
     """
     tunes = "--is-instruction-dataset" in flags or "--stage" in flags
-    if name == "posttrain_gpt.py" or (name == "pretrain_gpt.py" and tunes):
-        return _finetune()
-    makers = {
-        "pretrain_gpt.py": _pretrain,
-        "inference.py": _generate,
-        "evaluation.py": _evaluate,
-        "convert_ckpt.py": _convert,
-        "convert_ckpt_v2.py": _convert,
-        "preprocess_data.py": _preprocess,
-    }
-    return makers[name]() if name in makers else None
+    return _FINETUNE if name == "pretrain_gpt.py" and tunes else PROGRAMS.get(name)
 
 
 def migrate_command(command: Command) -> Job | None:
@@ -129,8 +130,8 @@ def own_flags(kind: type) -> dict[str, bool]:
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
         hint, metadata = hints[field.name], ()
-        if hasattr(hint, "__metadata__"):
-            metadata, hint = hint.__metadata__, hint.__origin__
+        if get_origin(hint) is Annotated:
+            hint, *metadata = get_args(hint)
         if is_dataclass(hint) and isinstance(hint, type):
             found |= own_flags(hint)
             continue
@@ -284,73 +285,41 @@ def _torchrun(launcher: Sequence[Token]) -> tuple[Token, ...]:
     return (token("torchrun"), token("--nproc-per-node"), token("1")) if launcher else ()
 
 
-def _pretrain() -> Program:
-    from qwen2_ascend.training.megatron_flags import training_flags
-    from qwen2_ascend.training.settings import PretrainSettings
-
-    return _launcher("pretrain_qwen2", PretrainSettings, training_flags(PretrainSettings), True)
-
-
-def _finetune() -> Program:
-    from qwen2_ascend.finetuning.settings import FinetuneSettings
-    from qwen2_ascend.training.megatron_flags import training_flags
-
-    return _launcher("finetune_qwen2", FinetuneSettings, training_flags(FinetuneSettings), True)
-
-
-def _generate() -> Program:
-    from qwen2_ascend.inference.pasted import GENERATE_FLAGS
-    from qwen2_ascend.inference.settings import GenerateSettings
-
-    return _launcher("generate_qwen2", GenerateSettings, GENERATE_FLAGS)
-
-
-def _evaluate() -> Program:
-    from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
-    from qwen2_ascend.evaluation.settings import EvaluateSettings
-
-    return _launcher("evaluate_qwen2", EvaluateSettings, EVALUATE_FLAGS)
-
-
-def _convert() -> Program:
-    from qwen2_ascend.checkpoint.command import ConvertOptions
-    from qwen2_ascend.checkpoint.pasted import CONVERT_FLAGS, split_convert_flags
-
-    # by --model-type it is known which of the converters is meant, and so where a merge goes
-    return _console(
-        "convert", ConvertOptions, CONVERT_FLAGS, split_convert_flags, ("--model-type",)
-    )
-
-
-def _preprocess() -> Program:
-    from qwen2_ascend.data import pasted
-    from qwen2_ascend.data.settings import PreprocessSettings
-
-    return _console("preprocess", PreprocessSettings, pasted.PREPROCESS_FLAGS, pasted.split_flags)
-
-
-def _launcher(name: str, kind: type, table: Table, trains: bool = False) -> Program:
-    def split(words: Sequence[str]) -> tuple[list[str], Pasted]:
-        return split_flags(words, table)
-
+def _launcher(name: str, kind: type, table: Table, *, trains: bool = False) -> Program:
     return Program(
         command=f"launch/{name}.py",
         kind=kind,
         table=table,
-        split=split,
-        is_launcher=True,
+        split=partial(split_flags, table=table),
         trains=trains,
     )
 
 
-def _console(
-    name: str, kind: type, table: Table, split: Split, keeps: tuple[str, ...] = ()
-) -> Program:
-    return Program(
-        command=f"qwen2-ascend {name}",
-        kind=kind,
-        table=table,
-        split=split,
-        is_launcher=False,
-        keeps=keeps,
-    )
+_FINETUNE = _launcher(
+    "finetune_qwen2", FinetuneSettings, training_flags(FinetuneSettings), trains=True
+)
+_CONVERT = Program(
+    command="qwen2-ascend convert",
+    kind=ConvertOptions,
+    table=CONVERT_FLAGS,
+    split=split_convert_flags,
+    # by it is known which of the converters is meant, and so where a merge goes
+    keeps=("--model-type",),
+)
+PROGRAMS = {
+    "pretrain_gpt.py": _launcher(
+        "pretrain_qwen2", PretrainSettings, training_flags(PretrainSettings), trains=True
+    ),
+    "posttrain_gpt.py": _FINETUNE,
+    "inference.py": _launcher("generate_qwen2", GenerateSettings, GENERATE_FLAGS),
+    "evaluation.py": _launcher("evaluate_qwen2", EvaluateSettings, EVALUATE_FLAGS),
+    "convert_ckpt.py": _CONVERT,
+    "convert_ckpt_v2.py": _CONVERT,
+    "preprocess_data.py": Program(
+        command="qwen2-ascend preprocess",
+        kind=PreprocessSettings,
+        table=PREPROCESS_FLAGS,
+        split=split_preprocess_flags,
+    ),
+}
+"""Our command for each of MindSpeed-LLM's programs."""

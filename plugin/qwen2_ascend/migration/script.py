@@ -16,6 +16,9 @@ from typing import NamedTuple
 from qwen2_ascend.migration.arithmetic import calculate
 from qwen2_ascend.migration.lexer import Word, WordPart, words
 
+NAMED = re.compile(r"\$\{?([A-Za-z_]\w*)")
+"""A variable in a source."""
+
 
 class Part(NamedTuple):
     """A part of an expanded word."""
@@ -117,8 +120,7 @@ class Script:
         for name in wanted:  # grows
             for variable in self.assignments.get(name, ()):
                 found.append(variable.source)
-                named = re.findall(r"\$\{?([A-Za-z_]\w*)", variable.source)
-                wanted += [one for one in named if one not in wanted]
+                wanted += [one for one in NAMED.findall(variable.source) if one not in wanted]
         order = [v.source for vs in self.assignments.values() for v in vs]
         return sorted(dict.fromkeys(found), key=order.index)
 
@@ -153,10 +155,13 @@ class _Reader:
             if waiting and not inside:
                 opened = statement[0].line
             if inside and not waiting:
-                lines = f"lines {opened}-{statement[0].line}"
-                self._note(f"{lines}: is not followed; what it sets is taken from the environment")
-            elif waiting:
-                self._forget(statement)
+                self._script.notes.append(
+                    f"lines {opened}-{statement[0].line}: is not followed; what it sets is taken "
+                    "from the environment"
+                )
+            elif waiting:  # what it sets is not known behind the block
+                for match in filter(None, (_ASSIGNMENT.match(word.source) for word in statement)):
+                    self._variables.pop(match[1], None)
             else:
                 self._statement(statement)
         self._settle()
@@ -192,40 +197,35 @@ class _Reader:
             elif word == "function()":
                 waiting.append("}")
 
-    def _forget(self, statement: Sequence[Word]) -> None:
-        """What a statement in a block may set is not known behind it."""
-        for word in statement:
-            if match := _ASSIGNMENT.match(word.source):
-                self._variables.pop(match[1], None)
-
-    def _note(self, line: str) -> None:
-        self._script.notes.append(line)
-
     # --- statements -------------------------------------------------------------------------------
 
     def _statement(self, statement: Sequence[Word]) -> None:
         given = list(statement)
         is_export = given[0].plain in ("export", "declare", "readonly", "local")
         assigned = given[1:] if is_export else given
-        if assigned and all(_ASSIGNMENT.match(word.source) for word in assigned):
+        assigns = bool(assigned) and all(_ASSIGNMENT.match(word.source) for word in assigned)
+        if assigns:
             for word in assigned:
                 self._assign(word, given[0].plain or "" if is_export else "")
-            if is_export:
-                self._script.commands.append(self._command(given))
-            return
-        self._script.commands.append(self._command(given))
+        if is_export or not assigns:
+            self._script.commands.append(self._command(given))
 
-    def _assign(self, word: Word, prefix: str = "") -> None:
+    def _assign(self, word: Word, prefix: str) -> None:
         match = _ASSIGNMENT.match(word.source)
         assert match is not None
         name, is_more = match[1], match[2] == "+="
         if word.items is not None:
             values = tuple(one for item in word.items for one in self._tokens(item))
         else:
-            values = (Token(self._parts(_value_pieces(word)), word.line),)
+            value = word.pieces[0]._replace(text=word.pieces[0].text.partition("=")[2])
+            values = (Token(self._parts((value, *word.pieces[1:])), word.line),)
         before = self._variables.get(name)
         if is_more and before is not None:
-            values = _joined(before.values, values, is_array=word.items is not None)
+            if word.items is not None:
+                values = (*before.values, *values)
+            else:
+                parts = before.values[0].parts + values[0].parts
+                values = (replace(before.values[0], parts=parts),)
         source = f"{prefix} {word.source}".strip()
         is_array = word.items is not None or bool(is_more and before and before.is_array)
         variable = Variable(values, source, _is_block(values, is_array), is_array)
@@ -255,19 +255,16 @@ class _Reader:
         fields: list[list[Part]] = []
         is_open = False
         for part in self._parts(word.pieces):
-            if part.is_quoted:
-                if not is_open:
-                    fields.append([])
-                fields[-1].append(part)
-                is_open = True
-                continue
-            for run in re.findall(r"\s+|\S+", part.text):
-                if run.isspace():
+            runs = [part]
+            if not part.is_quoted:
+                runs = [Part(run, run, line=part.line) for run in re.findall(r"\s+|\S+", part.text)]
+            for run in runs:
+                if not part.is_quoted and run.text.isspace():
                     is_open = False
                     continue
                 if not is_open:
                     fields.append([])
-                fields[-1].append(Part(run, run, line=part.line))
+                fields[-1].append(run)
                 is_open = True
         return [Token(tuple(parts), parts[0].line or word.line) for parts in fields]
 
@@ -287,10 +284,13 @@ class _Reader:
             return [Part(source, value, line=piece.line)]
         name, operator, default = _parameter(source)
         variable = self._variables.get(name) if name else None
-        if variable is not None and not (operator == ":-" and _is_empty(variable)):
-            return self._of_variable(name or "", variable, piece)
+        if name and variable is not None:
+            is_empty = all(value.text == "" for value in variable.values)
+            if operator != ":-" or not is_empty:
+                return self._of_variable(name, variable, piece)
         if default is not None:
-            value = Token(self._parts(_inner_pieces(default)), 0).text
+            inner = [one for word in words(default) if not word.operator for one in word.pieces]
+            value = Token(self._parts(inner), 0).text
             return [Part(source, value, line=piece.line)]
         return [Part(source, None, is_list=not piece.is_quoted, line=piece.line)]
 
@@ -313,12 +313,6 @@ class _Reader:
     def _number(self, name: str) -> str | None:
         variable = self._variables.get(name)
         return variable.values[0].text if variable is not None else None
-
-
-def _inner_pieces(text: str) -> tuple[WordPart, ...]:
-    """The pieces of a text that stands inside `${NAME:-...}`."""
-    found = [word for word in words(text) if not word.operator]
-    return tuple(piece for word in found for piece in word.pieces)
 
 
 def _statements(text: str, notes: list[str]) -> Iterator[list[Word]]:
@@ -365,10 +359,6 @@ def _parameter(source: str) -> tuple[str | None, str | None, str | None]:
     return None, None, None
 
 
-def _is_empty(variable: Variable) -> bool:
-    return not any(value.text != "" for value in variable.values)
-
-
 def _is_block(values: Sequence[Token], is_array: bool) -> bool:
     """Whether a value is flags that have to be seen, not one flag's value."""
     if is_array:
@@ -384,22 +374,6 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _joined(
-    before: Sequence[Token], after: Sequence[Token], *, is_array: bool
-) -> tuple[Token, ...]:
-    """What NAME+=... makes of two values."""
-    if is_array:
-        return (*before, *after)
-    return (replace(before[0], parts=before[0].parts + after[0].parts),)
-
-
-def _value_pieces(word: Word) -> tuple[WordPart, ...]:
-    """The pieces behind the first `=` of an assignment."""
-    first, *others = word.pieces
-    value = first.text.partition("=")[2]
-    return (first._replace(text=value), *others)
 
 
 def _source(given: Sequence[Word]) -> str:

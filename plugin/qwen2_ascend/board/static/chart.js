@@ -9,7 +9,7 @@ const BOTTOM = 24;
 const HEIGHT = 210;
 
 /** Numbers at which an axis from `low` to `high` is marked. */
-export function ticks(low, high, count) {
+function ticks(low, high, count) {
   const span = high - low || Math.abs(high) || 1;
   const rough = span / count;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -39,6 +39,13 @@ export function smoothed(points, weight) {
     known = weight * known + (1 - weight);
     return [x, sum / known, low, high];
   });
+}
+
+function straight(pen, x, y, toX, toY) {
+  pen.beginPath();
+  pen.moveTo(x, y);
+  pen.lineTo(toX, toY);
+  pen.stroke();
 }
 
 export class Chart {
@@ -72,22 +79,12 @@ export class Chart {
   }
 
   range() {
-    let [left, right, low, high] = [Infinity, -Infinity, Infinity, -Infinity];
-    for (const curve of this.curves) {
-      left = Math.min(left, curve.points[0][0]);
-      right = Math.max(right, curve.points[curve.points.length - 1][0]);
-      for (const [, mean, least, most] of curve.points) {
-        for (const value of curve.shade ? [mean, least, most] : [mean]) {
-          if (this.log && value <= 0) continue;
-          low = Math.min(low, value);
-          high = Math.max(high, value);
-        }
-      }
-    }
-    for (const line of this.lines) {
-      low = Math.min(low, line.value);
-      high = Math.max(high, line.value);
-    }
+    let left = Math.min(...this.curves.map((curve) => curve.points[0][0]));
+    let right = Math.max(...this.curves.map((curve) => curve.points.at(-1)[0]));
+    const values = this.curves.flatMap((curve) => curve.points.flatMap(([, mean, least, most]) => (curve.shade ? [mean, least, most] : [mean])));
+    const drawn = values.filter((value) => !this.log || value > 0).concat(this.lines.map((line) => line.value));
+    let low = drawn.reduce((least, value) => Math.min(least, value), Infinity);
+    let high = drawn.reduce((most, value) => Math.max(most, value), -Infinity);
     if (this.options.fromZero && !this.log) low = Math.min(low, 0);
     if (left === right) [left, right] = [left - 1, right + 1];
     [low, high] = [this.scale(low), this.scale(high)];
@@ -111,11 +108,12 @@ export class Chart {
     const logs = this.log && range.low > 0;
     const [low, high] = logs ? [Math.log(range.low), Math.log(range.high)] : [range.low, range.high];
     this.x = (value) => LEFT + ((value - range.left) / (range.right - range.left)) * (width - LEFT - RIGHT);
-    this.y = (stored) => {
-      const value = logs ? Math.log(Math.max(this.scale(stored), 1e-300)) : this.scale(stored);
-      return HEIGHT - BOTTOM - ((value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+    const yShown = (value) => {
+      const at = logs ? Math.log(Math.max(value, 1e-300)) : value;
+      return HEIGHT - BOTTOM - ((at - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
     };
-    this.drawAxes(pen, width, range, logs);
+    this.y = (stored) => yShown(this.scale(stored));
+    this.drawAxes(pen, width, range, logs, yShown);
     pen.save();
     pen.beginPath();
     pen.rect(LEFT, TOP - 2, width - LEFT - RIGHT + 4, HEIGHT - TOP - BOTTOM + 4);
@@ -126,7 +124,7 @@ export class Chart {
     pen.restore();
   }
 
-  drawAxes(pen, width, range, logs) {
+  drawAxes(pen, width, range, logs, yShown) {
     pen.font = "11px system-ui, sans-serif";
     pen.fillStyle = "#5b6670";
     pen.strokeStyle = "#e6eaed";
@@ -135,11 +133,8 @@ export class Chart {
     pen.textBaseline = "middle";
     const marks = logs ? decades(range.low, range.high) : ticks(range.low, range.high, 4);
     for (const mark of marks) {
-      const y = this.yShown(mark, range, logs);
-      pen.beginPath();
-      pen.moveTo(LEFT, y);
-      pen.lineTo(width - RIGHT, y);
-      pen.stroke();
+      const y = yShown(mark);
+      straight(pen, LEFT, y, width - RIGHT, y);
       pen.fillText(short(mark, 3), LEFT - 6, y);
     }
     pen.textAlign = "center";
@@ -149,28 +144,25 @@ export class Chart {
     }
   }
 
-  yShown(value, range, logs) {
-    const [at, low, high] = (logs ? [value, range.low, range.high].map(Math.log) : [value, range.low, range.high]);
-    return HEIGHT - BOTTOM - ((at - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-  }
-
   drawBand(pen) {
     const { iterations, middle, width } = this.band;
-    pen.beginPath();
-    iterations.forEach((x, i) => pen.lineTo(this.x(x), this.y(middle[i] + width[i])));
-    for (let i = iterations.length - 1; i >= 0; i -= 1) pen.lineTo(this.x(iterations[i]), this.y(middle[i] - width[i]));
-    pen.closePath();
+    const edge = (sign) => iterations.map((x, i) => [x, middle[i] + sign * width[i]]);
+    this.outline(pen, edge(1), edge(-1));
     pen.fillStyle = "rgba(90, 100, 110, .22)";
     pen.fill();
+  }
+
+  /** The outline of what lies between two lines. */
+  outline(pen, upper, lower) {
+    pen.beginPath();
+    for (const [x, y] of [...upper, ...lower.reverse()]) pen.lineTo(this.x(x), this.y(y));
+    pen.closePath();
   }
 
   drawCurve(pen, curve) {
     const points = curve.points;
     if (curve.shade && points.length > 2) {
-      pen.beginPath();
-      for (const [x, , , most] of points) pen.lineTo(this.x(x), this.y(most));
-      for (let i = points.length - 1; i >= 0; i -= 1) pen.lineTo(this.x(points[i][0]), this.y(points[i][2]));
-      pen.closePath();
+      this.outline(pen, points.map(([x, , , most]) => [x, most]), points.map(([x, , least]) => [x, least]));
       pen.globalAlpha = 0.13;
       pen.fillStyle = curve.colour;
       pen.fill();
@@ -197,10 +189,7 @@ export class Chart {
     pen.strokeStyle = line.colour;
     pen.setLineDash([7, 4]);
     pen.lineWidth = 1;
-    pen.beginPath();
-    pen.moveTo(LEFT, this.y(line.value));
-    pen.lineTo(width - RIGHT, this.y(line.value));
-    pen.stroke();
+    straight(pen, LEFT, this.y(line.value), width - RIGHT, this.y(line.value));
     pen.setLineDash([]);
     pen.fillStyle = line.colour;
     pen.textAlign = "right";
@@ -219,9 +208,7 @@ export class Chart {
         (Math.abs(this.x(one[0]) - at) < Math.abs(this.x(best[0]) - at) ? one : best));
       if (Math.abs(this.x(point[0]) - at) > 30) continue;
       nearest = nearest === null || Math.abs(this.x(point[0]) - at) < Math.abs(this.x(nearest) - at) ? point[0] : nearest;
-      const swatch = h("i");
-      swatch.style.background = curve.colour;
-      rows.push(h("div", {}, swatch, `${curve.label}  ${short(this.scale(point[1]), 5)}`));
+      rows.push(h("div", {}, h("i", { style: { background: curve.colour } }), `${curve.label}  ${short(this.scale(point[1]), 5)}`));
     }
     this.draw();
     this.tip.replaceChildren();
@@ -229,10 +216,7 @@ export class Chart {
     if (!rows.length) return;
     const pen = this.canvas.getContext("2d");
     pen.strokeStyle = "#9aa5ad";
-    pen.beginPath();
-    pen.moveTo(this.x(nearest), TOP);
-    pen.lineTo(this.x(nearest), HEIGHT - BOTTOM);
-    pen.stroke();
+    straight(pen, this.x(nearest), TOP, this.x(nearest), HEIGHT - BOTTOM);
     this.tip.append(h("b", {}, `${t("iteration")} ${nearest.toLocaleString("en-US")}`), ...rows.slice(0, 12));
     const width = this.element.clientWidth;
     this.tip.style.left = at > width / 2 ? "auto" : `${at + 14}px`;

@@ -1,6 +1,6 @@
 // Chat: one or two models, each with its own answers to the same questions.
 
-import { ask, askLines, field, guarded, h, numberInput, short, showFaults, t, textInput } from "./ui.js";
+import { ask, askLines, field, guarded, h, numberInput, quiet, short, showFaults, t, textInput } from "./ui.js";
 
 const SIDES = ["left", "right"];
 const sides = Object.fromEntries(SIDES.map((side) => [side, { model: "", loaded: null, said: "", messages: [], busy: false }]));
@@ -39,7 +39,7 @@ async function build(panel, state) {
       form.requestSubmit();
     }
   });
-  panel.append(h("p", { class: "quiet" }, t("chat_about")), h("div", { class: "halves" }, SIDES.map((side) => sideElement(side, state))), places.faults, form);
+  panel.append(quiet("chat_about"), h("div", { class: "halves" }, SIDES.map((side) => sideElement(side, state))), places.faults, form);
 }
 
 function sideElement(side, state) {

@@ -1,7 +1,7 @@
 // Plan: a question to the planner, its table, and a layout as a launch command.
 
 import {
-  ask, copyButton, field, formOf, gb, guarded, h, numberInput, select, short, showFaults, spoken, t, textInput,
+  ask, copyButton, field, formOf, gb, guarded, h, numberInput, quiet, select, short, showFaults, spoken, t, textInput,
 } from "./ui.js";
 
 let form = {
@@ -15,15 +15,14 @@ let place = "node";
 function build(panel, state) {
   const faults = h("div");
   const result = h("section", { id: "plan-result" });
+  const number = (name) => field(name, numberInput(name, form[name], { min: 1 }));
   const fields = h("form", { class: "fields", id: "plan-form" },
     field("model", textInput("model", form.model, [...state.sizes, ...state.models])),
-    field("device", select("device", state.devices.map((one) => [one, one]), form.device)),
-    field("num_devices", numberInput("num_devices", form.num_devices, { min: 1 })),
-    field("seq_length", numberInput("seq_length", form.seq_length, { min: 1 })),
-    field("global_batch_size", numberInput("global_batch_size", form.global_batch_size, { min: 1 })),
-    field("method", select("method", ["pretrain", "sft", "lora"].map((one) => [one, t(`method_${one}`)]), form.method)),
-    field("lora_r", numberInput("lora_r", form.lora_r, { min: 1 })),
-    field("dtype", select("dtype", ["bf16", "fp16", "fp32"].map((one) => [one, one]), form.dtype)));
+    field("device", select("device", state.devices, form.device)),
+    number("num_devices"), number("seq_length"), number("global_batch_size"),
+    field("method", select("method", ["pretrain", "sft", "lora"], form.method, (one) => t(`method_${one}`))),
+    number("lora_r"),
+    field("dtype", select("dtype", ["bf16", "fp16", "fp32"], form.dtype)));
   const button = h("button", { type: "submit", class: "main", id: "plan-go" }, t("plan_go"));
   fields.append(button);
   const lora = fields.querySelector("[name=lora_r]").closest("label");
@@ -35,7 +34,7 @@ function build(panel, state) {
     event.preventDefault();
     form = formOf(fields);
     guarded(button, faults, async () => {
-      result.replaceChildren(h("p", { class: "quiet" }, t("planning")));
+      result.replaceChildren(quiet("planning"));
       try {
         answer = await ask("plan", form);
         row = null;
@@ -47,7 +46,7 @@ function build(panel, state) {
       draw(result);
     });
   });
-  panel.append(h("p", { class: "quiet" }, t("plan_about")), fields, faults, result);
+  panel.append(quiet("plan_about"), fields, faults, result);
   if (answer) draw(result);
 }
 
@@ -74,7 +73,7 @@ function draw(result) {
   result.replaceChildren(h("pre", { class: "answer", id: "plan-answer" }, lines(answer.answer)), legend, command,
     h("div", { class: "wide" }, table), h("pre", { class: "notes" }, lines(answer.notes)));
   if (row === null) {
-    command.append(h("p", { class: "quiet" }, t("pick_layout")));
+    command.append(quiet("pick_layout"));
   } else {
     body.children[row].classList.add("is-picked");
     drawCommand(command);
@@ -96,29 +95,23 @@ function tableRow(one, index, most, picked) {
 }
 
 function bar(one, most) {
-  const element = h("div", { class: "bar" });
-  for (const kind of answer.kinds) {
-    const part = h("i", { class: `kind-${kind}`, title: `${t(`kind_${kind}`)} ${gb(one.parts[kind])} GB` });
-    part.style.width = `${(100 * one.parts[kind]) / most}%`;
-    element.append(part);
-  }
-  const mark = h("b", { class: "usable-mark" });
-  mark.style.left = `${(100 * answer.usable_memory) / most}%`;
-  element.append(mark);
-  return element;
+  const parts = answer.kinds.map((kind) => h("i", {
+    class: `kind-${kind}`, title: `${t(`kind_${kind}`)} ${gb(one.parts[kind])} GB`,
+    style: { width: `${(100 * one.parts[kind]) / most}%` },
+  }));
+  const mark = h("b", { class: "usable-mark", style: { left: `${(100 * answer.usable_memory) / most}%` } });
+  return h("div", { class: "bar" }, parts, mark);
 }
 
 async function drawCommand(element) {
   const faults = h("div");
   const text = h("pre", { class: "command", id: "plan-command-text" });
-  const places = h("span", { class: "choice" }, ["node", "slurm", "volcano"].map((one) => {
-    const button = h("button", { type: "button", "aria-pressed": String(one === place), id: `place-${one}` }, t(`place_${one}`));
-    button.addEventListener("click", () => {
-      place = one;
-      drawCommand(element);
-    });
-    return button;
-  }));
+  const choose = (one) => {
+    place = one;
+    drawCommand(element);
+  };
+  const places = h("span", { class: "choice" }, ["node", "slurm", "volcano"].map((one) =>
+    h("button", { type: "button", "aria-pressed": String(one === place), id: `place-${one}`, onclick: () => choose(one) }, t(`place_${one}`))));
   element.replaceChildren(h("div", { class: "row" }, h("h3", {}, answer.rows[row].label), places,
     copyButton(() => text.textContent)), text, faults);
   try {

@@ -1,6 +1,6 @@
 // Precision: a report of align_qwen2.py as a heat map; a cell shows its sublayer.
 
-import { ask, field, h, select, short, showFaults, t } from "./ui.js";
+import { ask, field, h, quiet, select, short, showFaults, t } from "./ui.js";
 
 let report = null;
 let name = null;
@@ -9,13 +9,13 @@ let cell = null;
 async function build(panel) {
   const { reports } = await ask("reports");
   if (!reports.length) {
-    panel.append(h("p", { class: "quiet" }, t("no_reports")), h("pre", { class: "command" },
+    panel.append(quiet("no_reports"), h("pre", { class: "command" },
       "python launch/align_qwen2.py --load MODEL --report FOLDER/align"));
     return;
   }
   const result = h("section", { id: "report" });
   if (!reports.includes(name)) [name, report, cell] = [reports[0], null, null];
-  const choice = select("report", reports.map((one) => [one, one]), name);
+  const choice = select("report", reports, name);
   choice.addEventListener("change", () => {
     [name, report, cell] = [choice.value, null, null];
     show(result);
@@ -31,7 +31,7 @@ async function show(result) {
     showFaults(result, error);
     return;
   }
-  const detail = h("aside", { id: "cell-detail", class: "card" }, h("p", { class: "quiet" }, t("pick_cell")));
+  const detail = h("aside", { id: "cell-detail", class: "card" }, quiet("pick_cell"));
   result.replaceChildren(
     h("p", { class: report.aligned ? "verdict good" : "verdict bad", id: "verdict" }, report.verdict || t(report.aligned ? "aligned" : "parted")),
     h("p", { class: "quiet" }, report.origin), scale(),
@@ -54,36 +54,27 @@ function colour(one) {
 
 function scale() {
   const limit = report.noise_factor || 4;
-  const marks = [0, limit / 4, limit / 2, limit, limit * 3, limit * 30, limit * 300].map((ratio) => {
-    const swatch = h("i");
-    swatch.style.background = colour({ ratio, parted: ratio > limit });
-    return h("span", {}, swatch, `${short(ratio, 2)}×`);
-  });
+  const marks = [0, limit / 4, limit / 2, limit, limit * 3, limit * 30, limit * 300].map((ratio) =>
+    h("span", {}, h("i", { style: { background: colour({ ratio, parted: ratio > limit }) } }), `${short(ratio, 2)}×`));
   return h("p", { class: "legend" }, h("span", {}, t("ratio_about", { limit })), marks);
 }
 
 function map(detail) {
   const by = new Map(report.cells.map((one) => [`${one.layer}/${one.column}`, one]));
   const head = h("tr", {}, h("th", {}, t("layer")), report.columns.map((one) => h("th", { class: "slanted" }, h("span", {}, one.label))));
-  const rows = [];
-  for (let layer = 0; layer < report.layers; layer += 1) {
-    rows.push(h("tr", {}, h("th", {}, String(layer)), report.columns.map((column) => heatCell(by.get(`${layer}/${column.name}`), detail))));
-  }
+  const rows = Array.from({ length: report.layers }, (_, layer) => {
+    const cells = report.columns.map((column) => by.get(`${layer}/${column.name}`));
+    return h("tr", {}, h("th", {}, String(layer)), cells.map((one) => h("td", {}, one && heatButton(one, detail))));
+  });
   const outside = report.cells.filter((one) => one.layer === null);
   return h("div", {}, h("table", { class: "heat", id: "heat" }, h("thead", {}, head), h("tbody", {}, rows)),
     h("div", { class: "outside" }, outside.map((one) => h("span", {}, `${one.place} `, heatButton(one, detail)))));
 }
 
-function heatCell(one, detail) {
-  return h("td", {}, one ? heatButton(one, detail) : null);
-}
-
 function heatButton(one, detail) {
   const text = one.name === report.first ? "1" : one.parted ? "×" : "";
-  const button = h("button", { type: "button", class: "cell", title: `${one.place} ${short(one.ratio, 3)}×`, "data-cell": one.name,
-    onclick: () => showCell(detail, one) }, text);
-  button.style.background = colour(one);
-  return button;
+  return h("button", { type: "button", class: "cell", title: `${one.place} ${short(one.ratio, 3)}×`, "data-cell": one.name,
+    style: { background: colour(one) }, onclick: () => showCell(detail, one) }, text);
 }
 
 function showCell(detail, one) {
@@ -95,7 +86,6 @@ function showCell(detail, one) {
     h("table", {}, h("thead", {}, h("tr", {}, h("th", {}), h("th", {}, t("mean")), h("th", {}, t("worst")))), h("tbody", {}, rows.map(([key, value]) =>
       h("tr", {}, h("td", {}, t(`error_${key}`)), h("td", { class: "number" }, short(value.mean, 3)), h("td", { class: "number" }, short(value.worst, 3)))))),
     histogram(one.histogram));
-  for (const other of document.querySelectorAll(".cell.is-picked")) other.classList.remove("is-picked");
   for (const mine of document.querySelectorAll(".cell")) mine.classList.toggle("is-picked", mine.dataset.cell === one.name);
 }
 
@@ -112,14 +102,13 @@ function widened({ counts, edges }) {
 }
 
 function histogram(found) {
-  if (!found) return h("p", { class: "quiet" }, t("no_histogram"));
+  if (!found) return quiet("no_histogram");
   const { counts, edges } = widened(found);
   const most = Math.max(...counts, 1);
-  const bars = counts.map((count, index) => {
-    const bar = h("i", { title: `${short(edges[index], 2)} – ${short(edges[index + 1], 2)}: ${count}` });
-    bar.style.height = `${(100 * count) / most}%`;
-    return bar;
-  });
+  const bars = counts.map((count, index) => h("i", {
+    title: `${short(edges[index], 2)} – ${short(edges[index + 1], 2)}: ${count}`,
+    style: { height: `${(100 * count) / most}%` },
+  }));
   return h("figure", { class: "histogram", id: "histogram" }, h("figcaption", {}, t("histogram_about")), h("div", { class: "bars" }, bars),
     h("div", { class: "ends" }, h("span", {}, short(edges[0], 2)), h("span", {}, short(edges[edges.length - 1], 2))));
 }

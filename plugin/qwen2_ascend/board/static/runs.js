@@ -2,7 +2,7 @@
 
 import { Chart, smoothed } from "./chart.js";
 import {
-  ask, bytes, checkbox, COLOURS, field, h, numberInput, select, short, showFaults, t, timeText,
+  ask, bytes, checkbox, COLOURS, field, h, quiet, replaceAround, select, short, showFaults, t, timeText,
 } from "./ui.js";
 
 const SERIES = ["loss", "validation_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_bytes",
@@ -20,7 +20,7 @@ let log = false;
 let filter = "";
 let places = null;
 
-export const colours = new Map();
+const colours = new Map();
 
 function colourOf(name) {
   if (!colours.has(name)) colours.set(name, COLOURS[colours.size % COLOURS.length]);
@@ -73,7 +73,7 @@ function controls() {
 }
 
 function noiseControls() {
-  const smooth = select("smoothing", ["0", "0.6", "0.9", "0.97"].map((one) => [one, one === "0" ? t("none") : one]), String(smoothing));
+  const smooth = select("smoothing", ["0", "0.6", "0.9", "0.97"], String(smoothing), (one) => (one === "0" ? t("none") : one));
   smooth.addEventListener("change", () => {
     smoothing = Number(smooth.value);
     drawCharts();
@@ -83,19 +83,19 @@ function noiseControls() {
     log = scale.checked;
     drawCharts();
   });
-  places.first = h("select", { name: "first", id: "pair-first" });
-  places.second = h("select", { name: "second", id: "pair-second" });
-  for (const [key, control] of [["first", places.first], ["second", places.second]]) {
+  for (const key of ["first", "second"]) {
+    const control = h("select", { name: key, id: `pair-${key}` });
     control.addEventListener("change", () => {
       pair[key] = control.value;
       drawPair();
     });
+    places[key] = control;
   }
   return h("div", { class: "card" }, h("div", { class: "row" }, field("smoothing", smooth), field("log_axis", scale),
     field("pair_first", places.first), field("pair_second", places.second),
     h("button", { type: "button", id: "pair-noise", onclick: askNoise }, t("noise_go")),
     h("button", { type: "button", id: "pair-compare", onclick: askCompare }, t("compare_go"))),
-  h("p", { class: "quiet" }, t("noise_about")), places.verdict);
+  quiet("noise_about"), places.verdict);
 }
 
 function visible() {
@@ -127,8 +127,7 @@ async function poll() {
 }
 
 function drawList() {
-  const shown = visible();
-  places.list.replaceChildren(...shown.map(listRow));
+  places.list.replaceChildren(...visible().map(listRow));
   if (!runs.length) places.list.append(h("tr", {}, h("td", { colspan: 4, class: "quiet" }, t("no_runs"))));
 }
 
@@ -141,8 +140,7 @@ function listRow(run) {
     drawList();
     askCurves();
   });
-  const swatch = h("i", { class: "swatch" });
-  if (chosen?.has(run.name)) swatch.style.background = colourOf(run.name);
+  const swatch = h("i", { class: "swatch", style: chosen?.has(run.name) ? { background: colourOf(run.name) } : {} });
   const name = h("button", { type: "button", class: "link", title: run.name, onclick: () => focus(run.name) }, run.name);
   const total = run.train_iters ? `/${run.train_iters}` : "";
   const state = run.is_live ? h("span", { class: "live" }, t("live")) : null;
@@ -212,9 +210,10 @@ function drawNotes(names) {
 // --- two runs -------------------------------------------------------------------------------------
 
 function drawPairChoices() {
-  for (const [key, control] of [["first", places.first], ["second", places.second]]) {
-    const names = runs.map((run) => run.name);
-    if (!names.includes(pair[key])) pair[key] = names[key === "first" ? 0 : Math.min(1, names.length - 1)] || "";
+  const names = runs.map((run) => run.name);
+  for (const [index, key] of ["first", "second"].entries()) {
+    const control = places[key];
+    if (!names.includes(pair[key])) pair[key] = names[Math.min(index, names.length - 1)] || "";
     if ([...control.options].map((one) => one.value).join("\n") === names.join("\n")) continue;
     control.replaceChildren(...names.map((name) => h("option", { value: name, selected: name === pair[key] }, name)));
   }
@@ -258,13 +257,12 @@ async function askCompare() {
 }
 
 function differences(key, rows) {
-  if (!rows.length) return h("p", { class: "quiet" }, t(`no_${key}`));
+  if (!rows.length) return quiet(`no_${key}`);
   const count = rows.filter((row) => row.differs).length;
   const table = h("table", { class: "differences", id: `differences-${key}` }, h("thead", {}, h("tr", {},
     h("th", {}, t(key)), h("th", {}, pair.first), h("th", {}, pair.second))), h("tbody", {}, rows.map((row) =>
     h("tr", { class: row.differs ? "differs" : "" }, h("td", {}, row.name), h("td", {}, row.first ?? "–"), h("td", {}, row.second ?? "–")))));
-  const all = h("details", { open: count <= 40 }, h("summary", {}, t("differing", { what: t(key), count, total: rows.length })), h("div", { class: "wide" }, table));
-  return all;
+  return h("details", { open: count <= 40 }, h("summary", {}, t("differing", { what: t(key), count, total: rows.length })), h("div", { class: "wide" }, table));
 }
 
 // --- one run --------------------------------------------------------------------------------------
@@ -281,23 +279,18 @@ async function askDetail() {
   }
   if (mine !== places || name !== focused) return;
   const open = new Set([...places.detail.querySelectorAll("details[open]")].map((one) => one.id));
-  const old = places.detail.querySelector(".log");
-  const atEnd = !old || old.scrollHeight - old.scrollTop - old.clientHeight < 30;
-  const top = old?.scrollTop;
-  const logBox = found.log ? h("pre", { class: "log", id: "run-log" }, found.log_lines.join("\n"))
-    : h("p", { class: "quiet" }, t("no_log"));
-  places.detail.replaceChildren(h("h3", {}, name), h("p", { class: "quiet path" }, found.folder),
+  const logBox = found.log ? h("pre", { class: "log", id: "run-log" }, found.log_lines.join("\n")) : quiet("no_log");
+  replaceAround(places.detail, h("h3", {}, name), h("p", { class: "quiet path" }, found.folder),
     ...found.notes.map((note) => h("div", { class: "fault" }, note)),
     h("div", { class: "halves" },
       h("div", {}, h("h4", {}, t("checkpoints")), checkpointTable(found.checkpoints)),
       h("div", {}, h("h4", {}, found.log ? `${t("log")} ${found.log}` : t("log")), logBox,
         found.log_error ? h("div", { class: "fault" }, found.log_error) : null)),
     plainTable("configuration", found.configuration, open), plainTable("environment", found.environment, open));
-  if (logBox.className === "log") logBox.scrollTop = atEnd ? logBox.scrollHeight : top;
 }
 
 function checkpointTable(list) {
-  if (!list.length) return h("p", { class: "quiet" }, t("no_checkpoints"));
+  if (!list.length) return quiet("no_checkpoints");
   return h("table", { id: "checkpoints" }, h("tbody", {}, list.map((one) => h("tr", {},
     h("td", {}, one.folder, one.is_last ? h("span", { class: "live" }, t("last")) : null),
     h("td", { class: "number" }, bytes(one.size)), h("td", {}, timeText(one.modified))))));
@@ -305,7 +298,7 @@ function checkpointTable(list) {
 
 function plainTable(key, values, open) {
   const rows = Object.entries(values);
-  if (!rows.length) return h("p", { class: "quiet" }, t(`no_${key}`));
+  if (!rows.length) return quiet(`no_${key}`);
   return h("details", { id: `detail-${key}`, open: open.has(`detail-${key}`) }, h("summary", {}, `${t(key)} (${rows.length})`),
     h("div", { class: "wide" }, h("table", {}, h("tbody", {}, rows.map(([name, value]) => h("tr", {}, h("td", {}, name), h("td", {}, value)))))));
 }

@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import {
-  ask, checkbox, copyButton, field, formOf, guarded, h, numberInput, select, short, showFaults, t, textInput,
+  ask, checkbox, copyButton, field, formOf, guarded, h, numberInput, quiet, replaceAround, select, short, t, textInput,
 } from "./ui.js";
 
 let form = {
@@ -15,8 +15,7 @@ let preview = null;
 let places = null;
 
 async function build(panel, state) {
-  const instruct = state.models.find((one) => one.endsWith("/hf")) || state.models[0] || "";
-  form.model ||= instruct;
+  form.model ||= state.models.find((one) => one.endsWith("/hf")) || state.models[0] || "";
   form.data ||= state.data.find((one) => one.includes("chat")) || "";
   form.save ||= `${Object.keys(state.folders)[0]}/tuned`;
   places = { faults: h("div"), preview: h("section", { id: "preview" }), command: h("section", { id: "start-command" }), job: h("section", { id: "job" }), chart: new Chart(t("chart_loss")) };
@@ -24,17 +23,16 @@ async function build(panel, state) {
   fields.addEventListener("input", () => { form = formOf(fields); });
   fields.addEventListener("submit", (event) => {
     event.preventDefault();
-    guarded(places.go, places.faults, async () => {
-      drawJob(await ask("start", formOf(fields)));
-    });
+    guarded(places.go, places.faults, async () => drawJob(await ask("start", formOf(fields))));
   });
-  panel.append(h("p", { class: "quiet" }, t("start_about")), fields, places.faults, places.preview, places.command, places.job);
+  panel.append(quiet("start_about"), fields, places.faults, places.preview, places.command, places.job);
   if (preview) drawPreview();
   await poll();
 }
 
 function formElement(state) {
-  const choices = (values, prefix) => values.map((one) => [one, prefix ? t(`${prefix}${one}`) : one]);
+  const choice = (name, values, prefix = null) =>
+    field(name, select(name, values, form[name], (one) => (prefix ? t(`${prefix}${one}`) : one)));
   const number = (name, attributes) => field(name, numberInput(name, form[name], attributes));
   const tick = (name) => field(name, checkbox(name, form[name]));
   const fields = h("form", { id: "start-form" });
@@ -50,14 +48,14 @@ function formElement(state) {
     fieldset("what", field("model_folder", textInput("model", form.model, state.models)),
       field("data_file", textInput("data", form.data, state.data)), button("preview", askPreview),
       field("save_folder", textInput("save", form.save))),
-    fieldset("how", field("method", select("method", choices(["sft", "lora"], "method_"), form.method)),
+    fieldset("how", choice("method", ["sft", "lora"], "method_"),
       number("lora_r", { min: 1 }), number("lora_alpha", { step: "any" }), number("epochs", { step: "any" }), field("lr", h("input", { name: "lr", value: form.lr, type: "text" })),
       number("seq_length", { min: 2 }), number("micro_batch_size", { min: 1 }), number("global_batch_size", { min: 1 }),
-      field("dtype", select("dtype", choices(["fp32", "bf16", "fp16"]), form.dtype)), tick("pack"), tick("save_hf"), number("save_interval", { min: 0 })),
-    fieldset("where", field("device", select("device", choices(["auto", "npu", "cuda", "cpu"]), form.device)), number("processes", { min: 1 }),
+      choice("dtype", ["fp32", "bf16", "fp16"]), tick("pack"), tick("save_hf"), number("save_interval", { min: 0 })),
+    fieldset("where", choice("device", ["auto", "npu", "cuda", "cpu"]), number("processes", { min: 1 }),
       number("tp", { min: 1 }), number("pp", { min: 1 }), tick("sequence_parallel"), tick("distributed_optimizer"),
-      field("recompute", select("recompute", choices(["none", "selective", "full"], "recompute_"), form.recompute)),
-      field("planner_device", select("planner_device", choices(state.devices), form.planner_device)), button("suggest", suggest)),
+      choice("recompute", ["none", "selective", "full"], "recompute_"),
+      choice("planner_device", state.devices), button("suggest", suggest)),
     h("div", { class: "row" }, button("show", showCommand), places.go, places.stop));
   const method = fields.querySelector("[name=method]");
   const showLora = () => {
@@ -73,7 +71,7 @@ function fieldset(key, ...children) {
 }
 
 async function askPreview(fields) {
-  places.preview.replaceChildren(h("p", { class: "quiet" }, t("rendering")));
+  places.preview.replaceChildren(quiet("rendering"));
   try {
     preview = await ask("preview", formOf(fields));
   } catch (error) {
@@ -118,7 +116,7 @@ async function suggest(fields) {
 async function showCommand(fields) {
   const found = await ask("order", formOf(fields));
   const text = h("pre", { class: "command", id: "start-command-text" }, found.command);
-  places.command.replaceChildren(h("div", { class: "row" }, h("p", { class: "quiet" }, t("in_folder", { folder: found.cwd })), copyButton(() => found.command)), text);
+  places.command.replaceChildren(h("div", { class: "row" }, quiet("in_folder", { folder: found.cwd }), copyButton(() => found.command)), text);
 }
 
 async function poll() {
@@ -145,14 +143,10 @@ function drawJob(job) {
     return;
   }
   const { iteration, train_iters: total, loss } = job.progress;
-  const old = places.job.querySelector(".log");
-  const atEnd = !old || old.scrollHeight - old.scrollTop - old.clientHeight < 30;
   const text = h("pre", { class: "log", id: "job-log" }, job.log_lines.join("\n"));
-  const top = old?.scrollTop;
-  places.job.replaceChildren(h("div", { class: "row" }, h("h3", {}, job.run), h("span", { class: `state state-${job.state}`, id: "job-state", "data-state": job.state }, t(`state_${job.state}`, { status: job.status }))),
+  replaceAround(places.job, h("div", { class: "row" }, h("h3", {}, job.run), h("span", { class: `state state-${job.state}`, id: "job-state", "data-state": job.state }, t(`state_${job.state}`, { status: job.status }))),
     h("div", { class: "row" }, h("progress", { max: total || 1, value: iteration || 0 }), h("span", { id: "job-progress" }, `${iteration ?? 0} / ${total ?? "?"}`), h("span", { class: "quiet" }, loss === null ? "" : `${t("column_loss")} ${short(loss)}`)),
     h("pre", { class: "command" }, job.command), h("div", { class: "halves" }, places.chart.element, text));
-  text.scrollTop = atEnd ? text.scrollHeight : top;
 }
 
 export const startPanel = { build, poll };

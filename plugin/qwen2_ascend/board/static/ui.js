@@ -31,11 +31,13 @@ export function spoken(text) {
   return t(text.key, Object.fromEntries(Object.entries(text.values).map(([name, value]) => [name, spoken(value)])));
 }
 
-/** An element: attributes whose names begin with "on" are listeners; children are elements or texts. */
+/** An element. Attributes whose names begin with "on" are listeners, `style` is an object (the page's policy
+ * forbids a text); children are elements or texts. */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    if (name === "style") Object.assign(element.style, value);
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (typeof value === "boolean") element.toggleAttribute(name, value);
     else if (value !== null && value !== undefined) element.setAttribute(name, value);
   }
@@ -98,6 +100,20 @@ export function showFaults(place, error) {
   place.append(h("div", { class: "faults", role: "alert" }, list.map((fault) => h("div", {}, fault))));
 }
 
+export function quiet(key, values) {
+  return h("p", { class: "quiet" }, t(key, values));
+}
+
+/** Puts children in place of others; a log among them stays at its end, or where it was scrolled to. */
+export function replaceAround(element, ...children) {
+  const old = element.querySelector(".log");
+  const atEnd = !old || old.scrollHeight - old.scrollTop - old.clientHeight < 30;
+  const top = old?.scrollTop;
+  element.replaceChildren(...children);
+  const log = element.querySelector(".log");
+  if (log) log.scrollTop = atEnd ? log.scrollHeight : top;
+}
+
 /** Runs an action with its button off and its faults shown. */
 export async function guarded(button, place, action) {
   button.disabled = true;
@@ -114,10 +130,8 @@ export async function guarded(button, place, action) {
 // --- forms ----------------------------------------------------------------------------------------
 
 /** A labelled field. */
-export function field(key, control, hint) {
-  const label = h("label", { class: "field" }, h("span", {}, t(key)), control);
-  if (hint) label.append(h("small", {}, hint));
-  return label;
+export function field(key, control) {
+  return h("label", { class: "field" }, h("span", {}, t(key)), control);
 }
 
 export function textInput(name, value, options = null) {
@@ -135,9 +149,9 @@ export function numberInput(name, value, attributes = {}) {
   return h("input", { type: "number", name, value, ...attributes });
 }
 
-export function select(name, choices, value) {
-  return h("select", { name }, choices.map(([one, text]) =>
-    h("option", { value: one, selected: one === value }, text)));
+/** A choice of values, which `shown(value)` puts into words. */
+export function select(name, values, value, shown = (one) => one) {
+  return h("select", { name }, values.map((one) => h("option", { value: one, selected: one === value }, shown(one))));
 }
 
 export function checkbox(name, checked) {
@@ -154,7 +168,7 @@ export function formOf(element) {
 }
 
 /** Copies a text; where the browser has no clipboard for plain http, by way of a text field. */
-export async function copy(text) {
+async function copy(text) {
   if (navigator.clipboard && window.isSecureContext) {
     await navigator.clipboard.writeText(text);
     return;
