@@ -23,8 +23,8 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "int64": np.dtype(np.int64),
     "bool": np.dtype(np.bool_),
 }
-"""Every dtype a checkpoint may hold; weights are bf16, fp16 or fp32."""
-
+"""Every dtype a checkpoint may hold."""
+WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
 
 MAX_AXES = 64
 """PyTorch's and numpy's bound."""

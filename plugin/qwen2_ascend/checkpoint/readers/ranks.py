@@ -8,26 +8,16 @@ from pathlib import Path
 from qwen2_ascend.checkpoint.formats import megatron, megatron_optimizer
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
-from qwen2_ascend.checkpoint.readers.base import (
-    MegatronFolder,
-    Source,
-    check_layer_count,
-    layers,
-    match,
-)
+from qwen2_ascend.checkpoint.readers.base import Source, check_layer_count, layers, match
 from qwen2_ascend.checkpoint.rules import EMBEDDING, OUTPUT, Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout
 
 
-class RanksReader(MegatronFolder):
-    """An iteration whose ranks have a folder each."""
-
-    def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """See `Reader.read`."""
-        shards = megatron.read_ranks(self.iteration).shards
-        return _ranks_source(self.iteration, config, side_files, shards)
+def read_rank_tree(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+    """Does what `read_hugging_face` does for an iteration whose ranks have a folder each."""
+    return _ranks_source(folder, config, side_files, megatron.read_ranks(folder).shards)
 
 
 def open_rank_states(

@@ -9,14 +9,9 @@ from math import prod
 from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import megatron, megatron_optimizer, torch_dist
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, WEIGHT_DTYPES
 from qwen2_ascend.checkpoint.plan import StoredSlice, volume
-from qwen2_ascend.checkpoint.readers.base import (
-    WEIGHT_DTYPES,
-    MegatronFolder,
-    Source,
-    check_layer_count,
-)
+from qwen2_ascend.checkpoint.readers.base import Source, check_layer_count
 from qwen2_ascend.checkpoint.readers.buckets import bucket_sources, run_held
 from qwen2_ascend.checkpoint.rules import EMBEDDING, Rule, TensorSlice, qwen2_rules
 from qwen2_ascend.checkpoint.slices import Run
@@ -24,13 +19,10 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, at_most, name_faults, raise_if
 
 
-class TorchDistReader(MegatronFolder):
-    """An iteration that torch's distributed checkpointing has written."""
-
-    def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """See `Reader.read`."""
-        chunks = torch_dist.read(self.iteration, wanted=_is_model_key).chunks
-        return _torch_dist_source(self.iteration, config, side_files, chunks, str(self.iteration))
+def read_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+    """Does what `read_hugging_face` does for an iteration of torch's distributed checkpointing."""
+    chunks = torch_dist.read(folder, wanted=_is_model_key).chunks
+    return _torch_dist_source(folder, config, side_files, chunks, str(folder))
 
 
 def open_torch_dist_states(
