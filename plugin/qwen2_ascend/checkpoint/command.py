@@ -195,7 +195,7 @@ def _print_plan(prepared: ConversionPlan) -> None:
     from qwen2_ascend.checkpoint.convert import plan_rows
 
     rows = plan_rows(prepared)
-    sizes = {str(file.path): file.total_bytes for file in prepared.target.files}
+    sizes = {str(path): file.total_bytes for path, file in prepared.target.files.items()}
     lines = dict(zip(rows, aligned([row[1:] for row in rows], "l"), strict=True))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for file, group in groupby(rows, key=lambda row: row[0]):

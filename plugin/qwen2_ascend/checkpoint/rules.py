@@ -76,17 +76,25 @@ class Rule:
         blocks, rows, columns = (stop - start for start, stop in box)
         return (blocks * rows, columns) if self.is_matrix else (blocks * rows,)
 
+    def piece(self, box: Box, layer: int | None = None) -> TensorSlice:
+        """`box` of a layer's tensor, or of the model's only one, as it is stored."""
+        return TensorSlice(self.megatron.format(layer), box, self.shape(box))
+
+    @property
+    def whole(self) -> Box:
+        """The box of all of it."""
+        return tuple((0, n) for n in self.view)
+
     def shard(self, tp: int, tp_rank: int) -> Box:
         """The box that one of `tp` ranks holds."""
-        whole = [(0, n) for n in self.view]
         if self.shard_axis is None:
-            return tuple(whole)
+            return self.whole
         if self.shard_axis == BY_BLOCKS:
             rows = self.view[0] * self.view[1] // tp
             return self.rows_box(tp_rank * rows, (tp_rank + 1) * rows)
-        n = self.view[self.shard_axis] // tp
-        whole[self.shard_axis] = (tp_rank * n, (tp_rank + 1) * n)
-        return tuple(whole)
+        box, n = list(self.whole), self.view[self.shard_axis] // tp
+        box[self.shard_axis] = (tp_rank * n, (tp_rank + 1) * n)
+        return tuple(box)
 
     def rows_box(self, start: int, stop: int) -> Box:
         """The box of stored rows start..stop, which must be whole blocks or lie inside one.
@@ -135,12 +143,11 @@ def qwen2_rules(config: Qwen2Config, padded_vocab_size: int | None = None) -> tu
 
 def hugging_face_pieces(config: Qwen2Config) -> dict[str, TensorSlice]:
     """Every tensor of the Hugging Face model by name, in the order of the model."""
-    pieces = {}
-    for rule, layer in _whole_model(config, qwen2_rules(config)):
-        for name, box in rule.parts:
-            tensor = rule.megatron.format(layer)
-            pieces[name.format(layer)] = TensorSlice(tensor, box, rule.shape(box))
-    return pieces
+    return {
+        name.format(layer): rule.piece(box, layer)
+        for rule, layer in _whole_model(config, qwen2_rules(config))
+        for name, box in rule.parts
+    }
 
 
 def megatron_pieces(
@@ -178,8 +185,7 @@ def _chunk_pieces(
     is_last: bool,
 ) -> dict[str, TensorSlice]:
     def piece(rule: Rule, layer: int | None = None) -> TensorSlice:
-        box = rule.shard(layout.tp, tp_rank)
-        return TensorSlice(rule.megatron.format(layer), box, rule.shape(box))
+        return rule.piece(rule.shard(layout.tp, tp_rank), layer)
 
     outer = {rule.megatron: rule for rule in rules if not rule.is_of_layer}
     pieces = {}

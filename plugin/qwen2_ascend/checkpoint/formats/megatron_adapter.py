@@ -162,5 +162,4 @@ def _base(shards: Shards, layout: ParallelLayout, config: Qwen2Config) -> Iterat
             layers = stages[shard.pp_stage][shard.chunk]
             if rule is not None and int(match[1]) < len(layers):
                 box = rule.shard(layout.tp, shard.tp_rank)
-                tensor = rule.megatron.format(layers[int(match[1])])
-                yield StoredSlice(name, TensorSlice(tensor, box, rule.shape(box)), stored)
+                yield StoredSlice(name, rule.piece(box, layers[int(match[1])]), stored)

@@ -128,8 +128,8 @@ def _unstack(key: str) -> tuple[str, int | None]:
 
 
 def _whole_shape(rule: Rule, layer: int | None, config: Qwen2Config) -> tuple[int, ...]:
-    whole = rule.shape(tuple((0, n) for n in rule.view))
-    return (config.num_layers, *whole) if "{}" in rule.megatron and layer is None else whole
+    whole = rule.shape(rule.whole)
+    return (config.num_layers, *whole) if rule.is_of_layer and layer is None else whole
 
 
 def _unflattened(
@@ -191,7 +191,7 @@ def _chunk_held(
     """The held tensors of one chunk; more than one where it spans layers."""
     tensor, offsets = chunk.tensor, chunk.offsets
     first, count, shape = layer or 0, 1, tensor.shape
-    if "{}" in rule.megatron and layer is None:
+    if rule.is_of_layer and layer is None:
         first, count = offsets[0], shape[0]
         offsets, shape = offsets[1:], shape[1:]
     rows, columns = (*shape, 1)[:2]
@@ -215,11 +215,9 @@ def _coverage_faults(
         found[one[0]] = found.get(one[0], 0) + volume(one[1])
     missing = []
     for rule in rules:
-        layers = range(config.num_layers) if "{}" in rule.megatron else range(1)
-        whole = volume(tuple((0, n) for n in rule.view))
-        for layer in layers:
+        for layer in range(config.num_layers if rule.is_of_layer else 1):
             name = rule.megatron.format(layer)
-            if found.pop(name, 0) != whole:
+            if found.pop(name, 0) != volume(rule.whole):
                 missing.append(name)
     yield from name_faults("missing or incomplete tensors", missing)
     yield from name_faults("unexpected tensors", sorted(found))
