@@ -159,49 +159,27 @@ def megatron_pieces(
     as `output_layer.weight`, as Megatron does.
     """
     rules = qwen2_rules(config, padded_vocab_size)
-    stages = layout.stages(config.num_layers)
-    return {
-        Shard(tp_rank, stage, chunk): _chunk_pieces(
-            rules,
-            layers,
-            layout,
-            tp_rank,
-            is_first=(stage, chunk) == (0, 0),
-            is_last=(stage, chunk) == (layout.pp - 1, len(chunks) - 1),
-        )
-        for tp_rank in range(layout.tp)
-        for stage, chunks in enumerate(stages)
-        for chunk, layers in enumerate(chunks)
-    }
-
-
-def _chunk_pieces(
-    rules: tuple[Rule, ...],
-    layers: range,
-    layout: ParallelLayout,
-    tp_rank: int,
-    *,
-    is_first: bool,
-    is_last: bool,
-) -> dict[str, TensorSlice]:
-    def piece(rule: Rule, layer: int | None = None) -> TensorSlice:
-        return rule.piece(rule.shard(layout.tp, tp_rank), layer)
-
+    of_layer = [rule for rule in rules if rule.is_of_layer]
     outer = {rule.megatron: rule for rule in rules if not rule.is_of_layer}
-    pieces = {}
-    if is_first:
-        pieces[EMBEDDING] = piece(outer[EMBEDDING])
-    for local, layer in enumerate(layers):
-        for rule in rules:
-            if rule.is_of_layer:
-                pieces[rule.megatron.format(local)] = piece(rule, layer)
-    if is_last:
-        pieces[FINAL_NORM] = piece(outer[FINAL_NORM])
-        if OUTPUT in outer:
-            pieces[OUTPUT] = piece(outer[OUTPUT])
-        elif layout.pp > 1:
-            pieces[OUTPUT] = piece(outer[EMBEDDING])
-    return pieces
+    if layout.pp > 1:
+        outer.setdefault(OUTPUT, outer[EMBEDDING])
+    stages = layout.stages(config.num_layers)
+    last = (layout.pp - 1, len(stages[-1]) - 1)
+    found: dict[Shard, dict[str, TensorSlice]] = {}
+    for tp_rank in range(layout.tp):
+        boxes = {rule: rule.shard(layout.tp, tp_rank) for rule in rules}
+        ends = {name: rule.piece(boxes[rule]) for name, rule in outer.items()}
+        for stage, chunks in enumerate(stages):
+            for chunk, layers in enumerate(chunks):
+                pieces = found[Shard(tp_rank, stage, chunk)] = {}
+                if (stage, chunk) == (0, 0):
+                    pieces[EMBEDDING] = ends[EMBEDDING]
+                for local, layer in enumerate(layers):
+                    for rule in of_layer:
+                        pieces[rule.megatron.format(local)] = rule.piece(boxes[rule], layer)
+                if (stage, chunk) == last:
+                    pieces |= {name: ends[name] for name in (FINAL_NORM, OUTPUT) if name in ends}
+    return found
 
 
 def _whole_model(config: Qwen2Config, rules: tuple[Rule, ...]):

@@ -80,11 +80,11 @@ Known = Mapping[str, Any]
 
 def known_records(*type_names: str) -> dict[str, Maker]:
     """A table that makes `Inert` records for all of `type_names`."""
-    return {name: Maker(name, _record_maker(name)) for name in type_names}
+    return {name: _record_maker(name) for name in type_names}
 
 
-def _record_maker(type_name: str) -> Callable[..., Inert]:
-    return lambda *args: Inert(type_name, args)
+def _record_maker(type_name: str) -> Maker:
+    return Maker(type_name, lambda *args: Inert(type_name, args))
 
 
 def read_pickle(
@@ -279,7 +279,7 @@ class _Machine:
         if type_name in self.known:
             return self.known[type_name]
         self.refused.add(type_name)
-        return Maker(type_name, _record_maker(type_name))
+        return _record_maker(type_name)
 
     def call(self) -> None:
         args, maker = self.pop(), self.pop()

@@ -92,17 +92,13 @@ def layout_of(
             f"{folder}: the shards hold {total} layers, config.json says {config.num_layers}."
         )
     per_chunk = set(counts.values())
-    if max(chunk for _, chunk in counts) > 0:
-        if len(per_chunk) > 1:
-            raise UserError(f"{folder}: virtual stages of unequal length are not implemented.")
-        return ParallelLayout(
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            num_layers_per_virtual_pipeline_stage=per_chunk.pop(),
-        )
+    is_interleaved = max(chunk for _, chunk in counts) > 0
+    if is_interleaved and len(per_chunk) > 1:
+        raise UserError(f"{folder}: virtual stages of unequal length are not implemented.")
     return ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=min(per_chunk) if is_interleaved else None,
         num_layer_list=None if len(per_chunk) == 1 else tuple(counts.values()),
     )
 
