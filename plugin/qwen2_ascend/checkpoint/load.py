@@ -132,13 +132,12 @@ def load_slices(
     plan = make_plan(sources, targets, vocab_size, is_sparse=is_sparse)
     own = {held.piece.tensor for held in targets}
     check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
+    checks = checks or SourceChecks({})
     with Reader() as reader:
         for tensor, write in zip(tensors, plan.writes, strict=True):
-            if checks is not None:
-                checks.before(write, reader)
+            checks.before(write, reader)
             fill(tensor, write, reader)
-    if checks is not None:
-        checks.raise_damaged(sources)
+    checks.raise_damaged(sources)
 
 
 def in_memory(name: str, piece: TensorSlice) -> StoredSlice:

@@ -109,16 +109,16 @@ def check_all_used(plan: Plan, sources: Iterable[StoredSlice], vocab_size: int) 
 
     Only for a whole conversion; loading one rank leaves most of the model unread.
     """
-    used: dict[tuple, set[Box]] = defaultdict(set)
+    used: dict[StoredSlice, set[Box]] = defaultdict(set)
     for write in plan.writes:
         for copy in write.copies:
-            used[_identity(copy.source)].add(copy.box)
-    replicas = {_identity(replica) for _, replica in plan.replicas}
+            used[copy.source].add(copy.box)
+    replicas = {replica for _, replica in plan.replicas}
     for held in sources:
         real = clip(held.piece, vocab_size)
-        if _identity(held) in replicas or volume(real) == 0:
+        if held in replicas or volume(real) == 0:
             continue
-        if sum(map(volume, used[_identity(held)])) < volume(real):
+        if sum(map(volume, used[held])) < volume(real):
             raise PlanError(f"{held.stored.path}: {held.name} is not used in full")
 
 
@@ -170,7 +170,3 @@ def _check_write(write: Write, vocab_size: int, is_sparse: bool) -> None:
     if twice or (sum(map(volume, boxes)) != expected and not is_sparse):
         found = "written twice" if twice else f"{sum(map(volume, boxes))} of {expected} elements"
         raise PlanError(f"{write.target.stored.path}: {write.target.name}: {found}")
-
-
-def _identity(held: StoredSlice) -> tuple:
-    return (held.stored.path, held.stored.offset, held.name)

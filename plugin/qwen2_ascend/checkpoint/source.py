@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import hugging_face, megatron
@@ -65,11 +66,13 @@ def open_source(
     kind, weights = find_weights(folder, kind)
     config_folder = _config_folder(Path(folder), weights, hf_cfg_dir)
     config = Qwen2Config.from_pretrained(config_folder)
-    side_files = hugging_face.side_files(config_folder)
     if kind == "hf":
-        return read_hugging_face(weights, config, side_files)
-    read = read_torch_dist if megatron.is_torch_dist(weights) else read_rank_tree
-    return read(weights, config, side_files)
+        source = read_hugging_face(weights, config)
+    elif megatron.is_torch_dist(weights):
+        source = read_torch_dist(weights, config)
+    else:
+        source = read_rank_tree(weights, config)
+    return replace(source, side_files=hugging_face.side_files(config_folder))
 
 
 def open_states(

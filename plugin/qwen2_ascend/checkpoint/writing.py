@@ -98,8 +98,8 @@ def write_target(
     *,
     workers: int,
     progress: Callable[[int], object],
-    open_reader: Callable[[], Reader] = Reader,
-    checks: SourceChecks | None = None,
+    open_reader: Callable[[], Reader],
+    checks: SourceChecks,
 ) -> Checksums:
     """Writes every file of `target` below `folder` and flushes it to disk.
 
@@ -129,8 +129,7 @@ def write_target(
         held, key = write.target, _key(write)
         stored = held.stored._replace(path=folder / held.stored.path)
         if key not in before or stored_checksum(stored) != before[key]:
-            if checks is not None:
-                checks.before(write, reader)
+            checks.before(write, reader)
             checksum = write_bands(write, reader, buffers, files.putter(held))
             # what casts lost is not in the journal: a run that resumes counts it again
             loses = any(copy.source in reader.losses for copy in write.copies)

@@ -375,7 +375,7 @@ def test_random_programs_give_an_error_or_an_object(opcodes, arguments):
         if opcode.arg is not None:
             data += arguments[number % 7 :][: max(opcode.arg.n, 0)] + b"\n"
     try:
-        read_pickle(data + b".", "program", PLAIN | known_records("a.b"))
+        read_pickle(data + b".", "program", PLAIN | known_records({"a": ["b"]}))
     except UserError as error:
         assert str(error).startswith("program: ")
 

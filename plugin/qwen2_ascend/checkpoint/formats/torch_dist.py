@@ -202,33 +202,21 @@ class _Described(NamedTuple):
 _KNOWN = (
     PLAIN
     | known_records(
-        *(
-            f"{METADATA}.{name}"
-            for name in (
-                "Metadata",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        f"{FILESYSTEM}._StorageInfo",
-        f"{FILESYSTEM}._StoragePrefix",
-        "torch.serialization._get_layout",
-        "pathlib.PosixPath",
-        "pathlib._local.PosixPath",
-        # the plans that megatron-core keeps to save faster the next time
-        *(
-            f"torch.distributed.checkpoint.planner.{name}"
-            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
-        ),
-        "torch.distributed.checkpoint.planner.BytesIOWriteData",
-        *(
-            f"megatron.core.dist_checkpointing.strategies.torch.{name}"
-            for name in ("MCoreMetadata", "MCoreSavePlan")
-        ),
+        {
+            METADATA: (
+                *("Metadata", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+                *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+            ),
+            FILESYSTEM: ("_StorageInfo", "_StoragePrefix"),
+            "torch.serialization": ("_get_layout",),
+            "pathlib": ("PosixPath",),
+            "pathlib._local": ("PosixPath",),
+            # the plans that megatron-core keeps to save faster the next time
+            "torch.distributed.checkpoint.planner": (
+                *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+            ),
+            "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+        }
     )
     | torch_pt.TORCH_VALUES
     | {_INDEX: Maker(_INDEX, lambda: InertKey(_INDEX))}

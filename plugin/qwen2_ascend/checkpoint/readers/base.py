@@ -29,7 +29,7 @@ class Source:
     folder: Path
     config: Qwen2Config
     held: tuple[StoredSlice, ...]
-    side_files: tuple[Path, ...]
+    side_files: tuple[Path, ...] = ()
     """config.json, tokenizer and chat template files."""
     format: str
     """"safetensors", "megatron" or "torch_dist"."""

@@ -70,7 +70,6 @@ def bucket_sources(
             folder=folder,
             config=config,
             held=tuple(of_kind),
-            side_files=(),
             format="torch_dist",
             padded_vocab_size=args.padded_vocab_size,
         )

@@ -15,7 +15,7 @@ from qwen2_ascend.errors import raise_if
 _EMBEDDING, _PREFIX = "model.embed_tokens.weight", "model."
 
 
-def read_hugging_face(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+def read_hugging_face(folder: Path, config: Qwen2Config) -> Source:
     """Reads every header of a model's folder and fits the tensors to the table.
 
     Raises:
@@ -52,7 +52,6 @@ def read_hugging_face(folder: Path, config: Qwen2Config, side_files: tuple[Path,
         folder=folder,
         config=config,
         held=tuple(held),
-        side_files=side_files,
         format="safetensors",
         padded_vocab_size=config.vocab_size,
     )

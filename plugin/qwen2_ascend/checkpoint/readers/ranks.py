@@ -15,9 +15,9 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout
 
 
-def read_rank_tree(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+def read_rank_tree(folder: Path, config: Qwen2Config) -> Source:
     """Does what `read_hugging_face` does for an iteration whose ranks have a folder each."""
-    return _ranks_source(folder, config, side_files, megatron.read_ranks(folder).shards)
+    return _ranks_source(folder, config, megatron.read_ranks(folder).shards)
 
 
 def open_rank_states(
@@ -25,7 +25,7 @@ def open_rank_states(
 ) -> dict[str, Source]:
     """Does what `source.open_states` says for an mp_rank tree."""
     return {
-        kind: _ranks_source(folder, config, (), shards, kind)
+        kind: _ranks_source(folder, config, shards, kind)
         for kind, shards in megatron_optimizer.read_rank_states(folder, kinds).items()
     }
 
@@ -33,7 +33,6 @@ def open_rank_states(
 def _ranks_source(
     folder: Path,
     config: Qwen2Config,
-    side_files: tuple[Path, ...],
     shards: Mapping[Shard, Mapping[str, StoredTensor]],
     kind: str = "",
 ) -> Source:
@@ -58,7 +57,6 @@ def _ranks_source(
         folder=folder,
         config=config,
         held=tuple(held),
-        side_files=side_files,
         format=_format_name(held),
         layout=layout,
         padded_vocab_size=padded,

@@ -19,10 +19,10 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, at_most, name_faults, raise_if
 
 
-def read_torch_dist(folder: Path, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
+def read_torch_dist(folder: Path, config: Qwen2Config) -> Source:
     """Does what `read_hugging_face` does for an iteration of torch's distributed checkpointing."""
     chunks = torch_dist.read(folder, wanted=_is_model_key).chunks
-    return _torch_dist_source(folder, config, side_files, chunks, str(folder))
+    return _torch_dist_source(folder, config, chunks, str(folder))
 
 
 def open_torch_dist_states(
@@ -44,7 +44,7 @@ def open_torch_dist_states(
         own = {key: parts for key, parts in own.items() if _is_model_key(key)}
         where = f"{folder}: {prefix}*"
         sources[kind] = _torch_dist_source(
-            folder, config, (), own, where, prefix=prefix, padded=config.vocab_size
+            folder, config, own, where, prefix=prefix, padded=config.vocab_size
         )
     if by_buckets and sharding_type:
         others = [kind for kind in kinds if kind]
@@ -55,7 +55,6 @@ def open_torch_dist_states(
 def _torch_dist_source(
     folder: Path,
     config: Qwen2Config,
-    side_files: tuple[Path, ...],
     chunks: Mapping[str, list[torch_dist.Chunk]],
     where: str,
     *,
@@ -93,7 +92,6 @@ def _torch_dist_source(
         folder=folder,
         config=config,
         held=tuple(held),
-        side_files=side_files,
         format="torch_dist",
         padded_vocab_size=padded,
     )
