@@ -75,12 +75,9 @@ class Reader:
         fd, mapped = self._open(held.stored.path)
         if os.fstat(fd).st_size < held.stored.offset + held.stored.num_bytes:
             raise _ended(held)
-        shape = extent(held.piece.box)
-        count = volume(held.piece.box)
-        flat = np.frombuffer(
-            mapped, NUMPY_DTYPES[held.stored.dtype], count=count, offset=held.stored.offset
-        )
-        return flat.reshape(shape)[within(box, held.piece.box)]
+        whole, dtype = held.piece.box, NUMPY_DTYPES[held.stored.dtype]
+        flat = np.frombuffer(mapped, dtype, volume(whole), held.stored.offset)
+        return flat.reshape(extent(whole))[within(box, whole)]
 
     def read_run(self, held: StoredSlice, box: Box, out: np.ndarray) -> None:
         """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype).

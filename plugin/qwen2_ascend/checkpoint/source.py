@@ -32,7 +32,7 @@ def find_weights(folder: str | Path, kind: str | None = None) -> tuple[str, Path
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(hugging_face.missing_model(folder))
+        raise UserError(f"{folder}: no such folder.{hugging_face.hub_hint(folder)}")
     is_hf = hugging_face.is_model_folder(folder)
     is_mg = megatron.is_checkpoint_folder(folder)
     if kind is None:

@@ -170,11 +170,6 @@ def _read_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Stor
     return tensors
 
 
-def missing_model(folder: Path) -> str:
-    """What to say where there is no such folder."""
-    return f"{folder}: no such folder.{hub_hint(folder)}"
-
-
 def hub_hint(folder: Path) -> str:
     """A way out where a model seems to have been given as a hub calls it."""
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
@@ -183,8 +178,6 @@ def hub_hint(folder: Path) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    if not folder.is_dir():
-        return missing_model(folder)
     if (folder / "adapter_config.json").is_file():
         return (
             f"{folder}: is a PEFT adapter, which holds no model; name the folder of the model it "

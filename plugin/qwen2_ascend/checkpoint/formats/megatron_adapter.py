@@ -37,25 +37,27 @@ _MOST_NAMED = 20
 
 def open_megatron_adapter(
     folder: Path,
-    ranks: megatron.RankFiles,
+    shards: Shards,
     layout: ParallelLayout,
     config: Qwen2Config,
+    args: Namespace | None,
     alpha: float | None,
 ) -> Adapter:
     """Opens the adapter of an iteration whose headers are read.
 
     Args:
         folder: of the iteration.
-        ranks: every rank's tensors, and the training arguments, which say alpha.
+        shards: every rank's tensors.
         layout: how the shards are cut.
         config: of the model that was adapted.
+        args: the training arguments, which say alpha.
         alpha: where the training arguments do not say it.
 
     Raises:
         UserError: it does not fit the model; every fault at once.
     """
     faults: list[str] = []
-    factors = list(_all_factors(folder, ranks.shards, layout, config, faults))
+    factors = list(_all_factors(folder, shards, layout, config, faults))
     sizes = {one.a.stored.shape[:1] for one in factors}
     faults += [] if len(sizes) == 1 else [f"{folder}: its lora_A have {sorted(sizes)} rows."]
     faults += _missing(folder, factors, layout, config)
@@ -64,11 +66,11 @@ def open_megatron_adapter(
         folder=folder,
         lora=LoraConfig(
             rank=factors[0].a.stored.shape[0],
-            alpha=_alpha(folder, ranks.args, alpha),
+            alpha=_alpha(folder, args, alpha),
             targets=_targets(factors),
         ),
         factors=tuple(factors),
-        base=tuple(_base(ranks.shards, layout, config)),
+        base=tuple(_base(shards, layout, config)),
     )
 
 

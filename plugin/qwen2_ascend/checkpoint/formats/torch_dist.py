@@ -127,13 +127,12 @@ def read(
     return TorchDistCheckpoint(common=common, chunks=chunks, objects=others)
 
 
-def read_common(folder: str | Path) -> dict[str, Any]:
+def read_common(folder: Path) -> dict[str, Any]:
     """What every rank has alike; as `read` finds it.
 
     Raises:
         UserError: it is missing or damaged, or its pickle asks for anything unknown.
     """
-    folder = Path(folder)
     return _common(folder, _read_metadata(folder / ".metadata")[2])
 
 
@@ -149,13 +148,12 @@ def _common(folder: Path, stored: dict[Index, StorageInfo]) -> dict[str, Any]:
     return common
 
 
-def read_object(folder: str | Path, key: str) -> Any:
+def read_object(folder: Path, key: str) -> Any:
     """What `torch_pt.read` makes of an entry that is not a tensor, which is a list of one.
 
     Raises:
         UserError: it is missing or damaged, or its pickle asks for anything unknown.
     """
-    folder = Path(folder)
     info = _read_metadata(folder / ".metadata")[2].get(Index(key, None))
     if info is None:
         raise UserError(f"{folder}: has no {key}; the folder is damaged.")

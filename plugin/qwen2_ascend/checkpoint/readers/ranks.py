@@ -17,7 +17,7 @@ from qwen2_ascend.parallel import ParallelLayout
 
 def read_rank_tree(folder: Path, config: Qwen2Config) -> Source:
     """Does what `read_hugging_face` does for an iteration whose ranks have a folder each."""
-    return _ranks_source(folder, config, megatron.read_ranks(folder).shards)
+    return _ranks_source(folder, config, megatron.read_ranks(folder)[0])
 
 
 def open_rank_states(
@@ -57,7 +57,7 @@ def _ranks_source(
         folder=folder,
         config=config,
         held=tuple(held),
-        format=_format_name(held),
+        format="safetensors" if held[0].stored.path.suffix == ".safetensors" else "megatron",
         layout=layout,
         padded_vocab_size=padded,
     )
@@ -71,10 +71,6 @@ def _name_in_file(held: StoredSlice, shard: Shard, layout: ParallelLayout, kind:
         return f"{megatron_optimizer.KEY}/{model}/{held.name}/{kind}"
     is_pt = held.stored.path.name == megatron.PT_FILE
     return f"{model}/{held.name}" if has_chunks and is_pt else held.name
-
-
-def _format_name(held: list[StoredSlice]) -> str:
-    return "safetensors" if held[0].stored.path.suffix == ".safetensors" else "megatron"
 
 
 def layout_of(

@@ -66,7 +66,7 @@ def _torch_dist_source(
     `where` begins every fault; `padded` is the padded vocabulary, if it is known.
     """
     padded = padded or _vocabulary_rows(where, chunks, config)
-    rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
+    rules = {rule.megatron.replace(".{}", ""): rule for rule in qwen2_rules(config, padded)}
     held: list[StoredSlice] = []
     unexpected: list[str] = []
     faults: list[str] = []
@@ -79,7 +79,10 @@ def _torch_dist_source(
                 faults += wrong
                 if not wrong:
                     found = _chunk_held(prefix + key, rules[plain], layer, whole)
-                    held += found if run is None else _flat_held(found, run, part)
+                    if run is not None:
+                        (one,) = found
+                        found = run_held(one.name, one.piece, run, part.tensor)
+                    held += found
         elif megatron.plain_name(key):
             unexpected.append(key)
     faults = name_faults("unexpected tensors", unexpected) + at_most(faults)
@@ -112,10 +115,6 @@ def _vocabulary_rows(
 
 def _is_model_key(key: str) -> bool:
     return not key.startswith("optimizer.")
-
-
-def _stacked(rule: Rule) -> str:
-    return rule.megatron.replace(".{}", "")
 
 
 def _unstack(key: str) -> tuple[str, int | None]:
@@ -152,14 +151,6 @@ def _unflattened(
     box = torch_dist.Chunk(whole, offsets, chunk.tensor._replace(shape=local))
     start = chunk.offsets[-1]
     return box, Run(start, start + prod(chunk.tensor.shape))
-
-
-def _flat_held(
-    found: Iterable[StoredSlice], run: Run, chunk: torch_dist.Chunk
-) -> Iterator[StoredSlice]:
-    """The part of the one tensor `found` that a chunk of its elements is."""
-    (one,) = found
-    yield from run_held(one.name, one.piece, run, chunk.tensor)
 
 
 def _chunk_faults(
