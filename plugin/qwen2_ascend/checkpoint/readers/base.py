@@ -38,13 +38,16 @@ class Source:
     padded_vocab_size: int
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({held.stored.dtype for held in self.held}))
+
+    @property
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(held.stored.path for held in self.held))
 
     def describe(self) -> str:
         """One line for a log."""
         size = size_text(sum(held.stored.num_bytes for held in self.held))
-        dtypes = "/".join(sorted({held.stored.dtype for held in self.held}))
         cut = ""
         if self.layout is not None:
             cut = f", TP{self.layout.tp} PP{self.layout.pp}"
@@ -52,7 +55,7 @@ class Source:
                 cut += f", {n} layers per virtual stage"
         return printable(
             f"{self.folder}: {'Hugging Face' if self.kind == 'hf' else 'Megatron shards'} "
-            f"({self.format}){cut}, {len(self.held)} tensors, {size} {dtypes}"
+            f"({self.format}){cut}, {len(self.held)} tensors, {size} {'/'.join(self.dtypes)}"
         )
 
 
