@@ -184,23 +184,21 @@ def models(folder: Path, good: Path) -> dict[str, Path]:
         "architectures that are text": {**config, "architectures": "x", "model_type": 3},
         "layer types": {**config, "layer_types": [1]},
     }
-    made = {}
-    for name, value in configs.items():
-        made[f"config: {name}"] = path = _model(folder, good)
-        (path / "config.json").write_text(json.dumps(value))
     texts = {
+        **{name: json.dumps(value).encode() for name, value in configs.items()},
         "an empty file": b"",
         "duplicate keys": b'{"hidden_size": 1, ' + (good / "config.json").read_bytes().lstrip()[1:],
         "deep": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
         "a BOM": b"\xef\xbb\xbf" + (good / "config.json").read_bytes(),
         "binary": bytes(range(256)),
     }
+    made = {}
     for name, data in texts.items():
         made[f"config: {name}"] = path = _model(folder, good)
         (path / "config.json").write_bytes(data)
-    for name, value in _generation_configs().items():
+    for name, text in _generation_configs().items():
         made[f"generation config: {name}"] = path = _model(folder, good)
-        (path / "generation_config.json").write_text(value)
+        (path / "generation_config.json").write_text(text)
     return made | _weights(folder, good)
 
 

@@ -159,15 +159,9 @@ SYSTEM = "the system's own files, not a folder's"
 CHECKED = "opened with open_regular before, or found by is_file()"
 ALLOWED = {
     "alignment/align.py": {"_text_tokens": NAMED_BY_USER},
-    "comparison/dumps.py": {
-        "load": CHECKED,
-        "_read_npy": CHECKED,
-        "_read_npz": CHECKED,
-        "_load_pt": CHECKED,
-    },
+    "comparison/dumps.py": {"load": CHECKED, "_read_npz": CHECKED, "_load_pt": CHECKED},
     "alignment/record.py": {"_tensors": CHECKED},
     "benchmark/checkpoint_side.py": {"*": "the benchmark's own files"},
-    "benchmark/convert.py": {"*": "the benchmark's own files"},
     "benchmark/cross_entropy.py": {"*": SYSTEM},
     "benchmark/measure.py": {"*": SYSTEM},
     "chat_template.py": {"_limit_memory": SYSTEM},
@@ -175,7 +169,6 @@ ALLOWED = {
     "board/job.py": {"_catches_stop": SYSTEM},
     "board/server.py": {"_pages": "the package's own files"},
     "checkpoint/copying.py": {"_open": "of a descriptor from open_descriptor"},
-    "checkpoint/staging.py": {"_lock": "its own lock"},
     "data/helpers_cpp.py": {"*": "a source file of megatron-core's"},
     "data/indexed.py": {"fingerprint": CHECKED},
     "data/inputs.py": {"opened": CHECKED, "parquet_file": CHECKED},

@@ -32,22 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(folder: Path) -> dict[str, dict[str, Any]]:
-    """Each launcher with each odd file that it reads."""
-    made = {}
-    for name, (program, line) in _command_lines(
-        folder, model_with_tokenizer(folder / "hf")
-    ).items():
-        flags = [word.replace("%", " ") for word in line.split()]
-        made[f"{program}: {name}"] = {"program": program.split()[0], "flags": flags}
-    return made
-
-
-def _command_lines(folder: Path, good: Path) -> dict[str, tuple[str, str]]:
-    """A program and its flags, by what is odd in what it reads."""
-    made: dict[str, tuple[str, str]] = {}
+    """Each launcher with each odd file that it reads, by what is odd."""
+    good = model_with_tokenizer(folder / "hf")
+    made: dict[str, dict[str, Any]] = {}
 
     def add(what: str, program: str, line: str) -> None:
-        made[f"{what} ({len(made)})"] = (program, line)
+        made[f"{program}: {what} ({len(made)})"] = {"program": program, "flags": line.split()}
 
     write_indexed(folder / "corpus", [40] * 8)
     (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': odd_inputs.MESSAGES})}\n" * 4)

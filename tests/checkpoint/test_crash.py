@@ -182,6 +182,12 @@ def interrupted(tmp_path: Path, *flags: object) -> Path:
     return partial
 
 
+def assert_is_whole(folder: Path) -> None:
+    """The target is what a conversion without an interruption makes."""
+    convert(folder / "hf", folder / "whole", *tp(2)).require()
+    assert tree(folder / "target") == tree(folder / "whole")
+
+
 def count_copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which tensors are copied from now on."""
     copied, genuine = [], writing.write_bands
@@ -204,8 +210,7 @@ def test_interrupted_and_resumed(tmp_path, monkeypatch):
     said = convert(source, tmp_path / "target", *tp(2), "--resume").require().err
     assert "resuming: " in said and "of 20 tensors are there" in said
     assert 0 < len(copied) <= 11
-    convert(source, tmp_path / "whole", *tp(2)).require()
-    assert tree(tmp_path / "target") == tree(tmp_path / "whole")
+    assert_is_whole(tmp_path)
 
 
 def test_resuming_reads_back_and_repairs(tmp_path, monkeypatch):
@@ -220,8 +225,7 @@ def test_resuming_reads_back_and_repairs(tmp_path, monkeypatch):
     copied = count_copies(monkeypatch)
     convert(tmp_path / "hf", tmp_path / "target", *tp(2), "--resume", "--verify").require()
     assert copied
-    convert(tmp_path / "hf", tmp_path / "whole", *tp(2)).require()
-    assert tree(tmp_path / "target") == tree(tmp_path / "whole")
+    assert_is_whole(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["empty", "zeros", "half a line", "noise", "gone", "files gone"])
@@ -240,8 +244,7 @@ def test_resuming_with_a_damaged_journal(damage, tmp_path):
         changed = {"empty": b"", "zeros": bytes(len(raw)), "half a line": raw[:-20]}
         journal.write_bytes(changed.get(damage, b"\n".join(noise)))
     convert(tmp_path / "hf", tmp_path / "target", *tp(2), "--resume").require()
-    convert(tmp_path / "hf", tmp_path / "whole", *tp(2)).require()
-    assert tree(tmp_path / "target") == tree(tmp_path / "whole")
+    assert_is_whole(tmp_path)
 
 
 def other_source(folder: Path) -> None:
@@ -290,8 +293,7 @@ def test_an_interrupted_replacement_goes_on_with_both_flags(tmp_path):
     said = convert(tmp_path / "hf", tmp_path / "target", *tp(2), "--resume").require(2).err
     assert "besides --resume --overwrite" in said
     convert(tmp_path / "hf", tmp_path / "target", *tp(2), "--resume", "--overwrite").require()
-    convert(tmp_path / "hf", tmp_path / "whole", *tp(2)).require()
-    assert tree(tmp_path / "target") == tree(tmp_path / "whole")
+    assert_is_whole(tmp_path)
 
 
 def test_without_an_exchange_of_folders(tmp_path, monkeypatch):

@@ -1,9 +1,4 @@
-"""The `.pt` shards are those that Megatron-LM and MindSpeed-LLM read, key for key, rank for rank.
-
-The reference below is naive on purpose, works on whole tensors, and shares nothing with the
-package: it was written from the prose description of the layout, before its author had read the
-mapping table.
-"""
+"""The `.pt` shards are those that Megatron-LM and MindSpeed-LLM read, key for key, on each rank."""
 
 from __future__ import annotations
 
@@ -16,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint.reference import reference_models
 from checkpoint.toys import (
     convert,
     load_folder,
@@ -44,97 +40,14 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     )
 
 
-def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.cat([weight, torch.zeros(rows - len(weight), weight.shape[1], dtype=weight.dtype)])
-
-
-def interleaved_qkv(hf: dict, layer: str, kind: str, config: Qwen2Config) -> torch.Tensor:
-    """The q heads of each query group, then its k head, then its v head."""
-    width, per_group = config.kv_channels, config.num_attention_heads // config.num_query_groups
-    rows = []
-    for group in range(config.num_query_groups):
-        for head in range(group * per_group, (group + 1) * per_group):
-            rows.append(hf[f"{layer}self_attn.q_proj.{kind}"][head * width : (head + 1) * width])
-        rows.append(hf[f"{layer}self_attn.k_proj.{kind}"][group * width : (group + 1) * width])
-        rows.append(hf[f"{layer}self_attn.v_proj.{kind}"][group * width : (group + 1) * width])
-    return torch.cat(rows)
-
-
-def layer_shard(hf: dict, number: int, config: Qwen2Config, rank: int, size: int) -> dict:
-    layer = f"model.layers.{number}."
-
-    def part(tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        return tensor.chunk(size, dim=axis)[rank].clone()
-
-    gate, up = hf[layer + "mlp.gate_proj.weight"], hf[layer + "mlp.up_proj.weight"]
-    return {
-        "input_layernorm.weight": hf[layer + "input_layernorm.weight"],
-        "self_attention.linear_qkv.weight": part(interleaved_qkv(hf, layer, "weight", config), 0),
-        "self_attention.linear_qkv.bias": part(interleaved_qkv(hf, layer, "bias", config), 0),
-        "self_attention.linear_proj.weight": part(hf[layer + "self_attn.o_proj.weight"], 1),
-        "pre_mlp_layernorm.weight": hf[layer + "post_attention_layernorm.weight"],
-        "mlp.linear_fc1.weight": torch.cat([part(gate, 0), part(up, 0)]),
-        "mlp.linear_fc2.weight": part(hf[layer + "mlp.down_proj.weight"], 1),
-    }
-
-
-def stage_layers(num_layers: int, stages: int, per_chunk: int | None, uneven: list | None) -> list:
-    """Layer numbers as [stage][chunk][position]."""
-    if uneven is not None:
-        starts = [sum(uneven[:stage]) for stage in range(stages)]
-        return [[list(range(starts[s], starts[s] + uneven[s]))] for s in range(stages)]
-    if per_chunk is None:
-        return stage_layers(num_layers, stages, None, [num_layers // stages] * stages)
-    result = []
-    for stage in range(stages):
-        chunks = []
-        for chunk in range(num_layers // stages // per_chunk):
-            first = (chunk * stages + stage) * per_chunk
-            chunks.append(list(range(first, first + per_chunk)))
-        result.append(chunks)
-    return result
-
-
-def reference_shards(
-    hf: dict[str, torch.Tensor],
-    config: Qwen2Config,
-    tensor_parallel: int = 1,
-    stages: int = 1,
-    per_chunk: int | None = None,
-    uneven: list[int] | None = None,
-    padded: int | None = None,
-) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Folder name -> model key -> tensor name -> tensor."""
-    rows = padded or config.vocab_size
-    embedding = pad_rows(hf["model.embed_tokens.weight"], rows)
-    tied = config.tie_word_embeddings
-    output = embedding if tied else pad_rows(hf["lm_head.weight"], rows)
-    layers = stage_layers(config.num_layers, stages, per_chunk, uneven)
+def reference_shards(config: Qwen2Config, **layout) -> dict[str, dict[str, dict]]:
+    """Folder name -> model key -> tensor name -> tensor, of `random_weights`."""
     shards: dict = {}
-    for rank in range(tensor_parallel):
-        for stage in range(stages):
-            models = []
-            for chunk, numbers in enumerate(layers[stage]):
-                is_first = stage == 0 and chunk == 0
-                is_last = stage == stages - 1 and chunk == len(layers[stage]) - 1
-                model = {}
-                if is_first:
-                    model["embedding.word_embeddings.weight"] = embedding.chunk(tensor_parallel)[
-                        rank
-                    ].clone()
-                for local, number in enumerate(numbers):
-                    for name, tensor in layer_shard(
-                        hf, number, config, rank, tensor_parallel
-                    ).items():
-                        model[f"decoder.layers.{local}.{name}"] = tensor
-                if is_last:
-                    model["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
-                    if not tied or stages > 1:
-                        model["output_layer.weight"] = output.chunk(tensor_parallel)[rank].clone()
-                models.append(model)
-            folder = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")
-            names = ["model"] if per_chunk is None else [f"model{i}" for i in range(len(models))]
-            shards[folder] = dict(zip(names, models, strict=True))
+    models = reference_models(random_weights(config), config, **layout)
+    for (rank, stage, chunk), model in models.items():
+        folder = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if layout.get("stages", 1) > 1 else "")
+        key = "model" if layout.get("per_chunk") is None else f"model{chunk}"
+        shards.setdefault(folder, {})[key] = {n: to_torch(array) for n, array in model.items()}
     return shards
 
 
@@ -215,8 +128,7 @@ def test_shards_equal_the_naive_reference(case, tmp_path):
 
     assert (tmp_path / "mg/latest_checkpointed_iteration.txt").read_bytes() == b"1"
     folders = {path.name: path for path in (tmp_path / "mg/iter_0000001").glob("mp_rank_*")}
-    hf = {name: to_torch(weight) for name, weight in random_weights(config).items()}
-    expected = reference_shards(hf, config, **layout)
+    expected = reference_shards(config, **layout)
     assert set(folders) == set(expected)
     for folder, models in expected.items():
         state = genuine_load(folders[folder] / "model_optim_rng.pt")
@@ -299,8 +211,7 @@ def save_as_mindspeed_llm(folder: Path, config: Qwen2Config, shards: dict, fused
 def test_files_of_mindspeed_llm_are_merged(fused, tied, tmp_path):
     config = toy_config(num_layers=4, tie_word_embeddings=tied)
     source = make_hugging_face_folder(tmp_path / "hf", config)
-    hf = {name: to_torch(weight) for name, weight in random_weights(config).items()}
-    shards = reference_shards(hf, config, tensor_parallel=2, stages=2, per_chunk=1, padded=128)
+    shards = reference_shards(config, tensor_parallel=2, stages=2, per_chunk=1, padded=128)
     save_as_mindspeed_llm(tmp_path / "mg", config, shards, fused)
     convert(tmp_path / "mg", tmp_path / "back", "--hf-cfg-dir", source, to="hf").require()
     assert load_folder(tmp_path / "back") == load_folder(source)
@@ -310,8 +221,7 @@ def test_a_training_checkpoint_with_optimizer_and_rng_state_is_merged(tmp_path):
     """Megatron-LM's own: an iteration number, numpy and CUDA RNG states, optimizer tensors."""
     config = toy_config()
     source = make_hugging_face_folder(tmp_path / "hf", config)
-    hf = {name: to_torch(weight) for name, weight in random_weights(config).items()}
-    models = reference_shards(hf, config)["mp_rank_00"]
+    models = reference_shards(config)["mp_rank_00"]
     state = {
         "args": argparse.Namespace(num_layers=2, data_path=["a", "b"], lr=1e-5, load=Path("x")),
         "checkpoint_version": 3.0,

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoint.toys import (
+    SIDE_FILES,
     convert,
     load_folder,
     make_hugging_face_folder,
@@ -183,27 +184,16 @@ def test_names_of_files_in_the_metadata(copied):
             read(folder, status=2)
 
 
-SIDE_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *(
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "additional_chat_templates/tool_use.jinja",
-    ),
-)
-
-
 @pytest.mark.parametrize("name", ["pt", "hf"])
 def test_configs_and_tokenizers_are_checked(name, copied):
     folder, draw = copied(name), random.Random(0)
-    for file in SIDE_FILES:
+    for file in ("config.json", *SIDE_FILES):
         size = (folder / file).stat().st_size
         with flipped(folder / file, draw.randrange(size), draw.randrange(7)):
             for flags in ([], ["--verify"]):
                 said = read(folder, *flags, status=2)
                 assert file.split(".")[0].split("/")[0] in said
-    for file in SIDE_FILES[1:]:
+    for file in SIDE_FILES:
         raw = (folder / file).read_bytes()
         (folder / file).unlink()
         assert f"{folder / file}: is missing, but was written" in read(folder, status=2)

@@ -1,18 +1,14 @@
-"""The mapping table: boxes tile every tensor, and cut it as a naive reference cuts it.
-
-The reference below follows the description of the layout, tensor by tensor, with numpy and without
-boxes; a mistake would have to be made twice to pass.
-"""
+"""The mapping table: boxes tile every tensor, and cut it as a naive reference cuts it."""
 
 from __future__ import annotations
-
-from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.reference import reference_models
+from checkpoint.toys import hugging_face_shapes
 from helpers import tiny_config
 from qwen2_ascend.checkpoint.rules import (
     EMBEDDING,
@@ -144,92 +140,19 @@ def test_shapes_are_those_of_the_boxes(case) -> None:
 
 def hugging_face_model(config: Qwen2Config) -> dict[str, np.ndarray]:
     """Every tensor with numbers of its own, under transformers' names and shapes."""
-    h, f, hn = config.hidden_size, config.ffn_hidden_size, config.kv_channels
-    heads, groups = config.num_attention_heads * hn, config.num_query_groups * hn
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, h)}
-    for i in range(config.num_layers):
-        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        for name, rows in (("q_proj", heads), ("k_proj", groups), ("v_proj", groups)):
-            shapes[f"{attention}.{name}.weight"] = (rows, h)
-            shapes[f"{attention}.{name}.bias"] = (rows,)
-        shapes[f"{attention}.o_proj.weight"] = (h, heads)
-        shapes[f"{mlp}.gate_proj.weight"] = shapes[f"{mlp}.up_proj.weight"] = (f, h)
-        shapes[f"{mlp}.down_proj.weight"] = (h, f)
-        shapes[f"model.layers.{i}.input_layernorm.weight"] = (h,)
-        shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (h,)
-    shapes["model.norm.weight"] = (h,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, h)
     model, start = {}, 1
-    for name, shape in shapes.items():
+    for name, shape in hugging_face_shapes(config).items():
         stop = start + int(np.prod(shape))
         model[name] = np.arange(start, stop).reshape(shape)
         start = stop
     return model
 
 
-def reference_layer(model, config: Qwen2Config, i: int, tp: int, tp_rank: int):
-    """One rank's part of layer i, from the description of the layout."""
-    hn, groups, share = config.kv_channels, config.num_query_groups, config.heads_per_group
-    prefix = f"model.layers.{i}"
-
-    def rows(array: np.ndarray) -> np.ndarray:
-        return np.array_split(array, tp, axis=0)[tp_rank]
-
-    def columns(array: np.ndarray) -> np.ndarray:
-        return np.array_split(array, tp, axis=1)[tp_rank]
-
-    def interleaved(kind: str) -> np.ndarray:
-        """The q heads of each query group, its k head, its v head."""
-        q, k, v = (model[f"{prefix}.self_attn.{name}_proj.{kind}"] for name in "qkv")
-        pieces = []
-        for group in range(groups):
-            pieces.append(q[group * share * hn : (group + 1) * share * hn])
-            pieces.append(k[group * hn : (group + 1) * hn])
-            pieces.append(v[group * hn : (group + 1) * hn])
-        return np.concatenate(pieces)
-
-    gate, up = (model[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-    return {
-        "input_layernorm.weight": model[f"{prefix}.input_layernorm.weight"],
-        "self_attention.linear_qkv.weight": rows(interleaved("weight")),
-        "self_attention.linear_qkv.bias": rows(interleaved("bias")),
-        "self_attention.linear_proj.weight": columns(model[f"{prefix}.self_attn.o_proj.weight"]),
-        "pre_mlp_layernorm.weight": model[f"{prefix}.post_attention_layernorm.weight"],
-        "mlp.linear_fc1.weight": np.concatenate([rows(gate), rows(up)]),
-        "mlp.linear_fc2.weight": columns(model[f"{prefix}.mlp.down_proj.weight"]),
-    }
-
-
-def reference(model, config: Qwen2Config, layout: ParallelLayout, padded: int, shard: Shard):
-    """One chunk of one rank, from the description of the layout."""
-    tp, tp_rank, pp_stage, chunk = layout.tp, *shard
-    per_stage = [len(range_) for chunks in layout.stages(config.num_layers) for range_ in chunks]
-    if layout.num_layer_list is not None:
-        start = sum(layout.num_layer_list[:pp_stage])
-        count = layout.num_layer_list[pp_stage]
-    else:
-        count = per_stage[0]
-        start = (chunk * layout.pp + pp_stage) * count
-
-    def vocabulary(name: str) -> np.ndarray:
-        extra = np.zeros((padded - config.vocab_size, config.hidden_size), dtype=int)
-        return np.array_split(np.concatenate([model[name], extra]), tp)[tp_rank]
-
-    num_chunks = len(layout.stages(config.num_layers)[0])
-    found = {}
-    if pp_stage == 0 and chunk == 0:
-        found["embedding.word_embeddings.weight"] = vocabulary("model.embed_tokens.weight")
-    for local in range(count):
-        layer = reference_layer(model, config, start + local, tp, tp_rank)
-        found |= {f"decoder.layers.{local}.{name}": array for name, array in layer.items()}
-    if pp_stage == layout.pp - 1 and chunk == num_chunks - 1:
-        found["decoder.final_layernorm.weight"] = model["model.norm.weight"]
-        if not config.tie_word_embeddings:
-            found["output_layer.weight"] = vocabulary("lm_head.weight")
-        elif layout.pp > 1:
-            found["output_layer.weight"] = vocabulary("model.embed_tokens.weight")
-    return found
+def reference(model, config: Qwen2Config, layout: ParallelLayout, padded: int):
+    """Every chunk of every rank, from the description of the layout."""
+    interleaved = layout.num_layers_per_virtual_pipeline_stage
+    cut = (layout.tp, layout.pp, interleaved, layout.num_layer_list, padded)
+    return reference_models(model, config, *cut)
 
 
 def assembled(model, config: Qwen2Config, padded: int) -> dict[str, np.ndarray]:
@@ -250,14 +173,13 @@ def test_boxes_cut_as_the_reference_does(case) -> None:
     model = hugging_face_model(config)
     views = assembled(model, config, padded)
     every = megatron_pieces(config, layout, padded)
-    chunks = len(layout.stages(config.num_layers)[0])
-    assert set(every) == set(product(range(layout.tp), range(layout.pp), range(chunks)))
+    expected = reference(model, config, layout, padded)
+    assert set(every) == set(expected)
     for shard, pieces in every.items():
-        expected = reference(model, config, layout, padded, shard)
-        assert list(pieces) == list(expected)
+        assert list(pieces) == list(expected[shard])
         for name, piece in pieces.items():
             found = views[piece.tensor][region(piece.box)].reshape(piece.shape)
-            assert np.array_equal(found, expected[name]), (shard, name)
+            assert np.array_equal(found, expected[shard][name]), (shard, name)
 
 
 @settings(max_examples=30)
@@ -266,11 +188,11 @@ def test_shards_give_the_hugging_face_tensors_back(case) -> None:
     config, layout, padded = case
     model = hugging_face_model(config)
     views = {name: np.zeros(rule.view, int) for name, (rule, _) in tensors(config, padded).items()}
+    stored = reference(model, config, layout, padded)
     for shard, pieces in megatron_pieces(config, layout, padded).items():
-        stored = reference(model, config, layout, padded, shard)
         for name, piece in pieces.items():
             target = views[piece.tensor][region(piece.box)]
-            target[...] = stored[name].reshape(target.shape)
+            target[...] = stored[shard][name].reshape(target.shape)
     for name, piece in hugging_face_pieces(config).items():
         found = views[piece.tensor][region(piece.box)].reshape(piece.shape)
         assert np.array_equal(found, model[name]), name

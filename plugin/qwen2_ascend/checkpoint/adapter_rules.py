@@ -52,7 +52,7 @@ def peft_pieces(config: Qwen2Config, lora: LoraConfig) -> dict[str, TensorSlice]
     """Every tensor of the PEFT adapter by name, in the order of the model."""
     rules = adapter_rules(config, lora)
     return {
-        name.format(layer): TensorSlice(rule.megatron.format(layer), box, rule.shape(box))
+        name.format(layer): rule.piece(box, layer)
         for layer in range(config.num_layers)
         for rule in rules
         for name, box in rule.parts
@@ -70,9 +70,7 @@ def adapter_pieces(
         for stage, chunks in enumerate(layout.stages(config.num_layers)):
             for chunk, layers in enumerate(chunks):
                 pieces[Shard(tp_rank, stage, chunk)] = {
-                    rule.megatron.format(local): TensorSlice(
-                        rule.megatron.format(layer), box, rule.shape(box)
-                    )
+                    rule.megatron.format(local): rule.piece(box, layer)
                     for local, layer in enumerate(layers)
                     for rule, box in boxes
                 }

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -160,48 +160,33 @@ def _with_kinds(options: ConvertOptions) -> ConvertOptions:
     """The options with what to write, which is the other kind where they do not say it."""
     if options.save_model_type is not None:
         return options
-    from qwen2_ascend.checkpoint.source import find_reader
+    from qwen2_ascend.checkpoint.source import find_weights
 
-    loaded = options.load_model_type or find_reader(options.load_dir).kind
+    loaded = options.load_model_type or find_weights(options.load_dir)[0]
     return replace(options, save_model_type="hf" if loaded == "mg" else "mg")
 
 
 def _conversion(options: ConvertOptions) -> Conversion:
-    assert options.save_model_type is not None
     sizes = ("target_tensor_parallel_size", "target_pipeline_parallel_size")
     sizes += ("num_layers_per_virtual_pipeline_stage",)
     raise_if(number_faults(options, at_least_one=sizes, not_negative=("workers",)))
     from qwen2_ascend.checkpoint.convert import Conversion
     from qwen2_ascend.checkpoint.lora_source import GivenLora
 
+    names = {field.name for field in fields(Conversion)}
+    same = {name: value for name, value in vars(options).items() if name in names}
     return Conversion(
-        load_dir=options.load_dir,
-        save_dir=options.save_dir,
-        load_model_type=options.load_model_type,
-        save_model_type=options.save_model_type,
+        **same,
         layout=ParallelLayout(
             tensor_model_parallel_size=options.target_tensor_parallel_size,
             pipeline_model_parallel_size=options.target_pipeline_parallel_size,
             num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
             num_layer_list=layer_list(options.num_layer_list),
         ),
-        adapter=options.adapter,
         lora=GivenLora(
             rank=options.lora_r, alpha=options.lora_alpha, targets=options.lora_target_modules
         ),
-        hf_cfg_dir=options.hf_cfg_dir,
-        save_format=options.save_format,
-        padded_vocab_size=options.padded_vocab_size,
-        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
-        dtype=options.dtype,
-        allow_overflow=options.allow_overflow,
         max_shard_bytes=parse_size(options.max_shard_size),
-        workers=options.workers,
-        verify=options.verify,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        check_source=options.check_source,
-        ignore_replica_mismatch=options.ignore_replica_mismatch,
     )
 
 
@@ -210,7 +195,7 @@ def _print_plan(prepared: ConversionPlan) -> None:
     from qwen2_ascend.checkpoint.convert import plan_rows
 
     rows = plan_rows(prepared)
-    sizes = {str(file.path): file.total_bytes for file in prepared.target.files}
+    sizes = {str(path): file.total_bytes for path, file in prepared.target.files.items()}
     lines = dict(zip(rows, aligned([row[1:] for row in rows], "l"), strict=True))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for file, group in groupby(rows, key=lambda row: row[0]):

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -34,7 +33,6 @@ from qwen2_ascend.checkpoint.manifest import (
 )
 from qwen2_ascend.checkpoint.merging import MergingReader
 from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan, overlap, volume
-from qwen2_ascend.checkpoint.rules import Box
 from qwen2_ascend.checkpoint.source import Source, open_source, target_dtype
 from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_tree, partial_folder
 from qwen2_ascend.checkpoint.target import (
@@ -269,13 +267,15 @@ def _journal_set_aside(folder: Path) -> Iterator[None]:
 
 def plan_rows(prepared: ConversionPlan) -> list[tuple[str, ...]]:
     """The plan as a table: file, tensor, shape, dtype, how it is copied, from what."""
-    rows, merged = [], _merged_boxes(prepared)
+    rows = []
+    factors = prepared.adapter.factors if prepared.adapter else ()
     for write in prepared.plan.writes:
         piece, stored = write.target.piece, write.target.stored
         how = ["columns" if write.is_strided else "rows"]
         how += ["cast"] if write.casts else []
         how += ["zeros"] if write.is_padded else []
-        how += ["merge"] if any(volume(overlap(b, piece.box)) for b in merged[piece.tensor]) else []
+        merged = (one.box for one in factors if one.tensor == piece.tensor)
+        how += ["merge"] if any(volume(overlap(box, piece.box)) for box in merged) else []
         sources = ", ".join(
             f"{copy.source.stored.path.relative_to(prepared.source.folder)}:{copy.source.name}"
             for copy in write.copies
@@ -291,15 +291,6 @@ def plan_rows(prepared: ConversionPlan) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def _merged_boxes(prepared: ConversionPlan) -> Mapping[str, list[Box]]:
-    """What of each tensor an adapter changes."""
-    boxes: dict[str, list[Box]] = defaultdict(list)
-    if prepared.adapter is not None:
-        for one in prepared.adapter.factors:
-            boxes[one.tensor].append(one.box)
-    return boxes
 
 
 def _write(prepared: ConversionPlan, staged: StagedFolder) -> None:
@@ -395,7 +386,7 @@ def _identity(prepared: ConversionPlan) -> Mapping[str, object]:
         "target": [prepared.target.kind, prepared.target.format],
         "layout": asdict(prepared.request.layout),
         "padded_vocab_size": prepared.padded_vocab_size,
-        "sizes": {str(file.path): file.total_bytes for file in prepared.target.files},
+        "sizes": {str(path): file.total_bytes for path, file in prepared.target.files.items()},
         "dtypes": sorted({held.stored.dtype for held in prepared.target.held}),
         "small_files": {str(path): xxhash.xxh3_128_hexdigest(small[path]) for path in small},
     }

@@ -21,7 +21,7 @@ import xxhash
 
 from qwen2_ascend.checkpoint.casting import CastLosses, assign
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.checkpoint.plan import Copy, StoredSlice, Write, bands, overlap, volume
+from qwen2_ascend.checkpoint.plan import Copy, StoredSlice, Write, bands, extent, overlap, volume
 from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.errors import DamagedError, VerificationError
 from qwen2_ascend.files import open_descriptor
@@ -75,12 +75,9 @@ class Reader:
         fd, mapped = self._open(held.stored.path)
         if os.fstat(fd).st_size < held.stored.offset + held.stored.num_bytes:
             raise _ended(held)
-        shape = _extent(held.piece.box)
-        count = volume(held.piece.box)
-        flat = np.frombuffer(
-            mapped, NUMPY_DTYPES[held.stored.dtype], count=count, offset=held.stored.offset
-        )
-        return flat.reshape(shape)[within(box, held.piece.box)]
+        whole, dtype = held.piece.box, NUMPY_DTYPES[held.stored.dtype]
+        flat = np.frombuffer(mapped, dtype, volume(whole), held.stored.offset)
+        return flat.reshape(extent(whole))[within(box, whole)]
 
     def read_run(self, held: StoredSlice, box: Box, out: np.ndarray) -> None:
         """Reads a box that is one run of the file's bytes into `out` (contiguous, same dtype).
@@ -134,12 +131,17 @@ class BandBuffers(threading.local):
     def __init__(self) -> None:
         self._raw = np.empty(BAND_BYTES, np.uint8)
 
+    @property
+    def raw(self) -> memoryview:
+        """The band's bytes."""
+        return self._raw.data
+
     def take(self, box: Box, dtype: np.dtype) -> np.ndarray:
         """An uninitialized `[blocks, rows, columns]` array for `box`."""
         num_bytes = volume(box) * dtype.itemsize
         if num_bytes > self._raw.nbytes:
             self._raw = np.empty(num_bytes, np.uint8)
-        return self._raw[:num_bytes].view(dtype).reshape(_extent(box))
+        return self._raw[:num_bytes].view(dtype).reshape(extent(box))
 
 
 def write_bands(
@@ -180,23 +182,11 @@ def stored_checksum(stored: StoredTensor) -> str:
         os.close(fd)
 
 
-class _HashedBand(threading.local):
-    """One band per thread, for what is read to be hashed: new memory each time costs more."""
-
-    def __init__(self) -> None:
-        self._band: memoryview | None = None
-
-    def band(self) -> memoryview:
-        if self._band is None:
-            self._band = memoryview(bytearray(BAND_BYTES))
-        return self._band
-
-
-_hashed = _HashedBand()
+_hashed = BandBuffers()  # new memory for each tensor costs more
 
 
 def _read_checksum(fd: int, stored: StoredTensor) -> str:
-    checksum, raw = xxhash.xxh3_128(), _hashed.band()
+    checksum, raw = xxhash.xxh3_128(), _hashed.raw
     at, end = stored.offset, stored.offset + stored.num_bytes
     while at < end:
         try:
@@ -285,10 +275,6 @@ def _ended(held: StoredSlice) -> VerificationError:
     )
 
 
-def _extent(box: Box) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in box)
-
-
 def within(box: Box, outer: Box) -> tuple[slice, ...]:
     """Index of `box` into an array that holds `outer`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))
@@ -302,7 +288,7 @@ def _is_run(held: StoredSlice, box: Box) -> bool:
 
 
 def _run_start(held: StoredSlice, box: Box) -> int:
-    _, rows, columns = _extent(held.piece.box)
+    _, rows, columns = extent(held.piece.box)
     block, row, column = (a - c for (a, _), (c, _) in zip(box, held.piece.box, strict=True))
     element = (block * rows + row) * columns + column
     return held.stored.offset + element * NUMPY_DTYPES[held.stored.dtype].itemsize

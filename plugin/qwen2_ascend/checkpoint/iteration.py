@@ -20,11 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import megatron
-from qwen2_ascend.checkpoint.staging import (
-    partial_folder,
-    publish_folder,
-    restore_replaced,
-)
+from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder, restore_replaced
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import read_bytes, write_file
 
@@ -107,10 +103,9 @@ def remove_older(save: Path, keep: int, last: int) -> None:
 def resumable_iterations(save: Path) -> list[Path]:
     """Where a run may go on, the best first: the tracked iteration, then older complete ones."""
     tracked = megatron.tracked_folder(save)
-    complete = megatron.complete_iterations(save)
     if tracked == save or not tracked.is_dir():
-        return complete
-    return [tracked, *(path for path in complete if path.name < tracked.name)]
+        return megatron.complete_iterations(save)
+    return [tracked, *older_iterations(tracked)]
 
 
 def older_iterations(iteration: Path) -> list[Path]:

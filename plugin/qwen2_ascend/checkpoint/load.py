@@ -18,7 +18,7 @@ from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.manifest import compare_with_manifest
 from qwen2_ascend.checkpoint.merging import MergingReader
-from qwen2_ascend.checkpoint.plan import StoredSlice, Write, make_plan, volume
+from qwen2_ascend.checkpoint.plan import StoredSlice, Write, extent, make_plan
 from qwen2_ascend.checkpoint.rules import Shard, TensorSlice, megatron_pieces
 from qwen2_ascend.checkpoint.slices import Run, parts_of
 from qwen2_ascend.checkpoint.source import Source, open_source
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 Slices = Iterable[tuple[TensorSlice, Run, "torch.Tensor"]]
 """A tensor of this rank, which run of its elements, and the tensor that takes them."""
-_IN_MEMORY = Path("memory")
 
 
 def load_checkpoint_weights(
@@ -62,43 +61,16 @@ def load_checkpoint_weights(
         UserError: the source does not fit its config, holds a tensor twice and differently, has
             numbers that are too large for the model's dtype, or the model is another one.
     """
-    load_tensors(
-        [_parameters(chunk) for chunk in chunks],
-        source if isinstance(source, Source) else open_source(source),
-        layout,
-        padded_vocab_size=padded_vocab_size,
-        tp_rank=tp_rank,
-        pp_stage=pp_stage,
-        adapter=adapter,
-    )
-
-
-def load_tensors(
-    chunks: Sequence[Mapping[str, torch.Tensor]],
-    source: Source,
-    layout: ParallelLayout,
-    *,
-    padded_vocab_size: int,
-    tp_rank: int,
-    pp_stage: int,
-    adapter: Adapter | None = None,
-) -> None:
-    """Does what `load_checkpoint_weights` does for tensors with parameters' names and shapes.
-
-    Raises:
-        UserError: the source holds a tensor twice and differently, or the model is another one.
-    """
+    source = source if isinstance(source, Source) else open_source(source)
     layout.check(source.config, padded_vocab_size)
     pieces = megatron_pieces(source.config, layout, padded_vocab_size)
     checks = checks_of(source)
     with MergingReader(adapter) if adapter else Reader() as reader:
-        for chunk, tensors in enumerate(chunks):
+        for chunk, module in enumerate(chunks):
+            tensors = {name: tensor.detach() for name, tensor in unwrap(module).named_parameters()}
             expected = pieces[Shard(tp_rank, pp_stage, chunk)]
             _check(expected, tensors)
-            targets = [
-                StoredSlice(name, piece, StoredTensor(_IN_MEMORY, 0, piece.shape, "fp32"))
-                for name, piece in expected.items()
-            ]
+            targets = [in_memory(*item) for item in expected.items()]
             plan = make_plan(source.held, targets, source.config.vocab_size)
             own = {piece.tensor for piece in expected.values()}
             check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
@@ -154,21 +126,23 @@ def load_slices(
     targets, tensors = [], []
     for piece, run, tensor in slices:
         for box, part in parts_of(piece.box, run, joins_blocks=True):
-            shape = tuple(stop - start for start, stop in box)
-            stored = StoredTensor(_IN_MEMORY, 0, shape, "fp32")
-            targets.append(StoredSlice(piece.tensor, TensorSlice(piece.tensor, box, shape), stored))
+            targets.append(in_memory(piece.tensor, TensorSlice(piece.tensor, box, extent(box))))
             within = slice(part.start - run.start, part.stop - run.start)
             tensors.append(tensor.view(-1)[within])
     plan = make_plan(sources, targets, vocab_size, is_sparse=is_sparse)
     own = {held.piece.tensor for held in targets}
     check_replicas(pair for pair in plan.replicas if pair[0].piece.tensor in own)
+    checks = checks or SourceChecks({})
     with Reader() as reader:
         for tensor, write in zip(tensors, plan.writes, strict=True):
-            if checks is not None:
-                checks.before(write, reader)
+            checks.before(write, reader)
             fill(tensor, write, reader)
-    if checks is not None:
-        checks.raise_damaged(sources)
+    checks.raise_damaged(sources)
+
+
+def in_memory(name: str, piece: TensorSlice) -> StoredSlice:
+    """A target in memory, which has the dtype that the tensor to be filled has."""
+    return StoredSlice(name, piece, StoredTensor(Path("memory"), 0, piece.shape, "fp32"))
 
 
 def fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:
@@ -176,16 +150,9 @@ def fill(tensor: torch.Tensor, write: Write, reader: Reader) -> None:
     staged, array = _staging(tensor)
     array[...] = 0
     box = write.target.piece.box
-    shape = tuple(stop - start for start, stop in box)
-    assert array.size == volume(box)
-    reader.fill(array.reshape(shape), box, write.copies)
+    reader.fill(array.reshape(extent(box)), box, write.copies)
     if staged is not tensor:
         tensor.copy_(staged)
-
-
-def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by their names in a GPTModel, whatever wraps it."""
-    return {name: parameter.detach() for name, parameter in unwrap(module).named_parameters()}
 
 
 def unwrap(module: Any) -> Any:

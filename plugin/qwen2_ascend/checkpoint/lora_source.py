@@ -77,12 +77,12 @@ def _open_shards(folder: Path, config: Qwen2Config, alpha: float | None) -> Adap
             f"{iteration}: a LoRA checkpoint in torch_dist is not read; save it with "
             "--ckpt-format torch there."
         )
-    ranks = megatron.read_ranks(iteration)
-    if not has_matrices(ranks.shards):
+    shards, args = megatron.read_ranks(iteration)
+    if not has_matrices(shards):
         raise UserError(f"{iteration}: its shards hold no lora_A and lora_B.")
-    layout = layout_of(iteration, ranks.shards, config)
+    layout = layout_of(iteration, shards, config)
     layout.check(config)
-    return open_megatron_adapter(iteration, ranks, layout, config, alpha)
+    return open_megatron_adapter(iteration, shards, layout, config, args, alpha)
 
 
 def _contradictions(adapter: Adapter, given: GivenLora) -> Iterator[str]:

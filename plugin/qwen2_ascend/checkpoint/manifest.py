@@ -66,9 +66,9 @@ def encode_manifest(
             "xxh3_128": checksums[path, held.name],
         }
     small = {str(path): data for path, data in target.small_files.items()}
-    for file in target.files:  # those of a torch_dist folder that hold no tensors
-        if str(file.path) not in tensors:
-            small[str(file.path)] = b"".join(data for _, data in file.segments)
+    for path, file in target.files.items():  # those of a torch_dist folder that hold no tensors
+        if str(path) not in tensors:
+            small[str(path)] = b"".join(data for _, data in file.segments)
     listed = {
         "format": target.format,
         "layout": asdict(layout) if layout else None,
@@ -76,7 +76,7 @@ def encode_manifest(
         "config": asdict(source.config),
         "source": source_identity(source),
         "adapter": adapter,
-        "sizes": {str(file.path): file.total_bytes for file in target.files},
+        "sizes": {str(path): file.total_bytes for path, file in target.files.items()},
         "files": {path: xxhash.xxh3_128_hexdigest(data) for path, data in small.items()},
         "tensors": tensors,
     }
@@ -199,7 +199,10 @@ def compare_with_manifest(
     _raise_damaged(faults)
     return Comparison(
         parts={
-            held.stored: tuple(_stored_parts(held.stored.path, entries[file][name]))
+            held.stored: tuple(
+                (StoredTensor(held.stored.path, offset, shape, dtype), checksum)
+                for dtype, shape, offset, checksum in entries[file][name]
+            )
             for file, tensors in listed.items()
             for name, held in tensors.items()
         },
@@ -278,11 +281,6 @@ def _by_tensor(entries: Mapping[str, Entry]) -> dict[str, list[Entry]]:
     for name, entry in entries.items():
         found[_PART.sub("", name)].append(entry)
     return {name: sorted(parts, key=lambda entry: entry.offset) for name, parts in found.items()}
-
-
-def _stored_parts(path: Path, parts: list[Entry]) -> Iterator[tuple[StoredTensor, str]]:
-    for dtype, shape, offset, checksum in parts:
-        yield StoredTensor(path, offset, shape, dtype), checksum
 
 
 def _faults(

@@ -92,9 +92,10 @@ def make_plan(
     by_tensor: dict[str, list[StoredSlice]] = defaultdict(list)
     replicas = []
     for held in sources:
-        twin = next((h for h in by_tensor[held.piece.tensor] if _equal_boxes(h, held)), None)
+        same = by_tensor[held.piece.tensor]
+        twin = next((other for other in same if other.piece.box == held.piece.box), None)
         if twin is None:
-            by_tensor[held.piece.tensor].append(held)
+            same.append(held)
         else:
             replicas.append((twin, held))
     writes = tuple(_plan_write(t, by_tensor[t.piece.tensor], vocab_size) for t in targets)
@@ -108,22 +109,27 @@ def check_all_used(plan: Plan, sources: Iterable[StoredSlice], vocab_size: int) 
 
     Only for a whole conversion; loading one rank leaves most of the model unread.
     """
-    used: dict[tuple, set[Box]] = defaultdict(set)
+    used: dict[StoredSlice, set[Box]] = defaultdict(set)
     for write in plan.writes:
         for copy in write.copies:
-            used[_identity(copy.source)].add(copy.box)
-    replicas = {_identity(replica) for _, replica in plan.replicas}
+            used[copy.source].add(copy.box)
+    replicas = {replica for _, replica in plan.replicas}
     for held in sources:
         real = clip(held.piece, vocab_size)
-        if _identity(held) in replicas or volume(real) == 0:
+        if held in replicas or volume(real) == 0:
             continue
-        if sum(map(volume, used[_identity(held)])) < volume(real):
+        if sum(map(volume, used[held])) < volume(real):
             raise PlanError(f"{held.stored.path}: {held.name} is not used in full")
 
 
 def volume(box: Box) -> int:
     """Elements in a box; none where a range is empty or reversed."""
     return prod(max(0, stop - start) for start, stop in box)
+
+
+def extent(box: Box) -> tuple[int, ...]:
+    """How long a box is on each axis."""
+    return tuple(stop - start for start, stop in box)
 
 
 def overlap(one: Box, other: Box) -> Box:
@@ -164,11 +170,3 @@ def _check_write(write: Write, vocab_size: int, is_sparse: bool) -> None:
     if twice or (sum(map(volume, boxes)) != expected and not is_sparse):
         found = "written twice" if twice else f"{sum(map(volume, boxes))} of {expected} elements"
         raise PlanError(f"{write.target.stored.path}: {write.target.name}: {found}")
-
-
-def _equal_boxes(one: StoredSlice, other: StoredSlice) -> bool:
-    return one.piece.box == other.piece.box
-
-
-def _identity(held: StoredSlice) -> tuple:
-    return (held.stored.path, held.stored.offset, held.name)

@@ -76,17 +76,25 @@ class Rule:
         blocks, rows, columns = (stop - start for start, stop in box)
         return (blocks * rows, columns) if self.is_matrix else (blocks * rows,)
 
+    def piece(self, box: Box, layer: int | None = None) -> TensorSlice:
+        """`box` of a layer's tensor, or of the model's only one, as it is stored."""
+        return TensorSlice(self.megatron.format(layer), box, self.shape(box))
+
+    @property
+    def whole(self) -> Box:
+        """The box of all of it."""
+        return tuple((0, n) for n in self.view)
+
     def shard(self, tp: int, tp_rank: int) -> Box:
         """The box that one of `tp` ranks holds."""
-        whole = [(0, n) for n in self.view]
         if self.shard_axis is None:
-            return tuple(whole)
+            return self.whole
         if self.shard_axis == BY_BLOCKS:
             rows = self.view[0] * self.view[1] // tp
             return self.rows_box(tp_rank * rows, (tp_rank + 1) * rows)
-        n = self.view[self.shard_axis] // tp
-        whole[self.shard_axis] = (tp_rank * n, (tp_rank + 1) * n)
-        return tuple(whole)
+        box, n = list(self.whole), self.view[self.shard_axis] // tp
+        box[self.shard_axis] = (tp_rank * n, (tp_rank + 1) * n)
+        return tuple(box)
 
     def rows_box(self, start: int, stop: int) -> Box:
         """The box of stored rows start..stop, which must be whole blocks or lie inside one.
@@ -135,12 +143,11 @@ def qwen2_rules(config: Qwen2Config, padded_vocab_size: int | None = None) -> tu
 
 def hugging_face_pieces(config: Qwen2Config) -> dict[str, TensorSlice]:
     """Every tensor of the Hugging Face model by name, in the order of the model."""
-    pieces = {}
-    for rule, layer in _whole_model(config, qwen2_rules(config)):
-        for name, box in rule.parts:
-            tensor = rule.megatron.format(layer)
-            pieces[name.format(layer)] = TensorSlice(tensor, box, rule.shape(box))
-    return pieces
+    return {
+        name.format(layer): rule.piece(box, layer)
+        for rule, layer in _whole_model(config, qwen2_rules(config))
+        for name, box in rule.parts
+    }
 
 
 def megatron_pieces(
@@ -152,50 +159,27 @@ def megatron_pieces(
     as `output_layer.weight`, as Megatron does.
     """
     rules = qwen2_rules(config, padded_vocab_size)
-    stages = layout.stages(config.num_layers)
-    return {
-        Shard(tp_rank, stage, chunk): _chunk_pieces(
-            rules,
-            layers,
-            layout,
-            tp_rank,
-            is_first=(stage, chunk) == (0, 0),
-            is_last=(stage, chunk) == (layout.pp - 1, len(chunks) - 1),
-        )
-        for tp_rank in range(layout.tp)
-        for stage, chunks in enumerate(stages)
-        for chunk, layers in enumerate(chunks)
-    }
-
-
-def _chunk_pieces(
-    rules: tuple[Rule, ...],
-    layers: range,
-    layout: ParallelLayout,
-    tp_rank: int,
-    *,
-    is_first: bool,
-    is_last: bool,
-) -> dict[str, TensorSlice]:
-    def piece(rule: Rule, layer: int | None = None) -> TensorSlice:
-        box = rule.shard(layout.tp, tp_rank)
-        return TensorSlice(rule.megatron.format(layer), box, rule.shape(box))
-
+    of_layer = [rule for rule in rules if rule.is_of_layer]
     outer = {rule.megatron: rule for rule in rules if not rule.is_of_layer}
-    pieces = {}
-    if is_first:
-        pieces[EMBEDDING] = piece(outer[EMBEDDING])
-    for local, layer in enumerate(layers):
-        for rule in rules:
-            if rule.is_of_layer:
-                pieces[rule.megatron.format(local)] = piece(rule, layer)
-    if is_last:
-        pieces[FINAL_NORM] = piece(outer[FINAL_NORM])
-        if OUTPUT in outer:
-            pieces[OUTPUT] = piece(outer[OUTPUT])
-        elif layout.pp > 1:
-            pieces[OUTPUT] = piece(outer[EMBEDDING])
-    return pieces
+    if layout.pp > 1:
+        outer.setdefault(OUTPUT, outer[EMBEDDING])
+    stages = layout.stages(config.num_layers)
+    last = (layout.pp - 1, len(stages[-1]) - 1)
+    found: dict[Shard, dict[str, TensorSlice]] = {}
+    for tp_rank in range(layout.tp):
+        boxes = {rule: rule.shard(layout.tp, tp_rank) for rule in rules}
+        ends = {name: rule.piece(boxes[rule]) for name, rule in outer.items()}
+        for stage, chunks in enumerate(stages):
+            for chunk, layers in enumerate(chunks):
+                pieces = found[Shard(tp_rank, stage, chunk)] = {}
+                if (stage, chunk) == (0, 0):
+                    pieces[EMBEDDING] = ends[EMBEDDING]
+                for local, layer in enumerate(layers):
+                    for rule in of_layer:
+                        pieces[rule.megatron.format(local)] = rule.piece(boxes[rule], layer)
+                if (stage, chunk) == last:
+                    pieces |= {name: ends[name] for name in (FINAL_NORM, OUTPUT) if name in ends}
+    return found
 
 
 def _whole_model(config: Qwen2Config, rules: tuple[Rule, ...]):

@@ -1,45 +1,38 @@
-"""Opens a checkpoint of any kind: a folder is asked once what it is, and its reader reads it."""
+"""Opens a checkpoint of any kind: a folder is asked once what it is, and one reader reads it."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import hugging_face, megatron
-from qwen2_ascend.checkpoint.readers.base import Reader, Source
-from qwen2_ascend.checkpoint.readers.hugging_face import HuggingFaceReader
-from qwen2_ascend.checkpoint.readers.ranks import RanksReader, open_rank_states
-from qwen2_ascend.checkpoint.readers.torch_dist import TorchDistReader, open_torch_dist_states
+from qwen2_ascend.checkpoint.readers.base import Source
+from qwen2_ascend.checkpoint.readers.hugging_face import read_hugging_face
+from qwen2_ascend.checkpoint.readers.ranks import open_rank_states, read_rank_tree
+from qwen2_ascend.checkpoint.readers.torch_dist import open_torch_dist_states, read_torch_dist
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 
-__all__ = [
-    "Source",
-    "find_reader",
-    "lacks_config",
-    "open_rank_states",
-    "open_source",
-    "open_states",
-    "open_torch_dist_states",
-    "target_dtype",
-]
 
-
-def find_reader(folder: str | Path, kind: str | None = None) -> Reader:
+def find_weights(folder: str | Path, kind: str | None = None) -> tuple[str, Path]:
     """Asks a folder what it is.
 
     Args:
         folder: a checkpoint's folder; of Megatron's also one iteration's.
         kind: "hf" or "mg", where the user says it.
 
+    Returns:
+        The kind, and where the weights are: in the folder itself, or in that of an iteration.
+
     Raises:
         UserError: it holds neither, or both and `kind` does not say which, or the other kind.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(hugging_face.missing_model(folder))
+        raise UserError(f"{folder}: no such folder.{hugging_face.hub_hint(folder)}")
     is_hf = hugging_face.is_model_folder(folder)
     is_mg = megatron.is_checkpoint_folder(folder)
     if kind is None:
@@ -54,7 +47,7 @@ def find_reader(folder: str | Path, kind: str | None = None) -> Reader:
             f"{folder}: holds Megatron shards, no Hugging Face weights; leave --load-model-type "
             "out, or say mg."
         )
-    return HuggingFaceReader(folder) if kind == "hf" else _megatron_reader(folder)
+    return kind, folder if kind == "hf" else megatron.iteration_folder(folder)
 
 
 def open_source(
@@ -70,10 +63,16 @@ def open_source(
     Raises:
         UserError: anything in it that does not fit the config; every fault at once.
     """
-    reader = find_reader(folder, kind)
-    config_folder = _config_folder(Path(folder), reader, hf_cfg_dir)
+    kind, weights = find_weights(folder, kind)
+    config_folder = _config_folder(Path(folder), weights, hf_cfg_dir)
     config = Qwen2Config.from_pretrained(config_folder)
-    return reader.read(config, hugging_face.side_files(config_folder))
+    if kind == "hf":
+        source = read_hugging_face(weights, config)
+    elif megatron.is_torch_dist(weights):
+        source = read_torch_dist(weights, config)
+    else:
+        source = read_rank_tree(weights, config)
+    return replace(source, side_files=hugging_face.side_files(config_folder))
 
 
 def open_states(
@@ -130,7 +129,7 @@ def lacks_config(folder: Path) -> bool:
     """Whether shards have no config.json beside them, as those of Megatron-LM and MindSpeed-LLM."""
     if not megatron.is_checkpoint_folder(folder):
         return False
-    return not any(map(_has_config, _megatron_reader(folder).config_folders))
+    return _own_config_folder(folder, megatron.iteration_folder(folder)) is None
 
 
 def _only_kind(folder: Path, is_hf: bool, is_mg: bool) -> str:
@@ -148,21 +147,17 @@ def _only_kind(folder: Path, is_hf: bool, is_mg: bool) -> str:
     return "hf"
 
 
-def _megatron_reader(folder: Path) -> RanksReader | TorchDistReader:
-    iteration = megatron.iteration_folder(folder)
-    of_kind = TorchDistReader if megatron.is_torch_dist(iteration) else RanksReader
-    return of_kind(folder, iteration)
+def _own_config_folder(folder: Path, weights: Path) -> Path | None:
+    """Where a checkpoint has config.json and the tokenizer itself."""
+    places = (folder, weights, weights.parent)
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def _has_config(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
-def _config_folder(folder: Path, reader: Reader, given: str | Path | None) -> Path:
+def _config_folder(folder: Path, weights: Path, given: str | Path | None) -> Path:
     if given is not None:
         return Path(given).parent if Path(given).is_file() else Path(given)
-    for candidate in filter(_has_config, reader.config_folders):
-        return candidate
+    if found := _own_config_folder(folder, weights):
+        return found
     raise UserError(
         f"{folder}: has no config.json; name the Hugging Face folder that has it with --hf-cfg-dir."
     )

@@ -9,18 +9,13 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.checkpoint.formats import (
-    hugging_face,
-    megatron,
-    safetensors,
-    torch_pt,
-)
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats import hugging_face, megatron, torch_pt
+from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.formats.torch_dist_layout import (
     ChunkSpec,
     extra_states,
@@ -44,15 +39,7 @@ from qwen2_ascend.files import links_out, read_bytes, regular_files
 from qwen2_ascend.parallel import ParallelLayout
 
 _MAX_ALIGNMENT = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetFile:
-    """A file to be: its place below the target folder, its length, its bytes between tensors."""
-
-    path: Path
-    total_bytes: int
-    segments: tuple[tuple[int, bytes], ...]
+_Files = tuple[list[StoredSlice], Mapping[Path, FileLayout]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +49,7 @@ class Target:
     kind: str
     format: str
     held: tuple[StoredSlice, ...]
-    files: tuple[TargetFile, ...]
+    files: Mapping[Path, FileLayout]
     small_files: Mapping[Path, bytes]
     """Files that are written whole before the folder is published: config, index."""
     tracker: tuple[Path, bytes] | None
@@ -71,7 +58,7 @@ class Target:
     @property
     def total_bytes(self) -> int:
         small = sum(map(len, self.small_files.values()))
-        return small + sum(file.total_bytes for file in self.files)
+        return small + sum(file.total_bytes for file in self.files.values())
 
 
 def hugging_face_target(
@@ -94,17 +81,8 @@ def hugging_face_target(
     return Target(
         kind="hf",
         format="safetensors",
-        held=tuple(
-            StoredSlice(name, pieces[name], StoredTensor(Path(file.name), offset, *spec))
-            for file in weights
-            for name, (offset, spec) in file.tensors.items()
-        ),
-        files=tuple(
-            TargetFile(
-                path=Path(file.name), total_bytes=file.total_bytes, segments=((0, file.header),)
-            )
-            for file in weights
-        ),
+        held=tuple(one for file in weights for one in _held_in(file, Path(), pieces)),
+        files={Path(file.name): file.layout for file in weights},
         small_files=small,
         tracker=None,
     )
@@ -137,7 +115,7 @@ def megatron_target(
         kind="mg",
         format=save_format,
         held=tuple(held),
-        files=tuple(files),
+        files=files,
         small_files=read_side_files(side_files, dtype),
         tracker=(Path(megatron.TRACKER_FILE), str(ITERATION).encode()),
     )
@@ -151,20 +129,21 @@ def check_files(target: Target) -> None:
     names = Counter((held.stored.path, held.name) for held in target.held)
     if twice := [f"{path}: {name}" for (path, name), n in names.items() if n > 1]:
         raise PlanError(f"names that are not unique in their file: {twice[:5]}")
-    ranges: dict[Path, list[tuple[int, int]]] = {file.path: [] for file in target.files}
-    for file in target.files:
-        ranges[file.path] += ((start, start + len(data)) for start, data in file.segments)
+    ranges = {
+        path: [(start, start + len(data)) for start, data in file.segments]
+        for path, file in target.files.items()
+    }
     for held in target.held:
         stored = held.stored
         ranges[stored.path].append((stored.offset, stored.offset + stored.num_bytes))
-    for file in target.files:
+    for path, file in target.files.items():
         end = 0
-        for start, stop in sorted(ranges[file.path]):
+        for start, stop in sorted(ranges[path]):
             if not end <= start < end + _MAX_ALIGNMENT:
-                raise PlanError(f"{file.path}: bytes {end}..{start} are written twice or never")
+                raise PlanError(f"{path}: bytes {end}..{start} are written twice or never")
             end = stop
         if not end <= file.total_bytes < end + _MAX_ALIGNMENT:
-            raise PlanError(f"{file.path}: {end} bytes are laid out, not {file.total_bytes}")
+            raise PlanError(f"{path}: {end} bytes are laid out, not {file.total_bytes}")
 
 
 def read_side_files(side_files: Sequence[Path], dtype: str) -> dict[Path, bytes]:
@@ -200,9 +179,9 @@ def _pt_files(
     shards: Mapping[Shard, Mapping[str, TensorSlice]],
     dtype: str,
     args: Namespace,
-) -> tuple[list[StoredSlice], list[TargetFile]]:
+) -> _Files:
     num_chunks = 1 + max(shard.chunk for shard in shards)
-    held, files = [], []
+    held, files = [], {}
     for tp_rank in range(layout.tp):
         for pp_stage in range(layout.pp):
             models = {
@@ -215,8 +194,7 @@ def _pt_files(
             }
             rank = megatron.rank_folder_name(tp_rank, pp_stage, layout.pp)
             path = folder / rank / megatron.PT_FILE
-            pt = torch_pt.layout_pt(state, name=path.stem)
-            files.append(TargetFile(path=path, total_bytes=pt.total_bytes, segments=pt.segments))
+            files[path] = pt = torch_pt.layout_pt(state, name=path.stem)
             held += [
                 StoredSlice(
                     name if num_chunks == 1 else f"{key}/{name}",  # chunks repeat the names
@@ -235,22 +213,25 @@ def _safetensors_files(
     shards: Mapping[Shard, Mapping[str, TensorSlice]],
     dtype: str,
     marks: Mapping[str, str] | None,
-) -> tuple[list[StoredSlice], list[TargetFile]]:
+) -> _Files:
     num_chunks = 1 + max(shard.chunk for shard in shards)
-    held, files = [], []
+    held, files = [], {}
     for shard, pieces in shards.items():
         specs = {name: TensorSpec(piece.shape, dtype) for name, piece in pieces.items()}
-        header, offsets = safetensors.encode_header(specs, {"format": "pt", **(marks or {})})
-        rank = megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
-        path = folder / rank / f"{megatron.model_key(shard.chunk, num_chunks)}.safetensors"
-        ends = [offsets[name] + spec.num_bytes for name, spec in specs.items()]
-        total = max(ends, default=len(header))
-        files.append(TargetFile(path=path, total_bytes=total, segments=((0, header),)))
-        held += [
-            StoredSlice(name, piece, StoredTensor(path, offsets[name], piece.shape, dtype))
-            for name, piece in pieces.items()
-        ]
+        name = f"{megatron.model_key(shard.chunk, num_chunks)}.safetensors"
+        file = hugging_face.weight_file(name, specs, marks)
+        rank = folder / megatron.rank_folder_name(shard.tp_rank, shard.pp_stage, layout.pp)
+        files[rank / name] = file.layout
+        held += _held_in(file, rank, pieces)
     return held, files
+
+
+def _held_in(
+    file: hugging_face.WeightFile, folder: Path, pieces: Mapping[str, TensorSlice]
+) -> Iterator[StoredSlice]:
+    """The tensors of a safetensors file in `folder`."""
+    for name, (offset, spec) in file.tensors.items():
+        yield StoredSlice(name, pieces[name], StoredTensor(folder / file.name, offset, *spec))
 
 
 def _torch_dist_files(
@@ -260,7 +241,7 @@ def _torch_dist_files(
     padded_vocab_size: int,
     dtype: str,
     args: Namespace,
-) -> tuple[list[StoredSlice], list[TargetFile]]:
+) -> _Files:
     """Chunks are cut as the ranks are, each once; replicas are not stored twice."""
     rules = {rule.megatron: rule for rule in qwen2_rules(config, padded_vocab_size)}
     chunks: dict[str, list[ChunkSpec]] = {}
@@ -288,11 +269,7 @@ def _torch_dist_files(
         for key, parts in pieces.items()
         for part, spec, place in zip(parts, chunks[key], laid_out.places[key], strict=True)
     ]
-    files = [
-        TargetFile(path=folder / name, total_bytes=file.total_bytes, segments=file.segments)
-        for name, file in laid_out.files.items()
-    ]
-    return held, files
+    return held, {folder / name: file for name, file in laid_out.files.items()}
 
 
 def torch_dist_chunk(
@@ -309,8 +286,7 @@ def torch_dist_chunk(
     rule, layer = rule_of(part, rules)
     (block, _), (row, _), (column, _) = part.box
     offsets: tuple[int, ...] = (block * rule.view[1] + row, column)[: len(part.shape)]
-    shape = rule.shape(tuple((0, n) for n in rule.view))
-    local = part.shape
+    shape, local = rule.shape(rule.whole), part.shape
     if layer is not None:
         offsets, shape, local = (layer, *offsets), (num_layers, *shape), (1, *local)
     spec = ChunkSpec(shape, offsets, TensorSpec(local, dtype))
@@ -337,9 +313,8 @@ def _one_range_each(piece: TensorSlice, rules: Mapping[str, Rule]) -> list[Tenso
     """Cuts a piece so that each part is one range of the whole tensor's rows: gate, then up."""
     # A torch_dist chunk is one box of the global tensor. A rank's linear_fc1 is two of them: stored
     # as one chunk, its up rows would be loaded as the gate rows that follow its own.
-    rule, _ = rule_of(piece, rules)
+    rule, layer = rule_of(piece, rules)
     (b0, b1), rows, columns = piece.box
     if is_one_range(rule):
         return [piece]
-    boxes = [((b, b + 1), rows, columns) for b in range(b0, b1)]
-    return [TensorSlice(piece.tensor, box, rule.shape(box)) for box in boxes]
+    return [rule.piece(((b, b + 1), rows, columns), layer) for b in range(b0, b1)]

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from qwen2_ascend.checkpoint.copying import Reader
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor
-from qwen2_ascend.checkpoint.load import fill, log_losses
-from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
+from qwen2_ascend.checkpoint.load import fill, in_memory, log_losses
+from qwen2_ascend.checkpoint.plan import make_plan
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
 from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target, hugging_face_target
 from qwen2_ascend.checkpoint.verify import check_replicas
+from qwen2_ascend.checkpoint.writing import pwrite
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.files import write_file
@@ -55,10 +55,7 @@ def load_weights(
             for the model's dtype.
     """
     parameters = _checked_parameters(model, source.config)
-    targets = [
-        StoredSlice(name, piece, StoredTensor(Path("memory"), 0, piece.shape, "fp32"))
-        for name, piece in hugging_face_pieces(source.config).items()
-    ]
+    targets = [in_memory(*item) for item in hugging_face_pieces(source.config).items()]
     plan = make_plan(source.held, targets, source.config.vocab_size)
     check_replicas(plan.replicas)
     with Reader() as reader:
@@ -104,7 +101,7 @@ def save_hugging_face(
                 if writes:
                     data = _bytes_of(parameter, dtype)
                     assert len(data) == held.stored.num_bytes
-                    _write_all(files[held.stored.path], data, held.stored.offset)
+                    pwrite(files[held.stored.path], data, held.stored.offset)
         for file in files.values():
             os.fsync(file)
     finally:
@@ -131,20 +128,14 @@ def _checked_parameters(model: Any, config: Qwen2Config) -> dict[str, torch.nn.P
 def _begin_files(target: Target, folder: Path) -> dict[Path, int]:
     """The files at their full length, with all that is not tensors."""
     files = {}
-    for file in target.files:
-        files[file.path] = os.open(folder / file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        os.truncate(files[file.path], file.total_bytes)
+    for path, file in target.files.items():
+        files[path] = os.open(folder / path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.truncate(files[path], file.total_bytes)
         for start, data in file.segments:
-            _write_all(files[file.path], memoryview(data), start)
+            pwrite(files[path], memoryview(data), start)
     return files
 
 
 def _bytes_of(parameter: torch.Tensor, dtype: str) -> memoryview:
     tensor = parameter.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data[: 1 << 30], offset)
-        data, offset = data[written:], offset + written

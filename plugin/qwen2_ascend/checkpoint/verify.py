@@ -27,7 +27,7 @@ def verify(
     checksums: Mapping[StoredTensor, str],
     workers: int,
     progress: Callable[[int], object],
-    open_reader: Callable[[], Reader] = Reader,
+    open_reader: Callable[[], Reader],
 ) -> None:
     """Compares `written`, opened afresh from its files, with `source`.
 

@@ -22,9 +22,10 @@ from qwen2_ascend.checkpoint.copying import (
     stored_checksum,
     write_bands,
 )
+from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.plan import Plan, StoredSlice, Write
 from qwen2_ascend.checkpoint.staging import empty_folder
-from qwen2_ascend.checkpoint.target import Target, TargetFile
+from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import naming, read_bytes
 
@@ -97,8 +98,8 @@ def write_target(
     *,
     workers: int,
     progress: Callable[[int], object],
-    open_reader: Callable[[], Reader] = Reader,
-    checks: SourceChecks | None = None,
+    open_reader: Callable[[], Reader],
+    checks: SourceChecks,
 ) -> Checksums:
     """Writes every file of `target` below `folder` and flushes it to disk.
 
@@ -122,18 +123,14 @@ def write_target(
     """
     before = dict(journal.done)
     files = _Files(folder, target.files, plan.writes, keep_contents=bool(before))
-    cancelled = threading.Event()
     buffers = BandBuffers()
 
     def one(write: Write) -> None:
-        held = write.target
-        key = (str(held.stored.path), held.name)
+        held, key = write.target, _key(write)
         stored = held.stored._replace(path=folder / held.stored.path)
         if key not in before or stored_checksum(stored) != before[key]:
-            if checks is not None:
-                checks.before(write, reader)
-            put = _checked(files.putter(held), cancelled)
-            checksum = write_bands(write, reader, buffers, put)
+            checks.before(write, reader)
+            checksum = write_bands(write, reader, buffers, files.putter(held))
             # what casts lost is not in the journal: a run that resumes counts it again
             loses = any(copy.source in reader.losses for copy in write.copies)
             journal.record(*key, checksum, is_kept=not loses)
@@ -144,31 +141,36 @@ def write_target(
         try:
             _run_all(pool, one, sorted(plan.writes, key=_place))
         except BaseException:
-            cancelled.set()
+            files.cancelled.set()
             raise
     return {key: journal.done[key] for key in map(_key, plan.writes)}
 
 
 class _Files:
-    """The open target files; each is flushed and closed when its last tensor is done."""
+    """The open target files; each is flushed and closed when its last tensor is done.
+
+    Attributes:
+        cancelled: once it is set, nothing is written any more.
+    """
 
     def __init__(
         self,
         folder: Path,
-        files: Iterable[TargetFile],
+        files: Mapping[Path, FileLayout],
         writes: Iterable[Write],
         *,
         keep_contents: bool,
     ) -> None:
         self._folder = folder
-        self._files = {file.path: file for file in files}
+        self._files = files
         self._left: dict[Path, int] = defaultdict(int)
         for write in writes:
             self._left[write.target.stored.path] += 1
+        self.cancelled = threading.Event()
         self._keep = keep_contents
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
-        for path in set(self._files) - set(self._left):
+        for path in set(files) - set(self._left):
             self._flush(path, self._open(path))
 
     def _open(self, path: Path) -> int:
@@ -194,6 +196,8 @@ class _Files:
 
         def put(position: int, band: np.ndarray) -> None:
             nonlocal pending
+            if self.cancelled.is_set():
+                raise Cancelled
             data = memoryview(band.reshape(-1).view(np.uint8).data)
             with naming(path):
                 pwrite(fd, data, start + position)
@@ -252,17 +256,6 @@ def _run_all(
     for failure in failures:
         if failure is not None and not isinstance(failure, Cancelled):
             raise failure
-
-
-def _checked(
-    put: Callable[[int, np.ndarray], None], cancelled: threading.Event
-) -> Callable[[int, np.ndarray], None]:
-    def checked(position: int, band: np.ndarray) -> None:
-        if cancelled.is_set():
-            raise Cancelled
-        put(position, band)
-
-    return checked
 
 
 def pwrite(fd: int, data: memoryview, offset: int) -> None:

@@ -22,26 +22,22 @@ from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 SIZES = {"a": 100, "b": 64, "c": 10, "d": 130}
 
 
-def test_a_buffer_goes_backwards_and_pads_to_64_elements() -> None:
-    starts, total = flat_starts(SIZES, alone=(), bucket_size=None)
-    assert starts == {"d": 0, "c": 192, "b": 256, "a": 320}
-    assert total == 420
-
-
-def test_nothing_is_padded_where_a_bucket_ends() -> None:
-    starts, total = flat_starts(SIZES, alone=(), bucket_size=200)
-    assert starts == {"d": 0, "c": 192, "b": 202, "a": 266}
-    assert total == 366
-
-
-def test_a_parameter_alone_ends_the_bucket_before_with_its_padding() -> None:
-    starts, total = flat_starts(SIZES, alone=("b",), bucket_size=None)
-    assert starts == {"d": 0, "c": 192, "b": 256, "a": 320}
-    assert flat_starts(SIZES, alone=("d", "a"), bucket_size=None) == (
-        {"d": 0, "c": 130, "b": 194, "a": 258},
-        358,
-    )
-    assert total == 420
+@pytest.mark.parametrize(
+    ("alone", "bucket_size", "starts", "total"),
+    [
+        # backwards, each at a multiple of 64 elements
+        ((), None, {"d": 0, "c": 192, "b": 256, "a": 320}, 420),
+        # nothing is padded where a bucket ends
+        ((), 200, {"d": 0, "c": 192, "b": 202, "a": 266}, 366),
+        # a parameter alone ends the bucket before, with its padding
+        (("b",), None, {"d": 0, "c": 192, "b": 256, "a": 320}, 420),
+        (("d", "a"), None, {"d": 0, "c": 130, "b": 194, "a": 258}, 358),
+    ],
+)
+def test_where_parameters_begin(
+    alone: tuple[str, ...], bucket_size: int | None, starts: dict[str, int], total: int
+) -> None:
+    assert flat_starts(SIZES, alone=alone, bucket_size=bucket_size) == (starts, total)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header, read_header
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
+from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import read_json
 
@@ -49,6 +49,10 @@ class WeightFile(NamedTuple):
     def total_bytes(self) -> int:
         ends = (offset + spec.num_bytes for offset, spec in self.tensors.values())
         return max(ends, default=len(self.header))
+
+    @property
+    def layout(self) -> FileLayout:
+        return FileLayout(total_bytes=self.total_bytes, segments=((0, self.header),))
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -95,7 +99,12 @@ def plan_files(
             used = 0
         groups[-1][name] = spec
         used += spec.num_bytes
-    return tuple(_weight_file(group, i, len(groups), marks) for i, group in enumerate(groups, 1))
+    count = len(groups)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return tuple(
+        weight_file(SINGLE_FILE if count == 1 else name, group, marks)
+        for name, group in zip(names, groups, strict=True)
+    )
 
 
 def index_json(files: tuple[WeightFile, ...]) -> bytes | None:
@@ -108,10 +117,10 @@ def index_json(files: tuple[WeightFile, ...]) -> bytes | None:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _weight_file(
-    tensors: Mapping[str, TensorSpec], number: int, count: int, marks: Mapping[str, str] | None
+def weight_file(
+    name: str, tensors: Mapping[str, TensorSpec], marks: Mapping[str, str] | None
 ) -> WeightFile:
-    name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    """Lays out one file; `marks` are added to its metadata."""
     header, offsets = encode_header(tensors, {"format": "pt", **(marks or {})})
     return WeightFile(name, header, {n: (offsets[n], spec) for n, spec in tensors.items()})
 
@@ -161,11 +170,6 @@ def _read_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Stor
     return tensors
 
 
-def missing_model(folder: Path) -> str:
-    """What to say where there is no such folder."""
-    return f"{folder}: no such folder.{hub_hint(folder)}"
-
-
 def hub_hint(folder: Path) -> str:
     """A way out where a model seems to have been given as a hub calls it."""
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
@@ -174,8 +178,6 @@ def hub_hint(folder: Path) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    if not folder.is_dir():
-        return missing_model(folder)
     if (folder / "adapter_config.json").is_file():
         return (
             f"{folder}: is a PEFT adapter, which holds no model; name the folder of the model it "

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,6 @@ _ALIASES = (
     (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
 )
 """Names that Transformer Engine's fused layers give the norms."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankFiles:
-    """What the mp_rank tree of one iteration holds."""
-
-    shards: dict[Shard, dict[str, StoredTensor]]
-    args: Namespace | None
-    """The training arguments of rank 0, where the format keeps them."""
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
@@ -116,8 +106,12 @@ def tracked_folder(folder: Path) -> Path:
     return replaced if replaced.is_dir() and not tracked.exists() else tracked
 
 
-def read_ranks(folder: Path) -> RankFiles:
-    """Reads where every rank's tensors lie in one iteration's mp_rank tree.
+def read_ranks(
+    folder: Path,
+) -> tuple[dict[Shard, dict[str, StoredTensor]], Namespace | None]:
+    """Where every rank's tensors lie in one iteration's mp_rank tree.
+
+    The training arguments of rank 0 come too, where the format keeps them.
 
     Raises:
         UserError: ranks missing, or files that are damaged or hold something else.
@@ -130,7 +124,7 @@ def read_ranks(folder: Path) -> RankFiles:
         args = args or rank_args
         for chunk, tensors in models.items():
             shards[Shard(tp_rank, pp_stage, chunk)] = _clean(tensors)
-    return RankFiles(shards=shards, args=args)
+    return shards, args
 
 
 def rank_folder_name(tp_rank: int, pp_stage: int, pp: int) -> str:

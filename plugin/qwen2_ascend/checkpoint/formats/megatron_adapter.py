@@ -13,13 +13,13 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qwen2_ascend.checkpoint.adapter import Adapter, Factors
 from qwen2_ascend.checkpoint.formats import megatron
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor
+from qwen2_ascend.checkpoint.formats.stored import WEIGHT_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
-from qwen2_ascend.checkpoint.rules import Box, Rule, Shard, TensorSlice, qwen2_rules
+from qwen2_ascend.checkpoint.rules import Shard, TensorSlice, qwen2_rules
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
@@ -32,38 +32,32 @@ _MATRIX = re.compile(
     r"\.weight"
 )
 _BASE = ".base_layer."
-_DTYPES = ("bf16", "fp16", "fp32")
 _MOST_NAMED = 20
-
-
-class _Matrix(NamedTuple):
-    """One stored matrix of one rank."""
-
-    name: str
-    stored: StoredTensor
 
 
 def open_megatron_adapter(
     folder: Path,
-    ranks: megatron.RankFiles,
+    shards: Shards,
     layout: ParallelLayout,
     config: Qwen2Config,
+    args: Namespace | None,
     alpha: float | None,
 ) -> Adapter:
     """Opens the adapter of an iteration whose headers are read.
 
     Args:
         folder: of the iteration.
-        ranks: every rank's tensors, and the training arguments, which say alpha.
+        shards: every rank's tensors.
         layout: how the shards are cut.
         config: of the model that was adapted.
+        args: the training arguments, which say alpha.
         alpha: where the training arguments do not say it.
 
     Raises:
         UserError: it does not fit the model; every fault at once.
     """
     faults: list[str] = []
-    factors = list(_all_factors(folder, ranks.shards, layout, config, faults))
+    factors = list(_all_factors(folder, shards, layout, config, faults))
     sizes = {one.a.stored.shape[:1] for one in factors}
     faults += [] if len(sizes) == 1 else [f"{folder}: its lora_A have {sorted(sizes)} rows."]
     faults += _missing(folder, factors, layout, config)
@@ -72,11 +66,11 @@ def open_megatron_adapter(
         folder=folder,
         lora=LoraConfig(
             rank=factors[0].a.stored.shape[0],
-            alpha=_alpha(folder, ranks.args, alpha),
+            alpha=_alpha(folder, args, alpha),
             targets=_targets(factors),
         ),
         factors=tuple(factors),
-        base=tuple(_base(ranks.shards, layout, config)),
+        base=tuple(_base(shards, layout, config)),
     )
 
 
@@ -96,8 +90,8 @@ def _all_factors(
             elif set(pair) != {"A", "B"}:
                 faults.append(f"{where}: layer {local}: {module} has no pair of lora_A and lora_B.")
             else:
-                box = rule.shard(layout.tp, shard.tp_rank)
-                made = _factors(rule, layers[local], box, pair["A"], pair["B"])
+                tensor = rule.megatron.format(layers[local])
+                made = Factors(tensor, rule.shard(layout.tp, shard.tp_rank), pair["A"], pair["B"])
                 faults += [f"{where}: {fault}" for fault in _faults(made)]
                 yield made
 
@@ -107,37 +101,29 @@ def has_matrices(shards: Shards) -> bool:
     return any(_MATRIX.fullmatch(name) for tensors in shards.values() for name in tensors)
 
 
-def _pairs(tensors: Mapping[str, StoredTensor]) -> dict[tuple[int, str], dict[str, _Matrix]]:
+def _pairs(tensors: Mapping[str, StoredTensor]) -> dict[tuple[int, str], dict[str, StoredSlice]]:
     """A rank's matrices "A" and "B" by local layer and module."""
-    pairs: dict[tuple[int, str], dict[str, _Matrix]] = {}
+    pairs: dict[tuple[int, str], dict[str, StoredSlice]] = {}
     for name, stored in tensors.items():
         if match := _MATRIX.fullmatch(name):
             pair = pairs.setdefault((int(match[1]), match[2]), {})
-            pair[match[4].upper()] = _Matrix(name, stored)
+            pair[match[4].upper()] = _held(name, stored)
     return pairs
 
 
-def _factors(rule: Rule, layer: int, box: Box, a: _Matrix, b: _Matrix) -> Factors:
-    tensor = rule.megatron.format(layer)
-    return Factors(tensor, box, _held(tensor, a), _held(tensor, b))
-
-
-def _held(tensor: str, matrix: _Matrix) -> StoredSlice:
+def _held(name: str, stored: StoredTensor) -> StoredSlice:
     """The matrix as a box of a view of its own."""
-    shape = matrix.stored.shape
-    box = ((0, 1), *((0, n) for n in (*shape, 1, 1)[:2]))
-    return StoredSlice(
-        matrix.name, TensorSlice(f"{tensor}:{matrix.name}", box, shape), matrix.stored
-    )
+    box = ((0, 1), *((0, n) for n in (*stored.shape, 1, 1)[:2]))
+    return StoredSlice(name, TensorSlice(name, box, stored.shape), stored)
 
 
 def _faults(made: Factors) -> Iterator[str]:
     blocks, rows, columns = (stop - start for start, stop in made.box)
     rank = made.a.stored.shape[0] if made.a.stored.shape else 0
     for held, shape in ((made.a, (rank, columns)), (made.b, (blocks * rows, rank))):
-        if held.stored.shape != shape or held.stored.dtype not in _DTYPES:
+        if held.stored.shape != shape or held.stored.dtype not in WEIGHT_DTYPES:
             yield (
-                f"{held.name}: expected shape {shape} in {'/'.join(_DTYPES)}, found "
+                f"{held.name}: expected shape {shape} in {'/'.join(WEIGHT_DTYPES)}, found "
                 f"{held.stored.shape} in {held.stored.dtype}."
             )
 
@@ -178,5 +164,4 @@ def _base(shards: Shards, layout: ParallelLayout, config: Qwen2Config) -> Iterat
             layers = stages[shard.pp_stage][shard.chunk]
             if rule is not None and int(match[1]) < len(layers):
                 box = rule.shard(layout.tp, shard.tp_rank)
-                tensor = rule.megatron.format(layers[int(match[1])])
-                yield StoredSlice(name, TensorSlice(tensor, box, rule.shape(box)), stored)
+                yield StoredSlice(name, rule.piece(box, layers[int(match[1])]), stored)

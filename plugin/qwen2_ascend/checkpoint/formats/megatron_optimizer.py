@@ -113,14 +113,9 @@ def _tensors_of_rank(
     args = state["args"]
     stored = torch_pt.read(folder / FLAT_FILE)
     found = flat_tensors(stored, weights, args, pp_stage, pp)
-    if not _is_ours(state):
+    if "contents" not in state:  # else this project wrote it, with a checksum for each tensor
         _check_places(found[MAIN], weights)
     return found
-
-
-def _is_ours(state: Mapping) -> bool:
-    """Whether this project wrote a rank's file, with a checksum for each tensor."""
-    return "contents" in state
 
 
 def _inner(optimizer: Any) -> Mapping[str, Any]:
@@ -289,25 +284,17 @@ _BUCKET = re.compile(
     r"optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_.*\.bucket_idx_(\d+)\."
     r"(param|exp_avg|exp_avg_sq)"
 )
+_NORM, _PROJ = "input_layernorm.weight", "self_attention.linear_proj.weight"
+_OTHERS = (
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_qkv.bias",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
 _LAYER_ORDERS = {
-    "local": (
-        "input_layernorm.weight",
-        "self_attention.linear_proj.weight",
-        "self_attention.linear_qkv.weight",
-        "self_attention.linear_qkv.bias",
-        "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    ),
-    "transformer_engine": (
-        "self_attention.linear_proj.weight",
-        "input_layernorm.weight",
-        "self_attention.linear_qkv.weight",
-        "self_attention.linear_qkv.bias",
-        "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    ),
+    "local": (_NORM, _PROJ, *_OTHERS),
+    "transformer_engine": (_PROJ, _NORM, *_OTHERS),
 }
 """The order of a layer's parameters in a model, by --transformer-impl: a fused norm is one of its
 linear layer's."""

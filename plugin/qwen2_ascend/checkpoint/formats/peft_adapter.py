@@ -22,7 +22,7 @@ from qwen2_ascend.checkpoint.adapter_rules import (
     target_rules,
 )
 from qwen2_ascend.checkpoint.formats.safetensors import read_header
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor
+from qwen2_ascend.checkpoint.formats.stored import WEIGHT_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
@@ -33,7 +33,6 @@ from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_DTYPES = ("bf16", "fp16", "fp32")
 _MOST_NAMED = 20
 
 # Settings of PEFT's that change what an adapter computes, and the values that change nothing.
@@ -61,17 +60,10 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
-
 # Those by which an adapter differs from layer to layer.
-_PATTERNS: dict[str, tuple[Any, ...]] = {
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "layers_to_transform": ([],),
-}
-
-
-class PeftAdapter(Adapter):
-    """An opened PEFT folder."""
+_PATTERNS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("rank_pattern", "alpha_pattern", "layers_to_transform"), ()
+)
 
 
 def encode_config(lora: LoraConfig, base_model: str | None = None) -> bytes:
@@ -156,7 +148,7 @@ def _lora_config(folder: Path, raw: Mapping[str, Any]) -> LoraConfig:
         raise UserError(f"{folder / CONFIG_FILE}: {told}: {error}.") from None
 
 
-def open_adapter(folder: str | Path, config: Qwen2Config) -> PeftAdapter:
+def open_adapter(folder: str | Path, config: Qwen2Config) -> Adapter:
     """Opens an adapter folder of the model of `config`; reads headers only.
 
     Raises:
@@ -191,7 +183,7 @@ def open_adapter(folder: str | Path, config: Qwen2Config) -> PeftAdapter:
         for name, box in rule.parts
         if name.format(layer) in scalings
     )
-    return PeftAdapter(folder=folder, lora=lora, factors=factors)
+    return Adapter(folder=folder, lora=lora, factors=factors)
 
 
 def _stems(
@@ -275,10 +267,11 @@ def _held(path: Path, pieces: Mapping[str, TensorSlice]) -> tuple[StoredSlice, .
     faults = name_faults("missing tensors", [name for name in pieces if name not in tensors])
     faults += name_faults("unexpected tensors", [name for name in tensors if name not in pieces])
     wrong = [
-        f"{name}: expected shape {pieces[name].shape} in {'/'.join(_DTYPES)}, found "
+        f"{name}: expected shape {pieces[name].shape} in {'/'.join(WEIGHT_DTYPES)}, found "
         f"{stored.shape} in {stored.dtype}."
         for name, stored in tensors.items()
-        if name in pieces and (stored.shape != pieces[name].shape or stored.dtype not in _DTYPES)
+        if name in pieces
+        and (stored.shape != pieces[name].shape or stored.dtype not in WEIGHT_DTYPES)
     ]
     faults += wrong[:_MOST_NAMED]
     if any("embed_tokens" in name or "lm_head" in name for name in tensors):

@@ -72,19 +72,18 @@ class PickleFault(ValueError):
     """Why a pickle cannot be read: a phrase."""
 
 
-Reader = Callable[[IO[bytes]], Any]
-"""What reads an instruction's argument."""
 Known = Mapping[str, Any]
 """A Maker, or the value that a name itself stands for, by module and name."""
 
 
-def known_records(*type_names: str) -> dict[str, Maker]:
-    """A table that makes `Inert` records for all of `type_names`."""
-    return {name: Maker(name, _record_maker(name)) for name in type_names}
+def known_records(names: Mapping[str, Iterable[str]]) -> dict[str, Maker]:
+    """A table that makes `Inert` records for all of `names`, which are given by module."""
+    known = (f"{module}.{name}" for module, of in names.items() for name in of)
+    return {type_name: _record_maker(type_name) for type_name in known}
 
 
-def _record_maker(type_name: str) -> Callable[..., Inert]:
-    return lambda *args: Inert(type_name, args)
+def _record_maker(type_name: str) -> Maker:
+    return Maker(type_name, lambda *args: Inert(type_name, args))
 
 
 def read_pickle(
@@ -279,7 +278,7 @@ class _Machine:
         if type_name in self.known:
             return self.known[type_name]
         self.refused.add(type_name)
-        return Maker(type_name, _record_maker(type_name))
+        return _record_maker(type_name)
 
     def call(self) -> None:
         args, maker = self.pop(), self.pop()
@@ -329,7 +328,7 @@ def _pushes(make: Step) -> Step:
     return step
 
 
-def _reads(read: Reader) -> Step:
+def _reads(read: Callable[[IO[bytes]], Any]) -> Step:
     return lambda machine: machine.stack.append(read(machine.file))
 
 

@@ -17,14 +17,10 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
     "fp64": np.dtype(np.float64),
-    "int8": np.dtype(np.int8),
-    "uint8": np.dtype(np.uint8),
-    "int32": np.dtype(np.int32),
-    "int64": np.dtype(np.int64),
-    "bool": np.dtype(np.bool_),
+    **{name: np.dtype(name) for name in ("int8", "uint8", "int32", "int64", "bool")},
 }
-"""Every dtype a checkpoint may hold; weights are bf16, fp16 or fp32."""
-
+"""Every dtype a checkpoint may hold."""
+WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
 
 MAX_AXES = 64
 """PyTorch's and numpy's bound."""

@@ -127,13 +127,12 @@ def read(
     return TorchDistCheckpoint(common=common, chunks=chunks, objects=others)
 
 
-def read_common(folder: str | Path) -> dict[str, Any]:
+def read_common(folder: Path) -> dict[str, Any]:
     """What every rank has alike; as `read` finds it.
 
     Raises:
         UserError: it is missing or damaged, or its pickle asks for anything unknown.
     """
-    folder = Path(folder)
     return _common(folder, _read_metadata(folder / ".metadata")[2])
 
 
@@ -149,13 +148,12 @@ def _common(folder: Path, stored: dict[Index, StorageInfo]) -> dict[str, Any]:
     return common
 
 
-def read_object(folder: str | Path, key: str) -> Any:
+def read_object(folder: Path, key: str) -> Any:
     """What `torch_pt.read` makes of an entry that is not a tensor, which is a list of one.
 
     Raises:
         UserError: it is missing or damaged, or its pickle asks for anything unknown.
     """
-    folder = Path(folder)
     info = _read_metadata(folder / ".metadata")[2].get(Index(key, None))
     if info is None:
         raise UserError(f"{folder}: has no {key}; the folder is damaged.")
@@ -202,33 +200,21 @@ class _Described(NamedTuple):
 _KNOWN = (
     PLAIN
     | known_records(
-        *(
-            f"{METADATA}.{name}"
-            for name in (
-                "Metadata",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        f"{FILESYSTEM}._StorageInfo",
-        f"{FILESYSTEM}._StoragePrefix",
-        "torch.serialization._get_layout",
-        "pathlib.PosixPath",
-        "pathlib._local.PosixPath",
-        # the plans that megatron-core keeps to save faster the next time
-        *(
-            f"torch.distributed.checkpoint.planner.{name}"
-            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
-        ),
-        "torch.distributed.checkpoint.planner.BytesIOWriteData",
-        *(
-            f"megatron.core.dist_checkpointing.strategies.torch.{name}"
-            for name in ("MCoreMetadata", "MCoreSavePlan")
-        ),
+        {
+            METADATA: (
+                *("Metadata", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+                *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+            ),
+            FILESYSTEM: ("_StorageInfo", "_StoragePrefix"),
+            "torch.serialization": ("_get_layout",),
+            "pathlib": ("PosixPath",),
+            "pathlib._local": ("PosixPath",),
+            # the plans that megatron-core keeps to save faster the next time
+            "torch.distributed.checkpoint.planner": (
+                *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+            ),
+            "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+        }
     )
     | torch_pt.TORCH_VALUES
     | {_INDEX: Maker(_INDEX, lambda: InertKey(_INDEX))}

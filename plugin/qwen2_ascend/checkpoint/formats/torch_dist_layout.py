@@ -113,7 +113,8 @@ def layout_torch_dist(
         places[key].append(writers[file].append_tensor(key, chunk))
     entries = [entry for writer in writers for entry in writer.entries]
     layouts = {writer.name: writer.layout() for writer in writers if writer.entries}
-    layouts |= {name: _whole_file(data) for name, data in small_files(entries, common).items()}
+    for name, data in small_files(entries, common).items():
+        layouts[name] = FileLayout(total_bytes=len(data), segments=((0, data),))
     return TorchDistLayout(files=layouts, places=places)
 
 
@@ -198,10 +199,6 @@ def _small_pt(
     for offset, data in (*layout.segments, *placed):
         whole[offset : offset + len(data)] = data
     return bytes(whole)
-
-
-def _whole_file(data: bytes) -> FileLayout:
-    return FileLayout(total_bytes=len(data), segments=((0, data),))
 
 
 def _encode_metadata(entries: Iterable[Entry]) -> bytes:

@@ -51,17 +51,8 @@ MAX_PICKLE_BYTES = 1 << 24
 KeyPath = tuple[Any, ...]
 """Keys from the root to one leaf: dict keys, list indices and Namespace attribute names."""
 
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "fp64": "float64",
-    "int8": "int8",
-    "uint8": "uint8",
-    "int32": "int32",
-    "int64": "int64",
-    "bool": "bool",
-}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+DTYPES |= {name: name for name in ("int8", "uint8", "int32", "int64", "bool")}
 """Our dtype names to torch's."""
 
 _STORAGES = {
@@ -408,44 +399,42 @@ TORCH_VALUES: dict[str, Any] = {
 """torch's names for values that are not tensors."""
 
 _RECORDS = known_records(
-    "builtins.slice",
-    "builtins.complex",
-    "io.BytesIO",
-    "_io.BytesIO",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "signal.Signals",
-    "types.SimpleNamespace",
-    "torch.device",
-    "torch.Tensor",
-    "torch_npu.npu._format.Format",
-    "torch.nn.parameter.Parameter",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy.dtypes.UInt32DType",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.numeric._frombuffer",
-    "numpy._core.numeric._frombuffer",
-    "megatron.core.enums.ModelType",
-    "megatron.core.enums.Fp8Recipe",
-    "megatron.core.enums.Fp4Recipe",
-    "megatron.core.transformer.enums.ModelType",
-    "megatron.core.transformer.enums.LayerType",
-    "megatron.core.transformer.enums.AttnType",
-    "megatron.core.transformer.enums.AttnMaskType",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.CudaGraphScope",
-    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
-    "megatron.core.rerun_state_machine.Call",
-    "megatron.core.rerun_state_machine.Caller",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "megatron.core.rerun_state_machine.RerunMode",
-    "megatron.core.rerun_state_machine.RerunState",
-    "megatron.core.rerun_state_machine.RerunValidationStatus",
+    {
+        "builtins": ("slice", "complex"),
+        "io": ("BytesIO",),
+        "_io": ("BytesIO",),
+        "pathlib": ("PosixPath", "WindowsPath"),
+        "pathlib._local": ("PosixPath",),
+        "signal": ("Signals",),
+        "types": ("SimpleNamespace",),
+        "torch": ("device", "Tensor"),
+        "torch_npu.npu._format": ("Format",),
+        "torch.nn.parameter": ("Parameter",),
+        "numpy": ("ndarray", "dtype"),
+        "numpy.dtypes": ("UInt32DType",),
+        "numpy.core.multiarray": ("_reconstruct", "scalar"),
+        "numpy._core.multiarray": ("_reconstruct", "scalar"),
+        "numpy.core.numeric": ("_frombuffer",),
+        "numpy._core.numeric": ("_frombuffer",),
+        "megatron.core.enums": ("ModelType", "Fp8Recipe", "Fp4Recipe"),
+        "megatron.core.transformer.enums": (
+            "ModelType",
+            "LayerType",
+            "AttnType",
+            "AttnMaskType",
+            "AttnBackend",
+            "CudaGraphScope",
+        ),
+        "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
+        "megatron.core.rerun_state_machine": (
+            "Call",
+            "Caller",
+            "RerunDiagnostic",
+            "RerunMode",
+            "RerunState",
+            "RerunValidationStatus",
+        ),
+    }
 )
 
 

@@ -1,7 +1,7 @@
-"""What an opened checkpoint is, the protocol of its readers, and the faults that all can find.
+"""What an opened checkpoint is, and the faults that the readers of all kinds can find.
 
-Everything is checked against the mapping table from headers alone, before any byte moves: missing
-and extra tensors, shapes, dtypes, all named at once.
+A reader fits the tensors of one folder to the mapping table, from headers alone, before any byte
+moves: missing and extra tensors, shapes, dtypes, all named at once.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from qwen2_ascend.checkpoint.formats.stored import StoredTensor
+from qwen2_ascend.checkpoint.formats.stored import WEIGHT_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, at_most, name_faults, printable
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.progress import size_text
-
-WEIGHT_DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ class Source:
     folder: Path
     config: Qwen2Config
     held: tuple[StoredSlice, ...]
-    side_files: tuple[Path, ...]
+    side_files: tuple[Path, ...] = ()
     """config.json, tokenizer and chat template files."""
     format: str
     """"safetensors", "megatron" or "torch_dist"."""
@@ -60,46 +57,6 @@ class Source:
             f"{self.folder}: {'Hugging Face' if self.kind == 'hf' else 'Megatron shards'} "
             f"({self.format}){cut}, {len(self.held)} tensors, {size} {'/'.join(self.dtypes)}"
         )
-
-
-@dataclass(frozen=True)
-class MegatronFolder:
-    """What the readers of Megatron's checkpoints are made of."""
-
-    folder: Path
-    """The checkpoint's, or the iteration's own."""
-    iteration: Path
-    kind: str = "mg"
-
-    @property
-    def config_folders(self) -> tuple[Path, ...]:
-        return self.folder, self.iteration, self.iteration.parent
-
-
-class Reader(Protocol):
-    """One folder of a known kind."""
-
-    @property
-    def kind(self) -> str:
-        """ "hf" or "mg"."""
-        ...
-
-    @property
-    def config_folders(self) -> tuple[Path, ...]:
-        """Where config.json and the tokenizer may be, the likeliest first."""
-        ...
-
-    def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """Reads every header and fits the tensors to the table.
-
-        Args:
-            config: the model's.
-            side_files: what goes along with the weights.
-
-        Raises:
-            UserError: damaged files, or tensors that do not fit the config; every fault at once.
-        """
-        ...
 
 
 def check_layer_count(where: Path | str, config: Qwen2Config, num_tensors: int) -> None:

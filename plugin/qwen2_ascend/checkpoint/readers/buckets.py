@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import megatron_optimizer
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
-from qwen2_ascend.checkpoint.plan import StoredSlice, volume
+from qwen2_ascend.checkpoint.plan import StoredSlice, extent, volume
 from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.checkpoint.rules import TensorSlice, megatron_pieces
 from qwen2_ascend.checkpoint.slices import Run, owners, parts_of
@@ -58,27 +58,23 @@ def bucket_sources(
                     "weights and begins with new moments."
                 )
             for name in own[shard]:
-                held[kind] += _bucket_held(name, of_shard[name], flat, starts[name])
+                piece, start = of_shard[name], starts[name]
+                for at, stored in megatron_optimizer.cut_out(
+                    flat, start, start + volume(piece.box)
+                ):
+                    run = Run(at, at + stored.shape[0])
+                    held[kind] += run_held(name, piece, run, stored)
     return {
         kind: Source(
             kind="mg",
             folder=folder,
             config=config,
             held=tuple(of_kind),
-            side_files=(),
             format="torch_dist",
             padded_vocab_size=args.padded_vocab_size,
         )
         for kind, of_kind in held.items()
     }
-
-
-def _bucket_held(
-    name: str, piece: TensorSlice, flat: Sequence[megatron_optimizer.Segment], start: int
-) -> Iterator[StoredSlice]:
-    """The parts of one parameter's tensor that lie in a flat tensor from `start` on."""
-    for at, stored in megatron_optimizer.cut_out(flat, start, start + volume(piece.box)):
-        yield from run_held(name, piece, Run(at, at + stored.shape[0]), stored)
 
 
 def run_held(
@@ -87,7 +83,7 @@ def run_held(
     """A run of a piece's elements, as boxes."""
     size = NUMPY_DTYPES[stored.dtype].itemsize
     for box, part in parts_of(piece.box, run, joins_blocks=True):
-        shape = tuple(stop - start for start, stop in box)
+        shape = extent(box)
         offset = stored.offset + (part.start - run.start) * size
         own = stored._replace(offset=offset, shape=shape)
         yield StoredSlice(

@@ -1,9 +1,8 @@
-"""Hugging Face folders."""
+"""Folders of safetensors files as transformers saves them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import hugging_face
@@ -16,56 +15,46 @@ from qwen2_ascend.errors import raise_if
 _EMBEDDING, _PREFIX = "model.embed_tokens.weight", "model."
 
 
-@dataclass(frozen=True)
-class HuggingFaceReader:
-    """A folder of safetensors files as transformers saves them."""
+def read_hugging_face(folder: Path, config: Qwen2Config) -> Source:
+    """Reads every header of a model's folder and fits the tensors to the table.
 
-    folder: Path
-    kind: str = "hf"
-
-    @property
-    def config_folders(self) -> tuple[Path, ...]:
-        return self.folder, self.folder.parent
-
-    def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """See `Reader.read`."""
-        tensors = {
-            name: tensor
-            for name, tensor in hugging_face.read_tensors(self.folder).items()
-            if not name.endswith("rotary_emb.inv_freq")
-        }
-        if (prefix := _prefix(tensors)) == "":  # as transformers' Qwen2Model is saved by itself
-            tensors = {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-        raise_if(f"{self.folder}: {fault}" for fault in _other_models(tensors, prefix))
-        check_layer_count(self.folder, config, len(tensors))
-        pieces = hugging_face_pieces(config)
-        if config.tie_word_embeddings and "lm_head.weight" in tensors:
-            # some tools write the tied output too; equal bytes are checked before the work begins
-            pieces["lm_head.weight"] = pieces["model.embed_tokens.weight"]
-        held, faults = match(pieces, tensors)
-        rows = (
-            (tensors[_EMBEDDING].shape or (0,))[0] if _EMBEDDING in tensors else config.vocab_size
+    Raises:
+        UserError: damaged files, or tensors that do not fit the config; every fault at once.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in hugging_face.read_tensors(folder).items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    if (prefix := _prefix(tensors)) == "":  # as transformers' Qwen2Model is saved by itself
+        tensors = {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    raise_if(f"{folder}: {fault}" for fault in _other_models(tensors, prefix))
+    check_layer_count(folder, config, len(tensors))
+    pieces = hugging_face_pieces(config)
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        # some tools write the tied output too; equal bytes are checked before the work begins
+        pieces["lm_head.weight"] = pieces["model.embed_tokens.weight"]
+    held, faults = match(pieces, tensors)
+    rows = (tensors[_EMBEDDING].shape or (0,))[0] if _EMBEDDING in tensors else config.vocab_size
+    if rows != config.vocab_size:
+        faults.append(
+            f'config.json says "vocab_size": {config.vocab_size}, the embedding has {rows} '
+            f"rows; where tokens were added to the model, set it to {rows}."
         )
-        if rows != config.vocab_size:
-            faults.append(
-                f'config.json says "vocab_size": {config.vocab_size}, the embedding has {rows} '
-                f"rows; where tokens were added to the model, set it to {rows}."
-            )
-        if "lm_head.weight" in set(pieces) - set(tensors):
-            faults.append(
-                'config.json says "tie_word_embeddings": false, but there is no lm_head.weight; '
-                "set it to true if the output shares the embedding."
-            )
-        raise_if(f"{self.folder}: {fault}" for fault in faults)
-        return Source(
-            kind="hf",
-            folder=self.folder,
-            config=config,
-            held=tuple(held),
-            side_files=side_files,
-            format="safetensors",
-            padded_vocab_size=config.vocab_size,
+    if "lm_head.weight" in set(pieces) - set(tensors):
+        faults.append(
+            'config.json says "tie_word_embeddings": false, but there is no lm_head.weight; '
+            "set it to true if the output shares the embedding."
         )
+    raise_if(f"{folder}: {fault}" for fault in faults)
+    return Source(
+        kind="hf",
+        folder=folder,
+        config=config,
+        held=tuple(held),
+        format="safetensors",
+        padded_vocab_size=config.vocab_size,
+    )
 
 
 def _prefix(tensors: Mapping[str, StoredTensor]) -> str:

@@ -8,26 +8,16 @@ from pathlib import Path
 from qwen2_ascend.checkpoint.formats import megatron, megatron_optimizer
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
-from qwen2_ascend.checkpoint.readers.base import (
-    MegatronFolder,
-    Source,
-    check_layer_count,
-    layers,
-    match,
-)
+from qwen2_ascend.checkpoint.readers.base import Source, check_layer_count, layers, match
 from qwen2_ascend.checkpoint.rules import EMBEDDING, OUTPUT, Shard, megatron_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.parallel import ParallelLayout
 
 
-class RanksReader(MegatronFolder):
-    """An iteration whose ranks have a folder each."""
-
-    def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """See `Reader.read`."""
-        shards = megatron.read_ranks(self.iteration).shards
-        return _ranks_source(self.iteration, config, side_files, shards)
+def read_rank_tree(folder: Path, config: Qwen2Config) -> Source:
+    """Does what `read_hugging_face` does for an iteration whose ranks have a folder each."""
+    return _ranks_source(folder, config, megatron.read_ranks(folder)[0])
 
 
 def open_rank_states(
@@ -35,7 +25,7 @@ def open_rank_states(
 ) -> dict[str, Source]:
     """Does what `source.open_states` says for an mp_rank tree."""
     return {
-        kind: _ranks_source(folder, config, (), shards, kind)
+        kind: _ranks_source(folder, config, shards, kind)
         for kind, shards in megatron_optimizer.read_rank_states(folder, kinds).items()
     }
 
@@ -43,7 +33,6 @@ def open_rank_states(
 def _ranks_source(
     folder: Path,
     config: Qwen2Config,
-    side_files: tuple[Path, ...],
     shards: Mapping[Shard, Mapping[str, StoredTensor]],
     kind: str = "",
 ) -> Source:
@@ -68,8 +57,7 @@ def _ranks_source(
         folder=folder,
         config=config,
         held=tuple(held),
-        side_files=side_files,
-        format=_format_name(held),
+        format="safetensors" if held[0].stored.path.suffix == ".safetensors" else "megatron",
         layout=layout,
         padded_vocab_size=padded,
     )
@@ -85,10 +73,6 @@ def _name_in_file(held: StoredSlice, shard: Shard, layout: ParallelLayout, kind:
     return f"{model}/{held.name}" if has_chunks and is_pt else held.name
 
 
-def _format_name(held: list[StoredSlice]) -> str:
-    return "safetensors" if held[0].stored.path.suffix == ".safetensors" else "megatron"
-
-
 def layout_of(
     folder: Path, shards: Mapping[Shard, Mapping[str, StoredTensor]], config: Qwen2Config
 ) -> ParallelLayout:
@@ -102,17 +86,13 @@ def layout_of(
             f"{folder}: the shards hold {total} layers, config.json says {config.num_layers}."
         )
     per_chunk = set(counts.values())
-    if max(chunk for _, chunk in counts) > 0:
-        if len(per_chunk) > 1:
-            raise UserError(f"{folder}: virtual stages of unequal length are not implemented.")
-        return ParallelLayout(
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            num_layers_per_virtual_pipeline_stage=per_chunk.pop(),
-        )
+    is_interleaved = max(chunk for _, chunk in counts) > 0
+    if is_interleaved and len(per_chunk) > 1:
+        raise UserError(f"{folder}: virtual stages of unequal length are not implemented.")
     return ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=min(per_chunk) if is_interleaved else None,
         num_layer_list=None if len(per_chunk) == 1 else tuple(counts.values()),
     )
 

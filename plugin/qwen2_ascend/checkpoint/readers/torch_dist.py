@@ -9,14 +9,9 @@ from math import prod
 from pathlib import Path
 
 from qwen2_ascend.checkpoint.formats import megatron, megatron_optimizer, torch_dist
-from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES
+from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, WEIGHT_DTYPES
 from qwen2_ascend.checkpoint.plan import StoredSlice, volume
-from qwen2_ascend.checkpoint.readers.base import (
-    WEIGHT_DTYPES,
-    MegatronFolder,
-    Source,
-    check_layer_count,
-)
+from qwen2_ascend.checkpoint.readers.base import Source, check_layer_count
 from qwen2_ascend.checkpoint.readers.buckets import bucket_sources, run_held
 from qwen2_ascend.checkpoint.rules import EMBEDDING, Rule, TensorSlice, qwen2_rules
 from qwen2_ascend.checkpoint.slices import Run
@@ -24,13 +19,10 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, at_most, name_faults, raise_if
 
 
-class TorchDistReader(MegatronFolder):
-    """An iteration that torch's distributed checkpointing has written."""
-
-    def read(self, config: Qwen2Config, side_files: tuple[Path, ...]) -> Source:
-        """See `Reader.read`."""
-        chunks = torch_dist.read(self.iteration, wanted=_is_model_key).chunks
-        return _torch_dist_source(self.iteration, config, side_files, chunks, str(self.iteration))
+def read_torch_dist(folder: Path, config: Qwen2Config) -> Source:
+    """Does what `read_hugging_face` does for an iteration of torch's distributed checkpointing."""
+    chunks = torch_dist.read(folder, wanted=_is_model_key).chunks
+    return _torch_dist_source(folder, config, chunks, str(folder))
 
 
 def open_torch_dist_states(
@@ -52,7 +44,7 @@ def open_torch_dist_states(
         own = {key: parts for key, parts in own.items() if _is_model_key(key)}
         where = f"{folder}: {prefix}*"
         sources[kind] = _torch_dist_source(
-            folder, config, (), own, where, prefix=prefix, padded=config.vocab_size
+            folder, config, own, where, prefix=prefix, padded=config.vocab_size
         )
     if by_buckets and sharding_type:
         others = [kind for kind in kinds if kind]
@@ -63,7 +55,6 @@ def open_torch_dist_states(
 def _torch_dist_source(
     folder: Path,
     config: Qwen2Config,
-    side_files: tuple[Path, ...],
     chunks: Mapping[str, list[torch_dist.Chunk]],
     where: str,
     *,
@@ -75,7 +66,7 @@ def _torch_dist_source(
     `where` begins every fault; `padded` is the padded vocabulary, if it is known.
     """
     padded = padded or _vocabulary_rows(where, chunks, config)
-    rules = {_stacked(rule): rule for rule in qwen2_rules(config, padded)}
+    rules = {rule.megatron.replace(".{}", ""): rule for rule in qwen2_rules(config, padded)}
     held: list[StoredSlice] = []
     unexpected: list[str] = []
     faults: list[str] = []
@@ -88,7 +79,10 @@ def _torch_dist_source(
                 faults += wrong
                 if not wrong:
                     found = _chunk_held(prefix + key, rules[plain], layer, whole)
-                    held += found if run is None else _flat_held(found, run, part)
+                    if run is not None:
+                        (one,) = found
+                        found = run_held(one.name, one.piece, run, part.tensor)
+                    held += found
         elif megatron.plain_name(key):
             unexpected.append(key)
     faults = name_faults("unexpected tensors", unexpected) + at_most(faults)
@@ -101,7 +95,6 @@ def _torch_dist_source(
         folder=folder,
         config=config,
         held=tuple(held),
-        side_files=side_files,
         format="torch_dist",
         padded_vocab_size=padded,
     )
@@ -124,10 +117,6 @@ def _is_model_key(key: str) -> bool:
     return not key.startswith("optimizer.")
 
 
-def _stacked(rule: Rule) -> str:
-    return rule.megatron.replace(".{}", "")
-
-
 def _unstack(key: str) -> tuple[str, int | None]:
     """A torch_dist key without its layer number, which homogeneous models stack on an axis."""
     key = megatron.plain_name(key) or key
@@ -136,8 +125,8 @@ def _unstack(key: str) -> tuple[str, int | None]:
 
 
 def _whole_shape(rule: Rule, layer: int | None, config: Qwen2Config) -> tuple[int, ...]:
-    whole = rule.shape(tuple((0, n) for n in rule.view))
-    return (config.num_layers, *whole) if "{}" in rule.megatron and layer is None else whole
+    whole = rule.shape(rule.whole)
+    return (config.num_layers, *whole) if rule.is_of_layer and layer is None else whole
 
 
 def _unflattened(
@@ -162,14 +151,6 @@ def _unflattened(
     box = torch_dist.Chunk(whole, offsets, chunk.tensor._replace(shape=local))
     start = chunk.offsets[-1]
     return box, Run(start, start + prod(chunk.tensor.shape))
-
-
-def _flat_held(
-    found: Iterable[StoredSlice], run: Run, chunk: torch_dist.Chunk
-) -> Iterator[StoredSlice]:
-    """The part of the one tensor `found` that a chunk of its elements is."""
-    (one,) = found
-    yield from run_held(one.name, one.piece, run, chunk.tensor)
 
 
 def _chunk_faults(
@@ -199,7 +180,7 @@ def _chunk_held(
     """The held tensors of one chunk; more than one where it spans layers."""
     tensor, offsets = chunk.tensor, chunk.offsets
     first, count, shape = layer or 0, 1, tensor.shape
-    if "{}" in rule.megatron and layer is None:
+    if rule.is_of_layer and layer is None:
         first, count = offsets[0], shape[0]
         offsets, shape = offsets[1:], shape[1:]
     rows, columns = (*shape, 1)[:2]
@@ -223,11 +204,9 @@ def _coverage_faults(
         found[one[0]] = found.get(one[0], 0) + volume(one[1])
     missing = []
     for rule in rules:
-        layers = range(config.num_layers) if "{}" in rule.megatron else range(1)
-        whole = volume(tuple((0, n) for n in rule.view))
-        for layer in layers:
+        for layer in range(config.num_layers if rule.is_of_layer else 1):
             name = rule.megatron.format(layer)
-            if found.pop(name, 0) != whole:
+            if found.pop(name, 0) != volume(rule.whole):
                 missing.append(name)
     yield from name_faults("missing or incomplete tensors", missing)
     yield from name_faults("unexpected tensors", sorted(found))
