@@ -98,7 +98,7 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
         "qwen2-ascend convert --adapter, and go on from the merged model."
         for fault in _used(raw, _PATTERNS)
     )
-    return _lora_config(folder, raw)
+    return _lora_config(folder, raw, _tensors(folder))
 
 
 def _checked_config(folder: Path) -> Mapping[str, Any]:
@@ -130,13 +130,15 @@ def _used(raw: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> li
     ]
 
 
-def _lora_config(folder: Path, raw: Mapping[str, Any]) -> LoraConfig:
+def _lora_config(
+    folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> LoraConfig:
     try:
         return LoraConfig(
             rank=raw.get("r", 8),
             alpha=raw.get("lora_alpha", 8),
             dropout=raw.get("lora_dropout", 0.0),
-            targets=_targets(_tensors(folder)),
+            targets=_targets(tensors),
             use_rslora=bool(raw.get("use_rslora", False)),
         )
     except UserError as error:
@@ -156,9 +158,10 @@ def open_adapter(folder: str | Path, config: Qwen2Config) -> Adapter:
     """
     folder = Path(folder)
     raw = _checked_config(folder)
-    lora = _lora_config(folder, raw)
-    stems = _stems(raw, config, lora, _tensors(folder))
-    ranks = _ranks(raw, lora, _tensors(folder), stems)
+    tensors = _tensors(folder)
+    lora = _lora_config(folder, raw, tensors)
+    stems = _stems(raw, config, lora, tensors)
+    ranks = _ranks(raw, lora, tensors, stems)
     pieces = {
         name: piece
         for rank in sorted(set(ranks.values()))
