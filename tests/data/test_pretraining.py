@@ -305,9 +305,9 @@ def test_a_lone_prefix_near_the_right_one_is_pointed_out(tmp_path: Path) -> None
 
 
 def test_blends_are_parsed_as_megatron_does() -> None:
-    assert parse_blend(["A"]) == (("A",), None)
-    assert parse_blend(["A", "B"]) == (("A", "B"), None)
-    assert parse_blend(["30", "A", ".7", "B"]) == (("A", "B"), (30.0, 0.7))
+    assert parse_blend(["A"]) == (["A"], None)
+    assert parse_blend(["A", "B"]) == (["A", "B"], None)
+    assert parse_blend(["30", "A", ".7", "B"]) == (["A", "B"], [30.0, 0.7])
 
 
 def test_batches_hold_just_the_keys_that_training_reads(tmp_path: Path) -> None:

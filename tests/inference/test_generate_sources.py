@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from commands import TORCHRUN, World, environment, run_commands, run_python
-from helpers import generated
-from inference.worlds import model_with_tokenizer
+from inference.worlds import Theirs, model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "generate_qwen2.py"
 PROMPT, NEW = "return ( naïve 日本 )", 16
@@ -63,20 +62,6 @@ def _command(line: str, folder: Path) -> dict[str, Any]:
     return {"program": program, "flags": flags}
 
 
-@pytest.fixture(scope="module")
-def greedy():
-    """What transformers makes of the prompt, from a folder."""
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-    def text_of(folder: Path) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = Qwen2ForCausalLM.from_pretrained(folder).float().eval()
-        found = generated(model, tokenizer(PROMPT).input_ids, NEW, [0])
-        return tokenizer.decode(found, skip_special_tokens=True) + "\n"
-
-    return text_of
-
-
 @pytest.mark.parametrize(
     ("names", "folder"),
     [
@@ -86,14 +71,13 @@ def greedy():
     ],
 )
 def test_texts_are_those_of_transformers_from_any_source(
-    world: World, greedy, names: list[str], folder: str
+    world: World, names: list[str], folder: str
 ) -> None:
     for made in ("shards", "run", "run to hf", "lora"):
-        assert world.runs[made].status == 0, world.runs[made].err
-    expected = greedy(world.folder / folder)
+        world.runs[made].require()
+    expected = Theirs(world.folder / folder).text(PROMPT, NEW) + "\n"
     for name in names:
-        assert world.runs[name].status == 0, world.runs[name].err
-        assert world.runs[name].out == expected, name
+        assert world.runs[name].require().out == expected, name
     assert world.runs["from hf"].out != world.runs["from run"].out != world.runs["from lora"].out
 
 
@@ -111,8 +95,7 @@ def test_an_export_ends_its_answers_as_the_chats_have_taught(world: World) -> No
 
 def test_the_log_names_the_adapter_and_two_are_refused(world: World) -> None:
     assert f"with the adapter in {world.folder}/lora/iter_0000002" in world.runs["from lora"].err
-    refused = world.runs["two adapters"]
-    assert refused.status == 2 and "is a LoRA run, which has its own" in refused.err
+    assert "is a LoRA run, which has its own" in world.runs["two adapters"].require(2).err
 
 
 @pytest.mark.distributed

@@ -82,8 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_texts_are_those_of_transformers(world: World, name: str) -> None:
-    run = world.runs[name]
-    assert run.status == 0, run.err
+    world.runs[name].require()
     (row,) = map(json.loads, (world.folder / f"{name}.jsonl").read_text().splitlines())
     assert row["num_new_tokens"] == len(world.expected[name])
     assert row["response"] == world.decode(world.expected[name])

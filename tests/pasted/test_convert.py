@@ -410,10 +410,11 @@ def test_own_lora_run_and_peft_folder_are_taken_by_the_same_flag(
 
 def test_two_names_of_one_thing_do_not_contradict(original: Path, tmp_path: Path) -> None:
     base = f"--load-dir {original} --save-dir {tmp_path / 'out'} --save-model-type mg"
-    ended = run(f"{base} --params-dtype fp16 --dtype bf16".split())
-    assert ended.status == 2 and "--dtype says it too; leave one of them out" in ended.err
-    ended = run(f"{base} --adapter a --lora-load b".split())
-    assert ended.status == 2 and "two names of one flag" in ended.err
+    for flags, words in (
+        ("--params-dtype fp16 --dtype bf16", "--dtype says it too; leave one of them out"),
+        ("--adapter a --lora-load b", "two names of one flag"),
+    ):
+        assert words in run(f"{base} {flags}".split()).require(2).err
     assert not (tmp_path / "out").exists()
 
 
@@ -423,8 +424,8 @@ def test_a_folder_of_the_other_kind_is_named(original: Path, shards: Path, tmp_p
         ("hf", shards, "holds Megatron shards"),
     ):
         line = f"--load-model-type {kind} --load-dir {folder} --save-dir {tmp_path / 'out'}"
-        ended = run(line.split())
-        assert ended.status == 2 and words in ended.err and "--load-model-type" in ended.err
+        ended = run(line.split()).require(2)
+        assert words in ended.err and "--load-model-type" in ended.err
 
 
 @pytest.mark.parametrize("flags", ["--overwrite", ""])
@@ -435,8 +436,7 @@ def test_v2_never_writes_over_the_original(
     folder = shutil.copytree(original, tmp_path / "hf")
     before = fingerprint(folder)
     line = f"--load-model-type mg --save-model-type hf --load-dir {shards} --save-dir {folder}"
-    ended = run(f"{line} --model-type-hf qwen25 --hf-cfg-dir {original} {flags}".split())
-    assert ended.status == 0, ended.err
+    run(f"{line} --model-type-hf qwen25 --hf-cfg-dir {original} {flags}".split()).require()
     assert (folder / "mg2hf" / "config.json").is_file()
     shutil.rmtree(folder / "mg2hf")
     assert fingerprint(folder) == before

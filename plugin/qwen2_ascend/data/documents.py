@@ -15,8 +15,6 @@ import numpy as np
 from qwen2_ascend.data.chat.dataset import batch_ends
 from qwen2_ascend.data.sampler import collate
 
-NO_TOKEN = -1
-
 
 class DocumentRows:
     """A dataset of GPTDataset's samples with the ends of their documents.
@@ -37,7 +35,7 @@ class DocumentRows:
         """
         self.data = data
         self.vocab_size = getattr(data, "vocab_size", None)
-        self._eod_token = NO_TOKEN if eod_token is None else eod_token
+        self._eod_token = -1 if eod_token is None else eod_token  # no token is -1
 
     def __len__(self) -> int:
         return len(self.data)

@@ -245,8 +245,6 @@ def _link(source: str, target: str) -> None:
 
 
 def _check_space(folder: Path, parts: Sequence[Path], num_keys: int) -> None:
-    if len(parts) < 2:
-        return
     needed = sum(
         os.path.getsize(f"{part}_{i}{suffix}")
         for part in parts

@@ -38,8 +38,8 @@ class Blend(NamedTuple):
     Without weights the datasets go in whole, for one epoch, as in Megatron.
     """
 
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...] | None
+    prefixes: list[str]
+    weights: list[float] | None
 
 
 class EodTokenizer:
@@ -119,9 +119,9 @@ class PretrainingDatasetBuilder:
         shares = split_matrix(split) if split is not None else [(0.0, 1.0)] * len(SPLITS)
         ending = self.eod_token if self.eod_mask_loss else None
         prints = _check_data(blends, shares, split, self.vocab_size, ending)
-        source: dict[str, Any] = dict(blend_per_split=[_listed(blend) for blend in blends])
+        source: dict[str, Any] = dict(blend_per_split=blends)
         if split is not None:
-            source = dict(blend=_listed(next(filter(None, blends))), split=split)
+            source = dict(blend=next(filter(None, blends)), split=split)
         return dict(
             random_seed=self.seed,
             sequence_length=self.seq_length,
@@ -168,15 +168,15 @@ def parse_blend(words: Sequence[str]) -> Blend:
     """
     numbers = [_number(word) for word in words[::2]]
     if all(number is None for number in numbers):
-        return Blend(tuple(words), None)
+        return Blend(list(words), None)
     if len(words) % 2 or any(number is None for number in numbers):
         raise UserError(
             f"{' '.join(words)!r}: give prefixes only, or a weight before each: 0.3 A 0.7 B."
         )
-    weights = tuple(float(number) for number in numbers if number is not None)
+    weights = [float(number) for number in numbers if number is not None]
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise UserError(f"{' '.join(words)!r}: each weight must be above zero.")
-    return Blend(tuple(words[1::2]), weights)
+    return Blend(list(words[1::2]), weights)
 
 
 def _blends(
@@ -296,12 +296,6 @@ def _token_faults(
             "appended with --eod-token."
         )
     return faults
-
-
-def _listed(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:
-    if blend is None:
-        return None
-    return list(blend.prefixes), None if blend.weights is None else list(blend.weights)
 
 
 def _build(

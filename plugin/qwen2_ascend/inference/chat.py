@@ -78,7 +78,7 @@ def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], i
         room = generator.engine.config.max_position_embeddings - len(tokens)
         room = min(room, max_new_tokens(len(tokens)))
         if room < 1:
-            _show(
+            show(
                 f"[the chat has {len(tokens)} tokens, more than the model's context; "
                 f"{manner.begins[0]} begins anew]\n"
             )
@@ -103,8 +103,8 @@ def check_template(manner: Manner) -> None:
 
 
 def _answer(generator: Generator, request: Request) -> Completion:
-    (answer,) = generator.run([request], lambda _, piece: _show(piece))
-    _show("\n")
+    (answer,) = generator.run([request], lambda _, piece: show(piece))
+    show("\n")
     return answer
 
 
@@ -120,11 +120,12 @@ def _read_line() -> str | None:
     try:
         return input(PROMPT)
     except EOFError:
-        _show("\n")
+        show("\n")
         return None
 
 
-def _show(piece: str) -> None:
+def show(piece: str) -> None:
+    """Writes a piece of text to rank 0's standard output."""
     if rank() == 0:
         sys.stdout.write(piece.encode("utf-8", "replace").decode("utf-8"))
         sys.stdout.flush()
