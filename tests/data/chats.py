@@ -52,6 +52,9 @@ TEMPLATE = """
 """Qwen2.5's form: a default system prompt, tools in it, answers of tools in a user turn."""
 
 CHATML = TEMPLATE.replace("ENDGENERATION", "").replace("GENERATION", "")
+MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
+    "GENERATION", "{% generation %}"
+)
 
 
 def save_chat_tokenizer(folder: Path, template: str = CHATML) -> Path:

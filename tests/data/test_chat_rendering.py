@@ -11,7 +11,7 @@ import pytest
 from chats import (
     CHATML,
     DEFAULT_SYSTEM,
-    TEMPLATE,
+    MARKED,
     TOOL_TURNS,
     TOOLS,
     TURNS,
@@ -20,15 +20,13 @@ from chats import (
     said,
     save_chat_tokenizer,
 )
+from transformers import AutoTokenizer
 
 from qwen2_ascend.data.chat.formats import Chat
 from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, given_template
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError
 
-MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
-    "GENERATION", "{% generation %}"
-)
 REWRITING = CHATML.replace(
     "{{ '\\n' + message.content }}",
     "{{ '\\n' + (message.content if loop.last else message.content.split('</think>')[-1]) }}",
@@ -47,8 +45,6 @@ CHATS += [chat_of(row["messages"]) for row in chat_rows(20, seed=3)]
 
 @pytest.fixture(scope="module", params=["small", pytest.param("Qwen2.5", marks=pytest.mark.real)])
 def tokenizer(request, tmp_path_factory: pytest.TempPathFactory):
-    from transformers import AutoTokenizer
-
     if request.param == "small":
         return AutoTokenizer.from_pretrained(
             save_chat_tokenizer(tmp_path_factory.mktemp("chat_tokenizer"))
@@ -61,8 +57,6 @@ def tokenizer(request, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def small_tokenizer(tokenizer_folder: Path):
-    from transformers import AutoTokenizer
-
     loaded = AutoTokenizer.from_pretrained(tokenizer_folder)
     loaded.chat_template = CHATML
     return loaded
@@ -245,8 +239,6 @@ def test_a_chat_whose_text_lacks_a_part_is_a_bad_row(small_tokenizer, options) -
 
 def test_chats_with_tools_are_written_by_the_template_for_tools(small_tokenizer, tmp_path) -> None:
     """apply_chat_template chooses in the same way, chat by chat."""
-    from transformers import AutoTokenizer
-
     small_tokenizer.save_pretrained(tmp_path)
     many = AutoTokenizer.from_pretrained(tmp_path)
     many.chat_template = {"default": WITHOUT_TOOLS, "tool_use": CHATML}
@@ -415,7 +407,5 @@ def test_a_chat_that_the_template_refuses_is_a_bad_row(small_tokenizer) -> None:
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer_folder: Path) -> None:
-    from transformers import AutoTokenizer
-
     with pytest.raises(UserError, match=r"no chat template .* give --chat-template FILE"):
         ChatRenderer(AutoTokenizer.from_pretrained(tokenizer_folder))

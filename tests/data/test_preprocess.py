@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import documents, save_tokenizer, write_jsonl
+from corpora import documents, save_tokenizer, write_documents, write_jsonl
+from transformers import AutoTokenizer
 
 from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.command import preprocess
@@ -49,17 +50,10 @@ def result(output: Path, key: str = "text") -> tuple[bytes, bytes]:
 
 def written_directly(folder: Path, texts: list[str], tokenizer: Path, dtype) -> tuple[bytes, bytes]:
     """What Megatron's builder makes of the same ids, one document after the other."""
-    from transformers import AutoTokenizer
-
-    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
-
     encode = AutoTokenizer.from_pretrained(tokenizer)
-    builder = IndexedDatasetBuilder(str(folder / "direct.bin"), dtype=dtype)
-    for text in texts:
-        ids = [*encode(text).input_ids, encode.eos_token_id]
-        builder.add_document(ids, [len(ids)])
-    builder.finalize(str(folder / "direct.idx"))
-    return (folder / "direct.bin").read_bytes(), (folder / "direct.idx").read_bytes()
+    rows = ([*encode(text).input_ids, encode.eos_token_id] for text in texts)
+    write_documents(folder / "direct_text_document", rows, dtype)
+    return result(folder / "direct")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import documents, save_tokenizer, write_indexed, write_jsonl
+from transformers import AutoTokenizer
 
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder, fingerprint, open_indexed
 from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, parse_blend
@@ -204,8 +205,6 @@ def test_what_preprocess_writes_is_read(tmp_path: Path) -> None:
     words = f"--input {tmp_path}/a.jsonl --output-prefix {tmp_path}/a --append-eod --workers 1"
     main([*words.split(), "--tokenizer-name-or-path", str(tokenizer)])
     train = build(f"{tmp_path}/a_text_document", cache=tmp_path, vocab_size=403).train
-    from transformers import AutoTokenizer
-
     decode = AutoTokenizer.from_pretrained(tokenizer).decode
     pieces = decode(train[0]["tokens"]).split("<|endoftext|>")
     assert all(any(piece in text for text in texts) for piece in pieces)

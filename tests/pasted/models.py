@@ -65,6 +65,16 @@ def scaled(flags: list[str], config: Qwen2Config, **changes: object) -> list[str
     return words
 
 
+def tiny_line(
+    line: CommandLine, config: Qwen2Config, paths: dict[str, str | Path], **changes: object
+) -> list[str]:
+    """A line's flags for a tiny model in `paths`, in one process that computes on the CPU."""
+    sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    words = line.with_paths({"--tokenizer-name-or-path": paths["--load"], **paths})
+    changes = {**sizes, "num_layer_list": None, **changes}
+    return [*scaled(words, config, **changes), "--device", "cpu"]
+
+
 def save_adapter(folder: Path, config: Qwen2Config, lora: LoraConfig, seed: int = 3) -> Path:
     """A PEFT adapter whose matrices are not zero."""
     import torch

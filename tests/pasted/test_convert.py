@@ -24,6 +24,7 @@ from checkpoint.toys import (
     tp,
 )
 from commands import Ended
+from helpers import make_tiny_hugging_face_folder
 from pasted.command_lines import CommandLine, command_lines
 from qwen2_ascend.checkpoint.command import main
 from qwen2_ascend.checkpoint.pasted import CONVERT_FLAGS
@@ -77,10 +78,14 @@ def shards(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards as MindSpeed-LLM's converters leave them: without config.json and tokenizer."""
     folder = tmp_path_factory.mktemp("model_weights") / "mcore"
     convert(original, folder, *tp(2), *pp(2)).require()
+    leave_shards(folder)
+    return folder
+
+
+def leave_shards(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and path.name != "latest_checkpointed_iteration.txt":
             path.unlink()
-    return folder
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line.name for line in LINES])
@@ -191,8 +196,6 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers import make_tiny_hugging_face_folder
-
     return make_tiny_hugging_face_folder(tmp_path_factory.mktemp("base") / "hf")
 
 
@@ -230,12 +233,8 @@ def make_lora_run(
                 found |= {f"{stem}.base_layer.{kind}": weight} if whole else {}
                 if kind != "weight":
                     continue
-                a, b = _matrices(
-                    f"{path.parent.parent}{path.parent.name[10:]}{key}{name}",
-                    module,
-                    weight,
-                    tp_rank,
-                )
+                where = f"{path.parent.parent}{path.parent.name[10:]}{key}{name}"
+                a, b = _matrices(where, module, weight, tp_rank)
                 found |= {f"{stem}.lora_A.default.weight": a, f"{stem}.lora_B.default.weight": b}
                 after[key][name] = weight + ALPHA / RANK * (b @ a)
             state[key] = found
@@ -245,9 +244,7 @@ def make_lora_run(
     for one in (lora, merged):
         for manifest in one.rglob("qwen2_ascend_manifest.json"):
             manifest.unlink()
-    for path in lora.iterdir():
-        if path.is_file() and path.name != "latest_checkpointed_iteration.txt":
-            path.unlink()
+    leave_shards(lora)
     return lora, merged
 
 
@@ -265,6 +262,13 @@ def _matrices(where: str, module: str, weight: Any, tp_rank: int) -> tuple[Any, 
     by_columns = module in BY_COLUMNS
     a = random((RANK, weight.shape[1]), by_columns)
     return a, random((weight.shape[0], RANK), not by_columns)
+
+
+def is_merged(found: Path, merged: Path) -> None:
+    """A folder has the weights of shards."""
+    expected = found.with_name(f"{found.name}_expected")
+    convert(merged, expected, to="hf").require()
+    same_weights(found, expected)
 
 
 def same_weights(one: Path, other: Path) -> None:
@@ -287,8 +291,7 @@ def test_lora_shards_are_merged(layout: str, whole: bool, base: Path, tmp_path: 
     paths = {"--load-dir": tmp_path / "base", "--lora-load": lora, "--save-dir": ours}
     ended = run([*line.with_paths(paths), "--verify"]).require()
     assert "LoRA of rank 8" in ended.err
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(ours / "mg2hf", tmp_path / "expected")
+    is_merged(ours / "mg2hf", merged)
     with pytest.raises(AssertionError):
         same_weights(ours / "mg2hf", base)
 
@@ -300,21 +303,17 @@ def test_second_converters_lora_line(base: Path, tmp_path: Path) -> None:
         --lora-load {lora} --save-dir {tmp_path / "hf"} --hf-cfg-dir {base}
         --model-type-hf qwen25"""
     run(words.split()).require()
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(tmp_path / "hf", tmp_path / "expected")
+    is_merged(tmp_path / "hf", merged)
 
 
 def test_adapter_of_other_shards_than_the_models(base: Path, tmp_path: Path) -> None:
     """The base model may be cut otherwise, or not at all."""
     lora, merged = make_lora_run(base, tmp_path, LAYOUTS["TP2 PP2"])
     convert(base, tmp_path / "hf", "--adapter", lora, to="hf").require()
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(tmp_path / "hf", tmp_path / "expected")
+    is_merged(tmp_path / "hf", merged)
 
 
 def test_adapter_that_was_trained_on_another_model(base: Path, tmp_path: Path) -> None:
-    from helpers import make_tiny_hugging_face_folder
-
     lora, _ = make_lora_run(base, tmp_path, LAYOUTS["TP2 PP2"], whole=True)
     other = make_tiny_hugging_face_folder(tmp_path / "other", seed=1)
     ended = convert(other, tmp_path / "hf", "--lora-load", lora, to="hf").require(2)
@@ -348,8 +347,7 @@ def test_alpha_is_asked_for_where_nothing_says_it(base: Path, tmp_path: Path) ->
     ended = convert(base, tmp_path / "hf", "--lora-load", lora, to="hf").require(2)
     assert "give --lora-alpha" in ended.err
     convert(base, tmp_path / "hf", "--lora-load", lora, "--lora-alpha", 16, to="hf").require()
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(tmp_path / "hf", tmp_path / "expected")
+    is_merged(tmp_path / "hf", merged)
 
 
 def test_half_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from evaluation.local_files import write_all
 from helpers import tiny_config
 from inference.worlds import model_with_tokenizer
 from pasted.command_lines import CommandLine, command_lines, line_named
-from pasted.models import config_of, scaled
+from pasted.models import config_of, tiny_line
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.evaluation.code_runs import PERMISSION
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
@@ -92,13 +92,10 @@ class World(NamedTuple):
 
 def _flags(name: str, folder: Path, data: Path, *more: object, **changes: object) -> list[str]:
     """A published line for the tiny model, computing on the CPU in fp32."""
-    line = line_named("evaluate", name)
     paths: dict[str, str | Path] = {"--load": folder / "hf", "--task-data-path": data}
-    paths["--tokenizer-name-or-path"] = folder / "hf"
-    sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    flags = scaled(line.with_paths(paths), CONFIG, **{**sizes, "num_layer_list": None, **changes})
+    flags = tiny_line(line_named("evaluate", name), CONFIG, paths, **changes)
     flags = [flag for flag in flags if flag not in ("--bf16", "--fp16")]
-    return [*flags, "--fp32", "--device", "cpu", *map(str, more)]
+    return [*flags, "--fp32", *map(str, more)]
 
 
 def _others(folder: Path, data: dict[str, Path]) -> list[str]:

@@ -14,7 +14,7 @@ from helpers import tiny_config
 from inference import worlds
 from inference.worlds import CONTEXT, model_with_tokenizer
 from pasted.command_lines import CommandLine, command_lines, line_named
-from pasted.models import config_of, save_adapter, scaled
+from pasted.models import config_of, save_adapter, tiny_line
 from pasted.test_convert import make_lora_run
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.pasted import GENERATE_FLAGS
@@ -106,19 +106,14 @@ def test_what_does_not_hold_is_refused(more: list[str], words: str, adapter: Pat
 
 def _flags(name: str, folder: Path, load: str, **changes: object) -> list[str]:
     """A published line for the tiny model, computing on the CPU."""
-    line = line_named("generate", name)
     paths: dict[str, str | Path] = {
         "--load": folder / load,
         "--lora-load": folder / "adapter",
         "--tokenizer-name-or-path": folder / "hf",
     }
-    sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    flags = scaled(
-        line.with_paths(paths),
-        CONFIG,
-        **{**sizes, "num_layer_list": None, "max_new_tokens": NEW, **changes},
-    )
-    return [*flags, "--device", "cpu", *(() if "--bf16" in flags else ("--fp32",))]
+    changes = {"max_new_tokens": NEW, **changes}
+    flags = tiny_line(line_named("generate", name), CONFIG, paths, **changes)
+    return flags if "--bf16" in flags else [*flags, "--fp32"]
 
 
 @pytest.fixture(scope="module")
