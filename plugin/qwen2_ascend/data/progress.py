@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any
 
 from qwen2_ascend.data.output import Output
@@ -26,9 +25,7 @@ class Progress:
         self._bar = progress_bar(self._total_bytes, "B")
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None and self._documents > self._logged:

@@ -45,12 +45,7 @@ class Qwen2LM(TemplateLM):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        defaults: Defaults,
-        *,
-        seed: int = 1234,
+        self, engine: Engine, tokenizer: Tokenizer, defaults: Defaults, *, seed: int
     ) -> None:
         super().__init__()
         self._engine = engine

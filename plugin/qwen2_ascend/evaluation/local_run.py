@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 class LocalTasks:
     """The benchmarks of local files, read and checked before any process waits for another.
 
-    Args:
-        settings: all flags.
-        tokenizer: the model's.
-
     Raises:
         UserError: files that are missing or hold something else.
     """

@@ -30,13 +30,7 @@ BEGINS = ("clear", "new", "/reset")
 
 
 class Demonstration:
-    """The tasks of a command line, ready to run.
-
-    Args:
-        settings: all flags.
-        folder: the folder of the model's config.json.
-        tokenizer: the model's.
-        vocab_size: the model's.
+    """The tasks of a command line, ready to run; `folder` has the model's config.json.
 
     Raises:
         UserError: an option that cannot be used, or a chat template that is missing.

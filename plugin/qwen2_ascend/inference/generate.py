@@ -91,7 +91,7 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     from qwen2_ascend.inference.text_settings import text_settings
 
     prompts = read_prompts(settings.prompts)
-    output = _output_file(settings, prompts)
+    output = OutputFile(settings.prompts, prompts) if settings.prompts.output_file else None
     source = opened.source
     tokenizer = open_tokenizer(settings.model, source)
     is_chat = any(prompt.is_chat for prompt in prompts)
@@ -114,13 +114,6 @@ def _log(settings: GenerateSettings, source: Source, more: Iterable[str]) -> Non
     notes = settings.model.notes(settings.pasted, GENERATE_FLAGS, source.config)
     for line in (*notes, *more):
         logger.info(line)
-
-
-def _output_file(settings: GenerateSettings, prompts: Sequence[Prompt]) -> OutputFile | None:
-    wanted = settings.prompts
-    if wanted.output_file is None:
-        return None
-    return OutputFile(wanted.output_file, prompts, overwrite=wanted.overwrite, resume=wanted.resume)
 
 
 def _requests(
