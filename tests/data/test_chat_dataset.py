@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from chats import CHATML, TURNS, said, save_chat_tokenizer, write_rows
 from corpora import write_documents
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from qwen2_ascend.data.chat import prepare
 from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 from qwen2_ascend.data.chat.packing import best_fit_decreasing
 from qwen2_ascend.data.chat.settings import ChatSettings
@@ -87,8 +90,6 @@ def check_piece(piece: dict) -> int | None:
 
 def test_packs_hold_every_chat_once_each_by_itself(prefix: str) -> None:
     """Labels are moved inside a chat, positions restart, padding is a last document of its own."""
-    import torch
-
     built = build(prefix, pack=True)
     assert built.train.is_packed
     found = []
@@ -355,10 +356,6 @@ def test_what_is_kept_is_not_taken_for_another_tokenizers_or_another_releases(
     tmp_path: Path, monkeypatch
 ) -> None:
     """A tokenizer may be named as the local Hugging Face cache has it, where it is no path."""
-    from huggingface_hub import constants
-
-    from qwen2_ascend.data.chat import prepare
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": TURNS[0]}])
     for name, template in (("a", CHATML), ("b", CHATML.replace("helpful", "brief"))):

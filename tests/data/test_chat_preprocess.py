@@ -15,6 +15,7 @@ from chats import TOOL_TURNS, TOOLS, chat_rows, said, save_chat_tokenizer, write
 from transformers import AutoTokenizer
 
 from qwen2_ascend.cli import main
+from qwen2_ascend.data import parts
 from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 from qwen2_ascend.data.chat.formats import Chat
 from qwen2_ascend.data.chat.rendering import ChatRenderer
@@ -168,8 +169,6 @@ def test_workers_and_parts_change_nothing(tokenizer, expected, tmp_path: Path) -
 
 
 def test_a_run_that_was_interrupted_is_resumed(tokenizer, expected, tmp_path, monkeypatch) -> None:
-    from qwen2_ascend.data import parts
-
     sources = two_files(tmp_path)
     saves = []
     save = parts.State.save

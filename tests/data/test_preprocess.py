@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import importlib
+import fcntl
 import json
 import os
 import re
@@ -16,6 +16,7 @@ import threading
 import time
 from multiprocessing import active_children
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer
 
 from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.command import preprocess
+from qwen2_ascend.data.indexed import open_indexed
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
 
@@ -111,8 +113,6 @@ def test_every_key_has_its_own_output(tokenizer_folder: Path, tmp_path: Path) ->
 
 
 def test_summary_counts_what_was_written(corpus, tokenizer_folder, tmp_path, capsys) -> None:
-    from qwen2_ascend.data.indexed import open_indexed
-
     run(tmp_path / "a", corpus, tokenizer_folder, workers=2, log_interval=100)
     dataset = open_indexed(tmp_path / "a_text_document")
     lengths = dataset.sequence_lengths
@@ -224,19 +224,14 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch, target: str, nth: int) -> None:
     """Makes the nth call of `target` fail."""
-    module_name, names = target.split(":")
-    *path, name = names.split(".")
-    module = importlib.import_module(module_name)
-    for part in path:
-        module = getattr(module, part)
-    original, calls = getattr(module, name), iter(range(10**9))
+    original, calls = resolve_name(target), iter(range(10**9))
 
     def failing(*args, **kwargs):
         if next(calls) == nth:
             raise Interrupted(target)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, failing)
+    monkeypatch.setattr(target.replace(":", "."), failing)
 
 
 def test_an_unfinished_run_is_neither_lost_nor_mixed_up(
@@ -324,7 +319,6 @@ def test_a_network_file_system_without_locks_or_with_its_own_is_no_reason_to_sto
     corpus, expected, tokenizer_folder, tmp_path: Path, monkeypatch, number
 ) -> None:
     """NFS has EBADF for whoever locks what is not open for writing; some have no locks at all."""
-    import fcntl
 
     def flock(fd: int, kind: int) -> None:
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE

@@ -11,6 +11,7 @@ import torch
 from corpora import documents, save_tokenizer, write_indexed, write_jsonl
 from transformers import AutoTokenizer
 
+from qwen2_ascend.data.command import main
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder, fingerprint, open_indexed
 from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, parse_blend
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
@@ -197,8 +198,6 @@ def test_files_in_megatrons_style_are_read(dtype, tmp_path: Path) -> None:
 
 
 def test_what_preprocess_writes_is_read(tmp_path: Path) -> None:
-    from qwen2_ascend.data.command import main
-
     texts = documents(60)
     write_jsonl(tmp_path / "a.jsonl", texts)
     tokenizer = save_tokenizer(tmp_path / "tokenizer")

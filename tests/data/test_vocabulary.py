@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from chats import said, save_chat_tokenizer, write_rows
 from corpora import save_tokenizer, write_indexed, write_jsonl
 
@@ -88,8 +89,6 @@ def test_text_prepared_elsewhere_is_looked_at_batch_by_batch(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_is_refused_in_words_also_with_readers(tmp_path: Path, workers: int) -> None:
-    import torch
-
     class Two:
         vocab_size = 7
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands import TORCHRUN, World, commands_in, run_python
 from evaluation.lm_eval_runs import by_hf_model, metrics, needs_lm_eval
@@ -170,8 +171,6 @@ def test_perplexity_of_a_text(world: World) -> None:
 
 def expected_loss(world: World, window: int, stride: int) -> tuple[float, int]:
     """The loss by transformers' page on perplexity: labels of what was scored before are -100."""
-    import torch
-
     theirs = Theirs(world.folder / "hf")
     ids = theirs.tokenizer(TEXT, return_tensors="pt").input_ids
     total, count, previous = 0.0, 0, 1
@@ -257,8 +256,6 @@ def test_results_at_tp2_pp2_are_those_of_one_process(
 
 
 def expected_accuracy(world: World) -> float:
-    import torch
-
     theirs = Theirs(world.folder / "hf")
 
     def score(question: str, choice: str) -> float:

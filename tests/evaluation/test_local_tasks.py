@@ -11,6 +11,7 @@ import pytest
 from evaluation.lm_eval_runs import needs_lm_eval
 from evaluation.local_files import WRITERS, questions, write_all, write_csv, write_lines
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.evaluation import code_runs
 from qwen2_ascend.evaluation.benchmarks import KINDS, read_benchmark
 from qwen2_ascend.evaluation.code_runs import PERMISSION, is_python, passes
 from qwen2_ascend.evaluation.programs import Programs
@@ -196,8 +197,6 @@ def test_a_program_passes_if_it_comes_to_its_end(
 
 
 def test_a_program_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen2_ascend.evaluation import code_runs
-
     monkeypatch.setenv(PERMISSION, "1")
     monkeypatch.setattr(code_runs, "SECONDS", 1)
     assert not passes("import time\ntime.sleep(3600)")

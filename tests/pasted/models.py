@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from pasted.command_lines import CommandLine
+from qwen2_ascend.checkpoint.adapter_rules import peft_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.lora_config import LoraConfig
 
@@ -77,11 +81,6 @@ def tiny_line(
 
 def save_adapter(folder: Path, config: Qwen2Config, lora: LoraConfig, seed: int = 3) -> Path:
     """A PEFT adapter whose matrices are not zero."""
-    import torch
-    from safetensors.torch import save_file
-
-    from qwen2_ascend.checkpoint.adapter_rules import peft_pieces
-
     folder.mkdir()
     random = torch.Generator().manual_seed(seed)
     tensors = {

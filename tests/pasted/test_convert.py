@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -12,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from checkpoint.toys import (
     convert,
@@ -211,8 +215,6 @@ def make_lora_run(
     The matrices of each rank are those of its own part of a module: W + alpha / r * B A holds for
     each rank by itself. With `whole` the weights lie beside them as base_layer.
     """
-    import torch
-
     shards = folder / "base"
     convert(base, shards, *flags).require()
     lora, merged = folder / "lora", folder / "merged"
@@ -250,9 +252,6 @@ def make_lora_run(
 
 def _matrices(where: str, module: str, weight: Any, tp_rank: int) -> tuple[Any, Any]:
     """A rank's A and B; the one that is not cut is the same on every tensor-parallel rank."""
-    import hashlib
-
-    import torch
 
     def random(shape: tuple[int, int], of_rank: bool) -> Any:
         words = f"{where}{shape}{tp_rank if of_rank else ''}".encode()
@@ -272,8 +271,6 @@ def is_merged(found: Path, merged: Path) -> None:
 
 
 def same_weights(one: Path, other: Path) -> None:
-    from safetensors.numpy import load_file
-
     left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()
     for name in left:
@@ -337,8 +334,6 @@ def test_flags_about_the_adapter_are_held_to_it(
 
 
 def test_alpha_is_asked_for_where_nothing_says_it(base: Path, tmp_path: Path) -> None:
-    import torch
-
     lora, merged = make_lora_run(base, tmp_path, [])
     (path,) = lora.rglob("model_optim_rng.pt")
     state = torch.load(path, weights_only=False)
@@ -351,8 +346,6 @@ def test_alpha_is_asked_for_where_nothing_says_it(base: Path, tmp_path: Path) ->
 
 
 def test_half_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
-    import torch
-
     lora, _ = make_lora_run(base, tmp_path, [])
     (path,) = lora.rglob("model_optim_rng.pt")
     state = torch.load(path, weights_only=False)
@@ -381,9 +374,6 @@ def test_own_lora_run_and_peft_folder_are_taken_by_the_same_flag(
 ) -> None:
     """An iteration of our LoRA run is a PEFT folder; its run's folder names it."""
     peft = pytest.importorskip("peft")
-    import torch
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     names = ["q_proj", "v_proj", "down_proj"]

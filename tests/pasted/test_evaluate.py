@@ -22,6 +22,7 @@ from inference.worlds import model_with_tokenizer
 from pasted.command_lines import CommandLine, command_lines, line_named
 from pasted.models import config_of, tiny_line
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.evaluation.benchmarks import read_benchmark
 from qwen2_ascend.evaluation.code_runs import PERMISSION
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.evaluation.settings import EvaluateSettings, LocalTaskSettings, parse, validate
@@ -132,7 +133,6 @@ def expected(
     world: World, names: list[str], *, template: str | None = None, **wishes: Any
 ) -> dict[tuple[str, str], float]:
     """(task, metric) to value, by lm-eval's `hf` model on the same tasks."""
-    from qwen2_ascend.evaluation.benchmarks import read_benchmark
     from qwen2_ascend.evaluation.local_tasks import local_tasks
 
     folder = world.folder / "hf"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.evaluation.benchmarks import Benchmark, read_benchmark
-from qwen2_ascend.evaluation.lm_eval_run import Rows, run_tasks, served_model
+from qwen2_ascend.evaluation.lm_eval_run import Rows, run_tasks
 from qwen2_ascend.evaluation.local_tasks import local_tasks
 from qwen2_ascend.evaluation.programs import Programs
 from qwen2_ascend.evaluation.settings import EvaluateSettings
@@ -55,7 +55,9 @@ class LocalTasks:
 
         rows, details = run_tasks(
             self._settings,
-            model=served_model(self._settings, engine, tokenizer, defaults),
+            engine,
+            tokenizer,
+            defaults,
             tasks=[task for tasks in self._tasks.values() for task in tasks],
             task_manager=TaskManager(include_defaults=False),
             apply_chat_template=self._has_template,

@@ -35,6 +35,8 @@ DEFINITIONS = {
     "human_eval": "humaneval/humaneval.yaml",
 }
 """Files of lm-eval's folder of tasks."""
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the largest number of new tokens; the first that is there counts."""
 ASKED = (
     "There is a single choice question about {}. Answer the question by replying A, B, C or D. \n"
     "Question: "
@@ -144,8 +146,7 @@ def _adapted(
         config |= _asking_for_a_letter(subject.name.replace("_", " "))
     config = {key: _resolved(value) for key, value in config.items() if value is not None}
     if wishes.max_new_tokens is not None and config["output_type"] == "generate_until":
-        limits = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_gen_toks")
-        options = {k: v for k, v in config["generation_kwargs"].items() if k not in limits}
+        options = {k: v for k, v in config["generation_kwargs"].items() if k not in LIMITS}
         config["generation_kwargs"] = {**options, "max_gen_toks": wishes.max_new_tokens}
     return config
 

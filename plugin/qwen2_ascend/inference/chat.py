@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.communication import from_rank_zero
-from qwen2_ascend.inference.generator import Completion, Generator, Request
+from qwen2_ascend.inference.generator import Generator, Request
 from qwen2_ascend.machine import rank
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], i
             messages.pop()
             continue
         request = Request(index=turn, tokens=tokens, max_new_tokens=room)
-        answer = _answer(generator, request)
+        (answer,) = generator.run([request], lambda _, piece: show(piece))
+        show("\n")
         messages.append({"role": "assistant", "content": answer.text})
         turn += 1
 
@@ -100,12 +101,6 @@ def check_template(manner: Manner) -> None:
         manner.encode([{"role": "user", "content": "?"}])
     except UserError as error:
         raise UserError(f"a chat cannot be written: {fault}" for fault in error.faults) from None
-
-
-def _answer(generator: Generator, request: Request) -> Completion:
-    (answer,) = generator.run([request], lambda _, piece: show(piece))
-    show("\n")
-    return answer
 
 
 def _read_line() -> str | None:
