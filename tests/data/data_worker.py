@@ -11,15 +11,9 @@ def _build(run: Run, prefix: str = "A", cache: str = "cache", **settings):
     from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 
     words = ["0.4", str(run.folder / prefix), "0.6", str(run.folder / "B")]
+    given = {"data_path": words, "num_samples": (64, 8, 0), "split": "80,20", **settings}
     return PretrainingDatasetBuilder(
-        data_path=words,
-        num_samples=(64, 8, 0),
-        seq_length=16,
-        seed=7,
-        eod_token=0,
-        split="80,20",
-        data_cache_path=run.folder / cache,
-        **settings,
+        seq_length=16, seed=7, eod_token=0, data_cache_path=run.folder / cache, **given
     ).build()
 
 
@@ -81,7 +75,9 @@ def a_cache_that_is_not_shared_is_named(run: Run) -> None:
 
     _write(run)
     try:
-        _build(run, cache=f"cache-of-{run.runtime.rank}")
+        # one dataset of one split: rank 1 fails at it, and rank 0 would wait for it at the next
+        one = {"data_path": [str(run.folder / "A")], "num_samples": (16, 0, 0)}
+        _build(run, cache=f"cache-of-{run.runtime.rank}", **one)
     except UserError as error:
         assert run.runtime.rank == 1
         assert "must be on storage that all nodes share" in str(error)
