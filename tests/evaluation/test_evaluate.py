@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from commands import TORCHRUN, World, commands_in, run_python
+from data.chats import write_rows
 from evaluation.lm_eval_runs import by_hf_model, metrics, needs_lm_eval
 from inference.worlds import Theirs, model_with_tokenizer
 
@@ -86,8 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         {**row, "continuation": continuation(folder, row["question"]), "long": 2 * TEXT}
         for row in QUESTIONS
     ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "questions.jsonl").write_text(lines, encoding="utf-8")
+    write_rows(folder / "questions.jsonl", rows)
     for name, rest in TASKS.items():
         text = TASK.format(name=name, file=folder / "questions.jsonl", rest=rest)
         (folder / "tasks" / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from commands import TORCHRUN, World, environment, run_commands, run_python
+from data.chats import said, write_rows
 from inference.worlds import Theirs, model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "generate_qwen2.py"
@@ -27,11 +28,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A pretraining run, a LoRA run on shards, and what is generated from each."""
     folder = tmp_path_factory.mktemp("sources")
     model_with_tokenizer(folder / "hf")
-    chats = [
-        {"messages": [{"role": "user", "content": "be"}, {"role": "assistant", "content": text}]}
-        for text in ("the of and", "日本 語", "def return ( )")
-    ]
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    texts = ("the of and", "日本 語", "def return ( )")
+    chats = [{"messages": [said("user", "be"), said("assistant", text)]} for text in texts]
+    write_rows(folder / "chats.jsonl", chats)
     commands = {name: _command(line, folder) for name, line in _commands().items()}
     return World(folder, run_commands(folder, commands))
 
@@ -103,8 +102,7 @@ def test_a_lora_run_on_shards_at_tp2_pp2(world: World) -> None:
     flags = f"--load {world.folder}/lora {GENERATE} --prompt-file {world.folder}/prompts.jsonl "
     flags += f"--output-file {world.folder}/tp2pp2.jsonl "
     flags += "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
-    row = json.dumps({"prompt": PROMPT}, ensure_ascii=False)
-    (world.folder / "prompts.jsonl").write_text(row, encoding="utf-8")
+    write_rows(world.folder / "prompts.jsonl", [{"prompt": PROMPT}])
     run_python(*TORCHRUN, 4, LAUNCH, *flags.split())
     (line,) = (world.folder / "tp2pp2.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["response"] + "\n" == world.runs["from lora"].out
@@ -115,8 +113,7 @@ def test_an_interrupted_run_leaves_no_file_that_looks_whole(tmp_path: Path) -> N
     out, part = tmp_path / "stopped.jsonl", tmp_path / "stopped.jsonl.part"
     model_with_tokenizer(tmp_path / "hf")
     rows = [{"prompt": f"{PROMPT} {i}"} for i in range(60)]
-    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "many.jsonl").write_text(text, encoding="utf-8")
+    write_rows(tmp_path / "many.jsonl", rows)
     flags = f"--load {tmp_path}/hf --fp32 --device cpu --max-new-tokens 150 --batch-size 1 "
     flags += f"--prompt-file {tmp_path}/many.jsonl --output-file {out}"
     process = subprocess.Popen(

@@ -54,12 +54,7 @@ def preprocess(prefix: Path, source: Path, tokenizer: Path, flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    path = tmp_path_factory.mktemp("dataset") / "train-00000-of-00001.parquet"
-    pq.write_table(pa.Table.from_pylist(ROWS), path)
-    return path
+    return write_rows(tmp_path_factory.mktemp("dataset") / "train-00000-of-00001.parquet", ROWS)
 
 
 def stored(prefix: Path, key: str) -> list[list[int]]:
