@@ -20,6 +20,7 @@ from pkgutil import resolve_name
 
 import numpy as np
 import pytest
+from chats import write_rows
 from corpora import documents, save_tokenizer, write_documents, write_jsonl
 from transformers import AutoTokenizer
 
@@ -90,23 +91,21 @@ def test_large_vocabularies_take_four_bytes_a_token(corpus, tmp_path: Path) -> N
 def test_formats_and_files_mix_in_the_order_given(
     expected, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pa.table({"text": TEXTS[:100]}), tmp_path / "z.parquet")
+    rows = [{"text": text} for text in TEXTS[:100]]
+    parquet = write_rows(tmp_path / "z.parquet", rows)
     (tmp_path / "texts").mkdir()
     for i, text in enumerate(TEXTS[100:200]):
         (tmp_path / "texts" / f"{i:03d}.txt").write_text(text, encoding="utf-8", newline="")
     last = write_jsonl(tmp_path / "a.jsonl", TEXTS[200:])
-    inputs = [tmp_path / "z.parquet", tmp_path / "texts", last]
+    inputs = [parquet, tmp_path / "texts", last]
     run(tmp_path / "out", inputs, tokenizer_folder, workers=2)
     assert result(tmp_path / "out") == expected
 
 
 def test_every_key_has_its_own_output(tokenizer_folder: Path, tmp_path: Path) -> None:
-    lines = [json.dumps({"q": text, "a": text[::-1]}) for text in TEXTS[:20]]
-    (tmp_path / "qa.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    run(tmp_path / "out", tmp_path / "qa.jsonl", tokenizer_folder, json_keys=("q", "a"))
+    rows = [{"q": text, "a": text[::-1]} for text in TEXTS[:20]]
+    path = write_rows(tmp_path / "qa.jsonl", rows)
+    run(tmp_path / "out", path, tokenizer_folder, json_keys=("q", "a"))
     for key, texts in (("q", TEXTS[:20]), ("a", [text[::-1] for text in TEXTS[:20]])):
         direct = written_directly(tmp_path, texts, tokenizer_folder, np.uint16)
         assert result(tmp_path / "out", key) == direct

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from distributed.harness import Checks, Run, main
@@ -137,29 +138,16 @@ def beams(tp: int, pp: int, config: Any, run: Run) -> str:
     folder = model_folder(run, config).name
     asked_for = asked(run, f"beams-{folder}", lambda: searches(theirs(run, config)))
     built = engine(run, tp, pp, config, num_rows=6)
+    search = partial(beam_search, built, max_new_tokens=BEAM_TOKENS)
+    plain = {"sampling": Sampling(repetition_penalty=PENALTY), "seed": 1}
     for ids, num_beams, eos, wanted in asked_for:
-        found = beam_search(
-            built,
-            ids,
-            num_beams=num_beams,
-            max_new_tokens=BEAM_TOKENS,
-            eos_tokens=eos,
-            sampling=Sampling(repetition_penalty=PENALTY),
-            seed=1,
-        )
+        found = search(ids, num_beams=num_beams, eos_tokens=eos, **plain)
         assert list(found) == wanted, (num_beams, eos, found, wanted)
     lengths = {len(wanted) for *_, wanted in asked_for}
     assert len(lengths) > 3, "the texts do not end at different places"
+    sampling = Sampling(do_sample=True, temperature=1.5)
     drawn = [
-        beam_search(
-            built,
-            prompts()[0],
-            num_beams=2,
-            max_new_tokens=BEAM_TOKENS,
-            eos_tokens=(0,),
-            sampling=Sampling(do_sample=True, temperature=1.5),
-            seed=seed,
-        )
+        search(prompts()[0], num_beams=2, eos_tokens=(0,), sampling=sampling, seed=seed)
         for seed in (3, 3, 4)
     ]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -67,11 +67,9 @@ class DocumentRows:
 
 
 def stored_ends(data: Any, index: int) -> np.ndarray:
-    """Where documents of the data end in a sample and the token after it; not its own end.
+    """Where documents end in a sample and the token after it; not its own end.
 
-    Args:
-        data: a GPTDataset, or a BlendedDataset of them.
-        index: the sample's number.
+    `data` is a GPTDataset, or a BlendedDataset of them.
     """
     while hasattr(data, "dataset_index"):
         data, index = data.datasets[data.dataset_index[index]], data.dataset_sample_index[index]

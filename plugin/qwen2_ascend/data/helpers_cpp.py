@@ -49,13 +49,9 @@ def ensure_helpers_cpp() -> None:
 
 
 def compile_helpers_cpp(source: Path) -> Path:
-    """Compiles `source` unless that was done before; safe for several processes at once.
+    """The extension module's file of megatron-core's helpers.cpp, in the user's cache.
 
-    Args:
-        source: megatron-core's helpers.cpp.
-
-    Returns:
-        The extension module's file, in the user's cache.
+    It is compiled unless that was done before; safe for several processes at once.
 
     Raises:
         UserError: no compiler, or it fails.

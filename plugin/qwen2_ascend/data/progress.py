@@ -37,20 +37,20 @@ class Progress:
         self._tokens += tokens
         self._read_bytes = min(read_bytes, self._total_bytes)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._rate():,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{self._rate(self._tokens):,.0f} tokens/s", refresh=False)
             self._bar.update(self._read_bytes - self._bar.n)
         elif self._documents // self._log_interval > self._logged // self._log_interval:
             self._log()
 
-    def _rate(self) -> float:
-        return self._tokens / max(1e-9, time.monotonic() - self._started)
+    def _rate(self, count: int) -> float:
+        return count / max(1e-9, time.monotonic() - self._started)
 
     def _log(self) -> None:
         self._logged = self._documents
-        seconds = max(1e-9, time.monotonic() - self._started)
         print(
             f"processed {self._documents:,} documents, {self._tokens:,} tokens "
-            f"({self._documents / seconds:,.0f} documents/s, {self._rate():,.0f} tokens/s), "
+            f"({self._rate(self._documents):,.0f} documents/s, "
+            f"{self._rate(self._tokens):,.0f} tokens/s), "
             f"{100 * self._read_bytes / self._total_bytes:.0f}% of the input",
             flush=True,
         )

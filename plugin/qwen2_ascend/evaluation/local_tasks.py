@@ -53,12 +53,7 @@ ANSWERS = (
 
 
 class LocalTask(ConfigurableTask):
-    """A task of lm-eval's over questions that are read already.
-
-    Args:
-        config: the task's definition.
-        splits: questions by the name of their split.
-    """
+    """A task of lm-eval's over questions that are read already, by the name of their split."""
 
     def __init__(self, config: dict[str, Any], splits: Mapping[str, Sequence[Any]]) -> None:
         self._splits = splits
@@ -77,11 +72,6 @@ def local_tasks(
     benchmark: Benchmark, wishes: LocalTaskSettings, on_program: OnProgram
 ) -> list[LocalTask]:
     """One task for each of a benchmark's files.
-
-    Args:
-        benchmark: its questions.
-        wishes: what the flags say of tasks.
-        on_program: takes human_eval's answers.
 
     Raises:
         UserError: files that lm-eval has no task for.

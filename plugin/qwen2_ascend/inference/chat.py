@@ -56,12 +56,8 @@ class Manner:
 def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], int]) -> None:
     """Answers each line of rank 0's standard input, until it ends or says so.
 
-    What the cache holds of the chat so far is not computed again.
-
-    Args:
-        generator: a generator of one row.
-        manner: how the chat is led.
-        max_new_tokens: for a prompt of so many tokens.
+    What the cache of the generator, which has one row, holds of the chat so far is not computed
+    again. `max_new_tokens` is asked with the number of a prompt's tokens.
     """
     messages: Messages = []
     turn = 0

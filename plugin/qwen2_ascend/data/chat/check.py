@@ -32,12 +32,7 @@ MAX_ARRAY_BYTES = 64 * 2**20
 
 
 def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> None:
-    """What can be said of the data before there is a process group; rank 0 asks.
-
-    Args:
-        data: names prefixes and files.
-        chat: how files are read.
-        task: sft or dpo.
+    """What can be said of the data of a task, sft or dpo, before there is a process group.
 
     Raises:
         UserError: data that is missing, unreadable, empty, damaged or in no known format, or

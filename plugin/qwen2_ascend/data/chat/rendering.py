@@ -131,12 +131,9 @@ class ChatRenderer:
         ]
 
     def render(self, chat: Chat, end: int | None = None, *, ask: bool = False) -> str:
-        """The template's text of a chat's first `end` messages.
+        """The template's text of a chat's first `end` messages, or of all.
 
-        Args:
-            chat: what is rendered.
-            end: how many messages; all when None.
-            ask: with the generation prompt behind them.
+        With `ask` the generation prompt stands behind them.
 
         Raises:
             ValueError: the template refuses the chat.
