@@ -175,7 +175,7 @@ ALLOWED = {
     "data/parts.py": {"_link": "its own part"},
     "doctor/machine.py": {"*": SYSTEM},
     "evaluation/evaluate.py": {"_read_texts": NAMED_BY_USER},
-    "data/chat/rendering.py": {"_read_template": NAMED_BY_USER},
+    "data/chat/rendering.py": {"given_template": NAMED_BY_USER},
     "files.py": {"*": "the place for it"},
     "finetuning/deepspeed/checkpoint.py": {"load": "of a file that DeepSpeed has looked for"},
     "finetuning/deepspeed/config.py": {"_read": NAMED_BY_USER},

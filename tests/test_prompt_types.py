@@ -5,6 +5,7 @@ The expected texts are written out by hand, from what its formats say of each sl
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, get_args
 
 import pytest
@@ -116,8 +117,6 @@ def test_answers_end_with_im_end_whatever_the_tokenizer_says(tokenizer: Any, nam
 
 
 def test_tokenizer_has_to_know_the_end_of_an_answer(tokenizer: Any) -> None:
-    from copy import deepcopy
-
     check_tokenizer("qwen", tokenizer)
     other = deepcopy(tokenizer)
     other.convert_tokens_to_ids = lambda token: None

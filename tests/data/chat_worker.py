@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from distributed.harness import Checks, Run, main
@@ -16,20 +15,15 @@ def _stored(run: Run) -> str:
     """Chats of 5 to 60 tokens of a vocabulary of 256, the loss on some of them."""
     import numpy as np
 
-    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
+    from data.corpora import write_documents
 
     draw = np.random.default_rng(2)
     chats = [draw.integers(1, 256, draw.integers(5, 61)) for _ in range(NUM_CHATS)]
-    for key in ("input_ids", "labels"):
-        path = f"{run.folder / 'chats'}_packed_{key}_document"
-        builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
-        for ids in chats:
-            row: Any = ids
-            if key == "labels":
-                row = np.where(ids % 3 == 0, -100, ids)
-                row[1] = ids[1]  # each chat has a loss
-            builder.add_document(row, [len(row)])
-        builder.finalize(f"{path}.idx")
+    labels = [np.where(ids % 3 == 0, -100, ids) for ids in chats]
+    for ids, row in zip(chats, labels, strict=True):
+        row[1] = ids[1]  # each chat has a loss
+    for key, rows in (("input_ids", chats), ("labels", labels)):
+        write_documents(run.folder / f"chats_packed_{key}_document", rows, np.int32)
     return str(run.folder / "chats")
 
 
@@ -172,6 +166,7 @@ def a_file_of_chats_is_prepared_by_rank_0_and_read_by_all(run: Run) -> str:
 
 @CHECKS.add(world_size=2)
 def a_bad_row_is_raised_on_every_rank_and_nobody_waits(run: Run) -> None:
+    import pytest
     import torch.distributed as dist
 
     from data.chats import save_chat_tokenizer, write_rows
@@ -182,19 +177,17 @@ def a_bad_row_is_raised_on_every_rank_and_nobody_waits(run: Run) -> None:
         save_chat_tokenizer(run.folder / "tokenizer")
         write_rows(run.folder / "a.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
     dist.barrier()
-    path = Path(run.folder / "a.jsonl")
-    try:
-        ChatDatasetBuilder(
-            seq_length=64,
-            seed=1,
-            data_path=[str(path)],
-            tokenizer=str(run.folder / "tokenizer"),
-            workers=1,
-        ).build()
-    except UserError as error:
-        assert f"{path}:1: the assistant says nothing to train on." in error.faults
-    else:
-        raise AssertionError("the bad row was not noticed")
+    path = run.folder / "a.jsonl"
+    builder = ChatDatasetBuilder(
+        seq_length=64,
+        seed=1,
+        data_path=[str(path)],
+        tokenizer=str(run.folder / "tokenizer"),
+        workers=1,
+    )
+    with pytest.raises(UserError) as caught:
+        builder.build()
+    assert f"{path}:1: the assistant says nothing to train on." in caught.value.faults
 
 
 if __name__ == "__main__":

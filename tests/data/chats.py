@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from data.corpora import save_tokenizer
+import pytest
+
+from data.corpora import documents, save_tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -52,6 +57,9 @@ TEMPLATE = """
 """Qwen2.5's form: a default system prompt, tools in it, answers of tools in a user turn."""
 
 CHATML = TEMPLATE.replace("ENDGENERATION", "").replace("GENERATION", "")
+MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
+    "GENERATION", "{% generation %}"
+)
 
 
 def save_chat_tokenizer(folder: Path, template: str = CHATML) -> Path:
@@ -102,21 +110,23 @@ TOOL_TURNS = [
 
 
 def write_rows(path: Path, rows: Sequence[object]) -> Path:
-    """JSONL, or a JSON array when `path` ends in .json."""
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
+    """JSONL, or what the name says: a JSON array, Parquet; packed where it ends in .gz."""
+    if path.suffix == ".parquet":
+        pa: Any = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+        return path
+    if ".json" in path.suffixes:
+        text = json.dumps(rows, indent=2, ensure_ascii=False)
     else:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        path.write_text("".join(lines), encoding="utf-8")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
 
 def chat_rows(count: int, *, seed: int = 0, longest: int = 30) -> list[dict]:
     """Rows of OpenAI messages with one to three turns of the assistant."""
-    import random
-
-    from data.corpora import documents
-
     draw = random.Random(seed)
     texts = iter(documents(count * 6, seed=seed, longest=longest))
     return [

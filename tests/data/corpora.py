@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,16 +56,30 @@ def save_tokenizer(folder: Path, *, eos_token: str = "<|endoftext|>", holes: int
     return folder
 
 
+def write_documents(prefix: str | Path, rows: Iterable[Sequence[int]], dtype=np.uint16) -> Path:
+    """An indexed dataset of these tokens, a document a row."""
+    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for row in rows:
+        builder.add_document(row, [len(row)])
+    builder.finalize(f"{prefix}.idx")
+    return Path(prefix)
+
+
+def stored(prefix: str | Path) -> list[np.ndarray]:
+    """The documents that megatron-core's IndexedDataset reads."""
+    from qwen2_ascend.data.indexed import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    return [np.array(dataset[i]) for i in range(len(dataset))]
+
+
 def write_indexed(prefix: Path, lengths: Sequence[int], *, first: int = 1, dtype=np.uint16) -> Path:
     """An indexed dataset as Megatron's own preprocessing writes it.
 
     Document i holds `first + i` over and over and ends with token 0, so every token says where it
     is from.
     """
-    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for i, length in enumerate(lengths):
-        builder.add_document([first + i] * (length - 1) + [0], [length])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
+    rows = ([first + i] * (length - 1) + [0] for i, length in enumerate(lengths))
+    return write_documents(prefix, rows, dtype)

@@ -7,13 +7,13 @@ from distributed.harness import Checks, Run, main
 CHECKS = Checks()
 
 
-def _build(run: Run, prefix: str = "A", **settings):
+def _build(run: Run, prefix: str = "A", cache: str = "cache", **settings):
     from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 
     words = ["0.4", str(run.folder / prefix), "0.6", str(run.folder / "B")]
-    settings = {"num_samples": (64, 8, 0), "seq_length": 16, "seed": 7, "eod_token": 0, **settings}
+    given = {"data_path": words, "num_samples": (64, 8, 0), "split": "80,20", **settings}
     return PretrainingDatasetBuilder(
-        data_path=words, split="80,20", data_cache_path=run.folder / "cache", **settings
+        seq_length=16, seed=7, eod_token=0, data_cache_path=run.folder / cache, **given
     ).build()
 
 
@@ -59,34 +59,25 @@ def rank_0_builds_the_cache_and_all_ranks_read_the_same(run: Run) -> str:
 
 @CHECKS.add(world_size=2)
 def a_users_mistake_is_raised_on_every_rank_and_nobody_waits(run: Run) -> None:
+    import pytest
+
     from qwen2_ascend.errors import UserError
 
     _write(run)
-    try:
+    with pytest.raises(UserError, match=r"missing\.bin: no such file"):
         _build(run, prefix="missing")
-    except UserError as error:
-        assert "missing.bin: no such file" in str(error)
-    else:
-        raise AssertionError("the missing file was not noticed")
 
 
 @CHECKS.add(world_size=2)
 def a_cache_that_is_not_shared_is_named(run: Run) -> None:
     """Rank 1 looks for the cache elsewhere, as on a node with a disk of its own."""
-    from qwen2_ascend.data import pretraining
     from qwen2_ascend.errors import UserError
 
     _write(run)
-    elsewhere = run.folder / f"cache-of-{run.runtime.rank}"
     try:
-        pretraining.PretrainingDatasetBuilder(
-            data_path=[str(run.folder / "A")],
-            num_samples=(16, 0, 0),
-            seq_length=16,
-            seed=7,
-            eod_token=0,
-            data_cache_path=elsewhere,
-        ).build()
+        # one dataset of one split: rank 1 fails at it, and rank 0 would wait for it at the next
+        one = {"data_path": [str(run.folder / "A")], "num_samples": (16, 0, 0)}
+        _build(run, cache=f"cache-of-{run.runtime.rank}", **one)
     except UserError as error:
         assert run.runtime.rank == 1
         assert "must be on storage that all nodes share" in str(error)
@@ -101,45 +92,35 @@ def each_node_writes_the_index_of_its_own_disk(run: Run) -> str:
 
     import torch.distributed as dist
 
-    from qwen2_ascend.data import pretraining
-
     _write(run)
-    rank, cache = run.runtime.rank, run.folder / f"disk-of-{run.runtime.rank}"
+    rank, cache = run.runtime.rank, f"disk-of-{run.runtime.rank}"
     os.environ["LOCAL_RANK"] = "0"
     try:
-        built = pretraining.PretrainingDatasetBuilder(
-            data_path=["0.4", str(run.folder / "A"), "0.6", str(run.folder / "B")],
-            num_samples=(64, 0, 0),
-            seq_length=16,
-            seed=7,
-            eod_token=0,
-            data_cache_path=cache,
-            each_node_builds=True,
-        ).build()
+        built = _build(run, cache=cache, each_node_builds=True)
     finally:
         os.environ["LOCAL_RANK"] = str(rank)
     assert dist.get_rank() == rank
     digests: list[str] = [""] * 2
-    dist.all_gather_object(digests, _digest(built[:1]))
+    dist.all_gather_object(digests, _digest(built))
     assert digests[0] == digests[1]
-    written = sorted(path.name for path in cache.iterdir())
+    written = sorted(path.name for path in (run.folder / cache).iterdir())
     assert len(written) >= 8, written
     return f"{len(written)} files"
 
 
 @CHECKS.add(world_size=2)
 def a_folder_of_checkpoints_must_be_shared(run: Run) -> str:
+    import pytest
+
     from qwen2_ascend.errors import UserError
     from qwen2_ascend.training.setup import require_shared
 
     require_shared(run.folder / "save")
     (run.folder / f"{run.runtime.rank}").mkdir()
-    try:
+    with pytest.raises(UserError, match="is not seen here") as caught:
         require_shared(run.folder / f"{run.runtime.rank}" / "save")
-    except UserError as error:
-        assert "rank 1" in str(error) and "is not seen here" in str(error)
-        return str(error)
-    raise AssertionError("rank 1 does not see what rank 0 writes")
+    assert "rank 1" in str(caught.value)
+    return str(caught.value)
 
 
 if __name__ == "__main__":

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from chats import CHATML, TURNS, said, save_chat_tokenizer, write_rows
+from corpora import write_documents
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from qwen2_ascend.data.chat import prepare
 from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 from qwen2_ascend.data.chat.packing import best_fit_decreasing
+from qwen2_ascend.data.chat.settings import ChatSettings
+from qwen2_ascend.data.sampler import build_data_iterator
 from qwen2_ascend.errors import UserError
 
 SEQ_LENGTH = 64
 
 
 def write_stored(
-    prefix: Path, chats: list[tuple[list[int], list[int]]], keys=("input_ids", "labels"), **more
+    prefix: Path, chats: Sequence[tuple[list[int], ...]], keys=("input_ids", "labels")
 ) -> None:
-    """Rows of ids and labels, as MindSpeed-LLM writes them, and any further dataset."""
-    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
-
-    columns = {key: [chat[i] for chat in chats] for i, key in enumerate(keys)} | more
-    for key, rows in columns.items():
-        path = f"{prefix}_packed_{key}_document"
-        builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
-        for row in rows:
-            builder.add_document(row, [len(row)])
-        builder.finalize(f"{path}.idx")
+    """Rows of ids and labels, as MindSpeed-LLM writes them, or what `keys` names."""
+    for i, key in enumerate(keys):
+        rows = [chat[i] for chat in chats]
+        write_documents(f"{prefix}_packed_{key}_document", rows, np.int32)
 
 
 def chat(number: int, length: int, trained: int | None = None) -> tuple[list[int], list[int]]:
@@ -88,19 +90,13 @@ def check_piece(piece: dict) -> int | None:
 
 def test_packs_hold_every_chat_once_each_by_itself(prefix: str) -> None:
     """Labels are moved inside a chat, positions restart, padding is a last document of its own."""
-    import torch
-
     built = build(prefix, pack=True)
     assert built.train.is_packed
     found = []
     for sample in all_samples(built.train):
-        assert {key: value.dtype for key, value in sample.items() if key != "ends"} == {
-            "tokens": torch.int64,
-            "labels": torch.int64,
-            "loss_mask": torch.float32,
-            "position_ids": torch.int64,
-            "index": torch.int64,
-        }
+        dtypes = {key: value.dtype for key, value in sample.items() if key != "ends"}
+        assert dtypes.pop("loss_mask") == torch.float32
+        assert dtypes == dict.fromkeys(("tokens", "labels", "position_ids", "index"), torch.int64)
         assert sample["ends"][-1] == len(sample["tokens"]) == SEQ_LENGTH
         numbers = [check_piece(piece) for piece in pieces(sample)]
         assert None not in numbers[:-1]
@@ -144,8 +140,6 @@ def test_variable_lengths_are_those_of_the_longest_in_the_batch(prefix: str, mul
 
 
 def test_a_batchs_ends_run_over_its_rows(prefix: str) -> None:
-    from qwen2_ascend.data.sampler import build_data_iterator
-
     data = build(prefix, pack=True).train
     batch = next(build_data_iterator(data, 0, 3, 0, 1))
     rows = [data[i]["ends"] for i in range(3)]
@@ -158,8 +152,6 @@ def test_a_batchs_ends_run_over_its_rows(prefix: str) -> None:
 
 
 def test_processes_that_read_ahead_give_the_same(prefix: str) -> None:
-    from qwen2_ascend.data.sampler import build_data_iterator
-
     data = build(prefix, pack=True, num_samples=(12, 0)).train
     plain, ahead = (list(build_data_iterator(data, 0, 3, 0, 1, workers)) for workers in (0, 1))
     assert len(plain) == len(ahead) == 4
@@ -209,17 +201,12 @@ def test_every_epoch_has_every_sample_in_an_order_of_its_own(prefix: str) -> Non
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_ranks_share_the_samples_out_and_a_resumed_run_goes_on(prefix: str, pack: bool) -> None:
-    from qwen2_ascend.data.sampler import build_data_iterator
-
     def read(consumed: int, dp_size: int, count: int) -> list[int]:
         """The samples of `count` steps of global batch 4, by all ranks, in Megatron's order."""
-        ranks = [
-            [
-                batch["index"].tolist()
-                for batch in build_data_iterator(data, consumed, 2, rank, dp_size)
-            ]
-            for rank in range(dp_size)
-        ]
+        iterators = (
+            build_data_iterator(data, consumed, 2, rank, dp_size) for rank in range(dp_size)
+        )
+        ranks = [[batch["index"].tolist() for batch in batches] for batches in iterators]
         steps = zip(*ranks, strict=True)
         return [i for step in steps for rank in step for i in rank][: 4 * count]
 
@@ -239,11 +226,15 @@ def test_validation_is_the_split_and_training_does_not_see_it(prefix: str) -> No
 # --- pairs ----------------------------------------------------------------------------------------
 
 
+def write_pairs(prefix: Path, chosen: list, rejected: list) -> None:
+    for side, chats in (("chosen", chosen), ("rejected", rejected)):
+        write_stored(prefix, chats, keys=(f"{side}_input_ids", f"{side}_labels"))
+
+
 def test_pairs_are_two_rows_chosen_first(tmp_path: Path) -> None:
     chosen = [chat(n, 10 + n) for n in range(4)]
     rejected = [chat(n + 50, 20 - n) for n in range(4)]
-    for side, chats in (("chosen", chosen), ("rejected", rejected)):
-        write_stored(tmp_path / "p", chats, keys=(f"{side}_input_ids", f"{side}_labels"))
+    write_pairs(tmp_path / "p", chosen, rejected)
     data = build(str(tmp_path / "p"), task="dpo", variable_seq_lengths=True, num_samples=(8, 0))
     batch = data.train.collate([data.train[i] for i in range(3)])
     numbers = batch["index"].tolist()
@@ -262,22 +253,13 @@ def test_pairs_are_two_rows_chosen_first(tmp_path: Path) -> None:
 def test_mindspeeds_packs_are_read_by_their_mask(tmp_path: Path) -> None:
     """--neat-pack numbers the chats of a row from 1; 0 is padding."""
     rows = [[0, 3], [1, 4, 8]]
-    packed = [
-        (
-            [i for n in row for i in CHATS[n][0]],
-            [i for n in row for i in CHATS[n][1]],
-            [k for k, n in enumerate(row, 1) for _ in CHATS[n][0]],
-        )
-        for row in rows
-    ]
-    packed = [
-        (
-            ids + [0] * (60 - len(ids)),
-            labels + [-100] * (60 - len(ids)),
-            mask + [0] * (60 - len(ids)),
-        )
-        for ids, labels, mask in packed
-    ]
+    packed = []
+    for row in rows:
+        ids = [i for n in row for i in CHATS[n][0]]
+        labels = [i for n in row for i in CHATS[n][1]]
+        mask = [k for k, n in enumerate(row, 1) for _ in CHATS[n][0]]
+        rest = 60 - len(ids)
+        packed.append((ids + [0] * rest, labels + [-100] * rest, mask + [0] * rest))
     write_stored(tmp_path / "m", packed, keys=("input_ids", "labels", "attention_mask"))
     data = build(str(tmp_path / "m"), shuffle=False).train
     assert data.is_packed
@@ -305,9 +287,7 @@ def test_pairs_whose_answers_part_behind_the_cut_stop_or_are_left_out(tmp_path: 
     labels = [-100] * 10 + ids[10:]
     longer = [(ids, labels), (ids[:20], labels[:20]), (ids[:64], labels[:64])]
     other = [([*ids[:79], 99], [*labels[:79], 99]), (ids[:19], labels[:19]), (ids, labels)]
-    for key, rows in (("chosen_", longer), ("rejected_", other)):
-        keys = (f"{key}input_ids", f"{key}labels")
-        write_stored(tmp_path / "p", rows, keys=keys)
+    write_pairs(tmp_path / "p", longer, other)
     with pytest.raises(UserError, match=r"2 train pair\(s\) have the same answers in the first 64"):
         build(str(tmp_path / "p"), task="dpo")
     built = build(str(tmp_path / "p"), task="dpo", on_bad_row="skip")
@@ -358,8 +338,6 @@ def test_a_file_of_chats_is_prepared_once(tmp_path: Path, capsys) -> None:
     path = write_rows(tmp_path / "chats.jsonl", rows)
 
     def texts() -> set[str]:
-        from transformers import AutoTokenizer
-
         data = build(str(path), tokenizer=str(tokenizer), workers=1, pack=True).train
         decode = AutoTokenizer.from_pretrained(tokenizer).decode
         return {decode(sample["labels"][sample["loss_mask"] == 1]) for sample in all_samples(data)}
@@ -378,10 +356,6 @@ def test_what_is_kept_is_not_taken_for_another_tokenizers_or_another_releases(
     tmp_path: Path, monkeypatch
 ) -> None:
     """A tokenizer may be named as the local Hugging Face cache has it, where it is no path."""
-    from huggingface_hub import constants
-
-    from qwen2_ascend.data.chat import prepare
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": TURNS[0]}])
     for name, template in (("a", CHATML), ("b", CHATML.replace("helpful", "brief"))):
@@ -415,10 +389,6 @@ def test_a_place_for_prepared_chats_that_cannot_be_written_is_said(tmp_path: Pat
 
 def test_prompt_type_reaches_the_samples_of_a_file(tmp_path: Path) -> None:
     """A file that was prepared with another template is prepared again."""
-    from transformers import AutoTokenizer
-
-    from qwen2_ascend.data.chat.settings import ChatSettings
-
     folder = save_chat_tokenizer(tmp_path / "tokenizer", "{{ messages[0].content }}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     turns = [said("user", "q"), said("assistant", "a"), said("user", "r"), said("assistant", "b")]

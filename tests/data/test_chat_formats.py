@@ -21,6 +21,14 @@ def spoken(chat) -> list[tuple[str, str]]:
     return [(m["role"], m["content"]) for m in chat.messages]
 
 
+def openai(turns) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def sharegpt(turns) -> list[dict]:
+    return [{"from": role, "value": text} for role, text in turns]
+
+
 TWO_TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2\ni2"), ("assistant", "a2")]
 SYSTEM = [("system", "s"), *TWO_TURNS]
 
@@ -48,31 +56,20 @@ SYSTEM = [("system", "s"), *TWO_TURNS]
         ),
         (
             {
-                "conversations": [
-                    {"from": {"user": "human", "assistant": "gpt"}[r], "value": t}
-                    for r, t in TWO_TURNS
-                ],
+                "conversations": sharegpt(
+                    ({"user": "human", "assistant": "gpt"}[r], text) for r, text in TWO_TURNS
+                ),
                 "system": "s",
             },
             None,
             "sharegpt",
             SYSTEM,
         ),
+        ({"conversations": sharegpt(SYSTEM)}, None, "sharegpt", SYSTEM),
+        ({"messages": openai(SYSTEM)}, None, "openai", SYSTEM),
+        ({"conversations": openai(TWO_TURNS), "system": "s"}, None, "openai", SYSTEM),
         (
-            {"conversations": [{"from": r, "value": t} for r, t in SYSTEM]},
-            None,
-            "sharegpt",
-            SYSTEM,
-        ),
-        ({"messages": [{"role": r, "content": t} for r, t in SYSTEM]}, None, "openai", SYSTEM),
-        (
-            {"conversations": [{"role": r, "content": t} for r, t in TWO_TURNS], "system": "s"},
-            None,
-            "openai",
-            SYSTEM,
-        ),
-        (
-            {"messages": [{"role": r, "content": [{"text": t}]} for r, t in SYSTEM]},
+            {"messages": openai((role, [{"text": text}]) for role, text in SYSTEM)},
             None,
             "openai",
             SYSTEM,
@@ -112,47 +109,45 @@ def test_llama_factorys_columns_and_mindspeeds_handlers_mean_the_same() -> None:
 
 
 CALL = {"name": "f", "arguments": {"a": 1}}
+FUNCTION = {"name": "f", "parameters": {}}
+OPENAI_CALL = {
+    "id": None,
+    "type": "function",
+    "function": {**CALL, "arguments": json.dumps(CALL["arguments"])},
+}
 
 
 @pytest.mark.parametrize(
     "row",
     [
         {
-            "conversations": [
-                {"from": "human", "value": "q"},
-                {"from": "function_call", "value": json.dumps(CALL)},
-                {"from": "observation", "value": "r"},
-                {"from": "gpt", "value": "a"},
-            ],
-            "tools": json.dumps([{"name": "f", "parameters": {}}]),
+            "conversations": sharegpt(
+                [
+                    ("human", "q"),
+                    ("function_call", json.dumps(CALL)),
+                    ("observation", "r"),
+                    ("gpt", "a"),
+                ]
+            ),
+            "tools": json.dumps([FUNCTION]),
         },
         {
             "messages": [
-                {"role": "user", "content": "q"},
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "tool_calls": [
-                        {
-                            "id": None,
-                            "type": "function",
-                            "function": {**CALL, "arguments": json.dumps(CALL["arguments"])},
-                        }
-                    ],
-                },
-                {"role": "tool", "content": "r"},
-                {"role": "assistant", "content": "a", "tool_calls": None},
+                said("user", "q"),
+                {"role": "assistant", "content": None, "tool_calls": [OPENAI_CALL]},
+                said("tool", "r"),
+                said("assistant", "a", tool_calls=None),
             ],
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "tools": [{"type": "function", "function": FUNCTION}],
         },
         {
             "messages": [
-                {"role": "user", "content": "q"},
-                {"role": "assistant", "content": "", "function_call": CALL},
-                {"role": "function", "content": "r"},
-                {"role": "assistant", "content": "a"},
+                said("user", "q"),
+                said("assistant", "", function_call=CALL),
+                said("function", "r"),
+                said("assistant", "a"),
             ],
-            "tools": {"name": "f", "parameters": {}},
+            "tools": FUNCTION,
         },
     ],
     ids=["sharegpt", "openai", "openai-legacy"],
@@ -163,14 +158,14 @@ def test_tool_calls_have_arguments_as_objects(row) -> None:
     assert spoken(chat) == [("user", "q"), ("assistant", ""), ("tool", "r"), ("assistant", "a")]
     assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}]
     assert chat.trained == (1, 3)
-    assert chat.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert chat.tools == [{"type": "function", "function": FUNCTION}]
 
 
 def test_openais_weight_leaves_a_turn_out() -> None:
     turns = [("user", "q"), ("assistant", "bad"), ("user", "again"), ("assistant", "good")]
-    row = {"messages": [{"role": r, "content": t} for r, t in turns]}
-    row["messages"][1]["weight"] = 0
-    (chat,) = read(row)[1]
+    messages = openai(turns)
+    messages[1]["weight"] = 0
+    (chat,) = read({"messages": messages})[1]
     assert chat.trained == (3,)
     assert all("weight" not in message for message in chat.messages)
 
@@ -178,79 +173,36 @@ def test_openais_weight_leaves_a_turn_out() -> None:
 # --- preference pairs -----------------------------------------------------------------------------
 
 PROMPT = [("user", "q1"), ("assistant", "a1"), ("user", "q2")]
-OPENAI_PROMPT = [{"role": r, "content": t} for r, t in PROMPT]
-SHAREGPT_PROMPT = [{"from": r, "value": t} for r, t in PROMPT]
+OPENAI_PROMPT = openai(PROMPT)
+YES, NO = said("assistant", "yes"), said("assistant", "no")
+CHOSEN, REJECTED = [*OPENAI_PROMPT, YES], [*OPENAI_PROMPT, NO]
 
 
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        (
-            {"prompt": OPENAI_PROMPT, "chosen": said, "rejected": unsaid},
-            "preference",
-        )
-        for said, unsaid in (
-            ("yes", "no"),
-            ({"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}),
-            ([{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]),
-        )
-    ]
-    + [
+        ({"prompt": OPENAI_PROMPT, "chosen": "yes", "rejected": "no"}, "preference"),
+        ({"prompt": OPENAI_PROMPT, "chosen": YES, "rejected": NO}, "preference"),
+        ({"prompt": OPENAI_PROMPT, "chosen": [YES], "rejected": [NO]}, "preference"),
+        ({"chosen": CHOSEN, "rejected": REJECTED}, "preference"),
+        ({"prompt": "q2", "chosen": CHOSEN, "rejected": REJECTED}, "preference"),
         (
             {
-                side: [*OPENAI_PROMPT, {"role": "assistant", "content": text}]
-                for side, text in (("chosen", "yes"), ("rejected", "no"))
-            },
-            "preference",
-        ),
-        (
-            {
-                "prompt": "q2",
-                "chosen": [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}],
-                "rejected": [*OPENAI_PROMPT, {"role": "assistant", "content": "no"}],
-            },
-            "preference",
-        ),
-        (
-            {
-                "conversations": SHAREGPT_PROMPT,
+                "conversations": sharegpt(PROMPT),
                 "chosen": {"from": "gpt", "value": "yes"},
                 "rejected": {"from": "gpt", "value": "no"},
             },
             "sharegpt",
         ),
         (
-            {
-                "instruction": "q2",
-                "history": [["q1", "a1"]],
-                "chosen": "yes",
-                "rejected": "no",
-            },
+            {"instruction": "q2", "history": [["q1", "a1"]], "chosen": "yes", "rejected": "no"},
             "alpaca",
         ),
+        ({"instruction": "q2", "history": [["q1", "a1"]], "output": ["yes", "no"]}, "alpaca"),
+        ({"messages": CHOSEN, "rejected_response": "no"}, "openai"),
+        ({"messages": CHOSEN, "rejected_messages": REJECTED}, "openai"),
         (
-            {"instruction": "q2", "history": [["q1", "a1"]], "output": ["yes", "no"]},
-            "alpaca",
-        ),
-        (
-            {
-                "messages": [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}],
-                "rejected_response": "no",
-            },
-            "openai",
-        ),
-        (
-            {
-                side: [*OPENAI_PROMPT, {"role": "assistant", "content": text}]
-                for side, text in (("messages", "yes"), ("rejected_messages", "no"))
-            },
-            "openai",
-        ),
-        (
-            {
-                "conversations": [*SHAREGPT_PROMPT, {"from": "gpt", "value": "yes"}],
-                "rejected_response": "no",
-            },
+            {"conversations": sharegpt([*PROMPT, ("gpt", "yes")]), "rejected_response": "no"},
             "sharegpt",
         ),
     ],
@@ -264,11 +216,9 @@ def test_pairs_are_trained_on_behind_what_they_share(row, kind) -> None:
 
 
 def test_a_system_prompt_is_in_front_of_both_of_ms_swifts_answers() -> None:
-    chosen = [*OPENAI_PROMPT, {"role": "assistant", "content": "yes"}]
-    rejected = [*OPENAI_PROMPT, {"role": "assistant", "content": "no"}]
     for row in (
-        {"messages": chosen, "rejected_response": "no", "system": "s"},
-        {"messages": chosen, "rejected_messages": rejected, "system": "s"},
+        {"messages": CHOSEN, "rejected_response": "no", "system": "s"},
+        {"messages": CHOSEN, "rejected_messages": REJECTED, "system": "s"},
     ):
         found, (yes, no) = read(row, "dpo")
         assert spoken(yes) == [("system", "s"), *PROMPT, ("assistant", "yes")]
@@ -288,7 +238,7 @@ def test_a_pairs_system_prompt_is_in_front_of_both() -> None:
 
 
 def turns(*texts: tuple[str, object]) -> dict:
-    return {"messages": [{"role": r, "content": t} for r, t in texts]}
+    return {"messages": openai(texts)}
 
 
 @pytest.mark.parametrize(
@@ -305,19 +255,8 @@ def turns(*texts: tuple[str, object]) -> dict:
         (turns(("user", [{"image": "x"}]), ("assistant", "a")), "turn 1 holds something other"),
         (turns(("alien", "q"), ("assistant", "a")), "turn 1 of 'messages' is from 'alien'"),
         ({"messages": ["q", "a"]}, "turn 1 of 'messages' has no 'role'"),
-        (
-            {**turns(("user", "q"), ("assistant", "a")), "tools": "{"},
-            "'tools' is not JSON",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "q"},
-                    {"role": "function_call", "content": "f"},
-                ]
-            },
-            "the function call in turn 2 is not JSON",
-        ),
+        ({**turns(("user", "q"), ("assistant", "a")), "tools": "{"}, "'tools' is not JSON"),
+        (turns(("user", "q"), ("function_call", "f")), "the function call in turn 2 is not JSON"),
         (
             {**turns(("system", "s"), ("user", "q"), ("assistant", "a")), "system": "t"},
             "has two system prompts",
@@ -349,8 +288,8 @@ def test_what_is_in_no_format(row, task, reason) -> None:
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "'rejected' is missing or empty"),
         (
             {
-                "chosen": turns(("user", "q"), ("assistant", "a"))["messages"],
-                "rejected": turns(("user", "p"), ("assistant", "a"))["messages"],
+                "chosen": [said("user", "q"), said("assistant", "a")],
+                "rejected": [said("user", "p"), said("assistant", "a")],
             },
             "do not part at an answer of the assistant",
         ),
@@ -380,12 +319,12 @@ def test_faults_of_map_keys(text, message) -> None:
 def test_every_key_that_says_not_this_one_is_obeyed(key: str, no: object) -> None:
     """OpenAI's, ms-swift's, slime's, verl's and axolotl's."""
     turns = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", key: no},
-        {"role": "user", "content": "c", key: no},
-        {"role": "assistant", "content": "d", key: 1},
-        {"role": "user", "content": "e", key: None},
-        {"role": "assistant", "content": "f"},
+        said("user", "a"),
+        said("assistant", "b", **{key: no}),
+        said("user", "c", **{key: no}),
+        said("assistant", "d", **{key: 1}),
+        said("user", "e", **{key: None}),
+        said("assistant", "f"),
     ]
     (chat,) = row_format("openai", "sft", {}).chats({"messages": turns})
     assert chat.trained == (3, 5)
@@ -409,11 +348,7 @@ def test_every_key_that_says_not_this_one_is_obeyed(key: str, no: object) -> Non
     ],
 )
 def test_what_cannot_be_obeyed_of_such_a_key_is_refused(role, value, reason) -> None:
-    turns = [
-        {"role": "user", "content": "a"},
-        {"role": role, "content": "b", "loss": value},
-        {"role": "assistant", "content": "c"},
-    ]
+    turns = [said("user", "a"), said(role, "b", loss=value), said("assistant", "c")]
     with pytest.raises(ValueError, match=reason):
         row_format("openai", "sft", {}).chats({"messages": turns})
 
@@ -463,8 +398,8 @@ def test_openais_older_functions_are_tools() -> None:
 
 def test_keys_that_mean_nothing_are_found() -> None:
     messages = [
-        {"role": "user", "content": "a", "mask": 1, "tool_call_id": "x"},
-        {"role": "assistant", "content": "b", "weight": 1, "logprobs": []},
+        said("user", "a", mask=1, tool_call_id="x"),
+        said("assistant", "b", weight=1, logprobs=[]),
     ]
     row = {"messages": messages, "tools": None, "source": "web", "loss": True}
     found = row_format("openai", "sft", {}).unknown_keys(row)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from datetime import date
 from pathlib import Path
 
+import corpora
 import numpy as np
 import pytest
 from chats import TOOL_TURNS, TOOLS, chat_rows, said, save_chat_tokenizer, write_rows
+from transformers import AutoTokenizer
 
 from qwen2_ascend.cli import main
+from qwen2_ascend.data import parts
+from qwen2_ascend.data.chat.build import ChatDatasetBuilder
+from qwen2_ascend.data.chat.formats import Chat
+from qwen2_ascend.data.chat.rendering import ChatRenderer
 from qwen2_ascend.data.chat.settings import ChatSettings
+from qwen2_ascend.data.command import main as preprocess_main
 from qwen2_ascend.data.command import preprocess
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
@@ -45,11 +51,7 @@ def run(output: Path, source: Path | list[Path], tokenizer: Path, **settings) ->
 
 
 def stored(output: Path, key: str) -> list[np.ndarray]:
-    """The rows that megatron-core's IndexedDataset reads."""
-    from qwen2_ascend.data.indexed import IndexedDataset
-
-    dataset = IndexedDataset(f"{output}_packed_{key}_document")
-    return [np.array(dataset[i]) for i in range(len(dataset))]
+    return corpora.stored(f"{output}_packed_{key}_document")
 
 
 def files(output: Path) -> dict[str, bytes]:
@@ -68,11 +70,6 @@ def expected(tokenizer: Path, tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_rows_are_the_renderings_with_labels_where_the_loss_is(tokenizer, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from qwen2_ascend.data.chat.formats import Chat
-    from qwen2_ascend.data.chat.rendering import ChatRenderer
-
     run(tmp_path / "a", write_rows(tmp_path / "a.jsonl", ROWS), tokenizer)
     chats = [
         Chat(
@@ -93,22 +90,11 @@ def test_rows_are_the_renderings_with_labels_where_the_loss_is(tokenizer, tmp_pa
 
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "parquet", "json.gz"])
 def test_every_file_format_gives_the_same(kind, tokenizer, expected, tmp_path, capsys) -> None:
-    path = tmp_path / f"a.{kind}"
+    rows = ROWS
     if kind == "parquet":
-        pa = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        rows = json.loads(json.dumps(ROWS))
-        for row in rows:
-            # as the type of an Arrow struct, which has every row's keys: as JSON
-            row["messages"] = json.dumps(row["messages"])
-            row["tools"] = json.dumps(row.get("tools"))
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        plain = write_rows(tmp_path / f"a.{kind.removesuffix('.gz')}", ROWS)
-        if kind.endswith(".gz"):
-            path.write_bytes(gzip.compress(plain.read_bytes()))
-            plain.unlink()
+        # as the type of an Arrow struct, which has every row's keys: as JSON
+        rows = [{key: json.dumps(row.get(key)) for key in ("messages", "tools")} for row in ROWS]
+    path = write_rows(tmp_path / f"a.{kind}", rows)
     run(tmp_path / "a", path, tokenizer)
     assert files(tmp_path / "a") == expected
     assert f"{path}: OpenAI messages\n" in capsys.readouterr().out
@@ -143,39 +129,29 @@ def test_parquet_values_that_json_has_not_are_texts_or_refused(tokenizer, tmp_pa
             run(tmp_path / "c", tmp_path / "c.parquet", tokenizer)
 
 
-def test_nested_parquet_columns_are_read(tokenizer, expected, tmp_path: Path) -> None:
+def test_nested_parquet_columns_are_read(tokenizer, tmp_path: Path) -> None:
     """Arrow gives every row the keys of all; those a row does not have are null and go."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     rows = [{"messages": row["messages"], "tools": None} for row in ROWS[:-1]]
     tools = [said("user", "q"), {**TOOL_TURNS[1]}, said("tool", "r"), said("assistant", "a")]
-    pyarrow.parquet.write_table(
-        pa.Table.from_pylist([*rows, {"messages": tools, "tools": TOOLS}]), tmp_path / "a.parquet"
-    )
-    run(tmp_path / "a", tmp_path / "a.parquet", tokenizer)
-    write_rows(tmp_path / "b.jsonl", [*rows, {"messages": tools, "tools": TOOLS}])
-    run(tmp_path / "b", tmp_path / "b.jsonl", tokenizer)
+    rows.append({"messages": tools, "tools": TOOLS})
+    run(tmp_path / "a", write_rows(tmp_path / "a.parquet", rows), tokenizer)
+    run(tmp_path / "b", write_rows(tmp_path / "b.jsonl", rows), tokenizer)
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
+def two_files(folder: Path) -> list[Path]:
+    return [write_rows(folder / "a.jsonl", ROWS[:20]), write_rows(folder / "b.json", ROWS[20:])]
+
+
 def test_workers_and_parts_change_nothing(tokenizer, expected, tmp_path: Path) -> None:
-    sources = [
-        write_rows(tmp_path / "a.jsonl", ROWS[:20]),
-        write_rows(tmp_path / "b.json", ROWS[20:]),
-    ]
+    sources = two_files(tmp_path)
     run(tmp_path / "out", sources, tokenizer, workers=2, save_interval_mb=0.002)
     assert files(tmp_path / "out") == expected
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_a_run_that_was_interrupted_is_resumed(tokenizer, expected, tmp_path, monkeypatch) -> None:
-    from qwen2_ascend.data import parts
-
-    sources = [
-        write_rows(tmp_path / "a.jsonl", ROWS[:20]),
-        write_rows(tmp_path / "b.json", ROWS[20:]),
-    ]
+    sources = two_files(tmp_path)
     saves = []
     save = parts.State.save
 
@@ -276,8 +252,6 @@ def test_packs_whose_chats_see_one_another_are_refused_where_they_must_not(
     tokenizer, tmp_path: Path
 ) -> None:
     """--pack alone, and a run with --neat-pack or --reset-position-ids."""
-    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
-
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     settings = {"seq_length": 400, "seed": 1}
     for name, flag, ends in (("mixed", "pack", False), ("neat", "neat_pack", True)):
@@ -313,8 +287,6 @@ def test_packs_hold_every_chat_once_numbered_and_padded(tokenizer, tmp_path, cap
 
 
 def test_pairs_have_a_chosen_and_a_rejected_side(tokenizer, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     run(tmp_path / "a", write_rows(tmp_path / "a.jsonl", PAIRS), tokenizer, task="dpo")
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     for side in ("chosen", "rejected"):
@@ -327,8 +299,6 @@ def test_pairs_have_a_chosen_and_a_rejected_side(tokenizer, tmp_path: Path) -> N
 
 
 def test_map_keys_and_flags_reach_the_rows(tokenizer, tmp_path: Path, capsys) -> None:
-    from transformers import AutoTokenizer
-
     path = write_rows(tmp_path / "a.jsonl", [{"q": "hi", "a": "there", "input": None}])
     chat = ChatSettings(map_keys='{"prompt": "q", "response": "a"}', train_on_prompt=True)
     run(tmp_path / "a", path, tokenizer, chat=chat)
@@ -380,14 +350,12 @@ def test_text_files_and_unknown_rows_are_refused(tokenizer, tmp_path: Path) -> N
 
 
 def test_mindspeeds_command_line_is_understood(tokenizer, tmp_path: Path) -> None:
-    from qwen2_ascend.data.command import main
-
     rows = [{"instruction": "hi", "input": "", "output": "there"}] * 3
     words = f"""--task sft --input {write_rows(tmp_path / "a.json", rows)}
         --tokenizer-name-or-path {tokenizer} --output-prefix {tmp_path / "a"} --workers 1
         --handler-name AlpacaStyleInstructionHandler --tokenizer-type PretrainedFromHF
         --log-interval 1000 --prompt-type qwen --seq-length 64 --pack --neat-pack"""
-    main(words.split())
+    preprocess_main(words.split())
     assert {len(row) for row in stored(tmp_path / "a", "input_ids")} == {64}
 
 

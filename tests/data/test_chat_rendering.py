@@ -11,7 +11,7 @@ import pytest
 from chats import (
     CHATML,
     DEFAULT_SYSTEM,
-    TEMPLATE,
+    MARKED,
     TOOL_TURNS,
     TOOLS,
     TURNS,
@@ -20,15 +20,13 @@ from chats import (
     said,
     save_chat_tokenizer,
 )
+from transformers import AutoTokenizer
 
 from qwen2_ascend.data.chat.formats import Chat
 from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, given_template
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.errors import UserError
 
-MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
-    "GENERATION", "{% generation %}"
-)
 REWRITING = CHATML.replace(
     "{{ '\\n' + message.content }}",
     "{{ '\\n' + (message.content if loop.last else message.content.split('</think>')[-1]) }}",
@@ -47,8 +45,6 @@ CHATS += [chat_of(row["messages"]) for row in chat_rows(20, seed=3)]
 
 @pytest.fixture(scope="module", params=["small", pytest.param("Qwen2.5", marks=pytest.mark.real)])
 def tokenizer(request, tmp_path_factory: pytest.TempPathFactory):
-    from transformers import AutoTokenizer
-
     if request.param == "small":
         return AutoTokenizer.from_pretrained(
             save_chat_tokenizer(tmp_path_factory.mktemp("chat_tokenizer"))
@@ -61,8 +57,6 @@ def tokenizer(request, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def small_tokenizer(tokenizer_folder: Path):
-    from transformers import AutoTokenizer
-
     loaded = AutoTokenizer.from_pretrained(tokenizer_folder)
     loaded.chat_template = CHATML
     return loaded
@@ -72,6 +66,12 @@ def ids_of(tokenizer, chat: Chat, end: int | None = None, ask: bool = False) -> 
     return tokenizer.apply_chat_template(
         chat.messages[:end], tools=chat.tools, add_generation_prompt=ask, return_dict=False
     )
+
+
+def trained_text(tokenizer, chat: Chat, **options) -> str:
+    """What of a chat is trained on."""
+    (tokens,) = ChatRenderer(tokenizer, **options)([chat])
+    return tokenizer.decode(tokens.ids[tokens.trained])
 
 
 def trained_runs(tokens) -> list[tuple[int, int]]:
@@ -245,8 +245,6 @@ def test_a_chat_whose_text_lacks_a_part_is_a_bad_row(small_tokenizer, options) -
 
 def test_chats_with_tools_are_written_by_the_template_for_tools(small_tokenizer, tmp_path) -> None:
     """apply_chat_template chooses in the same way, chat by chat."""
-    from transformers import AutoTokenizer
-
     small_tokenizer.save_pretrained(tmp_path)
     many = AutoTokenizer.from_pretrained(tmp_path)
     many.chat_template = {"default": WITHOUT_TOOLS, "tool_use": CHATML}
@@ -264,19 +262,16 @@ def test_a_template_that_takes_too_much_ends_the_run(small_tokenizer) -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_a_way_out(small_tokenizer) -> None:
-    thought = [
-        said("user", "q"),
-        said("assistant", "so</think>a"),
-        said("user", "p"),
-        said("assistant", "b"),
-    ]
+    thought = [said("user", "q"), said("assistant", "so</think>a")]
+    thought += [said("user", "p"), said("assistant", "b")]
     chat = chat_of(thought)
     (error,) = ChatRenderer(small_tokenizer, chat_template=REWRITING)([chat])
     assert isinstance(error, TemplateError)
     assert "first 2 message(s) of a chat differently" in str(error)
     assert all(way in str(error) for way in ("generation", "--mask-history", "--train-on-prompt"))
-    (single,) = ChatRenderer(small_tokenizer, chat_template=REWRITING)([chat_of(thought[:2])])
-    assert small_tokenizer.decode(single.ids[single.trained]) == "so</think>a<|im_end|>"
+    single = chat_of(thought[:2])
+    text = trained_text(small_tokenizer, single, chat_template=REWRITING)
+    assert text == "so</think>a<|im_end|>"
     (last,) = ChatRenderer(small_tokenizer, chat_template=REWRITING, mask_history=True)([chat])
     assert small_tokenizer.decode(last.ids[last.trained]) == "b<|im_end|>"
     assert "so</think>" not in small_tokenizer.decode(last.ids)
@@ -289,8 +284,8 @@ def test_a_template_without_an_end_of_turn_is_trained_on_to_the_end_of_the_turn(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    (tokens,) = ChatRenderer(small_tokenizer, chat_template=template)([CHATS[0]])
-    assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "hello there\n"
+    text = trained_text(small_tokenizer, CHATS[0], chat_template=template)
+    assert text == "hello there\n"
 
 
 @pytest.mark.parametrize(
@@ -364,8 +359,8 @@ def test_reasoning_that_the_template_leaves_out_is_never_trained_without(
 def test_reasoning_may_be_left_out_of_turns_that_are_not_trained_on(small_tokenizer) -> None:
     turns = [said("user", "q"), THOUGHTS[0], said("user", "p"), said("assistant", "b")]
     for chat, settings in ((Chat(turns, None, (3,)), {}), (chat_of(turns), {"mask_history": True})):
-        (tokens,) = ChatRenderer(small_tokenizer, chat_template=R1, **settings)([chat])
-        assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "b<|im_end|>"
+        text = trained_text(small_tokenizer, chat, chat_template=R1, **settings)
+        assert text == "b<|im_end|>"
 
 
 def test_reasoning_that_the_template_writes_in_its_own_way_is_trained_on(small_tokenizer) -> None:
@@ -375,10 +370,8 @@ def test_reasoning_that_the_template_writes_in_its_own_way_is_trained_on(small_t
         " + '</think>' + m.content.split('</think>')[-1].lstrip()",
     )
     for message in THOUGHTS[:3]:
-        (tokens,) = ChatRenderer(small_tokenizer, chat_template=template)(
-            [chat_of([said("user", "q"), message])]
-        )
-        assert "so" in small_tokenizer.decode(tokens.ids[tokens.trained])
+        chat = chat_of([said("user", "q"), message])
+        assert "so" in trained_text(small_tokenizer, chat, chat_template=template)
 
 
 def test_a_bom_in_front_of_a_template_is_no_part_of_it(tmp_path: Path) -> None:
@@ -396,10 +389,8 @@ def test_token_that_a_template_names_would_spoil_the_chat_too(small_tokenizer, n
 
 def test_prompt_type_trains_on_all_that_an_answer_is_written_as(small_tokenizer) -> None:
     """qwen_lf's answers end with a newline, as MindSpeed-LLM's labels do."""
-    (tokens,) = ChatRenderer(small_tokenizer, prompt_type="qwen_lf")([CHATS[0]])
-    assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "hello there<|im_end|>\n"
-    (tokens,) = ChatRenderer(small_tokenizer, prompt_type="qwen")([CHATS[0]])
-    assert small_tokenizer.decode(tokens.ids[tokens.trained]) == "hello there<|im_end|>"
+    for name, text in (("qwen_lf", "hello there<|im_end|>\n"), ("qwen", "hello there<|im_end|>")):
+        assert trained_text(small_tokenizer, CHATS[0], prompt_type=name) == text
 
 
 def test_prompt_type_refuses_a_chat_with_tools(small_tokenizer) -> None:
@@ -415,7 +406,5 @@ def test_a_chat_that_the_template_refuses_is_a_bad_row(small_tokenizer) -> None:
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer_folder: Path) -> None:
-    from transformers import AutoTokenizer
-
     with pytest.raises(UserError, match=r"no chat template .* give --chat-template FILE"):
         ChatRenderer(AutoTokenizer.from_pretrained(tokenizer_folder))

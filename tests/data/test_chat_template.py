@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chats import CHATML, TEMPLATE, TOOL_TURNS, TOOLS, TURNS, chat_rows, save_chat_tokenizer
+from chats import CHATML, MARKED, TOOL_TURNS, TOOLS, TURNS, chat_rows, save_chat_tokenizer
 
 from qwen2_ascend import chat_template
 from qwen2_ascend.chat_template import (
@@ -30,9 +30,6 @@ from qwen2_ascend.errors import UserError
 from qwen2_ascend.pretrained import open_tokenizer
 
 CHAT = TURNS[0]
-GENERATION = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace(
-    "GENERATION", "{% generation %}"
-)
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
 ENDLESS = {
     "a string times a number": "{{ 'a' * 10**10 }}",
@@ -176,7 +173,7 @@ def test_texts_are_those_of_transformers(tokenizer) -> None:
 
 def test_markers_do_not_change_the_text_and_enclose_what_they_enclose(tokenizer) -> None:
     for chat, tools in [*((turns, None) for turns in TURNS), (TOOL_TURNS, TOOLS)]:
-        text, spans = render_marked(tokenizer, chat, tools=tools, template=GENERATION)
+        text, spans = render_marked(tokenizer, chat, tools=tools, template=MARKED)
         assert text == transformers_text(tokenizer, chat, tools=tools)
         said = [m for m in chat if m["role"] == "assistant"]
         assert len(spans) == len(said)

@@ -6,13 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from corpora import write_indexed
+from corpora import write_documents, write_indexed
 
 from qwen2_ascend.data.documents import DocumentRows
-from qwen2_ascend.data.indexed import IndexedDatasetBuilder
 from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
 from qwen2_ascend.errors import UserError
@@ -24,11 +22,7 @@ S = 16
 
 def write_without_eod(prefix: Path, lengths: list[int]) -> Path:
     """Document i holds 1 + i over and over, and no token says where it ends."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for i, length in enumerate(lengths):
-        builder.add_document([1 + i] * length, [length])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
+    return write_documents(prefix, ([1 + i] * length for i, length in enumerate(lengths)))
 
 
 def build(tmp_path: Path, *words: str, eod_token: int | None = 0, **settings: Any) -> DocumentRows:
@@ -81,10 +75,7 @@ def test_documents_without_an_end_token_end_where_the_data_says(tmp_path: Path) 
 
 def test_an_end_token_inside_of_a_document_ends_it_too(tmp_path: Path) -> None:
     """Megatron-LM knows the token alone: texts may have been joined before."""
-    builder = IndexedDatasetBuilder(f"{tmp_path}/joined.bin", dtype=np.uint16)
-    for _ in range(20):
-        builder.add_document([5, 5, 5, 0, 6, 6, 6, 6], [8])
-    builder.finalize(f"{tmp_path}/joined.idx")
+    write_documents(tmp_path / "joined", [[5, 5, 5, 0, 6, 6, 6, 6]] * 20)
     data = build(tmp_path, f"{tmp_path}/joined", num_samples=(8, 0, 0))
     found = {tuple(part) for i in range(8) for part in parts(data[i], "tokens")}
     assert found == {(5, 5, 5, 0), (6, 6, 6, 6)}

@@ -14,6 +14,7 @@ from qwen2_ascend.data.inputs import (
     InputFile,
     Position,
     Reading,
+    Row,
     check_inputs,
     find_inputs,
     read_rows,
@@ -25,6 +26,12 @@ TEXTS = documents(40, longest=30)
 
 def reading(split_text_on: str = "file", *, keys=("text",), max_row_bytes: int = 10**6) -> Reading:
     return Reading(keys, split_text_on, max_row_bytes)
+
+
+def rows_in(path: Path, split_text_on: str = "file", **more) -> list[Row]:
+    """All rows of a file."""
+    options = reading(split_text_on, **more)
+    return [row for row, *_ in read_rows(find_inputs([str(path)]), options, Position())]
 
 
 def write(path: Path, format: str) -> Path:
@@ -68,8 +75,7 @@ def texts_of(rows) -> list[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_its_documents(name: str, tmp_path: Path) -> None:
     format, split = FILES[name]
-    path = write(tmp_path / name, format)
-    rows = [row for row, *_ in read_rows(find_inputs([str(path)]), reading(split), Position())]
+    rows = rows_in(write(tmp_path / name, format), split)
     expected = TEXTS
     if format.startswith("text"):
         expected = [text.replace("\n", " ").strip() for text in TEXTS]
@@ -100,20 +106,19 @@ def test_progress_ends_at_the_size_on_disk(tmp_path: Path) -> None:
 def test_a_whole_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
     data = b"one\r\n\r\ntwo \n\n"
     (tmp_path / "a.py").write_bytes(data)
-    ((row, _, _),) = read_rows(find_inputs([str(tmp_path / "a.py")]), reading(), Position())
+    (row,) = rows_in(tmp_path / "a.py")
     assert (row.raw, row.number, row.where) == (data, 0, str(tmp_path / "a.py"))
 
 
 def test_paragraphs_and_lines_carry_their_line_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\n\none\ntwo\n \t\n\nthree\r\n\r\nfour")
-    files = find_inputs([str(tmp_path / "a.txt")])
-    rows = [row for row, *_ in read_rows(files, reading("blank-line"), Position())]
+    rows = rows_in(tmp_path / "a.txt", "blank-line")
     assert [(row.number, row.raw) for row in rows] == [
         (3, b"one\ntwo"),
         (7, b"three"),
         (9, b"four"),
     ]
-    rows = [row for row, *_ in read_rows(files, reading("line"), Position())]
+    rows = rows_in(tmp_path / "a.txt", "line")
     assert [(row.number, row.raw) for row in rows] == [
         (3, b"one"),
         (4, b"two"),
@@ -125,32 +130,31 @@ def test_paragraphs_and_lines_carry_their_line_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["file", "blank-line", "line"])
 def test_rows_over_the_limit_are_marked_and_not_held(split: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"x" * 5000 + b"\n" + b"y" * 100 + b"\n\nshort")
-    files = find_inputs([str(tmp_path / "a.txt")])
-    rows = [row.raw for row, *_ in read_rows(files, reading(split, max_row_bytes=200), Position())]
-    assert (
-        rows
-        == {
-            "file": [None],
-            "blank-line": [None, b"short"],
-            "line": [None, b"y" * 100, b"short"],
-        }[split]
-    )
+    expected = {
+        "file": [None],
+        "blank-line": [None, b"short"],
+        "line": [None, b"y" * 100, b"short"],
+    }[split]
+    assert [row.raw for row in rows_in(tmp_path / "a.txt", split, max_row_bytes=200)] == expected
 
 
 def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
-    files = find_inputs([str(tmp_path / "a.jsonl")])
-    check_inputs(files, reading())
-    rows = [row.raw for row, *_ in read_rows(files, reading(), Position())]
-    assert rows == [b'{"text": "a"}', b'{"text": "b"}']
+    check_inputs(find_inputs([str(tmp_path / "a.jsonl")]), reading())
+    rows = rows_in(tmp_path / "a.jsonl")
+    assert [row.raw for row in rows] == [b'{"text": "a"}', b'{"text": "b"}']
 
 
 def test_finds_files_globs_and_folders_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt", "notes.bin", "sub/d.jsonl.gz"):
-        path = tmp_path / "in" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"{}")
     folder = str(tmp_path / "in")
+
+    def put(*names: str) -> None:
+        for name in names:
+            path = tmp_path / "in" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"{}")
+
+    put("b.jsonl", "a.jsonl", "c.txt", "notes.bin", "sub/d.jsonl.gz")
 
     def names(*words: str, format: str = "auto") -> list[tuple[str, str]]:
         found = find_inputs(words, format)
@@ -164,10 +168,7 @@ def test_finds_files_globs_and_folders_in_order(tmp_path: Path) -> None:
     assert len(names(folder, format="text")) == 5
     hidden = ("._a.jsonl", ".ipynb_checkpoints/a.jsonl", ".cache/a/b.jsonl", "__MACOSX/a.jsonl")
     results = ("out_text_document.json", "out_text_document.idx", "out_text_document.bin")
-    for name in (*hidden, "sub/.qwen2_ascend_cache/a.json", *results):
-        path = tmp_path / "in" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"{}")
+    put(*hidden, "sub/.qwen2_ascend_cache/a.json", *results)
     assert names(folder) == known
     # hidden above the folder, or named itself, is what was asked for
     assert names(f"{folder}/.cache") == [(".cache/a/b.jsonl", "jsonl")]
@@ -220,17 +221,17 @@ def test_parquet_rows_hold_nulls_and_what_is_not_utf8(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(
         pa.table({"text": strings, "title": dictionary}), tmp_path / "a.parquet"
     )
-    files = find_inputs([str(tmp_path / "a.parquet")])
-    check_inputs(files, reading(keys=("title", "text")))
-    rows = list(read_rows(files, reading(keys=("title", "text")), Position()))
-    assert [row.raw for row, *_ in rows] == [(b"x", b"\xff"), (b"y", b"ok"), (b"x", None)]
+    keys = ("title", "text")
+    check_inputs(find_inputs([str(tmp_path / "a.parquet")]), reading(keys=keys))
+    rows = rows_in(tmp_path / "a.parquet", keys=keys)
+    assert [row.raw for row in rows] == [(b"x", b"\xff"), (b"y", b"ok"), (b"x", None)]
 
 
 def test_truncated_gzip_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz", "jsonl.gz")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or incomplete gzip"):
-        list(read_rows(find_inputs([str(path)]), reading(), Position()))
+        rows_in(path)
 
 
 def test_input_file_knows_a_changed_file(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import importlib
+import fcntl
 import json
 import os
 import re
@@ -16,13 +16,17 @@ import threading
 import time
 from multiprocessing import active_children
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
-from corpora import documents, save_tokenizer, write_jsonl
+from chats import write_rows
+from corpora import documents, save_tokenizer, write_documents, write_jsonl
+from transformers import AutoTokenizer
 
 from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.command import preprocess
+from qwen2_ascend.data.indexed import open_indexed
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
 
@@ -49,17 +53,10 @@ def result(output: Path, key: str = "text") -> tuple[bytes, bytes]:
 
 def written_directly(folder: Path, texts: list[str], tokenizer: Path, dtype) -> tuple[bytes, bytes]:
     """What Megatron's builder makes of the same ids, one document after the other."""
-    from transformers import AutoTokenizer
-
-    from qwen2_ascend.data.indexed import IndexedDatasetBuilder
-
     encode = AutoTokenizer.from_pretrained(tokenizer)
-    builder = IndexedDatasetBuilder(str(folder / "direct.bin"), dtype=dtype)
-    for text in texts:
-        ids = [*encode(text).input_ids, encode.eos_token_id]
-        builder.add_document(ids, [len(ids)])
-    builder.finalize(str(folder / "direct.idx"))
-    return (folder / "direct.bin").read_bytes(), (folder / "direct.idx").read_bytes()
+    rows = ([*encode(text).input_ids, encode.eos_token_id] for text in texts)
+    write_documents(folder / "direct_text_document", rows, dtype)
+    return result(folder / "direct")
 
 
 @pytest.fixture(scope="module")
@@ -94,31 +91,27 @@ def test_large_vocabularies_take_four_bytes_a_token(corpus, tmp_path: Path) -> N
 def test_formats_and_files_mix_in_the_order_given(
     expected, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pa.table({"text": TEXTS[:100]}), tmp_path / "z.parquet")
+    rows = [{"text": text} for text in TEXTS[:100]]
+    parquet = write_rows(tmp_path / "z.parquet", rows)
     (tmp_path / "texts").mkdir()
     for i, text in enumerate(TEXTS[100:200]):
         (tmp_path / "texts" / f"{i:03d}.txt").write_text(text, encoding="utf-8", newline="")
     last = write_jsonl(tmp_path / "a.jsonl", TEXTS[200:])
-    inputs = [tmp_path / "z.parquet", tmp_path / "texts", last]
+    inputs = [parquet, tmp_path / "texts", last]
     run(tmp_path / "out", inputs, tokenizer_folder, workers=2)
     assert result(tmp_path / "out") == expected
 
 
 def test_every_key_has_its_own_output(tokenizer_folder: Path, tmp_path: Path) -> None:
-    lines = [json.dumps({"q": text, "a": text[::-1]}) for text in TEXTS[:20]]
-    (tmp_path / "qa.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    run(tmp_path / "out", tmp_path / "qa.jsonl", tokenizer_folder, json_keys=("q", "a"))
+    rows = [{"q": text, "a": text[::-1]} for text in TEXTS[:20]]
+    path = write_rows(tmp_path / "qa.jsonl", rows)
+    run(tmp_path / "out", path, tokenizer_folder, json_keys=("q", "a"))
     for key, texts in (("q", TEXTS[:20]), ("a", [text[::-1] for text in TEXTS[:20]])):
         direct = written_directly(tmp_path, texts, tokenizer_folder, np.uint16)
         assert result(tmp_path / "out", key) == direct
 
 
 def test_summary_counts_what_was_written(corpus, tokenizer_folder, tmp_path, capsys) -> None:
-    from qwen2_ascend.data.indexed import open_indexed
-
     run(tmp_path / "a", corpus, tokenizer_folder, workers=2, log_interval=100)
     dataset = open_indexed(tmp_path / "a_text_document")
     lengths = dataset.sequence_lengths
@@ -230,19 +223,14 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch, target: str, nth: int) -> None:
     """Makes the nth call of `target` fail."""
-    module_name, names = target.split(":")
-    *path, name = names.split(".")
-    module = importlib.import_module(module_name)
-    for part in path:
-        module = getattr(module, part)
-    original, calls = getattr(module, name), iter(range(10**9))
+    original, calls = resolve_name(target), iter(range(10**9))
 
     def failing(*args, **kwargs):
         if next(calls) == nth:
             raise Interrupted(target)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, failing)
+    monkeypatch.setattr(target.replace(":", "."), failing)
 
 
 def test_an_unfinished_run_is_neither_lost_nor_mixed_up(
@@ -330,7 +318,6 @@ def test_a_network_file_system_without_locks_or_with_its_own_is_no_reason_to_sto
     corpus, expected, tokenizer_folder, tmp_path: Path, monkeypatch, number
 ) -> None:
     """NFS has EBADF for whoever locks what is not open for writing; some have no locks at all."""
-    import fcntl
 
     def flock(fd: int, kind: int) -> None:
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from corpora import documents, save_tokenizer, write_indexed, write_jsonl
+from transformers import AutoTokenizer
 
+from qwen2_ascend.data.command import main
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder, fingerprint, open_indexed
 from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, parse_blend
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
@@ -196,16 +198,12 @@ def test_files_in_megatrons_style_are_read(dtype, tmp_path: Path) -> None:
 
 
 def test_what_preprocess_writes_is_read(tmp_path: Path) -> None:
-    from qwen2_ascend.data.command import main
-
     texts = documents(60)
     write_jsonl(tmp_path / "a.jsonl", texts)
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     words = f"--input {tmp_path}/a.jsonl --output-prefix {tmp_path}/a --append-eod --workers 1"
     main([*words.split(), "--tokenizer-name-or-path", str(tokenizer)])
     train = build(f"{tmp_path}/a_text_document", cache=tmp_path, vocab_size=403).train
-    from transformers import AutoTokenizer
-
     decode = AutoTokenizer.from_pretrained(tokenizer).decode
     pieces = decode(train[0]["tokens"]).split("<|endoftext|>")
     assert all(any(piece in text for text in texts) for piece in pieces)
@@ -305,9 +303,9 @@ def test_a_lone_prefix_near_the_right_one_is_pointed_out(tmp_path: Path) -> None
 
 
 def test_blends_are_parsed_as_megatron_does() -> None:
-    assert parse_blend(["A"]) == (("A",), None)
-    assert parse_blend(["A", "B"]) == (("A", "B"), None)
-    assert parse_blend(["30", "A", ".7", "B"]) == (("A", "B"), (30.0, 0.7))
+    assert parse_blend(["A"]) == (["A"], None)
+    assert parse_blend(["A", "B"]) == (["A", "B"], None)
+    assert parse_blend(["30", "A", ".7", "B"]) == (["A", "B"], [30.0, 0.7])
 
 
 def test_batches_hold_just_the_keys_that_training_reads(tmp_path: Path) -> None:

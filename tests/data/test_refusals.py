@@ -6,13 +6,13 @@ Each is started as rank 0 of two with no other rank: whoever asked for a group w
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.chats import said, write_rows
 from data.corpora import write_indexed
 from qwen2_ascend.finetuning import finetune
 from qwen2_ascend.finetuning.deepspeed import finetune as finetune_deepspeed
@@ -21,7 +21,7 @@ from qwen2_ascend.training import pretrain
 Started = Callable[[Callable[..., int], str], list[str]]
 NEEDED = "--config 0.5B --seq-length 32 --lr 1e-5 --train-iters 3 --global-batch-size 2"
 TUNERS = [finetune.main, finetune_deepspeed.main]
-CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+CHAT = {"messages": [said("user", "a"), said("assistant", "b")]}
 
 
 @pytest.fixture
@@ -45,11 +45,6 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> S
         return [line.removeprefix("error: ") for line in lines]
 
     return run
-
-
-def written(path: Path, *rows: object) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def one_with(faults: list[str], *words: str) -> None:
@@ -85,9 +80,9 @@ def test_pretraining_names_every_fault_of_its_data(started: Started, tmp_path: P
 def test_fine_tuning_names_every_fault_of_its_data(
     main: Callable[..., int], started: Started, tmp_path: Path
 ) -> None:
-    good = written(tmp_path / "good.jsonl", CHAT)
-    column = written(tmp_path / "column.jsonl", {"question": "a", "answer": "b"})
-    empty = written(tmp_path / "empty.jsonl")
+    good = write_rows(tmp_path / "good.jsonl", [CHAT])
+    column = write_rows(tmp_path / "column.jsonl", [{"question": "a", "answer": "b"}])
+    empty = write_rows(tmp_path / "empty.jsonl", [])
     (tmp_path / "zip.jsonl.gz").write_bytes(gzip.compress(b"{}" * 1000)[:20])
     (tmp_path / "json.json").write_text('[{"messages": ')
     (tmp_path / "table.parquet").write_text("no table")
@@ -113,7 +108,7 @@ def test_fine_tuning_names_every_fault_of_its_data(
 
 
 def test_columns_are_those_of_the_named_format(started: Started, tmp_path: Path) -> None:
-    chats = written(tmp_path / "chats.jsonl", CHAT, CHAT)
+    chats = write_rows(tmp_path / "chats.jsonl", [CHAT, CHAT])
     faults = started(finetune.main, f"--data-path {chats} --handler-name sharegpt")
     one_with(faults, "chats.jsonl:1: has no 'conversations'; it has 'messages'")
     faults = started(finetune.main, f"--data-path {chats} --stage dpo --pack")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import documents, save_tokenizer
+from transformers import AutoTokenizer
 
 from commands import run_python
 from qwen2_ascend.data.inputs import Row
@@ -25,8 +26,6 @@ def text_rows(texts: list[str]) -> list[Row]:
 
 @pytest.mark.parametrize("append_eod", [False, True])
 def test_ids_are_those_of_transformers(append_eod: bool, tokenizer_folder: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     texts = [*documents(50), "special <|endoftext|> inside"]
     encoded = make_encoder(tokenizer_folder, append_eod=append_eod)(text_rows(texts))

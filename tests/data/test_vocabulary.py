@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from chats import said, save_chat_tokenizer, write_rows
 from corpora import save_tokenizer, write_indexed, write_jsonl
 
@@ -30,18 +31,24 @@ def high_token(folder: Path, token_id: int) -> Path:
     return folder
 
 
+def prepared(folder: Path, tokenizer: Path, texts: list[str]) -> str:
+    """The prefix of texts that `preprocess` has prepared."""
+    write_jsonl(folder / "a.jsonl", texts)
+    words = ["preprocess", "--input", folder / "a.jsonl", "--output-prefix", folder / "a"]
+    words += ["--tokenizer-name-or-path", tokenizer, "--workers", 1]
+    assert main(list(map(str, words))) == 0
+    return f"{folder}/a_text_document"
+
+
 @pytest.mark.parametrize(("token_id", "dtype"), [(60000, np.uint16), (70000, np.int32)])
 def test_the_width_of_the_file_follows_the_largest_id(tmp_path: Path, token_id, dtype) -> None:
     """A trimmed vocabulary has few entries and a hole in its ids."""
     folder = high_token(save_tokenizer(tmp_path / "hf"), token_id)
-    write_jsonl(tmp_path / "a.jsonl", ["the zq of", "and"])
-    words = ["preprocess", "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "a"]
-    words += ["--tokenizer-name-or-path", folder, "--workers", 1]
-    assert main(list(map(str, words))) == 0
-    stored = open_indexed(tmp_path / "a_text_document")
+    prefix = prepared(tmp_path, folder, ["the zq of", "and"])
+    stored = open_indexed(prefix)
     assert token_id in np.array(stored[0]).tolist()
     assert stored.index.dtype == dtype
-    assert largest_token(tmp_path / "a_text_document") == token_id
+    assert largest_token(prefix) == token_id
 
 
 def test_prepared_text_carries_its_largest_token(tmp_path: Path) -> None:
@@ -49,15 +56,10 @@ def test_prepared_text_carries_its_largest_token(tmp_path: Path) -> None:
     folder = high_token(save_tokenizer(tmp_path / "hf"), 500)
     texts = ["the of and to"] * 5000
     texts[4001] = "the zq"
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    words = ["preprocess", "--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "a"]
-    words += ["--tokenizer-name-or-path", folder, "--workers", 1]
-    assert main(list(map(str, words))) == 0
+    data_path = [prepared(tmp_path, folder, texts)]
     settings = dict(num_samples=(20, 0, 0), seq_length=16, seed=1, eod_token=0, split="1,0,0")
     with pytest.raises(UserError, match="holds token 500, the model's vocabulary ends at 499"):
-        PretrainingDatasetBuilder(
-            data_path=[str(tmp_path / "a_text_document")], vocab_size=500, **settings
-        ).build()
+        PretrainingDatasetBuilder(data_path=data_path, vocab_size=500, **settings).build()
 
 
 def test_prepared_chats_carry_their_largest_token(tmp_path: Path) -> None:
@@ -87,8 +89,6 @@ def test_text_prepared_elsewhere_is_looked_at_batch_by_batch(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_is_refused_in_words_also_with_readers(tmp_path: Path, workers: int) -> None:
-    import torch
-
     class Two:
         vocab_size = 7
 

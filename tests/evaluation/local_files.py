@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.chats import write_rows
 from data.corpora import WORDS as TEXT
 
 LETTERS = "ABCD"
@@ -29,10 +30,9 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def write_lines(path: Path, rows: Iterable[Any]) -> None:
+def write_lines(path: Path, rows: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    write_rows(path, rows)
 
 
 def write_mmlu(folder: Path) -> Path:

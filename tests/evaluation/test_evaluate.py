@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands import TORCHRUN, World, commands_in, run_python
-from inference.worlds import model_with_tokenizer
+from data.chats import write_rows
+from evaluation.lm_eval_runs import by_hf_model, metrics, needs_lm_eval
+from inference.worlds import Theirs, model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "evaluate_qwen2.py"
 NEW_TOKENS = 8
@@ -70,9 +72,6 @@ metric_list:
 }
 TOKENIZERS = ("adds_bos", "knows_bos", "other_eos")
 """DeepSeek-R1-Distill-Qwen's; one with a bos token that is not added; one with its own eos."""
-needs_lm_eval = pytest.mark.skipif(
-    find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra 'eval')"
-)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         {**row, "continuation": continuation(folder, row["question"]), "long": 2 * TEXT}
         for row in QUESTIONS
     ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "questions.jsonl").write_text(lines, encoding="utf-8")
+    write_rows(folder / "questions.jsonl", rows)
     for name, rest in TASKS.items():
         text = TASK.format(name=name, file=folder / "questions.jsonl", rest=rest)
         (folder / "tasks" / f"{name}.yaml").write_text(text, encoding="utf-8")
@@ -126,19 +124,11 @@ def other_tokenizer(source: Path, folder: Path, name: str) -> None:
 
 def continuation(folder: Path, text: str) -> str:
     """transformers' greedy one, with the repetition penalty of generation_config.json."""
-    import torch
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
-    model = Qwen2ForCausalLM.from_pretrained(folder / "hf").float().eval()
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
-    plain = model.generate(
-        ids, attention_mask=torch.ones_like(ids), repetition_penalty=1.0, **options
-    )[0]
-    assert found.tolist() != plain.tolist(), "the penalty changes nothing; take another question"
-    return tokenizer.decode(found[ids.shape[1] :], skip_special_tokens=True)
+    theirs = Theirs(folder / "hf")
+    found = theirs.text(text, NEW_TOKENS)
+    plain = theirs.text(text, NEW_TOKENS, repetition_penalty=1.0)
+    assert found != plain, "the penalty changes nothing; take another question"
+    return found
 
 
 def _commands() -> dict[str, str]:
@@ -165,15 +155,9 @@ def _commands() -> dict[str, str]:
     }
 
 
-def metrics(path: Path) -> dict[tuple[str, str], float]:
-    rows = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {(row["task"], row["metric"]): row["value"] for row in rows}
-
-
 def test_perplexity_of_a_text(world: World) -> None:
     for name, window, stride in (("text", 64, 24), ("whole", 256, 128)):
-        run = world.runs[name]
-        assert run.status == 0, run.err
+        run = world.runs[name].require()
         found = metrics(world.folder / f"{name}.json")
         loss, count = expected_loss(world, window, stride)
         assert abs(found["text.txt", "loss"] - loss) <= 1e-5
@@ -187,19 +171,15 @@ def test_perplexity_of_a_text(world: World) -> None:
 
 def expected_loss(world: World, window: int, stride: int) -> tuple[float, int]:
     """The loss by transformers' page on perplexity: labels of what was scored before are -100."""
-    import torch
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(world.folder / "hf")
-    model = Qwen2ForCausalLM.from_pretrained(world.folder / "hf").float().eval()
-    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    theirs = Theirs(world.folder / "hf")
+    ids = theirs.tokenizer(TEXT, return_tensors="pt").input_ids
     total, count, previous = 0.0, 0, 1
     for begin in range(0, ids.shape[1], stride):
         end = min(begin + window, ids.shape[1])
         labels = ids[:, begin:end].clone()
         labels[:, : previous - begin] = -100
         with torch.no_grad():
-            loss = model(ids[:, begin:end], labels=labels).loss.item()
+            loss = theirs.model(ids[:, begin:end], labels=labels).loss.item()
         total += loss * (end - previous)
         count += end - previous
         previous = end
@@ -217,52 +197,28 @@ def expected_loss(world: World, window: int, stride: int) -> tuple[float, int]:
     ],
 )
 def test_mistakes_are_named_together(world: World, name: str, words: list[str]) -> None:
-    run = world.runs[name]
-    assert run.status == 2, run.err
+    run = world.runs[name].require(2)
     for word in words:
         assert word in run.err
-    assert "Traceback" not in run.err
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_missing_lm_eval_is_said(world: World) -> None:
-    assert world.runs["no lm-eval"].status == 2
-    assert "pip install 'qwen2-ascend[eval]'" in world.runs["no lm-eval"].err
+    assert "pip install 'qwen2-ascend[eval]'" in world.runs["no lm-eval"].require(2).err
 
 
 @pytest.fixture(scope="module")
 def hugging_face(world: World) -> dict[tuple[str, str], float]:
-    return by_hf_model(world, "hf")
+    return their_tasks(world, "hf")
 
 
-def by_hf_model(world: World, name: str) -> dict[tuple[str, str], float]:
-    """(task, metric) to value, by lm-eval's `hf` model."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found: Any = simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(world.folder / name), "dtype": "float32"},
-            device="cpu",
-            batch_size=1,
-            tasks=list(TASKS),
-            task_manager=TaskManager(include_path=str(world.folder / "tasks")),
-            bootstrap_iters=0,
-        )
-    return {
-        (task, name.removesuffix(",none")): value
-        for task, values in found["results"].items()
-        for name, value in values.items()
-        if name.endswith(",none") and "_stderr" not in name
-    }
+def their_tasks(world: World, name: str) -> dict[tuple[str, str], float]:
+    return by_hf_model(world.folder / name, list(TASKS), include_path=str(world.folder / "tasks"))
 
 
 @needs_lm_eval
 def test_tasks_of_local_files(world: World, hugging_face: dict[tuple[str, str], float]) -> None:
-    run = world.runs["tasks"]
-    assert run.status == 0, run.err
+    run = world.runs["tasks"].require()
     found = metrics(world.folder / "tasks.json")
     assert found == pytest.approx(hugging_face, rel=1e-5)
     assert {task for task, _ in found} == set(TASKS)
@@ -275,10 +231,9 @@ def test_tasks_of_local_files(world: World, hugging_face: dict[tuple[str, str], 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_scores_are_those_of_the_hf_model_with_every_tokenizer(world: World, name: str) -> None:
     """They agree in bos, what stands before a text, how long windows are, what ends an answer."""
-    run = world.runs[name]
-    assert run.status == 0, run.err
+    world.runs[name].require()
     found = metrics(world.folder / f"{name}.json")
-    assert found == pytest.approx(by_hf_model(world, name), rel=1e-5)
+    assert found == pytest.approx(their_tasks(world, name), rel=1e-5)
     if name != "other_eos":
         world.runs["tasks"].require()
         assert found != pytest.approx(metrics(world.folder / "tasks.json"), rel=1e-4)
@@ -301,17 +256,13 @@ def test_results_at_tp2_pp2_are_those_of_one_process(
 
 
 def expected_accuracy(world: World) -> float:
-    import torch
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(world.folder / "hf")
-    model = Qwen2ForCausalLM.from_pretrained(world.folder / "hf").float().eval()
+    theirs = Theirs(world.folder / "hf")
 
     def score(question: str, choice: str) -> float:
-        context = tokenizer(question).input_ids
-        ids = tokenizer(question + choice).input_ids
+        context = theirs.tokenizer(question).input_ids
+        ids = theirs.tokenizer(question + choice).input_ids
         with torch.no_grad():
-            logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            logs = theirs.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         return sum(logs[i - 1, ids[i]].item() for i in range(len(context), len(ids)))
 
     right = 0
@@ -323,6 +274,4 @@ def expected_accuracy(world: World) -> float:
 
 @needs_lm_eval
 def test_an_unknown_task_is_refused(world: World) -> None:
-    run = world.runs["unknown task"]
-    assert run.status == 2, run.err
-    assert "lm-eval has no such task" in run.err
+    assert "lm-eval has no such task" in world.runs["unknown task"].require(2).err

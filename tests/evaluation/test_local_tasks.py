@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evaluation.lm_eval_runs import needs_lm_eval
 from evaluation.local_files import WRITERS, questions, write_all, write_csv, write_lines
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.evaluation import code_runs
 from qwen2_ascend.evaluation.benchmarks import KINDS, read_benchmark
 from qwen2_ascend.evaluation.code_runs import PERMISSION, is_python, passes
 from qwen2_ascend.evaluation.programs import Programs
-
-needs_lm_eval = pytest.mark.skipif(
-    find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra 'eval')"
-)
+from qwen2_ascend.evaluation.settings import LocalTaskSettings
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +92,10 @@ def test_a_line_that_is_no_question(
 
 def contexts(folder: Path, name: str, examples: int | None = None, **wishes: Any) -> list[str]:
     """The text that lm-eval gives the model for each question of the first file."""
-    from qwen2_ascend.evaluation.local_tasks import Wishes, local_tasks
+    from qwen2_ascend.evaluation.local_tasks import local_tasks
 
-    made = Wishes(on_program=lambda row, text: {}, **wishes)
-    task = local_tasks(read_benchmark(name, folder, examples), made)[0]
+    benchmark = read_benchmark(name, folder, examples)
+    task = local_tasks(benchmark, LocalTaskSettings(**wishes), lambda row, text: {})[0]
     task.build_all_requests(limit=None, rank=0, world_size=1)
     return list(dict.fromkeys(instance.args[0] for instance in task.instances))
 
@@ -143,11 +141,13 @@ def test_the_others_are_asked_as_lm_eval_asks(folders: dict[str, Path]) -> None:
 
 @needs_lm_eval
 def test_a_file_that_lm_eval_has_no_task_for(tmp_path: Path) -> None:
-    from qwen2_ascend.evaluation.local_tasks import Wishes, local_tasks
+    from qwen2_ascend.evaluation.local_tasks import local_tasks
 
     write_csv(tmp_path / "test" / "cooking_test.csv", questions(1, start=0))
     with pytest.raises(UserError, match="no task mmlu for cooking"):
-        local_tasks(read_benchmark("mmlu", tmp_path / "test", 0), Wishes())
+        local_tasks(
+            read_benchmark("mmlu", tmp_path / "test", 0), LocalTaskSettings(), lambda row, text: {}
+        )
 
 
 @needs_lm_eval
@@ -197,8 +197,6 @@ def test_a_program_passes_if_it_comes_to_its_end(
 
 
 def test_a_program_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen2_ascend.evaluation import code_runs
-
     monkeypatch.setenv(PERMISSION, "1")
     monkeypatch.setattr(code_runs, "SECONDS", 1)
     assert not passes("import time\ntime.sleep(3600)")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from commands import TORCHRUN, World, environment, run_commands, run_python
-from helpers import generated
-from inference.worlds import model_with_tokenizer
+from data.chats import said, write_rows
+from inference.worlds import Theirs, model_with_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "generate_qwen2.py"
 PROMPT, NEW = "return ( naïve 日本 )", 16
@@ -28,11 +28,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A pretraining run, a LoRA run on shards, and what is generated from each."""
     folder = tmp_path_factory.mktemp("sources")
     model_with_tokenizer(folder / "hf")
-    chats = [
-        {"messages": [{"role": "user", "content": "be"}, {"role": "assistant", "content": text}]}
-        for text in ("the of and", "日本 語", "def return ( )")
-    ]
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    texts = ("the of and", "日本 語", "def return ( )")
+    chats = [{"messages": [said("user", "be"), said("assistant", text)]} for text in texts]
+    write_rows(folder / "chats.jsonl", chats)
     commands = {name: _command(line, folder) for name, line in _commands().items()}
     return World(folder, run_commands(folder, commands))
 
@@ -63,20 +61,6 @@ def _command(line: str, folder: Path) -> dict[str, Any]:
     return {"program": program, "flags": flags}
 
 
-@pytest.fixture(scope="module")
-def greedy():
-    """What transformers makes of the prompt, from a folder."""
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-    def text_of(folder: Path) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = Qwen2ForCausalLM.from_pretrained(folder).float().eval()
-        found = generated(model, tokenizer(PROMPT).input_ids, NEW, [0])
-        return tokenizer.decode(found, skip_special_tokens=True) + "\n"
-
-    return text_of
-
-
 @pytest.mark.parametrize(
     ("names", "folder"),
     [
@@ -86,14 +70,13 @@ def greedy():
     ],
 )
 def test_texts_are_those_of_transformers_from_any_source(
-    world: World, greedy, names: list[str], folder: str
+    world: World, names: list[str], folder: str
 ) -> None:
     for made in ("shards", "run", "run to hf", "lora"):
-        assert world.runs[made].status == 0, world.runs[made].err
-    expected = greedy(world.folder / folder)
+        world.runs[made].require()
+    expected = Theirs(world.folder / folder).text(PROMPT, NEW) + "\n"
     for name in names:
-        assert world.runs[name].status == 0, world.runs[name].err
-        assert world.runs[name].out == expected, name
+        assert world.runs[name].require().out == expected, name
     assert world.runs["from hf"].out != world.runs["from run"].out != world.runs["from lora"].out
 
 
@@ -111,8 +94,7 @@ def test_an_export_ends_its_answers_as_the_chats_have_taught(world: World) -> No
 
 def test_the_log_names_the_adapter_and_two_are_refused(world: World) -> None:
     assert f"with the adapter in {world.folder}/lora/iter_0000002" in world.runs["from lora"].err
-    refused = world.runs["two adapters"]
-    assert refused.status == 2 and "is a LoRA run, which has its own" in refused.err
+    assert "is a LoRA run, which has its own" in world.runs["two adapters"].require(2).err
 
 
 @pytest.mark.distributed
@@ -120,8 +102,7 @@ def test_a_lora_run_on_shards_at_tp2_pp2(world: World) -> None:
     flags = f"--load {world.folder}/lora {GENERATE} --prompt-file {world.folder}/prompts.jsonl "
     flags += f"--output-file {world.folder}/tp2pp2.jsonl "
     flags += "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
-    row = json.dumps({"prompt": PROMPT}, ensure_ascii=False)
-    (world.folder / "prompts.jsonl").write_text(row, encoding="utf-8")
+    write_rows(world.folder / "prompts.jsonl", [{"prompt": PROMPT}])
     run_python(*TORCHRUN, 4, LAUNCH, *flags.split())
     (line,) = (world.folder / "tp2pp2.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["response"] + "\n" == world.runs["from lora"].out
@@ -132,8 +113,7 @@ def test_an_interrupted_run_leaves_no_file_that_looks_whole(tmp_path: Path) -> N
     out, part = tmp_path / "stopped.jsonl", tmp_path / "stopped.jsonl.part"
     model_with_tokenizer(tmp_path / "hf")
     rows = [{"prompt": f"{PROMPT} {i}"} for i in range(60)]
-    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "many.jsonl").write_text(text, encoding="utf-8")
+    write_rows(tmp_path / "many.jsonl", rows)
     flags = f"--load {tmp_path}/hf --fp32 --device cpu --max-new-tokens 150 --batch-size 1 "
     flags += f"--prompt-file {tmp_path}/many.jsonl --output-file {out}"
     process = subprocess.Popen(

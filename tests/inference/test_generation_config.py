@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from commands import Ended, commands_in
 from inference.worlds import model_with_tokenizer
@@ -48,7 +49,6 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("generation_config")
@@ -82,8 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_texts_are_those_of_transformers(world: World, name: str) -> None:
-    run = world.runs[name]
-    assert run.status == 0, run.err
+    world.runs[name].require()
     (row,) = map(json.loads, (world.folder / f"{name}.jsonl").read_text().splitlines())
     assert row["num_new_tokens"] == len(world.expected[name])
     assert row["response"] == world.decode(world.expected[name])

@@ -47,3 +47,9 @@ def command_lines(kind: str) -> list[CommandLine]:
     """Those of one kind."""
     rows = json.loads((Path(__file__).parent / "mindspeed_llm_flags.json").read_text())
     return [CommandLine(**row) for row in rows if row["kind"] == kind]
+
+
+def line_named(kind: str, name: str) -> CommandLine:
+    """The one of a kind that is from a script."""
+    (line,) = (line for line in command_lines(kind) if line.name == name)
+    return line

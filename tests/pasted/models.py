@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from pasted.command_lines import CommandLine
+from qwen2_ascend.checkpoint.adapter_rules import peft_pieces
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.lora_config import LoraConfig
 
@@ -17,8 +21,8 @@ NAMES = {
     "qwq": "QwQ-{}",
 }
 """The name of the model by a line's folder; else it is Qwen2.5's base model."""
-INSTRUCT = {("qwen25_math", "72B")}
-"""Lines whose --norm-epsilon is that of the model tuned to follow instructions."""
+NOT_ITS_OWN = {"tune_distill_qwen_14b_full": "Qwen2.5-14B-Instruct"}
+"""Lines whose --norm-epsilon is not their model's, with a model that it is of."""
 SHAPE = {
     "--num-layers": "num_layers",
     "--hidden-size": "hidden_size",
@@ -34,10 +38,15 @@ SHAPE = {
 
 
 def config_of(line: CommandLine) -> Qwen2Config:
-    """The published config of the model that a line is for."""
-    family = line.name.split("/")[1]
+    """The published config of the model that a line's folder, size and epsilon are of."""
+    _, family, script = line.name.split("/")
+    if script in NOT_ITS_OWN:
+        return Qwen2Config.named(NOT_ITS_OWN[script])
     name = NAMES.get(family, "Qwen2.5-{}").format(line.size)
-    return Qwen2Config.named(name + "-Instruct" * ((family, line.size) in INSTRUCT))
+    is_large = float(line.size.removesuffix("B")) >= 14 and family != "deepseek_r1_distill_qwen"
+    epsilon = line.values("--norm-epsilon") if "--norm-epsilon" in line.flags else ["1e-5"]
+    # that of a large model tuned to follow instructions
+    return Qwen2Config.named(name + "-Instruct" * (is_large and float(epsilon[0]) == 1e-6))
 
 
 def scaled(flags: list[str], config: Qwen2Config, **changes: object) -> list[str]:
@@ -65,13 +74,18 @@ def scaled(flags: list[str], config: Qwen2Config, **changes: object) -> list[str
     return words
 
 
+def tiny_line(
+    line: CommandLine, config: Qwen2Config, paths: dict[str, str | Path], **changes: object
+) -> list[str]:
+    """A line's flags for a tiny model in `paths`, in one process that computes on the CPU."""
+    sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    words = line.with_paths({"--tokenizer-name-or-path": paths["--load"], **paths})
+    changes = {**sizes, "num_layer_list": None, **changes}
+    return [*scaled(words, config, **changes), "--device", "cpu"]
+
+
 def save_adapter(folder: Path, config: Qwen2Config, lora: LoraConfig, seed: int = 3) -> Path:
     """A PEFT adapter whose matrices are not zero."""
-    import torch
-    from safetensors.torch import save_file
-
-    from qwen2_ascend.checkpoint.adapter_rules import peft_pieces
-
     folder.mkdir()
     random = torch.Generator().manual_seed(seed)
     tensors = {

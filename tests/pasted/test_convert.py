@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -12,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from checkpoint.toys import (
     convert,
@@ -24,6 +28,7 @@ from checkpoint.toys import (
     tp,
 )
 from commands import Ended
+from helpers import make_tiny_hugging_face_folder
 from pasted.command_lines import CommandLine, command_lines
 from qwen2_ascend.checkpoint.command import main
 from qwen2_ascend.checkpoint.pasted import CONVERT_FLAGS
@@ -77,10 +82,14 @@ def shards(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards as MindSpeed-LLM's converters leave them: without config.json and tokenizer."""
     folder = tmp_path_factory.mktemp("model_weights") / "mcore"
     convert(original, folder, *tp(2), *pp(2)).require()
+    leave_shards(folder)
+    return folder
+
+
+def leave_shards(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and path.name != "latest_checkpointed_iteration.txt":
             path.unlink()
-    return folder
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line.name for line in LINES])
@@ -191,8 +200,6 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers import make_tiny_hugging_face_folder
-
     return make_tiny_hugging_face_folder(tmp_path_factory.mktemp("base") / "hf")
 
 
@@ -208,8 +215,6 @@ def make_lora_run(
     The matrices of each rank are those of its own part of a module: W + alpha / r * B A holds for
     each rank by itself. With `whole` the weights lie beside them as base_layer.
     """
-    import torch
-
     shards = folder / "base"
     convert(base, shards, *flags).require()
     lora, merged = folder / "lora", folder / "merged"
@@ -230,12 +235,8 @@ def make_lora_run(
                 found |= {f"{stem}.base_layer.{kind}": weight} if whole else {}
                 if kind != "weight":
                     continue
-                a, b = _matrices(
-                    f"{path.parent.parent}{path.parent.name[10:]}{key}{name}",
-                    module,
-                    weight,
-                    tp_rank,
-                )
+                where = f"{path.parent.parent}{path.parent.name[10:]}{key}{name}"
+                a, b = _matrices(where, module, weight, tp_rank)
                 found |= {f"{stem}.lora_A.default.weight": a, f"{stem}.lora_B.default.weight": b}
                 after[key][name] = weight + ALPHA / RANK * (b @ a)
             state[key] = found
@@ -245,17 +246,12 @@ def make_lora_run(
     for one in (lora, merged):
         for manifest in one.rglob("qwen2_ascend_manifest.json"):
             manifest.unlink()
-    for path in lora.iterdir():
-        if path.is_file() and path.name != "latest_checkpointed_iteration.txt":
-            path.unlink()
+    leave_shards(lora)
     return lora, merged
 
 
 def _matrices(where: str, module: str, weight: Any, tp_rank: int) -> tuple[Any, Any]:
     """A rank's A and B; the one that is not cut is the same on every tensor-parallel rank."""
-    import hashlib
-
-    import torch
 
     def random(shape: tuple[int, int], of_rank: bool) -> Any:
         words = f"{where}{shape}{tp_rank if of_rank else ''}".encode()
@@ -267,9 +263,14 @@ def _matrices(where: str, module: str, weight: Any, tp_rank: int) -> tuple[Any, 
     return a, random((weight.shape[0], RANK), not by_columns)
 
 
-def same_weights(one: Path, other: Path) -> None:
-    from safetensors.numpy import load_file
+def is_merged(found: Path, merged: Path) -> None:
+    """A folder has the weights of shards."""
+    expected = found.with_name(f"{found.name}_expected")
+    convert(merged, expected, to="hf").require()
+    same_weights(found, expected)
 
+
+def same_weights(one: Path, other: Path) -> None:
     left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()
     for name in left:
@@ -287,8 +288,7 @@ def test_lora_shards_are_merged(layout: str, whole: bool, base: Path, tmp_path: 
     paths = {"--load-dir": tmp_path / "base", "--lora-load": lora, "--save-dir": ours}
     ended = run([*line.with_paths(paths), "--verify"]).require()
     assert "LoRA of rank 8" in ended.err
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(ours / "mg2hf", tmp_path / "expected")
+    is_merged(ours / "mg2hf", merged)
     with pytest.raises(AssertionError):
         same_weights(ours / "mg2hf", base)
 
@@ -300,21 +300,17 @@ def test_second_converters_lora_line(base: Path, tmp_path: Path) -> None:
         --lora-load {lora} --save-dir {tmp_path / "hf"} --hf-cfg-dir {base}
         --model-type-hf qwen25"""
     run(words.split()).require()
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(tmp_path / "hf", tmp_path / "expected")
+    is_merged(tmp_path / "hf", merged)
 
 
 def test_adapter_of_other_shards_than_the_models(base: Path, tmp_path: Path) -> None:
     """The base model may be cut otherwise, or not at all."""
     lora, merged = make_lora_run(base, tmp_path, LAYOUTS["TP2 PP2"])
     convert(base, tmp_path / "hf", "--adapter", lora, to="hf").require()
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(tmp_path / "hf", tmp_path / "expected")
+    is_merged(tmp_path / "hf", merged)
 
 
 def test_adapter_that_was_trained_on_another_model(base: Path, tmp_path: Path) -> None:
-    from helpers import make_tiny_hugging_face_folder
-
     lora, _ = make_lora_run(base, tmp_path, LAYOUTS["TP2 PP2"], whole=True)
     other = make_tiny_hugging_face_folder(tmp_path / "other", seed=1)
     ended = convert(other, tmp_path / "hf", "--lora-load", lora, to="hf").require(2)
@@ -338,8 +334,6 @@ def test_flags_about_the_adapter_are_held_to_it(
 
 
 def test_alpha_is_asked_for_where_nothing_says_it(base: Path, tmp_path: Path) -> None:
-    import torch
-
     lora, merged = make_lora_run(base, tmp_path, [])
     (path,) = lora.rglob("model_optim_rng.pt")
     state = torch.load(path, weights_only=False)
@@ -348,13 +342,10 @@ def test_alpha_is_asked_for_where_nothing_says_it(base: Path, tmp_path: Path) ->
     ended = convert(base, tmp_path / "hf", "--lora-load", lora, to="hf").require(2)
     assert "give --lora-alpha" in ended.err
     convert(base, tmp_path / "hf", "--lora-load", lora, "--lora-alpha", 16, to="hf").require()
-    convert(merged, tmp_path / "expected", to="hf").require()
-    same_weights(tmp_path / "hf", tmp_path / "expected")
+    is_merged(tmp_path / "hf", merged)
 
 
 def test_half_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
-    import torch
-
     lora, _ = make_lora_run(base, tmp_path, [])
     (path,) = lora.rglob("model_optim_rng.pt")
     state = torch.load(path, weights_only=False)
@@ -383,9 +374,6 @@ def test_own_lora_run_and_peft_folder_are_taken_by_the_same_flag(
 ) -> None:
     """An iteration of our LoRA run is a PEFT folder; its run's folder names it."""
     peft = pytest.importorskip("peft")
-    import torch
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     names = ["q_proj", "v_proj", "down_proj"]
@@ -410,10 +398,11 @@ def test_own_lora_run_and_peft_folder_are_taken_by_the_same_flag(
 
 def test_two_names_of_one_thing_do_not_contradict(original: Path, tmp_path: Path) -> None:
     base = f"--load-dir {original} --save-dir {tmp_path / 'out'} --save-model-type mg"
-    ended = run(f"{base} --params-dtype fp16 --dtype bf16".split())
-    assert ended.status == 2 and "--dtype says it too; leave one of them out" in ended.err
-    ended = run(f"{base} --adapter a --lora-load b".split())
-    assert ended.status == 2 and "two names of one flag" in ended.err
+    for flags, words in (
+        ("--params-dtype fp16 --dtype bf16", "--dtype says it too; leave one of them out"),
+        ("--adapter a --lora-load b", "two names of one flag"),
+    ):
+        assert words in run(f"{base} {flags}".split()).require(2).err
     assert not (tmp_path / "out").exists()
 
 
@@ -423,8 +412,8 @@ def test_a_folder_of_the_other_kind_is_named(original: Path, shards: Path, tmp_p
         ("hf", shards, "holds Megatron shards"),
     ):
         line = f"--load-model-type {kind} --load-dir {folder} --save-dir {tmp_path / 'out'}"
-        ended = run(line.split())
-        assert ended.status == 2 and words in ended.err and "--load-model-type" in ended.err
+        ended = run(line.split()).require(2)
+        assert words in ended.err and "--load-model-type" in ended.err
 
 
 @pytest.mark.parametrize("flags", ["--overwrite", ""])
@@ -435,8 +424,7 @@ def test_v2_never_writes_over_the_original(
     folder = shutil.copytree(original, tmp_path / "hf")
     before = fingerprint(folder)
     line = f"--load-model-type mg --save-model-type hf --load-dir {shards} --save-dir {folder}"
-    ended = run(f"{line} --model-type-hf qwen25 --hf-cfg-dir {original} {flags}".split())
-    assert ended.status == 0, ended.err
+    run(f"{line} --model-type-hf qwen25 --hf-cfg-dir {original} {flags}".split()).require()
     assert (folder / "mg2hf" / "config.json").is_file()
     shutil.rmtree(folder / "mg2hf")
     assert fingerprint(folder) == before

@@ -8,25 +8,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from commands import TORCHRUN, Ended, commands_in, environment, run_python
+from evaluation.lm_eval_runs import by_hf_model, metrics, needs_lm_eval
 from evaluation.local_files import write_all
 from helpers import tiny_config
 from inference.worlds import model_with_tokenizer
-from pasted.command_lines import CommandLine, command_lines
-from pasted.models import config_of, scaled
+from pasted.command_lines import CommandLine, command_lines, line_named
+from pasted.models import config_of, tiny_line
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.evaluation.benchmarks import read_benchmark
 from qwen2_ascend.evaluation.code_runs import PERMISSION
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
-from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
-from qwen2_ascend.inference.pasted import served_notes
+from qwen2_ascend.evaluation.settings import EvaluateSettings, LocalTaskSettings, parse, validate
 from qwen2_ascend.prompt_types import prompt_template
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "evaluate_qwen2.py"
@@ -39,13 +38,6 @@ WORDS = "2.2.0/qwen25_math/evaluate_qwen25_math_7b_ptd"
 CODE = "2.2.0/qwen25_coder/evaluate_qwen25_coder_7b_ptd"
 TUNED = "2.2.0/qwen2/evaluate_qwen2_7b_full_ptd"
 NEW = 12
-needs_lm_eval = pytest.mark.skipif(
-    find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra 'eval')"
-)
-
-
-def line_named(name: str) -> CommandLine:
-    return next(line for line in LINES if line.name == name)
 
 
 def settings_of(line: CommandLine) -> EvaluateSettings:
@@ -57,7 +49,7 @@ def test_every_line_starts(line: CommandLine) -> None:
     settings, config = settings_of(line), config_of(line)
     validate(settings, config, line.world_size)
     assert settings.local.task == tuple(line.values("--task"))
-    notes = "\n".join(served_notes(settings, EVALUATE_FLAGS, config))
+    notes = "\n".join(settings.model.notes(settings.pasted, EVALUATE_FLAGS, config))
     assert all(flag in notes for flag, _ in settings.pasted)
     batch = line.values("--evaluation-batch-size") if "--evaluation-batch-size" in line.flags else 4
     assert settings.batch_size == (int(batch[0]) if isinstance(batch, list) else batch)
@@ -83,7 +75,7 @@ def test_every_line_starts(line: CommandLine) -> None:
     ],
 )
 def test_what_does_not_hold_is_refused(more: list[str], words: str) -> None:
-    line = line_named(MMLU)
+    line = line_named("evaluate", MMLU)
     with pytest.raises(UserError) as caught:
         validate(settings_of(line._replace(flags=[*line.flags, *more])), config_of(line), 8)
     (fault,) = caught.value.faults
@@ -101,13 +93,10 @@ class World(NamedTuple):
 
 def _flags(name: str, folder: Path, data: Path, *more: object, **changes: object) -> list[str]:
     """A published line for the tiny model, computing on the CPU in fp32."""
-    line = line_named(name)
     paths: dict[str, str | Path] = {"--load": folder / "hf", "--task-data-path": data}
-    paths["--tokenizer-name-or-path"] = folder / "hf"
-    sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    flags = scaled(line.with_paths(paths), CONFIG, **{**sizes, "num_layer_list": None, **changes})
+    flags = tiny_line(line_named("evaluate", name), CONFIG, paths, **changes)
     flags = [flag for flag in flags if flag not in ("--bf16", "--fp16")]
-    return [*flags, "--fp32", "--device", "cpu", *map(str, more)]
+    return [*flags, "--fp32", *map(str, more)]
 
 
 def _others(folder: Path, data: dict[str, Path]) -> list[str]:
@@ -140,51 +129,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(folder, data, runs)
 
 
-def metrics(path: Path) -> dict[tuple[str, str], float]:
-    rows = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {(row["task"], row["metric"]): row["value"] for row in rows}
-
-
-def by_hf_model(
+def expected(
     world: World, names: list[str], *, template: str | None = None, **wishes: Any
 ) -> dict[tuple[str, str], float]:
     """(task, metric) to value, by lm-eval's `hf` model on the same tasks."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from qwen2_ascend.evaluation.benchmarks import read_benchmark
-    from qwen2_ascend.evaluation.local_tasks import Wishes, local_tasks
+    from qwen2_ascend.evaluation.local_tasks import local_tasks
 
     folder = world.folder / "hf"
     if template is not None:
         folder = world.folder / "templated"
         shutil.copytree(world.folder / "hf", folder)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    made = Wishes(**wishes)
-    tasks: Any = [
-        task
-        for name in names
-        for task in local_tasks(read_benchmark(name, world.data[name], None), made)
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found: Any = simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(folder), "dtype": "float32"},
-            device="cpu",
-            batch_size=1,
-            tasks=tasks,
-            task_manager=TaskManager(include_defaults=False),
-            apply_chat_template=template is not None,
-            fewshot_as_multiturn=template is not None,
-            bootstrap_iters=0,
-        )
-    return {
-        (task, name.removesuffix(",none")): value
-        for task, values in found["results"].items()
-        for name, value in values.items()
-        if "," in name and "_stderr" not in name
-    }
+    made = LocalTaskSettings(**wishes)
+    benchmarks = [read_benchmark(name, world.data[name], None) for name in names]
+    tasks = [task for one in benchmarks for task in local_tasks(one, made, lambda row, text: {})]
+    return by_hf_model(folder, tasks, in_turns=template is not None, include_defaults=False)
 
 
 def without_totals(found: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
@@ -193,10 +152,9 @@ def without_totals(found: dict[tuple[str, str], float]) -> dict[tuple[str, str],
 
 @needs_lm_eval
 def test_mmlu_is_what_the_hf_model_finds(world: World) -> None:
-    run = world.runs["mmlu"]
-    assert run.status == 0, run.err
+    run = world.runs["mmlu"].require()
     found = metrics(world.folder / "mmlu.json")
-    assert without_totals(found) == pytest.approx(by_hf_model(world, ["mmlu"]), rel=1e-5)
+    assert without_totals(found) == pytest.approx(expected(world, ["mmlu"]), rel=1e-5)
     algebra, religions = (
         found[f"mmlu_{name}", "acc"] for name in ("abstract_algebra", "world_religions")
     )
@@ -210,38 +168,34 @@ def test_mmlu_is_what_the_hf_model_finds(world: World) -> None:
 
 @needs_lm_eval
 def test_the_alternative_prompt_is_answered_in_words(world: World) -> None:
-    run = world.runs["words"]
-    assert run.status == 0, run.err
+    world.runs["words"].require()
     found = without_totals(metrics(world.folder / "words.json"))
     wishes = {"alternative_prompt": True, "max_new_tokens": NEW}
-    assert found == pytest.approx(by_hf_model(world, ["mmlu"], **wishes))
+    assert found == pytest.approx(expected(world, ["mmlu"], **wishes))
 
 
 @needs_lm_eval
 def test_a_prompt_type_asks_in_its_turns(world: World) -> None:
-    run = world.runs["tuned"]
-    assert run.status == 0, run.err
+    run = world.runs["tuned"].require()
     found = without_totals(metrics(world.folder / "tuned.json"))
-    expected = by_hf_model(world, ["mmlu"], template=prompt_template("qwen"))
-    assert found == pytest.approx(expected, rel=1e-5)
+    wanted = expected(world, ["mmlu"], template=prompt_template("qwen"))
+    assert found == pytest.approx(wanted, rel=1e-5)
     assert "questions are asked by a chat template" in run.err
 
 
 @needs_lm_eval
 def test_the_other_benchmarks_are_what_the_hf_model_finds(world: World) -> None:
-    run = world.runs["others"]
-    assert run.status == 0, run.err
+    world.runs["others"].require()
     found = without_totals(metrics(world.folder / "others.json"))
     names = [name for name in world.data if name not in ("mmlu", "human_eval")]
-    expected = by_hf_model(world, names, max_new_tokens=NEW)
-    assert found == pytest.approx(expected, rel=1e-5)
+    wanted = expected(world, names, max_new_tokens=NEW)
+    assert found == pytest.approx(wanted, rel=1e-5)
     assert len({task for task, _ in found}) == 8
 
 
 @needs_lm_eval
 def test_programs_are_kept_and_not_run(world: World) -> None:
-    run = world.runs["code"]
-    assert run.status == 0, run.err
+    run = world.runs["code"].require()
     assert PERMISSION not in os.environ
     assert "not run, so there is no pass@1: code of a model can do harm" in run.err
     assert f"set {PERMISSION}=1 in the environment" in run.err
@@ -253,9 +207,7 @@ def test_programs_are_kept_and_not_run(world: World) -> None:
 
 @needs_lm_eval
 def test_files_of_another_benchmark_are_refused(world: World) -> None:
-    assert world.runs["no dev"].status == 2
-    assert "has no file *.csv for --task mmlu" in world.runs["no dev"].err
-    assert "Traceback" not in world.runs["no dev"].err
+    assert "has no file *.csv for --task mmlu" in world.runs["no dev"].require(2).err
 
 
 @needs_lm_eval

@@ -10,13 +10,14 @@ import pytest
 
 from checkpoint.toys import convert, pp, tp
 from commands import TORCHRUN, World, run_commands, run_python
-from helpers import generated, tiny_config
+from helpers import tiny_config
+from inference import worlds
 from inference.worlds import CONTEXT, model_with_tokenizer
-from pasted.command_lines import CommandLine, command_lines
-from pasted.models import config_of, save_adapter, scaled
+from pasted.command_lines import CommandLine, command_lines, line_named
+from pasted.models import config_of, save_adapter, tiny_line
 from pasted.test_convert import make_lora_run
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.inference.pasted import GENERATE_FLAGS, served_notes
+from qwen2_ascend.inference.pasted import GENERATE_FLAGS
 from qwen2_ascend.inference.settings import ALL_TASKS, GenerateSettings, parse, validate
 from qwen2_ascend.lora_config import LoraConfig
 
@@ -31,10 +32,6 @@ TURNS = ("is it?", "and then", "for 日本")
 SYSTEM = "You are a helpful assistant."
 CONFIG = tiny_config(vocab_size=400, max_position_embeddings=CONTEXT)
 LORA = LoraConfig(rank=8, alpha=16, targets=("all-linear",))
-
-
-def line_named(name: str) -> CommandLine:
-    return next(line for line in LINES if line.name == name)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def test_every_line_starts(line: CommandLine, adapter: Path) -> None:
         return
     validate(settings, config, line.world_size)
     assert settings.tasks() == (("chat",) if "--task" in line.flags else ALL_TASKS)
-    notes = "\n".join(served_notes(settings, GENERATE_FLAGS, config))
+    notes = "\n".join(settings.model.notes(settings.pasted, GENERATE_FLAGS, config))
     pasted = {flag for flag, _ in settings.pasted}
     assert all(flag in notes for flag in pasted)
     assert ("say --fp32" in notes) == ("--bf16" not in line.flags)
@@ -77,7 +74,7 @@ def test_a_script_of_windows_is_said(adapter: Path) -> None:
         settings_of(LINE._replace(flags=["\r"]), adapter)
 
 
-LINE = line_named("2.2.0/qwen25/chat_qwen25_7b_lora_ptd")
+LINE = line_named("generate", "2.2.0/qwen25/chat_qwen25_7b_lora_ptd")
 
 
 @pytest.mark.parametrize(
@@ -109,19 +106,14 @@ def test_what_does_not_hold_is_refused(more: list[str], words: str, adapter: Pat
 
 def _flags(name: str, folder: Path, load: str, **changes: object) -> list[str]:
     """A published line for the tiny model, computing on the CPU."""
-    line = line_named(name)
     paths: dict[str, str | Path] = {
         "--load": folder / load,
         "--lora-load": folder / "adapter",
         "--tokenizer-name-or-path": folder / "hf",
     }
-    sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    flags = scaled(
-        line.with_paths(paths),
-        CONFIG,
-        **{**sizes, "num_layer_list": None, "max_new_tokens": NEW, **changes},
-    )
-    return [*flags, "--device", "cpu", *(() if "--bf16" in flags else ("--fp32",))]
+    changes = {"max_new_tokens": NEW, **changes}
+    flags = tiny_line(line_named("generate", name), CONFIG, paths, **changes)
+    return flags if "--bf16" in flags else [*flags, "--fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -162,20 +154,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     }
     given["template"]["stdin"] = f"{TURNS[0]}\n{TURNS[1]}\n"
     runs = run_commands(folder, given)
-    assert runs["convert"].status == 0, runs["convert"].err
+    runs["convert"].require()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # as MindSpeed-LLM's
         (folder / "shards" / name).unlink(missing_ok=True)
     return World(folder, runs)
 
 
-class Theirs:
+class Theirs(worlds.Theirs):
     """transformers, by the tokens that MindSpeed-LLM gives the model."""
 
     def __init__(self, folder: Path, adapter: Path | None = None) -> None:
-        from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = Qwen2ForCausalLM.from_pretrained(folder).float().eval()
+        super().__init__(folder)
         if adapter is not None:
             from peft import PeftModel
 
@@ -185,9 +174,7 @@ class Theirs:
 
     def answer(self, text: str, *, num_beams: int = 1, stops: tuple[int, ...] = (0,)) -> str:
         options = {"num_beams": num_beams, "repetition_penalty": 1.0}  # the folder's is 1.1
-        ids = self.tokenizer(text).input_ids
-        found = generated(self.model, ids, NEW, list(stops), **options)
-        return self.tokenizer.decode(found, skip_special_tokens=True)
+        return self.text(text, NEW, stops, **options)
 
 
 def sections(out: str) -> dict[str, str]:
@@ -197,8 +184,7 @@ def sections(out: str) -> dict[str, str]:
 
 
 def test_a_line_without_a_task_shows_all_ways_and_chats(world: World) -> None:
-    run, theirs = world.runs["generate"], Theirs(world.folder / "hf")
-    assert run.status == 0, run.err
+    run, theirs = world.runs["generate"].require(), Theirs(world.folder / "hf")
     found = sections(run.out)
     assert tuple(found) == ALL_TASKS
     assert found["greedy"] == theirs.answer(QUESTION)
@@ -212,16 +198,17 @@ def test_a_line_without_a_task_shows_all_ways_and_chats(world: World) -> None:
 
 
 def test_an_adapter_is_merged(world: World) -> None:
-    run, theirs = world.runs["lora"], Theirs(world.folder / "hf", world.folder / "adapter")
-    assert run.status == 0, run.err
+    run, theirs = (
+        world.runs["lora"].require(),
+        Theirs(world.folder / "hf", world.folder / "adapter"),
+    )
     found = sections(run.out)
     assert found["greedy"] == theirs.answer(QUESTION)
     assert found["greedy"] != sections(world.runs["generate"].out)["greedy"]
 
 
 def test_their_lora_shards_are_merged(world: World) -> None:
-    run, theirs = world.runs["lora shards"], Theirs(world.folder / "theirs/hf")
-    assert run.status == 0, run.err
+    run, theirs = world.runs["lora shards"].require(), Theirs(world.folder / "theirs/hf")
     found = sections(run.out)
     assert found["greedy"] == theirs.answer(QUESTION)
     assert found["greedy"] != sections(world.runs["generate"].out)["greedy"]
@@ -235,14 +222,11 @@ def test_their_lora_shards_are_merged(world: World) -> None:
     ],
 )
 def test_lora_flags_are_held_to_the_adapter(world: World, name: str, words: str) -> None:
-    assert world.runs[name].status == 2, world.runs[name].err
-    assert words in world.runs[name].err
-    assert "Traceback" not in world.runs[name].err
+    assert words in world.runs[name].require(2).err
 
 
 def test_a_prompt_type_writes_the_question(world: World) -> None:
-    run, theirs = world.runs["distill"], Theirs(world.folder / "hf")
-    assert run.status == 0, run.err
+    run, theirs = world.runs["distill"].require(), Theirs(world.folder / "hf")
     expected = theirs.answer(f"<｜User｜>{QUESTION}<｜Assistant｜>")  # noqa: RUF001
     found = sections(run.out)
     assert found["greedy"] == found["do_sample"] == expected
@@ -250,8 +234,7 @@ def test_a_prompt_type_writes_the_question(world: World) -> None:
 
 def test_a_chat_in_the_prompt_type(world: World) -> None:
     """qwen's system text is in front, and no end of line stands after an answer's end."""
-    run, theirs = world.runs["chat"], Theirs(world.folder / "hf")
-    assert run.status == 0, run.err
+    run, theirs = world.runs["chat"].require(), Theirs(world.folder / "hf")
     begin = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
     text, expected = begin, []
     for index, turn in enumerate(TURNS):
@@ -264,8 +247,7 @@ def test_a_chat_in_the_prompt_type(world: World) -> None:
 
 
 def test_a_chat_without_a_template_goes_on_with_the_text(world: World) -> None:
-    run, theirs = world.runs["plain chat"], Theirs(world.folder / "hf")
-    assert run.status == 0, run.err
+    run, theirs = world.runs["plain chat"].require(), Theirs(world.folder / "hf")
     text, expected = "", []
     for index, turn in enumerate(TURNS):
         text = turn if index == 2 else text + turn
@@ -275,18 +257,15 @@ def test_a_chat_without_a_template_goes_on_with_the_text(world: World) -> None:
 
 
 def test_turns_that_are_not_remembered(world: World) -> None:
-    run, theirs = world.runs["template"], Theirs(world.folder / "hf")
-    assert run.status == 0, run.err
+    run, theirs = world.runs["template"].require(), Theirs(world.folder / "hf")
     asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     expected = [theirs.answer(asked.format(turn), stops=(0, 2)) for turn in TURNS[:2]]
     assert sections(run.out)["chat"] == "\n".join(expected)
 
 
 def test_a_prompt_of_ones_own_replaces_the_demonstration(world: World) -> None:
-    assert world.runs["one prompt"].status == 0, world.runs["one prompt"].err
-    assert "---" not in world.runs["one prompt"].out
-    run, theirs = world.runs["in turns"], Theirs(world.folder / "hf")
-    assert run.status == 0, run.err
+    assert "---" not in world.runs["one prompt"].require().out
+    run, theirs = world.runs["in turns"].require(), Theirs(world.folder / "hf")
     text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{TURNS[0]}<|im_end|>\n"
     assert run.out == theirs.answer(f"{text}<|im_start|>assistant\n", stops=(0, 2)) + "\n"
 

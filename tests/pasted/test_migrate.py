@@ -7,18 +7,22 @@ given.
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from shlex import split as words_of
 
 import pytest
 
 from pasted.command_lines import CommandLine, command_lines
+from pasted.migration_page import THEIRS
 from qwen2_ascend.cli import main
+from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.migration.command import migrate
 from qwen2_ascend.migration.memory import memory_line
 from qwen2_ascend.migration.programs import find_program, own_flags
+from qwen2_ascend.planning.job import Job, RunLayout
+from qwen2_ascend.planning.memory import fullest_stage
 
 TUNE = """\
 #!/bin/bash
@@ -129,10 +133,6 @@ def run_new(text: str, folder: Path, *arguments: str) -> list[str]:
     return told.read_text().splitlines()
 
 
-def words_of(text: str) -> list[str]:
-    return shlex.split(text)
-
-
 def test_training_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = write(tmp_path / "tune.sh", TUNE)
     assert main(["migrate", str(script)]) == 0
@@ -167,10 +167,6 @@ def test_training_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_memory_is_the_planners() -> None:
-    from qwen2_ascend.config import Qwen2Config
-    from qwen2_ascend.planning.job import Job, RunLayout
-    from qwen2_ascend.planning.memory import fullest_stage
-
     words = """--num-layers 28 --hidden-size 3584 --ffn-hidden-size 18944 --num-attention-heads 28
         --num-query-groups 4 --padded-vocab-size 152064 --tensor-model-parallel-size 4
         --pipeline-model-parallel-size 2 --seq-length 4096 --micro-batch-size 2
@@ -307,26 +303,18 @@ def test_flags_that_are_lost_are_said(tmp_path: Path) -> None:
 
 LINES = [
     line
-    for kind in ("pretrain", "finetune", "convert", "preprocess", "generate", "evaluate")
+    for kind in THEIRS
     for line in command_lines(kind)
     if not line.is_moe and line.flags != ["\r"]  # its script has another system's line ends
 ]
-PROGRAMS = {
-    "pretrain": "pretrain_gpt.py",
-    "finetune": "posttrain_gpt.py",
-    "convert": "convert_ckpt.py",
-    "preprocess": "preprocess_data.py",
-    "generate": "inference.py",
-    "evaluate": "evaluation.py",
-}
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line.name for line in LINES])
 def test_published_lines_become_flags_of_ours(line: CommandLine, tmp_path: Path) -> None:
     """Each word of the new command is a flag of ours or one that ours takes, with its values."""
-    script = f"ARGS='\n{' '.join(line.flags)}\n'\ntorchrun $DIST {PROGRAMS[line.kind]} $ARGS\n"
+    script = f"ARGS='\n{' '.join(line.flags)}\n'\ntorchrun $DIST {THEIRS[line.kind]} $ARGS\n"
     text, _ = migrate(write(tmp_path / "a.sh", script))
-    program = find_program(PROGRAMS[line.kind], line.flags)
+    program = find_program(THEIRS[line.kind], line.flags)
     assert program is not None
     words = run_new(text, tmp_path)
     ours = [word for word in words if word.startswith("--")]

@@ -18,9 +18,10 @@ from pasted.migration_page import (
     rows,
     with_tables,
 )
+from pasted.models import NOT_ITS_OWN
 from pasted.test_generate import OTHER_BASE
 from pasted.test_training import MODULES as TRAINED
-from pasted.test_training import NOT_ITS_OWN, WHOLE
+from pasted.test_training import WHOLE
 from qwen2_ascend.prompt_types import PROMPT_FORMATS, PromptType
 
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from data import corpora
 from data.chats import save_chat_tokenizer, write_rows
 from pasted.command_lines import CommandLine, command_lines
 from qwen2_ascend.cli import main
+from qwen2_ascend.data.chat.stored import StoredChats
 from qwen2_ascend.data.pasted import PREPROCESS_FLAGS, split_flags
 from qwen2_ascend.errors import UserError
 
@@ -41,26 +44,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its eos_token is <|endoftext|>, as that of Qwen's base models."""
-    from data.corpora import save_tokenizer
+    return corpora.save_tokenizer(tmp_path_factory.mktemp("base_tokenizer"))
 
-    return save_tokenizer(tmp_path_factory.mktemp("base_tokenizer"))
+
+def preprocess(prefix: Path, source: Path, tokenizer: Path, flags: str) -> None:
+    words = f"--input {source} --tokenizer-name-or-path {tokenizer} --output-prefix {prefix} "
+    assert main(["preprocess", *words.split(), *f"--workers 1 {flags}".split()]) == 0
 
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    path = tmp_path_factory.mktemp("dataset") / "train-00000-of-00001.parquet"
-    pq.write_table(pa.Table.from_pylist(ROWS), path)
-    return path
+    return write_rows(tmp_path_factory.mktemp("dataset") / "train-00000-of-00001.parquet", ROWS)
 
 
 def stored(prefix: Path, key: str) -> list[list[int]]:
-    from qwen2_ascend.data.indexed import IndexedDataset
-
-    dataset = IndexedDataset(f"{prefix}_{key}_document")
-    return [np.array(dataset[i]).tolist() for i in range(len(dataset))]
+    return [row.tolist() for row in corpora.stored(f"{prefix}_{key}_document")]
 
 
 def elements(name: str, row: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -89,8 +87,6 @@ def elements(name: str, row: dict[str, Any]) -> list[tuple[str, bool]]:
 
 def expected(folder: Path, name: str) -> tuple[list[list[int]], list[list[int]]]:
     """The ids and labels of all rows."""
-    from transformers import AutoTokenizer
-
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     ids, labels = [], []
     for row in ROWS:
@@ -113,8 +109,6 @@ def test_every_line_runs(line: CommandLine, tokenizer: Path, parquet: Path, tmp_
     }
     assert main(["preprocess", *line.with_paths(paths)]) == 0
     if "--handler-name" not in line.flags or "GeneralPretrainHandler" in line.flags:
-        from transformers import AutoTokenizer
-
         loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
         texts = [loaded(row["text"]).input_ids for row in ROWS]
         assert stored(tmp_path / "alpaca", "text") == texts
@@ -145,24 +139,19 @@ def test_tokens_of_other_prompt_types(
     name: str, base_tokenizer: Path, parquet: Path, tmp_path: Path
 ) -> None:
     """Their texts join without a special token between, and still are cut where theirs are."""
-    words = f"""--input {parquet} --tokenizer-name-or-path {base_tokenizer}
-        --output-prefix {tmp_path / "alpaca"} --handler-name AlpacaStyleInstructionHandler
-        --tokenizer-type PretrainedFromHF --workers 1 --log-interval 1000 --overwrite-cache
-        --prompt-type {name}"""
-    assert main(["preprocess", *words.split()]) == 0
+    flags = f"""--handler-name AlpacaStyleInstructionHandler --tokenizer-type PretrainedFromHF
+        --log-interval 1000 --overwrite-cache --prompt-type {name}"""
+    preprocess(tmp_path / "alpaca", parquet, base_tokenizer, flags)
     ids, labels = expected(base_tokenizer, name)
     assert stored(tmp_path / "alpaca", "packed_input_ids") == ids
     assert stored(tmp_path / "alpaca", "packed_labels") == labels
 
 
 def test_pairs_by_the_handlers_name(tokenizer: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     rows = [{"instruction": "what", "input": "", "chosen": "the of", "rejected": "with his"}]
-    words = f"""--input {write_rows(tmp_path / "pairs.json", rows)} --prompt-type qwen
-        --tokenizer-name-or-path {tokenizer} --output-prefix {tmp_path / "dpo"} --workers 1
-        --handler-name AlpacaStylePairwiseHandler --seq-length 4096"""
-    assert main(["preprocess", *words.split()]) == 0
+    flags = "--prompt-type qwen --handler-name AlpacaStylePairwiseHandler --seq-length 4096"
+    path = write_rows(tmp_path / "pairs.json", rows)
+    preprocess(tmp_path / "dpo", path, tokenizer, flags)
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
     for side in ("chosen", "rejected"):
         (ids,) = stored(tmp_path / "dpo", f"packed_{side}_input_ids")
@@ -176,12 +165,8 @@ def test_pack_alone_lets_the_chats_of_a_pack_see_one_another(
     tokenizer: Path, parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There the mask is 1 everywhere, so training takes a pack for one text."""
-    from qwen2_ascend.data.chat.stored import StoredChats
-
-    words = f"""--input {parquet} --tokenizer-name-or-path {tokenizer} --workers 1 --pack
-        --output-prefix {tmp_path / "a"} --handler-name AlpacaStyleInstructionHandler
-        --prompt-type qwen --seq-length 400"""
-    assert main(["preprocess", *words.split()]) == 0
+    flags = "--handler-name AlpacaStyleInstructionHandler --prompt-type qwen --seq-length 400"
+    preprocess(tmp_path / "a", parquet, tokenizer, f"{flags} --pack")
     masks = stored(tmp_path / "a", "packed_attention_mask")
     assert masks and all(mask == [1] * 400 for mask in masks)
     assert "chats of a pack see one another; --neat-pack parts them" in capsys.readouterr().out

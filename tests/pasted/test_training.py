@@ -7,7 +7,6 @@ number of ranks on nodes of eight; and four of them train, on a small model.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +17,7 @@ from distributed.pairs_worker import write_corpus
 from finetuning.finetune_worker import _write as write_chats
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from pasted.command_lines import CommandLine, command_lines
+from pasted.models import config_of, scaled
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import settings as finetuning
@@ -33,28 +33,11 @@ WHOLE = [line for line in LINES if not line.is_moe and not line.name.endswith(CU
 PATHS = dict.fromkeys(
     ("--load", "--save", "--data-path", "--tokenizer-name-or-path", "--lora-load"), "path"
 )
-SERIES = {"qwen2": "Qwen2-", "qwen25": "Qwen2.5-", "qwen25_math": "Qwen2.5-Math-"}
-DISTILLED = {"deepseek_r1_distill_qwen": "DeepSeek-R1-Distill-Qwen-"}
-NOT_ITS_OWN = {"tune_distill_qwen_14b_full": "Qwen2.5-14B-Instruct"}
-"""Lines whose --norm-epsilon is not their model's, with a model that it is of."""
 
 
 def by_name(name: str) -> CommandLine:
     (line,) = (line for line in LINES if line.name == name)
     return line
-
-
-def model_of(line: CommandLine) -> str:
-    """The published model that a line's folder, size and epsilon are of."""
-    _, family, script = line.name.split("/")
-    if script in NOT_ITS_OWN:
-        return NOT_ITS_OWN[script]
-    if family in DISTILLED:
-        return f"{DISTILLED[family]}{line.size}"
-    is_large = int(re.match(r"\d+", line.size)[0]) >= 14  # type: ignore[index]
-    epsilon = line.values("--norm-epsilon") if "--norm-epsilon" in line.flags else ["1e-5"]
-    is_instruct = is_large and float(epsilon[0]) == 1e-6
-    return f"{SERIES[family]}{line.size}{'-Instruct' if is_instruct else ''}"
 
 
 def without(flags: list[str], left_out: set[str]) -> list[str]:
@@ -85,8 +68,7 @@ def _on_nodes_of_eight(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("line", WHOLE, ids=lambda line: line.name)
 def test_a_line_starts(line: CommandLine) -> None:
-    config = Qwen2Config.named(model_of(line))
-    assert faults(line, line.with_paths(PATHS), config) == []
+    assert faults(line, line.with_paths(PATHS), config_of(line)) == []
 
 
 @pytest.mark.parametrize("line", WHOLE, ids=lambda line: line.name)
@@ -117,7 +99,7 @@ def test_a_line_means_what_it_says(line: CommandLine) -> None:
         elif flag in words:
             assert flag in notes
     if "--rope-scaling-type" in words:
-        yarn = settings.config_of_run(Qwen2Config.named(model_of(line))).yarn
+        yarn = settings.config_of_run(config_of(line)).yarn
         assert yarn is not None
         assert yarn.factor == float(line.values("--rope-scaling-factor")[0])
         original = line.values("--rope-scaling-original-max-position-embeddings")
@@ -154,40 +136,27 @@ def test_a_folder_decides_against_a_flag() -> None:
 FUSED = {"--use-flash-attn", "--use-fused-rmsnorm", "--use-fused-rotary-pos-emb"}
 FUSED |= {"--use-fused-swiglu"}
 """Kernels of an NPU's, which a cpu refuses."""
-SMALL = {
-    "--num-layers": "4",
-    "--hidden-size": "64",
-    "--ffn-hidden-size": "96",
-    "--num-attention-heads": "8",
-    "--num-query-groups": "4",
-    "--padded-vocab-size": "256",
-    "--norm-epsilon": "1e-6",
-    "--seq-length": "64",
-    "--max-position-embeddings": "64",
-    "--pipeline-model-parallel-size": "1",
-    "--train-iters": "2",
-    "--global-batch-size": "4",
-}
-"""What a line says instead, so that it is for a small model and two ranks."""
-LEFT_OUT = {"--num-layer-list", "--num-layers-per-virtual-pipeline-stage"}
+SMALL = tiny_config(max_position_embeddings=64)
+"""The model that a line is for instead."""
 
 
 def small(line: CommandLine, paths: dict[str, Path], tp: int, device: str = "cpu") -> list[str]:
     """The line for a small model, cut into `tp` ranks; where it cuts sequences, into two parts."""
     flag = "--context-parallel-size"
     cp = 2 if flag in line.flags and line.values(flag)[:1] != ["1"] else 1
-    values = {
-        **SMALL,
-        "--tensor-model-parallel-size": str(tp // cp),
-        "--context-parallel-size": str(cp),
-    }
-    words = without(line.with_paths(paths), LEFT_OUT | (FUSED if device == "cpu" else set()))
-    before = ["", *words]
-    changed = [
-        values.get(flag, word) if not word.startswith("--") else word
-        for flag, word in zip(before, words, strict=False)
-    ]
-    return [*changed, "--device", device]
+    words = without(line.with_paths(paths), FUSED if device == "cpu" else set())
+    words = scaled(
+        words,
+        SMALL,
+        tensor_model_parallel_size=tp // cp,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=1,
+        num_layer_list=None,
+        num_layers_per_virtual_pipeline_stage=None,
+        train_iters=2,
+        global_batch_size=4,
+    )
+    return [*words, "--device", device]
 
 
 @pytest.fixture(name="paths")

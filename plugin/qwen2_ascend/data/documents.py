@@ -15,8 +15,6 @@ import numpy as np
 from qwen2_ascend.data.chat.dataset import batch_ends
 from qwen2_ascend.data.sampler import collate
 
-NO_TOKEN = -1
-
 
 class DocumentRows:
     """A dataset of GPTDataset's samples with the ends of their documents.
@@ -37,7 +35,7 @@ class DocumentRows:
         """
         self.data = data
         self.vocab_size = getattr(data, "vocab_size", None)
-        self._eod_token = NO_TOKEN if eod_token is None else eod_token
+        self._eod_token = -1 if eod_token is None else eod_token  # no token is -1
 
     def __len__(self) -> int:
         return len(self.data)
@@ -69,11 +67,9 @@ class DocumentRows:
 
 
 def stored_ends(data: Any, index: int) -> np.ndarray:
-    """Where documents of the data end in a sample and the token after it; not its own end.
+    """Where documents end in a sample and the token after it; not its own end.
 
-    Args:
-        data: a GPTDataset, or a BlendedDataset of them.
-        index: the sample's number.
+    `data` is a GPTDataset, or a BlendedDataset of them.
     """
     while hasattr(data, "dataset_index"):
         data, index = data.datasets[data.dataset_index[index]], data.dataset_sample_index[index]

@@ -48,22 +48,17 @@ def ensure_helpers_cpp() -> None:
     setattr(package, "helpers_cpp", module)  # noqa: B010
 
 
-def compile_helpers_cpp(source: Path, folder: Path | None = None) -> Path:
-    """Compiles `source` unless that was done before; safe for several processes at once.
+def compile_helpers_cpp(source: Path) -> Path:
+    """The extension module's file of megatron-core's helpers.cpp, in the user's cache.
 
-    Args:
-        source: megatron-core's helpers.cpp.
-        folder: where the result is kept; the user's cache by default.
-
-    Returns:
-        The extension module's file.
+    It is compiled unless that was done before; safe for several processes at once.
 
     Raises:
         UserError: no compiler, or it fails.
     """
     import torch
 
-    folder = folder or _cache_folder()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2-ascend"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     library = folder / f"helpers_cpp-{xxhash.xxh3_64(source.read_bytes()).hexdigest()}{suffix}"
     if library.exists():
@@ -88,11 +83,6 @@ def compile_helpers_cpp(source: Path, folder: Path | None = None) -> Path:
             )
             temporary.replace(library)
     return library
-
-
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "qwen2-ascend"
 
 
 def _run(command: list[str]) -> None:

@@ -10,7 +10,6 @@ from qwen2_ascend.files import open_regular
 
 HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the dtype, number of sequences, number of documents and one."""
-EMPTY_HEADER = bytes(HEADER.size)
 MAGIC = b"MMIDIDX\0\0"
 DTYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 """Bytes of a token by the dtype's code (uint8, int8, int16, int32, int64, fp64, fp32, uint16)."""
@@ -52,10 +51,9 @@ def _described_bytes(path: Path) -> int:
     """
     with open_regular(path) as file:
         header = file.read(HEADER.size)
-        whole = len(header) == HEADER.size
-        magic, version, code, sequences, documents = HEADER.unpack(
-            header if whole else EMPTY_HEADER
-        )
+        if len(header) < HEADER.size:
+            header = bytes(HEADER.size)
+        magic, version, code, sequences, documents = HEADER.unpack(header)
         if magic != MAGIC or version != 1 or code not in DTYPE_BYTES:
             raise UserError(f"{path} is not an index of Megatron's (version 1).")
         expected = HEADER.size + sequences * (LENGTH.size + POINTER.size) + documents * POINTER.size

@@ -18,21 +18,11 @@ absent_triton.lend()
 with warnings.catch_warnings():
     # importing megatron.core complains about the absence of CUDA-only packages
     warnings.simplefilter("ignore")
+    from megatron.core.datasets.indexed_dataset import DType as DType
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.indexed_dataset import (
-        DType,
-        IndexedDataset,
-        IndexedDatasetBuilder,
+        IndexedDatasetBuilder as IndexedDatasetBuilder,
     )
-
-__all__ = [
-    "DType",
-    "IndexedDataset",
-    "IndexedDatasetBuilder",
-    "fingerprint",
-    "largest_token",
-    "open_indexed",
-    "sample_documents",
-]
 
 SAMPLED_BLOCKS, SAMPLED_BYTES = 64, 4096
 CHECKED_SEQUENCES = 1 << 20

@@ -20,7 +20,7 @@ from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import json_value, open_regular, require_regular
 
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jl")
-TEXT_SUFFIXES = (".txt", ".text")
+KNOWN_SUFFIXES = (*JSONL_SUFFIXES, ".txt", ".text", ".parquet")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -109,7 +109,7 @@ def find_inputs(words: Sequence[str], input_format: str = "auto") -> list[InputF
 def _expand(word: str, input_format: str) -> list[str]:
     if os.path.isdir(word):
         below = sorted(str(path) for path in Path(word).rglob("*") if _is_seen(path, word))
-        return [p for p in below if input_format != "auto" or _has_known_suffix(p)]
+        return [p for p in below if input_format != "auto" or _name(p).endswith(KNOWN_SUFFIXES)]
     if os.path.exists(word):
         return [word]
     return sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
@@ -128,21 +128,19 @@ def _is_seen(path: Path, folder: str) -> bool:
 
 def _nothing_found(word: str) -> str:
     if os.path.isdir(word):
-        known = " ".join((*JSONL_SUFFIXES, *TEXT_SUFFIXES, ".parquet"))
+        known = " ".join(KNOWN_SUFFIXES)
         return f"no file below it ends in {known} (or .gz of these); say --input-format to take all"
     return "no such file, folder or match"
 
 
-def _has_known_suffix(path: str) -> bool:
-    known = (*JSONL_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
-    return path.removesuffix(".gz").lower().endswith(known)
+def _name(path: str) -> str:
+    return path.removesuffix(".gz").lower()
 
 
 def _format_of(path: str) -> str:
-    name = path.removesuffix(".gz").lower()
-    if name.endswith(".parquet"):
+    if _name(path).endswith(".parquet"):
         return "parquet"
-    return "jsonl" if name.endswith(JSONL_SUFFIXES) else "text"
+    return "jsonl" if _name(path).endswith(JSONL_SUFFIXES) else "text"
 
 
 def check_inputs(files: Sequence[InputFile], reading: Reading) -> None:

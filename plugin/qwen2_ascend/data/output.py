@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.parts import State, remove_unfinished
+from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import fsync_folder, read_bytes, write_file
 
@@ -21,8 +22,9 @@ from qwen2_ascend.files import fsync_folder, read_bytes, write_file
 class Output:
     """The files a run leaves, and the folder it works in until then."""
 
-    def __init__(self, prefix: Path, keys: Sequence[str]) -> None:
-        self.prefix = Path(os.path.abspath(prefix))
+    def __init__(self, settings: PreprocessSettings, keys: Sequence[str]) -> None:
+        self._settings = settings
+        self.prefix = Path(os.path.abspath(settings.output_prefix))
         self.keys = tuple(keys)
         self.folder = self.prefix.parent / f".{self.prefix.name}.preprocessing"
         self.bad_rows = Path(f"{self.prefix}_bad_rows.tsv")
@@ -31,9 +33,9 @@ class Output:
         """The prefix for --data-path, named as Megatron does."""
         return Path(f"{self.prefix}_{key.replace('/', '_')}_document")
 
-    def is_complete(self, deciding: dict[str, Any], *, resume: bool) -> bool:
-        """True if `resume` was asked for and a finished run has left just this result."""
-        if not resume or self.folder.exists():
+    def is_complete(self, deciding: dict[str, Any]) -> bool:
+        """True if --resume was given and a finished run has left just this result."""
+        if not self._settings.resume or self.folder.exists():
             return False
         for key in self.keys:
             try:
@@ -45,24 +47,22 @@ class Output:
         return True
 
     @contextlib.contextmanager
-    def work_folder(
-        self, fresh: State, *, resume: bool, overwrite: bool
-    ) -> Iterator[tuple[Path, State]]:
+    def work_folder(self, fresh: State) -> Iterator[tuple[Path, State]]:
         """The locked folder to work in, and the state to go on from.
 
         It stays when there is something to resume, and goes when there is not.
 
         Raises:
-            UserError: a result or an unfinished run is there and neither `resume` nor
-                `overwrite` says what to do with it, or another run is at work.
+            UserError: a result or an unfinished run is there and neither --resume nor
+                --overwrite says what to do with it, or another run is at work.
         """
-        self._check(resume=resume, overwrite=overwrite)
+        self._check()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.prefix}: cannot be written: {error.strerror}.") from None
         with _locked(self.folder, self.prefix):
-            state = (self._resumed(fresh) if resume else None) or fresh
+            state = (self._resumed(fresh) if self._settings.resume else None) or fresh
             remove_unfinished(self.folder, state)
             try:
                 yield self.folder, state
@@ -73,11 +73,11 @@ class Output:
                     shutil.rmtree(self.folder, ignore_errors=True)
                 raise
 
-    def _check(self, *, resume: bool, overwrite: bool) -> None:
-        if overwrite:
+    def _check(self) -> None:
+        if self._settings.overwrite:
             return
         if self.folder.exists():
-            if not resume:
+            if not self._settings.resume:
                 raise UserError(
                     f"{self.prefix}: an unfinished run lies in {self.folder.name}; finish it "
                     "with --resume or start again with --overwrite."

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,9 +132,7 @@ class Parts:
     def __enter__(self) -> Parts:
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for builder in self._builders.values():
             builder.data_file.close()
 
@@ -245,8 +242,6 @@ def _link(source: str, target: str) -> None:
 
 
 def _check_space(folder: Path, parts: Sequence[Path], num_keys: int) -> None:
-    if len(parts) < 2:
-        return
     needed = sum(
         os.path.getsize(f"{part}_{i}{suffix}")
         for part in parts

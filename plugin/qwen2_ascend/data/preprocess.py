@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -73,28 +72,28 @@ def preprocess_texts(settings: PreprocessSettings) -> None:
         settings=_deciding_settings(settings, files, tokenizer),
         counts={key: Counts() for key in settings.json_keys},
     )
-    output = Output(settings.output_prefix, settings.json_keys)
-    if output.is_complete(state.settings, resume=settings.resume):
+    output = Output(settings, settings.json_keys)
+    if output.is_complete(state.settings):
         print(f"{output.prefix}: complete already; nothing to do.")
         return
-    with output.work_folder(state, resume=settings.resume, overwrite=settings.overwrite) as (
-        folder,
-        state,
-    ):
+    with output.work_folder(state) as (folder, state):
         resumed_tokens = sum(counts.tokens for counts in state.counts.values())
         if not state.is_joined:
-            _tokenize(settings, files, reading, tokenizer, folder, state)
+            make_encoder = partial(
+                Encoder,
+                tokenizer,
+                keys=settings.json_keys,
+                dtype=state.settings["dtype"],
+                append_eod=settings.append_eod,
+                max_row_bytes=settings.max_document_bytes,
+            )
+            rows = read_rows(files, reading, state.position)
+            workers = settings.workers or num_cores()
+            write_parts(settings, files, rows, make_encoder, folder, state, workers=workers)
             names = {key: output.dataset(key).name for key in settings.json_keys}
             join(folder, state, names, output.bad_rows.name)
         output.publish(folder, state)
-    print_summary(
-        {key: asdict(counts) for key, counts in state.counts.items()},
-        {key: f"{output.dataset(key)}.bin" for key in settings.json_keys},
-        bad_rows=state.bad_rows,
-        bad_rows_file=str(output.bad_rows) if state.bad_rows else None,
-        seconds=time.monotonic() - started,
-        resumed_tokens=resumed_tokens,
-    )
+    print_summary(output, state, time.monotonic() - started, resumed_tokens)
 
 
 def _tokenizer_notes(settings: PreprocessSettings, tokenizer: TokenizerSpec) -> Iterator[str]:
@@ -130,34 +129,6 @@ def _deciding_settings(
 
 
 # --- tokenizing -----------------------------------------------------------------------------------
-
-
-def _tokenize(
-    settings: PreprocessSettings,
-    files: Sequence[InputFile],
-    reading: Reading,
-    tokenizer: TokenizerSpec,
-    folder: Path,
-    state: State,
-) -> None:
-    """Writes parts until the input is used up, keeping `state` and its file up to date."""
-    make_encoder = partial(
-        Encoder,
-        tokenizer,
-        keys=settings.json_keys,
-        dtype=state.settings["dtype"],
-        append_eod=settings.append_eod,
-        max_row_bytes=settings.max_document_bytes,
-    )
-    write_parts(
-        settings,
-        files,
-        read_rows(files, reading, state.position),
-        make_encoder,
-        folder,
-        state,
-        workers=settings.workers or num_cores(),
-    )
 
 
 def write_parts(

@@ -38,8 +38,8 @@ class Blend(NamedTuple):
     Without weights the datasets go in whole, for one epoch, as in Megatron.
     """
 
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...] | None
+    prefixes: list[str]
+    weights: list[float] | None
 
 
 class EodTokenizer:
@@ -102,10 +102,15 @@ class PretrainingDatasetBuilder:
         Raises:
             UserError: data that is missing, damaged or too little, or settings that contradict.
         """
-        datasets = _build(self._megatron_settings(), self.num_samples, self.each_node_builds)
+        datasets = self._built(self._megatron_settings())
         for dataset in filter(None, datasets):
             dataset.vocab_size = self.vocab_size  # for `build_data_iterator`
-        _check_lengths(datasets, self.num_samples)
+        raise_if(
+            f"{name}: a blend without weights lasts one epoch, {len(dataset)} samples, and "
+            f"{wanted} are wanted; put a weight before each prefix (0.3 A 0.7 B) to repeat them."
+            for name, dataset, wanted in zip(SPLITS, datasets, self.num_samples, strict=True)
+            if dataset is not None and len(dataset) < wanted
+        )
         if not self.keep_documents_apart:
             return datasets
         rows = (data and DocumentRows(data, self.eod_token) for data in datasets)
@@ -113,15 +118,12 @@ class PretrainingDatasetBuilder:
 
     def _megatron_settings(self) -> dict[str, Any]:
         """GPTDatasetConfig's fields, once the data has been checked."""
-        per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
-        blends = _blends(self.data_path, per_split, self.num_samples)
-        split = self.split if self.data_path else None
-        shares = split_matrix(split) if split is not None else [(0.0, 1.0)] * len(SPLITS)
-        ending = self.eod_token if self.eod_mask_loss else None
-        prints = _check_data(blends, shares, split, self.vocab_size, ending)
-        source: dict[str, Any] = dict(blend_per_split=[_listed(blend) for blend in blends])
-        if split is not None:
-            source = dict(blend=_listed(next(filter(None, blends))), split=split)
+        blends = self._blends()
+        shares = split_matrix(self.split) if self.data_path else [(0.0, 1.0)] * len(SPLITS)
+        prints = self._check_data(blends, shares)
+        source: dict[str, Any] = dict(blend_per_split=blends)
+        if self.data_path:
+            source = dict(blend=next(filter(None, blends)), split=self.split)
         return dict(
             random_seed=self.seed,
             sequence_length=self.seq_length,
@@ -134,13 +136,109 @@ class PretrainingDatasetBuilder:
             **source,
         )
 
+    def _blends(self) -> list[Blend | None]:
+        """What each split reads; None where no sample of it is wanted."""
+        per_split = (self.train_data_path, self.valid_data_path, self.test_data_path)
+        if bool(self.data_path) == any(per_split):
+            raise UserError(
+                "give --data-path (divided by --split), or --train-data-path, --valid-data-path "
+                f"and --test-data-path; {'both were' if self.data_path else 'none was'} given."
+            )
+        words = (self.data_path,) * len(SPLITS) if self.data_path else per_split
+        raise_if(
+            f"--{name}-data-path is missing, and {count} {name} samples are wanted."
+            for name, given, count in zip(SPLITS, words, self.num_samples, strict=True)
+            if count and not given
+        )
+        return [
+            parse_blend(given) if given and count else None
+            for given, count in zip(words, self.num_samples, strict=True)
+        ]
+
+    def _check_data(
+        self, blends: Sequence[Blend | None], shares: Sequence[tuple[float, float]]
+    ) -> dict[str, str]:
+        """Fingerprints of all datasets by prefix, once each has what is wanted of it.
+
+        Args:
+            blends: one for each split, None where no sample is wanted.
+            shares: (start, stop) of the documents that go to each split.
+        """
+        from qwen2_ascend.data import indexed
+
+        faults: list[str] = []
+        prints: dict[str, str] = {}
+        for prefix in dict.fromkeys(p for blend in blends if blend for p in blend.prefixes):
+            try:
+                dataset = indexed.open_indexed(prefix)
+            except UserError as error:
+                faults += error.faults
+                continue
+            prints[prefix] = indexed.fingerprint(prefix)
+            faults += self._token_faults(prefix, dataset)
+            for name, blend, (start, stop) in zip(SPLITS, blends, shares, strict=True):
+                if not blend or prefix not in blend.prefixes:
+                    continue
+                n = len(dataset)
+                tokens = dataset.sequence_lengths[round(start * n) : round(stop * n)].sum()
+                # megatron-core repeats epochs until there are enough tokens, of none without end
+                if not tokens:
+                    of = f"split={self.split}" if self.data_path else "the file"
+                    faults.append(
+                        f"{prefix}: {of} leaves nothing of its {n} documents for {name}; give "
+                        f"{name} a larger share, more documents, or ask for no sample of it."
+                    )
+        raise_if(faults)
+        return prints
+
+    def _token_faults(self, prefix: str, dataset: Any) -> list[str]:
+        from qwen2_ascend.data import indexed
+
+        faults = []
+        documents = indexed.sample_documents(dataset)
+        largest = indexed.largest_token(prefix)
+        if largest is None:
+            largest = max((int(tokens.max(initial=0)) for tokens in documents), default=0)
+        size = self.vocab_size
+        if size is not None and (unknown := unknown_tokens([largest], size)):
+            faults.append(f"{prefix} {unknown}")
+        eod = self.eod_token if self.eod_mask_loss else None
+        if eod is not None and not any(d.size and d[-1] == eod for d in documents):
+            faults.append(
+                f"{prefix}: no document ends with the end-of-document token {eod}, which "
+                "--eod-mask-loss looks for; preprocess with --append-eod, or name the token that "
+                "was appended with --eod-token."
+            )
+        return faults
+
+    def _built(self, settings: dict[str, Any]) -> PretrainingDatasets:
+        from megatron.core.datasets.blended_megatron_dataset_builder import (
+            BlendedMegatronDatasetBuilder,
+        )
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+        from qwen2_ascend.data.helpers_cpp import ensure_helpers_cpp
+        from qwen2_ascend.runtime.megatron_compat import each_node_builds_data
+
+        ensure_helpers_cpp()
+        config: Any = GPTDatasetConfig(**settings)
+        if config.split_matrix is not None:
+            for i, count in enumerate(self.num_samples):
+                if not count:
+                    config.split_matrix[i] = None
+        by_node = each_node_builds_data() if self.each_node_builds else contextlib.nullcontext()
+        sizes = list(self.num_samples)
+        with _process_group(), _cache_errors(config.path_to_cache), by_node:
+            builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+            return PretrainingDatasets(*builder.build())
+
 
 def check_pretraining_data(
     *,
-    data_path: Sequence[str] = (),
-    train_data_path: Sequence[str] = (),
-    valid_data_path: Sequence[str] = (),
-    split: str = "969,30,1",
+    data_path: Sequence[str],
+    train_data_path: Sequence[str],
+    valid_data_path: Sequence[str],
+    split: str,
 ) -> None:
     """What can be said of the data before there is a process group; heads of files are read.
 
@@ -168,38 +266,15 @@ def parse_blend(words: Sequence[str]) -> Blend:
     """
     numbers = [_number(word) for word in words[::2]]
     if all(number is None for number in numbers):
-        return Blend(tuple(words), None)
+        return Blend(list(words), None)
     if len(words) % 2 or any(number is None for number in numbers):
         raise UserError(
             f"{' '.join(words)!r}: give prefixes only, or a weight before each: 0.3 A 0.7 B."
         )
-    weights = tuple(float(number) for number in numbers if number is not None)
+    weights = [float(number) for number in numbers if number is not None]
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise UserError(f"{' '.join(words)!r}: each weight must be above zero.")
-    return Blend(tuple(words[1::2]), weights)
-
-
-def _blends(
-    data_path: Sequence[str] | None,
-    per_split: tuple[Sequence[str] | None, ...],
-    num_samples: tuple[int, int, int],
-) -> list[Blend | None]:
-    """What each split reads; None where no sample of it is wanted."""
-    if bool(data_path) == any(per_split):
-        raise UserError(
-            "give --data-path (divided by --split), or --train-data-path, --valid-data-path and "
-            f"--test-data-path; {'both were' if data_path else 'none was'} given."
-        )
-    words = (data_path,) * len(SPLITS) if data_path else per_split
-    raise_if(
-        f"--{name}-data-path is missing, and {count} {name} samples are wanted."
-        for name, given, count in zip(SPLITS, words, num_samples, strict=True)
-        if count and not given
-    )
-    return [
-        parse_blend(given) if given and count else None
-        for given, count in zip(words, num_samples, strict=True)
-    ]
+    return Blend(list(words[1::2]), weights)
 
 
 def _number(word: str) -> float | None:
@@ -231,109 +306,6 @@ def _split_shares(split: str) -> None:
         raise UserError(f"split={split!r} must be up to three shares, such as 969,30,1.")
     if not any(shares):
         raise UserError(f"split={split!r} gives nothing to anyone; one share must be above zero.")
-
-
-def _check_data(
-    blends: Sequence[Blend | None],
-    split_matrix: list[tuple[float, float]],
-    split: str | None,
-    vocab_size: int | None,
-    eod_token: int | None,
-) -> dict[str, str]:
-    """Fingerprints of all datasets by prefix, after checking that each has what is wanted of it.
-
-    Args:
-        blends: one for each split, None where no sample is wanted.
-        split_matrix: the share of the documents that goes to each split.
-        split: what the user said, for the message.
-        vocab_size: if not None, no sampled token may be above it.
-        eod_token: if not None, documents must end with it.
-    """
-    from qwen2_ascend.data import indexed
-
-    faults: list[str] = []
-    prints: dict[str, str] = {}
-    for prefix in dict.fromkeys(p for blend in blends if blend for p in blend.prefixes):
-        try:
-            dataset = indexed.open_indexed(prefix)
-        except UserError as error:
-            faults += error.faults
-            continue
-        prints[prefix] = indexed.fingerprint(prefix)
-        faults += _token_faults(prefix, dataset, vocab_size, eod_token)
-        for name, blend, (start, stop) in zip(SPLITS, blends, split_matrix, strict=True):
-            if not blend or prefix not in blend.prefixes:
-                continue
-            n = len(dataset)
-            tokens = dataset.sequence_lengths[round(start * n) : round(stop * n)].sum()
-            # megatron-core repeats epochs until there are enough tokens, of none without end
-            if not tokens:
-                of = f"split={split}" if split else "the file"
-                faults.append(
-                    f"{prefix}: {of} leaves nothing of its {n} documents for {name}; give {name} "
-                    "a larger share, more documents, or ask for no sample of it."
-                )
-    raise_if(faults)
-    return prints
-
-
-def _token_faults(
-    prefix: str, dataset: Any, vocab_size: int | None, eod_token: int | None
-) -> list[str]:
-    from qwen2_ascend.data import indexed
-
-    faults = []
-    documents = indexed.sample_documents(dataset)
-    largest = indexed.largest_token(prefix)
-    if largest is None:
-        largest = max((int(tokens.max(initial=0)) for tokens in documents), default=0)
-    if vocab_size is not None and (unknown := unknown_tokens([largest], vocab_size)):
-        faults.append(f"{prefix} {unknown}")
-    if eod_token is not None and not any(d.size and d[-1] == eod_token for d in documents):
-        faults.append(
-            f"{prefix}: no document ends with the end-of-document token {eod_token}, which "
-            "--eod-mask-loss looks for; preprocess with --append-eod, or name the token that was "
-            "appended with --eod-token."
-        )
-    return faults
-
-
-def _listed(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:
-    if blend is None:
-        return None
-    return list(blend.prefixes), None if blend.weights is None else list(blend.weights)
-
-
-def _build(
-    settings: dict[str, Any], num_samples: tuple[int, int, int], each_node_builds: bool
-) -> PretrainingDatasets:
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-    from qwen2_ascend.data.helpers_cpp import ensure_helpers_cpp
-    from qwen2_ascend.runtime.megatron_compat import each_node_builds_data
-
-    ensure_helpers_cpp()
-    config = GPTDatasetConfig(**settings)
-    if config.split_matrix is not None:
-        for i, count in enumerate(num_samples):
-            if not count:
-                config.split_matrix[i] = None  # pyright: ignore[reportArgumentType, reportCallIssue]
-    by_node = each_node_builds_data() if each_node_builds else contextlib.nullcontext()
-    with _process_group(), _cache_errors(config.path_to_cache), by_node:
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config)
-        return PretrainingDatasets(*builder.build())
-
-
-def _check_lengths(datasets: PretrainingDatasets, num_samples: tuple[int, int, int]) -> None:
-    raise_if(
-        f"{name}: a blend without weights lasts one epoch, {len(dataset)} samples, and {wanted} "
-        "are wanted; put a weight before each prefix (0.3 A 0.7 B) to repeat them."
-        for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True)
-        if dataset is not None and len(dataset) < wanted
-    )
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
+from qwen2_ascend.data.output import Output
+from qwen2_ascend.data.parts import State
 from qwen2_ascend.markdown import aligned
 from qwen2_ascend.progress import progress_bar
 
@@ -25,9 +25,7 @@ class Progress:
         self._bar = progress_bar(self._total_bytes, "B")
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None and self._documents > self._logged:
@@ -39,55 +37,40 @@ class Progress:
         self._tokens += tokens
         self._read_bytes = min(read_bytes, self._total_bytes)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._rate():,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{self._rate(self._tokens):,.0f} tokens/s", refresh=False)
             self._bar.update(self._read_bytes - self._bar.n)
         elif self._documents // self._log_interval > self._logged // self._log_interval:
             self._log()
 
-    def _rate(self) -> float:
-        return self._tokens / max(1e-9, time.monotonic() - self._started)
+    def _rate(self, count: int) -> float:
+        return count / max(1e-9, time.monotonic() - self._started)
 
     def _log(self) -> None:
         self._logged = self._documents
-        seconds = max(1e-9, time.monotonic() - self._started)
         print(
             f"processed {self._documents:,} documents, {self._tokens:,} tokens "
-            f"({self._documents / seconds:,.0f} documents/s, {self._rate():,.0f} tokens/s), "
+            f"({self._rate(self._documents):,.0f} documents/s, "
+            f"{self._rate(self._tokens):,.0f} tokens/s), "
             f"{100 * self._read_bytes / self._total_bytes:.0f}% of the input",
             flush=True,
         )
 
 
-def print_summary(
-    counts: Mapping[str, Mapping[str, int]],
-    outputs: Mapping[str, str],
-    *,
-    bad_rows: int,
-    bad_rows_file: str | None,
-    seconds: float,
-    resumed_tokens: int,
-) -> None:
-    """Prints what was written.
-
-    Args:
-        counts: documents, tokens, shortest, longest of each key.
-        outputs: the .bin file of each key.
-        bad_rows: rows that were left out.
-        bad_rows_file: where they are listed.
-        seconds: how long this run took.
-        resumed_tokens: tokens that an earlier run had written already.
-    """
-    for key, of in counts.items():
-        mean = of["tokens"] / max(1, of["documents"])
-        ends = f"shortest {of['shortest']:,}, longest {of['longest']:,}"
+def print_summary(output: Output, state: State, seconds: float, resumed_tokens: int) -> None:
+    """Prints what was written, in `seconds` and, `resumed_tokens` of it, by an earlier run."""
+    for key, of in state.counts.items():
+        mean = of.tokens / max(1, of.documents)
         rows = [
-            ("documents", f"{of['documents']:,}"),
-            ("tokens", f"{of['tokens']:,}"),
-            ("tokens/document", f"mean {mean:,.1f}, {ends}"),
+            ("documents", f"{of.documents:,}"),
+            ("tokens", f"{of.tokens:,}"),
+            (
+                "tokens/document",
+                f"mean {mean:,.1f}, shortest {of.shortest:,}, longest {of.longest:,}",
+            ),
         ]
-        print("\n  ".join([f"{outputs[key]} and .idx", *aligned(rows, "l")]))
-    where = f", listed in {bad_rows_file}" if bad_rows_file else ""
-    print(f"bad rows  {bad_rows:,}{where}")
-    new = sum(of["tokens"] for of in counts.values()) - resumed_tokens
+        print("\n  ".join([f"{output.dataset(key)}.bin and .idx", *aligned(rows, "l")]))
+    where = f", listed in {output.bad_rows}" if state.bad_rows else ""
+    print(f"bad rows  {state.bad_rows:,}{where}")
+    new = sum(of.tokens for of in state.counts.values()) - resumed_tokens
     resumed = f"; {resumed_tokens:,} tokens were there already" if resumed_tokens else ""
     print(f"time      {seconds:,.1f} s, {new / max(seconds, 1e-9):,.0f} tokens/s{resumed}")

@@ -149,7 +149,9 @@ class Encoder:
         elif row.format == "parquet":
             values = dict(zip(self._keys, row.raw, strict=True))
         else:
-            values = _json_object(row.raw)
+            values = parse_row(row.raw)
+            if not isinstance(values, dict):
+                raise ValueError(f"is JSON but a {json_kind(values)}, not an object")
         return {key: _text(values, key, row.format) for key in self._keys}
 
     def _joined(self, documents: list[list[int]]) -> np.ndarray:
@@ -160,17 +162,19 @@ class Encoder:
         return np.array([len(ids) + len(self._eod) for ids in documents], dtype=np.int64)
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
-    text = utf8(raw)
+def parse_row(raw: bytes) -> Any:
+    """The JSON value of a row.
+
+    Raises:
+        ValueError: it is none; the message is the reason.
+    """
+    text = _utf8(raw)
     try:
-        values = json_value(text)
+        return json_value(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"is JSON but a {json_kind(values)}, not an object")
-    return values
 
 
 def _text(values: dict[str, Any], key: str, kind: str) -> str:
@@ -179,7 +183,7 @@ def _text(values: dict[str, Any], key: str, kind: str) -> str:
         raise ValueError(f"has no key {key!r}; its keys are {has}")
     value = values[key]
     if isinstance(value, bytes):
-        value = utf8(value)
+        value = _utf8(value)
     elif not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
         raise ValueError(f"{key!r} is {found}, not a string")
@@ -190,12 +194,7 @@ def _text(values: dict[str, Any], key: str, kind: str) -> str:
     return value
 
 
-def utf8(raw: bytes) -> str:
-    """The text of a row.
-
-    Raises:
-        ValueError: it is none; the message is the reason.
-    """
+def _utf8(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

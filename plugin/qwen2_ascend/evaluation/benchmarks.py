@@ -183,36 +183,29 @@ def _letter(answer: Any) -> str:
 
 def _mmlu(raw: Mapping[str, Any]) -> Row:
     answer = LETTERS.index(_letter(raw["answer"]))
-    return {
-        "question": raw["question"],
-        "choices": [raw[letter] for letter in LETTERS],
-        "answer": answer,
-    }
+    choices = [raw[letter] for letter in LETTERS]
+    return {"question": raw["question"], "choices": choices, "answer": answer}
 
 
-def _ceval(raw: Mapping[str, Any]) -> Row:
-    columns = {letter: raw[letter] for letter in LETTERS}
-    return {"question": raw["question"], **columns, "answer": _letter(raw["answer"])}
+def _lettered(question: str, answer: str) -> Callable[[Mapping[str, Any]], Row]:
+    """Reads a question with four choices and a letter, from columns of these names."""
 
+    def read(raw: Mapping[str, Any]) -> Row:
+        columns = {name: raw[name] for name in (question, *LETTERS)}
+        return {**columns, answer: _letter(raw[answer])}
 
-def _cmmlu(raw: Mapping[str, Any]) -> Row:
-    columns = {letter: raw[letter] for letter in LETTERS}
-    return {"Question": raw["Question"], **columns, "Answer": _letter(raw["Answer"])}
+    return read
 
 
 def _boolq(raw: Mapping[str, Any]) -> Row:
     if not isinstance(raw["answer"], bool):
         raise ValueError(f"its answer is {raw['answer']!r}, not true or false")
-    columns = {name: _text(raw, name) for name in ("question", "passage")}
-    return {**columns, "label": int(raw["answer"])}
+    return {**_texts("question", "passage")(raw), "label": int(raw["answer"])}
 
 
-def _gsm8k(raw: Mapping[str, Any]) -> Row:
-    return {name: _text(raw, name) for name in ("question", "answer")}
-
-
-def _bbh(raw: Mapping[str, Any]) -> Row:
-    return {name: _text(raw, name) for name in ("input", "target")}
+def _texts(*names: str) -> Callable[[Mapping[str, Any]], Row]:
+    """Reads a question whose columns of these names are texts."""
+    return lambda raw: {name: _text(raw, name) for name in names}
 
 
 def _agieval(raw: Mapping[str, Any]) -> Row:
@@ -238,10 +231,6 @@ def _agieval(raw: Mapping[str, Any]) -> Row:
     return {"query": query, "choices": list(options), "gold": gold}
 
 
-def _human_eval(raw: Mapping[str, Any]) -> Row:
-    return {name: _text(raw, name) for name in ("task_id", "prompt", "entry_point", "test")}
-
-
 def _text(raw: Mapping[str, Any], name: str) -> str:
     if not isinstance(raw[name], str):
         raise ValueError(f"its {name} is {raw[name]!r}, not a text")
@@ -250,12 +239,12 @@ def _text(raw: Mapping[str, Any], name: str) -> str:
 
 KINDS: Mapping[str, Kind] = {
     "mmlu": Kind("*.csv", _mmlu, 5, "_dev", ("question", *LETTERS, "answer")),
-    "cmmlu": Kind("*.csv", _cmmlu, 5, ""),
-    "ceval": Kind("*.csv", _ceval, 5, "_dev"),
+    "cmmlu": Kind("*.csv", _lettered("Question", "Answer"), 5, ""),
+    "ceval": Kind("*.csv", _lettered("question", "answer"), 5, "_dev"),
     "boolq": Kind("*dev*.jsonl", _boolq),
-    "gsm8k": Kind("*.jsonl", _gsm8k, 3),
-    "bbh": Kind("*.json", _bbh),
+    "gsm8k": Kind("*.jsonl", _texts("question", "answer"), 3),
+    "bbh": Kind("*.json", _texts("input", "target")),
     "agieval": Kind("*.jsonl", _agieval),
-    "human_eval": Kind("*.jsonl", _human_eval),
+    "human_eval": Kind("*.jsonl", _texts("task_id", "prompt", "entry_point", "test")),
 }
 """The kinds by the name that --task takes."""

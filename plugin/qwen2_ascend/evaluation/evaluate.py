@@ -19,19 +19,12 @@ from qwen2_ascend.evaluation.lm_eval_run import Rows, run_named_tasks
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
 from qwen2_ascend.files import write_file
-from qwen2_ascend.inference.opening import (
-    config_folder,
-    open_model,
-    open_tokenizer,
-    start_engine,
-)
-from qwen2_ascend.inference.pasted import served_notes
+from qwen2_ascend.inference.opening import config_folder, open_model, open_tokenizer, start_engine
 from qwen2_ascend.launching import launched
 from qwen2_ascend.machine import world_size
 from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
-    from qwen2_ascend.evaluation.local_run import LocalTasks
     from qwen2_ascend.inference.engine import Engine
     from qwen2_ascend.inference.generation_config import Defaults
     from qwen2_ascend.inference.tokenizer import Tokenizer
@@ -61,9 +54,13 @@ def evaluate(settings: EvaluateSettings) -> None:
     defaults = Defaults(config_folder(source))
     _require_end_of_text(settings, config_folder(source), tokenizer, defaults)
     texts = _read_texts(settings.perplexity.text_file, tokenizer, source.config.vocab_size)
-    local = _local_tasks(settings, tokenizer)
+    local = None
+    if settings.local.task:
+        from qwen2_ascend.evaluation.local_run import LocalTasks
+
+        local = LocalTasks(settings, tokenizer)
     runtime, engine = start_engine(settings.model, opened, num_rows=settings.batch_size)
-    notes = served_notes(settings, EVALUATE_FLAGS, source.config)
+    notes = settings.model.notes(settings.pasted, EVALUATE_FLAGS, source.config)
     for line in (*notes, *(local.describe() if local else ())):
         logger.info(line)
     rows = _perplexities(settings, engine, texts)
@@ -165,11 +162,3 @@ def _perplexities(
             for name, value in found.items()
         ]
     return rows
-
-
-def _local_tasks(settings: EvaluateSettings, tokenizer: Tokenizer) -> LocalTasks | None:
-    if not settings.local.task:
-        return None
-    from qwen2_ascend.evaluation.local_run import LocalTasks
-
-    return LocalTasks(settings, tokenizer)

@@ -17,6 +17,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.evaluation.local_tasks import LIMITS
 from qwen2_ascend.evaluation.scoring import Scorer
 from qwen2_ascend.inference.generator import Generator, Request
 from qwen2_ascend.inference.sampling import NAMES, Place
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256
 """lm-eval's own default, where a task does not say."""
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the largest number of new tokens; the first that is there counts."""
 
 
 class Qwen2LM(TemplateLM):
@@ -45,12 +44,7 @@ class Qwen2LM(TemplateLM):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        defaults: Defaults,
-        *,
-        seed: int = 1234,
+        self, engine: Engine, tokenizer: Tokenizer, defaults: Defaults, *, seed: int
     ) -> None:
         super().__init__()
         self._engine = engine

@@ -32,27 +32,29 @@ def run_named_tasks(
         )
     return run_tasks(
         settings,
-        model=served_model(settings, engine, tokenizer, defaults),
+        engine,
+        tokenizer,
+        defaults,
         tasks=list(wanted.tasks),
         task_manager=manager,
         apply_chat_template=wanted.apply_chat_template,
     )
 
 
-def served_model(
-    settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
-) -> Any:
-    """This project's model as lm-eval asks it."""
-    from qwen2_ascend.evaluation.lm_eval_adapter import Qwen2LM
-
-    return Qwen2LM(engine, tokenizer, defaults, seed=settings.seed)
-
-
-def run_tasks(settings: EvaluateSettings, **options: Any) -> tuple[Rows, dict[str, Any]]:
+def run_tasks(
+    settings: EvaluateSettings,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    defaults: Defaults,
+    **options: Any,
+) -> tuple[Rows, dict[str, Any]]:
     """Rows for the table, and lm-eval's own results; nothing but on the first rank of a node."""
     from lm_eval.evaluator import simple_evaluate
 
+    from qwen2_ascend.evaluation.lm_eval_adapter import Qwen2LM
+
     results: Any = simple_evaluate(
+        model=Qwen2LM(engine, tokenizer, defaults, seed=settings.seed),
         num_fewshot=settings.lm_eval.num_fewshot,
         limit=settings.lm_eval.limit,
         system_instruction=settings.lm_eval.system_prompt,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.evaluation.benchmarks import Benchmark, read_benchmark
-from qwen2_ascend.evaluation.lm_eval_run import Rows, run_tasks, served_model
-from qwen2_ascend.evaluation.local_tasks import Wishes, local_tasks
+from qwen2_ascend.evaluation.lm_eval_run import Rows, run_tasks
+from qwen2_ascend.evaluation.local_tasks import local_tasks
 from qwen2_ascend.evaluation.programs import Programs
 from qwen2_ascend.evaluation.settings import EvaluateSettings
 from qwen2_ascend.machine import rank
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 class LocalTasks:
     """The benchmarks of local files, read and checked before any process waits for another.
 
-    Args:
-        settings: all flags.
-        tokenizer: the model's.
-
     Raises:
         UserError: files that are missing or hold something else.
     """
@@ -34,15 +30,11 @@ class LocalTasks:
     def __init__(self, settings: EvaluateSettings, tokenizer: Tokenizer) -> None:
         local, self._settings = settings.local, settings
         self._programs = Programs(_programs_file(settings), is_first=rank() == 0)
-        wishes = Wishes(
-            max_new_tokens=local.max_new_tokens,
-            alternative_prompt=local.alternative_prompt,
-            chain_of_thought=local.chain_of_thought,
-            on_program=self._programs,
-        )
         examples = settings.lm_eval.num_fewshot
         self._benchmarks = [read_benchmark(name, path, examples) for name, path in local.named]
-        self._tasks = {one.name: local_tasks(one, wishes) for one in self._benchmarks}
+        self._tasks = {
+            one.name: local_tasks(one, local, self._programs) for one in self._benchmarks
+        }
         self._has_template = not local.no_chat_template and bool(tokenizer.template())
 
     def describe(self) -> Iterator[str]:
@@ -63,7 +55,9 @@ class LocalTasks:
 
         rows, details = run_tasks(
             self._settings,
-            model=served_model(self._settings, engine, tokenizer, defaults),
+            engine,
+            tokenizer,
+            defaults,
             tasks=[task for tasks in self._tasks.values() for task in tasks],
             task_manager=TaskManager(include_defaults=False),
             apply_chat_template=self._has_template,

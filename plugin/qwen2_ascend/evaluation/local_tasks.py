@@ -20,6 +20,7 @@ from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingIm
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.evaluation.benchmarks import LETTERS, Benchmark, Subject
+from qwen2_ascend.evaluation.settings import LocalTaskSettings
 from qwen2_ascend.files import read_text
 
 DEFINITIONS = {
@@ -34,6 +35,8 @@ DEFINITIONS = {
     "human_eval": "humaneval/humaneval.yaml",
 }
 """Files of lm-eval's folder of tasks."""
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the largest number of new tokens; the first that is there counts."""
 ASKED = (
     "There is a single choice question about {}. Answer the question by replying A, B, C or D. \n"
     "Question: "
@@ -50,12 +53,7 @@ ANSWERS = (
 
 
 class LocalTask(ConfigurableTask):
-    """A task of lm-eval's over questions that are read already.
-
-    Args:
-        config: the task's definition.
-        splits: questions by the name of their split.
-    """
+    """A task of lm-eval's over questions that are read already, by the name of their split."""
 
     def __init__(self, config: dict[str, Any], splits: Mapping[str, Sequence[Any]]) -> None:
         self._splits = splits
@@ -66,19 +64,13 @@ class LocalTask(ConfigurableTask):
         self.dataset = {name: Dataset.from_list(list(rows)) for name, rows in self._splits.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What the flags say of tasks."""
-
-    max_new_tokens: int | None = None
-    """It bounds the answers of tasks that generate."""
-    alternative_prompt: bool = False
-    chain_of_thought: bool = False
-    on_program: Callable[[Any, str], Mapping[str, float]] | None = None
-    """Called with a question of human_eval's and the model's continuation; gives its metrics."""
+OnProgram = Callable[[Any, str], Mapping[str, float]]
+"""Called with a question of human_eval's and the model's continuation; gives its metrics."""
 
 
-def local_tasks(benchmark: Benchmark, wishes: Wishes) -> list[LocalTask]:
+def local_tasks(
+    benchmark: Benchmark, wishes: LocalTaskSettings, on_program: OnProgram
+) -> list[LocalTask]:
     """One task for each of a benchmark's files.
 
     Raises:
@@ -98,6 +90,8 @@ def local_tasks(benchmark: Benchmark, wishes: Wishes) -> list[LocalTask]:
         splits = {"test": subject.questions}
         if subject.examples:
             splits["dev"] = subject.examples
+        if benchmark.name == "human_eval":
+            config |= _of_programs(on_program)
         made.append(LocalTask(_adapted(config, benchmark, subject, wishes), splits))
     return made
 
@@ -110,18 +104,19 @@ def chosen_letter(answer: str) -> str | None:
     return None
 
 
-def _definition(benchmark: Benchmark, subject: Subject, wishes: Wishes) -> dict[str, Any] | None:
+def _definition(
+    benchmark: Benchmark, subject: Subject, wishes: LocalTaskSettings
+) -> dict[str, Any] | None:
     """lm-eval's own, or None."""
     name = benchmark.name
     if name == "bbh" and wishes.chain_of_thought:
         name += " by thinking"
-    folder = Path(lm_eval_tasks.__file__).parent
-    path = folder / DEFINITIONS[name].format(subject=subject.name)
+    path = Path(lm_eval_tasks.__file__).parent / DEFINITIONS[name].format(subject=subject.name)
     return _read(path) if path.is_file() else None
 
 
 def _adapted(
-    config: dict[str, Any], benchmark: Benchmark, subject: Subject, wishes: Wishes
+    config: dict[str, Any], benchmark: Benchmark, subject: Subject, wishes: LocalTaskSettings
 ) -> dict[str, Any]:
     """A definition as this project's questions and the flags want it."""
     config = {key: value for key, value in config.items() if key not in ("tag", "group", "include")}
@@ -139,12 +134,9 @@ def _adapted(
         config["num_fewshot"] = benchmark.num_examples
     if wishes.alternative_prompt:
         config |= _asking_for_a_letter(subject.name.replace("_", " "))
-    if benchmark.name == "human_eval":
-        config |= _of_programs(wishes)
     config = {key: _resolved(value) for key, value in config.items() if value is not None}
     if wishes.max_new_tokens is not None and config["output_type"] == "generate_until":
-        limits = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_gen_toks")
-        options = {k: v for k, v in config["generation_kwargs"].items() if k not in limits}
+        options = {k: v for k, v in config["generation_kwargs"].items() if k not in LIMITS}
         config["generation_kwargs"] = {**options, "max_gen_toks": wishes.max_new_tokens}
     return config
 
@@ -177,10 +169,8 @@ def _asking_for_a_letter(subject: str) -> dict[str, Any]:
     }
 
 
-def _of_programs(wishes: Wishes) -> dict[str, Any]:
+def _of_programs(on_program: OnProgram) -> dict[str, Any]:
     """What is otherwise where a program is written: lm-eval's own metric comes from the hub."""
-    on_program = wishes.on_program
-    assert on_program is not None
 
     def score(row: Any, answers: Sequence[str]) -> dict[str, float]:
         return dict(on_program(row, answers[0]))

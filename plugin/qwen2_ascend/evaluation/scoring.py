@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from qwen2_ascend.errors import UserError
@@ -74,7 +73,8 @@ class Scorer:
         pairs = None
         if hidden is not None:
             pairs = self._pairs(hidden.squeeze(1), sequences, firsts)
-        pairs = self._to_all(pairs, sum(sizes), flat)
+        shape = (sum(sizes), 2)
+        pairs = communication.shared_by_last_stage(pairs, shape, self.engine.device)
         if not pairs.isfinite().all():
             raise UserError(not_finite(self.engine.dtype))
         scored = (Scored(value, bool(best)) for value, best in pairs.tolist())
@@ -109,13 +109,6 @@ class Scorer:
         picked = torch.where(is_here, picked - shift, 0.0)
         sums, picked = communication.summed_over_ranks(torch.stack((sums, picked)))
         return torch.stack((picked - sums.log(), (best == targets).float()), dim=1)
-
-    def _to_all(self, pairs: Tensor | None, count: int, flat: Sequence[int]) -> Tensor:
-        """`pairs` of the last stage, on all stages."""
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            assert pairs is not None
-            return pairs
-        return communication.shared_by_last_stage(pairs, (count, 2), self.engine.device)
 
 
 def windows(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

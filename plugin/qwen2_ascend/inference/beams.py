@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from qwen2_ascend.errors import UserError
@@ -182,10 +181,8 @@ def _candidates(
             pairs = choice.of(logits, beams)
         else:
             pairs = torch.full((choice.num_candidates, 2), torch.nan, device=engine.device)
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        shape = (min(choice.num_candidates, len(beams) * engine.config.vocab_size), 2)
-        pairs = communication.shared_by_last_stage(pairs, shape, engine.device)
-    assert pairs is not None
+    shape = (min(choice.num_candidates, len(beams) * engine.config.vocab_size), 2)
+    pairs = communication.shared_by_last_stage(pairs, shape, engine.device)
     if pairs.isnan().any():
         raise UserError(not_finite(engine.dtype))
     found = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.inference.communication import from_rank_zero
-from qwen2_ascend.inference.generator import Completion, Generator, Request
+from qwen2_ascend.inference.generator import Generator, Request
 from qwen2_ascend.machine import rank
 
 if TYPE_CHECKING:
@@ -56,12 +56,8 @@ class Manner:
 def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], int]) -> None:
     """Answers each line of rank 0's standard input, until it ends or says so.
 
-    What the cache holds of the chat so far is not computed again.
-
-    Args:
-        generator: a generator of one row.
-        manner: how the chat is led.
-        max_new_tokens: for a prompt of so many tokens.
+    What the cache of the generator, which has one row, holds of the chat so far is not computed
+    again. `max_new_tokens` is asked with the number of a prompt's tokens.
     """
     messages: Messages = []
     turn = 0
@@ -78,14 +74,15 @@ def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], i
         room = generator.engine.config.max_position_embeddings - len(tokens)
         room = min(room, max_new_tokens(len(tokens)))
         if room < 1:
-            _show(
+            show(
                 f"[the chat has {len(tokens)} tokens, more than the model's context; "
                 f"{manner.begins[0]} begins anew]\n"
             )
             messages.pop()
             continue
         request = Request(index=turn, tokens=tokens, max_new_tokens=room)
-        answer = _answer(generator, request)
+        (answer,) = generator.run([request], lambda _, piece: show(piece))
+        show("\n")
         messages.append({"role": "assistant", "content": answer.text})
         turn += 1
 
@@ -102,12 +99,6 @@ def check_template(manner: Manner) -> None:
         raise UserError(f"a chat cannot be written: {fault}" for fault in error.faults) from None
 
 
-def _answer(generator: Generator, request: Request) -> Completion:
-    (answer,) = generator.run([request], lambda _, piece: _show(piece))
-    _show("\n")
-    return answer
-
-
 def _read_line() -> str | None:
     """Rank 0's next line without its end; None at the end of the input, and on other ranks."""
     if rank() != 0:
@@ -120,11 +111,12 @@ def _read_line() -> str | None:
     try:
         return input(PROMPT)
     except EOFError:
-        _show("\n")
+        show("\n")
         return None
 
 
-def _show(piece: str) -> None:
+def show(piece: str) -> None:
+    """Writes a piece of text to rank 0's standard output."""
     if rank() == 0:
         sys.stdout.write(piece.encode("utf-8", "replace").decode("utf-8"))
         sys.stdout.flush()

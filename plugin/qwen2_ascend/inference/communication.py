@@ -94,6 +94,9 @@ def shared_by_last_stage(
     values: Tensor | None, shape: Sequence[int], device: torch.device
 ) -> Tensor:
     """fp32 numbers that the ranks of the last stage have, on every rank."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        assert values is not None
+        return values
     shared = torch.empty(*shape, device=device) if values is None else values.contiguous()
     source = parallel_state.get_pipeline_model_parallel_last_rank()
     distributed.broadcast(shared, source, group=_pipeline())

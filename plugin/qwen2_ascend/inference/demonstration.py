@@ -5,13 +5,13 @@ How tokens are chosen is its own, too: generation_config.json only says which to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.inference.beams import beam_search
-from qwen2_ascend.inference.chat import Manner, chat, check_template
+from qwen2_ascend.inference.chat import Manner, chat, check_template, show
 from qwen2_ascend.inference.engine import Engine
 from qwen2_ascend.inference.generator import Request
 from qwen2_ascend.inference.settings import GenerateSettings, SamplingSettings, Task
@@ -30,13 +30,7 @@ BEGINS = ("clear", "new", "/reset")
 
 
 class Demonstration:
-    """The tasks of a command line, ready to run.
-
-    Args:
-        settings: all flags.
-        folder: the folder of the model's config.json.
-        tokenizer: the model's.
-        vocab_size: the model's.
+    """The tasks of a command line, ready to run; `folder` has the model's config.json.
 
     Raises:
         UserError: an option that cannot be used, or a chat template that is missing.
@@ -73,20 +67,15 @@ class Demonstration:
         yield f"tasks {' '.join(self._texts)}: texts {written}, {turns} turn(s) remembered"
         yield from dict.fromkeys(line for text in self._texts.values() for line in text.describe())
 
-    def run(self, engine: Engine, show: Callable[[str], None]) -> None:
-        """Does the tasks in their order.
-
-        Args:
-            engine: an engine of one row.
-            show: prints a line on one rank.
-        """
+    def run(self, engine: Engine) -> None:
+        """Does the tasks in their order, with an engine of one row."""
         for task, text in self._texts.items():
             if task == "chat":
-                show(f"--- {task}: {ENDS[0]} ends it, {BEGINS[0]} begins anew ---")
+                show(f"--- {task}: {ENDS[0]} ends it, {BEGINS[0]} begins anew ---\n")
                 chat(text.generator(engine, self._tokenizer), self._manner, text.max_new_tokens)
                 continue
-            show(f"--- {task}: {QUESTION} ---")
-            show(self._answer(engine, task, text))
+            show(f"--- {task}: {QUESTION} ---\n")
+            show(f"{self._answer(engine, task, text)}\n")
 
     def _answer(self, engine: Engine, task: Task, text: TextSettings) -> str:
         tokens = self._manner.encode([{"role": "user", "content": QUESTION}])

@@ -7,9 +7,8 @@ stderr, so that stdout has the texts only.
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError, raise_if
@@ -20,7 +19,7 @@ from qwen2_ascend.inference.opening import (
     open_tokenizer,
     start_engine,
 )
-from qwen2_ascend.inference.pasted import GENERATE_FLAGS, served_notes
+from qwen2_ascend.inference.pasted import GENERATE_FLAGS
 from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
 from qwen2_ascend.inference.settings import GenerateSettings, parse, validate
 from qwen2_ascend.launching import launched
@@ -67,9 +66,8 @@ def _demonstrate(settings: GenerateSettings, opened: OpenedModel) -> None:
     vocab_size = source.config.vocab_size
     demonstration = Demonstration(settings, config_folder(source), tokenizer, vocab_size)
     runtime, engine = start_engine(settings.model, opened, num_rows=1)
-    for line in (*_notes(settings, source), *demonstration.describe()):
-        logger.info(line)
-    demonstration.run(engine, _show if runtime.rank == 0 else _show_nothing)
+    _log(settings, source, demonstration.describe())
+    demonstration.run(engine)
     runtime.close()
 
 
@@ -82,8 +80,7 @@ def _chat(settings: GenerateSettings, opened: OpenedModel) -> None:
     text = text_settings(settings.sampling, config_folder(source), tokenizer, is_chat=True)
     text.check([], source.config.vocab_size)
     runtime, engine = start_engine(settings.model, opened, num_rows=1)
-    for line in (*_notes(settings, source), *text.describe()):
-        logger.info(line)
+    _log(settings, source, text.describe())
     manner = Manner(tokenizer=tokenizer, system_prompt=settings.prompts.system_prompt)
     chat(text.generator(engine, tokenizer), manner, text.max_new_tokens)
     runtime.close()
@@ -94,7 +91,7 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     from qwen2_ascend.inference.text_settings import text_settings
 
     prompts = read_prompts(settings.prompts)
-    output = _output_file(settings, prompts)
+    output = OutputFile(settings.prompts, prompts) if settings.prompts.output_file else None
     source = opened.source
     tokenizer = open_tokenizer(settings.model, source)
     is_chat = any(prompt.is_chat for prompt in prompts)
@@ -105,8 +102,7 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
 
     num_rows = min(settings.prompts.batch_size, len(requests))
     runtime, engine = start_engine(settings.model, opened, num_rows=num_rows)
-    for line in (*_notes(settings, source), *text.describe()):
-        logger.info(line)
+    _log(settings, source, text.describe())
     if num_done:
         logger.info(f"{num_done} of {len(requests)} results are there already")
     generator = text.generator(engine, tokenizer)
@@ -114,15 +110,10 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     runtime.close()
 
 
-def _notes(settings: GenerateSettings, source: Source) -> list[str]:
-    return served_notes(settings, GENERATE_FLAGS, source.config)
-
-
-def _output_file(settings: GenerateSettings, prompts: Sequence[Prompt]) -> OutputFile | None:
-    wanted = settings.prompts
-    if wanted.output_file is None:
-        return None
-    return OutputFile(wanted.output_file, prompts, overwrite=wanted.overwrite, resume=wanted.resume)
+def _log(settings: GenerateSettings, source: Source, more: Iterable[str]) -> None:
+    notes = settings.model.notes(settings.pasted, GENERATE_FLAGS, source.config)
+    for line in (*notes, *more):
+        logger.info(line)
 
 
 def _requests(
@@ -208,12 +199,3 @@ def _run(
     seconds = time.monotonic() - start
     rate = num_tokens / seconds if seconds else 0.0
     logger.info(f"{num_tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s")
-
-
-def _show(line: str) -> None:
-    sys.stdout.write(f"{line}\n".encode("utf-8", "replace").decode("utf-8"))
-    sys.stdout.flush()
-
-
-def _show_nothing(line: str) -> None:
-    pass

@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.pasted_flags import (
-    EXPERTS,
-    MODEL_FLAGS,
-    NO_EXPERT,
-    Meaning,
-    Pasted,
-    Table,
-    pasted_notes,
-)
-
-
-class ServedModel(Protocol):
-    """The settings of the model that a command asks."""
-
-    @property
-    def given_dtype(self) -> str | None: ...
-    def dtype(self, config: Qwen2Config) -> str: ...
-
-
-class Served(Protocol):
-    """The settings of a command that asks a model."""
-
-    @property
-    def model(self) -> ServedModel: ...
-    @property
-    def pasted(self) -> Pasted: ...
-
+from qwen2_ascend.pasted_flags import EXPERTS, MODEL_FLAGS, NO_EXPERT, Meaning, Table
 
 OPERATORS = "--backend says whose operators compute"
 NO_STATES = "nothing but weights is loaded"
 NO_TRAINING = "nothing is trained"
 PADDING = "rows of padding are no words"
-MERGED = "the adapter is merged into the weights"
-
-
-def served_notes(settings: Served, table: Table, config: Qwen2Config) -> list[str]:
-    """Lines for the log: what of a pasted command line holds already, and what it leaves open."""
-    notes = pasted_notes(settings.pasted, table)
-    dtype = settings.model.dtype(config)
-    if settings.pasted and settings.model.given_dtype is None and dtype != "fp32":
-        notes.append(
-            f"{dtype}, because config.json says it; MindSpeed-LLM computes in fp32 where neither "
-            "--bf16 nor --fp16 is given; for that say --fp32"
-        )
-    return notes
 
 
 def _is_within_context(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
@@ -99,7 +60,7 @@ SERVED_FLAGS: Table = {
     "--expert-model-parallel-size": Meaning("there are no experts; remove it", ("1",)),
     "--spec": Meaning("the layers are Qwen2's; leave it out", None, refused=True),
     **dict.fromkeys(sorted(EXPERTS), NO_EXPERT),
-    "--lora-fusion": Meaning(MERGED),
+    "--lora-fusion": Meaning("the adapter is merged into the weights"),
 }
 """The pasted flags of every command that asks a model."""
 

@@ -113,29 +113,23 @@ def _with_template(row: dict[str, Any], settings: PromptSettings) -> dict[str, A
 
 
 class OutputFile:
-    """Results as JSONL, in the order of the prompts, written as FILE.part until complete.
-
-    Args:
-        path: the file.
-        prompts: all of them.
-        overwrite: replace what is there.
-        resume: go on with FILE.part.
+    """Results of all `prompts` as JSONL, in their order, written as FILE.part until complete.
 
     Raises:
         UserError: it is there already, or FILE.part is not the beginning of this run.
     """
 
-    def __init__(
-        self, path: Path, prompts: Sequence[Prompt], *, overwrite: bool, resume: bool
-    ) -> None:
+    def __init__(self, settings: PromptSettings, prompts: Sequence[Prompt]) -> None:
+        path, resume = settings.output_file, settings.resume
+        assert path is not None
         self._path, self._prompts = path, prompts
         self._part = path.with_name(path.name + ".part")
         self._waiting: dict[int, str] = {}
         self._file: TextIO | None = None
         raise_if(output_faults("--output-file", path, is_renamed=True))
-        if path.exists() and not overwrite:
+        if path.exists() and not settings.overwrite:
             raise UserError(f"--output-file {path}: exists already; say --overwrite to replace it.")
-        if self._part.exists() and not (overwrite or resume):
+        if self._part.exists() and not (settings.overwrite or resume):
             raise UserError(
                 f"--output-file {path}: a stopped run has left {self._part.name}; say --resume to "
                 "go on with it, or --overwrite to begin anew."
@@ -202,9 +196,8 @@ class OutputFile:
 class Terminal:
     """Texts to the standard output, one after the other; the first unfinished one as it comes."""
 
-    def __init__(self, num_prompts: int, out: TextIO | None = None) -> None:
+    def __init__(self, num_prompts: int) -> None:
         self._num_prompts = num_prompts
-        self._out = out or sys.stdout
         self._turn = 0
         self._waiting: dict[int, list[str]] = {}
         self._done: set[int] = set()
@@ -232,5 +225,5 @@ class Terminal:
 
     def _write(self, piece: str) -> None:
         # half of a surrogate pair, which a model can spell, has no UTF-8
-        self._out.write(piece.encode("utf-8", "replace").decode("utf-8"))
-        self._out.flush()
+        sys.stdout.write(piece.encode("utf-8", "replace").decode("utf-8"))
+        sys.stdout.flush()

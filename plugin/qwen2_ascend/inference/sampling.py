@@ -192,15 +192,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:40] + "..."
 
 
-class Candidates(NamedTuple):
-    """What may be drawn, for n sequences: m tokens, and -inf for what is left out."""
-
-    scores: Tensor
-    """`[n, m]`"""
-    tokens: Tensor
-    """`[n, m]`, from the smallest id up"""
-
-
 def choose(
     logits: Tensor,
     sampling: Sampling,
@@ -233,8 +224,11 @@ def choose(
     return tokens.cpu().gather(1, places.clamp(max=tokens.shape[1] - 1)).squeeze(1).tolist()
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> Candidates:
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """What may be drawn from `[n, vocabulary]`.
+
+    Gives scores `[n, m]`, -inf for what is left out, and their tokens `[n, m]`, from the smallest
+    id up.
 
     Only what top-k leaves is worked on after it and moved to the host. In the order of ids, a
     logit that is rounded in another way changes few draws, though it changes places with others.
@@ -248,7 +242,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> Candidates:
             logits = logits.gather(-1, tokens)
     if tokens is None:
         tokens = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-    return Candidates(logits, tokens)
+    return logits, tokens
 
 
 def sequence_generator(seed: int, index: int) -> torch.Generator:

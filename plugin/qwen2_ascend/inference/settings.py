@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -20,7 +20,7 @@ from qwen2_ascend.flags import LAYOUT_SIZES, Flag, flag_of, layer_list, number_f
 from qwen2_ascend.inference.pasted import GENERATE_FLAGS
 from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.parallel import ParallelLayout, padded_vocab_size
-from qwen2_ascend.pasted_flags import Pasted, pasted_faults
+from qwen2_ascend.pasted_flags import Pasted, Table, pasted_faults, pasted_notes
 from qwen2_ascend.prompt_types import PromptType
 
 Repeated = tyro.conf.UseAppendAction
@@ -78,6 +78,16 @@ class ServedModelSettings:
     def dtype(self, config: Qwen2Config) -> str:
         """What to compute in."""
         return self.given_dtype or config.dtype
+
+    def notes(self, pasted: Pasted, table: Table, config: Qwen2Config) -> list[str]:
+        """What of a pasted command line holds already, and what it leaves open, for the log."""
+        notes, dtype = pasted_notes(pasted, table), self.dtype(config)
+        if pasted and self.given_dtype is None and dtype != "fp32":
+            notes.append(
+                f"{dtype}, because config.json says it; MindSpeed-LLM computes in fp32 where "
+                "neither --bf16 nor --fp16 is given; for that say --fp32"
+            )
+        return notes
 
     def layout(self) -> ParallelLayout:
         """How the model is cut.
@@ -172,13 +182,7 @@ class SamplingSettings:
 
 
 Task = Literal["greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat"]
-ALL_TASKS: tuple[Task, ...] = (
-    "greedy",
-    "do_sample",
-    "beam_search",
-    "beam_search_with_sampling",
-    "chat",
-)
+ALL_TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,9 @@ if TYPE_CHECKING:
 def text_settings(
     settings: SamplingSettings, folder: Path, tokenizer: Tokenizer, *, is_chat: bool
 ) -> TextSettings:
-    """What is said of texts.
+    """What is said of texts, in the `folder` of the model's config.json too.
 
-    Args:
-        settings: the flags.
-        folder: the folder of the model's config.json.
-        tokenizer: the model's.
-        is_chat: whether the end of a turn ends a text.
+    With `is_chat` the end of a turn ends a text.
 
     Raises:
         UserError: a value that no generation can have.

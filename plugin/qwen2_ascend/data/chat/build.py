@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -230,20 +230,25 @@ class ChatDatasetBuilder:
             self._notes.append(f"left out: {len(bad):,} {words}")
         return rows[~np.isin(rows, list(bad))]
 
-    def _dataset(self, sides: Sequence[StoredChats], rows: np.ndarray) -> Any:
+    def _dataset(self, sides: Sequence[StoredChats], rows: np.ndarray) -> ChatDataset | PairDataset:
         # any valid id does: no loss is on it, and no token that has one sees it
         pad_token = sides[0].pad_token or 0
         if self.vocab_size is not None and pad_token >= self.vocab_size:
             pad_token = 0
-        keywords: dict[str, Any] = dict(
-            seq_length=self.seq_length,
-            pad_token=pad_token,
-            variable_seq_lengths=self.variable_seq_lengths,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        )
-        if len(sides) == 2:
-            return PairDataset(sides[0], sides[1], rows, **keywords)
-        return ChatDataset(sides[0], rows, pack=self.pack, seed=self.seed, **keywords)
+        datasets = [
+            ChatDataset(
+                side,
+                rows,
+                seq_length=self.seq_length,
+                pack=self.pack,
+                seed=self.seed,
+                pad_token=pad_token,
+                variable_seq_lengths=self.variable_seq_lengths,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            )
+            for side in sides
+        ]
+        return PairDataset(*datasets) if len(datasets) == 2 else datasets[0]
 
     def _describe(
         self,

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.data.chat.encoding import parse_row
 from qwen2_ascend.data.chat.formats import RowFormat, detect_format, parse_map_keys, row_format
 from qwen2_ascend.data.chat.rows import (
     find_chat_files,
@@ -21,6 +20,7 @@ from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.data.chat.stored import SIDES, dataset_path
 from qwen2_ascend.data.index_files import check_indexed
 from qwen2_ascend.data.inputs import InputFile, Position, Reading
+from qwen2_ascend.data.tokenization import parse_row
 from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.files import missing, reading
 
@@ -32,12 +32,7 @@ MAX_ARRAY_BYTES = 64 * 2**20
 
 
 def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> None:
-    """What can be said of the data before there is a process group; rank 0 asks.
-
-    Args:
-        data: names prefixes and files.
-        chat: how files are read.
-        task: sft or dpo.
+    """What can be said of the data of a task, sft or dpo, before there is a process group.
 
     Raises:
         UserError: data that is missing, unreadable, empty, damaged or in no known format, or

@@ -12,9 +12,10 @@ Shapes: `s` tokens of a sample, `b` samples of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
     from qwen2_ascend.data.chat.stored import StoredChats
 
     Sample = dict[str, Any]
-
-
-class SampleSource(Protocol):
-    """One epoch of samples, in the order of the data."""
-
-    is_packed: bool
-    """Whether samples and batches hold `ends`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def collate(self, samples: list[Sample]) -> dict[str, Any]: ...
 
 
 class ChatDataset:
@@ -58,8 +46,8 @@ class ChatDataset:
         pack: bool,
         seed: int,
         pad_token: int,
-        variable_seq_lengths: bool = False,
-        pad_to_multiple_of: int = 1,
+        variable_seq_lengths: bool,
+        pad_to_multiple_of: int,
     ) -> None:
         """Makes samples of `rows` of `stored`; with `pack` several rows go into one.
 
@@ -97,26 +85,59 @@ class ChatDataset:
         return int(np.minimum(self._stored.lengths[self._rows], self.seq_length).sum())
 
     def __getitem__(self, index: int) -> Sample:
+        import torch
+
         if not 0 <= index < len(self):
             raise IndexError(index)
         chats = [
             chat for row in self.rows(index) for chat in self._stored.chats(row, self.seq_length)
         ]
-        return make_sample(
-            chats,
-            length=None if self._variable else self.seq_length,
-            pad_token=self._pad_token,
-            index=index,
-            with_ends=self.is_packed,
-        )
+        assert self.is_packed or len(chats) == 1
+        lengths = [len(ids) for ids, _ in chats]
+        used = sum(lengths)
+        s = used if self._variable else self.seq_length
+        assert used <= s
+        tokens = np.full(s, self._pad_token, dtype=np.int64)
+        labels = np.full(s, self._pad_token, dtype=np.int64)
+        loss_mask = np.zeros(s, dtype=np.float32)
+        position_ids = np.arange(s, dtype=np.int64)
+        ends = list(accumulate(lengths))
+        for (ids, trained), end in zip(chats, ends, strict=True):
+            start = end - len(ids)
+            tokens[start:end] = ids
+            labels[start : end - 1] = ids[1:]
+            loss_mask[start : end - 1] = trained[1:]
+            position_ids[start:end] -= start
+        if self.is_packed and used < s:
+            position_ids[used:] -= used
+            ends.append(s)
+        arrays = (tokens, labels, loss_mask, position_ids)
+        sample: Sample = {k: torch.from_numpy(v) for k, v in zip(BATCH_KEYS, arrays, strict=True)}
+        sample["index"] = torch.tensor(index)
+        if self.is_packed:
+            sample["ends"] = tuple(ends)
+        return sample
 
     def collate(self, samples: list[Sample]) -> dict[str, Any]:
         """A micro-batch: BATCH_KEYS `[b, s]`, `index` `[b]` and, when packed, `ends`.
 
-        `ends` is a tuple of ints: cumulative ends over the flattened batch, row after row, without
-        a leading zero; the last is b * s.
+        Shorter rows are filled up to the longest. `ends` is a tuple of ints: cumulative ends over
+        the flattened batch, row after row, without a leading zero; the last is b * s.
         """
-        return collate_rows(samples, self._pad_token, self._multiple)
+        import torch
+
+        longest = max(len(sample["tokens"]) for sample in samples)
+        s = -(-longest // self._multiple) * self._multiple
+        assert not self.is_packed or all(len(sample["tokens"]) == s for sample in samples)
+        fill = {"tokens": self._pad_token, "labels": self._pad_token, "loss_mask": 0}
+        batch: dict[str, Any] = {
+            key: torch.stack([_filled(sample[key], s, fill.get(key)) for sample in samples])
+            for key in BATCH_KEYS
+        }
+        batch["index"] = torch.stack([sample["index"] for sample in samples])
+        if self.is_packed:
+            batch["ends"] = batch_ends([sample["ends"] for sample in samples])
+        return batch
 
 
 class PairDataset:
@@ -129,54 +150,25 @@ class PairDataset:
 
     is_packed = False
 
-    def __init__(
-        self,
-        chosen: StoredChats,
-        rejected: StoredChats,
-        rows: np.ndarray,
-        *,
-        seq_length: int,
-        pad_token: int,
-        variable_seq_lengths: bool = False,
-        pad_to_multiple_of: int = 1,
-    ) -> None:
-        """Makes pairs of `rows` of `chosen` and `rejected`; see ChatDataset for the rest."""
-        assert len(chosen) == len(rejected)
-        self.seq_length = seq_length
+    def __init__(self, chosen: ChatDataset, rejected: ChatDataset) -> None:
+        assert len(chosen) == len(rejected) and not (chosen.is_packed or rejected.is_packed)
         self._sides = {"chosen": chosen, "rejected": rejected}
-        self._rows, self._pad_token = np.asarray(rows), pad_token
-        self._variable = variable_seq_lengths
-        self._multiple = pad_to_multiple_of if variable_seq_lengths else 1
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sides["chosen"])
 
     @property
     def num_tokens(self) -> int:
         """Tokens of both sides of an epoch, padding not counted."""
-        return sum(
-            int(np.minimum(stored.lengths[self._rows], self.seq_length).sum())
-            for stored in self._sides.values()
-        )
+        return sum(side.num_tokens for side in self._sides.values())
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return {
-            side: make_sample(
-                stored.chats(self._rows[index], self.seq_length),
-                length=None if self._variable else self.seq_length,
-                pad_token=self._pad_token,
-                index=index,
-                with_ends=False,
-            )
-            for side, stored in self._sides.items()
-        }
+        return {name: side[index] for name, side in self._sides.items()}
 
     def collate(self, samples: list[Sample]) -> dict[str, Any]:
         """BATCH_KEYS `[2 b, s]`, chosen rows first, and `index` `[b]`."""
-        rows = [sample[side] for side in ("chosen", "rejected") for sample in samples]
-        batch = collate_rows(rows, self._pad_token, self._multiple)
+        rows = [sample[name] for name in self._sides for sample in samples]
+        batch = self._sides["chosen"].collate(rows)
         batch["index"] = batch["index"][: len(samples)]
         return batch
 
@@ -190,11 +182,11 @@ class EpochDataset:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: ChatDataset | PairDataset,
         *,
         num_samples: int | None,
         seed: int,
-        shuffle: bool = True,
+        shuffle: bool,
         vocab_size: int | None = None,
     ) -> None:
         """Repeats `source` until there are `num_samples`; None is one epoch.
@@ -217,13 +209,9 @@ class EpochDataset:
 
     def with_num_samples(self, num_samples: int) -> EpochDataset:
         """The same data and order, of another length."""
-        return EpochDataset(
-            self.source,
-            num_samples=num_samples,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            vocab_size=self.vocab_size,
-        )
+        data = copy(self)
+        data.num_samples = num_samples
+        return data
 
     def __len__(self) -> int:
         return self.num_samples
@@ -244,76 +232,6 @@ class EpochDataset:
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def make_sample(
-    chats: Sequence[tuple[np.ndarray, np.ndarray]],
-    *,
-    length: int | None,
-    pad_token: int,
-    index: int,
-    with_ends: bool,
-) -> Sample:
-    """Chats one behind the other, as a sample.
-
-    Args:
-        chats: the token ids of each and, for each token, whether it is trained on.
-        length: tokens of the sample, filled up with `pad_token`; as long as the chats when None.
-        pad_token: no loss is on it.
-        index: kept in the sample.
-        with_ends: give `ends`, and count the padding's positions from 0 as another document's;
-            without, a single chat is meant and the positions run through.
-    """
-    import torch
-
-    assert with_ends or len(chats) == 1
-    lengths = [len(ids) for ids, _ in chats]
-    used = sum(lengths)
-    s = used if length is None else length
-    assert used <= s
-    tokens = np.full(s, pad_token, dtype=np.int64)
-    labels = np.full(s, pad_token, dtype=np.int64)
-    loss_mask = np.zeros(s, dtype=np.float32)
-    position_ids = np.arange(s, dtype=np.int64)
-    ends = list(accumulate(lengths))
-    for (ids, trained), end in zip(chats, ends, strict=True):
-        start = end - len(ids)
-        tokens[start:end] = ids
-        labels[start : end - 1] = ids[1:]
-        loss_mask[start : end - 1] = trained[1:]
-        position_ids[start:end] -= start
-    if with_ends and used < s:
-        position_ids[used:] -= used
-        ends.append(s)
-    arrays = (tokens, labels, loss_mask, position_ids)
-    sample: Sample = {k: torch.from_numpy(v) for k, v in zip(BATCH_KEYS, arrays, strict=True)}
-    sample["index"] = torch.tensor(index)
-    if with_ends:
-        sample["ends"] = tuple(ends)
-    return sample
-
-
-def collate_rows(rows: Sequence[Sample], pad_token: int, multiple: int = 1) -> dict[str, Any]:
-    """Rows as a batch of `[b, s]`; shorter rows are filled up to the longest.
-
-    Args:
-        rows: samples of `make_sample`; with `ends` all of one length.
-        pad_token: what fills tokens and labels.
-        multiple: s becomes a multiple of it.
-    """
-    import torch
-
-    s = -(-max(len(row["tokens"]) for row in rows) // multiple) * multiple
-    assert "ends" not in rows[0] or all(len(row["tokens"]) == s for row in rows)
-    fill = {"tokens": pad_token, "labels": pad_token, "loss_mask": 0}
-    batch: dict[str, Any] = {
-        key: torch.stack([_filled(row[key], s, fill.get(key)) for row in rows])
-        for key in BATCH_KEYS
-    }
-    batch["index"] = torch.stack([row["index"] for row in rows])
-    if "ends" in rows[0]:
-        batch["ends"] = batch_ends([row["ends"] for row in rows])
-    return batch
 
 
 def _filled(row: Any, s: int, value: int | None) -> Any:

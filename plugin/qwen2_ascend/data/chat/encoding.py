@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,10 @@ from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, Tokens
 from qwen2_ascend.data.chat.rows import where
 from qwen2_ascend.data.chat.stored import IGNORED, SIDES
 from qwen2_ascend.data.inputs import Row
-from qwen2_ascend.data.tokenization import BadRow, Encoded, utf8
+from qwen2_ascend.data.settings import PreprocessSettings
+from qwen2_ascend.data.tokenization import BadRow, Encoded, parse_row
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import json_value
 from qwen2_ascend.pretrained import open_tokenizer
-from qwen2_ascend.prompt_types import PromptType
 
 UNUSED = "rows with the unused key "
 """What the tally of a key begins with that means nothing here."""
@@ -37,29 +35,23 @@ class ChatEncoder:
 
     def __init__(
         self,
-        tokenizer_path: str,
-        *,
+        settings: PreprocessSettings,
         formats: Mapping[str, RowFormat],
-        task: str,
         chat_template: str | None,
-        prompt_type: PromptType | None,
-        train_on_prompt: bool,
-        mask_history: bool,
-        seq_length: int | None,
-        max_row_bytes: int,
     ) -> None:
         # several processes tokenize; threads below each would only be in each other's way
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._render = ChatRenderer(
-            open_tokenizer(tokenizer_path),
+            open_tokenizer(settings.tokenizer_name_or_path),
             chat_template=chat_template,
-            prompt_type=prompt_type,
-            train_on_prompt=train_on_prompt,
-            mask_history=mask_history,
+            prompt_type=settings.chat.prompt_type,
+            train_on_prompt=settings.chat.train_on_prompt,
+            mask_history=settings.chat.mask_history,
         )
-        self._formats, self._task = formats, task
+        self._formats, self._task = formats, settings.task
         self._unused: set[str] = set()
-        self._seq_length, self._max_row_bytes = seq_length, max_row_bytes
+        self._seq_length = settings.seq_length
+        self._max_row_bytes = settings.max_document_bytes
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         tallies: Counter[str] = Counter()
@@ -91,14 +83,10 @@ class ChatEncoder:
         tallies["tokens"] = sum(len(t.ids) for pair in kept for t in pair)
         # a chat's first token is never predicted
         tallies["trained_tokens"] = sum(int(t.trained[1:].sum()) for pair in kept for t in pair)
-        tokens = self._arrays(kept)
-        sides = [[len(pair[side].ids) for pair in kept] for side in range(len(SIDES[self._task]))]
-        per_side = len(tokens) // len(sides)
+        tokens, lengths = self._arrays(kept)
         return Encoded(
             tokens=tokens,
-            lengths={
-                key: np.array(sides[n // per_side], dtype=np.int64) for n, key in enumerate(tokens)
-            },
+            lengths=lengths,
             bad_rows=[BadRow(where(rows[i]), bad[i]) for i in sorted(bad)],
             tallies=dict(tallies),
         )
@@ -137,30 +125,21 @@ class ChatEncoder:
             )
         return cut
 
-    def _arrays(self, kept: list[list[Tokens]]) -> dict[str, np.ndarray]:
-        """All rows' numbers one after the other, by key."""
-        arrays = {}
+    def _arrays(
+        self, kept: list[list[Tokens]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """All rows' numbers one after the other, and how many each row has, by key."""
+        arrays: dict[str, np.ndarray] = {}
+        lengths: dict[str, np.ndarray] = {}
         for n, side in enumerate(SIDES[self._task]):
             # there may be no row
             ids = np.concatenate([np.empty(0, np.int32), *(pair[n].ids for pair in kept)])
             trained = np.concatenate([np.empty(0, bool), *(pair[n].trained for pair in kept)])
-            arrays[f"packed_{side}input_ids"] = ids
-            arrays[f"packed_{side}labels"] = np.where(trained, ids, np.int32(IGNORED))
+            labels = np.where(trained, ids, np.int32(IGNORED))
+            own = {f"packed_{side}input_ids": ids, f"packed_{side}labels": labels}
             if self._task == "sft":
-                arrays["packed_attention_mask"] = np.ones_like(ids)
-        return arrays
-
-
-def parse_row(raw: bytes) -> Any:
-    """The JSON value of a row.
-
-    Raises:
-        ValueError: it is none; the message is the reason.
-    """
-    text = utf8(raw)
-    try:
-        return json_value(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+                own["packed_attention_mask"] = np.ones_like(ids)
+            arrays |= own
+            counts = np.array([len(pair[n].ids) for pair in kept], dtype=np.int64)
+            lengths |= dict.fromkeys(own, counts)
+        return arrays, lengths

@@ -30,12 +30,7 @@ COLUMNS = {
     "preference": {"prompt": "prompt"},
 }
 """What each format's columns are called, besides COMMON_COLUMNS."""
-COMMON_COLUMNS = {
-    "system": "system",
-    "tools": "tools",
-    "chosen": "chosen",
-    "rejected": "rejected",
-}
+COMMON_COLUMNS = {name: name for name in ("system", "tools", "chosen", "rejected")}
 TAGS = {
     "sharegpt": {"role_tag": "from", "content_tag": "value"},
     "openai": {"role_tag": "role", "content_tag": "content"},
@@ -207,7 +202,9 @@ class RowFormat:
         if not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
             raise ValueError(f"{self.columns['tools']!r} is not a list of objects")
         return [
-            {"type": "function", "function": tool} if _is_bare_function(tool) else dict(tool)
+            {"type": "function", "function": tool}
+            if "name" in tool and "function" not in tool
+            else dict(tool)
             for tool in value
         ]
 
@@ -387,10 +384,6 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
     named = {"name": function["name"], "arguments": dict(arguments or {})}
     ids = {key: value for key, value in outer.items() if key == "id" and value}
     return {**ids, "type": "function", "function": named}
-
-
-def _is_bare_function(tool: Mapping[str, Any]) -> bool:
-    return "name" in tool and "function" not in tool
 
 
 def _common_turns(chosen: list[Message], rejected: list[Message]) -> int:

@@ -29,6 +29,7 @@ CODE = (
     "data/chat/preprocess.py",
     "data/chat/rendering.py",
     "data/chat/rows.py",
+    "data/tokenization.py",
     "prompt_types.py",
 )
 """Files of this package of which a change may change what is prepared."""

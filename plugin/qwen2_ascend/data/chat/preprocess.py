@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,13 @@ import xxhash
 
 from qwen2_ascend.chat_template import all_templates
 from qwen2_ascend.data.chat.check import find_formats
-from qwen2_ascend.data.chat.encoding import (
-    ChatEncoder,
-    output_keys,
-)
+from qwen2_ascend.data.chat.encoding import ChatEncoder, output_keys
 from qwen2_ascend.data.chat.formats import RowFormat
 from qwen2_ascend.data.chat.packing import best_fit_decreasing
 from qwen2_ascend.data.chat.rendering import given_template
 from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows
 from qwen2_ascend.data.chat.stored import IGNORED
-from qwen2_ascend.data.chat.summary import Summary
+from qwen2_ascend.data.chat.summary import chat_lengths, print_summary
 from qwen2_ascend.data.inputs import InputFile
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.parts import Counts, State, join
@@ -38,7 +35,6 @@ from qwen2_ascend.prompt_types import check_tokenizer
 
 BYTES_PER_WORKER = 4 * 2**20
 """A worker takes seconds to start, so small files are not worth many."""
-ROWS_TO_DETECT = 100
 
 
 def preprocess_chats(settings: PreprocessSettings) -> None:
@@ -66,50 +62,28 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
     )
     if settings.pack and not settings.neat_pack:
         print("note: the chats of a pack see one another; --neat-pack parts them.", flush=True)
-    output = Output(settings.output_prefix, keys)
-    if output.is_complete(state.settings, resume=settings.resume):
+    output = Output(settings, keys)
+    if output.is_complete(state.settings):
         print(f"{output.prefix}: complete already; nothing to do.")
         return
-    with output.work_folder(state, resume=settings.resume, overwrite=settings.overwrite) as (
-        folder,
-        state,
-    ):
+    with output.work_folder(state) as (folder, state):
         # packs are made of whole files, so these lie beside the result until then
         stem = "chats_" if settings.packs else ""
         names = {key: f"{stem}{output.dataset(key).name}" for key in keys}
         if not state.is_joined:
-            make_encoder = _encoder(settings, formats, template)
+            make_encoder = partial(ChatEncoder, settings, formats, template)
             rows = read_chat_rows(files, reading, state.position)
             workers = settings.workers or _useful_workers(files)
             write_parts(settings, files, rows, make_encoder, folder, state, workers=workers)
             join(folder, state, names, output.bad_rows.name)
-        summary = Summary.of(state, [folder / names[key] for key in keys if "input_ids" in key])
+        lengths = [chat_lengths(folder / names[key]) for key in keys if "input_ids" in key]
+        packs = None
         if settings.packs:
             targets = {key: folder / output.dataset(key).name for key in keys}
             sources = {key: folder / name for key, name in names.items()}
-            summary = replace(
-                summary, packs=_pack(sources, targets, settings, state.settings["pad_token"])
-            )
+            packs = _pack(sources, targets, settings, state.settings["pad_token"])
         output.publish(folder, state)
-    summary.print(output, settings, time.monotonic() - started)
-
-
-def _encoder(
-    settings: PreprocessSettings, formats: dict[str, RowFormat], template: str | None
-) -> Callable[[], ChatEncoder]:
-    """What each worker makes its encoder by."""
-    return partial(
-        ChatEncoder,
-        settings.tokenizer_name_or_path,
-        formats=formats,
-        task=settings.task,
-        chat_template=template,
-        prompt_type=settings.chat.prompt_type,
-        train_on_prompt=settings.chat.train_on_prompt,
-        mask_history=settings.chat.mask_history,
-        seq_length=settings.seq_length,
-        max_row_bytes=settings.max_document_bytes,
-    )
+    print_summary(output, settings, state, lengths, packs, time.monotonic() - started)
 
 
 def _useful_workers(files: Sequence[InputFile]) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,12 +131,9 @@ class ChatRenderer:
         ]
 
     def render(self, chat: Chat, end: int | None = None, *, ask: bool = False) -> str:
-        """The template's text of a chat's first `end` messages.
+        """The template's text of a chat's first `end` messages, or of all.
 
-        Args:
-            chat: what is rendered.
-            end: how many messages; all when None.
-            ask: with the generation prompt behind them.
+        With `ask` the generation prompt stands behind them.
 
         Raises:
             ValueError: the template refuses the chat.
@@ -299,11 +295,7 @@ def given_template(chat: ChatSettings) -> str | None:
     """
     if chat.prompt_type is not None:
         return prompt_template(chat.prompt_type)
-    return _read_template(chat.chat_template)
-
-
-def _read_template(path: Path | None) -> str | None:
-    if path is None:
+    if (path := chat.chat_template) is None:
         return None
     try:
         return path.read_text(encoding="utf-8-sig")  # editors put a BOM in front

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,67 +17,63 @@ MOST_KEYS = 20
 """Keys that are named one by one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What was read and written."""
+def chat_lengths(prefix: Path) -> np.ndarray:
+    """Tokens of each chat of the finished files at `prefix`."""
+    from qwen2_ascend.data.indexed import open_indexed
 
-    num_rows: int
-    bad_rows: int
-    lengths: np.ndarray
-    """Tokens of each chat; of pairs of both sides."""
-    trained_tokens: int
-    truncated: int
-    unused_keys: Mapping[str, int]
-    """Keys that mean nothing here, and in how many rows they are."""
-    packs: int | None = None
-
-    @classmethod
-    def of(cls, state: State, prefixes: Sequence[Path]) -> Summary:
-        """The summary of the finished files at `prefixes`."""
-        from qwen2_ascend.data.indexed import open_indexed
-
-        datasets = [open_indexed(prefix) for prefix in prefixes]
-        # copies, while the datasets are there: a view outlives the memory map and crashes
-        lengths = [np.array(dataset.sequence_lengths) for dataset in datasets]
-        return cls(
-            num_rows=len(lengths[0]),
-            bad_rows=state.bad_rows,
-            lengths=np.concatenate(lengths),
-            trained_tokens=state.tallies.get("trained_tokens", 0),
-            truncated=state.tallies.get("truncated", 0),
-            unused_keys={
-                key.removeprefix(UNUSED): count
-                for key, count in sorted(state.tallies.items(), key=lambda item: -item[1])
-                if key.startswith(UNUSED)
-            },
-        )
-
-    def print(self, output: Output, settings: PreprocessSettings, seconds: float) -> None:
-        """Prints a table."""
-        tokens = int(self.lengths.sum())
-        what = "pairs" if settings.task == "dpo" else "chats"
-        print(f"{output.prefix}_packed_*_document.bin and .idx; --data-path {output.prefix}")
-        print(f"  {what:<16} {self.num_rows:,}")
-        print(f"  tokens           {tokens:,}")
-        shown = ", ".join(f"{name} {value:,}" for name, value in quantiles(self.lengths).items())
-        print(f"  tokens/chat      {shown}")
-        share = self.trained_tokens / tokens
-        print(f"  trained on       {self.trained_tokens:,} tokens, {share:.1%}")
-        if seq_length := settings.seq_length:
-            print(f"  truncated        {self.truncated:,} chats, to {seq_length:,} tokens")
-            if self.packs is not None:
-                full = tokens / (self.packs * seq_length)
-                print(f"  packs            {self.packs:,} of {seq_length:,}, {full:.1%} full")
-        if self.unused_keys:
-            shown = [f"{one_line(k, 40)} ({n:,} rows)" for k, n in self.unused_keys.items()]
-            more = f" and {len(shown) - MOST_KEYS} more" if len(shown) > MOST_KEYS else ""
-            print(f"  keys not used    {', '.join(shown[:MOST_KEYS])}{more}")
-        listed = f", listed in {output.bad_rows}" if self.bad_rows else ""
-        print(f"bad rows  {self.bad_rows:,}{listed}")
-        print(f"time      {seconds:,.1f} s")
+    dataset = open_indexed(prefix)
+    # a copy, while the dataset is there: a view outlives the memory map and crashes
+    return np.array(dataset.sequence_lengths)
 
 
-def quantiles(lengths: np.ndarray) -> dict[str, int]:
+def print_summary(
+    output: Output,
+    settings: PreprocessSettings,
+    state: State,
+    lengths: Sequence[np.ndarray],
+    packs: int | None,
+    seconds: float,
+) -> None:
+    """Prints what was read and written.
+
+    Args:
+        output: the files.
+        settings: what was asked for.
+        state: what the run has counted.
+        lengths: tokens of each chat; of pairs of each side.
+        packs: rows that hold several chats, where such were written.
+        seconds: how long this run took.
+    """
+    all_lengths = np.concatenate(lengths)
+    tokens = int(all_lengths.sum())
+    what = "pairs" if settings.task == "dpo" else "chats"
+    print(f"{output.prefix}_packed_*_document.bin and .idx; --data-path {output.prefix}")
+    print(f"  {what:<16} {len(lengths[0]):,}")
+    print(f"  tokens           {tokens:,}")
+    shown = ", ".join(f"{name} {value:,}" for name, value in _quantiles(all_lengths).items())
+    print(f"  tokens/chat      {shown}")
+    trained_tokens = state.tallies.get("trained_tokens", 0)
+    print(f"  trained on       {trained_tokens:,} tokens, {trained_tokens / tokens:.1%}")
+    if seq_length := settings.seq_length:
+        truncated = state.tallies.get("truncated", 0)
+        print(f"  truncated        {truncated:,} chats, to {seq_length:,} tokens")
+        if packs is not None:
+            full = tokens / (packs * seq_length)
+            print(f"  packs            {packs:,} of {seq_length:,}, {full:.1%} full")
+    unused = {k: n for k, n in state.tallies.items() if k.startswith(UNUSED)}
+    if unused:
+        shown = [
+            f"{one_line(key.removeprefix(UNUSED), 40)} ({rows:,} rows)"
+            for key, rows in sorted(unused.items(), key=lambda item: -item[1])
+        ]
+        more = f" and {len(shown) - MOST_KEYS} more" if len(shown) > MOST_KEYS else ""
+        print(f"  keys not used    {', '.join(shown[:MOST_KEYS])}{more}")
+    listed = f", listed in {output.bad_rows}" if state.bad_rows else ""
+    print(f"bad rows  {state.bad_rows:,}{listed}")
+    print(f"time      {seconds:,.1f} s")
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
     """Smallest, median, 90th percentile and largest; each one of the lengths."""
     shares = {"min": 0.0, "median": 0.5, "p90": 0.9, "max": 1.0}
     return {
