@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -191,6 +192,11 @@ def test_no_adapter_is_said_so(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match="a pickle; save it as safetensors"):
         read_lora_config(folder)
+    (folder / "adapter_model.bin").unlink()
+    for read in (read_lora_config, partial(open_adapter, config=toy_config())):
+        with pytest.raises(UserError) as error:
+            read(folder)
+        assert error.value.faults == (f"{folder}: there is no adapter_model.safetensors in it.",)
 
 
 # --- merging -------------------------------------------------------------------------------------
