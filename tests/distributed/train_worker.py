@@ -649,11 +649,9 @@ def the_validation_loss_is_that_of_transformers(run: Run) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qwen2_ascend.training.loop import evaluate
-
     training = start(run, f"{FLAGS} --eval-iters 2 {LAYOUTS['pp2-vpp2'][1]}")
     before = state_of(training)
-    found, again = evaluate(training), evaluate(training)
+    found, again = training.evaluate(), training.evaluate()
     after = state_of(training)
     assert found == again
     assert not [name for name in before if not (before[name] == after[name]).all()]
@@ -713,7 +711,7 @@ def documents_are_trained_as_alone(name: str, flags: str, run: Run, *, device: s
     """The loss of each token, and the gradient, are those of transformers with one document."""
     import torch
 
-    from qwen2_ascend.training.loop import token_loss, train_batches, train_step
+    from qwen2_ascend.training.loop import token_loss
 
     has_eod = "without-eod" not in name
     prefix, folder = write_documents(run, name, has_eod), hugging_face_folder(run, tied=False)
@@ -727,7 +725,7 @@ def documents_are_trained_as_alone(name: str, flags: str, run: Run, *, device: s
         return token_loss(losses, batch)
 
     training.objective = objective
-    result = train_step(training, train_batches(training))
+    result = training.step(training.batches())
     if not training.chunks[-1].module.post_process:
         return "no last stage"
     rows = [
@@ -843,10 +841,8 @@ def save(training: TrainingRun) -> Path:
 
 
 def steps(training: TrainingRun, count: int) -> list[StepResult]:
-    from qwen2_ascend.training.loop import train_batches, train_step
-
-    batches = train_batches(training)
-    return [train_step(training, batches) for _ in range(count)]
+    batches = training.batches()
+    return [training.step(batches) for _ in range(count)]
 
 
 def settle(training: TrainingRun) -> None:

@@ -352,10 +352,8 @@ def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:
 
 
 def trained(training: TrainingRun, steps: int = STEPS) -> tuple[list[float], list[float]]:
-    from qwen2_ascend.training.loop import train_batches, train_step
-
-    batches = train_batches(training)
-    results = [train_step(training, batches) for _ in range(steps)]
+    batches = training.batches()
+    results = [training.step(batches) for _ in range(steps)]
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 

@@ -440,22 +440,18 @@ def start(
 
 
 def train(training: TrainingRun) -> list[Any]:
-    from qwen2_ascend.training.loop import train_batches, train_step
-
-    batches = train_batches(training)
-    return [train_step(training, batches) for _ in range(STEPS)]
+    batches = training.batches()
+    return [training.step(batches) for _ in range(STEPS)]
 
 
 def evaluate(training: TrainingRun) -> float:
     """Loss per token of a few samples."""
     import dataclasses
 
-    from qwen2_ascend.training.loop import evaluate
-
     settings = training.settings
     data = dataclasses.replace(settings.data, eval_iters=1)
     training.settings = dataclasses.replace(settings, data=data)
-    return evaluate(training)
+    return training.evaluate()
 
 
 def settle(training: TrainingRun) -> None:

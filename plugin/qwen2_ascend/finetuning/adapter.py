@@ -7,7 +7,6 @@ they have the parameters' shapes.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,19 +31,17 @@ from qwen2_ascend.checkpoint.load import Slices, load_slices
 from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
 from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.checkpoint.slices import parts_of
-from qwen2_ascend.checkpoint.staging import partial_folder
+from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.errors import raise_if
-from qwen2_ascend.files import fsync_folder, write_file, written_whole
+from qwen2_ascend.files import write_file, written_whole
 from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.loop import gathered_parameters
 from qwen2_ascend.training.rank_state import RankState
 from qwen2_ascend.training.saving import RankPart, Store
-
-__all__ = ["load_adapter", "read_lora_config", "save_adapter"]
 
 _RANKS_FOLDER = ".ranks"
 
@@ -135,7 +132,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapter as a folder that `peft` loads; every rank calls it.
 
-    A new folder appears whole; in one that exists each file is replaced whole, the config last.
+    It appears whole, also in the place of one that exists.
 
     Args:
         chunks: this rank's model chunks, with adapters.
@@ -164,7 +161,7 @@ def save_adapter(
         for name, data in also.items():
             write_file(partial / name, data)
         merge_adapter(partial, [part for own in parts for part in own], lora, config, base_model)
-        _publish(partial, folder)
+        publish_folder(partial, folder)
     torch.distributed.barrier()
 
 
@@ -241,18 +238,6 @@ def _merge(sources: Sequence[StoredSlice], pieces: Mapping[str, TensorSlice], pa
                 file.write(band.reshape(-1).view(np.uint8).data)
 
             write_bands(write, reader, buffers, put)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    fsync_folder(partial)
-    if folder.exists() and any(folder.iterdir()):
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(partial / name, folder / name)
-        partial.rmdir()
-        fsync_folder(folder)
-    else:
-        os.rename(partial, folder)
-    fsync_folder(folder.parent)
 
 
 def _text(value: Any) -> str:

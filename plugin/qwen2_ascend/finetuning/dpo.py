@@ -264,7 +264,8 @@ def _identity(plan: RunPlan[FinetuneSettings], sources: list[Any]) -> dict[str, 
     files = [] if plan.source is None else list(plan.source.files)
     if plan.settings.lora.lora_load is not None:
         files += sorted(plan.settings.lora.lora_load.glob("adapter_*"))
-    weights = [(str(path.resolve()), *_stamp(path)) for path in files]
+    stats = [(path.resolve(), path.stat()) for path in files]
+    weights = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     seed = None if files else plan.settings.runtime.seed
     return {"pairs": pairs.hexdigest(), "weights": json.dumps([weights, seed])}
 
@@ -275,11 +276,6 @@ def _rows(sources: list[Any]) -> Iterator[bytes]:
             for side in source[index].values():
                 yield side["tokens"].numpy().tobytes()
                 yield side["loss_mask"].numpy().tobytes()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 class _Kept(NamedTuple):

@@ -13,7 +13,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,8 +134,8 @@ def _check_conversion(plan: RunPlan[FinetuneSettings], folder: Path) -> None:
     from qwen2_ascend.checkpoint.convert import Conversion, prepare
 
     if plan.lora is not None and plan.base is not None:
-        request = Conversion(load_dir=plan.base, save_dir=folder, save_model_type="hf")
-        prepare(replace(request, dtype=merged_dtype(plan)))
+        dtype = merged_dtype(plan)
+        prepare(Conversion(load_dir=plan.base, save_dir=folder, save_model_type="hf", dtype=dtype))
 
 
 def merged_dtype(plan: RunPlan[FinetuneSettings]) -> str | None:

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN as MAIN
-from qwen2_ascend.checkpoint.formats.megatron_optimizer import MOMENTS as MOMENTS
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
 from qwen2_ascend.training import offload

@@ -74,7 +74,8 @@ def restore_rng(run: TrainingRun, file: Path, *, unlike: str | None) -> list[str
 def with_tensors(tree: Any) -> Any:
     """The same containers with the stored tensors read, and numpy's arrays made."""
     if isinstance(tree, StoredTensor):
-        return _read_tensor(tree)
+        data, dtype = bytearray(tree.array().tobytes()), NUMPY_DTYPES[tree.dtype].name
+        return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(tree.shape)
     if isinstance(tree, Inert) and tree.type_name.endswith("multiarray._reconstruct"):
         _, shape, dtype, _, data = tree.state
         return np.frombuffer(data, dtype.args[0]).reshape(shape)
@@ -83,8 +84,3 @@ def with_tensors(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return [with_tensors(value) for value in tree]
     return tree
-
-
-def _read_tensor(stored: StoredTensor) -> torch.Tensor:
-    data, dtype = bytearray(stored.array().tobytes()), NUMPY_DTYPES[stored.dtype].name
-    return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(stored.shape)

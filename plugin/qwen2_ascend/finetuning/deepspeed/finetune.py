@@ -109,7 +109,9 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
     Raises:
         UserError: data or checkpoint are not as they have to be.
     """
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
     from qwen2_ascend.finetuning.deepspeed.engine import build_zero_run
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 
     data = megatron_path.chat_data(plan)
     plan = plan.with_epochs(data.train.samples_per_epoch)
@@ -120,27 +122,13 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
         valid_data=data.valid,
         adapter=megatron_path.adapter_to_load(plan),
     )
-    resume_if_saved(run, plan)
-    return run, plan
-
-
-def resume_if_saved(run: ZeroRun, plan: Plan) -> None:
-    """Goes on from the checkpoint that --load holds, if there is one.
-
-    Raises:
-        UserError: it is not of this model, or does not fit the ranks.
-    """
-    from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
-
     saved = plan.saved
     if isinstance(saved, SavedLora) and plan.lora is not None:
         notes = ZeroLora(run, checkpoint_identity(plan), plan.lora).resume(saved)
+        log_resumed(run, saved.folder, notes)
     elif isinstance(saved, SavedZero):
-        notes = resume_zero(run, saved)
-    else:
-        return
-    log_resumed(run, saved.folder, notes)
+        log_resumed(run, saved.folder, resume_zero(run, saved))
+    return run, plan
 
 
 def checkpointer(run: ZeroRun, plan: Plan, log: Callable[[str], None]) -> Checkpointer:
