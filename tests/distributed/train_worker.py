@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from distributed.canonical_state import gather_state
 from distributed.harness import Checks, Run, main
-from distributed.save_once import save_once
-from helpers import make_tiny_hugging_face_folder, tiny_config
+from distributed.trainings import apart, join, save_once, settle, tiny_folder
+from helpers import tiny_config
 
 if TYPE_CHECKING:
     from qwen2_ascend.training.loop import StepResult, TrainingRun
@@ -72,13 +74,13 @@ def losses_are_those_of_transformers(layout: str, tied: bool, run: Run) -> str:
     results = steps(training, STEPS)
     expected_losses, expected_norms = reference(hugging_face_folder(run, tied), tied)
     losses = [result.loss for result in results]
-    differences = [abs(a - b) for a, b in zip(losses, expected_losses, strict=True)]
-    assert max(differences) <= TOLERANCE, f"losses {losses}, transformers {expected_losses}"
+    off = apart(losses, expected_losses)
+    assert off <= TOLERANCE, f"losses {losses}, transformers {expected_losses}"
     norms = [result.grad_norm for result in results]
-    worst = max(abs(a - b) for a, b in zip(norms, expected_norms, strict=True))
+    worst = apart(norms, expected_norms)
     assert worst <= 2e-6, f"gradient norms {norms}, transformers {expected_norms}"
     assert min(norms) > CLIP, "clipping was not tried"
-    return json.dumps({"losses": losses, "from transformers": max(differences), "norms": worst})
+    return json.dumps({"losses": losses, "from transformers": off, "norms": worst})
 
 
 for _layout, (_world_size, _) in LAYOUTS.items():
@@ -148,8 +150,7 @@ def padding_is_resumed_too(run: Run) -> str:
         before, after = state_of(training), state_of(start(run, flags, load=folder))
         padding = before["0.output_layer.weight.exp_avg"][-64:]
         assert run.runtime.rank == 0 or padding.abs().max() > 0, "padding was not trained"
-        changed = [name for name in before if not (before[name] == after[name]).all()]
-        assert not changed, f"{form}: {changed}"
+        assert_equal(before, after)
     return ""
 
 
@@ -192,10 +193,7 @@ def resumed_losses(
     assert resumed.progress.iteration == 2
     assert resumed.progress.consumed_samples == 2 * GLOBAL_BATCH
     if before == after:
-        again = state_of(resumed)
-        assert state.keys() == again.keys()
-        changed = [name for name in state if not (state[name] == again[name]).all()]
-        assert not changed, f"not as they were saved: {changed}"
+        assert_equal(state, state_of(resumed))
     found = steps(resumed, 2)
     differences = [
         abs(getattr(a, key) - getattr(b, key))
@@ -228,7 +226,7 @@ def a_run_can_change_its_precision(run: Run) -> str:
     assert all(torch.equal(main[name], value) for name, value in weights(resumed).items())
     losses = [result.loss for result in steps(resumed, 2)]
     again = [r.loss for r in steps(start(run, f"{FLAGS} {layouts[1]}", load=folder), 2)]
-    assert max(abs(a - b) for a, b in zip(losses, again, strict=True)) <= 1e-6
+    assert apart(losses, again) <= 1e-6
 
     for form in ("torch_dist", "torch"):
         folder = run.folder / f"from-fp32-{form}"
@@ -257,11 +255,8 @@ def a_save_that_fails_leaves_the_last_checkpoint(run: Run) -> str:
         whole = getattr(iteration, broken)
         setattr(iteration, broken, full)
         try:
-            save(training)
-        except SaveError as error:
-            assert "iteration 2" in str(error) and "No space left" in str(error), error
-        else:
-            raise AssertionError("a full disk was not seen")
+            with pytest.raises(SaveError, match=r"iteration 2.*No space left"):
+                save(training)
         finally:
             setattr(iteration, broken, whole)
         assert start(run, FLAGS, load=folder).progress.iteration == 1
@@ -356,18 +351,12 @@ def a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run: Run) -> 
         steps(training, 1)
         settle(training)
         before = state_of(training)
-        try:
+        words = "iteration 2: loss nan.*samples 10-11 of the training data"
+        with pytest.raises(NonFiniteError, match=words) as caught:
             steps(training, 1)
-        except NonFiniteError as error:
-            message = str(error)
-            assert "iteration 2: loss nan" in message, message
-            assert "samples 10-11 of the training data" in message, message
-        else:
-            raise AssertionError("a loss of nan went unnoticed")
         settle(training)
-        after = state_of(training)
-        assert not [name for name in before if not (before[name] == after[name]).all()]
-    return message
+        assert_equal(before, state_of(training))
+    return str(caught.value)
 
 
 @CHECKS.add(world_size=2)
@@ -380,9 +369,8 @@ def skipping_leaves_the_update_out(run: Run) -> str:
         before = state_of(training)
         (bad,) = steps(training, 1)
         settle(training)
-        after = state_of(training)
         assert first.updated and not bad.updated and math.isnan(bad.loss)
-        assert not [name for name in before if not (before[name] == after[name]).all()]
+        assert_equal(before, state_of(training))
         (last,) = steps(training, 1)
         assert last.updated and math.isfinite(last.loss) and math.isfinite(last.grad_norm)
         assert last.lr == bad.lr, "the schedule does not count a skipped step"
@@ -399,14 +387,9 @@ def a_gradient_that_is_not_finite_stops_too(run: Run) -> str:
     weight = training.chunks[0].module.decoder.layers[1].mlp.linear_fc2.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
     before = state_of(training)
-    try:
+    with pytest.raises(NonFiniteError, match=r"every micro-batch's loss finite \(samples 0 to 7\)"):
         steps(training, 1)
-    except NonFiniteError as error:
-        assert "with every micro-batch's loss finite (samples 0 to 7)" in str(error), str(error)
-    else:
-        raise AssertionError("a gradient norm of inf went unnoticed")
-    after = state_of(training)
-    assert not [name for name in before if not (before[name] == after[name]).all()]
+    assert_equal(before, state_of(training))
     return ""
 
 
@@ -473,10 +456,7 @@ def reused_fp32_weights_change_no_bit(run: Run) -> str:
         assert [result.loss for result in steps(resumed, STEPS - 2)] == plain[2:], layout
         for one in (training, resumed):
             settle(one)
-            state = state_of(one)
-            assert expected.keys() == state.keys()
-            for name, value in expected.items():
-                assert (state[name] == value).all(), (layout, name)
+            assert_equal(expected, state_of(one))
     return str(found)
 
 
@@ -499,7 +479,7 @@ def o2_holds_4n_and_8n_over_dp_bytes(run: Run) -> str:
         ):
             training = start(run, f"{flags} {more}")
             losses = [result.loss for result in steps(training, STEPS)]
-            off = max(abs(a - b) for a, b in zip(losses, plain, strict=True))
+            off = apart(losses, plain)
             own, whole = updated_weights(training), len_of(weights(training).values())
             expected, held = per_weight * whole + per_own * own, held_bytes(training)
             found[f"{layout} {more}"] = f"{off:.1e} {held / expected - 1:.2%}"
@@ -525,9 +505,7 @@ def bf16_moments_are_resumed_to_the_last_bit(run: Run) -> str:
             expected = [(result.loss, result.grad_norm) for result in steps(through, 2)]
             resumed = start(run, f"{flags} {layout}", load=folder)
             optimizers.settle(resumed.optimizer)
-            again = state_of(resumed)
-            changed = [name for name in state if not (state[name] == again[name]).all()]
-            assert state.keys() == again.keys() and not changed, (form, layout, changed)
+            assert_equal(state, state_of(resumed))
             found = [(result.loss, result.grad_norm) for result in steps(resumed, 2)]
             assert found == expected, (form, layout, found, expected)
             other = start(run, f"{flags} {layouts[1 - number]}", load=folder)
@@ -608,7 +586,7 @@ def every_token_counts_the_same(run: Run) -> str:
     from transformers import AutoModelForCausalLM
 
     training = start(run, f"{FLAGS} {LAYOUTS['dp2-distributed-optimizer'][1]}")
-    training.train_data = Masked(training.train_data)
+    training.train_data = Masked(training.train_data, lambda index: index + 1)
     (result,) = steps(training, 1)
     model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(run, False)).float()
     samples = [training.train_data[index] for index in range(GLOBAL_BATCH)]
@@ -630,17 +608,17 @@ def every_token_counts_the_same(run: Run) -> str:
 
 
 class Masked:
-    """Sample i keeps the loss of its first i + 1 tokens."""
+    """A dataset whose sample i keeps the loss of its first `kept(i)` tokens."""
 
-    def __init__(self, data) -> None:
-        self.data = data
+    def __init__(self, data: Any, kept: Callable[[int], int]) -> None:
+        self.data, self.kept = data, kept
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int):
         sample = self.data[index]
-        sample["loss_mask"][index + 1 :] = 0
+        sample["loss_mask"][self.kept(index) :] = 0
         return sample
 
 
@@ -652,9 +630,8 @@ def the_validation_loss_is_that_of_transformers(run: Run) -> str:
     training = start(run, f"{FLAGS} --eval-iters 2 {LAYOUTS['pp2-vpp2'][1]}")
     before = state_of(training)
     found, again = training.evaluate(), training.evaluate()
-    after = state_of(training)
     assert found == again
-    assert not [name for name in before if not (before[name] == after[name]).all()]
+    assert_equal(before, state_of(training))
     model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(run, False)).float()
     samples = [training.valid_data[index] for index in range(2 * GLOBAL_BATCH)]
     tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
@@ -804,29 +781,18 @@ for _name, (_world_size, _flags) in APART.items():
 
 
 def hugging_face_folder(run: Run, tied: bool) -> Path:
-    """Weights with random biases and norms; written by the first rank that asks."""
-    import torch
-
-    folder = run.folder / ("tied" if tied else "untied")
-    if run.runtime.rank == 0 and not folder.exists():
-        make_tiny_hugging_face_folder(folder, tiny_config(tie_word_embeddings=tied))
-    torch.distributed.barrier()
-    return folder
+    return tiny_folder(run, "tied" if tied else "untied", tie_word_embeddings=tied)
 
 
 def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) -> TrainingRun:
     """A run as `launch/pretrain_qwen2.py` builds it, resumed if `load` is a training checkpoint."""
-    from qwen2_ascend import runtime
     from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.pretrain import prepare
     from qwen2_ascend.training.settings import parse, validate
 
     load = load or hugging_face_folder(run, tied)
     plan = make_plan(parse([*flags.split(), "--load", str(load)]))
-    validate(plan.settings, plan.config, run.runtime.world_size)
-    runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
-    run.runtime.seed_all(plan.settings.runtime.seed)
+    join(run, plan, validate)
     return prepare(plan, run.runtime)
 
 
@@ -843,14 +809,6 @@ def save(training: TrainingRun) -> Path:
 def steps(training: TrainingRun, count: int) -> list[StepResult]:
     batches = training.batches()
     return [training.step(batches) for _ in range(count)]
-
-
-def settle(training: TrainingRun) -> None:
-    """Waits for weights that are gathered only when the next forward needs them."""
-    from qwen2_ascend.training.loop import gathered_parameters
-
-    with gathered_parameters(training.chunks):
-        pass
 
 
 def weights(training: TrainingRun) -> dict[str, Any]:
@@ -881,6 +839,12 @@ def state_of(training: TrainingRun) -> dict[str, Any]:
     for index, name, values in gather_state(training.optimizer, chunks):
         state |= {f"{index}.{name}.{kind}": value.clone() for kind, value in values.items()}
     return state
+
+
+def assert_equal(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Both are of `state_of`."""
+    changed = [name for name in before if not (before[name] == after[name]).all()]
+    assert before.keys() == after.keys() and not changed, changed
 
 
 if __name__ == "__main__":

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.harness import Checks, Run, main
-from distributed.save_once import save_once
-from helpers import make_tiny_hugging_face_folder, tiny_config
+from distributed.trainings import apart, join, save_once, tiny_folder
+from helpers import tiny_config
 
 if TYPE_CHECKING:
     import torch
 
-    from qwen2_ascend.finetuning.settings import FinetuneSettings
     from qwen2_ascend.training.loop import TrainingRun
-    from qwen2_ascend.training.plan import RunPlan
 
 TOLERANCE = 5e-7
 STEPS, LENGTH, GLOBAL_BATCH, LR, CLIP = 4, 32, 8, 3e-3, 0.3
@@ -124,7 +122,7 @@ def accumulation_does_not_change_the_loss(run: Run) -> str:
         counts = [int(sample["loss_mask"].sum()) for sample in taken(training)[0]]
         assert len(set(counts)) > 2, counts
         found.append(trained(training)[0])
-    difference = max(abs(a - b) for a, b in zip(*found, strict=True))
+    difference = apart(*found)
     assert difference <= TOLERANCE, found
     return f"{difference:.1e}"
 
@@ -208,7 +206,6 @@ def a_resumed_dpo_run_keeps_its_reference(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
     """Each start saves into a folder of its own; the third knows nothing of the first's."""
-    from distributed.train_worker import save
     from qwen2_ascend.finetuning.dpo import _Kept
 
     flags = f"{FLAGS} {TP2} --stage dpo --micro-batch-size 2 --data-path {pairs(run)}"
@@ -218,7 +215,7 @@ def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
         folder = run.folder / f"dpo-on-{number}"
         prepared = start(run, f"{flags} --save {folder}", load=load)
         losses += trained(prepared.run, steps=steps)[0]
-        prepared.save() if prepared.save else save(prepared.run)
+        prepared.save()
         load = folder
     assert losses == expected, (losses, expected)
     kept = [
@@ -266,23 +263,21 @@ def lora_with_preference_pairs_is_the_same_at_any_layout(run: Run) -> str:
         found.append(trained(start(run, flags).run)[0])
     assert abs(found[0][0] - math.log(2)) < 1e-6, found[0]
     assert found[0][-1] < found[0][0], found[0]
-    worst = max(abs(a - b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    worst = max(apart(found[0], other) for other in found[1:])
     assert worst <= TOLERANCE, found
     return f"{worst:.1e}"
 
 
 def resumed_losses(run: Run, name: str, before: str, after: str, tolerance: float) -> str:
     """Two steps, and two more from their checkpoint, against four undisturbed ones."""
-    from distributed.train_worker import save
-
     expected, _ = trained(start(run, f"{FLAGS} {before}").run)
     folder = run.folder / name
     first = start(run, f"{FLAGS} {before} --save {folder}")
     losses, _ = trained(first.run, steps=2)
-    first.save() if first.save else save(first.run)
+    first.save()
     again = start(run, f"{FLAGS} {after} --save {folder}", load=folder)
     losses += trained(again.run, steps=2)[0]
-    difference = max(abs(a - b) for a, b in zip(expected, losses, strict=True))
+    difference = apart(expected, losses)
     assert difference <= tolerance, (expected, losses)
     assert max(expected) - min(expected) > 1e-4, expected
     return f"{difference:.1e}"
@@ -318,28 +313,25 @@ def compared(
 
 
 class TuningRun(NamedTuple):
-    """A run that can begin, its plan, and what writes its checkpoints."""
+    """A run that can begin, and what writes its checkpoints."""
 
     run: TrainingRun
-    plan: RunPlan[FinetuneSettings]
-    save: Callable[[], Path] | None
+    save: Callable[[], Path]
 
 
 def start(run: Run, flags: str, load: Path | None = None) -> TuningRun:
     """A run as `launch/finetune_qwen2.py` builds it."""
-    from qwen2_ascend import runtime
     from qwen2_ascend.finetuning.finetune import checkpointer, make_plan, prepare
     from qwen2_ascend.finetuning.settings import parse, validate
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer
+    from qwen2_ascend.training.setup import checkpoint_identity
 
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
-    validate(plan.settings, plan.config, run.runtime.world_size)
-    runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
-    run.runtime.seed_all(plan.settings.runtime.seed)
+    join(run, plan, validate)
     training, plan = prepare(plan, run.runtime)
     make = checkpointer(training, plan)
-    save = functools.partial(save_once, training, make) if make else None
-    return TuningRun(training, plan, save)
+    make = make or functools.partial(megatron_checkpointer, training, checkpoint_identity(plan))
+    return TuningRun(training, functools.partial(save_once, training, make))
 
 
 def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:
@@ -390,13 +382,7 @@ def reference(
 
 
 def hugging_face_folder(run: Run) -> Path:
-    import torch
-
-    folder = run.folder / "model"
-    if run.runtime.rank == 0 and not folder.exists():
-        make_tiny_hugging_face_folder(folder, tiny_config())
-    torch.distributed.barrier()
-    return folder
+    return tiny_folder(run, "model")
 
 
 def chats(run: Run) -> Path:

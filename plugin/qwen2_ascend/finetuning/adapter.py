@@ -53,15 +53,7 @@ def adapter_state(
     layout: ParallelLayout,
     optimizer: Any = None,
 ) -> RankState:
-    """This rank's adapters, and the optimizer's tensors of them.
-
-    Args:
-        chunks: this rank's model chunks, with adapters.
-        lora: what `apply_lora` got.
-        config: the model's shape.
-        layout: how it is cut.
-        optimizer: None leaves its tensors out.
-    """
+    """This rank's adapters, and the optimizer's tensors of them; None leaves those out."""
     return RankState(lora_state(chunks), adapter_pieces(config, lora, layout), optimizer)
 
 
@@ -135,8 +127,8 @@ def save_adapter(
     It appears whole, also in the place of one that exists.
 
     Args:
-        chunks: this rank's model chunks, with adapters.
-        lora: what `apply_lora` got.
+        chunks: this rank's model chunks, to which `apply_lora` has added `lora`.
+        lora: the adapter.
         config: the model's shape.
         layout: how it is cut.
         folder: on a disk that all ranks share.
@@ -195,19 +187,8 @@ def load_adapter(
     load_adapter_slices(state.whole(), lora, config, Path(folder) / WEIGHTS_FILE)
 
 
-def load_adapter_slices(
-    slices: Slices,
-    lora: LoraConfig,
-    config: Qwen2Config,
-    path: Path,
-) -> None:
+def load_adapter_slices(slices: Slices, lora: LoraConfig, config: Qwen2Config, path: Path) -> None:
     """Fills runs of adapters' elements from a file of `merge_adapter`, or PEFT; values are cast.
-
-    Args:
-        slices: as `checkpoint.load.load_slices` takes them.
-        lora: what `apply_lora` got.
-        config: the model's shape.
-        path: the file.
 
     Raises:
         UserError: the file's tensors are not those of this adapter and model.

@@ -186,17 +186,20 @@ def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
     """What the loss is multiplied by before backward."""
-    scalers = [getattr(part, "grad_scaler", None) for part in parts(optimizer)]
-    return next((_on_host(scaler.scale) for scaler in scalers if scaler is not None), 1.0)
+    scaler = _scaler(optimizer)
+    return 1.0 if scaler is None else _on_host(scaler.scale)
 
 
 def can_lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
     """Whether an overflow is what a dynamic loss scale expects, and has an answer to."""
-    scalers: list[Any] = [getattr(part, "grad_scaler", None) for part in parts(optimizer)]
-    return any(
-        hasattr(scaler, "min_scale") and _on_host(scaler.scale) > _on_host(scaler.min_scale)
-        for scaler in scalers
-    )
+    scaler = _scaler(optimizer)
+    return hasattr(scaler, "min_scale") and _on_host(scaler.scale) > _on_host(scaler.min_scale)
+
+
+def _scaler(optimizer: Any) -> Any:
+    """What scales the loss; None without one."""
+    scalers = (getattr(part, "grad_scaler", None) for part in parts(optimizer))
+    return next((scaler for scaler in scalers if scaler is not None), None)
 
 
 def _on_host(scale: torch.Tensor) -> float:
@@ -282,25 +285,23 @@ def new_state(
 
 def scaler_state(optimizer: MegatronOptimizer) -> dict[str, float]:
     """The dynamic loss scale, in plain numbers; empty without one."""
-    for part in parts(optimizer):
-        scaler = getattr(part, "grad_scaler", None)
-        if scaler is not None and hasattr(scaler, "_growth_tracker"):
-            return {
-                "scale": float(scaler.scale),
-                "growth_tracker": scaler._growth_tracker,
-                "hysteresis_tracker": scaler._hysteresis_tracker,
-            }
-    return {}
+    scaler = _scaler(optimizer)
+    if not hasattr(scaler, "_growth_tracker"):
+        return {}
+    return {
+        "scale": float(scaler.scale),
+        "growth_tracker": scaler._growth_tracker,
+        "hysteresis_tracker": scaler._hysteresis_tracker,
+    }
 
 
 def load_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, float]) -> None:
     """Puts `scaler_state` back, if this run scales its loss dynamically too."""
-    for part in parts(optimizer):
-        scaler = getattr(part, "grad_scaler", None)
-        if state and scaler is not None and hasattr(scaler, "_growth_tracker"):
-            scaler._scale = torch.full_like(scaler._scale, state["scale"])
-            scaler._growth_tracker = int(state["growth_tracker"])
-            scaler._hysteresis_tracker = int(state["hysteresis_tracker"])
+    scaler = _scaler(optimizer)
+    if state and hasattr(scaler, "_growth_tracker"):
+        scaler._scale = torch.full_like(scaler._scale, state["scale"])
+        scaler._growth_tracker = int(state["growth_tracker"])
+        scaler._hysteresis_tracker = int(state["hysteresis_tracker"])
 
 
 def parts(optimizer: Any) -> list[Any]:

@@ -53,10 +53,7 @@ def is_planned_only(
 ) -> bool:
     """Whether --plan asked for figures alone, which this prints, on rank 0.
 
-    Args:
-        settings: all flags.
-        make: opens what they name; headers are read.
-        check: the rules between them.
+    The arguments are those of `begin`.
 
     Raises:
         UserError: the command would not start on so many devices, or cannot be planned.

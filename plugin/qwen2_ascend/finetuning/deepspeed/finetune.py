@@ -36,14 +36,7 @@ Plan = RunPlan[ZeroFinetuneSettings]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `launch/finetune_qwen2_deepspeed.py`.
-
-    Args:
-        arguments: the flags; sys.argv's without it.
-
-    Returns:
-        The exit status, as `launched` has it.
-    """
+    """The exit status of `launch/finetune_qwen2_deepspeed.py` with these flags, or sys.argv's."""
     return launched(lambda: finetune(parse(arguments)), goes_on=True)
 
 

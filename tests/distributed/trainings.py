@@ -1,0 +1,58 @@
+"""What workers that train share: a model, process groups as a launcher makes them, a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from distributed.harness import Run
+from helpers import make_tiny_hugging_face_folder, tiny_config
+
+
+def tiny_folder(run: Run, name: str, **changes: Any) -> Path:
+    """Weights of the tiny model with random biases and norms; the first rank that asks writes."""
+    folder = run.folder / name
+    if run.runtime.rank == 0 and not folder.exists():
+        make_tiny_hugging_face_folder(folder, tiny_config(**changes))
+    run.runtime.barrier()
+    return folder
+
+
+def join(run: Run, plan: Any, validate: Callable[..., None]) -> None:
+    """Checks a plan, makes its process groups and seeds the ranks, as a launcher does."""
+    from qwen2_ascend import runtime
+
+    validate(plan.settings, plan.config, run.runtime.world_size)
+    runtime.destroy_model_parallel()
+    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    run.runtime.seed_all(plan.settings.runtime.seed)
+
+
+def settle(training: Any) -> None:
+    """Waits for weights that are gathered only when the next forward needs them."""
+    from qwen2_ascend.training.loop import gathered_parameters
+
+    with gathered_parameters(training.chunks):
+        pass
+
+
+def save_once(training: Any, make: Callable[[Callable[[str], None]], Any]) -> Path:
+    """Writes the state of `training` with the checkpointer that `make` makes.
+
+    Returns:
+        The folder of the iteration.
+    """
+    folder = training.settings.checkpoint.save
+    with closing(make(lambda line: None)) as checkpointer:
+        checkpointer.claim()
+        checkpointer.save()
+        checkpointer.finish()
+    training.runtime.barrier()
+    return folder / f"iter_{training.progress.iteration:07d}"
+
+
+def apart(own: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest difference of two numbers in the same place."""
+    return max(abs(a - b) for a, b in zip(own, expected, strict=True))
