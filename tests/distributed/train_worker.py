@@ -144,9 +144,7 @@ def padding_is_resumed_too(run: Run) -> str:
     for form in ("torch_dist", "torch"):
         folder = run.folder / f"padding-{form}"
         flags = f"{FLAGS} {LAYOUTS['tp2'][1]} --padded-vocab-size 320 --ckpt-format {form}"
-        training = start(run, f"{flags} --save {folder}")
-        steps(training, 2)
-        save(training)
+        training = started_and_saved(run, f"{flags} --save {folder}", 2)
         before, after = state_of(training), state_of(start(run, flags, load=folder))
         padding = before["0.output_layer.weight.exp_avg"][-64:]
         assert run.runtime.rank == 0 or padding.abs().max() > 0, "padding was not trained"
@@ -185,10 +183,8 @@ def resumed_losses(
     flags = f"{FLAGS} {flags} --ckpt-format {form}"
     through = steps(start(run, f"{flags} {LAYOUTS[before][1]}", tied), STEPS)
     folder = run.folder / f"resume-{before}-{after}-{form}-{flags.count('bf16')}-{tied}"
-    saving = start(run, f"{flags} {LAYOUTS[before][1]} --save {folder}", tied)
-    steps(saving, 2)
-    save(saving)
-    state = state_of(saving)
+    flags_before = f"{flags} {LAYOUTS[before][1]} --save {folder}"
+    state = state_of(started_and_saved(run, flags_before, 2, tied))
     resumed = start(run, f"{flags} {LAYOUTS[after][1]}", tied, load=folder)
     assert resumed.progress.iteration == 2
     assert resumed.progress.consumed_samples == 2 * GLOBAL_BATCH
@@ -218,10 +214,7 @@ def a_run_can_change_its_precision(run: Run) -> str:
 
     layouts = [LAYOUTS[name][1] for name in ("tp2", "dp2-distributed-optimizer")]
     folder = run.folder / "from-bf16"
-    saving = start(run, f"{FLAGS} --bf16 {layouts[0]} --save {folder}")
-    steps(saving, 2)
-    save(saving)
-    main = main_weights(saving)
+    main = main_weights(started_and_saved(run, f"{FLAGS} --bf16 {layouts[0]} --save {folder}", 2))
     resumed = start(run, f"{FLAGS} {layouts[0]}", load=folder)
     assert all(torch.equal(main[name], value) for name, value in weights(resumed).items())
     losses = [result.loss for result in steps(resumed, 2)]
@@ -230,9 +223,8 @@ def a_run_can_change_its_precision(run: Run) -> str:
 
     for form in ("torch_dist", "torch"):
         folder = run.folder / f"from-fp32-{form}"
-        saving = start(run, f"{FLAGS} {layouts[0]} --ckpt-format {form} --save {folder}")
-        steps(saving, 1)
-        save(saving)
+        flags = f"{FLAGS} {layouts[0]} --ckpt-format {form} --save {folder}"
+        saving = started_and_saved(run, flags, 1)
         found = main_weights(start(run, f"{FLAGS} --bf16 {layouts[0]}", load=folder))
         assert all(torch.equal(found[name], value) for name, value in weights(saving).items())
     return ""
@@ -247,9 +239,7 @@ def a_save_that_fails_leaves_the_last_checkpoint(run: Run) -> str:
         raise OSError(28, "No space left on device")
 
     folder = run.folder / "failing"
-    training = start(run, f"{FLAGS} --ckpt-format torch --save {folder}")
-    steps(training, 1)
-    save(training)
+    training = started_and_saved(run, f"{FLAGS} --ckpt-format torch --save {folder}", 1)
     steps(training, 1)
     for broken in ("begin_iteration", "publish_iteration"):
         whole = getattr(iteration, broken)
@@ -281,9 +271,7 @@ def merging_a_training_checkpoint_gives_its_weights(run: Run) -> str:
         flags = f"{FLAGS} --ckpt-format {form} --save {folder}" + (
             " --bf16" if dtype == "bf16" else ""
         )
-        training = start(run, flags, tied=True)
-        steps(training, 1)
-        save(training)
+        training = started_and_saved(run, flags, 1, tied=True)
         merged = run.folder / f"merged-{form}"
         request = Conversion(load_dir=folder, save_dir=merged, save_model_type="hf", verify=True)
         convert(prepare(request))
@@ -302,19 +290,15 @@ def merging_a_training_checkpoint_gives_its_weights(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def weights_alone_can_be_taken(run: Run) -> str:
     folder = run.folder / "weights-alone"
-    saving = start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --ckpt-format torch --save {folder}")
-    steps(saving, 1)
-    save(saving)
+    flags = f"{FLAGS} {LAYOUTS['tp2'][1]} --ckpt-format torch --save {folder}"
+    started_and_saved(run, flags, 1)
     weights_only = start(run, f"{FLAGS} {LAYOUTS['pp2'][1]} --no-load-optim", load=folder)
     assert weights_only.progress.iteration == 1
     fresh = start(run, f"{FLAGS} {LAYOUTS['pp2'][1]} --finetune", load=folder)
     assert fresh.progress.iteration == 0
-    (loss,) = (result.loss for result in steps(fresh, 1))
-    (again,) = (
-        result.loss
-        for result in steps(start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --finetune", load=folder), 1)
-    )
-    assert abs(loss - again) <= TOLERANCE
+    again = start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --finetune", load=folder)
+    ((one,), (other,)) = (steps(training, 1) for training in (fresh, again))
+    assert abs(one.loss - other.loss) <= TOLERANCE
     return ""
 
 
@@ -498,9 +482,8 @@ def bf16_moments_are_resumed_to_the_last_bit(run: Run) -> str:
     for form in ("torch_dist", "torch"):
         for number, layout in enumerate(layouts):
             folder = run.folder / f"o2-{form}-{number}"
-            through = start(run, f"{flags} {layout} --ckpt-format {form} --save {folder}")
-            steps(through, 2)
-            save(through)
+            saving = f"{flags} {layout} --ckpt-format {form} --save {folder}"
+            through = started_and_saved(run, saving, 2)
             state = state_of(through)
             expected = [(result.loss, result.grad_norm) for result in steps(through, 2)]
             resumed = start(run, f"{flags} {layout}", load=folder)
@@ -804,6 +787,14 @@ def save(training: TrainingRun) -> Path:
 
     identity = checkpoint_identity(make_plan(training.settings))
     return save_once(training, functools.partial(megatron_checkpointer, training, identity))
+
+
+def started_and_saved(run: Run, flags: str, count: int, tied: bool = False) -> TrainingRun:
+    """A run after `count` steps and a checkpoint of the last."""
+    training = start(run, flags, tied)
+    steps(training, count)
+    save(training)
+    return training
 
 
 def steps(training: TrainingRun, count: int) -> list[StepResult]:

@@ -37,6 +37,8 @@ CHECKS = Checks()
 
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 OFFLOAD = "--offload-optimizer --cpu-adam torch"
+LORA = "--lora-r 3 --lora-alpha 7 --lora-target-modules q_proj v_proj up_proj linear_fc2"
+DROPPED = f"{LORA} --lora-dropout 0.2"
 CASES = {
     "stage1-one-by-one": (1, "--zero-stage 1 --micro-batch-size 1"),
     "stage2-packed-rows": (1, "--zero-stage 2 --micro-batch-size 4 --pack"),
@@ -58,18 +60,30 @@ CASES = {
         f"--zero-stage 3 --micro-batch-size 2 --pack --offload-param {OFFLOAD}",
     ),
 }
+LORA_CASES = {
+    "stage1-packed": (1, "--zero-stage 1 --micro-batch-size 2 --pack"),
+    "stage3-recompute": (1, f"--zero-stage 3 --micro-batch-size 2 {RECOMPUTE}"),
+    "stage1-offload": (2, f"--zero-stage 1 --micro-batch-size 2 {OFFLOAD}"),
+    "stage2-recompute": (2, f"--zero-stage 2 --micro-batch-size 2 --pack {RECOMPUTE}"),
+    # small weights are not divided otherwise
+    "stage3-divided": (2, "--zero-stage 3 --micro-batch-size 2 --pack {divided}"),
+    "stage3-divided-recompute": (
+        2,
+        f"--zero-stage 3 --micro-batch-size 2 --variable-seq-lengths {RECOMPUTE} {{divided}}",
+    ),
+}
+CASES |= {f"lora-{name}": (size, f"{flags} {LORA}") for name, (size, flags) in LORA_CASES.items()}
 
 
 def losses_are_those_of_transformers(flags: str, run: Run) -> str:
-    """Over four updates, though ranks and micro-batches have different numbers of tokens."""
-    return compared(run, f"{FLAGS} {flags} --data-path {chats(run)}")
+    """Over four updates, though ranks and micro-batches have different numbers of tokens.
 
-
-def compared(run: Run, flags: str, change: Callable[[Any], None] | None = None) -> str:
-    """A run against `reference`, which `change` is done to first."""
-    training, _ = start(run, flags)
+    Adapters are written out in lora_worker.py on transformers' model.
+    """
+    training, _ = start(run, flags_of(run, flags))
     batches = taken(training)
     losses, norms = steps_of(training)
+    change = adapted if LORA in flags else None
     expected, expected_norms = reference(hugging_face_folder(run), batches, sft_loss, change)
     worst = close(losses, expected)
     norm = max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True))
@@ -110,9 +124,9 @@ def the_validation_loss_is_that_of_its_samples(run: Run) -> str:
 
 def a_resumed_run_goes_on(flags: str, run: Run) -> str:
     """Two steps, then two from their checkpoint, are the four of an undisturbed run, bit by bit."""
-    flags = f"{FLAGS} --micro-batch-size 2 --pack --data-path {chats(run)} {flags}"
+    folder = run.folder / f"resumed{flags.replace(' ', '')}"
+    flags = flags_of(run, f"--micro-batch-size 2 --pack {flags}")
     expected, _ = steps_of(start(run, flags)[0])
-    folder = run.folder / f"resumed{flags.split('--zero-stage')[1].replace(' ', '-')}"
     losses, saved = steps_and_save(run, f"{flags} --save {folder}")
     again, _ = start(run, f"{flags} --save {folder}", load=folder)
     assert again.progress.iteration == 2 and again.progress.consumed_samples == 16
@@ -127,6 +141,9 @@ for _name, (_world_size, _flags) in {
     "stage1": (2, "--zero-stage 1"),
     "stage2-bf16": (2, "--zero-stage 2 --bf16"),
     "stage3-bf16": (2, "--zero-stage 3 --bf16"),
+    "lora-stage2": (1, f"--zero-stage 2 {DROPPED}"),
+    "lora-stage2-bf16": (2, f"--zero-stage 2 --bf16 {DROPPED}"),
+    "lora-stage3-bf16": (2, f"--zero-stage 3 --bf16 {{divided}} {DROPPED}"),
 }.items():
     CHECKS.case(f"resume-{_name}", _world_size, a_resumed_run_goes_on, _flags)
 
@@ -232,38 +249,15 @@ def another_stage_is_refused_and_its_weights_taken(run: Run) -> str:
 
 # --- LoRA ----------------------------------------------------------------------------------------
 
-LORA = "--lora-r 3 --lora-alpha 7 --lora-target-modules q_proj v_proj up_proj linear_fc2"
-LORA_CASES = {
-    "stage1-packed": (1, "--zero-stage 1 --micro-batch-size 2 --pack"),
-    "stage3-recompute": (1, f"--zero-stage 3 --micro-batch-size 2 {RECOMPUTE}"),
-    "stage1-offload": (2, f"--zero-stage 1 --micro-batch-size 2 {OFFLOAD}"),
-    "stage2-recompute": (2, f"--zero-stage 2 --micro-batch-size 2 --pack {RECOMPUTE}"),
-    # small weights are not divided otherwise
-    "stage3-divided": (2, "--zero-stage 3 --micro-batch-size 2 --pack {divided}"),
-    "stage3-divided-recompute": (
-        2,
-        f"--zero-stage 3 --micro-batch-size 2 --variable-seq-lengths {RECOMPUTE} {{divided}}",
-    ),
-}
-
-
-def lora_losses_are_those_of_an_independent_loop(flags: str, run: Run) -> str:
-    """Adapters written out in lora_worker.py on transformers' model, and torch's AdamW."""
-    return compared(run, lora_flags(run, flags), adapted)
-
-
-for _name, (_world_size, _flags) in LORA_CASES.items():
-    CHECKS.case(f"lora-{_name}", _world_size, lora_losses_are_those_of_an_independent_loop, _flags)
-
 
 @CHECKS.add(world_size=2)
 def lora_runs_go_from_one_path_to_the_other(run: Run) -> str:
     """Begun on either path or at any stage, gone on with on another: the undisturbed losses."""
     from finetuning.finetune_worker import start as start_megatron
 
-    zero = lora_flags(run, "--zero-stage 2 --micro-batch-size 2 --pack")
-    zero3 = lora_flags(run, "--zero-stage 3 --micro-batch-size 4 --pack {divided}")
-    tp2 = lora_flags(run, "--micro-batch-size 2 --pack --tensor-model-parallel-size 2")
+    zero = flags_of(run, f"--zero-stage 2 --micro-batch-size 2 --pack {LORA}")
+    zero3 = flags_of(run, f"--zero-stage 3 --micro-batch-size 4 --pack {{divided}} {LORA}")
+    tp2 = flags_of(run, f"--micro-batch-size 2 --pack --tensor-model-parallel-size 2 {LORA}")
     expected, _ = steps_of(start_megatron(run, tp2).run)
     folders = {name: run.folder / f"lora-{name}" for name in ("zero", "zero3", "tp2")}
     for name, flags in (("zero", zero), ("zero3", zero3)):
@@ -288,25 +282,6 @@ LORA_FILES = {
 }
 
 
-def a_resumed_lora_run_goes_on(flags: str, run: Run) -> str:
-    """Bit by bit, dropout too, where neither stage nor ranks have changed."""
-    flags = lora_flags(run, f"--micro-batch-size 2 --lora-dropout 0.2 --pack {flags}")
-    expected, _ = steps_of(start(run, flags)[0])
-    folder = run.folder / f"lora-again-{run.runtime.world_size}-{'bf16' in flags}"
-    losses, _ = steps_and_save(run, f"{flags} --save {folder}")
-    losses += steps_of(start(run, flags, load=folder)[0], 2)[0]
-    assert losses == expected, (losses, expected)
-    return str(losses)
-
-
-for _name, (_world_size, _flags) in {
-    "stage2": (1, "--zero-stage 2"),
-    "stage2-bf16": (2, "--zero-stage 2 --bf16"),
-    "stage3-bf16": (2, "--zero-stage 3 --bf16 {divided}"),
-}.items():
-    CHECKS.case(f"lora-resume-{_name}", _world_size, a_resumed_lora_run_goes_on, _flags)
-
-
 @CHECKS.add(world_size=2)
 def peft_gives_the_loss_of_the_saved_adapter(run: Run) -> str:
     """What --save-adapter writes at ZeRO-3, in peft, on the next batch; and it starts a new run."""
@@ -316,7 +291,7 @@ def peft_gives_the_loss_of_the_saved_adapter(run: Run) -> str:
 
     from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
 
-    flags = lora_flags(run, "--zero-stage 3 --micro-batch-size 2 --pack {divided}")
+    flags = flags_of(run, f"--zero-stage 3 --micro-batch-size 2 --pack {{divided}} {LORA}")
     training, _ = start(run, flags)
     steps_of(training, 2)
     folder, base = run.folder / "zero-adapter", hugging_face_folder(run)
@@ -357,14 +332,14 @@ def a_loss_scale_is_kept_in_terms_of_either_path(run: Run) -> str:
     return str(scaler_state(undisturbed))
 
 
-def lora_flags(run: Run, flags: str) -> str:
+def flags_of(run: Run, flags: str) -> str:
     """`{divided}` stands for a configuration that divides small weights too."""
     config = run.folder / "divided.json"
     if run.runtime.rank == 0:
         config.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     run.runtime.barrier()
     named = flags.format(divided=f"--deepspeed-config {config}")
-    return f"{FLAGS} {named} {LORA} --data-path {chats(run)}"
+    return f"{FLAGS} {named} --data-path {chats(run)}"
 
 
 def adapted(model: Any) -> None:

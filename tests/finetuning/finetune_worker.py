@@ -6,6 +6,7 @@ the formula of the paper.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -136,24 +137,24 @@ def dpo_losses_are_those_of_the_formula(flags: str, run: Run) -> str:
     losses, norms = trained(training)
     tuning = training.settings.tuning
     expected, expected_norms = reference(
-        hugging_face_folder(run), batches, functools.partial(dpo_loss, {}, tuning)
+        hugging_face_folder(run), batches, functools.partial(dpo_loss, [], tuning)
     )
     return compared(losses, expected, norms, expected_norms)
 
 
 def dpo_loss(
-    first_seen: dict[int, Any], tuning: Any, model: Any, batch: list[dict[str, Any]]
+    first_seen: list[Any], tuning: Any, model: Any, batch: list[dict[str, Any]]
 ) -> torch.Tensor:
     """The paper's loss; the reference is what a first, unchanged model said."""
     import torch
 
     beta, losses = tuning.dpo_beta, []
     if not first_seen:
-        first_seen.update(model=[p.detach().clone() for p in model.parameters()])
+        first_seen.append(copy.deepcopy(model))
     for pair in batch:
         now = [answer(model, pair[side]) for side in ("chosen", "rejected")]
-        with torch.no_grad(), swapped(model, first_seen["model"]):
-            then = [answer(model, pair[side]) for side in ("chosen", "rejected")]
+        with torch.no_grad():
+            then = [answer(first_seen[0], pair[side]) for side in ("chosen", "rejected")]
         gains = [a.sum() - b.sum() for a, b in zip(now, then, strict=True)]
         if tuning.dpo_loss_type == "ipo":
             gains = [gain / len(a) for gain, a in zip(gains, now, strict=True)]
@@ -172,24 +173,6 @@ def dpo_loss(
 def answer(model: Any, side: dict[str, Any]) -> torch.Tensor:
     (chat,) = alone(side)
     return -token_losses(model, *chat)
-
-
-class swapped:
-    """A model with other weights, for the length of a block."""
-
-    def __init__(self, model: Any, weights: list[Any]) -> None:
-        self.parameters, self.weights = list(model.parameters()), weights
-
-    def __enter__(self) -> None:
-        self.own = [p.detach().clone() for p in self.parameters]
-        self._set(self.weights)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self.own)
-
-    def _set(self, weights: list[Any]) -> None:
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            parameter.data = weight.clone()
 
 
 for _name, (_world_size, _flags) in DPO.items():

@@ -78,9 +78,7 @@ def check_data(settings: FinetuneSettings) -> None:
 def make_plan(settings: F, found: Found | None = None) -> RunPlan[F]:
     """Opens what --load and --lora-load name; reads headers only.
 
-    Args:
-        settings: all flags.
-        found: what rank 0 found on the disk; rank 0 itself looks.
+    The arguments are those of `training.plan.make_plan`.
 
     Raises:
         UserError: nothing usable is there, it contradicts the flags, or the run's end could not

@@ -115,11 +115,7 @@ class MegatronWriter:
         self._group = host_group(run.runtime)
 
     def lay_out(self, folder: Path) -> Pending:
-        """This rank's part of the state as it is now; every rank calls it.
-
-        Args:
-            folder: what is laid out goes there.
-        """
+        """This rank's part of the state as it is now; every rank calls it."""
         with gathered_parameters(self._run.chunks):
             tensors = self._state.tensors()
         rng = None if self._settings.no_save_rng else rng_state(self._run.runtime)

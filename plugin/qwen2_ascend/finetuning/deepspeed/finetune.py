@@ -64,9 +64,7 @@ def _finetune(settings: ZeroFinetuneSettings) -> None:
 def make_plan(settings: ZeroFinetuneSettings, found: Found | None = None) -> Plan:
     """Opens what --load names; reads headers only.
 
-    Args:
-        settings: all flags.
-        found: what rank 0 found on the disk; rank 0 itself looks.
+    The arguments are those of `training.plan.make_plan`.
 
     Raises:
         UserError: nothing usable is there, it contradicts the flags, or the run's end could not
