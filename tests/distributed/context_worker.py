@@ -205,31 +205,13 @@ for _moved in MOVED:
 @CHECKS.add(world_size=2)
 def a_run_saved_in_the_background_goes_on(run: Run) -> str:
     """--async-save at CP2: what it wrote after two of four steps goes on at CP2 and without."""
-    from qwen2_ascend.checkpoint.formats import megatron
-    from qwen2_ascend.training.checkpointing import megatron_checkpointer
-    from qwen2_ascend.training.loop import train
-    from qwen2_ascend.training.plan import make_plan
-    from qwen2_ascend.training.setup import checkpoint_identity
-
     expected, _ = whole(run, "mock", OVERLAP)
     folder = run.folder / "background"
     flags = f"{OVERLAP} --async-save --save {folder} --save-interval 2"
     training = start(run, "mock", f"{flags} {CP2}")
-    identity = checkpoint_identity(make_plan(training.settings))
-    checkpointer = megatron_checkpointer(training, identity, lambda line: None)
-    checkpointer.claim()
     undisturbed: list[float] = []
-    train(
-        training,
-        on_step=lambda result, *_: undisturbed.append(result.loss),
-        on_validation=lambda _: None,
-        checkpointer=checkpointer,
-    )
-    checkpointer.close()
-    run.runtime.barrier()
-    if run.runtime.rank == 0:
-        (folder / megatron.TRACKER_FILE).write_text("2", encoding="utf-8")
-    run.runtime.barrier()
+    pretraining.train_and_save(training, lambda result, *_: undisturbed.append(result.loss))
+    pretraining.track(run, folder, 2)
     found = [undisturbed]
     for layout in (CP2, ""):
         resumed = prepare(run, "mock", f"{OVERLAP} {layout}", folder).run

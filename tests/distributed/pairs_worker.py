@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,10 +92,10 @@ def begin_once(settings: Any) -> bool:
         return train_and_report(pretrain.prepare(plan, running), plan)
     plan, running = begin(settings, finetune.make_plan, finetune.validate, finetune.check_data)
     training, plan = finetune.prepare(plan, running)
-    is_complete = train_and_report(training, plan, finetune.checkpointer(training, plan))
+    storage = finetune.lora_storage(training, plan)
+    is_complete = train_and_report(training, plan, storage and storage.checkpointer)
     stays: Any = SimpleNamespace(rank=running.rank, close=lambda: None)
-    write = functools.partial(finetune.write_adapter, training, plan)
-    finetune.finish(plan, stays, is_complete, write)
+    finetune.finish(plan, stays, is_complete, storage)
     return is_complete
 
 

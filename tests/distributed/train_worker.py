@@ -6,6 +6,7 @@ other; each is compared with an independent loop of transformers and torch.optim
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -15,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from distributed.canonical_state import gather_state
 from distributed.harness import Checks, Run, main
-from distributed.trainings import apart, join, save_once, settle, tiny_folder
+from distributed.trainings import apart, gather_state, join, save_once, settle, tiny_folder
 from helpers import tiny_config
 
 if TYPE_CHECKING:
@@ -795,6 +795,34 @@ def started_and_saved(run: Run, flags: str, count: int, tied: bool = False) -> T
     steps(training, count)
     save(training)
     return training
+
+
+def train_and_save(
+    training: TrainingRun,
+    on_step: Callable[..., None],
+    log: Callable[[str], None] = lambda line: None,
+    copies: Any = None,
+) -> None:
+    """Trains to the end as the launcher does; `copies` copy what --async-save writes."""
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer
+    from qwen2_ascend.training.loop import train
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.setup import checkpoint_identity
+
+    identity = checkpoint_identity(make_plan(training.settings))
+    with contextlib.closing(megatron_checkpointer(training, identity, log)) as checkpointer:
+        checkpointer._copies = copies or checkpointer._copies
+        checkpointer.claim()
+        train(training, on_step=on_step, on_validation=lambda _: None, checkpointer=checkpointer)
+    training.runtime.barrier()
+
+
+def track(run: Run, folder: Path, iteration: int) -> None:
+    """Makes an iteration the one that is resumed."""
+    run.runtime.barrier()
+    if run.runtime.rank == 0:
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    run.runtime.barrier()
 
 
 def steps(training: TrainingRun, count: int) -> list[StepResult]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.harness import Checks, Run, main
+from distributed.trainings import apart
 from finetuning.lora_worker import (
     ADAPTERS,
     CLIP,
@@ -18,6 +19,7 @@ from finetuning.lora_worker import (
     base_folder,
     evaluate,
     model_config,
+    save_adapter,
     settle,
     start,
     train,
@@ -84,21 +86,16 @@ def peft_loads_what_is_saved(layout: str, case: str, run: Run) -> str:
     """Its logits (or loss, where the logits are spread over stages) are those of the trained."""
     import torch
 
-    from qwen2_ascend.finetuning.adapter import save_adapter
-
     training = start(run, case, LAYOUTS[layout][1])
     train(training)
     settle(training)
     folder = run.folder / f"saved-{layout}-{case}"
-    cut = training.settings.layout()
-    save_adapter(
-        training.chunks, ADAPTERS[case], model_config(case), cut, folder, base_model="base"
-    )
+    save_adapter(training, case, folder)
     model = peft_model(base_folder(run, case), folder).eval()
     with torch.no_grad():
         worst = abs(mean(losses_of(model)) - evaluate(training))
         assert worst <= TOLERANCE, worst
-        if cut.pp == 1:
+        if training.settings.layout().pp == 1:
             tokens, _ = batch(1, model.config.vocab_size)
             theirs = model(input_ids=tokens, use_cache=False).logits
             worst = (theirs - all_logits(training, tokens)).abs().max().item()
@@ -117,7 +114,8 @@ def what_peft_saves_is_loaded(layout: str, case: str, run: Run) -> str:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qwen2_ascend.finetuning.adapter import load_adapter, read_lora_config
+    from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
+    from qwen2_ascend.finetuning.adapter import load_adapter
 
     lora, base = ADAPTERS[case], base_folder(run, case)
     folder = run.folder / f"peft-{layout}-{case}"
@@ -169,12 +167,9 @@ def peft_trains_alike(case: str, run: Run) -> str:
     """peft and torch's AdamW, from the same start, see the same losses."""
     import torch
 
-    from qwen2_ascend.finetuning.adapter import save_adapter
-
     training = start(run, case, "")
     folder = run.folder / f"untrained-{case}"
-    cut = training.settings.layout()
-    save_adapter(training.chunks, ADAPTERS[case], model_config(case), cut, folder)
+    save_adapter(training, case, folder)
     losses = [result.loss for result in train(training)]
     model = peft_model(base_folder(run, case), folder, is_trainable=True).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -187,7 +182,7 @@ def peft_trains_alike(case: str, run: Run) -> str:
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         theirs.append(mean(losses_now))
-    worst = max(abs(a - b) for a, b in zip(losses, theirs, strict=True))
+    worst = apart(losses, theirs)
     assert worst <= TOLERANCE, (losses, theirs)
     return f"off by {worst:.1e}"
 
@@ -203,14 +198,13 @@ def merging_files_is_merge_and_unload(run: Run) -> str:
     from safetensors.torch import load_file
 
     from qwen2_ascend.checkpoint.command import main as convert
-    from qwen2_ascend.finetuning.adapter import save_adapter
 
     notes = []
     for case, lora in ADAPTERS.items():
         training = start(run, case, "")
         train(training)
         base, adapter = base_folder(run, case), run.folder / f"to-merge-{case}"
-        save_adapter(training.chunks, lora, model_config(case), training.settings.layout(), adapter)
+        save_adapter(training, case, adapter)
         merged = peft_model(base, adapter).merge_and_unload()
         expected = dict(merged.named_parameters())
         straight, shards, back = (run.folder / f"{name}-{case}" for name in ("m", "s", "b"))

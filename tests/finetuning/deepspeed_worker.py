@@ -289,13 +289,13 @@ def peft_gives_the_loss_of_the_saved_adapter(run: Run) -> str:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 
     flags = flags_of(run, f"--zero-stage 3 --micro-batch-size 2 --pack {{divided}} {LORA}")
     training, _ = start(run, flags)
     steps_of(training, 2)
     folder, base = run.folder / "zero-adapter", hugging_face_folder(run)
-    save_adapter(training, lora_config(), base, folder)
+    ZeroLora(training, None, lora_config(), base).export(folder, {})
     next_loss = steps_of(training, 1)[0][0]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     with torch.no_grad():
@@ -423,14 +423,19 @@ def fp16_is_refused_where_deepspeed_has_none(run: Run) -> str:
 
 def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Callable[[], Path]]:
     """A run as `launch/finetune_qwen2_deepspeed.py` builds it, and what saves its state."""
-    from qwen2_ascend.finetuning.deepspeed.finetune import checkpointer, make_plan, prepare
+    from qwen2_ascend.finetuning.deepspeed.finetune import (
+        checkpointer,
+        lora_storage,
+        make_plan,
+        prepare,
+    )
     from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
 
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
     forget_groups()
     join(run, plan, validate)
     training, plan = prepare(plan, run.runtime)
-    make = functools.partial(checkpointer, training, plan)
+    make = checkpointer(training, plan, lora_storage(training, plan))
     return training, functools.partial(save_once, training, make)
 
 

@@ -304,7 +304,7 @@ class TuningRun(NamedTuple):
 
 def start(run: Run, flags: str, load: Path | None = None) -> TuningRun:
     """A run as `launch/finetune_qwen2.py` builds it."""
-    from qwen2_ascend.finetuning.finetune import checkpointer, make_plan, prepare
+    from qwen2_ascend.finetuning.finetune import lora_storage, make_plan, prepare
     from qwen2_ascend.finetuning.settings import parse, validate
     from qwen2_ascend.training.checkpointing import megatron_checkpointer
     from qwen2_ascend.training.setup import checkpoint_identity
@@ -312,8 +312,9 @@ def start(run: Run, flags: str, load: Path | None = None) -> TuningRun:
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
     join(run, plan, validate)
     training, plan = prepare(plan, run.runtime)
-    make = checkpointer(training, plan)
-    make = make or functools.partial(megatron_checkpointer, training, checkpoint_identity(plan))
+    storage, identity = lora_storage(training, plan), checkpoint_identity(plan)
+    plain = functools.partial(megatron_checkpointer, training, identity)
+    make = storage.checkpointer if storage else plain
     return TuningRun(training, functools.partial(save_once, training, make))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from distributed import train_worker as pretraining
 from distributed.harness import Checks, Run, main
-from distributed.trainings import apart, join, settle, tiny_folder
+from distributed.trainings import apart, gather_state, join, settle, tiny_folder
 from helpers import tiny_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.lora_config import LoraConfig
@@ -203,11 +203,7 @@ def dropout_leaves_what_ranks_share_the_same(run: Run) -> str:
         group = parallel_state.get_tensor_model_parallel_group()
         compared = 0
         for name, parameter in lora_state(training.chunks)[0].items():
-            if (
-                not parameter.tensor_model_parallel
-                if hasattr(parameter, "tensor_model_parallel")
-                else True
-            ):
+            if not getattr(parameter, "tensor_model_parallel", False):
                 both = [torch.empty_like(parameter) for _ in range(2)]
                 torch.distributed.all_gather(both, parameter.detach(), group=group)
                 assert torch.equal(*both), f"{layout}: {name} went apart"
@@ -245,7 +241,6 @@ def cut_inputs_drop_differently_on_each_rank(run: Run) -> None:
 def only_adapters_are_trained(run: Run) -> str:
     import torch
 
-    from distributed.canonical_state import gather_state
     from qwen2_ascend.finetuning.lora import lora_state
 
     for layout in ("tp2-sp", "pp2"):
@@ -292,25 +287,24 @@ def the_chunked_cross_entropy_changes_nothing(run: Run) -> str:
 @unless_refused
 def adapters_go_to_peft_and_back(before: str, after: str, case: str, run: Run) -> str:
     """Bit for bit through another layout; and what is saved there is the same file."""
-    from qwen2_ascend.finetuning.adapter import load_adapter, read_lora_config, save_adapter
+    from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
+    from qwen2_ascend.finetuning.adapter import load_adapter
 
     lora, config = ADAPTERS[case], model_config(case)
     training = start(run, case, LAYOUTS[before][1])
     train(training)
     settle(training)
     trained = evaluate(training)
-    cut = training.settings.layout()
     first, second = (run.folder / f"{before}-{after}-{case}-{i}" for i in (1, 2))
-    save_adapter(training.chunks, lora, config, cut, first)
-    save_adapter(training.chunks, lora, config, cut, first)  # again, in its place
+    save_adapter(training, case, first)
+    save_adapter(training, case, first)  # again, in its place
     assert read_lora_config(first) == lora
     assert sorted(path.name for path in first.parent.glob(f"*{first.name}*")) == [first.name]
 
     other = start(run, case, LAYOUTS[after][1])
-    cut = other.settings.layout()
-    load_adapter(other.chunks, lora, config, cut, first)
+    load_adapter(other.chunks, lora, config, other.settings.layout(), first)
     assert abs(evaluate(other) - trained) <= TOLERANCE
-    save_adapter(other.chunks, lora, config, cut, second)
+    save_adapter(other, case, second)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
@@ -328,13 +322,12 @@ for _before, _after in itertools.chain(
 
 @CHECKS.add(world_size=1)
 def an_adapter_of_another_kind_is_refused(run: Run) -> str:
-    from qwen2_ascend.finetuning.adapter import load_adapter, save_adapter
+    from qwen2_ascend.finetuning.adapter import load_adapter
 
-    lora, config = ADAPTERS["all"], model_config("all")
     training = start(run, "all", "")
-    cut = training.settings.layout()
+    config, cut = model_config("all"), training.settings.layout()
     folder = run.folder / "another-kind"
-    save_adapter(training.chunks, lora, config, cut, folder)
+    save_adapter(training, "all", folder)
     other = LoraConfig(rank=8, alpha=8, targets=("q_proj",))
     with pytest.raises(UserError, match="has rank 4, the one asked for 8") as caught:
         load_adapter(training.chunks, other, config, cut, folder)
@@ -370,6 +363,22 @@ def start(run: Run, case: str, flags: str, dropout: float = 0.0) -> TrainingRun:
 
 def train(training: TrainingRun) -> list[Any]:
     return pretraining.steps(training, STEPS)
+
+
+def save_adapter(training: TrainingRun, case: str, folder: Path) -> None:
+    """As --save-adapter does it."""
+    from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
+    from qwen2_ascend.training.checkpointing import CheckpointIdentity
+
+    config = model_config(case)
+    identity = CheckpointIdentity(
+        config=config,
+        layout=training.settings.layout(),
+        padded_vocab_size=config.vocab_size,
+        dtype=training.settings.precision_name(),
+        side_files={},
+    )
+    MegatronLora(training, identity, ADAPTERS[case], Path("base")).export(folder, {})
 
 
 def evaluate(training: TrainingRun) -> float:

@@ -20,6 +20,8 @@ from distributed.train_worker import (
     start,
     state_of,
     steps,
+    track,
+    train_and_save,
 )
 
 if TYPE_CHECKING:
@@ -237,12 +239,7 @@ def an_async_save_holds_the_step_it_was_asked_at(run: Run) -> str:
     """However slow the copy is: the next update waits for it, in every kind of optimizer."""
     import time
 
-    from qwen2_ascend.checkpoint.formats import megatron
-    from qwen2_ascend.training.checkpointing import megatron_checkpointer
-    from qwen2_ascend.training.loop import train
-    from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.saving import HostCopies
-    from qwen2_ascend.training.setup import checkpoint_identity
 
     class SlowCopies(HostCopies):
         def take(self, part: Any) -> Any:
@@ -257,29 +254,15 @@ def an_async_save_holds_the_step_it_was_asked_at(run: Run) -> str:
     for kind, flags in kinds.items():
         folder = run.folder / f"async-{kind}"
         training = start(run, f"{FLAGS} {flags} --async-save --save {folder} --save-interval 1")
-        identity = checkpoint_identity(make_plan(training.settings))
-        checkpointer = megatron_checkpointer(training, identity, logs.append)
-        checkpointer._copies = SlowCopies()
-        checkpointer.claim()
         states = []
 
         def keep(*_: Any, of: TrainingRun = training, to: list[Any] = states) -> None:
             settle(of)
             to.append(state_of(of))
 
-        train(
-            training,
-            on_step=keep,
-            on_validation=lambda _: None,
-            checkpointer=checkpointer,
-        )
-        checkpointer.close()
-        run.runtime.barrier()
+        train_and_save(training, keep, logs.append, SlowCopies())
         for iteration in (1, 2, len(states)):
-            run.runtime.barrier()
-            if run.runtime.rank == 0:
-                (folder / megatron.TRACKER_FILE).write_text(str(iteration))
-            run.runtime.barrier()
+            track(run, folder, iteration)
             resumed = start(run, f"{FLAGS} {flags}", load=folder)
             assert_equal(states[iteration - 1], state_of(resumed))
     return str(logs)

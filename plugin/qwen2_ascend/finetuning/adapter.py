@@ -10,11 +10,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from qwen2_ascend.checkpoint.adapter_rules import adapter_pieces, peft_pieces
 from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, write_bands
@@ -31,7 +29,6 @@ from qwen2_ascend.checkpoint.load import Slices, load_slices
 from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
 from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.checkpoint.slices import parts_of
-from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.errors import raise_if
@@ -39,7 +36,6 @@ from qwen2_ascend.files import write_file, written_whole
 from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
-from qwen2_ascend.training.loop import gathered_parameters
 from qwen2_ascend.training.rank_state import RankState
 from qwen2_ascend.training.saving import RankPart, Store
 
@@ -110,51 +106,6 @@ def merge_adapter(
         _merge(sources, pieces, folder / name)
     shutil.rmtree(folder / _RANKS_FOLDER)
     write_file(folder / CONFIG_FILE, encode_config(lora, base_model))
-
-
-def save_adapter(
-    chunks: Sequence[Any],
-    lora: LoraConfig,
-    config: Qwen2Config,
-    layout: ParallelLayout,
-    folder: str | Path,
-    *,
-    base_model: str | None = None,
-    also: Mapping[str, bytes] = MappingProxyType({}),
-) -> None:
-    """Writes the adapter as a folder that `peft` loads; every rank calls it.
-
-    It appears whole, also in the place of one that exists.
-
-    Args:
-        chunks: this rank's model chunks, to which `apply_lora` has added `lora`.
-        lora: the adapter.
-        config: the model's shape.
-        layout: how it is cut.
-        folder: on a disk that all ranks share.
-        base_model: name or folder of the base model, for adapter_config.json.
-        also: contents of other files to write, by name.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    folder = Path(folder)
-    partial, rank = partial_folder(folder), torch.distributed.get_rank()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    with gathered_parameters(chunks):
-        part, own = lay_out_adapter(adapter_state(chunks, lora, config, layout), rank)
-        part.write(partial)
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
-    if rank == 0:
-        for name, data in also.items():
-            write_file(partial / name, data)
-        merge_adapter(partial, [part for own in parts for part in own], lora, config, base_model)
-        publish_folder(partial, folder)
-    torch.distributed.barrier()
 
 
 def load_adapter(

@@ -1,19 +1,9 @@
 """LoRA on a model of any layout.
 
-    apply_lora(chunks, lora, config, layout, seed=...)
-                              once the weights are loaded and before DDP: freezes them and adds
-                              adapters that change nothing yet (B = 0); build_optimizer then sees
-                              the adapters alone
-    lora_state(chunks)        a dict of each chunk's adapter parameters by name
-
-In `finetuning/adapter.py`, called by every rank:
-
-    save_adapter(chunks, lora, config, layout, folder)     a PEFT folder
-    load_adapter(chunks, lora, config, layout, folder)     into what apply_lora made;
-                              `read_lora_config(folder)` says what `lora` has to be
-    lay_out_adapter, merge_adapter, load_adapter_slices    also Adam's moments, for checkpoints
-
-Files are merged without a model by `qwen2-ascend convert --load-dir BASE --adapter FOLDER ...`.
+`apply_lora` is called once the weights are loaded and before DDP. It freezes them and adds adapters
+that change nothing yet (B = 0); build_optimizer then sees the adapters alone. Their files are those
+of `finetuning/adapter.py` and `finetuning/lora_checkpoint.py`; they are merged without a model by
+`qwen2-ascend convert --load-dir BASE --adapter FOLDER ...`.
 
 The representation. PEFT gives q_proj, k_proj and v_proj a pair A `[r, h]`, B `[rows, r]` each;
 Megatron holds them as one linear_qkv whose rows are mixed by query group. Here a Megatron module

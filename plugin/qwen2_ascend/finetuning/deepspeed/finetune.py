@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError
@@ -29,6 +28,7 @@ from qwen2_ascend.training.setup import (
 
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.checkpointer import Checkpointer
 
@@ -54,11 +54,12 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
 def _finetune(settings: ZeroFinetuneSettings) -> None:
     plan, runtime = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
-        finish(plan, runtime, True, write_adapter=lambda *_: None)
+        finish(plan, runtime, True)
         return
     run, plan = prepare(plan, runtime)
-    is_complete = train_and_report(run, plan, partial(checkpointer, run, plan))
-    finish(plan, runtime, is_complete, partial(write_adapter, run, plan))
+    storage = lora_storage(run, plan)
+    is_complete = train_and_report(run, plan, checkpointer(run, plan, storage))
+    finish(plan, runtime, is_complete, storage)
 
 
 def make_plan(settings: ZeroFinetuneSettings, found: Found | None = None) -> Plan:
@@ -102,7 +103,6 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
     """
     from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
     from qwen2_ascend.finetuning.deepspeed.engine import build_zero_run
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 
     data = megatron_path.chat_data(plan)
     plan = plan.with_epochs(data.train.samples_per_epoch)
@@ -114,28 +114,28 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
         adapter=megatron_path.adapter_to_load(plan),
     )
     saved = plan.saved
-    if isinstance(saved, SavedLora) and plan.lora is not None:
-        notes = ZeroLora(run, checkpoint_identity(plan), plan.lora).resume(saved)
-        log_resumed(run, saved.folder, notes)
+    if isinstance(saved, SavedLora) and (storage := lora_storage(run, plan)):
+        log_resumed(run, saved.folder, storage.resume(saved))
     elif isinstance(saved, SavedZero):
         log_resumed(run, saved.folder, resume_zero(run, saved))
     return run, plan
 
 
-def checkpointer(run: ZeroRun, plan: Plan, log: Callable[[str], None]) -> Checkpointer:
-    """What writes the run's checkpoints."""
+def checkpointer(
+    run: ZeroRun, plan: Plan, storage: ZeroLora | None
+) -> Callable[[Callable[[str], None]], Checkpointer]:
+    """Makes what writes the run's checkpoints, given what prints a line."""
     from qwen2_ascend.finetuning.deepspeed.checkpoint import zero_checkpointer
+
+    if storage is not None:
+        return storage.checkpointer
+    return partial(zero_checkpointer, run, checkpoint_identity(plan))
+
+
+def lora_storage(run: ZeroRun, plan: Plan) -> ZeroLora | None:
+    """What reads and writes the adapters; None where all weights are tuned."""
+    if plan.lora is None:
+        return None
     from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 
-    identity = checkpoint_identity(plan)
-    if plan.lora is None:
-        return zero_checkpointer(run, identity, log)
-    return ZeroLora(run, identity, plan.lora, plan.base).checkpointer(log)
-
-
-def write_adapter(run: ZeroRun, plan: Plan, folder: Path, also: Mapping[str, bytes]) -> None:
-    """Writes the adapters as a PEFT folder, with files of `also`; every rank calls it."""
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
-
-    assert plan.lora is not None
-    save_adapter(run, plan.lora, plan.base, folder, also)
+    return ZeroLora(run, checkpoint_identity(plan), plan.lora, plan.base)
