@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed import train_worker as pretraining
 from distributed.harness import Checks, Run, main
-from distributed.trainings import apart, tiny_folder
+from distributed.trainings import OVERLAP, PP2, TP2, VPP2, ZERO1, apart, tiny_folder
 from finetuning import finetune_worker as tuning
 from qwen2_ascend.config import YarnScaling
 
@@ -25,10 +25,6 @@ TOLERANCE = 5e-7
 STEPS = 4
 ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
 
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
-ZERO1 = "--use-distributed-optimizer"
-OVERLAP = f"{ZERO1} --overlap-grad-reduce --overlap-param-gather"
 CP2 = "--context-parallel-size 2"
 O2 = "--o2-gradient --o2-optimizer"
 

@@ -17,7 +17,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from distributed.harness import Checks, Run, main
-from distributed.trainings import apart, gather_state, join, save_once, settle, tiny_folder
+from distributed.trainings import (
+    OVERLAP,
+    PP2,
+    RECOMPUTE,
+    TP2,
+    VPP2,
+    ZERO1,
+    apart,
+    gather_state,
+    join,
+    save_once,
+    settle,
+    tiny_folder,
+)
 from helpers import tiny_config
 
 if TYPE_CHECKING:
@@ -34,28 +47,14 @@ CHECKS = Checks()
 
 LAYOUTS = {
     "tp1-pp1": (1, ""),
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2-vpp2": (
-        2,
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-    ),
-    "dp2-distributed-optimizer": (
-        2,
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-    ),
-    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-    "tp2-pp2-vpp2-distributed-optimizer": (
-        4,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-        "--num-layers-per-virtual-pipeline-stage 1 --use-distributed-optimizer",
-    ),
-    "dp2-pp2-vpp2-distributed-optimizer": (
-        4,
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-    ),
+    "tp2": (2, TP2),
+    "tp2-sp": (2, f"{TP2} --sequence-parallel"),
+    "pp2": (2, PP2),
+    "pp2-vpp2": (2, VPP2),
+    "dp2-distributed-optimizer": (2, OVERLAP),
+    "tp2-pp2": (4, f"{TP2} {PP2}"),
+    "tp2-pp2-vpp2-distributed-optimizer": (4, f"{TP2} {VPP2} {ZERO1}"),
+    "dp2-pp2-vpp2-distributed-optimizer": (4, f"{VPP2} {OVERLAP}"),
 }
 FLAGS = (
     f"--mock-data --seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} "
@@ -385,7 +384,7 @@ def recomputing_changes_nothing(run: Run) -> str:
     plain = [result.loss for result in steps(start(run, FLAGS), 3)]
     for flags in (
         "--recompute-granularity selective",
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        RECOMPUTE,
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
         "--recompute-activation-function --recompute-norm",
         "--swap-attention",
@@ -655,7 +654,6 @@ def the_last_checkpoint_is_said_to_be_the_last(run: Run) -> str:
 
 # --- documents -----------------------------------------------------------------------------------
 
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 APART = {
     "mask": (1, "--reset-attention-mask --micro-batch-size 1"),
     "positions": (1, "--reset-position-ids --micro-batch-size 4"),

@@ -10,6 +10,12 @@ from typing import Any
 from distributed.harness import Run
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
+ZERO1 = "--use-distributed-optimizer"
+OVERLAP = f"{ZERO1} --overlap-grad-reduce --overlap-param-gather"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
 
 def tiny_folder(run: Run, name: str, **changes: Any) -> Path:
     """Weights of the tiny model with random biases and norms; the first rank that asks writes."""

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 from distributed.harness import Checks, Run, main
-from distributed.trainings import apart, join, save_once
+from distributed.trainings import RECOMPUTE, apart, join, save_once
 from finetuning.finetune_worker import (
     FLAGS,
     chats,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 1e-5
 CHECKS = Checks()
 
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 OFFLOAD = "--offload-optimizer --cpu-adam torch"
 LORA = "--lora-r 3 --lora-alpha 7 --lora-target-modules q_proj v_proj up_proj linear_fc2"
 DROPPED = f"{LORA} --lora-dropout 0.2"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.harness import Checks, Run, main
-from distributed.trainings import apart, join, save_once, tiny_folder
+from distributed.trainings import PP2, RECOMPUTE, TP2, VPP2, apart, join, save_once, tiny_folder
 from helpers import tiny_config
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ FLAGS = (
     f"--seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} --train-iters {STEPS} --lr {LR} "
     f"--lr-decay-style constant --weight-decay 0.1 --clip-grad {CLIP} --device cpu"
 )
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SFT = {
     "one-by-one": (1, "--micro-batch-size 1"),
     "all-at-once": (1, "--micro-batch-size 8"),

@@ -13,7 +13,7 @@ import pytest
 
 from distributed import train_worker as pretraining
 from distributed.harness import Checks, Run, main
-from distributed.trainings import apart, gather_state, join, settle, tiny_folder
+from distributed.trainings import RECOMPUTE, apart, gather_state, join, settle, tiny_folder
 from helpers import tiny_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.lora_config import LoraConfig
@@ -32,10 +32,7 @@ CHECKS = Checks()
 
 LAYOUTS = {
     "tp1": (1, ""),
-    "tp1-recomputed": (
-        1,
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    ),
+    "tp1-recomputed": (1, RECOMPUTE),
     **{
         name: pretraining.LAYOUTS[name]
         for name in ("tp2", "tp2-sp", "pp2", "pp2-vpp2", "dp2-distributed-optimizer", "tp2-pp2")

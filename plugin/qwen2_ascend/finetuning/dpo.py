@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import xxhash
 from torch.nn.functional import logsigmoid, relu
@@ -151,34 +150,31 @@ def _reference(
     identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
     save = plan.settings.checkpoint.save
     if kept is not None:
-        path, numbers, weights = kept
+        path, reference = kept
         logger.info(f"reference log-probabilities: {path}")
-        log_probs = torch.from_numpy(numbers)
         if save is not None and save.absolute() != path.parent.absolute():
             # a later start may know that folder alone; the reference stays that of its weights
-            _keep(run, save, log_probs, {**identity, "weights": weights})
-        return log_probs
+            _keep(run, save, reference)
+        return reference.log_probs
     parts = []
     for source in sources:
         logger.info(f"reference log-probabilities of {len(source):,} pairs: computing")
         parts.append(reference_log_probs(run, source))
     log_probs = torch.cat(parts)
     if save is not None:
-        _keep(run, save, log_probs, identity)
+        _keep(run, save, _Kept(log_probs, **identity))
     return log_probs
 
 
-def _keep(
-    run: TrainingRun, folder: Path, log_probs: torch.Tensor, identity: dict[str, str]
-) -> None:
+def _keep(run: TrainingRun, folder: Path, reference: _Kept) -> None:
     if run.runtime.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _Kept(log_probs=log_probs, **identity).write(folder / REFERENCE_FILE)
+        reference.write(folder / REFERENCE_FILE)
 
 
 def _kept_reference(
     plan: RunPlan[FinetuneSettings], sources: list[Any]
-) -> tuple[dict[str, str], tuple[Path, np.ndarray, str] | None]:
+) -> tuple[dict[str, str], tuple[Path, _Kept] | None]:
     """What pairs and weights these are; and their file with what it says, if there is one.
 
     Raises:
@@ -191,7 +187,7 @@ def _kept_reference(
         if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
             continue
         if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
-            return identity, (folder / REFERENCE_FILE, kept.log_probs.numpy(), kept.weights)
+            return identity, (folder / REFERENCE_FILE, kept)
     if resumed is None:
         return identity, None
     raise UserError(

@@ -167,11 +167,11 @@ class TrainingRun:
         return SequenceCut.of_layout(self.settings.layout())
 
     def batches(self) -> Iterator[Batch | None]:
-        """This rank's micro-batches from `progress` on; None for stages that read no data."""
+        """This rank's micro-batches of the training data, from `progress` on."""
         return self.batches_of(self.train_data, self.progress.consumed_samples)
 
     def batches_of(self, dataset: Any, consumed_samples: int = 0) -> Iterator[Batch | None]:
-        """This rank's micro-batches of a dataset from there on."""
+        """This rank's micro-batches of a dataset; None for stages that read no data."""
         at_an_end = self.chunks[0].module.pre_process or self.chunks[-1].module.post_process
         # every stage's attention has to know where packed documents end
         if not at_an_end and not getattr(dataset, "is_packed", False):
@@ -265,7 +265,6 @@ def wrap_chunks(
     Weights must be loaded before: wrapping moves them into contiguous buffers.
 
     Args:
-        chunks: this rank's.
         settings: how gradients and weights are exchanged.
         grad_reduce_in_fp32: False adds gradients up and reduces them in the weights' dtype.
     """

@@ -32,7 +32,6 @@ def restore_progress(
     """Puts progress and schedule back.
 
     Args:
-        run: the run.
         state: what `progress_state` gave; or Megatron-LM's, which may lack the schedule's.
         with_schedule: whether the schedule of the learning rate goes on; else it begins anew.
 
@@ -55,7 +54,6 @@ def restore_rng(run: TrainingRun, file: Path, *, unlike: str | None) -> list[str
     """Puts this rank's random number generators back, where they fit.
 
     Args:
-        run: the run.
         file: what `torch.save` made of `rng_state`.
         unlike: how the run differs from that which was saved, so that they do not fit.
 

@@ -150,7 +150,6 @@ def from_sound_checkpoint(settings: S, run: Callable[[S], None]) -> None:
     """Runs, and where the checkpoint to go on from proves damaged, runs from the one before.
 
     Args:
-        settings: all flags.
         run: does everything; it raises DamagedError on all ranks or on none.
 
     Raises:

@@ -66,7 +66,7 @@ class ZeroRun(TrainingRun):
         return self.engine.module
 
     def batches_of(self, dataset: Any, consumed_samples: int = 0) -> Iterator[Batch | None]:
-        """This rank's micro-batches of a dataset from there on."""
+        """This rank's micro-batches of a dataset."""
         return read_batches(self, dataset, consumed_samples)
 
     def step(self, batches: Iterator[Batch | None], *, stop_wanted: bool = False) -> StepResult:
@@ -159,8 +159,6 @@ def build_zero_run(
     """Model, weights, optimizer, engine and schedule, at iteration 0.
 
     Args:
-        plan: of the run.
-        runtime: of this rank.
         train_data: as long as the run.
         valid_data: None where its loss is not asked for.
         adapter: a PEFT folder with their values, else they change nothing at first.
