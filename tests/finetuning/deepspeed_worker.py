@@ -18,14 +18,7 @@ import pytest
 
 from distributed.harness import Checks, Run, main
 from distributed.trainings import RECOMPUTE, apart, join, save_once
-from finetuning.finetune_worker import (
-    FLAGS,
-    chats,
-    hugging_face_folder,
-    reference,
-    sft_loss,
-    taken,
-)
+from finetuning.finetune_worker import FLAGS, chats, hugging_face_folder, reference, sft_loss, taken
 from finetuning.finetune_worker import trained as steps_of
 from qwen2_ascend.errors import UserError
 

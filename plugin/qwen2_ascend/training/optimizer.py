@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
+from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
 from qwen2_ascend.training import offload
@@ -74,7 +75,7 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
         clip_grad=optimizer.clip_grad,
         bf16=precision.bf16,
         fp16=precision.fp16,
-        params_dtype=params_dtype(settings),
+        params_dtype=TORCH_DTYPES[settings.precision_name()],
         loss_scale=precision.loss_scale,
         initial_loss_scale=precision.initial_loss_scale,
         min_loss_scale=precision.min_loss_scale,
@@ -128,13 +129,6 @@ def _fuse(optimizer: Any, has_fused: bool) -> None:
                 group.update(fused=True, foreach=False)
             elif not has_fused and offload.is_hybrid(part.optimizer):
                 group.update(fused=False)
-
-
-def params_dtype(settings: TrainingSettings) -> torch.dtype:
-    """What the weights are computed in."""
-    if settings.precision.bf16:
-        return torch.bfloat16
-    return torch.float16 if settings.precision.fp16 else torch.float32
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 
 from qwen2_ascend.checkpoint.transformers_model import Whole, as_it_is, load_weights, shape_of
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.deepspeed.attention import register_attention
 from qwen2_ascend.finetuning.deepspeed.config import (
@@ -43,7 +44,7 @@ from qwen2_ascend.training.loop import (
     read_batches,
     take,
 )
-from qwen2_ascend.training.optimizer import is_finite, params_dtype
+from qwen2_ascend.training.optimizer import is_finite
 from qwen2_ascend.training.plan import RunPlan
 from qwen2_ascend.training.schedule import build_schedule, current_lr
 
@@ -183,7 +184,8 @@ def build_zero_run(
         _initialize_weights(model, whole, seed=settings.runtime.seed)
         logger.info(f"weights: random, seed {settings.runtime.seed}")
     if lora is not None:
-        like = {"dtype": params_dtype(settings), "device": runtime.device}
+        dtype = TORCH_DTYPES[settings.precision_name()]
+        like = {"dtype": dtype, "device": runtime.device}
         add_adapters(model, lora, seed=settings.runtime.seed, **like)
         if adapter is not None:
             load_adapter(model, plan.config, lora, adapter)
@@ -235,7 +237,7 @@ def _build_model(
         model = Qwen2ForCausalLM(hf_config)
         model.to(runtime.device)  # pyright: ignore[reportArgumentType]  # a decorator hides `to`
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(params_dtype(settings))
+            parameter.data = parameter.data.to(TORCH_DTYPES[settings.precision_name()])
     if settings.recompute.recompute_granularity == "full":
         # the name of transformers 5, and that of 4
         enable = getattr(model, "activation_checkpointing_enable", None)
