@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from distributed import trainings
 from distributed.harness import Checks, Run, main
 from distributed.trainings import (
     OVERLAP,
@@ -27,6 +28,8 @@ from distributed.trainings import (
     apart,
     gather_state,
     join,
+    mean_loss,
+    mock_batches,
     save_once,
     settle,
     tiny_folder,
@@ -91,40 +94,8 @@ for _layout, (_world_size, _) in LAYOUTS.items():
 @functools.cache
 def reference(folder: Path, tied: bool) -> tuple[list[float], list[float]]:
     """(losses, gradient norms) of transformers and torch.optim.AdamW alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from qwen2_ascend.training.mock_data import MockDataset
-
-    model = AutoModelForCausalLM.from_pretrained(folder).float().train()
-    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, tiny_config().vocab_size, seed=1234)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": WEIGHT_DECAY},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-    )
-    losses, norms = [], []
-    for step in range(STEPS):
-        samples = [data[step * GLOBAL_BATCH + i] for i in range(GLOBAL_BATCH)]
-        tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
-        logits = model(tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
-        for group in optimizer.param_groups:
-            group["lr"] = reference_lr(step)
-        optimizer.step()
-        per_token = torch.nn.functional.cross_entropy(
-            logits.detach().flatten(0, 1), labels.flatten(), reduction="none"
-        )
-        losses.append(per_token.double().mean().item())
-    return losses, norms
+    batches = mock_batches(STEPS, GLOBAL_BATCH, LENGTH, tiny_config().vocab_size)
+    return trainings.reference(folder, batches, mean_loss, lr=reference_lr, clip=CLIP)
 
 
 def reference_lr(step: int) -> float:
@@ -616,10 +587,8 @@ def the_validation_loss_is_that_of_transformers(run: Run) -> str:
     assert_equal(before, state_of(training))
     model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(run, False)).float()
     samples = [training.valid_data[index] for index in range(2 * GLOBAL_BATCH)]
-    tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
     with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+        expected = mean_loss(model, samples).item()
     assert abs(found - expected) <= 1e-6, f"{found} instead of {expected}"
     return ""
 

@@ -88,6 +88,78 @@ def gather_state(optimizer: Any, chunks: Sequence[Any]) -> Iterator[tuple[int, s
             yield index, name, whole
 
 
+# --- transformers and torch alone ----------------------------------------------------------------
+
+
+def mock_batches(steps: int, size: int, length: int, vocab_size: int) -> list[list[Any]]:
+    """The samples of each step with --mock-data."""
+    from qwen2_ascend.training.mock_data import MockDataset
+
+    data = MockDataset(steps * size, length, vocab_size, seed=1234)
+    return [[data[step * size + place] for place in range(size)] for step in range(steps)]
+
+
+def stacked(batch: Sequence[Any]) -> list[Any]:
+    """The tokens and the labels of samples, `[b, s]` each."""
+    import torch
+
+    return [torch.stack([sample[key] for sample in batch]) for key in ("tokens", "labels")]
+
+
+def mean_loss(model: Any, batch: Sequence[Any]) -> Any:
+    """The mean over all tokens, added up in fp64."""
+    import torch
+
+    tokens, labels = stacked(batch)
+    logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
+    return losses.double().mean()
+
+
+def reference(
+    folder: Path,
+    batches: Sequence[Any],
+    loss_of: Callable[[Any, Any], Any],
+    *,
+    lr: Callable[[int], float],
+    clip: float,
+    change: Callable[[Any], Any] | None = None,
+) -> tuple[list[float], list[float]]:
+    """(losses, gradient norms) of transformers and torch.optim.AdamW alone.
+
+    Args:
+        folder: of the model.
+        batches: of each step.
+        loss_of: the loss of a model and a batch.
+        lr: the learning rate of each step.
+        clip: the largest norm of the gradient.
+        change: is done to the model before anything else.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).float().train()
+    if change is not None:
+        change(model)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in tuned if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in tuned if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    losses, norms = [], []
+    for step, batch in enumerate(batches):
+        loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(tuned, clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step)
+        optimizer.step()
+    return losses, norms
+
+
 def apart(own: Sequence[float], expected: Sequence[float]) -> float:
     """The largest difference of two numbers in the same place."""
     return max(abs(a - b) for a, b in zip(own, expected, strict=True))

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distributed import trainings
 from distributed.harness import Checks, Run, main
 from distributed.trainings import PP2, RECOMPUTE, TP2, VPP2, apart, join, save_once, tiny_folder
 from helpers import tiny_config
@@ -333,33 +334,10 @@ def trained(training: TrainingRun, steps: int = STEPS) -> tuple[list[float], lis
 def reference(
     folder: Path, batches: list[list[dict[str, Any]]], loss_of: Any, change: Any = None
 ) -> tuple[list[float], list[float]]:
-    """(losses, gradient norms) of transformers and torch.optim.AdamW alone.
-
-    `change` is done to the model before anything else.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder).float().train()
-    if change is not None:
-        change(model)
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in tuned if p.dim() > 1]
-    vectors = [p for p in tuned if p.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8)
-    losses, norms = [], []
-    for batch in batches:
-        loss = loss_of(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
-        optimizer.step()
-    return losses, norms
+    """(losses, gradient norms) of transformers and torch.optim.AdamW alone, with FLAGS' numbers."""
+    return trainings.reference(
+        folder, batches, loss_of, lr=lambda step: LR, clip=CLIP, change=change
+    )
 
 
 def hugging_face_folder(run: Run) -> Path:

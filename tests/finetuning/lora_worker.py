@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from distributed import train_worker as pretraining
+from distributed import trainings
 from distributed.harness import Checks, Run, main
-from distributed.trainings import RECOMPUTE, apart, gather_state, join, settle, tiny_folder
+from distributed.trainings import (
+    RECOMPUTE,
+    apart,
+    gather_state,
+    join,
+    mean_loss,
+    mock_batches,
+    settle,
+    tiny_folder,
+)
 from helpers import tiny_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.lora_config import LoraConfig
@@ -111,37 +121,22 @@ def reference(folder: Path, case: str) -> tuple[list[float], list[float], float]
 
     And by how much the adapters have moved the loss of the last batch.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    batches, base = batches_of(case), []
 
-    from qwen2_ascend.training.mock_data import MockDataset
+    def change(model: Any) -> None:
+        model.requires_grad_(False)
+        adapted = adapt(model, ADAPTERS[case])
+        assert sum(p.requires_grad for p in model.parameters()) == 2 * len(adapted)
+        base.append(mean_loss(model, batches[-1]).item())  # every B is zero still
 
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder).float().requires_grad_(False)
-    adapted = adapt(model, ADAPTERS[case])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    assert len(parameters) == 2 * len(adapted)
-    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, model.config.vocab_size, seed=1234)
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, eps=1e-8)
+    losses, norms = trainings.reference(
+        folder, batches, mean_loss, lr=lambda step: LR, clip=CLIP, change=change
+    )
+    return losses, norms, abs(losses[-1] - base[0])
 
-    def losses_of(step: int) -> torch.Tensor:
-        samples = [data[step * GLOBAL_BATCH + i] for i in range(GLOBAL_BATCH)]
-        tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
-        logits = model(tokens, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none"
-        )
 
-    base = losses_of(STEPS - 1).mean().item()  # every B is zero still
-    losses, norms = [], []
-    for step in range(STEPS):
-        per_token = losses_of(step)
-        optimizer.zero_grad()
-        per_token.mean().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
-        optimizer.step()
-        losses.append(per_token.detach().double().mean().item())
-    return losses, norms, abs(losses[-1] - base)
+def batches_of(case: str) -> list[list[Any]]:
+    return mock_batches(STEPS, GLOBAL_BATCH, LENGTH, model_config(case).vocab_size)
 
 
 def adapt(model: Any, lora: LoraConfig) -> list[torch.nn.Module]:
