@@ -276,8 +276,8 @@ def ranks_take_one_reference_for_all_copies_of_the_weights(run: Run) -> str:
     flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)} "
     flags += f"--save {run.folder}/kept"
     computed, kept = (start(run, flags, load=own).run.objective for _ in range(2))
-    assert torch.equal(computed._reference, kept._reference)
-    return str(tuple(kept._reference.shape))
+    assert torch.equal(computed.reference, kept.reference)
+    return str(tuple(kept.reference.shape))
 
 
 # --- shared --------------------------------------------------------------------------------------

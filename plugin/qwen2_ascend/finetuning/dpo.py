@@ -33,26 +33,21 @@ REFERENCE_FILE = "dpo_reference.safetensors"
 METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
 
 
-class DpoObjective:
-    """The Objective of preference pairs: the mean over the pairs.
+class DpoObjective(NamedTuple):
+    """The Objective of preference pairs: the mean over the pairs."""
 
-    Args:
-        reference: log-probabilities of the chosen and the rejected answers under the reference
-            model, sums over their tokens, `[pairs, 2]`, by a batch's `index`.
-        tuning: beta, the kind of loss, and what is added to it.
-    """
-
-    def __init__(self, reference: torch.Tensor, tuning: TuningSettings) -> None:
-        self._reference = reference
-        self._tuning = tuning
+    reference: torch.Tensor
+    """Log-probabilities of the chosen and the rejected answers under the reference model, sums over
+    their tokens, `[pairs, 2]`, by a batch's `index`."""
+    tuning: TuningSettings
 
     def __call__(
         self, losses: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """losses `[2 b, s]`, the chosen rows first; see `training.loop.Objective`."""
-        tuning = self._tuning
+        tuning = self.tuning
         log_probs, lengths = answer_log_probs(losses, batch["loss_mask"])
-        gain = log_probs - self._reference[batch["index"]].t()
+        gain = log_probs - self.reference[batch["index"]].t()
         shown = tuning.dpo_beta * gain.detach()
         if tuning.dpo_loss_type == "ipo":
             gain = gain / lengths

@@ -11,7 +11,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -49,28 +49,19 @@ class AdapterPart(NamedTuple):
     """Called on rank 0 when all ranks have written theirs: makes a PEFT folder of them."""
 
 
+@dataclass
 class LoraStorage(ABC):
-    """The checkpoints of one LoRA run. Every rank calls every method."""
+    """The checkpoints of one LoRA run, and its export. Every rank calls every method."""
 
     unlike: ClassVar[str]
     """What a run differs in whose random number generators do not fit."""
-
-    def __init__(
-        self,
-        run: Any,
-        identity: CheckpointIdentity,
-        lora: LoraConfig,
-        base: Path | None = None,
-    ) -> None:
-        """Nothing is read or written yet.
-
-        Args:
-            run: its model has adapters.
-            identity: the identity of the base model.
-            lora: what the adapters are.
-            base: where the base model was loaded from.
-        """
-        self.run, self.identity, self.lora, self.base = run, identity, lora, base
+    run: Any
+    """Its model has adapters."""
+    identity: CheckpointIdentity
+    """The identity of the base model."""
+    lora: LoraConfig
+    base: Path | None
+    """Where the base model was loaded from."""
 
     @property
     @abstractmethod
