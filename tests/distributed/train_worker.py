@@ -44,7 +44,7 @@ MOVED_TOLERANCE = 6e-7
 """Tolerance of fp32 losses and gradient norms after a resume at another layout."""
 STEPS, WARMUP = 4, 2
 LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
-LR, MIN_LR, WEIGHT_DECAY, CLIP = 3e-3, 1e-4, 0.1, 0.3
+LR, MIN_LR, CLIP = 3e-3, 1e-4, 0.3
 
 CHECKS = Checks()
 
@@ -63,7 +63,7 @@ FLAGS = (
     f"--mock-data --seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} "
     f"--micro-batch-size {MICRO_BATCH} --train-iters {STEPS} --lr {LR} --min-lr {MIN_LR} "
     f"--lr-decay-style cosine --lr-warmup-iters {WARMUP} --lr-warmup-init 1e-4 "
-    f"--weight-decay {WEIGHT_DECAY} --clip-grad {CLIP} --device cpu"
+    f"--weight-decay {trainings.WEIGHT_DECAY} --clip-grad {CLIP} --device cpu"
 )
 
 

@@ -14,6 +14,8 @@ TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 ZERO1 = "--use-distributed-optimizer"
 OVERLAP = f"{ZERO1} --overlap-grad-reduce --overlap-param-gather"
+WEIGHT_DECAY = 0.1
+"""Of matrices, in every job that `reference` is compared with."""
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
@@ -88,6 +90,11 @@ def gather_state(optimizer: Any, chunks: Sequence[Any]) -> Iterator[tuple[int, s
             yield index, name, whole
 
 
+def apart(own: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest difference of two numbers in the same place."""
+    return max(abs(a - b) for a, b in zip(own, expected, strict=True))
+
+
 # --- transformers and torch alone ----------------------------------------------------------------
 
 
@@ -143,7 +150,7 @@ def reference(
         change(model)
     tuned = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in tuned if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in tuned if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in tuned if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
@@ -158,8 +165,3 @@ def reference(
             group["lr"] = lr(step)
         optimizer.step()
     return losses, norms
-
-
-def apart(own: Sequence[float], expected: Sequence[float]) -> float:
-    """The largest difference of two numbers in the same place."""
-    return max(abs(a - b) for a, b in zip(own, expected, strict=True))

@@ -34,7 +34,8 @@ CHECKS = Checks()
 
 FLAGS = (
     f"--seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} --train-iters {STEPS} --lr {LR} "
-    f"--lr-decay-style constant --weight-decay 0.1 --clip-grad {CLIP} --device cpu"
+    f"--lr-decay-style constant --clip-grad {CLIP} --device cpu "
+    f"--weight-decay {trainings.WEIGHT_DECAY}"
 )
 SFT = {
     "one-by-one": (1, "--micro-batch-size 1"),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TOLERANCE = 2e-7
 """Tolerance of a loss in nats per token."""
 STEPS, LENGTH, GLOBAL_BATCH = 4, 24, 8
-LR, WEIGHT_DECAY, CLIP = 2e-2, 0.1, 0.02
+LR, CLIP = 2e-2, 0.02
 
 CHECKS = Checks()
 
@@ -63,8 +63,8 @@ MODELS = {
 """What each case's model has."""
 FLAGS = (
     f"--mock-data --seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} --micro-batch-size 2 "
-    f"--train-iters {STEPS} --lr {LR} --lr-decay-style constant --weight-decay {WEIGHT_DECAY} "
-    f"--clip-grad {CLIP} --device cpu"
+    f"--train-iters {STEPS} --lr {LR} --lr-decay-style constant --clip-grad {CLIP} --device cpu "
+    f"--weight-decay {trainings.WEIGHT_DECAY}"
 )
 
 
