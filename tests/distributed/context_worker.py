@@ -6,14 +6,15 @@ ranks, which then are data parallel; what those compute, other workers compare w
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed import train_worker as pretraining
 from distributed.harness import Checks, Run, main
+from distributed.trainings import OVERLAP, PP2, TP2, VPP2, ZERO1, apart, tiny_folder
 from finetuning import finetune_worker as tuning
-from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import YarnScaling
 
 if TYPE_CHECKING:
@@ -21,15 +22,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 5e-7
 """Tolerance of fp32 losses near 5.6, one rounding of which is 4.8e-7; over 4 steps 6e-8 is seen."""
-NORM_TOLERANCE = 5e-6
-"""Relative tolerance of gradient norms; 5e-7 is seen."""
-STEPS = 4
 ALGORITHMS = ("megatron_cp_algo", "ulysses_cp_algo", "kvallgather_cp_algo")
 
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
-ZERO1 = "--use-distributed-optimizer"
-OVERLAP = f"{ZERO1} --overlap-grad-reduce --overlap-param-gather"
 CP2 = "--context-parallel-size 2"
 O2 = "--o2-gradient --o2-optimizer"
 
@@ -130,7 +124,7 @@ def losses_are_those_of_whole_sequences(case: Case, run: Run) -> str:
     """Losses and gradient norms of four steps, whose updates they therefore share."""
     losses, norms = trained(run, case.data, f"{case.flags} {case.layout}")
     expected, expected_norms = whole(run, case.data, case.flags)
-    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    worst = apart(losses, expected)
     norm = max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True))
     assert worst <= case.tolerance, f"losses {losses} instead of {expected}"
     assert norm <= 10 * case.tolerance, f"gradient norms {norms} instead of {expected_norms}"
@@ -156,28 +150,13 @@ def a_part_without_any_loss_counts_nothing(run: Run) -> str:
     results = []
     for layout in (f"{CP2} --context-parallel-algo ulysses_cp_algo", ""):
         training = start(run, "mock", layout)
-        training.train_data = FirstHalf(training.train_data)
+        training.train_data = pretraining.Masked(training.train_data, lambda index: 24 // 2)
         results.append(pretraining.steps(training, 2))
     for own, other in zip(*results, strict=True):
         assert own.num_tokens == other.num_tokens
         assert abs(own.loss - other.loss) <= TOLERANCE, results
         assert abs(own.grad_norm - other.grad_norm) <= TOLERANCE * 10, results
     return str(results[0][0].num_tokens)
-
-
-class FirstHalf:
-    """Samples whose second half has no loss."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.data[index]
-        sample["loss_mask"][len(sample["loss_mask"]) // 2 :] = 0
-        return sample
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -206,9 +185,9 @@ def a_run_goes_on_at_other_sizes(
         training = prepared.run
         assert training.progress.iteration == len(losses)
         losses += [result.loss for result in pretraining.steps(training, count)]
-        prepared.save() if prepared.save else pretraining.save(training)
+        prepared.save()
         load = folder
-    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    worst = apart(losses, expected)
     assert worst <= pretraining.MOVED_TOLERANCE, (losses, expected)
     return f"{worst:.1e}"
 
@@ -221,38 +200,20 @@ for _moved in MOVED:
 @CHECKS.add(world_size=2)
 def a_run_saved_in_the_background_goes_on(run: Run) -> str:
     """--async-save at CP2: what it wrote after two of four steps goes on at CP2 and without."""
-    from qwen2_ascend.checkpoint.formats import megatron
-    from qwen2_ascend.training.checkpointing import megatron_checkpointer
-    from qwen2_ascend.training.loop import train
-    from qwen2_ascend.training.plan import make_plan
-    from qwen2_ascend.training.setup import checkpoint_identity
-
     expected, _ = whole(run, "mock", OVERLAP)
     folder = run.folder / "background"
     flags = f"{OVERLAP} --async-save --save {folder} --save-interval 2"
     training = start(run, "mock", f"{flags} {CP2}")
-    identity = checkpoint_identity(make_plan(training.settings))
-    checkpointer = megatron_checkpointer(training, identity, lambda line: None)
-    checkpointer.claim()
     undisturbed: list[float] = []
-    train(
-        training,
-        on_step=lambda result, *_: undisturbed.append(result.loss),
-        on_validation=lambda _: None,
-        checkpointer=checkpointer,
-    )
-    checkpointer.close()
-    run.runtime.barrier()
-    if run.runtime.rank == 0:
-        (folder / megatron.TRACKER_FILE).write_text("2", encoding="utf-8")
-    run.runtime.barrier()
+    pretraining.train_and_save(training, lambda result, *_: undisturbed.append(result.loss))
+    pretraining.track(run, folder, 2)
     found = [undisturbed]
     for layout in (CP2, ""):
         resumed = prepare(run, "mock", f"{OVERLAP} {layout}", folder).run
         assert resumed.progress.iteration == 2
         later = [result.loss for result in pretraining.steps(resumed, 2)]
         found.append([*undisturbed[:2], *later])
-    worst = max(abs(a - b) for own in found for a, b in zip(own, expected, strict=True))
+    worst = max(apart(own, expected) for own in found)
     assert worst <= pretraining.MOVED_TOLERANCE, (found, expected)
     return f"{worst:.1e}"
 
@@ -302,19 +263,15 @@ def prepare(run: Run, data: str, flags: str, load: Path | None = None) -> tuning
     words = f"{flags_of(run, data)} {flags}"
     if data in PRETRAINING:
         load = load or model_folder(run, data)
-        return tuning.TuningRun(pretraining.start(run, words, load=load), None, None)  # type: ignore
+        training = pretraining.start(run, words, load=load)
+        save = functools.partial(pretraining.save, training)
+        return tuning.TuningRun(training, save)
     return tuning.start(run, words, load=load)
 
 
 def model_folder(run: Run, data: str) -> Path | None:
     """Random weights of a model that is not the tiny one; None where it is."""
-    if data not in MODELS:
-        return None
-    folder = run.folder / f"model-{data}"
-    if run.runtime.rank == 0 and not folder.exists():
-        make_tiny_hugging_face_folder(folder, tiny_config(**MODELS[data]))
-    run.runtime.barrier()
-    return folder
+    return tiny_folder(run, f"model-{data}", **MODELS[data]) if data in MODELS else None
 
 
 def start(run: Run, data: str, flags: str) -> TrainingRun:
@@ -323,8 +280,7 @@ def start(run: Run, data: str, flags: str) -> TrainingRun:
 
 def trained(run: Run, data: str, flags: str) -> tuple[list[float], list[float]]:
     """(losses, gradient norms)"""
-    results = pretraining.steps(start(run, data, flags), STEPS)
-    return [result.loss for result in results], [result.grad_norm for result in results]
+    return tuning.trained(start(run, data, flags))
 
 
 _WHOLE: dict[tuple[str, str], tuple[list[float], list[float]]] = {}

@@ -101,7 +101,6 @@ def torchrun(
     script: Sequence[str],
     *nodes: str,
     prefixes: Sequence[Sequence[str]] = (),
-    **environment: str,
 ) -> Iterator[Job]:
     """Starts a script's ranks, and kills what is left of them in the end.
 
@@ -110,10 +109,9 @@ def torchrun(
         script: with its flags.
         nodes: the options of each node's torchrun.
         prefixes: of each node's command.
-        environment: besides this process's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(folder), **environment}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(folder)}
     paths = (ROOT / "plugin", ROOT / "tests")
     variables["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     job = Job([], folder)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.harness import Checks, Run, launch, main
+from distributed.trainings import join
 from helpers import tiny_config
 
 SIZES = (1, 2, 4)
@@ -73,7 +74,6 @@ def step(cp: int, algorithm: str, run: Run) -> str:
 
 def start(run: Run, cp: int, algorithm: str, length: int) -> Any:
     """A run of random weights on random tokens."""
-    from qwen2_ascend import runtime
     from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.pretrain import prepare
     from qwen2_ascend.training.settings import parse, validate
@@ -92,9 +92,7 @@ def start(run: Run, cp: int, algorithm: str, length: int) -> Any:
     flags += f" --device cpu --context-parallel-size {cp} --context-parallel-algo {algorithm}"
     flags += " --cross-entropy-chunk-size 1024"
     plan = make_plan(parse(flags.split()))
-    validate(plan.settings, plan.config, run.runtime.world_size)
-    runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    join(run, plan, validate)
     run.runtime.seed_all(1)
     return prepare(plan, run.runtime)
 

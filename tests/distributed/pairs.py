@@ -43,6 +43,11 @@ OFFLOAD = {
     "--optimizer-cpu-offload": True,
 }
 """Flags that change nothing on the CPU; tests/npusim/test_offload.py has them on a device."""
+OVERLAP = {
+    "--use-distributed-optimizer": True,
+    "--overlap-grad-reduce": True,
+    "--overlap-param-gather": True,
+}
 O2 = {"--bf16": True, "--o2-gradient": True, "--o2-optimizer": True}
 
 NEUTRAL: dict[str, list[Any]] = {
@@ -324,34 +329,19 @@ KINDS = {
     "sft": Kind(finetuning.FinetuneSettings, _validate_tuning, _CHATS),
     "lora": Kind(finetuning.FinetuneSettings, _validate_tuning, {**_CHATS, "--lora-r": 4}),
     "packed": Kind(finetuning.FinetuneSettings, _validate_tuning, {**_CHATS, "--pack": True}),
-    "dpo": Kind(
-        finetuning.FinetuneSettings,
-        _validate_tuning,
-        {**_CHATS, "--stage": "dpo"},
-    ),
+    "dpo": Kind(finetuning.FinetuneSettings, _validate_tuning, {**_CHATS, "--stage": "dpo"}),
 }
 KNOWN: list[tuple[str, int, Row]] = [
     (
         "pretrain",
         4,
         {
+            **OVERLAP,
             "--pipeline-model-parallel-size": 2,
-            "--use-distributed-optimizer": True,
-            "--overlap-grad-reduce": True,
-            "--overlap-param-gather": True,
             "--cross-entropy-chunk-size": 16,
         },
     ),
-    (
-        "lora",
-        2,
-        {
-            "--use-distributed-optimizer": True,
-            "--overlap-grad-reduce": True,
-            "--overlap-param-gather": True,
-            "--save-adapter": Path(f"{FOLDER}adapter"),
-        },
-    ),
+    ("lora", 2, {**OVERLAP, "--save-adapter": Path(f"{FOLDER}adapter")}),
     (
         "pretrain",
         4,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from unittest import mock
 
 from distributed import pairs
 from distributed.harness import Checks, Run, main
+from distributed.jobs import read_metrics
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.errors import UserError
 
@@ -77,8 +76,7 @@ def play(kind: pairs.Kind, row: pairs.Row, folder: Path, data: Path) -> list[dic
     assert is_complete, f"it is not complete after {STARTS} starts"
     assert not reporting._failed, reporting._failed
     torch.distributed.barrier()
-    lines = (folder / "report" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_metrics(folder / "report")
 
 
 def begin_once(settings: Any) -> bool:
@@ -94,10 +92,10 @@ def begin_once(settings: Any) -> bool:
         return train_and_report(pretrain.prepare(plan, running), plan)
     plan, running = begin(settings, finetune.make_plan, finetune.validate, finetune.check_data)
     training, plan = finetune.prepare(plan, running)
-    is_complete = train_and_report(training, plan, finetune.checkpointer(training, plan))
+    storage = finetune.lora_storage(training, plan)
+    is_complete = train_and_report(training, plan, storage and storage.checkpointer)
     stays: Any = SimpleNamespace(rank=running.rank, close=lambda: None)
-    write = functools.partial(finetune.write_adapter, training, plan)
-    finetune.finish(plan, stays, is_complete, write)
+    finetune.finish(plan, stays, is_complete, storage)
     return is_complete
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from distributed.harness import Launches, each_check
 from distributed.train_worker import CHECKS, LAYOUTS, TOLERANCE
+from distributed.trainings import apart
 
 WORKER = Path(__file__).with_name("train_worker.py")
 BY_NAME = {check.name: check for check in CHECKS.all()}
@@ -22,7 +23,7 @@ test_train = each_check(WORKER, CHECKS)
 def test_losses_are_those_of_one_process(layout: str, tied: str, launches: Launches) -> None:
     losses = _losses(f"{layout}-{tied}", launches)
     alone = _losses(f"tp1-pp1-{tied}", launches)
-    assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) <= TOLERANCE
+    assert apart(losses, alone) <= TOLERANCE
 
 
 def _losses(name: str, launches: Launches) -> list[float]:

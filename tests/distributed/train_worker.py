@@ -6,17 +6,35 @@ other; each is compared with an independent loop of transformers and torch.optim
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed.canonical_state import gather_state
+import pytest
+
+from distributed import trainings
 from distributed.harness import Checks, Run, main
-from distributed.save_once import save_once
-from helpers import make_tiny_hugging_face_folder, tiny_config
+from distributed.trainings import (
+    OVERLAP,
+    PP2,
+    RECOMPUTE,
+    TP2,
+    VPP2,
+    ZERO1,
+    apart,
+    gather_state,
+    join,
+    mean_loss,
+    mock_batches,
+    save_once,
+    settle,
+    tiny_folder,
+)
+from helpers import tiny_config
 
 if TYPE_CHECKING:
     from qwen2_ascend.training.loop import StepResult, TrainingRun
@@ -26,40 +44,26 @@ MOVED_TOLERANCE = 6e-7
 """Tolerance of fp32 losses and gradient norms after a resume at another layout."""
 STEPS, WARMUP = 4, 2
 LENGTH, GLOBAL_BATCH, MICRO_BATCH = 24, 8, 2
-LR, MIN_LR, WEIGHT_DECAY, CLIP = 3e-3, 1e-4, 0.1, 0.3
+LR, MIN_LR, CLIP = 3e-3, 1e-4, 0.3
 
 CHECKS = Checks()
 
 LAYOUTS = {
     "tp1-pp1": (1, ""),
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2-vpp2": (
-        2,
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-    ),
-    "dp2-distributed-optimizer": (
-        2,
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-    ),
-    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-    "tp2-pp2-vpp2-distributed-optimizer": (
-        4,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-        "--num-layers-per-virtual-pipeline-stage 1 --use-distributed-optimizer",
-    ),
-    "dp2-pp2-vpp2-distributed-optimizer": (
-        4,
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-    ),
+    "tp2": (2, TP2),
+    "tp2-sp": (2, f"{TP2} --sequence-parallel"),
+    "pp2": (2, PP2),
+    "pp2-vpp2": (2, VPP2),
+    "dp2-distributed-optimizer": (2, OVERLAP),
+    "tp2-pp2": (4, f"{TP2} {PP2}"),
+    "tp2-pp2-vpp2-distributed-optimizer": (4, f"{TP2} {VPP2} {ZERO1}"),
+    "dp2-pp2-vpp2-distributed-optimizer": (4, f"{VPP2} {OVERLAP}"),
 }
 FLAGS = (
     f"--mock-data --seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} "
     f"--micro-batch-size {MICRO_BATCH} --train-iters {STEPS} --lr {LR} --min-lr {MIN_LR} "
     f"--lr-decay-style cosine --lr-warmup-iters {WARMUP} --lr-warmup-init 1e-4 "
-    f"--weight-decay {WEIGHT_DECAY} --clip-grad {CLIP} --device cpu"
+    f"--weight-decay {trainings.WEIGHT_DECAY} --clip-grad {CLIP} --device cpu"
 )
 
 
@@ -72,13 +76,13 @@ def losses_are_those_of_transformers(layout: str, tied: bool, run: Run) -> str:
     results = steps(training, STEPS)
     expected_losses, expected_norms = reference(hugging_face_folder(run, tied), tied)
     losses = [result.loss for result in results]
-    differences = [abs(a - b) for a, b in zip(losses, expected_losses, strict=True)]
-    assert max(differences) <= TOLERANCE, f"losses {losses}, transformers {expected_losses}"
+    off = apart(losses, expected_losses)
+    assert off <= TOLERANCE, f"losses {losses}, transformers {expected_losses}"
     norms = [result.grad_norm for result in results]
-    worst = max(abs(a - b) for a, b in zip(norms, expected_norms, strict=True))
+    worst = apart(norms, expected_norms)
     assert worst <= 2e-6, f"gradient norms {norms}, transformers {expected_norms}"
     assert min(norms) > CLIP, "clipping was not tried"
-    return json.dumps({"losses": losses, "from transformers": max(differences), "norms": worst})
+    return json.dumps({"losses": losses, "from transformers": off, "norms": worst})
 
 
 for _layout, (_world_size, _) in LAYOUTS.items():
@@ -90,40 +94,8 @@ for _layout, (_world_size, _) in LAYOUTS.items():
 @functools.cache
 def reference(folder: Path, tied: bool) -> tuple[list[float], list[float]]:
     """(losses, gradient norms) of transformers and torch.optim.AdamW alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from qwen2_ascend.training.mock_data import MockDataset
-
-    model = AutoModelForCausalLM.from_pretrained(folder).float().train()
-    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, tiny_config().vocab_size, seed=1234)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": WEIGHT_DECAY},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-    )
-    losses, norms = [], []
-    for step in range(STEPS):
-        samples = [data[step * GLOBAL_BATCH + i] for i in range(GLOBAL_BATCH)]
-        tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
-        logits = model(tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
-        for group in optimizer.param_groups:
-            group["lr"] = reference_lr(step)
-        optimizer.step()
-        per_token = torch.nn.functional.cross_entropy(
-            logits.detach().flatten(0, 1), labels.flatten(), reduction="none"
-        )
-        losses.append(per_token.double().mean().item())
-    return losses, norms
+    batches = mock_batches(STEPS, GLOBAL_BATCH, LENGTH, tiny_config().vocab_size)
+    return trainings.reference(folder, batches, mean_loss, lr=reference_lr, clip=CLIP)
 
 
 def reference_lr(step: int) -> float:
@@ -142,14 +114,11 @@ def padding_is_resumed_too(run: Run) -> str:
     for form in ("torch_dist", "torch"):
         folder = run.folder / f"padding-{form}"
         flags = f"{FLAGS} {LAYOUTS['tp2'][1]} --padded-vocab-size 320 --ckpt-format {form}"
-        training = start(run, f"{flags} --save {folder}")
-        steps(training, 2)
-        save(training)
+        training = started_and_saved(run, f"{flags} --save {folder}", 2)
         before, after = state_of(training), state_of(start(run, flags, load=folder))
         padding = before["0.output_layer.weight.exp_avg"][-64:]
         assert run.runtime.rank == 0 or padding.abs().max() > 0, "padding was not trained"
-        changed = [name for name in before if not (before[name] == after[name]).all()]
-        assert not changed, f"{form}: {changed}"
+        assert_equal(before, after)
     return ""
 
 
@@ -184,18 +153,13 @@ def resumed_losses(
     flags = f"{FLAGS} {flags} --ckpt-format {form}"
     through = steps(start(run, f"{flags} {LAYOUTS[before][1]}", tied), STEPS)
     folder = run.folder / f"resume-{before}-{after}-{form}-{flags.count('bf16')}-{tied}"
-    saving = start(run, f"{flags} {LAYOUTS[before][1]} --save {folder}", tied)
-    steps(saving, 2)
-    save(saving)
-    state = state_of(saving)
+    flags_before = f"{flags} {LAYOUTS[before][1]} --save {folder}"
+    state = state_of(started_and_saved(run, flags_before, 2, tied))
     resumed = start(run, f"{flags} {LAYOUTS[after][1]}", tied, load=folder)
     assert resumed.progress.iteration == 2
     assert resumed.progress.consumed_samples == 2 * GLOBAL_BATCH
     if before == after:
-        again = state_of(resumed)
-        assert state.keys() == again.keys()
-        changed = [name for name in state if not (state[name] == again[name]).all()]
-        assert not changed, f"not as they were saved: {changed}"
+        assert_equal(state, state_of(resumed))
     found = steps(resumed, 2)
     differences = [
         abs(getattr(a, key) - getattr(b, key))
@@ -220,21 +184,17 @@ def a_run_can_change_its_precision(run: Run) -> str:
 
     layouts = [LAYOUTS[name][1] for name in ("tp2", "dp2-distributed-optimizer")]
     folder = run.folder / "from-bf16"
-    saving = start(run, f"{FLAGS} --bf16 {layouts[0]} --save {folder}")
-    steps(saving, 2)
-    save(saving)
-    main = main_weights(saving)
+    main = main_weights(started_and_saved(run, f"{FLAGS} --bf16 {layouts[0]} --save {folder}", 2))
     resumed = start(run, f"{FLAGS} {layouts[0]}", load=folder)
     assert all(torch.equal(main[name], value) for name, value in weights(resumed).items())
     losses = [result.loss for result in steps(resumed, 2)]
     again = [r.loss for r in steps(start(run, f"{FLAGS} {layouts[1]}", load=folder), 2)]
-    assert max(abs(a - b) for a, b in zip(losses, again, strict=True)) <= 1e-6
+    assert apart(losses, again) <= 1e-6
 
     for form in ("torch_dist", "torch"):
         folder = run.folder / f"from-fp32-{form}"
-        saving = start(run, f"{FLAGS} {layouts[0]} --ckpt-format {form} --save {folder}")
-        steps(saving, 1)
-        save(saving)
+        flags = f"{FLAGS} {layouts[0]} --ckpt-format {form} --save {folder}"
+        saving = started_and_saved(run, flags, 1)
         found = main_weights(start(run, f"{FLAGS} --bf16 {layouts[0]}", load=folder))
         assert all(torch.equal(found[name], value) for name, value in weights(saving).items())
     return ""
@@ -249,19 +209,14 @@ def a_save_that_fails_leaves_the_last_checkpoint(run: Run) -> str:
         raise OSError(28, "No space left on device")
 
     folder = run.folder / "failing"
-    training = start(run, f"{FLAGS} --ckpt-format torch --save {folder}")
-    steps(training, 1)
-    save(training)
+    training = started_and_saved(run, f"{FLAGS} --ckpt-format torch --save {folder}", 1)
     steps(training, 1)
     for broken in ("begin_iteration", "publish_iteration"):
         whole = getattr(iteration, broken)
         setattr(iteration, broken, full)
         try:
-            save(training)
-        except SaveError as error:
-            assert "iteration 2" in str(error) and "No space left" in str(error), error
-        else:
-            raise AssertionError("a full disk was not seen")
+            with pytest.raises(SaveError, match=r"iteration 2.*No space left"):
+                save(training)
         finally:
             setattr(iteration, broken, whole)
         assert start(run, FLAGS, load=folder).progress.iteration == 1
@@ -286,9 +241,7 @@ def merging_a_training_checkpoint_gives_its_weights(run: Run) -> str:
         flags = f"{FLAGS} --ckpt-format {form} --save {folder}" + (
             " --bf16" if dtype == "bf16" else ""
         )
-        training = start(run, flags, tied=True)
-        steps(training, 1)
-        save(training)
+        training = started_and_saved(run, flags, 1, tied=True)
         merged = run.folder / f"merged-{form}"
         request = Conversion(load_dir=folder, save_dir=merged, save_model_type="hf", verify=True)
         convert(prepare(request))
@@ -307,19 +260,15 @@ def merging_a_training_checkpoint_gives_its_weights(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def weights_alone_can_be_taken(run: Run) -> str:
     folder = run.folder / "weights-alone"
-    saving = start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --ckpt-format torch --save {folder}")
-    steps(saving, 1)
-    save(saving)
+    flags = f"{FLAGS} {LAYOUTS['tp2'][1]} --ckpt-format torch --save {folder}"
+    started_and_saved(run, flags, 1)
     weights_only = start(run, f"{FLAGS} {LAYOUTS['pp2'][1]} --no-load-optim", load=folder)
     assert weights_only.progress.iteration == 1
     fresh = start(run, f"{FLAGS} {LAYOUTS['pp2'][1]} --finetune", load=folder)
     assert fresh.progress.iteration == 0
-    (loss,) = (result.loss for result in steps(fresh, 1))
-    (again,) = (
-        result.loss
-        for result in steps(start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --finetune", load=folder), 1)
-    )
-    assert abs(loss - again) <= TOLERANCE
+    again = start(run, f"{FLAGS} {LAYOUTS['tp2'][1]} --finetune", load=folder)
+    ((one,), (other,)) = (steps(training, 1) for training in (fresh, again))
+    assert abs(one.loss - other.loss) <= TOLERANCE
     return ""
 
 
@@ -356,18 +305,12 @@ def a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run: Run) -> 
         steps(training, 1)
         settle(training)
         before = state_of(training)
-        try:
+        words = "iteration 2: loss nan.*samples 10-11 of the training data"
+        with pytest.raises(NonFiniteError, match=words) as caught:
             steps(training, 1)
-        except NonFiniteError as error:
-            message = str(error)
-            assert "iteration 2: loss nan" in message, message
-            assert "samples 10-11 of the training data" in message, message
-        else:
-            raise AssertionError("a loss of nan went unnoticed")
         settle(training)
-        after = state_of(training)
-        assert not [name for name in before if not (before[name] == after[name]).all()]
-    return message
+        assert_equal(before, state_of(training))
+    return str(caught.value)
 
 
 @CHECKS.add(world_size=2)
@@ -380,9 +323,8 @@ def skipping_leaves_the_update_out(run: Run) -> str:
         before = state_of(training)
         (bad,) = steps(training, 1)
         settle(training)
-        after = state_of(training)
         assert first.updated and not bad.updated and math.isnan(bad.loss)
-        assert not [name for name in before if not (before[name] == after[name]).all()]
+        assert_equal(before, state_of(training))
         (last,) = steps(training, 1)
         assert last.updated and math.isfinite(last.loss) and math.isfinite(last.grad_norm)
         assert last.lr == bad.lr, "the schedule does not count a skipped step"
@@ -399,14 +341,9 @@ def a_gradient_that_is_not_finite_stops_too(run: Run) -> str:
     weight = training.chunks[0].module.decoder.layers[1].mlp.linear_fc2.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
     before = state_of(training)
-    try:
+    with pytest.raises(NonFiniteError, match=r"every micro-batch's loss finite \(samples 0 to 7\)"):
         steps(training, 1)
-    except NonFiniteError as error:
-        assert "with every micro-batch's loss finite (samples 0 to 7)" in str(error), str(error)
-    else:
-        raise AssertionError("a gradient norm of inf went unnoticed")
-    after = state_of(training)
-    assert not [name for name in before if not (before[name] == after[name]).all()]
+    assert_equal(before, state_of(training))
     return ""
 
 
@@ -418,7 +355,7 @@ def recomputing_changes_nothing(run: Run) -> str:
     plain = [result.loss for result in steps(start(run, FLAGS), 3)]
     for flags in (
         "--recompute-granularity selective",
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        RECOMPUTE,
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
         "--recompute-activation-function --recompute-norm",
         "--swap-attention",
@@ -473,10 +410,7 @@ def reused_fp32_weights_change_no_bit(run: Run) -> str:
         assert [result.loss for result in steps(resumed, STEPS - 2)] == plain[2:], layout
         for one in (training, resumed):
             settle(one)
-            state = state_of(one)
-            assert expected.keys() == state.keys()
-            for name, value in expected.items():
-                assert (state[name] == value).all(), (layout, name)
+            assert_equal(expected, state_of(one))
     return str(found)
 
 
@@ -499,7 +433,7 @@ def o2_holds_4n_and_8n_over_dp_bytes(run: Run) -> str:
         ):
             training = start(run, f"{flags} {more}")
             losses = [result.loss for result in steps(training, STEPS)]
-            off = max(abs(a - b) for a, b in zip(losses, plain, strict=True))
+            off = apart(losses, plain)
             own, whole = updated_weights(training), len_of(weights(training).values())
             expected, held = per_weight * whole + per_own * own, held_bytes(training)
             found[f"{layout} {more}"] = f"{off:.1e} {held / expected - 1:.2%}"
@@ -518,16 +452,13 @@ def bf16_moments_are_resumed_to_the_last_bit(run: Run) -> str:
     for form in ("torch_dist", "torch"):
         for number, layout in enumerate(layouts):
             folder = run.folder / f"o2-{form}-{number}"
-            through = start(run, f"{flags} {layout} --ckpt-format {form} --save {folder}")
-            steps(through, 2)
-            save(through)
+            saving = f"{flags} {layout} --ckpt-format {form} --save {folder}"
+            through = started_and_saved(run, saving, 2)
             state = state_of(through)
             expected = [(result.loss, result.grad_norm) for result in steps(through, 2)]
             resumed = start(run, f"{flags} {layout}", load=folder)
             optimizers.settle(resumed.optimizer)
-            again = state_of(resumed)
-            changed = [name for name in state if not (state[name] == again[name]).all()]
-            assert state.keys() == again.keys() and not changed, (form, layout, changed)
+            assert_equal(state, state_of(resumed))
             found = [(result.loss, result.grad_norm) for result in steps(resumed, 2)]
             assert found == expected, (form, layout, found, expected)
             other = start(run, f"{flags} {layouts[1 - number]}", load=folder)
@@ -608,7 +539,7 @@ def every_token_counts_the_same(run: Run) -> str:
     from transformers import AutoModelForCausalLM
 
     training = start(run, f"{FLAGS} {LAYOUTS['dp2-distributed-optimizer'][1]}")
-    training.train_data = Masked(training.train_data)
+    training.train_data = Masked(training.train_data, lambda index: index + 1)
     (result,) = steps(training, 1)
     model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(run, False)).float()
     samples = [training.train_data[index] for index in range(GLOBAL_BATCH)]
@@ -630,17 +561,17 @@ def every_token_counts_the_same(run: Run) -> str:
 
 
 class Masked:
-    """Sample i keeps the loss of its first i + 1 tokens."""
+    """A dataset whose sample i keeps the loss of its first `kept(i)` tokens."""
 
-    def __init__(self, data) -> None:
-        self.data = data
+    def __init__(self, data: Any, kept: Callable[[int], int]) -> None:
+        self.data, self.kept = data, kept
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int):
         sample = self.data[index]
-        sample["loss_mask"][index + 1 :] = 0
+        sample["loss_mask"][self.kept(index) :] = 0
         return sample
 
 
@@ -649,20 +580,15 @@ def the_validation_loss_is_that_of_transformers(run: Run) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qwen2_ascend.training.loop import evaluate
-
     training = start(run, f"{FLAGS} --eval-iters 2 {LAYOUTS['pp2-vpp2'][1]}")
     before = state_of(training)
-    found, again = evaluate(training), evaluate(training)
-    after = state_of(training)
+    found, again = training.evaluate(), training.evaluate()
     assert found == again
-    assert not [name for name in before if not (before[name] == after[name]).all()]
+    assert_equal(before, state_of(training))
     model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(run, False)).float()
     samples = [training.valid_data[index] for index in range(2 * GLOBAL_BATCH)]
-    tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
     with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+        expected = mean_loss(model, samples).item()
     assert abs(found - expected) <= 1e-6, f"{found} instead of {expected}"
     return ""
 
@@ -697,7 +623,6 @@ def the_last_checkpoint_is_said_to_be_the_last(run: Run) -> str:
 
 # --- documents -----------------------------------------------------------------------------------
 
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 APART = {
     "mask": (1, "--reset-attention-mask --micro-batch-size 1"),
     "positions": (1, "--reset-position-ids --micro-batch-size 4"),
@@ -713,7 +638,7 @@ def documents_are_trained_as_alone(name: str, flags: str, run: Run, *, device: s
     """The loss of each token, and the gradient, are those of transformers with one document."""
     import torch
 
-    from qwen2_ascend.training.loop import token_loss, train_batches, train_step
+    from qwen2_ascend.training.loop import token_loss
 
     has_eod = "without-eod" not in name
     prefix, folder = write_documents(run, name, has_eod), hugging_face_folder(run, tied=False)
@@ -727,7 +652,7 @@ def documents_are_trained_as_alone(name: str, flags: str, run: Run, *, device: s
         return token_loss(losses, batch)
 
     training.objective = objective
-    result = train_step(training, train_batches(training))
+    result = training.step(training.batches())
     if not training.chunks[-1].module.post_process:
         return "no last stage"
     rows = [
@@ -806,29 +731,18 @@ for _name, (_world_size, _flags) in APART.items():
 
 
 def hugging_face_folder(run: Run, tied: bool) -> Path:
-    """Weights with random biases and norms; written by the first rank that asks."""
-    import torch
-
-    folder = run.folder / ("tied" if tied else "untied")
-    if run.runtime.rank == 0 and not folder.exists():
-        make_tiny_hugging_face_folder(folder, tiny_config(tie_word_embeddings=tied))
-    torch.distributed.barrier()
-    return folder
+    return tiny_folder(run, "tied" if tied else "untied", tie_word_embeddings=tied)
 
 
 def start(run: Run, flags: str, tied: bool = False, load: Path | None = None) -> TrainingRun:
     """A run as `launch/pretrain_qwen2.py` builds it, resumed if `load` is a training checkpoint."""
-    from qwen2_ascend import runtime
     from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.pretrain import prepare
     from qwen2_ascend.training.settings import parse, validate
 
     load = load or hugging_face_folder(run, tied)
     plan = make_plan(parse([*flags.split(), "--load", str(load)]))
-    validate(plan.settings, plan.config, run.runtime.world_size)
-    runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
-    run.runtime.seed_all(plan.settings.runtime.seed)
+    join(run, plan, validate)
     return prepare(plan, run.runtime)
 
 
@@ -842,19 +756,45 @@ def save(training: TrainingRun) -> Path:
     return save_once(training, functools.partial(megatron_checkpointer, training, identity))
 
 
+def started_and_saved(run: Run, flags: str, count: int, tied: bool = False) -> TrainingRun:
+    """A run after `count` steps and a checkpoint of the last."""
+    training = start(run, flags, tied)
+    steps(training, count)
+    save(training)
+    return training
+
+
+def train_and_save(
+    training: TrainingRun,
+    on_step: Callable[..., None],
+    log: Callable[[str], None] = lambda line: None,
+    copies: Any = None,
+) -> None:
+    """Trains to the end as the launcher does; `copies` copy what --async-save writes."""
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer
+    from qwen2_ascend.training.loop import train
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.setup import checkpoint_identity
+
+    identity = checkpoint_identity(make_plan(training.settings))
+    with contextlib.closing(megatron_checkpointer(training, identity, log)) as checkpointer:
+        checkpointer._copies = copies or checkpointer._copies
+        checkpointer.claim()
+        train(training, on_step=on_step, on_validation=lambda _: None, checkpointer=checkpointer)
+    training.runtime.barrier()
+
+
+def track(run: Run, folder: Path, iteration: int) -> None:
+    """Makes an iteration the one that is resumed."""
+    run.runtime.barrier()
+    if run.runtime.rank == 0:
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    run.runtime.barrier()
+
+
 def steps(training: TrainingRun, count: int) -> list[StepResult]:
-    from qwen2_ascend.training.loop import train_batches, train_step
-
-    batches = train_batches(training)
-    return [train_step(training, batches) for _ in range(count)]
-
-
-def settle(training: TrainingRun) -> None:
-    """Waits for weights that are gathered only when the next forward needs them."""
-    from qwen2_ascend.training.loop import gathered_parameters
-
-    with gathered_parameters(training.chunks):
-        pass
+    batches = training.batches()
+    return [training.step(batches) for _ in range(count)]
 
 
 def weights(training: TrainingRun) -> dict[str, Any]:
@@ -885,6 +825,12 @@ def state_of(training: TrainingRun) -> dict[str, Any]:
     for index, name, values in gather_state(training.optimizer, chunks):
         state |= {f"{index}.{name}.{kind}": value.clone() for kind, value in values.items()}
     return state
+
+
+def assert_equal(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Both are of `state_of`."""
+    changed = [name for name in before if not (before[name] == after[name]).all()]
+    assert before.keys() == after.keys() and not changed, changed
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from distributed.harness import Checks, Run, main
+from distributed.trainings import apart, mean_loss, reference, stacked
 from finetuning.lora_worker import (
     ADAPTERS,
     CLIP,
-    GLOBAL_BATCH,
     LAYOUTS,
-    LENGTH,
     LR,
-    STEPS,
-    WEIGHT_DECAY,
     base_folder,
+    batches_of,
     evaluate,
     model_config,
+    save_adapter,
     settle,
     start,
     train,
@@ -30,40 +29,12 @@ TOLERANCE = 5e-7
 CHECKS = Checks()
 
 
-def peft_model(base: Path, adapter: Path, **options: Any):
+def peft_model(base: Path, adapter: Path):
     """peft's model of an adapter folder, in fp32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    return PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base).float(), adapter, **options
-    )
-
-
-def batch(step: int, vocab_size: int):
-    """(tokens, labels) of one global batch, `[b, s]`."""
-    import torch
-
-    from qwen2_ascend.training.mock_data import MockDataset
-
-    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, vocab_size, seed=1234)
-    samples = [data[step * GLOBAL_BATCH + i] for i in range(GLOBAL_BATCH)]
-    return [torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels")]
-
-
-def losses_of(model: Any, step: int = 0):
-    """Each token's, in fp32."""
-    import torch
-
-    tokens, labels = batch(step, model.config.vocab_size)
-    logits = model(input_ids=tokens, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none"
-    )
-
-
-def mean(losses: Any) -> float:
-    return losses.detach().double().mean().item()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).float(), adapter)
 
 
 def all_logits(training: Any, tokens: Any):
@@ -84,22 +55,17 @@ def peft_loads_what_is_saved(layout: str, case: str, run: Run) -> str:
     """Its logits (or loss, where the logits are spread over stages) are those of the trained."""
     import torch
 
-    from qwen2_ascend.finetuning.adapter import save_adapter
-
     training = start(run, case, LAYOUTS[layout][1])
     train(training)
     settle(training)
     folder = run.folder / f"saved-{layout}-{case}"
-    cut = training.settings.layout()
-    save_adapter(
-        training.chunks, ADAPTERS[case], model_config(case), cut, folder, base_model="base"
-    )
+    save_adapter(training, case, folder)
     model = peft_model(base_folder(run, case), folder).eval()
     with torch.no_grad():
-        worst = abs(mean(losses_of(model)) - evaluate(training))
+        worst = abs(mean_loss(model, batches_of(case)[0]).item() - evaluate(training))
         assert worst <= TOLERANCE, worst
-        if cut.pp == 1:
-            tokens, _ = batch(1, model.config.vocab_size)
+        if training.settings.layout().pp == 1:
+            tokens, _ = stacked(batches_of(case)[1])
             theirs = model(input_ids=tokens, use_cache=False).logits
             worst = (theirs - all_logits(training, tokens)).abs().max().item()
             assert worst <= 5e-6, worst
@@ -117,7 +83,8 @@ def what_peft_saves_is_loaded(layout: str, case: str, run: Run) -> str:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qwen2_ascend.finetuning.adapter import load_adapter, read_lora_config
+    from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
+    from qwen2_ascend.finetuning.adapter import load_adapter
 
     lora, base = ADAPTERS[case], base_folder(run, case)
     folder = run.folder / f"peft-{layout}-{case}"
@@ -143,7 +110,7 @@ def what_peft_saves_is_loaded(layout: str, case: str, run: Run) -> str:
     config, cut = model_config(case), training.settings.layout()
     load_adapter(training.chunks, lora, config, cut, folder)
     with torch.no_grad():
-        expected = mean(losses_of(peft_model(base, folder).eval()))
+        expected = mean_loss(peft_model(base, folder).eval(), batches_of(case)[0]).item()
     found = evaluate(training)
     assert abs(expected - before) > 1e-2, "the adapter does not matter"
     assert abs(found - expected) <= 1e-6, (found, expected)
@@ -167,27 +134,21 @@ for _layout, _case in (
 
 def peft_trains_alike(case: str, run: Run) -> str:
     """peft and torch's AdamW, from the same start, see the same losses."""
-    import torch
-
-    from qwen2_ascend.finetuning.adapter import save_adapter
+    from peft import PeftModel
 
     training = start(run, case, "")
     folder = run.folder / f"untrained-{case}"
-    cut = training.settings.layout()
-    save_adapter(training.chunks, ADAPTERS[case], model_config(case), cut, folder)
+    save_adapter(training, case, folder)
     losses = [result.loss for result in train(training)]
-    model = peft_model(base_folder(run, case), folder, is_trainable=True).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY)
-    theirs = []
-    for step in range(STEPS):
-        losses_now = losses_of(model, step)
-        optimizer.zero_grad()
-        losses_now.mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        theirs.append(mean(losses_now))
-    worst = max(abs(a - b) for a, b in zip(losses, theirs, strict=True))
+    theirs, _ = reference(
+        base_folder(run, case),
+        batches_of(case),
+        mean_loss,
+        lr=lambda step: LR,
+        clip=CLIP,
+        change=lambda model: PeftModel.from_pretrained(model, folder, is_trainable=True),
+    )
+    worst = apart(losses, theirs)
     assert worst <= TOLERANCE, (losses, theirs)
     return f"off by {worst:.1e}"
 
@@ -203,14 +164,13 @@ def merging_files_is_merge_and_unload(run: Run) -> str:
     from safetensors.torch import load_file
 
     from qwen2_ascend.checkpoint.command import main as convert
-    from qwen2_ascend.finetuning.adapter import save_adapter
 
     notes = []
     for case, lora in ADAPTERS.items():
         training = start(run, case, "")
         train(training)
         base, adapter = base_folder(run, case), run.folder / f"to-merge-{case}"
-        save_adapter(training.chunks, lora, model_config(case), training.settings.layout(), adapter)
+        save_adapter(training, case, adapter)
         merged = peft_model(base, adapter).merge_and_unload()
         expected = dict(merged.named_parameters())
         straight, shards, back = (run.folder / f"{name}-{case}" for name in ("m", "s", "b"))

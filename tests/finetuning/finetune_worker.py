@@ -6,6 +6,7 @@ the formula of the paper.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -15,16 +16,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distributed import trainings
 from distributed.harness import Checks, Run, main
-from distributed.save_once import save_once
-from helpers import make_tiny_hugging_face_folder, tiny_config
+from distributed.trainings import PP2, RECOMPUTE, TP2, VPP2, apart, join, save_once, tiny_folder
+from helpers import tiny_config
 
 if TYPE_CHECKING:
     import torch
 
-    from qwen2_ascend.finetuning.settings import FinetuneSettings
     from qwen2_ascend.training.loop import TrainingRun
-    from qwen2_ascend.training.plan import RunPlan
 
 TOLERANCE = 5e-7
 STEPS, LENGTH, GLOBAL_BATCH, LR, CLIP = 4, 32, 8, 3e-3, 0.3
@@ -34,11 +34,9 @@ CHECKS = Checks()
 
 FLAGS = (
     f"--seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} --train-iters {STEPS} --lr {LR} "
-    f"--lr-decay-style constant --weight-decay 0.1 --clip-grad {CLIP} --device cpu"
+    f"--lr-decay-style constant --clip-grad {CLIP} --device cpu "
+    f"--weight-decay {trainings.WEIGHT_DECAY}"
 )
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SFT = {
     "one-by-one": (1, "--micro-batch-size 1"),
     "all-at-once": (1, "--micro-batch-size 8"),
@@ -124,7 +122,7 @@ def accumulation_does_not_change_the_loss(run: Run) -> str:
         counts = [int(sample["loss_mask"].sum()) for sample in taken(training)[0]]
         assert len(set(counts)) > 2, counts
         found.append(trained(training)[0])
-    difference = max(abs(a - b) for a, b in zip(*found, strict=True))
+    difference = apart(*found)
     assert difference <= TOLERANCE, found
     return f"{difference:.1e}"
 
@@ -138,24 +136,24 @@ def dpo_losses_are_those_of_the_formula(flags: str, run: Run) -> str:
     losses, norms = trained(training)
     tuning = training.settings.tuning
     expected, expected_norms = reference(
-        hugging_face_folder(run), batches, functools.partial(dpo_loss, {}, tuning)
+        hugging_face_folder(run), batches, functools.partial(dpo_loss, [], tuning)
     )
     return compared(losses, expected, norms, expected_norms)
 
 
 def dpo_loss(
-    first_seen: dict[int, Any], tuning: Any, model: Any, batch: list[dict[str, Any]]
+    first_seen: list[Any], tuning: Any, model: Any, batch: list[dict[str, Any]]
 ) -> torch.Tensor:
     """The paper's loss; the reference is what a first, unchanged model said."""
     import torch
 
     beta, losses = tuning.dpo_beta, []
     if not first_seen:
-        first_seen.update(model=[p.detach().clone() for p in model.parameters()])
+        first_seen.append(copy.deepcopy(model))
     for pair in batch:
         now = [answer(model, pair[side]) for side in ("chosen", "rejected")]
-        with torch.no_grad(), swapped(model, first_seen["model"]):
-            then = [answer(model, pair[side]) for side in ("chosen", "rejected")]
+        with torch.no_grad():
+            then = [answer(first_seen[0], pair[side]) for side in ("chosen", "rejected")]
         gains = [a.sum() - b.sum() for a, b in zip(now, then, strict=True)]
         if tuning.dpo_loss_type == "ipo":
             gains = [gain / len(a) for gain, a in zip(gains, now, strict=True)]
@@ -176,24 +174,6 @@ def answer(model: Any, side: dict[str, Any]) -> torch.Tensor:
     return -token_losses(model, *chat)
 
 
-class swapped:
-    """A model with other weights, for the length of a block."""
-
-    def __init__(self, model: Any, weights: list[Any]) -> None:
-        self.parameters, self.weights = list(model.parameters()), weights
-
-    def __enter__(self) -> None:
-        self.own = [p.detach().clone() for p in self.parameters]
-        self._set(self.weights)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self.own)
-
-    def _set(self, weights: list[Any]) -> None:
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            parameter.data = weight.clone()
-
-
 for _name, (_world_size, _flags) in DPO.items():
     CHECKS.case(f"dpo-{_name}", _world_size, dpo_losses_are_those_of_the_formula, _flags)
 
@@ -208,7 +188,6 @@ def a_resumed_dpo_run_keeps_its_reference(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
     """Each start saves into a folder of its own; the third knows nothing of the first's."""
-    from distributed.train_worker import save
     from qwen2_ascend.finetuning.dpo import _Kept
 
     flags = f"{FLAGS} {TP2} --stage dpo --micro-batch-size 2 --data-path {pairs(run)}"
@@ -218,7 +197,7 @@ def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
         folder = run.folder / f"dpo-on-{number}"
         prepared = start(run, f"{flags} --save {folder}", load=load)
         losses += trained(prepared.run, steps=steps)[0]
-        prepared.save() if prepared.save else save(prepared.run)
+        prepared.save()
         load = folder
     assert losses == expected, (losses, expected)
     kept = [
@@ -266,23 +245,21 @@ def lora_with_preference_pairs_is_the_same_at_any_layout(run: Run) -> str:
         found.append(trained(start(run, flags).run)[0])
     assert abs(found[0][0] - math.log(2)) < 1e-6, found[0]
     assert found[0][-1] < found[0][0], found[0]
-    worst = max(abs(a - b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    worst = max(apart(found[0], other) for other in found[1:])
     assert worst <= TOLERANCE, found
     return f"{worst:.1e}"
 
 
 def resumed_losses(run: Run, name: str, before: str, after: str, tolerance: float) -> str:
     """Two steps, and two more from their checkpoint, against four undisturbed ones."""
-    from distributed.train_worker import save
-
     expected, _ = trained(start(run, f"{FLAGS} {before}").run)
     folder = run.folder / name
     first = start(run, f"{FLAGS} {before} --save {folder}")
     losses, _ = trained(first.run, steps=2)
-    first.save() if first.save else save(first.run)
+    first.save()
     again = start(run, f"{FLAGS} {after} --save {folder}", load=folder)
     losses += trained(again.run, steps=2)[0]
-    difference = max(abs(a - b) for a, b in zip(expected, losses, strict=True))
+    difference = apart(expected, losses)
     assert difference <= tolerance, (expected, losses)
     assert max(expected) - min(expected) > 1e-4, expected
     return f"{difference:.1e}"
@@ -300,8 +277,8 @@ def ranks_take_one_reference_for_all_copies_of_the_weights(run: Run) -> str:
     flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)} "
     flags += f"--save {run.folder}/kept"
     computed, kept = (start(run, flags, load=own).run.objective for _ in range(2))
-    assert torch.equal(computed._reference, kept._reference)
-    return str(tuple(kept._reference.shape))
+    assert torch.equal(computed.reference, kept.reference)
+    return str(tuple(kept.reference.shape))
 
 
 # --- shared --------------------------------------------------------------------------------------
@@ -318,28 +295,26 @@ def compared(
 
 
 class TuningRun(NamedTuple):
-    """A run that can begin, its plan, and what writes its checkpoints."""
+    """A run that can begin, and what writes its checkpoints."""
 
     run: TrainingRun
-    plan: RunPlan[FinetuneSettings]
-    save: Callable[[], Path] | None
+    save: Callable[[], Path]
 
 
 def start(run: Run, flags: str, load: Path | None = None) -> TuningRun:
     """A run as `launch/finetune_qwen2.py` builds it."""
-    from qwen2_ascend import runtime
-    from qwen2_ascend.finetuning.finetune import checkpointer, make_plan, prepare
+    from qwen2_ascend.finetuning.finetune import lora_storage, make_plan, prepare
     from qwen2_ascend.finetuning.settings import parse, validate
+    from qwen2_ascend.training.checkpointing import megatron_checkpointer
+    from qwen2_ascend.training.setup import checkpoint_identity
 
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))
-    validate(plan.settings, plan.config, run.runtime.world_size)
-    runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
-    run.runtime.seed_all(plan.settings.runtime.seed)
+    join(run, plan, validate)
     training, plan = prepare(plan, run.runtime)
-    make = checkpointer(training, plan)
-    save = functools.partial(save_once, training, make) if make else None
-    return TuningRun(training, plan, save)
+    storage, identity = lora_storage(training, plan), checkpoint_identity(plan)
+    plain = functools.partial(megatron_checkpointer, training, identity)
+    make = storage.checkpointer if storage else plain
+    return TuningRun(training, functools.partial(save_once, training, make))
 
 
 def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:
@@ -352,53 +327,22 @@ def taken(training: TrainingRun) -> list[list[dict[str, Any]]]:
 
 
 def trained(training: TrainingRun, steps: int = STEPS) -> tuple[list[float], list[float]]:
-    from qwen2_ascend.training.loop import train_batches, train_step
-
-    batches = train_batches(training)
-    results = [train_step(training, batches) for _ in range(steps)]
+    batches = training.batches()
+    results = [training.step(batches) for _ in range(steps)]
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 
 def reference(
     folder: Path, batches: list[list[dict[str, Any]]], loss_of: Any, change: Any = None
 ) -> tuple[list[float], list[float]]:
-    """(losses, gradient norms) of transformers and torch.optim.AdamW alone.
-
-    `change` is done to the model before anything else.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder).float().train()
-    if change is not None:
-        change(model)
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in tuned if p.dim() > 1]
-    vectors = [p for p in tuned if p.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8)
-    losses, norms = [], []
-    for batch in batches:
-        loss = loss_of(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
-        optimizer.step()
-    return losses, norms
+    """(losses, gradient norms) of transformers and torch.optim.AdamW alone, with FLAGS' numbers."""
+    return trainings.reference(
+        folder, batches, loss_of, lr=lambda step: LR, clip=CLIP, change=change
+    )
 
 
 def hugging_face_folder(run: Run) -> Path:
-    import torch
-
-    folder = run.folder / "model"
-    if run.runtime.rank == 0 and not folder.exists():
-        make_tiny_hugging_face_folder(folder, tiny_config())
-    torch.distributed.barrier()
-    return folder
+    return tiny_folder(run, "model")
 
 
 def chats(run: Run) -> Path:

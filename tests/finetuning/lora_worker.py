@@ -9,11 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from distributed import train_worker as pretraining
+from distributed import trainings
 from distributed.harness import Checks, Run, main
-from helpers import make_tiny_hugging_face_folder, tiny_config
+from distributed.trainings import (
+    RECOMPUTE,
+    apart,
+    gather_state,
+    join,
+    mean_loss,
+    mock_batches,
+    settle,
+    tiny_folder,
+)
+from helpers import tiny_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.lora_config import LoraConfig
-from qwen2_ascend.parallel import ParallelLayout
 
 if TYPE_CHECKING:
     import torch
@@ -23,28 +36,17 @@ if TYPE_CHECKING:
 TOLERANCE = 2e-7
 """Tolerance of a loss in nats per token."""
 STEPS, LENGTH, GLOBAL_BATCH = 4, 24, 8
-LR, WEIGHT_DECAY, CLIP = 2e-2, 0.1, 0.02
+LR, CLIP = 2e-2, 0.02
 
 CHECKS = Checks()
 
 LAYOUTS = {
     "tp1": (1, ""),
-    "tp1-recomputed": (
-        1,
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    ),
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2-vpp2": (
-        2,
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-    ),
-    "dp2-distributed-optimizer": (
-        2,
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-    ),
-    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "tp1-recomputed": (1, RECOMPUTE),
+    **{
+        name: pretraining.LAYOUTS[name]
+        for name in ("tp2", "tp2-sp", "pp2", "pp2-vpp2", "dp2-distributed-optimizer", "tp2-pp2")
+    },
     # twice as many ranks as query groups: a rank's rows of linear_qkv are half a group
     "tp4-sp": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
 }
@@ -54,17 +56,20 @@ ADAPTERS = {
         rank=3, alpha=7, targets=("q_proj", "v_proj", "up_proj", "linear_fc2"), use_rslora=True
     ),
 }
-GROUPS = {"all": 4, "some": 2}
-"""Query groups of each case's model; the second is untied too."""
+MODELS = {
+    "all": {"num_query_groups": 4, "tie_word_embeddings": True},
+    "some": {"num_query_groups": 2, "tie_word_embeddings": False},
+}
+"""What each case's model has."""
 FLAGS = (
     f"--mock-data --seq-length {LENGTH} --global-batch-size {GLOBAL_BATCH} --micro-batch-size 2 "
-    f"--train-iters {STEPS} --lr {LR} --lr-decay-style constant --weight-decay {WEIGHT_DECAY} "
-    f"--clip-grad {CLIP} --device cpu"
+    f"--train-iters {STEPS} --lr {LR} --lr-decay-style constant --clip-grad {CLIP} --device cpu "
+    f"--weight-decay {trainings.WEIGHT_DECAY}"
 )
 
 
 def model_config(case: str):
-    return tiny_config(num_query_groups=GROUPS[case], tie_word_embeddings=case == "all")
+    return tiny_config(**MODELS[case])
 
 
 def unless_refused(check: Callable[..., str]) -> Callable[..., str]:
@@ -95,7 +100,7 @@ def losses_are_those_of_an_independent_loop(layout: str, case: str, run: Run) ->
     results = train(training)
     losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
     expected_losses, expected_norms, moved = reference(base_folder(run, case), case)
-    worst = max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True))
+    worst = apart(losses, expected_losses)
     assert worst <= TOLERANCE, f"losses {losses}, expected {expected_losses}"
     off = max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True))
     assert off <= 1e-5, f"gradient norms {norms}, expected {expected_norms}"
@@ -116,37 +121,22 @@ def reference(folder: Path, case: str) -> tuple[list[float], list[float], float]
 
     And by how much the adapters have moved the loss of the last batch.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    batches, base = batches_of(case), []
 
-    from qwen2_ascend.training.mock_data import MockDataset
+    def change(model: Any) -> None:
+        model.requires_grad_(False)
+        adapted = adapt(model, ADAPTERS[case])
+        assert sum(p.requires_grad for p in model.parameters()) == 2 * len(adapted)
+        base.append(mean_loss(model, batches[-1]).item())  # every B is zero still
 
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder).float().requires_grad_(False)
-    adapted = adapt(model, ADAPTERS[case])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    assert len(parameters) == 2 * len(adapted)
-    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, model.config.vocab_size, seed=1234)
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, eps=1e-8)
+    losses, norms = trainings.reference(
+        folder, batches, mean_loss, lr=lambda step: LR, clip=CLIP, change=change
+    )
+    return losses, norms, abs(losses[-1] - base[0])
 
-    def losses_of(step: int) -> torch.Tensor:
-        samples = [data[step * GLOBAL_BATCH + i] for i in range(GLOBAL_BATCH)]
-        tokens, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
-        logits = model(tokens, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none"
-        )
 
-    base = losses_of(STEPS - 1).mean().item()  # every B is zero still
-    losses, norms = [], []
-    for step in range(STEPS):
-        per_token = losses_of(step)
-        optimizer.zero_grad()
-        per_token.mean().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
-        optimizer.step()
-        losses.append(per_token.detach().double().mean().item())
-    return losses, norms, abs(losses[-1] - base)
+def batches_of(case: str) -> list[list[Any]]:
+    return mock_batches(STEPS, GLOBAL_BATCH, LENGTH, model_config(case).vocab_size)
 
 
 def adapt(model: Any, lora: LoraConfig) -> list[torch.nn.Module]:
@@ -205,11 +195,7 @@ def dropout_leaves_what_ranks_share_the_same(run: Run) -> str:
         group = parallel_state.get_tensor_model_parallel_group()
         compared = 0
         for name, parameter in lora_state(training.chunks)[0].items():
-            if (
-                not parameter.tensor_model_parallel
-                if hasattr(parameter, "tensor_model_parallel")
-                else True
-            ):
+            if not getattr(parameter, "tensor_model_parallel", False):
                 both = [torch.empty_like(parameter) for _ in range(2)]
                 torch.distributed.all_gather(both, parameter.detach(), group=group)
                 assert torch.equal(*both), f"{layout}: {name} went apart"
@@ -240,15 +226,14 @@ def cut_inputs_drop_differently_on_each_rank(run: Run) -> None:
         assert (adapter._dropped(torch.ones(4, 2, 48)) == 1).all()
 
 
-# --- freezing, disabling, merging ----------------------------------------------------------------
+# --- freezing ------------------------------------------------------------------------------------
 
 
 @CHECKS.add(world_size=2)
 def only_adapters_are_trained(run: Run) -> str:
     import torch
 
-    from distributed.canonical_state import gather_state
-    from qwen2_ascend.finetuning.lora import adapters_disabled, lora_state
+    from qwen2_ascend.finetuning.lora import lora_state
 
     for layout in ("tp2-sp", "pp2"):
         training = start(run, "some", LAYOUTS[layout][1])
@@ -257,11 +242,7 @@ def only_adapters_are_trained(run: Run) -> str:
         adapters = lora_state(training.chunks)[0]
         base = evaluate(training)
         train(training)
-        trained = evaluate(training)
-        assert abs(base - trained) > 1e-3
-        with adapters_disabled(training.chunks):
-            assert evaluate(training) == base
-        assert evaluate(training) == trained
+        assert abs(base - evaluate(training)) > 1e-3
         for key, value in chunks[0].named_parameters():
             changed = not torch.equal(value, before[key])
             assert changed == (key in adapters) == value.requires_grad, key
@@ -270,51 +251,24 @@ def only_adapters_are_trained(run: Run) -> str:
     return ""
 
 
-@unless_refused
-def merged_weights_give_the_same_losses(layout: str, case: str, run: Run) -> str:
-    """Merged in memory, the model without adapters is the model with them."""
-    import torch
-
-    from qwen2_ascend.finetuning.lora import lora_state, merge_adapters, merged_weights
-
-    training = start(run, case, LAYOUTS[layout][1])
-    train(training)
-    with_adapters = evaluate(training)
-    chunks = [chunk.module for chunk in training.chunks]
-    promised = {(index, name): value for index, name, value in merged_weights(training.chunks)}
-    settle(training)
-    merge_adapters(chunks)
-    assert not any(lora_state(chunks))
-    for (index, name), value in promised.items():
-        assert torch.equal(dict(chunks[index].named_parameters())[name], value)
-    merged = evaluate(training)
-    assert abs(merged - with_adapters) <= TOLERANCE, (merged, with_adapters)
-    return f"differs by {abs(merged - with_adapters):.1e}"
-
-
-for _layout, _case in (("tp1", "some"), ("tp2", "all"), ("tp4-sp", "some")):
-    _name, _check = f"merged-{_layout}-{_case}", merged_weights_give_the_same_losses
-    CHECKS.case(_name, LAYOUTS[_layout][0], _check, _layout, _case)
-
-
 @CHECKS.add(world_size=2)
 def half_precision_trains(run: Run) -> str:
-    losses = {
-        flags: [r.loss for r in train(start(run, "all", f"{LAYOUTS['tp2-sp'][1]} {flags}"))]
+    found = [
+        [r.loss for r in train(start(run, "all", f"{LAYOUTS['tp2-sp'][1]} {flags}"))]
         for flags in ("", "--bf16")
-    }
-    worst = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
-    assert worst < 2e-2, losses
+    ]
+    worst = apart(*found)
+    assert worst < 2e-2, found
     return f"differs by {worst:.1e}"
 
 
 @CHECKS.add(world_size=2)
 def the_chunked_cross_entropy_changes_nothing(run: Run) -> str:
     found = [
-        [r.loss for r in train(start(run, "all", LAYOUTS["tp2-sp"][1], chunk_size=size))]
-        for size in (None, 5)
+        [r.loss for r in train(start(run, "all", f"{LAYOUTS['tp2-sp'][1]} {flags}"))]
+        for flags in ("", "--cross-entropy-chunk-size 5")
     ]
-    worst = max(abs(a - b) for a, b in zip(*found, strict=True))
+    worst = apart(*found)
     assert worst <= TOLERANCE, found
     return f"differs by {worst:.1e}"
 
@@ -325,25 +279,24 @@ def the_chunked_cross_entropy_changes_nothing(run: Run) -> str:
 @unless_refused
 def adapters_go_to_peft_and_back(before: str, after: str, case: str, run: Run) -> str:
     """Bit for bit through another layout; and what is saved there is the same file."""
-    from qwen2_ascend.finetuning.adapter import load_adapter, read_lora_config, save_adapter
+    from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
+    from qwen2_ascend.finetuning.adapter import load_adapter
 
     lora, config = ADAPTERS[case], model_config(case)
     training = start(run, case, LAYOUTS[before][1])
     train(training)
     settle(training)
     trained = evaluate(training)
-    cut = training.settings.layout()
     first, second = (run.folder / f"{before}-{after}-{case}-{i}" for i in (1, 2))
-    save_adapter(training.chunks, lora, config, cut, first)
-    save_adapter(training.chunks, lora, config, cut, first)  # again, in its place
+    save_adapter(training, case, first)
+    save_adapter(training, case, first)  # again, in its place
     assert read_lora_config(first) == lora
     assert sorted(path.name for path in first.parent.glob(f"*{first.name}*")) == [first.name]
 
     other = start(run, case, LAYOUTS[after][1])
-    cut = other.settings.layout()
-    load_adapter(other.chunks, lora, config, cut, first)
+    load_adapter(other.chunks, lora, config, other.settings.layout(), first)
     assert abs(evaluate(other) - trained) <= TOLERANCE
-    save_adapter(other.chunks, lora, config, cut, second)
+    save_adapter(other, case, second)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
@@ -361,21 +314,16 @@ for _before, _after in itertools.chain(
 
 @CHECKS.add(world_size=1)
 def an_adapter_of_another_kind_is_refused(run: Run) -> str:
-    from qwen2_ascend.errors import UserError
-    from qwen2_ascend.finetuning.adapter import load_adapter, save_adapter
+    from qwen2_ascend.finetuning.adapter import load_adapter
 
-    lora, config = ADAPTERS["all"], model_config("all")
     training = start(run, "all", "")
-    cut = training.settings.layout()
+    config, cut = model_config("all"), training.settings.layout()
     folder = run.folder / "another-kind"
-    save_adapter(training.chunks, lora, config, cut, folder)
+    save_adapter(training, "all", folder)
     other = LoraConfig(rank=8, alpha=8, targets=("q_proj",))
-    try:
+    with pytest.raises(UserError, match="has rank 4, the one asked for 8") as caught:
         load_adapter(training.chunks, other, config, cut, folder)
-    except UserError as error:
-        assert len(error.faults) == 2 and "has rank 4, the one asked for 8" in str(error)
-    else:
-        raise AssertionError("another adapter was taken")
+    assert len(caught.value.faults) == 2
     return ""
 
 
@@ -383,87 +331,56 @@ def an_adapter_of_another_kind_is_refused(run: Run) -> str:
 
 
 def base_folder(run: Run, case: str) -> Path:
-    """Weights with random biases and norms; written by the first rank that asks."""
-    import torch
-
-    folder = run.folder / f"base-{case}"
-    if run.runtime.rank == 0 and not folder.exists():
-        make_tiny_hugging_face_folder(folder, model_config(case))
-    torch.distributed.barrier()
-    return folder
+    return tiny_folder(run, f"base-{case}", **MODELS[case])
 
 
-def start(
-    run: Run, case: str, flags: str, dropout: float = 0.0, chunk_size: int | None = None
-) -> TrainingRun:
+def start(run: Run, case: str, flags: str, dropout: float = 0.0) -> TrainingRun:
     """A run at iteration 0 that trains the case's adapters."""
     import dataclasses
 
-    from megatron.core import parallel_state
-
-    from qwen2_ascend import runtime
-    from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.finetuning.lora import apply_lora
-    from qwen2_ascend.model.build import build_model
     from qwen2_ascend.training.mock_data import MockDataset
-    from qwen2_ascend.training.settings import parse
-    from qwen2_ascend.training.setup import build_run
+    from qwen2_ascend.training.plan import make_plan
+    from qwen2_ascend.training.settings import parse, validate
+    from qwen2_ascend.training.setup import build_chunks, build_run
 
-    folder, config = base_folder(run, case), model_config(case)
-    settings = parse([*f"{FLAGS} {flags}".split(), "--load", str(folder)])
-    layout: ParallelLayout = settings.layout()
-    runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(layout, config.num_layers)
-    run.runtime.seed_all(1234)
-    chunks = build_model(
-        config,
-        layout,
-        dtype="bf16" if settings.precision.bf16 else "fp32",
-        perform_initialization=False,
-        sequence_parallel=settings.parallel.sequence_parallel,
-        cross_entropy_chunk_size=chunk_size,
-        recompute_granularity=settings.recompute.recompute_granularity,
-        recompute_method=settings.recompute.recompute_method,
-        recompute_num_layers=settings.recompute.recompute_num_layers,
-    )
-    load_checkpoint_weights(
-        chunks,
-        folder,
-        layout,
-        padded_vocab_size=config.vocab_size,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_stage=parallel_state.get_pipeline_model_parallel_rank(),
-    )
-    apply_lora(chunks, dataclasses.replace(ADAPTERS[case], dropout=dropout), config, layout)
-    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, config.vocab_size, seed=1234)
-    return build_run(settings, run.runtime, chunks, train_data=data, valid_data=data)
+    plan = make_plan(parse(f"{FLAGS} {flags} --load {base_folder(run, case)}".split()))
+    join(run, plan, validate)
+    chunks = build_chunks(plan, run.runtime)
+    lora = dataclasses.replace(ADAPTERS[case], dropout=dropout)
+    apply_lora(chunks, lora, plan.config, plan.layout)
+    data = MockDataset(STEPS * GLOBAL_BATCH, LENGTH, plan.config.vocab_size, seed=1234)
+    return build_run(plan.settings, run.runtime, chunks, train_data=data, valid_data=data)
 
 
 def train(training: TrainingRun) -> list[Any]:
-    from qwen2_ascend.training.loop import train_batches, train_step
+    return pretraining.steps(training, STEPS)
 
-    batches = train_batches(training)
-    return [train_step(training, batches) for _ in range(STEPS)]
+
+def save_adapter(training: TrainingRun, case: str, folder: Path) -> None:
+    """As --save-adapter does it."""
+    from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
+    from qwen2_ascend.training.checkpointing import CheckpointIdentity
+
+    config = model_config(case)
+    identity = CheckpointIdentity(
+        config=config,
+        layout=training.settings.layout(),
+        padded_vocab_size=config.vocab_size,
+        dtype=training.settings.precision_name(),
+        side_files={},
+    )
+    MegatronLora(training, identity, ADAPTERS[case], Path("base")).export(folder, {})
 
 
 def evaluate(training: TrainingRun) -> float:
     """Loss per token of a few samples."""
     import dataclasses
 
-    from qwen2_ascend.training.loop import evaluate
-
     settings = training.settings
     data = dataclasses.replace(settings.data, eval_iters=1)
     training.settings = dataclasses.replace(settings, data=data)
-    return evaluate(training)
-
-
-def settle(training: TrainingRun) -> None:
-    """Waits for weights that are gathered only when the next forward needs them."""
-    from qwen2_ascend.training.loop import gathered_parameters
-
-    with gathered_parameters(training.chunks):
-        pass
+    return training.evaluate()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 
 from commands import TORCHRUN, run_python
 from distributed.harness import each_check
+from distributed.jobs import read_metrics
 from finetuning.deepspeed_worker import CHECKS, data_of
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.errors import UserError
@@ -163,10 +164,7 @@ def test_a_file_that_contradicts_the_flags_is_refused(
 @pytest.mark.distributed
 def test_a_run_from_the_command_line_to_a_hugging_face_folder(tmp_path: Path) -> None:
     """Two steps, and with the same command line two more: chats in, a model out."""
-    from finetuning.finetune_worker import _write
-
-    model = make_tiny_hugging_face_folder(tmp_path / "model")
-    _write(tmp_path / "chats", "", 8, seed=0)
+    model = model_and_chats(tmp_path)
     flags = f"--pretrained-checkpoint {model} --load {tmp_path}/out --save {tmp_path}/out "
     flags += f"--data-path {tmp_path}/chats --seq-length 32 --train-iters 4 --lr 1e-3 "
     flags += "--zero-stage 3 --device cpu --global-batch-size 2 --bf16"
@@ -174,8 +172,7 @@ def test_a_run_from_the_command_line_to_a_hugging_face_folder(tmp_path: Path) ->
     assert "stopped after iteration 2" in first and "ZeRO stage 3" in first
     second = launched(f"{flags} --save-hf {tmp_path}/tuned")
     assert "resumed" in second and "iteration 4/4" in second
-    metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3, 4]
+    assert [row["iteration"] for row in read_metrics(tmp_path / "out")] == [1, 2, 3, 4]
     saved = tmp_path / "out" / "iter_0000004" / "model.safetensors"
     assert data_of(tmp_path / "tuned") == data_of(saved.parent)
     assert data_of(saved.parent) != data_of(model)
@@ -185,10 +182,7 @@ def test_a_run_from_the_command_line_to_a_hugging_face_folder(tmp_path: Path) ->
 @pytest.mark.distributed
 def test_a_lora_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     """One process for four steps; two go on from its second one: the same last two losses."""
-    from finetuning.finetune_worker import _write
-
-    model = make_tiny_hugging_face_folder(tmp_path / "model")
-    _write(tmp_path / "chats", "", 8, seed=0)
+    model = model_and_chats(tmp_path)
     flags = f"--data-path {tmp_path}/chats --seq-length 32 --train-iters 4 --lr 1e-2 --device cpu "
     flags += "--global-batch-size 4 --lora-r 4 "
     first = f"{flags} --load {model} --save {tmp_path}/one --save-interval 2"
@@ -199,18 +193,15 @@ def test_a_lora_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None
     second += f"--save-adapter {tmp_path}/adapter --save-hf {tmp_path}/tuned"
     said = launched(second, num_processes=2)
     assert "other ranks: the random number generators are seeded anew" in said
-    losses = [losses_of(tmp_path / name)[-2:] for name in ("one", "two")]
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / name)][-2:] for name in ("one", "two")
+    ]
     assert losses[1] == pytest.approx(losses[0], abs=2e-6), losses
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     last = tmp_path / "two" / "iter_0000004" / "adapter_model.safetensors"
     assert adapter == last.read_bytes()
     assert len(data_of(tmp_path / "tuned")) == len(data_of(model))
     assert data_of(tmp_path / "tuned") != data_of(model)
-
-
-def losses_of(folder: Path) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
 
 
 @needs_deepspeed
@@ -223,6 +214,13 @@ def test_all_weights_on_another_number_of_ranks_are_refused_with_the_way_out() -
     with pytest.raises(UserError, match=r"stage 2 on 4 rank.* this is stage 2 on 2.*--no-load-opt"):
         _check_cut(run, SavedZero(folder=Path("out"), state=state))
     _check_cut(run, SavedZero(folder=Path("out"), state={**state, "world_size": 2}))
+
+
+def model_and_chats(folder: Path) -> Path:
+    from finetuning.finetune_worker import _write
+
+    _write(folder / "chats", "", 8, seed=0)
+    return make_tiny_hugging_face_folder(folder / "model")
 
 
 def launched(flags: str, num_processes: int = 1) -> str:

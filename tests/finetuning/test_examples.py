@@ -7,7 +7,6 @@ launchers' own `parse` and `validate` judge that, at the world size and the mode
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from distributed.jobs import read_metrics
 from inference.worlds import model_with_tokenizer
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
@@ -273,8 +273,7 @@ def test_the_laptop_example_gives_the_same_model_at_both_layouts(tmp_path: Path)
         script = EXAMPLES / "sft_0.5b" / "run.sh"
         environment = {"PROCESSES": processes, "OMP_NUM_THREADS": "1"}
         run(tmp_path, script, f"hf {processes} {flags} --lr 1e-3", TORCHRUN, **environment)
-        rows = (tmp_path / processes / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-        losses.append([json.loads(row)["loss"] for row in rows.splitlines()])
+        losses.append([row["loss"] for row in read_metrics(tmp_path / processes / "run")])
         models.append(load_file(tmp_path / processes / "tuned" / "model.safetensors"))
     start, alone, cut = models
     assert start.keys() == alone.keys() == cut.keys()

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from commands import World, run_commands
+from distributed.jobs import read_metrics
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 
@@ -71,11 +72,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_a_run_that_is_stopped_exports_nothing_and_goes_on(world: World) -> None:
-    half, whole = world[1]["half"], world[1]["whole"]
-    assert half.status == 0, half.err
+    half, whole = (world.runs[name].require() for name in ("half", "whole"))
     assert "--save-adapter and --save-hf: written when the run is complete" in half.out
     assert not {"adapter", "tuned"} & set(half.there)
-    assert whole.status == 0, whole.err
     assert "at iteration 2" in whole.out and "iteration 4/4" in whole.out
     assert {"adapter", "tuned"} <= set(whole.there) and ".tuned.partial" not in whole.there
 
@@ -89,8 +88,7 @@ def test_the_exports_are_of_the_last_checkpoint(world: World) -> None:
 
 
 def test_a_complete_run_says_what_is_there(world: World) -> None:
-    again = world[1]["again"]
-    assert again.status == 0, again.err
+    again = world.runs["again"].require()
     assert "nothing is left to do" in again.out
     for flag in ("--save-adapter", "--save-hf"):
         assert f"{flag} {world[0]}" in again.out and "is there already, and complete" in again.out
@@ -98,29 +96,26 @@ def test_a_complete_run_says_what_is_there(world: World) -> None:
 
 def test_another_runs_export_is_in_the_way(world: World) -> None:
     for name in ("another run", "alone, another run"):
-        ended = world[1][name]
-        assert ended.status == 2 and "is there already; name a new folder" in ended.err, ended
-        assert "Traceback" not in ended.err and "iteration" not in ended.out
+        ended = world.runs[name].require(2)
+        assert "is there already; name a new folder" in ended.err, ended
+        assert "iteration" not in ended.out
 
 
 def test_a_run_without_checkpoints_is_not_trained_twice(world: World) -> None:
-    first, second = world[1]["alone"], world[1]["alone again"]
-    assert first.status == 0 and "iteration 2/2" in first.out, first.err
-    assert second.status == 0 and "is there already, and complete" in second.out, second.err
-    assert "iteration" not in second.out
+    first, second = (world.runs[name].require() for name in ("alone", "alone again"))
+    assert "iteration 2/2" in first.out
+    assert "is there already, and complete" in second.out and "iteration" not in second.out
 
 
 def test_epochs_of_all_weights_too(world: World) -> None:
     """Two steps of one epoch, each by a start of its own; then there is nothing left."""
-    runs = world[1]
-    assert [runs[name].status for name in ("sft 1", "sft 2", "sft 2 again")] == [0, 0, 0]
-    assert "sft_hf" not in runs["sft 1"].there and "sft_hf" in runs["sft 2"].there
-    assert "is there already, and complete" in runs["sft 2 again"].out
+    first, second, again = (world.runs[f"sft {n}"].require() for n in ("1", "2", "2 again"))
+    assert "sft_hf" not in first.there and "sft_hf" in second.there
+    assert "is there already, and complete" in again.out
 
 
 def test_a_config_of_another_dtype_than_the_weights_does_not_fail_the_export(world: World) -> None:
-    ended = world[1]["mixed"]
-    assert ended.status == 0, ended.err
+    world.runs["mixed"].require()
     config = json.loads((world[0] / "mixed_hf" / "config.json").read_text())
     assert "float32" in (config.get("dtype"), config.get("torch_dtype"))
 
@@ -129,9 +124,8 @@ def test_a_config_of_another_dtype_than_the_weights_does_not_fail_the_export(wor
 def test_an_export_that_cannot_be_made_is_refused_before_the_run(
     world: World, name: str, words: str
 ) -> None:
-    ended = world[1][name]
-    assert ended.status == 2 and words in ended.err, ended
-    assert "Traceback" not in ended.err and "iteration" not in ended.out
+    ended = world.runs[name].require(2)
+    assert words in ended.err and "iteration" not in ended.out, ended
 
 
 def test_yarn_of_flags_is_that_of_the_run_its_checkpoints_and_its_export(world: World) -> None:
@@ -148,9 +142,5 @@ def test_yarn_of_flags_is_that_of_the_run_its_checkpoints_and_its_export(world: 
     for made in ("yarn", "yarn_hf"):
         assert Qwen2Config.from_pretrained(folder / made) == expected
     assert Qwen2Config.from_pretrained(folder / "plain").yarn is None
-    lines = {
-        name: (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        for name in ("yarn", "plain")
-    }
-    scaled, plain = (json.loads(lines[name][0])["loss"] for name in ("yarn", "plain"))
+    scaled, plain = (read_metrics(folder / name)[0]["loss"] for name in ("yarn", "plain"))
     assert abs(scaled - plain) > 1e-4, "the scaling is in the model"

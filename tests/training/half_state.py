@@ -15,10 +15,11 @@ import json
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from distributed.harness import Run
+from distributed.trainings import join
 from helpers import tiny_config
 
 PRECISIONS = {
@@ -91,10 +92,8 @@ def trained(
         f"--weight-decay 0.1 --adam-beta2 {beta2} --eval-iters 10 --device cpu {flags}"
     )
     plan = make_plan(parse(words.split()))
-    validate(plan.settings, plan.config, 1)
-    running: Any = runtime.start("cpu")
-    runtime.destroy_model_parallel()
-    runtime.initialize_model_parallel(plan.layout, plan.config.num_layers)
+    running = runtime.start("cpu")
+    join(Run(running, folder), plan, validate)
     running.seed_all(1)  # the weights are the same whatever the data's seed
     run = prepare(plan, running)
     batches = run.batches()

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from distributed.harness import Checks, Run, main
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
@@ -92,11 +94,9 @@ def plan_of(flags: str) -> RunPlan:
 def refused(flags: str) -> str:
     from qwen2_ascend.errors import UserError
 
-    try:
+    with pytest.raises(UserError) as caught:
         plan_of(flags)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("it was accepted")
+    return str(caught.value)
 
 
 def node_copy(run: Run, name: str, other: Qwen2Config | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,15 +61,3 @@ def test_weights_of_another_kind_are_kept_whole() -> None:
     weights.copy_(main.detach())
     mains.split()
     assert main.untyped_storage().nbytes() == 0
-
-
-@pytest.mark.parametrize("flags", ["", "--fp16"])
-def test_other_weights_are_refused(flags: str) -> None:
-    from qwen2_ascend.config import Qwen2Config
-    from qwen2_ascend.errors import UserError
-    from qwen2_ascend.training.settings import parse, validate
-
-    needed = "--config 7B --mock-data --seq-length 32 --lr 1e-5 --train-iters 3"
-    parsed = parse(f"{needed} --reuse-fp32-param {flags}".split())
-    with pytest.raises(UserError, match="--reuse-fp32-param needs --bf16"):
-        validate(parsed, Qwen2Config.named("7B"), 1)

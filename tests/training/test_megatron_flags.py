@@ -17,6 +17,7 @@ from qwen2_ascend.training import settings as pretraining
 from qwen2_ascend.training.megatron_flags import training_flags
 
 PATHS = "--save out --load in --data-path data"
+NEEDED = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
 MODEL_72B = """
     --use-mcore-models --transformer-impl local --num-layers 80 --hidden-size 8192
     --ffn-hidden-size 29568 --num-attention-heads 64 --group-query-attention --num-query-groups 8
@@ -74,7 +75,7 @@ REFUSED = {
 """What else those scripts, or people, say; and the way out."""
 
 
-def faults(module, flags: str, config: Qwen2Config | None = None, world_size: int = 64) -> list:
+def faults(module, flags: str, config: Qwen2Config | None = None, world_size: int = 1) -> list:
     try:
         module.validate(module.parse(flags.split()), config or Qwen2Config.named("72B"), world_size)
     except UserError as error:
@@ -92,7 +93,7 @@ def test_a_pasted_script_starts(module, flags: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "64")
     whole = f"{PATHS} {MODEL_72B} {TRAINING} {flags}"
-    assert faults(module, whole) == []
+    assert faults(module, whole, world_size=64) == []
     settings = module.parse(whole.split())
     notes = "\n".join(pasted_notes(settings.pasted, training_flags(type(settings))))
     for word in ("--num-layers 80", "--no-masked-softmax-fusion", "--swiglu", "--log-throughput"):
@@ -104,15 +105,13 @@ def test_a_pasted_script_starts(module, flags: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("flag", "way_out"), REFUSED.items())
 @pytest.mark.parametrize("module", [pretraining, finetuning])
 def test_what_has_no_counterpart_is_refused(module, flag: str, way_out: str) -> None:
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
-    assert faults(module, needed, world_size=1) == []
-    (fault,) = faults(module, f"{needed} {flag}", world_size=1)
+    assert faults(module, NEEDED) == []
+    (fault,) = faults(module, f"{NEEDED} {flag}")
     assert fault.startswith(flag) and way_out in fault
 
 
 def test_all_of_them_are_named_at_once() -> None:
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
-    found = faults(pretraining, f"{needed} {' '.join(REFUSED)} --micro-batch-size 0", world_size=1)
+    found = faults(pretraining, f"{NEEDED} {' '.join(REFUSED)} --micro-batch-size 0")
     assert len(found) == len(REFUSED) + 1
 
 
@@ -142,31 +141,29 @@ def test_all_of_them_are_named_at_once() -> None:
     ],
 )
 def test_a_script_for_another_model_or_launcher_is_refused(flags: str, words: str) -> None:
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
-    (fault,) = faults(pretraining, f"{needed} {flags}", world_size=1)
+    (fault,) = faults(pretraining, f"{NEEDED} {flags}")
     assert words in fault
 
 
 def test_a_padded_vocabulary_and_its_divisor_may_say_the_same() -> None:
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3 --padded-vocab-size 152064"
-    assert faults(pretraining, f"{needed} --make-vocab-size-divisible-by 128", world_size=1) == []
-    (fault,) = faults(pretraining, f"{needed} --make-vocab-size-divisible-by 1000", world_size=1)
+    needed = f"{NEEDED} --padded-vocab-size 152064"
+    assert faults(pretraining, f"{needed} --make-vocab-size-divisible-by 128") == []
+    (fault,) = faults(pretraining, f"{needed} --make-vocab-size-divisible-by 1000")
     assert "152064 is no multiple of --make-vocab-size-divisible-by 1000" in fault
 
 
 def test_random_weights_are_those_of_the_config() -> None:
     needed = "--config 72B --data-path data --seq-length 32 --lr 1e-5 --train-iters 3"
-    assert faults(pretraining, f"{needed} --init-method-std 0.02", world_size=1) == []
-    (fault,) = faults(pretraining, f"{needed} --init-method-std 0.01", world_size=1)
+    assert faults(pretraining, f"{needed} --init-method-std 0.02") == []
+    (fault,) = faults(pretraining, f"{needed} --init-method-std 0.01")
     assert "initializer_range is 0.02" in fault
 
 
 def test_a_tied_model_is_not_untied() -> None:
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
-    flags = f"{needed} --untie-embeddings-and-output-weights"
+    flags = f"{NEEDED} --untie-embeddings-and-output-weights"
     tied, untied = (tiny_config(tie_word_embeddings=value) for value in (True, False))
-    assert faults(pretraining, flags, untied, 1) == []
-    assert "tie_word_embeddings" in faults(pretraining, flags, tied, 1)[0]
+    assert faults(pretraining, flags, untied) == []
+    assert "tie_word_embeddings" in faults(pretraining, flags, tied)[0]
 
 
 @pytest.mark.parametrize(
@@ -180,11 +177,11 @@ def test_a_size_is_told_which_model_a_flag_is_of(
     config: str, flag: str, names: tuple[str, ...]
 ) -> None:
     needed = f"--config {config} --data-path data --seq-length 32 --lr 1e-5 --train-iters 3"
-    (fault,) = faults(pretraining, f"{needed} {flag}", Qwen2Config.named(config), 1)
+    (fault,) = faults(pretraining, f"{needed} {flag}", Qwen2Config.named(config))
     for name in names:
         assert name in fault
         named = needed.replace(f"--config {config}", f"--config {name}")
-        assert faults(pretraining, f"{named} {flag}", Qwen2Config.named(name), 1) == []
+        assert faults(pretraining, f"{named} {flag}", Qwen2Config.named(name)) == []
 
 
 def test_nodes_with_disks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,18 +189,18 @@ def test_nodes_with_disks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = "--load in --save out --seq-length 32 --lr 1e-5 --train-iters 3 --no-shared-storage"
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert faults(pretraining, f"{needed} --data-path data", world_size=1) == []
-    assert faults(finetuning, f"{needed} --data-path data", world_size=1) == []
+    assert faults(pretraining, f"{needed} --data-path data") == []
+    assert faults(finetuning, f"{needed} --data-path data") == []
     for module in (pretraining, finetuning):
         assert module.parse(f"{needed} --data-path data".split()).has_own_disks
         words = needed.replace("--no-shared-storage", "--data-path data")
         assert not module.parse(words.split()).has_own_disks
-    (fault,) = faults(finetuning, f"{needed} --data-path a.jsonl", world_size=1)
+    (fault,) = faults(finetuning, f"{needed} --data-path a.jsonl")
     assert "rank 0 prepares a.jsonl" in fault and "qwen2-ascend preprocess" in fault
     shared = f"{needed} --data-path a.jsonl --data-cache-path shared"
-    assert faults(finetuning, shared, world_size=1) == []
+    assert faults(finetuning, shared) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert faults(finetuning, f"{needed} --data-path a.jsonl", world_size=1) == []
+    assert faults(finetuning, f"{needed} --data-path a.jsonl") == []
 
 
 YARN = "--rope-scaling-type yarn --rope-scaling-factor 8 "
@@ -230,11 +227,10 @@ def test_yarn_is_given_to_a_model_that_has_none() -> None:
 )
 def test_yarn_that_contradicts_the_models_own_is_refused(flag: str, words: str) -> None:
     config = Qwen2Config.named("7B").with_yarn(8, 4096)
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
-    assert faults(pretraining, f"{needed} {YARN}", config, 1) == []
-    (fault,) = faults(pretraining, f"{needed} --rope-scaling-type yarn {flag}", config, 1)
+    assert faults(pretraining, f"{NEEDED} {YARN}", config) == []
+    (fault,) = faults(pretraining, f"{NEEDED} --rope-scaling-type yarn {flag}", config)
     assert fault.startswith(f"{flag}: {words}, and it decides")
-    settings = pretraining.parse(f"{needed} {YARN} {flag}".split())
+    settings = pretraining.parse(f"{NEEDED} {YARN} {flag}".split())
     assert settings.config_of_run(config) == config
 
 
@@ -250,10 +246,10 @@ def test_yarn_that_contradicts_the_models_own_is_refused(flag: str, words: str) 
 def test_yarn_of_numbers_that_are_none_is_refused(flag: str, words: str) -> None:
     name = flag.split()[0]
     yarn = " ".join(part for part in YARN.replace(" --", "\n--").split("\n") if name not in part)
-    words_given = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3 {yarn} {flag}"
+    words_given = f"{NEEDED} {yarn} {flag}"
     settings = pretraining.parse(words_given.split())
     assert settings.config_of_run(tiny_config()) == tiny_config()
-    (fault,) = faults(pretraining, words_given, tiny_config(), 1)
+    (fault,) = faults(pretraining, words_given, tiny_config())
     assert words in fault
 
 
@@ -269,16 +265,15 @@ def test_an_adapter_does_not_carry_yarn(tmp_path: Path) -> None:
 
 
 def test_other_names_of_what_is_a_setting() -> None:
-    needed = f"{PATHS} --seq-length 32 --lr 1e-5 --train-iters 3"
-    settings = finetuning.parse(f"{needed} --no-pad-to-seq-lengths".split())
+    settings = finetuning.parse(f"{NEEDED} --no-pad-to-seq-lengths".split())
     assert settings.data.variable_seq_lengths
     for flag in ("--reset-attention-mask", "--reset-position-ids"):
-        assert pretraining.parse(f"{needed} {flag}".split()).data.keep_documents_apart
-        assert finetuning.parse(f"{needed} {flag}".split()).keeps_apart
-    assert finetuning.parse(f"{needed} --neat-pack".split()).keeps_apart
-    assert not finetuning.parse(needed.split()).keeps_apart
+        assert pretraining.parse(f"{NEEDED} {flag}".split()).data.keep_documents_apart
+        assert finetuning.parse(f"{NEEDED} {flag}".split()).keeps_apart
+    assert finetuning.parse(f"{NEEDED} --neat-pack".split()).keeps_apart
+    assert not finetuning.parse(NEEDED.split()).keeps_apart
     (fault,) = faults(
-        pretraining, f"{needed.replace('--data-path data', '--mock-data')} {flag}", world_size=1
+        pretraining, f"{NEEDED.replace('--data-path data', '--mock-data')} {flag}", world_size=1
     )
     assert "--mock-data has no documents" in fault
 

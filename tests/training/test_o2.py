@@ -79,13 +79,6 @@ def test_loaded_moments_are_rounded_once() -> None:
     assert torch.equal(optimizer.state[weight]["exp_avg"], values.bfloat16())
 
 
-@pytest.mark.parametrize("flag", ["--o2-gradient", "--o2-optimizer"])
-@pytest.mark.parametrize("precision", ["", "--fp16"])
-def test_other_precisions_are_refused(flag: str, precision: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} needs --bf16"):
-        validate(parse(f"{NEEDED} {flag} {precision}".split()), Qwen2Config.named("7B"), 1)
-
-
 def test_a_flag_that_says_the_contrary_is_refused() -> None:
     flags = "--bf16 --o2-gradient --accumulate-allreduce-grads-in-fp32"
     with pytest.raises(UserError, match="--o2-gradient accumulates in bf16"):

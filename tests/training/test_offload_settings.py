@@ -30,12 +30,6 @@ def test_what_is_refused(flags: str, words: str) -> None:
         validate(parse(f"{NEEDED} {flags}".split()), Qwen2Config.named("7B"), 1)
 
 
-def test_fp32_weights_are_refused() -> None:
-    words = f"{NEEDED} {OFFLOAD}".replace("--bf16", "").split()
-    with pytest.raises(UserError, match="needs --bf16 or --fp16"):
-        validate(parse(words), Qwen2Config.named("7B"), 1)
-
-
 def test_megatron_lms_flags_are_taken() -> None:
     """Users paste them: the precision-aware optimizer is what the offload goes through."""
     flags = f"{OFFLOAD} --use-precision-aware-optimizer --overlap-cpu-optimizer-d2h-h2d"

@@ -13,6 +13,7 @@ import pytest
 
 from commands import World, environment, run_commands, run_python
 from data.corpora import write_indexed
+from distributed.jobs import read_metrics
 from helpers import make_tiny_hugging_face_folder, tiny_config
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
@@ -64,14 +65,12 @@ def _commands() -> dict[str, str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     timing = ("tokens_per_second", "tflops_per_device", "step_seconds", "peak_memory_bytes")
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+    return [{k: v for k, v in row.items() if k not in timing} for row in read_metrics(folder)]
 
 
 def test_the_first_line_says_where_it_runs(world: World) -> None:
-    run = world.runs["whole"]
-    assert run.status == 0, run.err
+    run = world.runs["whole"].require()
     first, *others = run.out.splitlines()
     (weights,) = [line for line in others if line.startswith("weights: ")]
     for words in ("device cpu", "backend gloo", "1 process(es)", "megatron-core", "TP1 PP1 DP1"):
@@ -81,8 +80,8 @@ def test_the_first_line_says_where_it_runs(world: World) -> None:
 
 def test_a_run_in_two_parts_is_a_run_in_one(world: World) -> None:
     """The same command line starts, resumes and then has nothing left to do."""
-    first, second, complete = (world.runs[name] for name in ("first", "second", "complete"))
-    assert (first.status, second.status, complete.status) == (0, 0, 0), second.err + first.err
+    names = ("first", "second", "complete")
+    first, second, complete = (world.runs[name].require() for name in names)
     assert "stopped after iteration 2: --exit-interval 2" in first.out
     assert f"resumed {world.folder}/parts/iter_0000002 at iteration 2" in second.out
     assert "nothing is left to do" in complete.out and "saved" not in complete.out
@@ -103,7 +102,7 @@ def test_a_run_goes_on_with_another_batch_to_the_end_that_was_asked_for(
     world: World, name: str, commands: tuple[str, str], samples: list[int]
 ) -> None:
     for command in commands:
-        assert world.runs[command].status == 0, world.runs[command].err
+        world.runs[command].require()
     assert [row["consumed_samples"] for row in metrics(world.folder / name)] == samples
 
 
@@ -138,8 +137,7 @@ def test_a_checkpoint_folder_is_complete(world: World) -> None:
 
 def test_what_only_reports_does_not_fail_a_run(world: World) -> None:
     """Picture and TensorBoard cannot be written: each is said once, and the run ends."""
-    run = world.runs["reports nothing"]
-    assert run.status == 0, run.err
+    run = world.runs["reports nothing"].require()
     warnings = run.err.splitlines()
     assert len(warnings) == 2, run.err
     for words in ("TensorBoard in ", "loss.png is not drawn: "):
@@ -165,8 +163,7 @@ def test_a_log_that_cannot_be_written_does_not_fail_a_run(world: World, tmp_path
 
 
 def test_random_weights_from_a_config(world: World) -> None:
-    run = world.runs["random"]
-    assert run.status == 0, run.err
+    run = world.runs["random"].require()
     assert "weights: random, seed 1234" in run.out
     config = json.loads((world.folder / "random" / "config.json").read_bytes())
     assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
@@ -174,9 +171,8 @@ def test_random_weights_from_a_config(world: World) -> None:
 
 
 def test_a_loss_that_explodes_ends_the_run_in_words(world: World) -> None:
-    run = world.runs["explodes"]
-    assert run.status == 1
-    assert "Traceback" not in run.err and run.err.startswith("error: iteration 2: loss")
+    run = world.runs["explodes"].require(1)
+    assert run.err.startswith("error: iteration 2: loss")
     assert "samples 4-7 of the training data" in run.err
 
 
@@ -192,10 +188,8 @@ def test_a_loss_that_explodes_ends_the_run_in_words(world: World) -> None:
     ],
 )
 def test_a_mistake_ends_with_two_and_no_traceback(world: World, name: str, words: str) -> None:
-    run = world.runs[name]
-    assert run.status == 2, run.err
-    assert "Traceback" not in run.err + run.out and run.err.startswith("error: ")
-    assert words in run.err
+    run = world.runs[name].require(2)
+    assert run.err.startswith("error: ") and words in run.err and "Traceback" not in run.out
 
 
 def test_every_mistake_is_named_at_once(world: World) -> None:

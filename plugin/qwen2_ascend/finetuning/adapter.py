@@ -7,15 +7,12 @@ they have the parameters' shapes.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from qwen2_ascend.checkpoint.adapter_rules import adapter_pieces, peft_pieces
 from qwen2_ascend.checkpoint.copying import BandBuffers, Reader, write_bands
@@ -32,19 +29,15 @@ from qwen2_ascend.checkpoint.load import Slices, load_slices
 from qwen2_ascend.checkpoint.plan import StoredSlice, make_plan
 from qwen2_ascend.checkpoint.rules import Box, TensorSlice
 from qwen2_ascend.checkpoint.slices import parts_of
-from qwen2_ascend.checkpoint.staging import partial_folder
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.errors import raise_if
-from qwen2_ascend.files import fsync_folder, write_file, written_whole
+from qwen2_ascend.files import write_file, written_whole
 from qwen2_ascend.finetuning.lora import lora_state
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
-from qwen2_ascend.training.loop import gathered_parameters
 from qwen2_ascend.training.rank_state import RankState
 from qwen2_ascend.training.saving import RankPart, Store
-
-__all__ = ["load_adapter", "read_lora_config", "save_adapter"]
 
 _RANKS_FOLDER = ".ranks"
 
@@ -56,15 +49,7 @@ def adapter_state(
     layout: ParallelLayout,
     optimizer: Any = None,
 ) -> RankState:
-    """This rank's adapters, and the optimizer's tensors of them.
-
-    Args:
-        chunks: this rank's model chunks, with adapters.
-        lora: what `apply_lora` got.
-        config: the model's shape.
-        layout: how it is cut.
-        optimizer: None leaves its tensors out.
-    """
+    """This rank's adapters, and the optimizer's tensors of them; None leaves those out."""
     return RankState(lora_state(chunks), adapter_pieces(config, lora, layout), optimizer)
 
 
@@ -123,51 +108,6 @@ def merge_adapter(
     write_file(folder / CONFIG_FILE, encode_config(lora, base_model))
 
 
-def save_adapter(
-    chunks: Sequence[Any],
-    lora: LoraConfig,
-    config: Qwen2Config,
-    layout: ParallelLayout,
-    folder: str | Path,
-    *,
-    base_model: str | None = None,
-    also: Mapping[str, bytes] = MappingProxyType({}),
-) -> None:
-    """Writes the adapter as a folder that `peft` loads; every rank calls it.
-
-    A new folder appears whole; in one that exists each file is replaced whole, the config last.
-
-    Args:
-        chunks: this rank's model chunks, with adapters.
-        lora: what `apply_lora` got.
-        config: the model's shape.
-        layout: how it is cut.
-        folder: on a disk that all ranks share.
-        base_model: name or folder of the base model, for adapter_config.json.
-        also: contents of other files to write, by name.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    folder = Path(folder)
-    partial, rank = partial_folder(folder), torch.distributed.get_rank()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    with gathered_parameters(chunks):
-        part, own = lay_out_adapter(adapter_state(chunks, lora, config, layout), rank)
-        part.write(partial)
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
-    if rank == 0:
-        for name, data in also.items():
-            write_file(partial / name, data)
-        merge_adapter(partial, [part for own in parts for part in own], lora, config, base_model)
-        _publish(partial, folder)
-    torch.distributed.barrier()
-
-
 def load_adapter(
     chunks: Sequence[Any],
     lora: LoraConfig,
@@ -198,19 +138,8 @@ def load_adapter(
     load_adapter_slices(state.whole(), lora, config, Path(folder) / WEIGHTS_FILE)
 
 
-def load_adapter_slices(
-    slices: Slices,
-    lora: LoraConfig,
-    config: Qwen2Config,
-    path: Path,
-) -> None:
+def load_adapter_slices(slices: Slices, lora: LoraConfig, config: Qwen2Config, path: Path) -> None:
     """Fills runs of adapters' elements from a file of `merge_adapter`, or PEFT; values are cast.
-
-    Args:
-        slices: as `checkpoint.load.load_slices` takes them.
-        lora: what `apply_lora` got.
-        config: the model's shape.
-        path: the file.
 
     Raises:
         UserError: the file's tensors are not those of this adapter and model.
@@ -241,18 +170,6 @@ def _merge(sources: Sequence[StoredSlice], pieces: Mapping[str, TensorSlice], pa
                 file.write(band.reshape(-1).view(np.uint8).data)
 
             write_bands(write, reader, buffers, put)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    fsync_folder(partial)
-    if folder.exists() and any(folder.iterdir()):
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(partial / name, folder / name)
-        partial.rmdir()
-        fsync_folder(folder)
-    else:
-        os.rename(partial, folder)
-    fsync_folder(folder.parent)
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import xxhash
 from torch.nn.functional import logsigmoid, relu
@@ -34,26 +33,21 @@ REFERENCE_FILE = "dpo_reference.safetensors"
 METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
 
 
-class DpoObjective:
-    """The Objective of preference pairs: the mean over the pairs.
+class DpoObjective(NamedTuple):
+    """The Objective of preference pairs: the mean over the pairs."""
 
-    Args:
-        reference: log-probabilities of the chosen and the rejected answers under the reference
-            model, sums over their tokens, `[pairs, 2]`, by a batch's `index`.
-        tuning: beta, the kind of loss, and what is added to it.
-    """
-
-    def __init__(self, reference: torch.Tensor, tuning: TuningSettings) -> None:
-        self._reference = reference
-        self._tuning = tuning
+    reference: torch.Tensor
+    """Log-probabilities of the chosen and the rejected answers under the reference model, sums over
+    their tokens, `[pairs, 2]`, by a batch's `index`."""
+    tuning: TuningSettings
 
     def __call__(
         self, losses: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """losses `[2 b, s]`, the chosen rows first; see `training.loop.Objective`."""
-        tuning = self._tuning
+        tuning = self.tuning
         log_probs, lengths = answer_log_probs(losses, batch["loss_mask"])
-        gain = log_probs - self._reference[batch["index"]].t()
+        gain = log_probs - self.reference[batch["index"]].t()
         shown = tuning.dpo_beta * gain.detach()
         if tuning.dpo_loss_type == "ipo":
             gain = gain / lengths
@@ -151,34 +145,31 @@ def _reference(
     identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
     save = plan.settings.checkpoint.save
     if kept is not None:
-        path, numbers, weights = kept
+        path, reference = kept
         logger.info(f"reference log-probabilities: {path}")
-        log_probs = torch.from_numpy(numbers)
         if save is not None and save.absolute() != path.parent.absolute():
             # a later start may know that folder alone; the reference stays that of its weights
-            _keep(run, save, log_probs, {**identity, "weights": weights})
-        return log_probs
+            _keep(run, save, reference)
+        return reference.log_probs
     parts = []
     for source in sources:
         logger.info(f"reference log-probabilities of {len(source):,} pairs: computing")
         parts.append(reference_log_probs(run, source))
     log_probs = torch.cat(parts)
     if save is not None:
-        _keep(run, save, log_probs, identity)
+        _keep(run, save, _Kept(log_probs, **identity))
     return log_probs
 
 
-def _keep(
-    run: TrainingRun, folder: Path, log_probs: torch.Tensor, identity: dict[str, str]
-) -> None:
+def _keep(run: TrainingRun, folder: Path, reference: _Kept) -> None:
     if run.runtime.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _Kept(log_probs=log_probs, **identity).write(folder / REFERENCE_FILE)
+        reference.write(folder / REFERENCE_FILE)
 
 
 def _kept_reference(
     plan: RunPlan[FinetuneSettings], sources: list[Any]
-) -> tuple[dict[str, str], tuple[Path, np.ndarray, str] | None]:
+) -> tuple[dict[str, str], tuple[Path, _Kept] | None]:
     """What pairs and weights these are; and their file with what it says, if there is one.
 
     Raises:
@@ -191,7 +182,7 @@ def _kept_reference(
         if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
             continue
         if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
-            return identity, (folder / REFERENCE_FILE, kept.log_probs.numpy(), kept.weights)
+            return identity, (folder / REFERENCE_FILE, kept)
     if resumed is None:
         return identity, None
     raise UserError(
@@ -264,7 +255,8 @@ def _identity(plan: RunPlan[FinetuneSettings], sources: list[Any]) -> dict[str, 
     files = [] if plan.source is None else list(plan.source.files)
     if plan.settings.lora.lora_load is not None:
         files += sorted(plan.settings.lora.lora_load.glob("adapter_*"))
-    weights = [(str(path.resolve()), *_stamp(path)) for path in files]
+    stats = [(path.resolve(), path.stat()) for path in files]
+    weights = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     seed = None if files else plan.settings.runtime.seed
     return {"pairs": pairs.hexdigest(), "weights": json.dumps([weights, seed])}
 
@@ -275,11 +267,6 @@ def _rows(sources: list[Any]) -> Iterator[bytes]:
             for side in source[index].values():
                 yield side["tokens"].numpy().tobytes()
                 yield side["loss_mask"].numpy().tobytes()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 class _Kept(NamedTuple):

@@ -12,8 +12,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +24,11 @@ from qwen2_ascend.telemetry.settings import folder_fault
 from qwen2_ascend.training.plan import RunPlan
 
 if TYPE_CHECKING:
+    from qwen2_ascend.finetuning.lora_checkpoint import LoraStorage
     from qwen2_ascend.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-WriteAdapter = Callable[[Path, Mapping[str, bytes]], None]
 EXPORT_FILE = "qwen2_ascend_export.json"
 SAVE_HF, SAVE_ADAPTER = "--save-hf", "--save-adapter"
 
@@ -65,7 +64,7 @@ def finish(
     plan: RunPlan[FinetuneSettings],
     runtime: Runtime,
     is_complete: bool,
-    write_adapter: WriteAdapter,
+    storage: LoraStorage | None = None,
 ) -> None:
     """Makes the exports of a complete run and parts the ranks; every rank calls it.
 
@@ -73,7 +72,7 @@ def finish(
         plan: the plan of the run, with its length.
         runtime: this rank's runtime, which is closed.
         is_complete: whether the run is; if not, nothing is exported.
-        write_adapter: writes a PEFT folder, on every rank.
+        storage: of the adapters, where there are any.
     """
     export, made = plan.settings.export, plan.found.exports
     flags = {SAVE_ADAPTER: export.save_adapter, SAVE_HF: export.save_hf}
@@ -88,7 +87,8 @@ def finish(
         logger.info(f"{' and '.join(asked)}: written when the run is complete; {goes_on}")
     also = {EXPORT_FILE: _export_file(plan)} if due else {}
     if SAVE_ADAPTER in due:
-        write_adapter(due[SAVE_ADAPTER], also)
+        assert storage is not None
+        storage.export(due[SAVE_ADAPTER], also)
     runtime.close()
     if SAVE_HF in due and runtime.rank == 0:
         _write_hugging_face(plan, due[SAVE_HF], also)
@@ -135,8 +135,8 @@ def _check_conversion(plan: RunPlan[FinetuneSettings], folder: Path) -> None:
     from qwen2_ascend.checkpoint.convert import Conversion, prepare
 
     if plan.lora is not None and plan.base is not None:
-        request = Conversion(load_dir=plan.base, save_dir=folder, save_model_type="hf")
-        prepare(replace(request, dtype=merged_dtype(plan)))
+        dtype = merged_dtype(plan)
+        prepare(Conversion(load_dir=plan.base, save_dir=folder, save_model_type="hf", dtype=dtype))
 
 
 def merged_dtype(plan: RunPlan[FinetuneSettings]) -> str | None:

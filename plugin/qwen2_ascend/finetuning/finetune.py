@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +30,15 @@ from qwen2_ascend.training.setup import (
 
 if TYPE_CHECKING:
     from qwen2_ascend.data.chat.build import ChatDatasets
+    from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
     from qwen2_ascend.runtime import Runtime
-    from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.loop import TrainingRun
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `launch/finetune_qwen2.py`.
-
-    Args:
-        arguments: the flags; sys.argv's without it.
-
-    Returns:
-        The exit status, as `launched` has it.
-    """
+    """The exit status of `launch/finetune_qwen2.py` with these flags, or sys.argv's."""
     return launched(lambda: finetune(parse(arguments)), goes_on=True)
 
 
@@ -64,11 +56,12 @@ def finetune(settings: FinetuneSettings) -> None:
 def _finetune(settings: FinetuneSettings) -> None:
     plan, runtime = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
-        finish(plan, runtime, True, write_adapter=lambda *_: None)
+        finish(plan, runtime, True)
         return
     run, plan = prepare(plan, runtime)
-    is_complete = train_and_report(run, plan, checkpointer(run, plan))
-    finish(plan, runtime, is_complete, partial(write_adapter, run, plan))
+    storage = lora_storage(run, plan)
+    is_complete = train_and_report(run, plan, storage and storage.checkpointer)
+    finish(plan, runtime, is_complete, storage)
 
 
 def check_data(settings: FinetuneSettings) -> None:
@@ -85,9 +78,7 @@ def check_data(settings: FinetuneSettings) -> None:
 def make_plan(settings: F, found: Found | None = None) -> RunPlan[F]:
     """Opens what --load and --lora-load name; reads headers only.
 
-    Args:
-        settings: all flags.
-        found: what rank 0 found on the disk; rank 0 itself looks.
+    The arguments are those of `training.plan.make_plan`.
 
     Raises:
         UserError: nothing usable is there, it contradicts the flags, or the run's end could not
@@ -184,23 +175,18 @@ def prepare(
 
         prepare_dpo(run, plan)
     resume_if_saved(run, plan)
-    if plan.lora is not None and isinstance(plan.saved, SavedLora):
-        from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
-
-        notes = MegatronLora(run, checkpoint_identity(plan), plan.lora).resume(plan.saved)
-        log_resumed(run, plan.saved.folder, notes)
+    if isinstance(plan.saved, SavedLora) and (storage := lora_storage(run, plan)):
+        log_resumed(run, plan.saved.folder, storage.resume(plan.saved))
     return run, plan
 
 
-def checkpointer(
-    run: TrainingRun, plan: RunPlan[FinetuneSettings]
-) -> Callable[[Callable[[str], None]], Checkpointer] | None:
-    """Makes what writes checkpoints; None writes all weights."""
+def lora_storage(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> MegatronLora | None:
+    """What reads and writes the adapters; None where all weights are tuned."""
     if plan.lora is None:
         return None
     from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
 
-    return MegatronLora(run, checkpoint_identity(plan), plan.lora, plan.base).checkpointer
+    return MegatronLora(run, checkpoint_identity(plan), plan.lora, plan.base)
 
 
 def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings]) -> None:
@@ -273,15 +259,3 @@ def _model_options(settings: FinetuneSettings) -> dict[str, Any]:
         return {}
     # megatron-core asks for this dispatcher whether there are experts or not
     return {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
-
-
-def write_adapter(
-    run: TrainingRun, plan: RunPlan[FinetuneSettings], folder: Path, also: Mapping[str, bytes]
-) -> None:
-    """Writes the adapters as a PEFT folder, with files of `also`; every rank calls it."""
-    from qwen2_ascend.finetuning.adapter import save_adapter
-
-    assert plan.lora is not None
-    base = str(plan.base) if plan.base else None
-    where = (plan.lora, plan.config, plan.layout)
-    save_adapter(run.chunks, *where, folder, base_model=base, also=also)

@@ -1,22 +1,9 @@
 """LoRA on a model of any layout.
 
-    apply_lora(chunks, lora, config, layout, seed=...)
-                              once the weights are loaded and before DDP: freezes them and adds
-                              adapters that change nothing yet (B = 0); build_optimizer then sees
-                              the adapters alone
-    lora_state(chunks)        a dict of each chunk's adapter parameters by name
-    adapters_disabled(chunks) context manager: the base model (the reference of DPO)
-    merged_weights(chunks)    an iterator of (chunk, name, W + scaling * B A)
-    merge_adapters(chunks)    puts those in and takes the adapters out
-
-In `finetuning/adapter.py`, called by every rank:
-
-    save_adapter(chunks, lora, config, layout, folder)     a PEFT folder
-    load_adapter(chunks, lora, config, layout, folder)     into what apply_lora made;
-                              `read_lora_config(folder)` says what `lora` has to be
-    lay_out_adapter, merge_adapter, load_adapter_slices    also Adam's moments, for checkpoints
-
-Files are merged without a model by `qwen2-ascend convert --load-dir BASE --adapter FOLDER ...`.
+`apply_lora` is called once the weights are loaded and before DDP. It freezes them and adds adapters
+that change nothing yet (B = 0); build_optimizer then sees the adapters alone. Their files are those
+of `finetuning/adapter.py` and `finetuning/lora_checkpoint.py`; they are merged without a model by
+`qwen2-ascend convert --load-dir BASE --adapter FOLDER ...`.
 
 The representation. PEFT gives q_proj, k_proj and v_proj a pair A `[r, h]`, B `[rows, r]` each;
 Megatron holds them as one linear_qkv whose rows are mixed by query group. Here a Megatron module
@@ -29,8 +16,8 @@ than query groups too. Rows of projections that are not targets are zero and sta
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,16 +40,6 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.runtime.megatron_compat import sums_only_gradients_that_are_there
-
-__all__ = [
-    "LoraConfig",
-    "adapters_disabled",
-    "apply_lora",
-    "initial_a",
-    "lora_state",
-    "merge_adapters",
-    "merged_weights",
-]
 
 
 def apply_lora(
@@ -112,7 +89,6 @@ class Adapter(torch.nn.Module):
     Attributes:
         lora_A: `[targets * rank, in]`
         lora_B: `[out, rank]`
-        is_enabled: whether the module's output is changed.
     """
 
     def __init__(self, module: Any, rule_a: Rule, rule_b: Rule, lora: LoraConfig, tp: int) -> None:
@@ -122,7 +98,6 @@ class Adapter(torch.nn.Module):
         self.is_row_parallel = rule_a.shard_axis == BY_COLUMNS
         self.sequence_parallel = bool(module.config.sequence_parallel and tp > 1)
         self.scaling, self.dropout_p = lora.scaling, lora.dropout
-        self.is_enabled = True
         self._box_a, box_b = rule_a.shard(tp, tp_rank), rule_b.shard(tp, tp_rank)
         like = {"dtype": weight.dtype, "device": weight.device}
         self.lora_A = torch.nn.Parameter(torch.zeros(rule_a.shape(self._box_a), **like))
@@ -155,22 +130,17 @@ class Adapter(torch.nn.Module):
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)
         else:
             low = copy_to_tensor_model_parallel_region(low)
-        return linear(low, self._wide_b(self.lora_B))
+        return linear(low, self._wide_b())
 
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """What merging adds to the weight, in fp32 and of its shape."""
-        return self._wide_b(self.lora_B).float() @ self.lora_A.float() * self.scaling
-
-    def _wide_b(self, b: Tensor) -> Tensor:
+    def _wide_b(self) -> Tensor:
         """`[out, targets * rank]`: each row of B under its own target's A, zero under the others.
 
         So that one product serves all targets, in whichever order the module has their rows.
         """
         owners: Any = self._owners
         if owners is None:
-            return b
-        return (b.unsqueeze(1) * owners.unsqueeze(2)).flatten(1)
+            return self.lora_B
+        return (self.lora_B.unsqueeze(1) * owners.unsqueeze(2)).flatten(1)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if self.dropout_p == 0.0 or not self.training:
@@ -200,67 +170,19 @@ def initial_a(name: str, rank: int, columns: int, seed: int) -> Tensor:
 
 def lora_state(chunks: Sequence[Any]) -> list[dict[str, torch.nn.Parameter]]:
     """The adapters' parameters of each chunk, by their names in the unwrapped model."""
-    return [_adapter_parameters(unwrap(chunk)) for chunk in chunks]
-
-
-@contextmanager
-def adapters_disabled(chunks: Sequence[Any]) -> Iterator[None]:
-    """Within it the chunks compute what the base model does."""
-    adapters = [adapter for chunk in chunks for _, _, adapter in _adapters(unwrap(chunk))]
-    for adapter in adapters:
-        adapter.is_enabled = False
-    try:
-        yield
-    finally:
-        for adapter in adapters:
-            adapter.is_enabled = True
-
-
-@torch.no_grad()
-def merged_weights(chunks: Sequence[Any]) -> Iterator[tuple[int, str, Tensor]]:
-    """Yields (chunk, parameter name, merged weight) of every module with an adapter.
-
-    The sum is made in fp32 and rounded once to the weight's dtype. No ranks are asked.
-    """
-    for index, chunk in enumerate(chunks):
-        for name, module, adapter in _adapters(unwrap(chunk)):
-            weight = module.weight
-            merged = (weight.float() + adapter.delta()).to(weight.dtype)
-            yield index, f"{name}.weight", merged
-
-
-@torch.no_grad()
-def merge_adapters(chunks: Sequence[Any]) -> None:
-    """Adds the adapters to the weights and takes them out; the chunks must not be in DDP."""
-    for chunk in chunks:
-        for _, module, adapter in list(_adapters(chunk)):
-            weight = module.weight
-            weight.copy_((weight.float() + adapter.delta()).to(weight.dtype))
-            del module.adapter
-            for key, hook in list(module._forward_hooks.items()):
-                if hook is _add_adapter:
-                    del module._forward_hooks[key]
-
-
-def _adapters(chunk: Any) -> Iterator[tuple[str, Any, Adapter]]:
-    """(name, module, adapter) of every module that has one."""
-    for name, module in chunk.named_modules():
-        if isinstance(adapter := getattr(module, "adapter", None), Adapter):
-            yield name, module, adapter
-
-
-def _adapter_parameters(chunk: Any) -> dict[str, torch.nn.Parameter]:
-    return {
-        f"{name}.adapter.{key}": parameter
-        for name, _, adapter in _adapters(chunk)
-        for key, parameter in adapter.named_parameters()
-    }
+    return [
+        {
+            f"{name}.{key}": parameter
+            for name, module in unwrap(chunk).named_modules()
+            if isinstance(module, Adapter)
+            for key, parameter in module.named_parameters()
+        }
+        for chunk in chunks
+    ]
 
 
 def _add_adapter(module: Any, args: tuple[Tensor, ...], output: Any) -> Any:
     """Forward hook of a linear module: (output, bias) with the adapter's output added."""
-    if not module.adapter.is_enabled:
-        return output
     out, bias = output
     return out + module.adapter(args[0]), bias
 

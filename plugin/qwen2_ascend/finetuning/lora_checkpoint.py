@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
+from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
 from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.adapter import (
     adapter_state,
@@ -47,28 +49,19 @@ class AdapterPart(NamedTuple):
     """Called on rank 0 when all ranks have written theirs: makes a PEFT folder of them."""
 
 
+@dataclass
 class LoraStorage(ABC):
-    """The checkpoints of one LoRA run. Every rank calls every method."""
+    """The checkpoints of one LoRA run, and its export. Every rank calls every method."""
 
     unlike: ClassVar[str]
     """What a run differs in whose random number generators do not fit."""
-
-    def __init__(
-        self,
-        run: Any,
-        identity: CheckpointIdentity,
-        lora: LoraConfig,
-        base: Path | None = None,
-    ) -> None:
-        """Nothing is read or written yet.
-
-        Args:
-            run: its model has adapters.
-            identity: the identity of the base model.
-            lora: what the adapters are.
-            base: where the base model was loaded from.
-        """
-        self.run, self.identity, self.lora, self.base = run, identity, lora, base
+    run: Any
+    """Its model has adapters."""
+    identity: CheckpointIdentity
+    """The identity of the base model."""
+    lora: LoraConfig
+    base: Path | None
+    """Where the base model was loaded from."""
 
     @property
     @abstractmethod
@@ -86,7 +79,7 @@ class LoraStorage(ABC):
         return True
 
     @abstractmethod
-    def adapter_part(self) -> AdapterPart:
+    def adapter_part(self, *, with_optimizer: bool) -> AdapterPart:
         """The adapters as they are now, and their optimizer if it is wanted."""
 
     @abstractmethod
@@ -100,6 +93,29 @@ class LoraStorage(ABC):
         Raises:
             UserError: the checkpoint's does not fit.
         """
+
+    def export(self, folder: Path, also: Mapping[str, bytes]) -> None:
+        """Writes the adapters as a folder that `peft` loads, and files of `also` beside them.
+
+        It appears whole, also in the place of one that exists, on a disk that all ranks share.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        part, _, finish = self.adapter_part(with_optimizer=False)
+        partial, runtime = partial_folder(folder), self.run.runtime
+        if runtime.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        runtime.barrier()
+        part.write(partial)
+        runtime.barrier()
+        if runtime.rank == 0:
+            for name, data in also.items():
+                write_file(partial / name, data)
+            finish(partial)
+            publish_folder(partial, folder)
+        runtime.barrier()
 
     def checkpointer(self, log: Callable[[str], None]) -> Checkpointer:
         """What writes the checkpoints, by the settings' `checkpoint`; `log` prints a line."""
@@ -136,8 +152,9 @@ class LoraStorage(ABC):
         return notes
 
     def _lay_out(self, folder: Path) -> Pending:
-        part, kinds, finish_adapter = self.adapter_part()
-        saves_rng = not self.run.settings.checkpoint.no_save_rng
+        settings = self.run.settings.checkpoint
+        part, kinds, finish_adapter = self.adapter_part(with_optimizer=not settings.no_save_optim)
+        saves_rng = not settings.no_save_rng
         if saves_rng and self.writes_rng:
             data = io.BytesIO()
             torch.save(rng_state(self.run.runtime), data)
@@ -184,11 +201,10 @@ class MegatronLora(LoraStorage):
     def writes_rng(self) -> bool:
         return own_replica()[0] == 0
 
-    def adapter_part(self) -> AdapterPart:
+    def adapter_part(self, *, with_optimizer: bool) -> AdapterPart:
         run, identity = self.run, self.identity
-        optimizer = None if run.settings.checkpoint.no_save_optim else run.optimizer
         with gathered_parameters(run.chunks):
-            state = self._state(optimizer)
+            state = self._state(run.optimizer if with_optimizer else None)
             part, own = lay_out_adapter(state, run.runtime.rank)
         parts = [part for of_rank in gathered(own, run.runtime, self._group) for part in of_rank]
         base = str(self.base) if self.base else None

@@ -111,11 +111,7 @@ class FinetuneSettings(TrainingSettings):
     ) -> F:
         """The same with --num-train-epochs told in steps; part of a last step is a step.
 
-        Args:
-            samples_per_epoch: what one pass over the data takes.
-            world_size: number of ranks.
-            iteration: steps that the checkpoint has which is resumed.
-            consumed_samples: samples that those steps took.
+        `samples_per_epoch` is what one pass over the data takes, the rest is `length`'s.
         """
         epochs = self.tuning.num_train_epochs
         if epochs is None:

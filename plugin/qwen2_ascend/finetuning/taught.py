@@ -26,9 +26,6 @@ TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def taught_files(plan: RunPlan[FinetuneSettings]) -> dict[str, bytes]:
     """Files of the exported folder that differ from the base model's, by name.
 
-    Args:
-        plan: the plan of the run.
-
     Raises:
         UserError: --chat-template cannot be read.
     """

@@ -43,12 +43,7 @@ from qwen2_ascend.files import write_file
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training import megatron_state
 from qwen2_ascend.training import optimizer as optimizers
-from qwen2_ascend.training.checkpointer import (
-    Checkpointer,
-    Pending,
-    gathered,
-    host_group,
-)
+from qwen2_ascend.training.checkpointer import Checkpointer, Pending, gathered, host_group
 from qwen2_ascend.training.loop import TrainingRun, gathered_parameters
 from qwen2_ascend.training.progress import progress_state, restore_progress, with_tensors
 from qwen2_ascend.training.rank_files import RNG, RankFiles, rank_folder
@@ -78,6 +73,11 @@ class CheckpointIdentity:
     """bf16, fp16 or fp32."""
     side_files: Mapping[Path, bytes]
     """config.json, tokenizer and chat template files, by their place in the checkpoint folder."""
+
+    @property
+    def args(self) -> Namespace:
+        """Megatron-LM's arguments of the model."""
+        return megatron_args(self.config, self.layout, self.padded_vocab_size, self.dtype)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -115,11 +115,7 @@ class MegatronWriter:
         self._group = host_group(run.runtime)
 
     def lay_out(self, folder: Path) -> Pending:
-        """This rank's part of the state as it is now; every rank calls it.
-
-        Args:
-            folder: what is laid out goes there.
-        """
+        """This rank's part of the state as it is now; every rank calls it."""
         with gathered_parameters(self._run.chunks):
             tensors = self._state.tensors()
         rng = None if self._settings.no_save_rng else rng_state(self._run.runtime)
@@ -139,14 +135,9 @@ class MegatronWriter:
 
     @cached_property
     def _state(self) -> RankState:
-        identity, run, settings = self._identity, self._run, self._settings
-        return RankState(
-            [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
-            megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
-            self._optimizer,
-            is_stored_once=settings.ckpt_format == "torch_dist",
-            with_main=True,
-        )
+        is_once = self._settings.ckpt_format == "torch_dist"
+        options = {"is_stored_once": is_once, "with_main": True}
+        return _rank_state(self._run, self._identity, self._optimizer, **options)
 
     @cached_property
     def _rules(self) -> dict[str, Rule]:
@@ -161,10 +152,7 @@ class MegatronWriter:
 
     def _common_state(self) -> dict[str, Any]:
         """What is the same on every rank, in plain values."""
-        run, identity = self._run, self._identity
-        args = megatron_args(
-            identity.config, identity.layout, identity.padded_vocab_size, identity.dtype
-        )
+        run, args = self._run, self._identity.args
         vars(args).update(
             iteration=run.progress.iteration,
             consumed_train_samples=run.progress.consumed_samples,
@@ -285,6 +273,15 @@ class _Chunks(NamedTuple):
     """The entries of all ranks; on rank 0."""
 
 
+def _rank_state(
+    run: TrainingRun, identity: CheckpointIdentity, optimizer: Any, **options: bool
+) -> RankState:
+    """What this rank has of all weights and of their optimizer; `options` are RankState's."""
+    parameters = [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks]
+    pieces = megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size)
+    return RankState(parameters, pieces, optimizer, **options)
+
+
 def _state_key(kind: str, key: str, sharding_type: str | None) -> str:
     """The key in torch_dist of a weight, or of the optimizer's tensor of it of some kind."""
     if kind == optimizers.MAIN and sharding_type == megatron_optimizer.FULLY_RESHARDABLE:
@@ -342,9 +339,7 @@ def resume(
 
 
 def _is_same_layout(args: Namespace, identity: CheckpointIdentity) -> bool:
-    own = megatron_args(
-        identity.config, identity.layout, identity.padded_vocab_size, identity.dtype
-    )
+    own = identity.args
     return all(getattr(args, name, None) == getattr(own, name) for name in PLACES)
 
 
@@ -366,11 +361,7 @@ def _read_rng(saved: SavedRun, identity: CheckpointIdentity) -> Any:
 def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdentity) -> None:
     """Reads this rank's slices of the optimizer's tensors, in place."""
     sources = _open_states(saved, identity)
-    state = RankState(
-        [dict(unwrap(chunk).named_parameters()) for chunk in run.chunks],
-        megatron_pieces(identity.config, identity.layout, identity.padded_vocab_size),
-        run.optimizer,
-    )
+    state = _rank_state(run, identity, run.optimizer)
 
     def load(kind: str, slices: Slices) -> None:
         source = sources[kind]

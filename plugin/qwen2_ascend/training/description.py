@@ -27,9 +27,8 @@ from qwen2_ascend.telemetry.reporting import attempt
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
+    from qwen2_ascend.training.loop import TrainingRun
     from qwen2_ascend.training.plan import RunPlan
-
-__all__ = ["RUN_FILE", "description", "environment", "write_description"]
 
 PACKAGES = (
     "torch",
@@ -49,47 +48,28 @@ VARIABLES = re.compile(
 SECRETS = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
 
 
-def write_description(
-    folder: Path, plan: RunPlan, runtime: Runtime, train_iters: int, first_iteration: int
-) -> None:
-    """Writes run.json into a folder.
-
-    Args:
-        folder: the folder of metrics.jsonl.
-        plan: the plan of the run.
-        runtime: its device.
-        train_iters: steps of the whole run.
-        first_iteration: steps that were made before this start.
+def write_description(folder: Path, plan: RunPlan, run: TrainingRun) -> None:
+    """Writes run.json into the folder of metrics.jsonl, when a run begins or goes on.
 
     Raises:
         OSError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    told = description(plan, runtime, train_iters)
-    entry = attempt(f"how {RUN_FILE} tells the layout", _start, plan, runtime, first_iteration)
-    told["starts"] = with_start(folder / RUN_FILE, entry, first_iteration)
-    text = json.dumps(told, indent=1, default=str)
-    write_file(folder / RUN_FILE, f"{text}\n".encode())
-
-
-def description(plan: RunPlan, runtime: Runtime, train_iters: int) -> dict[str, Any]:
-    """What run.json says.
-
-    Args:
-        plan: the plan of the run.
-        runtime: its device.
-        train_iters: steps of the whole run.
-    """
     from qwen2_ascend.training.plan import flags
 
-    return {
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime, first_iteration = run.runtime, run.progress.iteration
+    told = {
         "written_by": f"qwen2-ascend {__version__}",
-        "train_iters": train_iters,
+        "train_iters": run.train_iters,
         "flags": flags(plan.settings),
         "model": asdict(plan.config),
         "environment": environment(runtime, os.environ),
         **(attempt(f"what {RUN_FILE} says was planned", _planned, plan, runtime) or {}),
     }
+    entry = attempt(f"how {RUN_FILE} tells the layout", _start, plan, runtime, first_iteration)
+    told["starts"] = with_start(folder / RUN_FILE, entry, first_iteration)
+    text = json.dumps(told, indent=1, default=str)
+    write_file(folder / RUN_FILE, f"{text}\n".encode())
 
 
 def environment(runtime: Runtime, variables: Mapping[str, str]) -> dict[str, str]:

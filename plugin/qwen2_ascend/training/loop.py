@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from qwen2_ascend.data.sampler import BATCH_KEYS, PretrainingBatchSampler, build_data_iterator
@@ -32,6 +29,9 @@ from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.schedule import current_lr
 from qwen2_ascend.training.settings import ParallelSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from qwen2_ascend.training.checkpointer import Checkpointer
 
 Batch = dict[str, Any]
 """BATCH_KEYS, each a tensor `[b, s]`, and `ends`, a tuple of ints, when documents are packed."""
@@ -56,15 +56,6 @@ class Objective(Protocol):
             have a part of every row: what one of them says of a whole row, the others must not.
         """
         ...
-
-
-class Saver(Protocol):
-    """What writes checkpoints: `checkpointer.Checkpointer`."""
-
-    def save(self, *, is_last: bool = False) -> None: ...
-    def poll(self) -> None: ...
-    def wait_until_copied(self) -> None: ...
-    def finish(self) -> None: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -173,16 +164,67 @@ class TrainingRun:
         return SequenceCut.of_layout(self.settings.layout())
 
     def batches(self) -> Iterator[Batch | None]:
-        """`train_batches`."""
-        return train_batches(self)
+        """This rank's micro-batches of the training data, from `progress` on."""
+        return self.batches_of(self.train_data, self.progress.consumed_samples)
+
+    def batches_of(self, dataset: Any, consumed_samples: int = 0) -> Iterator[Batch | None]:
+        """This rank's micro-batches of a dataset; None for stages that read no data."""
+        at_an_end = self.chunks[0].module.pre_process or self.chunks[-1].module.post_process
+        # every stage's attention has to know where packed documents end
+        if not at_an_end and not getattr(dataset, "is_packed", False):
+            while True:
+                yield None
+        yield from read_batches(self, dataset, consumed_samples)
 
     def step(self, batches: Iterator[Batch | None], *, stop_wanted: bool = False) -> StepResult:
-        """`train_step`."""
-        return train_step(self, batches, stop_wanted=stop_wanted)
+        """One global batch: forward, backward, and the update if all numbers are finite.
 
+        Raises:
+            NonFiniteError: they are not, and `on_nonfinite` is "stop".
+        """
+        optimizer, settings = self.optimizer, self.settings
+        lr = current_lr(self.schedule)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = _forward_backward(self, take(self, batches))
+        totals = all_gather_losses(self, losses, stop_wanted)
+        may_overflow = optimizers.can_lower_loss_scale(optimizer)
+        overflow = optimizer.prepare_grads()
+        grad_norm = float("nan") if overflow else float(optimizer.get_grad_norm())
+        overflow = overflow and may_overflow and optimizers.is_finite(totals.loss)
+        updated = optimizers.is_finite(totals.loss, grad_norm)
+        if not updated and not overflow and settings.precision.on_nonfinite == "stop":
+            raise NonFiniteError(describe_nonfinite(self, losses, totals.loss, grad_norm))
+        self.before_update()
+        if updated:
+            updated = optimizers.clip_and_step(optimizer, grad_norm)
+            self.schedule.step(increment=self.global_batch_size)
+        return self.finish_step(
+            totals, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow
+        )
+
+    @torch.no_grad()
     def evaluate(self) -> float:
-        """`evaluate`."""
-        return evaluate(self)
+        """Mean loss per token of the first `eval_iters` global batches of the validation data.
+
+        The same samples each time, so the numbers can be compared.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        batches = self.batches_of(self.valid_data)
+        total, num_tokens = 0.0, 0
+        for _ in range(self.settings.data.eval_iters):
+            totals = all_gather_losses(self, self.losses(take(self, batches)), False)
+            total += totals.loss * totals.num_tokens
+            num_tokens += totals.num_tokens
+        for chunk in self.chunks:
+            chunk.train()
+        return total / max(num_tokens, 1)
+
+    def losses(self, batches: list[Batch | None]) -> list[MicroBatchLoss]:
+        """What the objective reports of micro-batches, without backward; on the last stage."""
+        return _forward_backward(self, batches, forward_only=True)
 
     def finish_step(
         self, totals: StepTotals, *, grad_norm: float, lr: float, updated: bool, overflow: bool
@@ -220,7 +262,6 @@ def wrap_chunks(
     Weights must be loaded before: wrapping moves them into contiguous buffers.
 
     Args:
-        chunks: this rank's.
         settings: how gradients and weights are exchanged.
         grad_reduce_in_fp32: False adds gradients up and reduces them in the weights' dtype.
     """
@@ -271,7 +312,7 @@ def train(
     *,
     on_step: Callable[[StepResult, float], None],
     on_validation: Callable[[float], None],
-    checkpointer: Saver | None = None,
+    checkpointer: Checkpointer | None = None,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> str | None:
     """Trains to the end of the run, or until told to stop.
@@ -321,55 +362,6 @@ def train(
     return reason if progress.iteration < run.train_iters else None
 
 
-def train_step(
-    run: TrainingRun, batches: Iterator[Batch | None], *, stop_wanted: bool = False
-) -> StepResult:
-    """One global batch: forward, backward, and the update if all numbers are finite.
-
-    Raises:
-        NonFiniteError: they are not, and `on_nonfinite` is "stop".
-    """
-    optimizer, settings = run.optimizer, run.settings
-    lr = current_lr(run.schedule)
-    for chunk in run.chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = _forward_backward(run, take(run, batches))
-    totals = all_gather_losses(run, losses, stop_wanted)
-    may_overflow = optimizers.can_lower_loss_scale(optimizer)
-    overflow = optimizer.prepare_grads()
-    grad_norm = float("nan") if overflow else float(optimizer.get_grad_norm())
-    overflow = overflow and may_overflow and optimizers.is_finite(totals.loss)
-    updated = optimizers.is_finite(totals.loss, grad_norm)
-    if not updated and not overflow and settings.precision.on_nonfinite == "stop":
-        raise NonFiniteError(describe_nonfinite(run, losses, totals.loss, grad_norm))
-    run.before_update()
-    if updated:
-        updated = optimizers.clip_and_step(optimizer, grad_norm)
-        run.schedule.step(increment=run.global_batch_size)
-    return run.finish_step(totals, grad_norm=grad_norm, lr=lr, updated=updated, overflow=overflow)
-
-
-@torch.no_grad()
-def evaluate(run: TrainingRun) -> float:
-    """Mean loss per token of the first `eval_iters` global batches of the validation data.
-
-    The same samples each time, so the numbers can be compared.
-    """
-    for chunk in run.chunks:
-        chunk.eval()
-    batches = _batches(run, run.valid_data, consumed_samples=0)
-    total, num_tokens = 0.0, 0
-    for _ in range(run.settings.data.eval_iters):
-        taken = take(run, batches)
-        totals = all_gather_losses(run, _forward_backward(run, taken, forward_only=True), False)
-        total += totals.loss * totals.num_tokens
-        num_tokens += totals.num_tokens
-    for chunk in run.chunks:
-        chunk.train()
-    return total / max(num_tokens, 1)
-
-
 @torch.no_grad()
 def forward_only(run: TrainingRun, dataset: Any) -> Iterator[MicroBatchLoss]:
     """What `run.objective` reports of each micro-batch of `dataset`, in eval mode.
@@ -382,17 +374,11 @@ def forward_only(run: TrainingRun, dataset: Any) -> Iterator[MicroBatchLoss]:
     """
     for chunk in run.chunks:
         chunk.eval()
-    batches = _batches(run, dataset, consumed_samples=0)
+    batches = run.batches_of(dataset)
     for _ in range(len(dataset) // run.global_batch_size):
-        taken = take(run, batches)
-        yield from _forward_backward(run, taken, forward_only=True)
+        yield from run.losses(take(run, batches))
     for chunk in run.chunks:
         chunk.train()
-
-
-def train_batches(run: TrainingRun) -> Iterator[Batch | None]:
-    """This rank's micro-batches from `run.progress` on; None for stages that read no data."""
-    return _batches(run, run.train_data, run.progress.consumed_samples)
 
 
 def take(run: TrainingRun, batches: Iterator[Batch | None]) -> list[Batch | None]:
@@ -415,28 +401,14 @@ def data_parallel_place() -> tuple[int, int]:
     )
 
 
-def _batches(run: TrainingRun, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:
-    at_an_end = run.chunks[0].module.pre_process or run.chunks[-1].module.post_process
-    # every stage's attention has to know where packed documents end
-    if not at_an_end and not getattr(dataset, "is_packed", False):
-        while True:
-            yield None
-    yield from read_batches(run, dataset, consumed_samples)
-
-
 def read_batches(run: TrainingRun, dataset: Any, consumed_samples: int) -> Iterator[Batch]:
     """This rank's micro-batches of `dataset`, from `consumed_samples` on."""
     num_workers = run.settings.data.num_workers
     if num_workers is None:
         num_workers = 0 if run.runtime.name == "cpu" else 2
-    dp_rank, dp_size = data_parallel_place()
+    micro_batch_size = run.settings.batch.micro_batch_size
     return build_data_iterator(
-        dataset,
-        consumed_samples,
-        run.settings.batch.micro_batch_size,
-        dp_rank,
-        dp_size,
-        num_workers,
+        dataset, consumed_samples, micro_batch_size, *data_parallel_place(), num_workers
     )
 
 

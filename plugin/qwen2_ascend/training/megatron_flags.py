@@ -152,9 +152,9 @@ def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) 
     """Fine-tuning writes no index: prepared chats are read on every node, from its own disk."""
     from qwen2_ascend.data.chat.rows import is_chat_file
 
-    data = settings.data
+    data, has_one_node = settings.data, world_size() <= local_world_size(world_size())
     files = filter(is_chat_file, (*data.data_path, *data.train_data_path, *data.valid_data_path))
-    if not nodes_differ() or data.data_cache_path is not None or not (file := next(files, None)):
+    if has_one_node or data.data_cache_path is not None or not (file := next(files, None)):
         return None
     return (
         f"rank 0 prepares {file} for all nodes; give --data-cache-path on storage that all share, "
@@ -173,11 +173,6 @@ def _no_o2_gradient(value: str | None, settings: Any, config: Qwen2Config) -> st
     if not settings.precision.o2_gradient:
         return None
     return "--o2-gradient accumulates in bf16; leave one of the two out"
-
-
-def nodes_differ() -> bool:
-    """Whether torchrun has started ranks on several nodes."""
-    return world_size() > local_world_size(world_size())
 
 
 IT_DECIDES = "the config says {}, and it decides; change that, or leave this out"

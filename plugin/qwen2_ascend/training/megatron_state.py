@@ -6,7 +6,7 @@ TensorSpec wherever a tensor goes, and where among them each tensor of `optimize
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +115,8 @@ def _distributed_state(optimizer: Any) -> Laid:
     flat: dict[Any, Any] = {"buckets_coalesced": True}
     places: dict[tuple[torch.nn.Parameter, str], InFile] = {}
     for index, buffer in enumerate(part.buffers):
-        dtypes = tuple(DType(str(d).removeprefix("torch.")) for d in _dtypes(buffer))
+        both = (buffer.param_dtype, buffer.grad_dtype)
+        dtypes = tuple(DType(str(dtype).removeprefix("torch.")) for dtype in both)
         sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
         spec = TensorSpec((sum(sizes),), "fp32")
         flat[index] = {
@@ -126,10 +127,6 @@ def _distributed_state(optimizer: Any) -> Laid:
             for kind, key in FLAT_KINDS.items():
                 places[parameter, kind] = InFile(FLAT_FILE, (index, dtypes, key), start)
     return Laid(state, places, flat)
-
-
-def _dtypes(buffer: Any) -> Sequence[torch.dtype]:
-    return buffer.param_dtype, buffer.grad_dtype
 
 
 def _groups(optimizer: Any, part: Any) -> list[dict[str, Any]]:
@@ -146,16 +143,15 @@ def _groups(optimizer: Any, part: Any) -> list[dict[str, Any]]:
 
 def _numbers(part: Any) -> list[dict[torch.nn.Parameter, int]]:
     """The model's parameters of each parameter group, with the number that torch gives each."""
-    groups = part.float16_groups if _has_mains(part) else _own_groups(part)
+    if _has_mains(part):
+        groups = part.float16_groups
+    else:
+        groups = [group["params"] for group in part.optimizer.param_groups]
     numbers, count = [], 0
     for group in groups:
         numbers.append({parameter: count + n for n, parameter in enumerate(group)})
         count += len(group)
     return numbers
-
-
-def _own_groups(part: Any) -> list[list[torch.nn.Parameter]]:
-    return [group["params"] for group in part.optimizer.param_groups]
 
 
 def _has_mains(part: Any) -> bool:

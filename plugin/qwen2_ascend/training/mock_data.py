@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
+@dataclass(frozen=True)
 class MockDataset:
-    """Samples that depend on nothing but the seed and their number.
+    """Samples that depend on nothing but the seed and their number."""
 
-    Args:
-        num_samples: samples that there are.
-        seq_length: tokens in a sample.
-        vocab_size: tokens are below it.
-        seed: the seed of all samples.
-    """
-
-    def __init__(self, num_samples: int, seq_length: int, vocab_size: int, seed: int) -> None:
-        self.num_samples = num_samples
-        self.seq_length = seq_length
-        self.vocab_size = vocab_size
-        self.seed = seed
+    num_samples: int
+    seq_length: int
+    vocab_size: int
+    """Tokens are below it."""
+    seed: int
 
     def __len__(self) -> int:
         return self.num_samples

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN as MAIN
-from qwen2_ascend.checkpoint.formats.megatron_optimizer import MOMENTS as MOMENTS
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
+from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.runtime import supported_keywords
 from qwen2_ascend.runtime.megatron_compat import prepare_distributed_optimizer
 from qwen2_ascend.training import offload
@@ -75,7 +75,7 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
         clip_grad=optimizer.clip_grad,
         bf16=precision.bf16,
         fp16=precision.fp16,
-        params_dtype=params_dtype(settings),
+        params_dtype=TORCH_DTYPES[settings.precision_name()],
         loss_scale=precision.loss_scale,
         initial_loss_scale=precision.initial_loss_scale,
         min_loss_scale=precision.min_loss_scale,
@@ -131,13 +131,6 @@ def _fuse(optimizer: Any, has_fused: bool) -> None:
                 group.update(fused=False)
 
 
-def params_dtype(settings: TrainingSettings) -> torch.dtype:
-    """What the weights are computed in."""
-    if settings.precision.bf16:
-        return torch.bfloat16
-    return torch.float16 if settings.precision.fp16 else torch.float32
-
-
 @torch.no_grad()
 def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
     """Updates the weights from gradients that `prepare_grads` has made ready.
@@ -187,17 +180,20 @@ def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
     """What the loss is multiplied by before backward."""
-    scalers = [getattr(part, "grad_scaler", None) for part in parts(optimizer)]
-    return next((_on_host(scaler.scale) for scaler in scalers if scaler is not None), 1.0)
+    scaler = _scaler(optimizer)
+    return 1.0 if scaler is None else _on_host(scaler.scale)
 
 
 def can_lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
     """Whether an overflow is what a dynamic loss scale expects, and has an answer to."""
-    scalers: list[Any] = [getattr(part, "grad_scaler", None) for part in parts(optimizer)]
-    return any(
-        hasattr(scaler, "min_scale") and _on_host(scaler.scale) > _on_host(scaler.min_scale)
-        for scaler in scalers
-    )
+    scaler = _scaler(optimizer)
+    return hasattr(scaler, "min_scale") and _on_host(scaler.scale) > _on_host(scaler.min_scale)
+
+
+def _scaler(optimizer: Any) -> Any:
+    """What scales the loss; None without one."""
+    scalers = (getattr(part, "grad_scaler", None) for part in parts(optimizer))
+    return next((scaler for scaler in scalers if scaler is not None), None)
 
 
 def _on_host(scale: torch.Tensor) -> float:
@@ -283,25 +279,23 @@ def new_state(
 
 def scaler_state(optimizer: MegatronOptimizer) -> dict[str, float]:
     """The dynamic loss scale, in plain numbers; empty without one."""
-    for part in parts(optimizer):
-        scaler = getattr(part, "grad_scaler", None)
-        if scaler is not None and hasattr(scaler, "_growth_tracker"):
-            return {
-                "scale": float(scaler.scale),
-                "growth_tracker": scaler._growth_tracker,
-                "hysteresis_tracker": scaler._hysteresis_tracker,
-            }
-    return {}
+    scaler = _scaler(optimizer)
+    if not hasattr(scaler, "_growth_tracker"):
+        return {}
+    return {
+        "scale": float(scaler.scale),
+        "growth_tracker": scaler._growth_tracker,
+        "hysteresis_tracker": scaler._hysteresis_tracker,
+    }
 
 
 def load_scaler_state(optimizer: MegatronOptimizer, state: Mapping[str, float]) -> None:
     """Puts `scaler_state` back, if this run scales its loss dynamically too."""
-    for part in parts(optimizer):
-        scaler = getattr(part, "grad_scaler", None)
-        if state and scaler is not None and hasattr(scaler, "_growth_tracker"):
-            scaler._scale = torch.full_like(scaler._scale, state["scale"])
-            scaler._growth_tracker = int(state["growth_tracker"])
-            scaler._hysteresis_tracker = int(state["hysteresis_tracker"])
+    scaler = _scaler(optimizer)
+    if state and hasattr(scaler, "_growth_tracker"):
+        scaler._scale = torch.full_like(scaler._scale, state["scale"])
+        scaler._growth_tracker = int(state["growth_tracker"])
+        scaler._hysteresis_tracker = int(state["hysteresis_tracker"])
 
 
 def parts(optimizer: Any) -> list[Any]:

@@ -48,9 +48,7 @@ class OverlapSettings:
     def faults(self, settings: Any, config: Qwen2Config) -> list[str]:
         """What contradicts itself, the layout, the precision or the model.
 
-        Args:
-            settings: all flags, a TrainingSettings.
-            config: the model's.
+        `settings` is a TrainingSettings, which this module cannot import.
         """
         faults = self.flag_faults()
         if self.number_of_pieces in PIECES[1:]:
@@ -75,12 +73,7 @@ class OverlapSettings:
         return faults
 
     def device_faults(self, settings: Any, device: str) -> list[str]:
-        """What the device does not have.
-
-        Args:
-            settings: all flags, a TrainingSettings.
-            device: cpu, cuda or npu.
-        """
+        """What the device, cpu, cuda or npu, does not have."""
         tp = settings.parallel.tensor_model_parallel_size
         if not self.use_ascend_mc2 or tp == 1 or device == "npu":
             return []

@@ -19,9 +19,7 @@ from qwen2_ascend.training.settings import TrainingSettings
 def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
     """Memory, traffic and time of the settings' layout, and the fewest devices it would fit on.
 
-    Args:
-        settings: which the launcher has found to be right on `--plan` devices.
-        config: the model's.
+    The launcher has found the settings to be right on `--plan` devices.
 
     Raises:
         UserError: the planner cannot plan it.
@@ -94,14 +92,7 @@ def against_the_plan(
 def as_run_layout(
     settings: TrainingSettings, config: Qwen2Config, num_devices: int, backend: str
 ) -> RunLayout:
-    """The planner's view of a run's settings.
-
-    Args:
-        settings: all flags.
-        config: the model's.
-        num_devices: processes.
-        backend: whose operators run, cpu, cuda or npu.
-    """
+    """The planner's view of a run on so many devices, with the operators of cpu, cuda or npu."""
     parallel, recompute = settings.parallel, settings.recompute
     layout = settings.layout()
     kind: Recompute = recompute.recompute_granularity or "none"
@@ -152,11 +143,6 @@ def layout_of_run(
     """The planner's view of a run that begins; None where there is none.
 
     There is no view of a run by DeepSpeed, nor of what the planner does not know.
-
-    Args:
-        settings: all flags.
-        config: the model's.
-        runtime: the Runtime of this rank.
     """
     if settings.by_deepspeed or settings.unplanned:
         return None

@@ -35,14 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `launch/pretrain_qwen2.py`.
-
-    Args:
-        arguments: the flags; sys.argv's without it.
-
-    Returns:
-        The exit status, as `launched` has it.
-    """
+    """The exit status of `launch/pretrain_qwen2.py` with these flags, or sys.argv's."""
     return launched(lambda: pretrain(parse(arguments)), goes_on=True)
 
 

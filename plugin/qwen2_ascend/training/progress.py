@@ -32,7 +32,6 @@ def restore_progress(
     """Puts progress and schedule back.
 
     Args:
-        run: the run.
         state: what `progress_state` gave; or Megatron-LM's, which may lack the schedule's.
         with_schedule: whether the schedule of the learning rate goes on; else it begins anew.
 
@@ -55,7 +54,6 @@ def restore_rng(run: TrainingRun, file: Path, *, unlike: str | None) -> list[str
     """Puts this rank's random number generators back, where they fit.
 
     Args:
-        run: the run.
         file: what `torch.save` made of `rng_state`.
         unlike: how the run differs from that which was saved, so that they do not fit.
 
@@ -74,7 +72,8 @@ def restore_rng(run: TrainingRun, file: Path, *, unlike: str | None) -> list[str
 def with_tensors(tree: Any) -> Any:
     """The same containers with the stored tensors read, and numpy's arrays made."""
     if isinstance(tree, StoredTensor):
-        return _read_tensor(tree)
+        data, dtype = bytearray(tree.array().tobytes()), NUMPY_DTYPES[tree.dtype].name
+        return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(tree.shape)
     if isinstance(tree, Inert) and tree.type_name.endswith("multiarray._reconstruct"):
         _, shape, dtype, _, data = tree.state
         return np.frombuffer(data, dtype.args[0]).reshape(shape)
@@ -83,8 +82,3 @@ def with_tensors(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return [with_tensors(value) for value in tree]
     return tree
-
-
-def _read_tensor(stored: StoredTensor) -> torch.Tensor:
-    data, dtype = bytearray(stored.array().tobytes()), NUMPY_DTYPES[stored.dtype].name
-    return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(stored.shape)

@@ -44,7 +44,6 @@ def set_rng_state(runtime: Runtime, state: Mapping[str, Any]) -> None:
     """Puts back what `rng_state` gave; a generator of another kind of device is left alone.
 
     Args:
-        runtime: this rank's runtime.
         state: its tuples may be lists, and numpy's key may be an array.
 
     Raises:

@@ -27,11 +27,7 @@ from qwen2_ascend.planning.job import Zero
 from qwen2_ascend.telemetry.settings import ProfileSettings
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.length import RunLength
-from qwen2_ascend.training.megatron_flags import (
-    config_of_run,
-    parse_training_flags,
-    training_flags,
-)
+from qwen2_ascend.training.megatron_flags import config_of_run, parse_training_flags, training_flags
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.overlap import OverlapSettings
 from qwen2_ascend.training.recompute_settings import RecomputeSettings

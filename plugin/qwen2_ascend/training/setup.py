@@ -53,10 +53,7 @@ def is_planned_only(
 ) -> bool:
     """Whether --plan asked for figures alone, which this prints, on rank 0.
 
-    Args:
-        settings: all flags.
-        make: opens what they name; headers are read.
-        check: the rules between them.
+    The arguments are those of `begin`.
 
     Raises:
         UserError: the command would not start on so many devices, or cannot be planned.
@@ -153,7 +150,6 @@ def from_sound_checkpoint(settings: S, run: Callable[[S], None]) -> None:
     """Runs, and where the checkpoint to go on from proves damaged, runs from the one before.
 
     Args:
-        settings: all flags.
         run: does everything; it raises DamagedError on all ranks or on none.
 
     Raises:
@@ -477,11 +473,9 @@ def train_and_report(
             opened.claim()
             if run.settings.has_own_disks:
                 require_shared(run.settings.checkpoint.save)
-        reporter = _reporter(run, plan.config, plan.padded_vocab_size, _planned(run, plan.config))
+        reporter = _reporter(run, plan)
         if reporter.report_dir:
-            where = (reporter.report_dir, plan, run.runtime, run.train_iters)
-            where += (run.progress.iteration,)
-            reporting.attempt(RUN_FILE, write_description, *where)
+            reporting.attempt(RUN_FILE, write_description, reporter.report_dir, plan, run)
         log = reporter.interrupt
         instruments = Instruments(run, reporter.tokens_per_step)
         return _train(run, reporter, instruments, opened)
@@ -514,12 +508,14 @@ def _train(
     instruments: Instruments,
     checkpointer: Checkpointer | None,
 ) -> bool:
-    from qwen2_ascend.training.loop import train
+    from qwen2_ascend.training.loop import is_due, train
     from qwen2_ascend.training.signals import StopSignal
 
     def on_step(result: Any, seconds: float) -> None:
         reporter.step(_step(run, result, seconds, instruments.step(seconds)))
-        garbage.after_step(run.progress.iteration, will_evaluate=_will_evaluate(run))
+        is_next = is_due(run.progress.iteration, run.settings.data.eval_interval)
+        will_evaluate = is_next and run.valid_data is not None
+        garbage.after_step(run.progress.iteration, will_evaluate=will_evaluate)
 
     def on_validation(loss: float) -> None:
         reporter.validation(run.progress.iteration, loss)
@@ -544,13 +540,6 @@ def _train(
     return reason is None
 
 
-def _will_evaluate(run: TrainingRun) -> bool:
-    from qwen2_ascend.training.loop import is_due
-
-    is_next = is_due(run.progress.iteration, run.settings.data.eval_interval)
-    return is_next and run.valid_data is not None
-
-
 def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
     """What the planner predicts of the run.
 
@@ -570,15 +559,13 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
     return reporting.attempt("the planner", look)
 
 
-def _reporter(
-    run: TrainingRun, config: Qwen2Config, padded_vocab_size: int, planned: Expected | None
-) -> Reporter:
+def _reporter(run: TrainingRun, plan: RunPlan) -> Reporter:
     from qwen2_ascend.training.logging import Reporter
 
     settings = run.settings
     length = settings.batch.seq_length
     tokens = run.global_batch_size * run.rows_per_sample * length
-    flops = tokens * train_flops_per_token(config, length, padded_vocab_size)
+    flops = tokens * train_flops_per_token(plan.config, length, plan.padded_vocab_size)
     return Reporter(
         train_iters=run.train_iters,
         first_iteration=run.progress.iteration,
@@ -588,7 +575,7 @@ def _reporter(
         world_size=run.runtime.world_size,
         report_dir=settings.report.report_dir or settings.checkpoint.save,
         tensorboard_dir=settings.report.tensorboard_dir,
-        planned=planned,
+        planned=_planned(run, plan.config),
         silent=run.runtime.rank != 0,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from qwen2_ascend.runtime import ending
@@ -32,12 +32,7 @@ class StopSignal:
             self._before = signal.signal(signal.SIGTERM, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.enabled:
             signal.signal(signal.SIGTERM, self._before)
 

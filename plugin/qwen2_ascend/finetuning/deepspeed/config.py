@@ -53,9 +53,6 @@ def deepspeed_config(
     """What `deepspeed.initialize` takes.
 
     Args:
-        zero: ZeRO's flags.
-        settings: all flags.
-        world_size: number of ranks.
         device: cpu, cuda, npu; or "auto", which is not known yet.
 
     Raises:

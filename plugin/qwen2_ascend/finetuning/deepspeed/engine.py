@@ -17,6 +17,7 @@ import torch
 
 from qwen2_ascend.checkpoint.transformers_model import Whole, as_it_is, load_weights, shape_of
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.deepspeed.attention import register_attention
 from qwen2_ascend.finetuning.deepspeed.config import (
@@ -43,7 +44,7 @@ from qwen2_ascend.training.loop import (
     read_batches,
     take,
 )
-from qwen2_ascend.training.optimizer import is_finite, params_dtype
+from qwen2_ascend.training.optimizer import is_finite
 from qwen2_ascend.training.plan import RunPlan
 from qwen2_ascend.training.schedule import build_schedule, current_lr
 
@@ -65,18 +66,18 @@ class ZeroRun(TrainingRun):
         """transformers' Qwen2ForCausalLM."""
         return self.engine.module
 
-    def batches(self) -> Iterator[Batch | None]:
-        """This rank's micro-batches from `progress` on."""
-        return read_batches(self, self.train_data, self.progress.consumed_samples)
+    def batches_of(self, dataset: Any, consumed_samples: int = 0) -> Iterator[Batch | None]:
+        """This rank's micro-batches of a dataset."""
+        return read_batches(self, dataset, consumed_samples)
 
     def step(self, batches: Iterator[Batch | None], *, stop_wanted: bool = False) -> StepResult:
-        """Does what `training.loop.train_step` does.
+        """Does what `TrainingRun.step` does.
 
         Raises:
             NonFiniteError: loss or gradient norm are not finite, and `on_nonfinite` is "stop".
         """
         lr, engine = current_lr(self.schedule), self.engine
-        taken = self._taken(batches)
+        taken = self._on_device(take(self, batches))
         weight = self.runtime.world_size / max(self._num_tokens(taken), 1)
         reports = []
         for index, batch in enumerate(taken):
@@ -92,29 +93,17 @@ class ZeroRun(TrainingRun):
             raise NonFiniteError(describe_nonfinite(self, losses, totals.loss, float("nan")))
         return self._update(totals, losses, lr)
 
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Does what `training.loop.evaluate` does."""
-        self.engine.eval()
-        batches = read_batches(self, self.valid_data, 0)
-        total, num_tokens = 0.0, 0
-        for _ in range(self.settings.data.eval_iters):
-            taken = self._taken(batches)
-            reports = [self.objective(self._token_losses(batch), batch)[2] for batch in taken]
-            totals = all_gather_losses(self, on_host(reports), False)
-            total += totals.loss * totals.num_tokens
-            num_tokens += totals.num_tokens
-        self.engine.train()
-        return total / max(num_tokens, 1)
+    def losses(self, batches: list[Batch | None]) -> list[MicroBatchLoss]:
+        """What the objective reports of micro-batches, without backward."""
+        taken = self._on_device(batches)
+        return on_host([self.objective(self._token_losses(batch), batch)[2] for batch in taken])
 
     def loss_scale(self) -> float:
         """What the loss is multiplied by before backward."""
         return float(self.optimizer.loss_scale) if self.settings.precision.fp16 else 1.0
 
-    def _taken(self, batches: Iterator[Batch | None]) -> list[Batch]:
-        """The micro-batches of one step."""
-        read = take(self, batches)
-        return [on_device(batch, self.runtime) for batch in read if batch is not None]
+    def _on_device(self, batches: list[Batch | None]) -> list[Batch]:
+        return [on_device(batch, self.runtime) for batch in batches if batch is not None]
 
     def _num_tokens(self, batches: Sequence[Batch]) -> int:
         """Tokens that have a loss, in the global batch."""
@@ -171,8 +160,6 @@ def build_zero_run(
     """Model, weights, optimizer, engine and schedule, at iteration 0.
 
     Args:
-        plan: of the run.
-        runtime: of this rank.
         train_data: as long as the run.
         valid_data: None where its loss is not asked for.
         adapter: a PEFT folder with their values, else they change nothing at first.
@@ -197,7 +184,8 @@ def build_zero_run(
         _initialize_weights(model, whole, seed=settings.runtime.seed)
         logger.info(f"weights: random, seed {settings.runtime.seed}")
     if lora is not None:
-        like = {"dtype": params_dtype(settings), "device": runtime.device}
+        dtype = TORCH_DTYPES[settings.precision_name()]
+        like = {"dtype": dtype, "device": runtime.device}
         add_adapters(model, lora, seed=settings.runtime.seed, **like)
         if adapter is not None:
             load_adapter(model, plan.config, lora, adapter)
@@ -208,7 +196,7 @@ def build_zero_run(
     return ZeroRun(
         settings=settings,
         runtime=runtime,
-        chunks=[],
+        chunks=[engine],
         optimizer=optimizer,
         schedule=build_schedule(optimizer, settings.optimizer, plan.length),
         length=plan.length,
@@ -243,22 +231,18 @@ def _build_model(
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
             model = Qwen2ForCausalLM(hf_config)
         # zero.Init makes every new tensor of the weights' dtype: too coarse for the angles
-        _copy_buffers(Qwen2RotaryEmbedding(hf_config), model.model.rotary_emb, runtime)
+        for name, buffer in Qwen2RotaryEmbedding(hf_config).named_buffers():
+            setattr(model.model.rotary_emb, name, buffer.to(runtime.device))
     else:
         model = Qwen2ForCausalLM(hf_config)
         model.to(runtime.device)  # pyright: ignore[reportArgumentType]  # a decorator hides `to`
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(params_dtype(settings))
+            parameter.data = parameter.data.to(TORCH_DTYPES[settings.precision_name()])
     if settings.recompute.recompute_granularity == "full":
         # the name of transformers 5, and that of 4
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": True})
     return model
-
-
-def _copy_buffers(source: torch.nn.Module, target: torch.nn.Module, runtime: Runtime) -> None:
-    for name, buffer in source.named_buffers():
-        setattr(target, name, buffer.to(runtime.device))
 
 
 def _initialize_weights(model: torch.nn.Module, whole: Whole, *, seed: int) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError
@@ -29,6 +28,7 @@ from qwen2_ascend.training.setup import (
 
 if TYPE_CHECKING:
     from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
+    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.training.checkpointer import Checkpointer
 
@@ -36,14 +36,7 @@ Plan = RunPlan[ZeroFinetuneSettings]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `launch/finetune_qwen2_deepspeed.py`.
-
-    Args:
-        arguments: the flags; sys.argv's without it.
-
-    Returns:
-        The exit status, as `launched` has it.
-    """
+    """The exit status of `launch/finetune_qwen2_deepspeed.py` with these flags, or sys.argv's."""
     return launched(lambda: finetune(parse(arguments)), goes_on=True)
 
 
@@ -61,19 +54,18 @@ def finetune(settings: ZeroFinetuneSettings) -> None:
 def _finetune(settings: ZeroFinetuneSettings) -> None:
     plan, runtime = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
-        finish(plan, runtime, True, write_adapter=lambda *_: None)
+        finish(plan, runtime, True)
         return
     run, plan = prepare(plan, runtime)
-    is_complete = train_and_report(run, plan, partial(checkpointer, run, plan))
-    finish(plan, runtime, is_complete, partial(write_adapter, run, plan))
+    storage = lora_storage(run, plan)
+    is_complete = train_and_report(run, plan, checkpointer(run, plan, storage))
+    finish(plan, runtime, is_complete, storage)
 
 
 def make_plan(settings: ZeroFinetuneSettings, found: Found | None = None) -> Plan:
     """Opens what --load names; reads headers only.
 
-    Args:
-        settings: all flags.
-        found: what rank 0 found on the disk; rank 0 itself looks.
+    The arguments are those of `training.plan.make_plan`.
 
     Raises:
         UserError: nothing usable is there, it contradicts the flags, or the run's end could not
@@ -109,6 +101,7 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
     Raises:
         UserError: data or checkpoint are not as they have to be.
     """
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
     from qwen2_ascend.finetuning.deepspeed.engine import build_zero_run
 
     data = megatron_path.chat_data(plan)
@@ -120,43 +113,29 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
         valid_data=data.valid,
         adapter=megatron_path.adapter_to_load(plan),
     )
-    resume_if_saved(run, plan)
+    saved = plan.saved
+    if isinstance(saved, SavedLora) and (storage := lora_storage(run, plan)):
+        log_resumed(run, saved.folder, storage.resume(saved))
+    elif isinstance(saved, SavedZero):
+        log_resumed(run, saved.folder, resume_zero(run, saved))
     return run, plan
 
 
-def resume_if_saved(run: ZeroRun, plan: Plan) -> None:
-    """Goes on from the checkpoint that --load holds, if there is one.
-
-    Raises:
-        UserError: it is not of this model, or does not fit the ranks.
-    """
-    from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
-
-    saved = plan.saved
-    if isinstance(saved, SavedLora) and plan.lora is not None:
-        notes = ZeroLora(run, checkpoint_identity(plan), plan.lora).resume(saved)
-    elif isinstance(saved, SavedZero):
-        notes = resume_zero(run, saved)
-    else:
-        return
-    log_resumed(run, saved.folder, notes)
-
-
-def checkpointer(run: ZeroRun, plan: Plan, log: Callable[[str], None]) -> Checkpointer:
-    """What writes the run's checkpoints."""
+def checkpointer(
+    run: ZeroRun, plan: Plan, storage: ZeroLora | None
+) -> Callable[[Callable[[str], None]], Checkpointer]:
+    """Makes what writes the run's checkpoints, given what prints a line."""
     from qwen2_ascend.finetuning.deepspeed.checkpoint import zero_checkpointer
+
+    if storage is not None:
+        return storage.checkpointer
+    return partial(zero_checkpointer, run, checkpoint_identity(plan))
+
+
+def lora_storage(run: ZeroRun, plan: Plan) -> ZeroLora | None:
+    """What reads and writes the adapters; None where all weights are tuned."""
+    if plan.lora is None:
+        return None
     from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 
-    identity = checkpoint_identity(plan)
-    if plan.lora is None:
-        return zero_checkpointer(run, identity, log)
-    return ZeroLora(run, identity, plan.lora, plan.base).checkpointer(log)
-
-
-def write_adapter(run: ZeroRun, plan: Plan, folder: Path, also: Mapping[str, bytes]) -> None:
-    """Writes the adapters as a PEFT folder, with files of `also`; every rank calls it."""
-    from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import save_adapter
-
-    assert plan.lora is not None
-    save_adapter(run, plan.lora, plan.base, folder, also)
+    return ZeroLora(run, checkpoint_identity(plan), plan.lora, plan.base)

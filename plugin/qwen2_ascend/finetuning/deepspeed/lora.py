@@ -79,8 +79,6 @@ def read_adapter_tensors(path: Path, config: Qwen2Config, lora: LoraConfig) -> d
 
     Args:
         path: of a PEFT adapter, or of the optimizer's state beside it.
-        config: the model's shape.
-        lora: what the adapters are.
 
     Raises:
         UserError: the tensors are not those of this adapter and model.

@@ -6,10 +6,8 @@ one file a rank here, belong to as many ranks.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +15,6 @@ from torch import Tensor
 from qwen2_ascend.checkpoint.formats.peft_adapter import CONFIG_FILE, WEIGHTS_FILE, encode_config
 from qwen2_ascend.checkpoint.formats.safetensors import encode_header
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, TensorSpec
-from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
 from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.deepspeed.checkpoint import rng_file
@@ -26,7 +23,6 @@ from qwen2_ascend.finetuning.deepspeed.lora import adapter_parameters, read_adap
 from qwen2_ascend.finetuning.deepspeed.optimizer_state import gather_state, load_state, num_updates
 from qwen2_ascend.finetuning.lora_checkpoint import AdapterPart, LoraStorage
 from qwen2_ascend.finetuning.saved_lora import SavedLora
-from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training.saving import RankPart, Store
 
 
@@ -43,14 +39,14 @@ class ZeroLora(LoraStorage):
     def rng_file(self) -> str:
         return rng_file(self.run)
 
-    def adapter_part(self) -> AdapterPart:
+    def adapter_part(self, *, with_optimizer: bool) -> AdapterPart:
         run = self.run
         by_file = {WEIGHTS_FILE: whole_adapters(run)}
-        if not run.settings.checkpoint.no_save_optim:
+        if with_optimizer:
             by_file |= _whole_optimizer(run)
         kinds = [Path(name).stem for name in by_file if name != WEIGHTS_FILE]
         part = _part(by_file) if run.runtime.rank == 0 else RankPart(files={})
-        config = _adapter_config(self.lora, self.base)
+        config = encode_config(self.lora, str(self.base) if self.base else None)
         return AdapterPart(part, kinds, lambda folder: write_file(folder / CONFIG_FILE, config))
 
     def optimizer_facts(self) -> dict[str, Any]:
@@ -69,37 +65,6 @@ class ZeroLora(LoraStorage):
         updates = int(saved.state["optimizer_updates"])
         load_state(self.run, adapter_parameters(self.run.model), states, updates)
         load_scaler_state(self.run.optimizer.loss_scaler, saved.state["loss_scaler"])
-
-
-def save_adapter(
-    run: ZeroRun,
-    lora: LoraConfig,
-    base: Path | None,
-    folder: Path,
-    also: Mapping[str, bytes] = MappingProxyType({}),
-) -> None:
-    """Writes the adapters as a PEFT folder, which appears whole; every rank calls it.
-
-    Files of `also` are written beside them, by name.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    tensors = whole_adapters(run)
-    if run.runtime.rank == 0:
-        partial = partial_folder(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, data in also.items():
-            write_file(partial / name, data)
-        _part({WEIGHTS_FILE: tensors}).write(partial)
-        write_file(partial / CONFIG_FILE, _adapter_config(lora, base))
-        publish_folder(partial, folder)
-    run.runtime.barrier()
-
-
-def _adapter_config(lora: LoraConfig, base: Path | None) -> bytes:
-    return encode_config(lora, str(base) if base else None)
 
 
 def whole_adapters(run: ZeroRun) -> dict[str, Tensor]:

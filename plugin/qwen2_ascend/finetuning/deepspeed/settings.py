@@ -22,10 +22,7 @@ from qwen2_ascend.finetuning.deepspeed.config import (
     offloads_optimizer,
     zero_stage,
 )
-from qwen2_ascend.finetuning.settings import (
-    FinetuneSettings,
-    TuningSettings,
-)
+from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
 from qwen2_ascend.flags import Flag
 from qwen2_ascend.parallel import ContextParallelAlgorithm
 from qwen2_ascend.planning.job import Zero
