@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any
 
+from tqdm import tqdm
+
 
 def size_text(num_bytes: int) -> str:
     """A size for a log: 3.09 GB, 12.4 MB."""
@@ -24,7 +26,6 @@ def progress_bar(total: int, unit: str, initial: int = 0, what: str | None = Non
     """
     if not sys.stderr.isatty():
         return None
-    from tqdm import tqdm
 
     options: Any = {"dynamic_ncols": True, "leave": False, "unit_scale": unit == "B"}
     return tqdm(desc=what, total=total, initial=initial, unit=unit, **options)

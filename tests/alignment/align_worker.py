@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qwen2_ascend.alignment.judge import Judgement
     from qwen2_ascend.alignment.settings import AlignSettings
-    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.checkpoint.readers.base import Source
 
 LENGTH = 16
 TIED = tiny_config(tie_word_embeddings=True)

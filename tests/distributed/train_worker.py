@@ -805,8 +805,8 @@ def weights(training: TrainingRun) -> dict[str, Any]:
 
 def main_weights(training: TrainingRun) -> dict[str, Any]:
     """The fp32 weights that the optimizer keeps beside 16-bit ones."""
+    from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN
     from qwen2_ascend.checkpoint.load import unwrap
-    from qwen2_ascend.training.optimizer import MAIN
 
     chunks = [unwrap(chunk) for chunk in training.chunks]
     return {name: values[MAIN] for _, name, values in gather_state(training.optimizer, chunks)}

@@ -16,12 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen2_ascend import runtime as runtimes
 from qwen2_ascend.alignment.settings import AlignSettings, parse, validate
+from qwen2_ascend.checkpoint.source import open_source
 from qwen2_ascend.cli import EXIT_FAILURE
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.inference.opening import config_folder
+from qwen2_ascend.inference.tokenizer import Tokenizer
 from qwen2_ascend.launching import launched, silence_foreign_warnings
 from qwen2_ascend.machine import num_cores, world_size
+from qwen2_ascend.training.setup import megatron_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
     from qwen2_ascend.alignment.judge import Between, Curve, Judgement, StepFinding
     from qwen2_ascend.alignment.record import Record
     from qwen2_ascend.alignment.subject import Plant
-    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.checkpoint.readers.base import Source
     from qwen2_ascend.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -55,8 +60,6 @@ def align(settings: AlignSettings) -> bool:
     Raises:
         UserError: settings, checkpoint or dumps are not as they have to be.
     """
-    from qwen2_ascend.checkpoint.source import open_source
-
     source = open_source(settings.model.load, None, settings.model.config)
     validate(settings, source.config, world_size())
 
@@ -109,9 +112,6 @@ def start(settings: AlignSettings, source: Source) -> Runtime:
     Raises:
         UserError: the device or the number of processes does not do.
     """
-    from qwen2_ascend import runtime as runtimes
-    from qwen2_ascend.training.setup import megatron_arguments
-
     training = settings.training()
     runtime = runtimes.start(
         None if settings.machine.device == "auto" else settings.machine.device,
@@ -174,9 +174,6 @@ def _text_tokens(settings: AlignSettings, source: Source) -> Tensor | None:
         text = tokens.prompt_file.read_text(encoding="utf-8")
     if text is None:
         return None
-
-    from qwen2_ascend.inference.opening import config_folder
-    from qwen2_ascend.inference.tokenizer import Tokenizer
 
     folder = tokens.tokenizer_name_or_path or config_folder(source)
     return torch.tensor(Tokenizer(folder).encode(text))

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from qwen2_ascend.alignment.sublayers import sublayers
 from qwen2_ascend.comparison.dumps import PRECISION
@@ -62,8 +64,6 @@ def save_record(record: Record, folder: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     files = {"tokens": {"tokens": record.tokens}, "activations": record.activations}
     if record.gradients:
@@ -135,9 +135,6 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / f"{name}.safetensors"
     try:
         require_regular(path)

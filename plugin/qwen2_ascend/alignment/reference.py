@@ -27,7 +27,9 @@ from qwen2_ascend.alignment.sublayers import (
     LOSS,
     full_name,
 )
-from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.checkpoint.readers.base import Source
+from qwen2_ascend.checkpoint.transformers_model import load_weights
+from qwen2_ascend.inference.opening import config_folder
 from qwen2_ascend.pretrained import open_pretrained
 
 Compute = Callable[..., Tensor]
@@ -74,9 +76,6 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
     import transformers
     from transformers import AutoConfig, Qwen2ForCausalLM
     from transformers.utils import logging
-
-    from qwen2_ascend.checkpoint.transformers_model import load_weights
-    from qwen2_ascend.inference.opening import config_folder
 
     model: Any
     config: Any

@@ -24,10 +24,11 @@ from qwen2_ascend.alignment.record import Record
 from qwen2_ascend.alignment.settings import AlignSettings
 from qwen2_ascend.alignment.sublayers import LOSS
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
-from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.model.build import build_model
 from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.runtime import Runtime
+from qwen2_ascend.training.setup import build_run
 
 Plant = Callable[[list[Any]], None]
 """Changes the loaded chunks; tests plant faults so."""
@@ -151,8 +152,6 @@ def train(
     Args:
         tokens: `[steps * n * b, s + 1]`.
     """
-    from qwen2_ascend.training.setup import build_run
-
     chunks = build(settings, source, runtime, plant)
     length = settings.tokens.seq_length
     data = [

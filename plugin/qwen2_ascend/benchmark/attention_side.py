@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.benchmark.device import measured, started_runtime
 from qwen2_ascend.benchmark.sides import serve
+from qwen2_ascend.ops import get_ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,6 @@ def _prepared(side: str, device: str) -> Callable[[Any], Any]:
 
 
 def _own(side: str, device: str) -> Attention:
-    from qwen2_ascend.ops import get_ops
-
     backend = "npu" if device == "npu" else "torch"
     operator = get_ops(backend, plain=("attention",) if side == "unfused" else ()).attention
 

@@ -9,7 +9,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from qwen2_ascend import runtime
 from qwen2_ascend.benchmark.measure import PeakMemory, run_measured
+from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.progress import size_text
 
 
@@ -54,13 +56,10 @@ def main(arguments: str) -> None:
     """Runs in the measured process: prints the seconds and the bytes it began with."""
     options = json.loads(arguments)
 
-    from qwen2_ascend import runtime
-
     runtime.start("cpu")
     import torch
 
     from qwen2_ascend.dtypes import TORCH_DTYPES
-    from qwen2_ascend.parallel import ParallelLayout
 
     runtime.initialize_model_parallel(ParallelLayout(), 1)
     dtype = TORCH_DTYPES[options["dtype"]]

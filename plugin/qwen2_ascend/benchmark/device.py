@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwen2_ascend import runtime as runtimes
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.launching import silence_foreign_warnings
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
@@ -35,8 +37,6 @@ def started_runtime(device: str, *, for_megatron: bool = False) -> Runtime:
             local_rank=0,
             timeout_seconds=600,
         )
-    from qwen2_ascend import runtime as runtimes
-    from qwen2_ascend.launching import silence_foreign_warnings
 
     silence_foreign_warnings()
     runtime = runtimes.start(device)

@@ -10,8 +10,11 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from qwen2_ascend import runtime
 from qwen2_ascend.benchmark.generate import TEXTS
 from qwen2_ascend.benchmark.sides import serve
+from qwen2_ascend.checkpoint.source import open_source
+from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.pretrained import open_pretrained, open_tokenizer
 
 
@@ -29,10 +32,6 @@ def _measured(run: Callable[[list[str]], list[list[int]]], num_texts: int) -> di
 
 
 def _ours(folder: Path, dtype: str, new_tokens: int) -> Callable[[list[str]], list[list[int]]]:
-    from qwen2_ascend import runtime
-    from qwen2_ascend.checkpoint.source import open_source
-    from qwen2_ascend.parallel import ParallelLayout
-
     runtime.start("cpu")
     source, layout = open_source(folder), ParallelLayout()
     runtime.initialize_model_parallel(layout, source.config.num_layers)

@@ -19,6 +19,7 @@ from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import Side, interleaved, running
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.planning.devices import find_device
 from qwen2_ascend.planning.flops import train_flops_per_token
 from qwen2_ascend.planning.parameters import num_parameters
 
@@ -252,7 +253,6 @@ def _peak_flops(options: TrainBenchmark, device_name: str, dtype: str) -> float 
         return options.peak_tflops * 1e12
     if dtype != "bf16" or options.device == "cpu":
         return None
-    from qwen2_ascend.planning.devices import find_device
 
     for word in device_name.upper().replace("-", " ").split():
         try:

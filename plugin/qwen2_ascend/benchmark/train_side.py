@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.benchmark.device import measured, refuse_simulated, started_runtime
 from qwen2_ascend.benchmark.sides import serve
+from qwen2_ascend.checkpoint.load import load_checkpoint_weights
+from qwen2_ascend.checkpoint.source import open_source
+from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.pretrained import open_pretrained
+from qwen2_ascend.runtime import supported_keywords
+from qwen2_ascend.training import settings as s
+from qwen2_ascend.training.fusion import FusionSettings
+from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
+from qwen2_ascend.training.plan import make_plan
+from qwen2_ascend.training.pretrain import prepare
+from qwen2_ascend.training.setup import start_runtime
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
@@ -90,13 +101,6 @@ def _ours(work: Work, *, plain: bool = False) -> Trainer:
 
 def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan]:
     """The run that `launch/pretrain_qwen2.py` makes, `plain` without fused kernels; its plan."""
-    from qwen2_ascend.training import settings as s
-    from qwen2_ascend.training.fusion import FusionSettings
-    from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
-    from qwen2_ascend.training.plan import make_plan
-    from qwen2_ascend.training.pretrain import prepare
-    from qwen2_ascend.training.setup import start_runtime
-
     fusion = FusionSettings()
     if plain:
         fused = ("rmsnorm", "rotary_pos_emb", "swiglu", "adamw")
@@ -216,10 +220,7 @@ def _megatron_model(work: Work, runtime: Any) -> tuple[Any, Any]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from qwen2_ascend.checkpoint.load import load_checkpoint_weights
-    from qwen2_ascend.checkpoint.source import open_source
     from qwen2_ascend.model.build import transformer_config
-    from qwen2_ascend.parallel import ParallelLayout
     from qwen2_ascend.runtime import initialize_model_parallel
 
     source, layout = open_source(Path(work.folder)), ParallelLayout()
@@ -246,8 +247,6 @@ def _megatron_model(work: Work, runtime: Any) -> tuple[Any, Any]:
 
 def _megatron_optimizer(work: Work, wrapped: Any, params_dtype: Any) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
-    from qwen2_ascend.runtime import supported_keywords
 
     keywords = dict(
         optimizer="adam",
@@ -278,7 +277,6 @@ def _batches(work: Work, runtime: Any) -> Iterator[dict[str, Any]]:
     """The micro-batches that `_ours` reads, in its order."""
     from torch.utils.data import default_collate
 
-    from qwen2_ascend.config import Qwen2Config
     from qwen2_ascend.training.mock_data import MockDataset
 
     vocab_size = Qwen2Config.from_pretrained(work.folder).vocab_size

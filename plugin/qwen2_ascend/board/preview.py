@@ -17,7 +17,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qwen2_ascend.data.chat.check import find_formats
+from qwen2_ascend.data.chat.rendering import ChatRenderer
+from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows, where
+from qwen2_ascend.data.chat.settings import ChatSettings
+from qwen2_ascend.data.inputs import Position
+from qwen2_ascend.data.tokenization import parse_row
 from qwen2_ascend.errors import UserError, printable
+from qwen2_ascend.pretrained import open_tokenizer
 
 NUM_CHATS = 3
 SECONDS = 120
@@ -67,19 +74,13 @@ def rendered(model: Path, data: Path) -> dict[str, Any]:
     Raises:
         UserError: no row can be rendered.
     """
-    from qwen2_ascend.data.chat.check import find_formats
-    from qwen2_ascend.data.chat.rendering import ChatRenderer
-    from qwen2_ascend.data.chat.rows import find_chat_files
-    from qwen2_ascend.data.chat.settings import ChatSettings
-    from qwen2_ascend.pretrained import open_tokenizer
-
     files, reading = find_chat_files([str(data)], "auto", MAX_ROW_BYTES)
     form = find_formats(files, reading, "sft", ChatSettings())[files[0].path]
     tokenizer = open_tokenizer(model)
     renderer = ChatRenderer(tokenizer)
     chats: list[list[dict[str, Any]]] = []
     bad: list[str] = []
-    for where, row in _rows(files, reading):
+    for place, row in _rows(files, reading):
         try:
             (chat,) = form.chats(row())
             (tokens,) = renderer([chat])
@@ -87,7 +88,7 @@ def rendered(model: Path, data: Path) -> dict[str, Any]:
                 raise tokens
             chats.append([_piece(tokenizer, piece) for piece in renderer.cut(chat)])
         except ValueError as error:
-            bad.append(f"{where}: {error}")
+            bad.append(f"{place}: {error}")
         if len(chats) == NUM_CHATS:
             break
     if not chats:
@@ -97,10 +98,6 @@ def rendered(model: Path, data: Path) -> dict[str, Any]:
 
 def _rows(files: Any, reading: Any) -> Iterator[tuple[str, Any]]:
     """The places of rows, and what parses each."""
-    from qwen2_ascend.data.chat.encoding import parse_row
-    from qwen2_ascend.data.chat.rows import read_chat_rows, where
-    from qwen2_ascend.data.inputs import Position
-
     for row, _, _ in islice(read_chat_rows(files, reading, Position()), MAX_ROWS):
         yield where(row).rsplit("/", 1)[-1], partial(parse_row, row.raw or b"")
 

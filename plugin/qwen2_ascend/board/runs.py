@@ -14,10 +14,11 @@ from typing import Any
 
 from qwen2_ascend.board.listing import METRICS_FILE
 from qwen2_ascend.board.metrics import Row, last_rows, number
-from qwen2_ascend.checkpoint.formats.megatron import TRACKER_FILE
+from qwen2_ascend.checkpoint.formats.megatron import TRACKER_FILE, is_checkpoint_folder
 from qwen2_ascend.errors import UserError, printable
 from qwen2_ascend.files import open_regular, read_json
-from qwen2_ascend.training.description import RUN_FILE
+from qwen2_ascend.planning.log import RUN_FILE
+from qwen2_ascend.training.saved_run import find_saved_run
 
 LIVE_SECONDS = 60.0
 """A run is live when its metrics were written so recently, or within LIVE_STEPS of its steps."""
@@ -149,9 +150,6 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _from_checkpoint(folder: Path) -> dict[str, str]:
-    from qwen2_ascend.checkpoint.formats.megatron import is_checkpoint_folder
-    from qwen2_ascend.training.saved_run import find_saved_run
-
     if not is_checkpoint_folder(folder):
         return {}
     tracker = folder / TRACKER_FILE

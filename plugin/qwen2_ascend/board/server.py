@@ -34,7 +34,7 @@ from qwen2_ascend.board.preview import preview
 from qwen2_ascend.board.reading import Reader
 from qwen2_ascend.board.talker import SIDES, Talkers, question
 from qwen2_ascend.errors import UserError, printable, shown
-from qwen2_ascend.training.description import RUN_FILE
+from qwen2_ascend.planning.log import RUN_FILE
 
 MAX_BODY_BYTES = 1 << 20
 MAX_RUNS = 400

@@ -20,6 +20,8 @@ from queue import SimpleQueue
 from typing import Any, TextIO
 
 from qwen2_ascend.errors import UserError, printable
+from qwen2_ascend.inference import opening
+from qwen2_ascend.inference.settings import SamplingSettings, ServedModelSettings
 from qwen2_ascend.log import shown_log
 
 
@@ -39,9 +41,6 @@ class Answerer:
     """
 
     def __init__(self, folder: Path, out: TextIO) -> None:
-        from qwen2_ascend.inference import opening
-        from qwen2_ascend.inference.settings import ServedModelSettings
-
         self._out = out
         self._stop = threading.Event()
         model = ServedModelSettings(load=folder)
@@ -63,7 +62,6 @@ class Answerer:
             UserError: the chat cannot be written, or leaves no room for an answer.
         """
         from qwen2_ascend.inference.generator import Request
-        from qwen2_ascend.inference.settings import SamplingSettings
         from qwen2_ascend.inference.text_settings import text_settings
 
         self._stop.clear()

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from qwen2_ascend.checkpoint.convert import Conversion, convert, plan_rows, prepare
+from qwen2_ascend.checkpoint.formats.peft_adapter import other_base
+from qwen2_ascend.checkpoint.lora_source import GivenLora
 from qwen2_ascend.checkpoint.pasted import (
     CONVERT_FLAGS,
     contradictions,
     merged_places,
     split_convert_flags,
 )
+from qwen2_ascend.checkpoint.source import find_weights
 from qwen2_ascend.errors import UserError, printable, raise_if
 from qwen2_ascend.flags import layer_list, number_faults
 from qwen2_ascend.log import shown_log
@@ -30,7 +34,7 @@ from qwen2_ascend.pasted_flags import pasted_faults, pasted_notes
 from qwen2_ascend.progress import size_text
 
 if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.convert import Conversion, ConversionPlan
+    from qwen2_ascend.checkpoint.convert import ConversionPlan
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     raise_if(pasted_faults(pasted, CONVERT_FLAGS, options, None))
     # imported once the flags are right: --help answers sooner
-    from qwen2_ascend.checkpoint.convert import convert, prepare
-    from qwen2_ascend.checkpoint.formats.peft_adapter import other_base
 
     options = _with_kinds(options)
     placed = options
@@ -160,7 +162,6 @@ def _with_kinds(options: ConvertOptions) -> ConvertOptions:
     """The options with what to write, which is the other kind where they do not say it."""
     if options.save_model_type is not None:
         return options
-    from qwen2_ascend.checkpoint.source import find_weights
 
     loaded = options.load_model_type or find_weights(options.load_dir)[0]
     return replace(options, save_model_type="hf" if loaded == "mg" else "mg")
@@ -170,8 +171,6 @@ def _conversion(options: ConvertOptions) -> Conversion:
     sizes = ("target_tensor_parallel_size", "target_pipeline_parallel_size")
     sizes += ("num_layers_per_virtual_pipeline_stage",)
     raise_if(number_faults(options, at_least_one=sizes, not_negative=("workers",)))
-    from qwen2_ascend.checkpoint.convert import Conversion
-    from qwen2_ascend.checkpoint.lora_source import GivenLora
 
     names = {field.name for field in fields(Conversion)}
     same = {name: value for name, value in vars(options).items() if name in names}
@@ -192,8 +191,6 @@ def _conversion(options: ConvertOptions) -> Conversion:
 
 def _print_plan(prepared: ConversionPlan) -> None:
     """One line per tensor under its file's; cut to the width of a terminal, whole in a pipe."""
-    from qwen2_ascend.checkpoint.convert import plan_rows
-
     rows = plan_rows(prepared)
     sizes = {str(path): file.total_bytes for path, file in prepared.target.files.items()}
     lines = dict(zip(rows, aligned([row[1:] for row in rows], "l"), strict=True))

@@ -33,7 +33,8 @@ from qwen2_ascend.checkpoint.manifest import (
 )
 from qwen2_ascend.checkpoint.merging import MergingReader
 from qwen2_ascend.checkpoint.plan import Plan, check_all_used, make_plan, overlap, volume
-from qwen2_ascend.checkpoint.source import Source, open_source, target_dtype
+from qwen2_ascend.checkpoint.readers.base import Source
+from qwen2_ascend.checkpoint.source import open_source, target_dtype
 from qwen2_ascend.checkpoint.staging import StagedFolder, fsync_tree, partial_folder
 from qwen2_ascend.checkpoint.target import (
     Target,

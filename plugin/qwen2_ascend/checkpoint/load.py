@@ -19,9 +19,10 @@ from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.manifest import compare_with_manifest
 from qwen2_ascend.checkpoint.merging import MergingReader
 from qwen2_ascend.checkpoint.plan import StoredSlice, Write, extent, make_plan
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.checkpoint.rules import Shard, TensorSlice, megatron_pieces
 from qwen2_ascend.checkpoint.slices import Run, parts_of
-from qwen2_ascend.checkpoint.source import Source, open_source
+from qwen2_ascend.checkpoint.source import open_source
 from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout

@@ -24,7 +24,7 @@ from qwen2_ascend.checkpoint.formats.megatron import MANIFEST_FILE
 from qwen2_ascend.checkpoint.formats.stored import StoredTensor, TensorSpec
 from qwen2_ascend.checkpoint.manifest_form import VERSION, Entry, Manifest, read_manifest
 from qwen2_ascend.checkpoint.plan import StoredSlice
-from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.checkpoint.target import Target
 from qwen2_ascend.checkpoint.writing import Checksums
 from qwen2_ascend.errors import DamagedError, UserError, at_most

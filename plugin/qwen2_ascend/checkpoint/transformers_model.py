@@ -18,8 +18,8 @@ import torch
 from qwen2_ascend.checkpoint.copying import Reader
 from qwen2_ascend.checkpoint.load import fill, in_memory, log_losses
 from qwen2_ascend.checkpoint.plan import make_plan
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.checkpoint.rules import hugging_face_pieces
-from qwen2_ascend.checkpoint.source import Source
 from qwen2_ascend.checkpoint.target import Target, hugging_face_target
 from qwen2_ascend.checkpoint.verify import check_replicas
 from qwen2_ascend.checkpoint.writing import pwrite

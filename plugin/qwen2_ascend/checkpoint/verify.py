@@ -15,7 +15,7 @@ from qwen2_ascend.checkpoint.casting import CastLosses
 from qwen2_ascend.checkpoint.copying import BAND_BYTES, BandBuffers, Reader
 from qwen2_ascend.checkpoint.formats.stored import NUMPY_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice, Write, bands, make_plan
-from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.errors import UserError, VerificationError, raise_if
 from qwen2_ascend.files import open_descriptor
 

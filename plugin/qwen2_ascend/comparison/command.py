@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from qwen2_ascend.comparison.compare import compare, match
+from qwen2_ascend.comparison.dumps import open_dumps
+from qwen2_ascend.comparison.picture import draw
 from qwen2_ascend.comparison.rules import Rules
+from qwen2_ascend.comparison.text import report_lines
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.figures import report_faults
 from qwen2_ascend.files import output_faults
+from qwen2_ascend.progress import Progress
 
 if TYPE_CHECKING:
     from qwen2_ascend.comparison.compare import Report
@@ -54,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = tyro.cli(CompareOptions, args=argv)
     raise_if(_faults(options))
     # imported once the flags are right: --help answers sooner
-    from qwen2_ascend.comparison.dumps import open_dumps
 
     ours, theirs = open_dumps(options.ours, options.theirs)
     report = _compare(ours, theirs, options)
@@ -62,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write_json(report, options.json)
     _print(report, options)
     if options.png is not None:
-        from qwen2_ascend.comparison.picture import draw
-
         draw(report, options.png, options.png_name)
     sys.stdout.flush()
     if not report.passed:
@@ -92,9 +94,6 @@ def _faults(options: CompareOptions) -> Iterator[str]:
 
 
 def _compare(ours: Dump, theirs: Dump, options: CompareOptions) -> Report:
-    from qwen2_ascend.comparison.compare import compare, match
-    from qwen2_ascend.progress import Progress
-
     pairs, png_name = match(ours, theirs, options), options.png_name
     if png_name is not None and png_name not in {pair.name for pair in pairs}:
         examples = ", ".join(repr(pair.name) for pair in pairs[:5])
@@ -117,8 +116,6 @@ def _write_json(report: Report, path: Path) -> None:
 
 
 def _print(report: Report, options: CompareOptions) -> None:
-    from qwen2_ascend.comparison.text import report_lines
-
     out = sys.stderr if _is_stdout(options.json) else sys.stdout
     width = shutil.get_terminal_size().columns if out.isatty() else None
     print("\n".join(report_lines(report, details=options.details, width=width)), file=out)

@@ -6,6 +6,7 @@ Nothing is unpickled: numpy with allow_pickle=False, torch with weights_only=Tru
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import zipfile
@@ -256,8 +257,6 @@ def _read_pt(path: Path) -> list[Stored]:
 
 
 def _load_pt(path: Path) -> Any:
-    import argparse
-
     import torch
 
     check_size(path)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import tyro
 
+from qwen2_ascend.data.chat.preprocess import preprocess_chats
 from qwen2_ascend.data.pasted import say_pasted, split_flags
+from qwen2_ascend.data.preprocess import preprocess_texts
 from qwen2_ascend.data.settings import PreprocessSettings
 
 
@@ -31,10 +33,6 @@ def preprocess(settings: PreprocessSettings) -> None:
         OSError: the output cannot be written; finished parts are kept.
     """
     if settings.task == "pretrain":
-        from qwen2_ascend.data.preprocess import preprocess_texts
-
         preprocess_texts(settings)
     else:
-        from qwen2_ascend.data.chat.preprocess import preprocess_chats
-
         preprocess_chats(settings)

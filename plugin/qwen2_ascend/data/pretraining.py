@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_ascend.data.documents import DocumentRows
+from qwen2_ascend.data.helpers_cpp import ensure_helpers_cpp
 from qwen2_ascend.data.index_files import check_indexed
 from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.runtime.megatron_compat import each_node_builds_data
 from qwen2_ascend.vocabulary import unknown_tokens
 
 SPLITS = ("train", "valid", "test")
@@ -216,9 +218,6 @@ class PretrainingDatasetBuilder:
             BlendedMegatronDatasetBuilder,
         )
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-        from qwen2_ascend.data.helpers_cpp import ensure_helpers_cpp
-        from qwen2_ascend.runtime.megatron_compat import each_node_builds_data
 
         ensure_helpers_cpp()
         config: Any = GPTDatasetConfig(**settings)

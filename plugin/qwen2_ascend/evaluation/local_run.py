@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.tasks import TaskManager
+
 from qwen2_ascend.evaluation.benchmarks import Benchmark, read_benchmark
 from qwen2_ascend.evaluation.lm_eval_run import Rows, run_tasks
 from qwen2_ascend.evaluation.local_tasks import local_tasks
@@ -51,8 +53,6 @@ class LocalTasks:
         self, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
     ) -> tuple[Rows, dict[str, Any]]:
         """Rows for the table, and lm-eval's own results; only on the first rank of a node."""
-        from lm_eval.tasks import TaskManager
-
         rows, details = run_tasks(
             self._settings,
             engine,

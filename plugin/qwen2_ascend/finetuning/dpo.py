@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import xxhash
+from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
 from torch.nn.functional import logsigmoid, relu
 
+from qwen2_ascend.data.chat.dataset import EpochDataset
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
@@ -214,8 +218,6 @@ def reference_log_probs(run: TrainingRun, source: Any) -> torch.Tensor:
 
 def _in_order(run: TrainingRun, source: Any) -> Any:
     """Every pair once, and a few twice to fill the last global batch."""
-    from qwen2_ascend.data.chat.dataset import EpochDataset
-
     size = run.global_batch_size
     return EpochDataset(source, num_samples=-(-len(source) // size) * size, seed=0, shuffle=False)
 
@@ -236,8 +238,6 @@ def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
 
     A pair that filled a batch up may have been scored by two of them: the mean is taken.
     """
-    from megatron.core import parallel_state
-
     has_result = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     has_result = has_result and parallel_state.get_tensor_model_parallel_rank() == 0
     has_result = has_result and is_first_part()
@@ -278,8 +278,6 @@ class _Kept(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> _Kept | None:
-        from safetensors import SafetensorError, safe_open
-
         if not path.is_file():
             return None
         try:
@@ -292,7 +290,5 @@ class _Kept(NamedTuple):
             ) from None
 
     def write(self, path: Path) -> None:
-        from safetensors.torch import save
-
         metadata = {"pairs": self.pairs, "weights": self.weights}
-        write_file(path, save({"log_probs": self.log_probs.contiguous()}, metadata))
+        write_file(path, save_tensors({"log_probs": self.log_probs.contiguous()}, metadata))

@@ -17,9 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen2_ascend.checkpoint.convert import Conversion, prepare, to_hugging_face
+from qwen2_ascend.checkpoint.formats.megatron import tracked_folder
 from qwen2_ascend.errors import Faults, raise_if
 from qwen2_ascend.files import parse_json, read_bytes
+from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
 from qwen2_ascend.finetuning.settings import FinetuneSettings
+from qwen2_ascend.finetuning.taught import taught_files
 from qwen2_ascend.telemetry.settings import folder_fault
 from qwen2_ascend.training.plan import RunPlan
 
@@ -109,11 +113,6 @@ def _write_hugging_face(
     plan: RunPlan[FinetuneSettings], folder: Path, also: Mapping[str, bytes]
 ) -> None:
     """Makes a Hugging Face folder of the last checkpoint, adapters merged into it."""
-    from qwen2_ascend.checkpoint.convert import to_hugging_face
-    from qwen2_ascend.checkpoint.formats.megatron import tracked_folder
-    from qwen2_ascend.finetuning.deepspeed.saved import find_saved_zero
-    from qwen2_ascend.finetuning.taught import taught_files
-
     also = {**also, **taught_files(plan)}
     checkpoint, adapter = plan.settings.checkpoint.save, None
     assert checkpoint is not None
@@ -132,8 +131,6 @@ def _check_conversion(plan: RunPlan[FinetuneSettings], folder: Path) -> None:
     Raises:
         UserError: what would not fit then.
     """
-    from qwen2_ascend.checkpoint.convert import Conversion, prepare
-
     if plan.lora is not None and plan.base is not None:
         dtype = merged_dtype(plan)
         prepare(Conversion(load_dir=plan.base, save_dir=folder, save_model_type="hf", dtype=dtype))

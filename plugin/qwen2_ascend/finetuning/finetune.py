@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
+from qwen2_ascend.data.chat.build import ChatDatasetBuilder
+from qwen2_ascend.data.chat.check import check_chat_data
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.exports import find_exports, finish, is_all_done
 from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
 from qwen2_ascend.finetuning.settings import F, FinetuneSettings, parse, validate
+from qwen2_ascend.finetuning.taught import tokenizer_folder
 from qwen2_ascend.launching import launched
 from qwen2_ascend.training import plan as plans
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
@@ -70,8 +73,6 @@ def check_data(settings: FinetuneSettings) -> None:
     Raises:
         UserError: every fault at once.
     """
-    from qwen2_ascend.data.chat.check import check_chat_data
-
     check_chat_data(settings.data, settings.chat, settings.tuning.stage)
 
 
@@ -218,9 +219,6 @@ def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
     Raises:
         UserError: the data is not there, damaged or too little.
     """
-    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
-    from qwen2_ascend.finetuning.taught import tokenizer_folder
-
     settings = plan.settings
     data, global_batch_size = settings.data, settings.global_batch_size(plan.world_size)
     built = ChatDatasetBuilder(

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
 from qwen2_ascend.files import write_file
@@ -141,7 +142,7 @@ class LoraStorage(ABC):
         notes = restore_progress(self.run, state, with_schedule=not settings.no_load_optim)
         if not settings.no_load_optim:
             if state["optimizer"]:
-                saved.check_optimizer(optimizers.MOMENTS)
+                saved.check_optimizer(MOMENTS)
                 self.load_optimizer(saved)
             else:
                 notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
@@ -223,9 +224,9 @@ class MegatronLora(LoraStorage):
     def load_optimizer(self, saved: SavedLora) -> None:
         state, config = self._state(self.run.optimizer), self.identity.config
         stored = {kind: saved.folder / f"{kind}.safetensors" for kind in saved.state["optimizer"]}
-        if optimizers.MAIN in stored and optimizers.MAIN not in state.kinds:
+        if MAIN in stored and MAIN not in state.kinds:
             # fp32 adapters go on from the fp32 weights of those in 16 bits
-            load_adapter_slices(state.whole(), self.lora, config, stored[optimizers.MAIN])
+            load_adapter_slices(state.whole(), self.lora, config, stored[MAIN])
         for kind, slices in state.emptied(int(saved.state["optimizer_updates"])).items():
             if kind in stored:
                 load_adapter_slices(slices, self.lora, config, stored[kind])

@@ -106,7 +106,6 @@ def _read_line() -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
-    import readline  # noqa: F401  # input() then edits lines and remembers them
 
     try:
         return input(PROMPT)

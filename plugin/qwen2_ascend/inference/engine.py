@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.load import load_checkpoint_weights
-from qwen2_ascend.checkpoint.source import Source
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.errors import UserError

@@ -27,7 +27,7 @@ from qwen2_ascend.machine import world_size
 from qwen2_ascend.vocabulary import unknown_tokens
 
 if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.checkpoint.readers.base import Source
     from qwen2_ascend.inference.generator import Generator, Request
     from qwen2_ascend.inference.text_settings import TextSettings
     from qwen2_ascend.inference.tokenizer import Tokenizer

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.inference.sampling import NAMES, PROCESSORS, WARPERS, Place, Sampling
 from qwen2_ascend.inference.settings import NUMBERS, SamplingSettings
@@ -141,8 +143,6 @@ class Defaults:
         Raises:
             UserError: transformers refuses a value.
         """
-        import torch
-
         try:
             logits = torch.zeros(1, vocab_size)
             logits = sampling.processors(place)(place.prompt_ids, logits)

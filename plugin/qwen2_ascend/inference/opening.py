@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen2_ascend import runtime as runtimes
+from qwen2_ascend.checkpoint.lora_source import GivenLora, open_lora
+from qwen2_ascend.checkpoint.source import lacks_config, open_source
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.saved_lora import find_saved_lora
+from qwen2_ascend.inference.tokenizer import Tokenizer
 from qwen2_ascend.launching import silence_foreign_warnings
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.adapter import Adapter
-    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.checkpoint.readers.base import Source
     from qwen2_ascend.inference.engine import Engine
     from qwen2_ascend.inference.settings import ServedModelSettings
-    from qwen2_ascend.inference.tokenizer import Tokenizer
     from qwen2_ascend.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -40,9 +44,6 @@ def open_model(model: ServedModelSettings) -> OpenedModel:
     Raises:
         UserError: nothing usable is there.
     """
-    from qwen2_ascend.checkpoint.lora_source import GivenLora, open_lora
-    from qwen2_ascend.checkpoint.source import open_source
-
     load, adapter = _weights_and_adapter(model)
     source = open_source(load, None, _config(model, load))
     given = GivenLora(rank=model.lora_r, alpha=model.lora_alpha, targets=model.lora_target_modules)
@@ -54,8 +55,6 @@ def open_model(model: ServedModelSettings) -> OpenedModel:
 
 def _weights_and_adapter(model: ServedModelSettings) -> tuple[Path, Path | None]:
     """The folder of the weights, and that of the adapter."""
-    from qwen2_ascend.finetuning.saved_lora import find_saved_lora
-
     if (saved := find_saved_lora(model.load)) is None:
         return model.load, model.adapter
     if model.adapter is not None:
@@ -76,8 +75,6 @@ def _config(model: ServedModelSettings, load: Path) -> str | Path | None:
     MindSpeed-LLM's shards have none, and its command lines name the model's Hugging Face folder as
     that of the tokenizer.
     """
-    from qwen2_ascend.checkpoint.source import lacks_config
-
     tokenizer = model.tokenizer_name_or_path
     if model.config is not None or tokenizer is None or not lacks_config(load):
         return model.config
@@ -90,8 +87,6 @@ def open_tokenizer(model: ServedModelSettings, source: Source) -> Tokenizer:
     Raises:
         UserError: there is none.
     """
-    from qwen2_ascend.inference.tokenizer import Tokenizer
-
     return Tokenizer(model.tokenizer_name_or_path or config_folder(source), model.prompt_type)
 
 
@@ -108,8 +103,6 @@ def start_engine(
     Raises:
         UserError: the device cannot be used or the weights do not fit.
     """
-    from qwen2_ascend import runtime as runtimes
-
     silence_foreign_warnings()
     source, adapter = opened.source, opened.adapter
     runtime = runtimes.start(

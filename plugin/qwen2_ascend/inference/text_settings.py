@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.inference.generation_config import Defaults
+from qwen2_ascend.inference.generator import Generator
+from qwen2_ascend.inference.sampling import Place
 from qwen2_ascend.inference.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.generator import Generator, Request
+    from qwen2_ascend.inference.generator import Request
     from qwen2_ascend.inference.sampling import Sampling
     from qwen2_ascend.inference.tokenizer import Tokenizer
 
@@ -67,8 +69,6 @@ class TextSettings:
         Raises:
             UserError: one has a value that cannot be used.
         """
-        from qwen2_ascend.inference.sampling import Place
-
         prompt = requests[0].tokens if requests else [0]
         place = Place(prompt=prompt, max_new_tokens=1, eos_tokens=self.eos_tokens)
         self.defaults.check(self.sampling, place, vocab_size)
@@ -87,8 +87,6 @@ class TextSettings:
             yield unused
 
     def generator(self, engine: Engine, tokenizer: Tokenizer) -> Generator:
-        from qwen2_ascend.inference.generator import Generator
-
         return Generator(
             engine,
             decode=tokenizer.decode,

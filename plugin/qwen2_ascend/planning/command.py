@@ -20,6 +20,7 @@ from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.planning import log, report, search
 from qwen2_ascend.planning.devices import DEVICES, GB, TERA, Device, Rates, find_device
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
+from qwen2_ascend.planning.picture import draw
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.overlap import OverlapSettings
 
@@ -216,8 +217,6 @@ def run(options: PlanOptions) -> None:
         report.write_json(result, options.json)
         print(f"\nwrote {options.json}")
     if options.picture:
-        from qwen2_ascend.planning.picture import draw
-
         draw(result, options.picture)
         print(f"\nwrote {options.picture}")
 

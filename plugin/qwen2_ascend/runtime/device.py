@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import diagnosis, npu
 from qwen2_ascend.runtime import meeting as meetings
+from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel, model_parallel_seed
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
@@ -145,10 +147,6 @@ class Runtime:
         Pipeline stages draw differently (seed + 100 * stage, as Megatron-LM does);
         data-parallel ranks draw alike.
         """
-        import numpy
-
-        from qwen2_ascend.runtime.megatron_compat import model_parallel_seed
-
         seed = model_parallel_seed(seed)
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
@@ -171,8 +169,6 @@ class Runtime:
 
     def close(self) -> None:
         """Leaves the process groups; nothing may communicate afterwards."""
-        from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel
-
         destroy_model_parallel()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

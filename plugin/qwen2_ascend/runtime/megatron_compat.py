@@ -8,6 +8,7 @@ the release that can.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import inspect
 import logging
@@ -120,8 +121,6 @@ def _close_groups() -> None:
 
     megatron-core only forgets them; with gloo each keeps its threads, fifty for a layout.
     """
-    import gc
-
     import torch
 
     world = torch.distributed.group.WORLD

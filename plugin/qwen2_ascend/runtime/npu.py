@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import diagnosis, mindspeed
 from qwen2_ascend.runtime.cpu import cuda_type_name
@@ -30,8 +32,6 @@ def is_installed() -> bool:
 
 def missing() -> str | None:
     """Why no NPU can be used here, with the way out; None when one can."""
-    import torch
-
     ours = mindspeed.release(torch.__version__)
     if not is_installed():
         return (
@@ -143,8 +143,6 @@ def activate_adaptor() -> str:
 
 def _mend_device_capability() -> None:
     """Lets MindSpeed's answer be asked as torch does."""
-    import torch
-
     if not inspect.signature(torch.cuda.get_device_capability).parameters:
         apply(
             "torch:cuda.get_device_capability",

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime.profiling import open_profiler, profiler_fault
 from qwen2_ascend.telemetry.energy import Energy
 from qwen2_ascend.telemetry.profiling import StepProfiler
 from qwen2_ascend.telemetry.reporting import attempt
@@ -69,8 +70,6 @@ class Instruments:
 
 def _profiler(run: TrainingRun) -> StepProfiler | None:
     """None where this rank records nothing."""
-    from qwen2_ascend.runtime.profiling import open_profiler, profiler_fault
-
     settings, first = run.settings.profile, run.progress.iteration
     window, folder = settings.window(), settings.folder(run.settings.checkpoint.save)
     if window is None or folder is None:

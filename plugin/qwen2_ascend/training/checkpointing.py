@@ -29,12 +29,14 @@ from qwen2_ascend.checkpoint.formats import (
     torch_dist_layout,
     torch_pt,
 )
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
 from qwen2_ascend.checkpoint.load import Slices, checks_of, load_slices, unwrap
 from qwen2_ascend.checkpoint.megatron_args import megatron_args
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.checkpoint.rules import Rule, TensorSlice, megatron_pieces, qwen2_rules
 from qwen2_ascend.checkpoint.slices import parts_of
-from qwen2_ascend.checkpoint.source import Source, open_states
+from qwen2_ascend.checkpoint.source import open_states
 from qwen2_ascend.checkpoint.target import is_one_range, rule_of, torch_dist_chunk
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.dtypes import DTYPE_NAMES, TORCH_DTYPES
@@ -284,7 +286,7 @@ def _rank_state(
 
 def _state_key(kind: str, key: str, sharding_type: str | None) -> str:
     """The key in torch_dist of a weight, or of the optimizer's tensor of it of some kind."""
-    if kind == optimizers.MAIN and sharding_type == megatron_optimizer.FULLY_RESHARDABLE:
+    if kind == MAIN and sharding_type == megatron_optimizer.FULLY_RESHARDABLE:
         kind = "param"
     return f"optimizer.state.{kind}.{key}" if kind else key
 
@@ -371,8 +373,8 @@ def _load_optimizer(run: TrainingRun, saved: SavedRun, identity: CheckpointIdent
     gathered_from_buckets = (*megatron_optimizer.BY_BUCKETS, megatron_optimizer.FULLY_RESHARDABLE)
     if saved.is_foreign and saved.sharding_type in gathered_from_buckets:
         _check_places(saved.folder, state, sources)
-    if optimizers.MAIN in sources and optimizers.MAIN not in state.kinds:
-        load(optimizers.MAIN, state.whole())  # fp32 after 16 bits goes on from the fp32 weights
+    if MAIN in sources and MAIN not in state.kinds:
+        load(MAIN, state.whole())  # fp32 after 16 bits goes on from the fp32 weights
     for kind, slices in state.emptied(int(saved.common["optimizer_updates"])).items():
         load(kind if kind in sources else "", slices)  # fp32 weights are their own main weights
     optimizers.load_scaler_state(run.optimizer, saved.common["loss_scaler"])
@@ -384,7 +386,7 @@ def _check_places(folder: Path, state: RankState, sources: Mapping[str, Source])
     Raises:
         DamagedError: one is not.
     """
-    weights, mains = sources[""], sources[optimizers.MAIN].held
+    weights, mains = sources[""], sources[MAIN].held
     (dtype,) = {TORCH_DTYPES[name] for name in weights.dtypes}
     for piece, run, weight in state.whole():
         main = torch.empty(weight.shape)

@@ -22,8 +22,12 @@ from qwen2_ascend import __version__
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import write_file
 from qwen2_ascend.machine import local_world_size, num_cores
+from qwen2_ascend.planning.devices import find_device
 from qwen2_ascend.planning.log import RUN_FILE, as_entry, with_start
+from qwen2_ascend.planning.memory import fullest_stage
 from qwen2_ascend.telemetry.reporting import attempt
+from qwen2_ascend.training.plan import flags
+from qwen2_ascend.training.planned import layout_of_run
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
@@ -54,8 +58,6 @@ def write_description(folder: Path, plan: RunPlan, run: TrainingRun) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from qwen2_ascend.training.plan import flags
-
     folder.mkdir(parents=True, exist_ok=True)
     runtime, first_iteration = run.runtime, run.progress.iteration
     told = {
@@ -98,10 +100,6 @@ def environment(runtime: Runtime, variables: Mapping[str, str]) -> dict[str, str
 
 def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
     """The planned memory of the fullest rank, and the device's peak, if the planner knows them."""
-    from qwen2_ascend.planning.devices import find_device
-    from qwen2_ascend.planning.memory import fullest_stage
-    from qwen2_ascend.training.planned import layout_of_run
-
     cut = layout_of_run(plan.settings, plan.config, runtime)
     try:
         device = find_device("CPU" if runtime.name == "cpu" else runtime.device_name())
@@ -117,8 +115,6 @@ def _planned(plan: RunPlan, runtime: Runtime) -> dict[str, Any]:
 
 
 def _start(plan: RunPlan, runtime: Runtime, first_iteration: int) -> dict[str, Any] | None:
-    from qwen2_ascend.training.planned import layout_of_run
-
     if runtime.simulated:
         return None
     cut = layout_of_run(plan.settings, plan.config, runtime)

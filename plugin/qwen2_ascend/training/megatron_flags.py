@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen2_ascend.config import Qwen2Config, published_names
+from qwen2_ascend.data.chat.rows import is_chat_file
 from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.machine import local_world_size, world_size
 from qwen2_ascend.pasted_flags import (
@@ -150,8 +151,6 @@ def _has_weights(value: str | None, settings: Any, config: Qwen2Config) -> str |
 
 def _nothing_is_prepared(value: str | None, settings: Any, config: Qwen2Config) -> str | None:
     """Fine-tuning writes no index: prepared chats are read on every node, from its own disk."""
-    from qwen2_ascend.data.chat.rows import is_chat_file
-
     data, has_one_node = settings.data, world_size() <= local_world_size(world_size())
     files = filter(is_chat_file, (*data.data_path, *data.train_data_path, *data.valid_data_path))
     if has_one_node or data.data_cache_path is not None or not (file := next(files, None)):

@@ -17,16 +17,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+import xxhash
+
 from qwen2_ascend import machine
+from qwen2_ascend.checkpoint.formats.hugging_face import hub_hint
+from qwen2_ascend.checkpoint.iteration import resumable_iterations
+from qwen2_ascend.checkpoint.manifest import check_iteration
+from qwen2_ascend.checkpoint.source import lacks_config, open_source
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.flags import flag_of
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.length import RunLength
+from qwen2_ascend.training.saved_run import find_saved_run
 from qwen2_ascend.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.checkpoint.readers.base import Source
     from qwen2_ascend.finetuning.deepspeed.saved import SavedZero
     from qwen2_ascend.finetuning.saved_lora import SavedLora
     from qwen2_ascend.lora_config import LoraConfig
@@ -166,8 +173,6 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         config = settings.config_of_run(_config(model.config))
         return RunPlan(settings=settings, config=config, world_size=world_size, source=None)
 
-    from qwen2_ascend.checkpoint.source import open_source
-
     if model.config is not None and not Path(model.config).exists():
         raise UserError(
             f"--config {model.config}: no such folder or file; with weights from {folder} give "
@@ -179,8 +184,6 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
     source = open_source(opened, None, config_folder)
     saved = None
     if load and not model.finetune and source.kind == "mg":
-        from qwen2_ascend.training.saved_run import find_saved_run
-
         saved = find_saved_run(source.folder)
     if saved and model.padded_vocab_size is None and model.make_vocab_size_divisible_by is None:
         # the optimizer's state has as many rows as the weights had
@@ -212,7 +215,6 @@ def _load(settings: TrainingSettings, found: Found | None) -> Path | None:
         return load
     if settings.model.pretrained_checkpoint is not None or load == settings.checkpoint.save:
         return None
-    from qwen2_ascend.checkpoint.formats.hugging_face import hub_hint
 
     raise UserError(
         f"--load {load}: there is no checkpoint in it. (That is right only when "
@@ -282,9 +284,6 @@ def newest_sound(folder: Path) -> Path:
     Raises:
         DamagedError: all are damaged.
     """
-    from qwen2_ascend.checkpoint.iteration import resumable_iterations
-    from qwen2_ascend.checkpoint.manifest import check_iteration
-
     iterations = resumable_iterations(folder) or [folder]
     damaged: DamagedError | None = None
     for iteration in iterations:
@@ -338,8 +337,6 @@ def _config_beside_tokenizer(settings: TrainingSettings, folder: Path) -> str | 
 
     MindSpeed-LLM's shards have none, and its command lines name the model's folder there.
     """
-    from qwen2_ascend.checkpoint.source import lacks_config
-
     name = settings.tokenizer_folder
     if name is None or not (Path(name) / "config.json").is_file():
         return None
@@ -363,6 +360,4 @@ def _fingerprint(source: Source | None) -> str:
 
 
 def _hash(text: str) -> str:
-    import xxhash
-
     return xxhash.xxh3_64_hexdigest(text.encode())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core import parallel_state
 
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
 from qwen2_ascend.checkpoint.plan import volume
 from qwen2_ascend.checkpoint.rules import Shard, TensorSlice
 from qwen2_ascend.checkpoint.slices import Run, owners, share_of
@@ -73,7 +74,7 @@ class RankState:
             return ()
         kinds = optimizers.kinds_of(next(iter(self.parameters.values())))
         if self._with_main and optimizers.is_distributed(self._optimizer):
-            kinds = (*optimizers.MOMENTS, optimizers.MAIN)
+            kinds = (*MOMENTS, MAIN)
         return kinds
 
     def piece(self, named: Named) -> TensorSlice:

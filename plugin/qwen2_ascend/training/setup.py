@@ -11,32 +11,45 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwen2_ascend import runtime as runtimes
+from qwen2_ascend.checkpoint.formats.hugging_face import side_files
+from qwen2_ascend.checkpoint.iteration import older_iterations
+from qwen2_ascend.checkpoint.load import load_checkpoint_weights
+from qwen2_ascend.checkpoint.manifest import check_iteration
+from qwen2_ascend.checkpoint.target import read_side_files
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
 from qwen2_ascend.launching import silence_foreign_warnings
 from qwen2_ascend.machine import local_world_size, rank
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.planning.flops import train_flops_per_token
+from qwen2_ascend.planning.log import RUN_FILE
 from qwen2_ascend.planning.parameters import num_parameters
+from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel
 from qwen2_ascend.telemetry import reporting
-from qwen2_ascend.training.description import RUN_FILE, write_description
+from qwen2_ascend.telemetry.instruments import Instruments
+from qwen2_ascend.telemetry.training_energy import require_power_source
+from qwen2_ascend.training.description import write_description
 from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
+from qwen2_ascend.training.logging import Reporter, Step
 from qwen2_ascend.training.megatron_flags import training_flags
 from qwen2_ascend.training.plan import Found, RunPlan, broadcast_plan, warn
+from qwen2_ascend.training.planned import expected, layout_of_run, planned, refuse_without_devices
 from qwen2_ascend.training.recompute_settings import RecomputeSettings
+from qwen2_ascend.training.saved_run import SavedRun
+from qwen2_ascend.training.schedule import build_schedule
 from qwen2_ascend.training.settings import TrainingSettings
+from qwen2_ascend.training.signals import StopSignal
 
 if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.source import Source
+    from qwen2_ascend.checkpoint.readers.base import Source
     from qwen2_ascend.model.recompute import RecomputedOutputs
     from qwen2_ascend.parallel import ParallelLayout
     from qwen2_ascend.runtime import Runtime
     from qwen2_ascend.telemetry.energy import Energy
-    from qwen2_ascend.telemetry.instruments import Instruments
     from qwen2_ascend.training.checkpointer import Checkpointer
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
-    from qwen2_ascend.training.logging import Reporter
     from qwen2_ascend.training.loop import TrainingRun
     from qwen2_ascend.training.planned import Expected
 
@@ -61,7 +74,6 @@ def is_planned_only(
     number = settings.report.plan
     if number is None:
         return False
-    from qwen2_ascend.training.planned import planned, refuse_without_devices
 
     refuse_without_devices(settings)
     if rank() == 0:
@@ -89,9 +101,6 @@ def begin(
         UserError: settings, data or checkpoint are not as they have to be; every fault at once,
             and those that rank 0 finds before any rank waits for another.
     """
-    from qwen2_ascend.checkpoint.manifest import check_iteration
-    from qwen2_ascend.training.saved_run import SavedRun
-
     own = None
     if rank() == 0:
         faults = Faults()
@@ -169,9 +178,7 @@ def _older(settings: TrainingSettings, error: DamagedError) -> Path:
     Raises:
         DamagedError: there is none.
     """
-    from qwen2_ascend.checkpoint.iteration import older_iterations
     from qwen2_ascend.runtime import agreement
-    from qwen2_ascend.runtime.megatron_compat import destroy_model_parallel
 
     if error.folder is None or settings.model.load is None:
         raise error
@@ -210,9 +217,6 @@ def start_runtime(plan: RunPlan) -> Runtime:
     Raises:
         UserError: the device or the number of processes does not do.
     """
-    from qwen2_ascend import runtime as runtimes
-    from qwen2_ascend.telemetry.training_energy import require_power_source
-
     settings = plan.settings
     silence_foreign_warnings()
     runtime = runtimes.start(
@@ -277,7 +281,6 @@ def build_chunks(plan: RunPlan, runtime: Runtime, **model_options: Any) -> list[
     """
     from megatron.core import parallel_state
 
-    from qwen2_ascend.checkpoint.load import load_checkpoint_weights
     from qwen2_ascend.model.build import build_model
 
     settings, source = plan.settings, plan.source
@@ -356,7 +359,6 @@ def build_run(
     """
     from qwen2_ascend.training.loop import Progress, TrainingRun, wrap_chunks
     from qwen2_ascend.training.optimizer import build_optimizer
-    from qwen2_ascend.training.schedule import build_schedule
 
     length = length or settings.length(runtime.world_size)
     wrapped = wrap_chunks(
@@ -383,7 +385,6 @@ def resume_if_saved(run: TrainingRun, plan: RunPlan) -> None:
         UserError: it is not of this model.
     """
     from qwen2_ascend.training.checkpointing import resume
-    from qwen2_ascend.training.saved_run import SavedRun
 
     if not isinstance(plan.saved, SavedRun):
         return
@@ -431,9 +432,6 @@ def run_side_files(plan: RunPlan) -> Mapping[Path, bytes]:
 
 
 def _side_files(plan: RunPlan) -> Mapping[Path, bytes]:
-    from qwen2_ascend.checkpoint.formats.hugging_face import side_files
-    from qwen2_ascend.checkpoint.target import read_side_files
-
     dtype = plan.settings.precision_name()
     if plan.source is not None:
         return read_side_files(plan.source.side_files, dtype)
@@ -462,7 +460,6 @@ def train_and_report(
     Returns:
         Whether the run is complete.
     """
-    from qwen2_ascend.telemetry.instruments import Instruments
     from qwen2_ascend.training.checkpointing import megatron_checkpointer
 
     with contextlib.ExitStack() as stack:
@@ -509,7 +506,6 @@ def _train(
     checkpointer: Checkpointer | None,
 ) -> bool:
     from qwen2_ascend.training.loop import is_due, train
-    from qwen2_ascend.training.signals import StopSignal
 
     def on_step(result: Any, seconds: float) -> None:
         reporter.step(_step(run, result, seconds, instruments.step(seconds)))
@@ -545,8 +541,6 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
 
     Rank 0 alone looks. There is no plan for a CPU or a simulated device, and none by DeepSpeed.
     """
-    from qwen2_ascend.training.planned import expected, layout_of_run
-
     runtime = run.runtime
     if runtime.rank != 0 or runtime.simulated:
         return None
@@ -560,8 +554,6 @@ def _planned(run: TrainingRun, config: Qwen2Config) -> Expected | None:
 
 
 def _reporter(run: TrainingRun, plan: RunPlan) -> Reporter:
-    from qwen2_ascend.training.logging import Reporter
-
     settings = run.settings
     length = settings.batch.seq_length
     tokens = run.global_batch_size * run.rows_per_sample * length
@@ -581,8 +573,6 @@ def _reporter(run: TrainingRun, plan: RunPlan) -> Reporter:
 
 
 def _step(run: TrainingRun, result: Any, seconds: float, energy: Energy | None) -> Any:
-    from qwen2_ascend.training.logging import Step
-
     return Step(
         iteration=run.progress.iteration,
         consumed_samples=run.progress.consumed_samples,

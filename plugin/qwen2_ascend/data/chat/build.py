@@ -15,6 +15,7 @@ from qwen2_ascend.data.chat.dataset import ChatDataset, EpochDataset, PairDatase
 from qwen2_ascend.data.chat.prepare import Preparation, prepared
 from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.data.chat.stored import SIDES, StoredChats
+from qwen2_ascend.data.pretraining import split_matrix
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.vocabulary import unknown_tokens
 
@@ -120,7 +121,6 @@ class ChatDatasetBuilder:
         """(first, last) of the rows of each split, as shares of all."""
         if not self.data_path:
             return (0.0, 1.0), (0.0, 1.0)
-        from qwen2_ascend.data.pretraining import split_matrix
 
         return tuple(split_matrix(self.split)[:2])
 

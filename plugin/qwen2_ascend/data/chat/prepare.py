@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
+from qwen2_ascend.data.chat.preprocess import preprocess_chats
 from qwen2_ascend.data.chat.rows import is_chat_file
 from qwen2_ascend.data.chat.settings import ChatSettings
+from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import missing, read_bytes
 from qwen2_ascend.pretrained import pretrained_folder
@@ -108,9 +110,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _prepare(word: str, preparation: Preparation) -> str:
     """Prepares a file, if that has not been done; the prefix of the result."""
-    from qwen2_ascend.data.chat.preprocess import preprocess_chats
-    from qwen2_ascend.data.settings import PreprocessSettings
-
     prefix = _cached_prefix(word, preparation)
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
 from qwen2_ascend.checkpoint.transformers_model import shape_of
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun
-from qwen2_ascend.training.optimizer import MAIN, MOMENTS
 
 
 @torch.no_grad()
