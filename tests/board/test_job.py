@@ -36,6 +36,26 @@ def test_a_run_that_is_told_to_stop(state: str, tmp_path: Path, monkeypatch) -> 
     assert jobs.state()["state"] == state
 
 
+def test_a_second_stop_does_not_excuse_a_run_that_could_save(tmp_path: Path, monkeypatch) -> None:
+    """A rank that was told to stop lets the next SIGTERM end it, and did not catch it then."""
+    rank = (
+        "import signal\n"
+        "def told(*_):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "    print('saves', flush=True)\n"
+        f"signal.signal(signal.SIGTERM, told)\n{SLEEPS}"
+    )
+    argv = [sys.executable, "-c", LAUNCHER, rank]
+    monkeypatch.setattr(Order, "argv", property(lambda order: argv))
+    jobs = Jobs()
+    jobs.start(Order(words=("torchrun",), save=tmp_path / "run"))
+    for word in ("ready", "saves"):
+        wait_for(lambda: word in (tmp_path / "run" / "run.log").read_text())  # noqa: B023
+        jobs.stop()
+    wait_for(lambda: jobs.state()["state"] != "stopping")
+    assert jobs.state()["state"] == "failed"
+
+
 def wait_for(condition) -> None:
     ends = time.monotonic() + 60
     while not condition():

@@ -100,6 +100,16 @@ def test_every_file_format_gives_the_same(kind, tokenizer, expected, tmp_path, c
     assert f"{path}: OpenAI messages\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("share", [0.01, 0.9])
+def test_a_damaged_packed_array_is_named(share: float, tokenizer, tmp_path: Path) -> None:
+    """Whether its start can be read, which says that it is an array, or not even that."""
+    path = write_rows(tmp_path / "a.json.gz", chat_rows(200))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=r"a\.json\.gz: damaged or incomplete gzip"):
+        run(tmp_path / "a", path, tokenizer)
+
+
 def test_parquet_values_that_json_has_not_are_texts_or_refused(tokenizer, tmp_path: Path) -> None:
     """Texts that a writer gives as bytes are texts; no date is trained on as Python writes it."""
     pa = pytest.importorskip("pyarrow")

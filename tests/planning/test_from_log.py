@@ -243,6 +243,7 @@ def test_a_log_without_a_second_step_is_no_measurement(tmp_path: Path) -> None:
         ("Ascend910_9391", "910C"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("A100-SXM4-80GB", "A100"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA GeForce RTX 4090", None),
         ("Ascend910B", None),
@@ -252,6 +253,7 @@ def test_a_log_without_a_second_step_is_no_measurement(tmp_path: Path) -> None:
 def test_devices_are_known_by_what_drivers_call_them(said: str, name: str | None) -> None:
     device = device_called(said)
     assert (device.name if device else None) == name
+    assert device is None or find_device(said) is device
 
 
 def test_a_run_writes_what_the_planner_reads(tmp_path: Path, capsys) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.finetuning import settings as finetuning
 from qwen2_ascend.training.description import _planned as planned
@@ -44,7 +46,10 @@ def settings(*more: str) -> Any:
     return finetuning.parse([*words, "--tensor-model-parallel-size", "8", *more])
 
 
-def test_the_planned_memory_is_the_planners() -> None:
+@pytest.mark.parametrize(
+    ("said", "name"), [("Ascend910B2", "910B2"), ("NVIDIA A100-SXM4-40GB", "A100-40GB")]
+)
+def test_the_planned_memory_is_the_planners(said: str, name: str) -> None:
     from qwen2_ascend.planning.devices import find_device
     from qwen2_ascend.planning.memory import fullest_stage
     from qwen2_ascend.training.planned import as_run_layout
@@ -53,9 +58,9 @@ def test_the_planned_memory_is_the_planners() -> None:
     plan: Any = SimpleNamespace(
         settings=settings("--tensor-model-parallel-size", "2"), config=config
     )
-    found = planned(plan, runtime(world_size=2))
-    device = find_device("910B2")
-    _, memory = fullest_stage(as_run_layout(plan.settings, config, 2, "npu"))
+    device = find_device(name)
+    found = planned(plan, runtime(device.backend, said, world_size=2))
+    _, memory = fullest_stage(as_run_layout(plan.settings, config, 2, device.backend))
     assert found == {"planned_memory_bytes": memory.total, "peak_flops": device.peak_flops}
 
 

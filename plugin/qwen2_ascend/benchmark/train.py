@@ -253,13 +253,10 @@ def _peak_flops(options: TrainBenchmark, device_name: str, dtype: str) -> float 
         return options.peak_tflops * 1e12
     if dtype != "bf16" or options.device == "cpu":
         return None
-
-    for word in device_name.upper().replace("-", " ").split():
-        try:
-            return find_device(word).peak_flops
-        except UserError:
-            continue
-    return None
+    try:
+        return find_device(device_name).peak_flops
+    except UserError:
+        return None
 
 
 def _print(options: TrainBenchmark, config: Qwen2Config, report: Mapping[str, Any]) -> None:

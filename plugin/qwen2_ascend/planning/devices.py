@@ -208,13 +208,12 @@ digits is what a 910C calls itself."""
 
 
 def find_device(name: str, flag: str = "--device") -> Device:
-    """The device of that name, whatever its case; `flag` has said it.
+    """The device of that name, ours or its driver's, whatever its case; `flag` has said it.
 
     Raises:
         UserError: there is none.
     """
-    known = DEVICES | {alias: DEVICES[target] for alias, target in ALIASES.items()}
-    if (found := known.get(_bare(name))) is None:
+    if (found := DEVICES.get(ALIASES.get(_bare(name), _bare(name))) or device_called(name)) is None:
         raise UserError(
             f"{flag} {name} is not known; known are {', '.join([*ALIASES, *DEVICES])}. For "
             "another give the nearest, with --memory-gb, --peak-tflops and so on."
@@ -226,11 +225,8 @@ def device_called(name: str) -> Device | None:
     """The device that a driver names so, as "Ascend910B3" or "NVIDIA A100-SXM4-80GB"; None for one
     that is not known, or not for certain ("Ascend910B")."""
     words = name.upper().replace("-", " ").split()
-    if words[:1] == ["NVIDIA"]:
-        known = [device for key, device in DEVICES.items() if key in words]
-        if known and "40GB" in words:
-            return DEVICES.get(f"{known[0].name}-40GB")
-        return known[0] if known else None
+    if known := [key for key in DEVICES if key in words]:
+        return DEVICES.get(f"{known[0]}-40GB" if "40GB" in words else known[0])
     bare = _bare(name)
     return DEVICES.get(ALIASES[bare] if bare in ALIASES and bare.startswith("910_") else bare)
 
