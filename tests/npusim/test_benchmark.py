@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ STEPS = 2
 
 
 def work_of(folder: Path, **changes: Any) -> Any:
-    from qwen2_ascend.benchmark.train_side import Work
+    from qwen2_ascend.benchmark.work import Work
 
     make_tiny_hugging_face_folder(folder)
     sizes: dict[str, Any] = {"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 4}
@@ -51,13 +52,13 @@ def test_every_side_trains_there_as_transformers_does_on_the_cpu(
     side: str, tmp_path: Path, measured_nevertheless: None
 ) -> None:
     from npusim.simulator import recording
-    from qwen2_ascend.benchmark.train_side import BUILDERS
+    from qwen2_ascend.benchmark.train_side import trainer_of
 
     work = work_of(tmp_path / "hf", side=side)
-    reference = BUILDERS["transformers"](replace(work, device="cpu"))
+    reference = trainer_of(replace(work, side="transformers", device="cpu"))
     expected = [reference.step() for _ in range(STEPS)]
     with recording() as record:
-        trainer = BUILDERS[side](work)
+        trainer = trainer_of(work)
         losses = [trainer.step() for _ in range(STEPS)]
     assert trainer.runtime.name == "npu" and trainer.runtime.simulated
     assert losses == pytest.approx(expected, rel=1e-6)
@@ -71,7 +72,7 @@ def test_every_side_trains_there_as_transformers_does_on_the_cpu(
 
 @pytest.mark.simulated(alone=BENCHMARK)
 def test_every_attention_computes_the_same_there(measured_nevertheless: None) -> None:
-    from qwen2_ascend.benchmark.attention_side import _prepared
+    from qwen2_ascend.benchmark.attention_side import prepare
 
     question = {
         "dtype": "fp32",
@@ -79,20 +80,19 @@ def test_every_attention_computes_the_same_there(measured_nevertheless: None) ->
         "key_shape": [32, 1, 2, 8],
         "steps": 1,
     }
-    sums = [_prepared(side, "npu")(question)["sums"] for side in ("ours", "unfused", "sdpa")]
+    sums = [prepare(side, "npu")(question)["sums"] for side in ("ours", "unfused", "sdpa")]
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
     assert sums[2] == pytest.approx(sums[1], rel=1e-5)
 
 
 @pytest.mark.simulated(alone=BENCHMARK)
 def test_what_is_played_is_not_measured(tmp_path: Path) -> None:
-    from qwen2_ascend.benchmark.attention_side import _prepared
-    from qwen2_ascend.benchmark.train_side import _trainer_of
+    from qwen2_ascend.benchmark import attention_side, train_side
 
-    work = work_of(tmp_path / "hf")
+    work = json.dumps(asdict(work_of(tmp_path / "hf")))
     refused: list[Callable[[], Any]] = [
-        lambda: _trainer_of(work),
-        lambda: _prepared("ours", "npu"),
+        lambda: train_side.prepare(work),
+        lambda: attention_side.prepare("ours", "npu"),
     ]
     for start in refused:
         with pytest.raises(UserError, match="simulated; its speed"):

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2_ascend import markdown
-from qwen2_ascend.benchmark.device import chosen_device
-from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
+from qwen2_ascend.benchmark.faults import chosen_device, count_faults, dtype_faults, side_faults
 from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import interleaved, running
 from qwen2_ascend.errors import raise_if
@@ -81,9 +80,7 @@ def _measure(options: AttentionBenchmark) -> list[dict[str, Any]]:
     """A report of each dtype and length."""
     reports = []
     arguments = {side: [side, options.device] for side in options.sides}
-    with running(
-        "qwen2_ascend.benchmark.attention_side", arguments, threads=options.threads
-    ) as sides:
+    with running("attention_side", arguments, threads=options.threads) as sides:
         for dtype, seq_length in product(options.dtypes, options.seq_lengths):
             question = _question(options, dtype, seq_length)
             answers = interleaved(

@@ -1,32 +1,27 @@
-"""One side of the attention benchmark: passes forward and backward for each line it reads."""
+"""One side of the attention benchmark: passes forward and backward for each question."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from qwen2_ascend.benchmark.device import measured, started_runtime
-from qwen2_ascend.benchmark.sides import serve
+from qwen2_ascend.dtypes import TORCH_DTYPES
 from qwen2_ascend.ops import get_ops
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwen2_ascend.runtime import Runtime
+from qwen2_ascend.runtime import Runtime
 
 SEED = 1234
-Attention = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q `[s, b, np, hn]`, k and v `[s, b, ng, hn]` to `[s, b, np, hn]`."""
 
 
-def main(side: str, device: str) -> None:
-    """Serves the standard input until it ends."""
-    serve(lambda: _prepared(side, device))
-
-
-def _prepared(side: str, device: str) -> Callable[[Any], Any]:
+def prepare(side: str, device: str) -> Callable[[Any], Any]:
+    """What answers a question: the side's attention on a device."""
     runtime = started_runtime(device)
     attention = _sdpa if side == "sdpa" else _own(side, runtime.name)
     return partial(_measured, attention, runtime)
@@ -43,18 +38,12 @@ def _own(side: str, device: str) -> Attention:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from torch.nn.functional import scaled_dot_product_attention
-
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     context = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return context.permute(2, 0, 1, 3).contiguous()
 
 
 def _measured(attention: Attention, runtime: Runtime, question: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    from qwen2_ascend.dtypes import TORCH_DTYPES
-
     generator = torch.Generator().manual_seed(SEED)
     dtype = TORCH_DTYPES[question["dtype"]]
 
@@ -79,11 +68,5 @@ def _measured(attention: Attention, runtime: Runtime, question: dict[str, Any]) 
 
 
 def _weighted(x: Tensor) -> float:
-    import torch
-
     numbers = x.detach().float().cpu().flatten().double()
     return float((numbers.square() * torch.linspace(1, 2, len(numbers), dtype=torch.double)).sum())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -130,7 +130,7 @@ def _summary(
 
 
 def _measure(options: CheckpointBenchmark, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    module, processes = "qwen2_ascend.benchmark.checkpoint_side", options.processes
+    module, processes = "checkpoint_side", options.processes
     with ExitStack() as stack:
         sides: dict[str, RankedSide] = {}
         for name in options.sides:

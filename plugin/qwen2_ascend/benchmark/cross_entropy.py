@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from qwen2_ascend import runtime
-from qwen2_ascend.benchmark.measure import PeakMemory, run_measured
-from qwen2_ascend.parallel import ParallelLayout
+from qwen2_ascend.benchmark.measure import run_measured
 from qwen2_ascend.progress import size_text
 
 
@@ -46,42 +43,19 @@ def run(options: CrossEntropyBenchmark) -> None:
 
 def measure(options: CrossEntropyBenchmark, chunk_size: int) -> tuple[float, int]:
     """Seconds and peak bytes of one way; a chunk_size of 0 is the plain one."""
-    arguments = json.dumps({**asdict(options), "chunk_size": chunk_size})
-    measured = run_measured([sys.executable, "-m", __name__, arguments])
+    arguments = asdict(options) | {"chunk_size": chunk_size}
+    del arguments["chunk_sizes"]
+    measured = run_measured([sys.executable, "-m", __name__, json.dumps(arguments)])
     seconds, floor = map(float, measured.output.split()[-2:])
     return seconds, measured.peak_anonymous_bytes - int(floor)
 
 
 def main(arguments: str) -> None:
     """Runs in the measured process: prints the seconds and the bytes it began with."""
-    options = json.loads(arguments)
-
     runtime.start("cpu")
-    import torch
+    from qwen2_ascend.benchmark.cross_entropy_step import step
 
-    from qwen2_ascend.dtypes import TORCH_DTYPES
-
-    runtime.initialize_model_parallel(ParallelLayout(), 1)
-    dtype = TORCH_DTYPES[options["dtype"]]
-    hidden = torch.randn(options["seq_length"], 1, options["hidden_size"]).to(dtype)
-    weight = torch.randn(options["vocab_size"], options["hidden_size"], dtype=dtype).mul_(0.02)
-    labels = torch.randint(options["vocab_size"], (1, options["seq_length"]))
-    floor = PeakMemory(os.getpid()).sample() + weight.nbytes
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    started = time.perf_counter()
-    _losses(hidden, weight, labels, options["chunk_size"]).sum().backward()
-    print(time.perf_counter() - started, floor)
-
-
-def _losses(hidden, weight, labels, chunk_size: int):
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    from qwen2_ascend.model.cross_entropy import chunked_cross_entropy
-
-    if chunk_size:
-        return chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
-    return vocab_parallel_cross_entropy(hidden @ weight.t(), labels.t().contiguous())
+    print(*step(**json.loads(arguments)))
 
 
 if __name__ == "__main__":

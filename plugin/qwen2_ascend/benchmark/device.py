@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from qwen2_ascend import runtime as runtimes
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.launching import silence_foreign_warnings
-
-if TYPE_CHECKING:
-    from qwen2_ascend.runtime import Runtime
-
+from qwen2_ascend.runtime import Runtime
 
 T = TypeVar("T")
 
@@ -24,10 +23,6 @@ def started_runtime(device: str, *, for_megatron: bool = False) -> Runtime:
         UserError: it cannot be used, or is none.
     """
     if device == "cpu" and not for_megatron:
-        import torch
-
-        from qwen2_ascend.runtime.device import Runtime
-
         return Runtime(
             name="cpu",
             backend="gloo",
@@ -42,17 +37,6 @@ def started_runtime(device: str, *, for_megatron: bool = False) -> Runtime:
     runtime = runtimes.start(device)
     refuse_simulated(runtime)
     return runtime
-
-
-def chosen_device(name: str) -> str:
-    """The device that --device names; `auto` takes the best one there is.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    from qwen2_ascend.runtime import select_device
-
-    return select_device(None if name == "auto" else name)
 
 
 def refuse_simulated(runtime: Runtime) -> None:

@@ -28,3 +28,14 @@ def count_faults(options: Any, *names: str) -> list[str]:
     values = {name: getattr(options, name) for name in names}
     least = {k: min(v, default=0) if isinstance(v, tuple) else v for k, v in values.items()}
     return number_faults(SimpleNamespace(**least), at_least_one=names)
+
+
+def chosen_device(name: str) -> str:
+    """The device that --device names; `auto` takes the best one there is.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    from qwen2_ascend.runtime import select_device
+
+    return select_device(None if name == "auto" else name)

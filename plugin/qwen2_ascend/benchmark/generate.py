@@ -75,9 +75,7 @@ def run(options: GenerateBenchmark) -> None:
 def _measure(options: GenerateBenchmark, dtype: str) -> list[dict[str, Any]]:
     common = [str(options.load), dtype, str(options.new_tokens)]
     arguments = {name: [name, *common] for name in SIDES}
-    with running(
-        "qwen2_ascend.benchmark.generate_side", arguments, threads=options.threads
-    ) as sides:
+    with running("generate_side", arguments, threads=options.threads) as sides:
         energy = SideEnergy("cpu")
         energy.begin()
         return [_rounds(options, dtype, batch, sides, energy) for batch in options.batch_sizes]

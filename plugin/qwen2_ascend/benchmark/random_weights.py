@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from qwen2_ascend.benchmark.sides import serve
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from qwen2_ascend.pretrained import open_pretrained
 
 
-def main(folder: str) -> None:
+def prepare(folder: str) -> Callable[[Any], Any]:
     """Writes the weights; then it has nothing to answer."""
-    serve(lambda: _made(folder))
-
-
-def _made(folder: str) -> Callable[[Any], Any]:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         open_pretrained(AutoConfig, folder), trust_remote_code=False
@@ -29,7 +23,3 @@ def _made(folder: str) -> Callable[[Any], Any]:
                 parameter += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return lambda question: question
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

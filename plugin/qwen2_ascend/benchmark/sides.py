@@ -20,13 +20,14 @@ from typing import Any, TypeVar
 from qwen2_ascend.errors import UserError
 
 T = TypeVar("T")
+PROCESS = "qwen2_ascend.benchmark.side"
 
 
 class Side:
     """A process that answers each line of JSON with another; usable with `with`.
 
     Args:
-        module: run by `python -m`; it calls `serve`.
+        module: a module of this package, as `side.main` takes it.
         arguments: the arguments of the command line.
         threads: OMP_NUM_THREADS.
         environment: variables besides those of this process.
@@ -41,7 +42,7 @@ class Side:
         environment: Mapping[str, str] = {},
     ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-m", PROCESS, module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -155,32 +156,6 @@ class RankedSide:
             UserError: one has ended.
         """
         return [rank.read() for rank in self._ranks]
-
-
-def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
-    """Answers every line of the standard input, in a side's process, until it ends.
-
-    Args:
-        prepare: loads what is needed and returns what answers a question.
-
-    Raises:
-        SystemExit: with 2 where it cannot be prepared, which has been printed.
-    """
-    # what libraries print is for people; the answers are alone on their pipe
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    try:
-        answer = prepare()
-    except UserError as error:
-        print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    print(json.dumps("ready"), file=out, flush=True)
-    for line in sys.stdin:
-        said = json.dumps(answer(json.loads(line)))
-        try:
-            print(said, file=out, flush=True)
-        except BrokenPipeError:
-            os._exit(1)  # nobody asks any more
 
 
 @contextlib.contextmanager

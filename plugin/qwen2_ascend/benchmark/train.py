@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qwen2_ascend import markdown
-from qwen2_ascend.benchmark.device import chosen_device
 from qwen2_ascend.benchmark.energy import SideEnergy, energy_figures, energy_table
-from qwen2_ascend.benchmark.faults import count_faults, dtype_faults, side_faults
+from qwen2_ascend.benchmark.faults import chosen_device, count_faults, dtype_faults, side_faults
 from qwen2_ascend.benchmark.measure import largest_difference, spread
 from qwen2_ascend.benchmark.sides import Side, interleaved, running
 from qwen2_ascend.config import Qwen2Config
@@ -206,7 +205,7 @@ def make_random_model(folder: Path, config: Qwen2Config, threads: int) -> Path:
     folder.mkdir()
     raw = json.dumps(config.to_hugging_face(), indent=2) + "\n"
     (folder / "config.json").write_text(raw, encoding="utf-8")
-    with Side("qwen2_ascend.benchmark.random_weights", [str(folder)], threads=threads) as maker:
+    with Side("random_weights", [str(folder)], threads=threads) as maker:
         maker.read()
     return folder
 
@@ -235,7 +234,7 @@ def _measure(options: TrainBenchmark, folder: Path, dtype: str) -> dict[str, lis
         "max_steps": options.steps * (options.rounds + 1),
     }
     arguments = {side: [json.dumps({**work, "side": side})] for side in options.sides}
-    with running("qwen2_ascend.benchmark.train_side", arguments, threads=options.threads) as sides:
+    with running("train_side", arguments, threads=options.threads) as sides:
         energy = SideEnergy(options.device)
         energy.begin()
 
