@@ -135,15 +135,15 @@ def a_file_of_chats_is_prepared_by_rank_0_and_read_by_all(run: Run) -> str:
     import torch.distributed as dist
 
     from data.chats import chat_rows, save_chat_tokenizer, write_rows
-    from qwen2_ascend.data.chat import preprocess
+    from qwen2_ascend.data.chat import prepare
     from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 
     if run.runtime.rank == 0:
         save_chat_tokenizer(run.folder / "tokenizer")
         write_rows(run.folder / "a.jsonl", chat_rows(20))
     dist.barrier()
-    calls, real = [], preprocess.preprocess_chats
-    preprocess.preprocess_chats = lambda settings: (calls.append(settings), real(settings))
+    calls, real = [], prepare.preprocess_chats
+    prepare.preprocess_chats = lambda settings: (calls.append(settings), real(settings))
     try:
         builder = ChatDatasetBuilder(
             seq_length=256,
@@ -155,7 +155,7 @@ def a_file_of_chats_is_prepared_by_rank_0_and_read_by_all(run: Run) -> str:
         )
         data = builder.build().train
     finally:
-        preprocess.preprocess_chats = real
+        prepare.preprocess_chats = real
     assert len(calls) == (run.runtime.rank == 0)
     mine = [(data[i]["tokens"].tolist(), data[i]["ends"]) for i in range(len(data))]
     everyones: list[Any] = [None] * 2

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from corpora import save_tokenizer
 
+import qwen2_ascend.data.indexed  # noqa: F401 - it comes before megatron-core here
+
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

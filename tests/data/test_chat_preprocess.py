@@ -14,7 +14,6 @@ from chats import TOOL_TURNS, TOOLS, chat_rows, said, save_chat_tokenizer, write
 from transformers import AutoTokenizer
 
 from qwen2_ascend.cli import main
-from qwen2_ascend.data import parts
 from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 from qwen2_ascend.data.chat.formats import Chat
 from qwen2_ascend.data.chat.rendering import ChatRenderer
@@ -22,6 +21,7 @@ from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.data.command import main as preprocess_main
 from qwen2_ascend.data.command import preprocess
 from qwen2_ascend.data.settings import PreprocessSettings
+from qwen2_ascend.data.state import State
 from qwen2_ascend.errors import UserError
 
 ROWS = [*chat_rows(40, seed=1), {"messages": TOOL_TURNS, "tools": TOOLS}]
@@ -163,15 +163,15 @@ def test_workers_and_parts_change_nothing(tokenizer, expected, tmp_path: Path) -
 def test_a_run_that_was_interrupted_is_resumed(tokenizer, expected, tmp_path, monkeypatch) -> None:
     sources = two_files(tmp_path)
     saves = []
-    save = parts.State.save
+    save = State.save
 
-    def stop(state: parts.State, folder: Path) -> None:
+    def stop(state: State, folder: Path) -> None:
         save(state, folder)
         saves.append(state)
         if len(saves) == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(parts.State, "save", stop)
+    monkeypatch.setattr(State, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", sources, tokenizer, save_interval_mb=0.002)
     assert saves[-1].position.file == 1, "the test should stop inside the JSON array"

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.command import preprocess
+from qwen2_ascend.data.index_files import token_dtype
 from qwen2_ascend.data.indexed import open_indexed
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError
@@ -265,7 +266,7 @@ def test_overwrite_starts_an_unfinished_run_again(
     "target",
     [
         "qwen2_ascend.data.parts:_fsync",
-        "qwen2_ascend.data.parts:fsync_folder",
+        "qwen2_ascend.data.state:fsync_folder",
         "qwen2_ascend.data.output:os.replace",  # also in every file that is written whole
         "qwen2_ascend.data.output:fsync_folder",
         "qwen2_ascend.data.output:shutil.rmtree",
@@ -447,3 +448,10 @@ def test_script_says_a_users_mistake_without_traceback(tokenizer_folder, tmp_pat
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err == f"error: --input {tmp_path}/nothing: no such file, folder or match\n"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 65499, 65500, 151936])
+def test_the_dtype_of_tokens_is_megatrons(num_tokens: int) -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    assert token_dtype(num_tokens) == DType.optimal_dtype(num_tokens).__name__

@@ -11,9 +11,10 @@ import torch
 from corpora import documents, save_tokenizer, write_indexed, write_jsonl
 from transformers import AutoTokenizer
 
+from qwen2_ascend.data.blends import parse_blend
 from qwen2_ascend.data.command import main
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder, fingerprint, open_indexed
-from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, parse_blend
+from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
 from qwen2_ascend.errors import UserError
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from qwen2_ascend.data.chat.dataset import batch_ends
 from qwen2_ascend.data.sampler import collate
@@ -41,8 +42,6 @@ class DocumentRows:
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        import torch
-
         sample = self.data[index]
         tokens = sample["tokens"].numpy()
         s = len(tokens)

@@ -19,6 +19,7 @@ import sysconfig
 from importlib import import_module
 from pathlib import Path
 
+import torch
 import xxhash
 
 from qwen2_ascend.errors import UserError
@@ -56,8 +57,6 @@ def compile_helpers_cpp(source: Path) -> Path:
     Raises:
         UserError: no compiler, or it fails.
     """
-    import torch
-
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2-ascend"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     library = folder / f"helpers_cpp-{xxhash.xxh3_64(source.read_bytes()).hexdigest()}{suffix}"

@@ -16,6 +16,11 @@ DTYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 LENGTH, POINTER = struct.Struct("<i"), struct.Struct("<q")
 
 
+def token_dtype(num_tokens: int) -> str:
+    """The dtype of ids below `num_tokens`, as megatron-core's DType.optimal_dtype chooses it."""
+    return "uint16" if num_tokens < 65500 else "int32"
+
+
 def check_indexed(prefix: str | Path) -> None:
     """Checks `PREFIX.bin` and `PREFIX.idx`; reads the head of the latter alone.
 

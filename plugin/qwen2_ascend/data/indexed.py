@@ -18,7 +18,6 @@ absent_triton.lend()
 with warnings.catch_warnings():
     # importing megatron.core complains about the absence of CUDA-only packages
     warnings.simplefilter("ignore")
-    from megatron.core.datasets.indexed_dataset import DType as DType
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.indexed_dataset import (
         IndexedDatasetBuilder as IndexedDatasetBuilder,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.checkpoint.staging import FolderLock
-from qwen2_ascend.data.parts import State, remove_unfinished
 from qwen2_ascend.data.settings import PreprocessSettings
+from qwen2_ascend.data.state import State, remove_unfinished
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import fsync_folder, read_bytes, write_file
 

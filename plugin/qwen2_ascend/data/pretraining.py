@@ -8,22 +8,28 @@ it from hanging or from reading something else than it was told to.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch._C._distributed_c10d import HashStore
+
+from qwen2_ascend.data import indexed
+from qwen2_ascend.data.blends import SPLITS, Blend, check_split, parse_blend
 from qwen2_ascend.data.documents import DocumentRows
 from qwen2_ascend.data.helpers_cpp import ensure_helpers_cpp
-from qwen2_ascend.data.index_files import check_indexed
-from qwen2_ascend.errors import Faults, UserError, raise_if
+from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.runtime.megatron_compat import each_node_builds_data
 from qwen2_ascend.vocabulary import unknown_tokens
-
-SPLITS = ("train", "valid", "test")
 
 
 class PretrainingDatasets(NamedTuple):
@@ -32,16 +38,6 @@ class PretrainingDatasets(NamedTuple):
     train: Any
     valid: Any
     test: Any
-
-
-class Blend(NamedTuple):
-    """Indexed datasets and the share of samples drawn from each.
-
-    Without weights the datasets go in whole, for one epoch, as in Megatron.
-    """
-
-    prefixes: list[str]
-    weights: list[float] | None
 
 
 class EodTokenizer:
@@ -166,8 +162,6 @@ class PretrainingDatasetBuilder:
             blends: one for each split, None where no sample is wanted.
             shares: (start, stop) of the documents that go to each split.
         """
-        from qwen2_ascend.data import indexed
-
         faults: list[str] = []
         prints: dict[str, str] = {}
         for prefix in dict.fromkeys(p for blend in blends if blend for p in blend.prefixes):
@@ -194,8 +188,6 @@ class PretrainingDatasetBuilder:
         return prints
 
     def _token_faults(self, prefix: str, dataset: Any) -> list[str]:
-        from qwen2_ascend.data import indexed
-
         faults = []
         documents = indexed.sample_documents(dataset)
         largest = indexed.largest_token(prefix)
@@ -214,11 +206,6 @@ class PretrainingDatasetBuilder:
         return faults
 
     def _built(self, settings: dict[str, Any]) -> PretrainingDatasets:
-        from megatron.core.datasets.blended_megatron_dataset_builder import (
-            BlendedMegatronDatasetBuilder,
-        )
-        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
         ensure_helpers_cpp()
         config: Any = GPTDatasetConfig(**settings)
         if config.split_matrix is not None:
@@ -232,87 +219,20 @@ class PretrainingDatasetBuilder:
             return PretrainingDatasets(*builder.build())
 
 
-def check_pretraining_data(
-    *,
-    data_path: Sequence[str],
-    train_data_path: Sequence[str],
-    valid_data_path: Sequence[str],
-    split: str,
-) -> None:
-    """What can be said of the data before there is a process group; heads of files are read.
-
-    Raises:
-        UserError: files that are missing, unreadable, empty or damaged, wrong weights, a split
-            that is none; every fault at once.
-    """
-    faults = Faults()
-    if data_path:
-        faults.collect(lambda: _split_shares(split))
-    prefixes: dict[str, None] = {}
-    for words in (data_path, train_data_path, valid_data_path):
-        if words and (blend := faults.collect(partial(parse_blend, words))) is not None:
-            prefixes |= dict.fromkeys(blend.prefixes)
-    for prefix in prefixes:
-        faults.collect(partial(check_indexed, prefix))
-    raise_if(faults)
-
-
-def parse_blend(words: Sequence[str]) -> Blend:
-    """Reads `A`, `A B C` or `0.3 A 0.7 B`.
-
-    Raises:
-        UserError: weights for some datasets only, or weights that are not above zero.
-    """
-    numbers = [_number(word) for word in words[::2]]
-    if all(number is None for number in numbers):
-        return Blend(list(words), None)
-    if len(words) % 2 or any(number is None for number in numbers):
-        raise UserError(
-            f"{' '.join(words)!r}: give prefixes only, or a weight before each: 0.3 A 0.7 B."
-        )
-    weights = [float(number) for number in numbers if number is not None]
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise UserError(f"{' '.join(words)!r}: each weight must be above zero.")
-    return Blend(list(words[1::2]), weights)
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
 def split_matrix(split: str) -> list[tuple[float, float]]:
     """(start, stop) of train, valid and test as shares of all documents, as Megatron cuts them.
 
     Raises:
         UserError: not up to three shares, or none above zero.
     """
-    _split_shares(split)
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
-
+    check_split(split)
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     return [share or (0.0, 0.0) for share in matrix]
-
-
-def _split_shares(split: str) -> None:
-    shares = [_number(word) for word in split.split(",")]
-    if len(shares) > len(SPLITS) or any(n is None or not 0 <= n < math.inf for n in shares):
-        raise UserError(f"split={split!r} must be up to three shares, such as 969,30,1.")
-    if not any(shares):
-        raise UserError(f"split={split!r} gives nothing to anyone; one share must be above zero.")
 
 
 @contextlib.contextmanager
 def _process_group() -> Iterator[None]:
     """A group of one where there is none: BlendedDataset asks for its rank without asking first."""
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore
-
     if dist.is_initialized():
         yield
         return

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from qwen2_ascend.data.output import Output
-from qwen2_ascend.data.parts import State
+from qwen2_ascend.data.state import State
 from qwen2_ascend.markdown import aligned
 from qwen2_ascend.progress import progress_bar
 

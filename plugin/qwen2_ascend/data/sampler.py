@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.vocabulary import unknown_tokens
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 """What a batch holds, each `[b, s]`: int64 tokens, labels and position_ids, float32 loss_mask."""
@@ -83,9 +84,6 @@ def build_data_iterator(
         UserError: the dataset has not one micro-batch per rank left; later, a batch holds a token
             that the model does not have.
     """
-    import torch
-    from torch.utils.data import DataLoader
-
     batches = PretrainingBatchSampler(
         num_samples=len(dataset),
         consumed_samples=consumed_samples,
@@ -124,6 +122,4 @@ def _known_tokens(
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stacks samples of `[s]` into a batch of `[b, s]`; only BATCH_KEYS are kept."""
-    import torch
-
     return {key: torch.stack([sample[key] for sample in samples]) for key in BATCH_KEYS}

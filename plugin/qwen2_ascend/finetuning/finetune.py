@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
-from qwen2_ascend.data.chat.build import ChatDatasetBuilder
 from qwen2_ascend.data.chat.check import check_chat_data
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.exports import find_exports, finish, is_all_done
@@ -219,6 +218,8 @@ def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
     Raises:
         UserError: the data is not there, damaged or too little.
     """
+    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
+
     settings = plan.settings
     data, global_batch_size = settings.data, settings.global_batch_size(plan.world_size)
     built = ChatDatasetBuilder(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, check_pretraining_data
+from qwen2_ascend.data.blends import check_pretraining_data
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.launching import launched
 from qwen2_ascend.training.plan import RunPlan, make_plan
@@ -113,6 +113,8 @@ def pretraining_data(plan: RunPlan[PretrainSettings]) -> tuple[Any, Any]:
         sizes = (settings.batch.seq_length, plan.config.vocab_size)
         valid = MockDataset(num_valid, *sizes, seed=seed + 1) if num_valid else None
         return MockDataset(num_train, *sizes, seed=seed), valid
+
+    from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 
     datasets = PretrainingDatasetBuilder(
         num_samples=(num_train, num_valid, 0),

@@ -14,7 +14,8 @@ from qwen2_ascend.data.chat.check import packing_faults, path_faults
 from qwen2_ascend.data.chat.dataset import ChatDataset, EpochDataset, PairDataset
 from qwen2_ascend.data.chat.prepare import Preparation, prepared
 from qwen2_ascend.data.chat.settings import ChatSettings
-from qwen2_ascend.data.chat.stored import SIDES, StoredChats
+from qwen2_ascend.data.chat.stored import StoredChats
+from qwen2_ascend.data.chat.stored_files import SIDES
 from qwen2_ascend.data.pretraining import split_matrix
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.vocabulary import unknown_tokens

@@ -17,7 +17,7 @@ from qwen2_ascend.data.chat.rows import (
     where,
 )
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
-from qwen2_ascend.data.chat.stored import SIDES, dataset_path
+from qwen2_ascend.data.chat.stored_files import SIDES, dataset_path
 from qwen2_ascend.data.index_files import check_indexed
 from qwen2_ascend.data.inputs import InputFile, Position, Reading
 from qwen2_ascend.data.tokenization import parse_row

@@ -15,17 +15,16 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from qwen2_ascend.data.chat.packing import Packing, best_fit_decreasing
+from qwen2_ascend.data.chat.stored import StoredChats
 from qwen2_ascend.data.sampler import BATCH_KEYS
 
-if TYPE_CHECKING:
-    from qwen2_ascend.data.chat.stored import StoredChats
-
-    Sample = dict[str, Any]
+Sample = dict[str, Any]
 
 
 class ChatDataset:
@@ -85,8 +84,6 @@ class ChatDataset:
         return int(np.minimum(self._stored.lengths[self._rows], self.seq_length).sum())
 
     def __getitem__(self, index: int) -> Sample:
-        import torch
-
         if not 0 <= index < len(self):
             raise IndexError(index)
         chats = [
@@ -124,8 +121,6 @@ class ChatDataset:
         Shorter rows are filled up to the longest. `ends` is a tuple of ints: cumulative ends over
         the flattened batch, row after row, without a leading zero; the last is b * s.
         """
-        import torch
-
         longest = max(len(sample["tokens"]) for sample in samples)
         s = -(-longest // self._multiple) * self._multiple
         assert not self.is_packed or all(len(sample["tokens"]) == s for sample in samples)
@@ -236,8 +231,6 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def _filled(row: Any, s: int, value: int | None) -> Any:
     """`row` up to length s; positions (no `value`) count on."""
-    import torch
-
     missing = s - len(row)
     if not missing:
         return row

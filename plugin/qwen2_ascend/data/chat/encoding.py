@@ -12,7 +12,7 @@ import numpy as np
 from qwen2_ascend.data.chat.formats import RowFormat
 from qwen2_ascend.data.chat.rendering import ChatRenderer, TemplateError, Tokens
 from qwen2_ascend.data.chat.rows import where
-from qwen2_ascend.data.chat.stored import IGNORED, SIDES
+from qwen2_ascend.data.chat.stored_files import IGNORED, SIDES
 from qwen2_ascend.data.inputs import Row
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.data.tokenization import BadRow, Encoded, parse_row

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch.distributed as dist
 import xxhash
 
 from qwen2_ascend.data.chat.preprocess import preprocess_chats
@@ -31,6 +32,7 @@ CODE = (
     "data/chat/preprocess.py",
     "data/chat/rendering.py",
     "data/chat/rows.py",
+    "data/chat/writing.py",
     "data/tokenization.py",
     "prompt_types.py",
 )
@@ -141,8 +143,6 @@ def _on_rank_0(work: Callable[[], T]) -> T:
     Raises:
         UserError: what rank 0 raised, on every rank.
     """
-    import torch.distributed as dist
-
     if not dist.is_initialized():
         return work()
     done, failure = None, None

@@ -1,34 +1,28 @@
-"""`preprocess --task sft|dpo`: files of chats to MindSpeed-LLM's instruction data (`stored.py`)."""
+"""`preprocess --task sft|dpo`: files of chats to the files of `stored_files.py`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from qwen2_ascend.chat_template import all_templates
 from qwen2_ascend.data.chat.check import find_formats
 from qwen2_ascend.data.chat.encoding import ChatEncoder, output_keys
 from qwen2_ascend.data.chat.formats import RowFormat
-from qwen2_ascend.data.chat.packing import best_fit_decreasing
 from qwen2_ascend.data.chat.rendering import given_template
 from qwen2_ascend.data.chat.rows import find_chat_files, read_chat_rows
-from qwen2_ascend.data.chat.stored import IGNORED
-from qwen2_ascend.data.chat.summary import chat_lengths, print_summary
+from qwen2_ascend.data.chat.summary import print_summary
 from qwen2_ascend.data.inputs import InputFile
 from qwen2_ascend.data.output import Output
-from qwen2_ascend.data.parts import Counts, State, join
-from qwen2_ascend.data.preprocess import write_parts
 from qwen2_ascend.data.settings import PreprocessSettings
+from qwen2_ascend.data.state import Counts, State
 from qwen2_ascend.machine import num_cores
 from qwen2_ascend.pretrained import open_tokenizer
 from qwen2_ascend.prompt_types import check_tokenizer
@@ -67,21 +61,18 @@ def preprocess_chats(settings: PreprocessSettings) -> None:
         print(f"{output.prefix}: complete already; nothing to do.")
         return
     with output.work_folder(state) as (folder, state):
-        # packs are made of whole files, so these lie beside the result until then
-        stem = "chats_" if settings.packs else ""
-        names = {key: f"{stem}{output.dataset(key).name}" for key in keys}
-        if not state.is_joined:
-            make_encoder = partial(ChatEncoder, settings, formats, template)
-            rows = read_chat_rows(files, reading, state.position)
-            workers = settings.workers or _useful_workers(files)
-            write_parts(settings, files, rows, make_encoder, folder, state, workers=workers)
-            join(folder, state, names, output.bad_rows.name)
-        lengths = [chat_lengths(folder / names[key]) for key in keys if "input_ids" in key]
-        packs = None
-        if settings.packs:
-            targets = {key: folder / output.dataset(key).name for key in keys}
-            sources = {key: folder / name for key, name in names.items()}
-            packs = _pack(sources, targets, settings, state.settings["pad_token"])
+        from qwen2_ascend.data.chat.writing import write_chats  # what refusals do without
+
+        lengths, packs = write_chats(
+            settings,
+            files,
+            read_chat_rows(files, reading, state.position),
+            partial(ChatEncoder, settings, formats, template),
+            folder,
+            state,
+            output,
+            workers=settings.workers or _useful_workers(files),
+        )
         output.publish(folder, state)
     print_summary(output, settings, state, lengths, packs, time.monotonic() - started)
 
@@ -122,42 +113,3 @@ def _deciding_settings(
         "dtype": "int32",
     }
     return json.loads(json.dumps(deciding))
-
-
-def _pack(
-    sources: dict[str, Path],
-    targets: dict[str, Path],
-    settings: PreprocessSettings,
-    pad_token: int,
-) -> int:
-    """Writes rows of --seq-length that hold several chats, and padding; how many.
-
-    With --neat-pack the attention mask numbers the chats of a row from 1 and is 0 on padding.
-    Without it the mask is 1 everywhere: a row is trained on as one text.
-    """
-    from qwen2_ascend.data.indexed import IndexedDatasetBuilder, open_indexed
-
-    seq_length = settings.seq_length
-    assert seq_length is not None
-    is_neat = settings.neat_pack
-    fill = {"input_ids": pad_token, "labels": IGNORED, "attention_mask": 0 if is_neat else 1}
-    packing = None
-    for key, source in sources.items():
-        chats = open_indexed(source)
-        if packing is None:
-            packing = best_fit_decreasing(chats.sequence_lengths, seq_length, settings.seed)
-        kind = key.removeprefix("packed_")
-        builder = IndexedDatasetBuilder(f"{targets[key]}.bin", dtype=np.int32)
-        with contextlib.closing(builder.data_file):
-            for index in range(len(packing)):
-                row: Any = np.full(seq_length, fill[kind], dtype=np.int32)
-                at = 0
-                for number, chat in enumerate(packing.pack(index).tolist(), 1):
-                    piece = chats[chat]
-                    numbers = is_neat and kind == "attention_mask"
-                    row[at : at + len(piece)] = number if numbers else piece
-                    at += len(piece)
-                builder.add_document(row, [seq_length])
-            builder.finalize(f"{targets[key]}.idx")
-    assert packing is not None
-    return len(packing)

@@ -1,11 +1,4 @@
-"""Tokenized chats on disk, in the layout MindSpeed-LLM gives instruction data.
-
-Under PREFIX_packed_ lie indexed datasets, one document a row in each, all of one length:
-`input_ids_document`; `labels_document`, the same ids where the token is trained on and -100 where
-not (not moved: the training moves them); `attention_mask_document`, 1 everywhere, but in rows that
-are packs the number of the chat, from 1, and 0 on padding (MindSpeed-LLM's --neat-pack).
-Preference pairs have `chosen_` and `rejected_` before `input_ids` and `labels`, and no mask.
-"""
+"""Tokenized chats, read from the files that `stored_files.py` tells of."""
 
 from __future__ import annotations
 
@@ -16,18 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen2_ascend.data.chat.stored_files import IGNORED, dataset_path
+from qwen2_ascend.data.indexed import largest_token, open_indexed
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import read_bytes
-
-IGNORED = -100
-"""The label of a token that is not trained on."""
-SIDES = {"sft": ("",), "dpo": ("chosen_", "rejected_")}
-"""What comes before input_ids and labels in the files' names."""
-
-
-def dataset_path(prefix: str | Path, key: str) -> Path:
-    """The prefix of one indexed dataset: `key` is input_ids, chosen_labels, ..."""
-    return Path(f"{prefix}_packed_{key}_document")
 
 
 class StoredChats:
@@ -108,8 +93,6 @@ class StoredChats:
 
 class _Part:
     def __init__(self, prefix: str | Path, side: str) -> None:
-        from qwen2_ascend.data.indexed import open_indexed
-
         self.prefix, self._side = prefix, side
         self._ids = open_indexed(dataset_path(prefix, f"{side}input_ids"))
         self._labels = open_indexed(dataset_path(prefix, f"{side}labels"))
@@ -150,8 +133,6 @@ class _Part:
 
     def largest_token(self) -> int:
         """The largest of all rows where the preparation noted it, else of some."""
-        from qwen2_ascend.data.indexed import largest_token
-
         noted = largest_token(dataset_path(self.prefix, f"{self._side}input_ids"))
         return noted if noted is not None else max(int(self._ids[r].max()) for r in self._sampled())
 

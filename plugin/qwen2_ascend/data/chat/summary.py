@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from qwen2_ascend.data.chat.encoding import UNUSED
 from qwen2_ascend.data.output import Output
-from qwen2_ascend.data.parts import State
 from qwen2_ascend.data.settings import PreprocessSettings
+from qwen2_ascend.data.state import State
 from qwen2_ascend.pretrained import one_line
 
 MOST_KEYS = 20
 """Keys that are named one by one."""
-
-
-def chat_lengths(prefix: Path) -> np.ndarray:
-    """Tokens of each chat of the finished files at `prefix`."""
-    from qwen2_ascend.data.indexed import open_indexed
-
-    dataset = open_indexed(prefix)
-    # a copy, while the dataset is there: a view outlives the memory map and crashes
-    return np.array(dataset.sequence_lengths)
 
 
 def print_summary(
