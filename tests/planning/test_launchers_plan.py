@@ -205,6 +205,15 @@ def test_what_of_zero_cannot_be_planned_is_refused(flags: str, words: str) -> No
         by_zero.finetune(zero_settings.parse(f"{ZERO_COMMAND} --plan 8 {flags}".split()))
 
 
+@pytest.mark.parametrize("main", [tuning.main, by_zero.main])
+def test_a_folder_that_could_not_be_written_at_the_end_is_refused(main, tmp_path, capsys) -> None:
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "notes.txt").write_text("mine")
+    saved = f"--save {tmp_path / 'out'} --save-hf {tmp_path / 'tuned'}"
+    assert main(f"{ZERO_COMMAND} {saved} --plan 8".split()) == 2
+    assert f"--save-hf {tmp_path / 'tuned'} is there already" in capsys.readouterr().err
+
+
 def test_more_stages_and_ranks_hold_less() -> None:
     """What lasts between steps is 16 N / d at stage 3, and 12 N / d of the optimizer at all."""
     job = Job(config=Qwen2Config.named("7B"), seq_length=4096, global_batch_size=64)

@@ -52,7 +52,7 @@ def finetune(settings: FinetuneSettings) -> None:
         UserError: settings, data or checkpoint are not as they have to be.
         NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
     """
-    if not is_planned_only(settings, plan_of_run, validate):
+    if not is_planned_only(settings, make_plan, validate):
         from_sound_checkpoint(settings, _finetune)
 
 
