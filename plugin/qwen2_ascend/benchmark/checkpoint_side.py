@@ -24,7 +24,6 @@ from qwen2_ascend.checkpoint.load import load_checkpoint_weights
 from qwen2_ascend.runtime.megatron_compat import prepare_torch_dist
 from qwen2_ascend.training.plan import make_plan
 from qwen2_ascend.training.saved_run import SavedRun
-from qwen2_ascend.training.setup import checkpoint_identity
 
 STEP_SECONDS = 2.0
 """Forward and backward between an asynchronous save and the update that waits for its copy: by
@@ -100,6 +99,7 @@ def _digest(state: State) -> str:
 def _ours(work: Work, *, ckpt_format: str = "torch_dist", is_async: bool = False) -> State:
     from qwen2_ascend.training.checkpointing import megatron_checkpointer, resume
     from qwen2_ascend.training.optimizer import num_updates
+    from qwen2_ascend.training.setup import checkpoint_identity
 
     run, plan = build_ours(work)
     run.step(run.batches())

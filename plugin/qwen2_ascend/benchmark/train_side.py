@@ -26,8 +26,6 @@ from qwen2_ascend.training import settings as s
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.plan import make_plan
-from qwen2_ascend.training.pretrain import prepare
-from qwen2_ascend.training.setup import start_runtime
 
 if TYPE_CHECKING:
     from qwen2_ascend.runtime import Runtime
@@ -126,8 +124,12 @@ def build_ours(work: Work, *, plain: bool = False) -> tuple[TrainingRun, RunPlan
         data=s.DataSettings(mock_data=True),
         runtime=s.RuntimeSettings(device=work.device, seed=SEED),  # pyright: ignore
     )
+    from qwen2_ascend.training.start import start_runtime
+
     plan = make_plan(settings)
     runtime = start_runtime(plan)
+    from qwen2_ascend.training.pretrain import prepare  # megatron-core, after the start
+
     return prepare(plan, runtime), plan
 
 
