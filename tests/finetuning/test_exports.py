@@ -27,7 +27,7 @@ def command_lines() -> list[tuple[str, str]]:
     scaling += "--rope-scaling-factor"
     return [
         ("half", lora),
-        ("whole", lora),
+        ("whole", lora.replace("--lora-r 2", "")),
         ("again", lora),
         ("another run", lora.replace("--train-iters 4", "--train-iters 6")),
         ("alone", alone),

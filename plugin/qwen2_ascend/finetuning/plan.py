@@ -8,7 +8,8 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.exports import find_exports
 from qwen2_ascend.finetuning.saved_lora import find_saved_lora
-from qwen2_ascend.finetuning.settings import F
+from qwen2_ascend.finetuning.settings import F, FinetuneSettings, LoraSettings
+from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training import plan as plans
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
 
@@ -56,14 +57,9 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
                 f"--load {load}: holds a run that tunes all weights; --finetune takes its weights "
                 "alone, to put adapters on them."
             )
-        lora = settings.lora_config()
-        if settings.lora.lora_load is not None:
-            given = read_lora_config(settings.lora.lora_load)
-            lora = replace(given, dropout=settings.lora.lora_dropout)
-        return replace(plan, lora=lora)
-    if settings.lora.is_on and settings.lora_config() != replace(
-        saved.lora, dropout=settings.lora.lora_dropout
-    ):
+        return replace(plan, lora=_asked(settings))
+    lora = replace(saved.lora, dropout=settings.lora.lora_dropout)
+    if settings.lora.is_on and _asked(settings) != lora:
         raise UserError(
             f"--load {load}: is a run with LoRA of rank {saved.lora.rank}, alpha "
             f"{saved.lora.alpha:g} on {', '.join(saved.lora.targets)}; say the same, or nothing."
@@ -74,13 +70,21 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
             f"{saved.folder}: its base model was {base or 'random'}, which is not there; name it "
             "with --pretrained-checkpoint."
         )
-    # the base is opened as --pretrained-checkpoint is
+    # the base is opened as --pretrained-checkpoint is, and what was not said has been settled
     model = replace(settings.model, load=None, pretrained_checkpoint=base)
-    plan = plans.make_plan(replace(settings, model=model), found)
+    settings = replace(settings, model=model, lora=LoraSettings.of(lora))
+    plan = plans.make_plan(settings, found)
     folders = {**plan.found.folders, "load": within(load, saved.folder)}
     return replace(
         plan,
         saved=saved,
-        lora=replace(saved.lora, dropout=settings.lora.lora_dropout),
+        lora=lora,
         found=plan.found._replace(folders=folders),
     )
+
+
+def _asked(settings: FinetuneSettings) -> LoraConfig | None:
+    """The adapters that flags ask for: new ones, or those of --lora-load."""
+    if (folder := settings.lora.lora_load) is None:
+        return settings.lora_config()
+    return replace(read_lora_config(folder), dropout=settings.lora.lora_dropout)

@@ -75,6 +75,17 @@ class LoraSettings:
         """Whether adapters are tuned, not the weights."""
         return self.lora_r is not None or self.lora_load is not None
 
+    @classmethod
+    def of(cls, lora: LoraConfig) -> LoraSettings:
+        """The flags that ask for these adapters."""
+        return cls(
+            lora_r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            lora_target_modules=lora.targets,
+            use_rslora=lora.use_rslora,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
@@ -216,7 +227,7 @@ def _tuning_faults(settings: FinetuneSettings) -> list[str]:
 
 
 def _adapter_faults(settings: FinetuneSettings) -> list[str]:
-    model, lora, export, faults = settings.model, settings.lora, settings.export, Faults()
+    lora, export, faults = settings.lora, settings.export, Faults()
     faults.collect(settings.lora_config)
     if lora.lora_r is not None and lora.lora_load is not None:
         faults.append("--lora-r and --lora-load: give one of them; an adapter has its rank.")
@@ -224,8 +235,6 @@ def _adapter_faults(settings: FinetuneSettings) -> list[str]:
         faults.append("--save-adapter needs --lora-r or --lora-load: there is no adapter.")
     if export.save_hf and settings.checkpoint.save is None:
         faults.append("--save-hf needs --save: the folder is made from the last checkpoint.")
-    if export.save_hf and lora.is_on and not (model.load or model.pretrained_checkpoint):
-        faults.append("--save-hf with LoRA needs --load: there is no folder to merge it into.")
     return faults
 
 

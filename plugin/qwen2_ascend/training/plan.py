@@ -50,7 +50,7 @@ PATHS = (
 )
 """Flags with paths, which nodes may have of their own, besides those that are paths by their type;
 a number of workers may be a node's own too."""
-MAKING = ("optimizer", "precision", "batch", "data", "tuning", "lora", "chat")
+MAKING = ("optimizer", "precision", "batch", "data", "tuning", "chat")
 """Groups of settings that decide what a finished run has learnt."""
 
 
@@ -148,10 +148,12 @@ class RunPlan(Generic[S_co]):
             said["batch"].pop(name)
         if said.get("tuning", {}).get("num_train_epochs") is not None:
             said["batch"].pop("train_iters")  # `with_epochs` sets it
-        said["model"] = asdict(self.config)
+        said["model"], said["lora"] = asdict(self.config), self.lora and asdict(self.lora)
         said["seed"] = settings.runtime.seed
         save = settings.checkpoint.save
         said["save"] = os.path.realpath(save) if save else None
+        if not save and "lora" in groups:
+            said["lora_load"] = settings.lora.lora_load  # a run that goes on need not say it again
         return _hash(json.dumps(said, default=str, sort_keys=True))
 
 
