@@ -17,7 +17,7 @@ from qwen2_ascend.finetuning.deepspeed import launch as deepspeed
 from qwen2_ascend.finetuning.deepspeed import settings as tuning_by_zero
 from qwen2_ascend.lora_config import LoraConfig
 
-LORA = LoraConfig(rank=2, alpha=4, targets=("q_proj", "v_proj"))
+LORA = LoraConfig(rank=2, alpha=4, dropout=0.25, targets=("q_proj", "v_proj"))
 SAID = "--lora-r 2 --lora-alpha 4 --lora-target-modules q_proj v_proj"
 NEEDED = "--seq-length 32 --lr 1e-5 --data-path chats --train-iters 3"
 PATHS = [(tuning, megatron), (tuning_by_zero, deepspeed)]
@@ -54,6 +54,15 @@ def test_what_is_not_said_again_is_as_it_was(path: tuple[Any, Any], run: Path) -
     assert silent.lora == said.lora == LORA
     assert silent.settings.lora_rank == 2
     assert silent.identity() == said.identity()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+@pytest.mark.parametrize("flags", ["--lora-dropout 0", f"{SAID} --lora-dropout 0.5", "--lora-r 3"])
+def test_what_is_said_otherwise_is_refused(path: tuple[Any, Any], run: Path, flags: str) -> None:
+    was = "rank 2, alpha 4, dropout 0.25 on q_proj, v_proj; say the same, or nothing"
+    with pytest.raises(UserError, match=was):
+        planned(path, run, flags)
+    assert planned(path, run, "--lora-dropout 0.25").lora == LORA
 
 
 def test_the_adapter_that_it_began_with_may_be_said_again(run: Path) -> None:

@@ -58,11 +58,12 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
                 "alone, to put adapters on them."
             )
         return replace(plan, lora=_asked(settings))
-    lora = replace(saved.lora, dropout=settings.lora.lora_dropout)
-    if settings.lora.is_on and _asked(settings) != lora:
+    lora, dropout = saved.lora, settings.lora.lora_dropout
+    dropout = lora.dropout if dropout is None else dropout
+    if replace(_asked(settings) or lora, dropout=dropout) != lora:
         raise UserError(
-            f"--load {load}: is a run with LoRA of rank {saved.lora.rank}, alpha "
-            f"{saved.lora.alpha:g} on {', '.join(saved.lora.targets)}; say the same, or nothing."
+            f"--load {load}: is a run with LoRA of rank {lora.rank}, alpha {lora.alpha:g}, dropout "
+            f"{lora.dropout:g} on {', '.join(lora.targets)}; say the same, or nothing."
         )
     base = settings.model.pretrained_checkpoint or saved.base
     if base is None or not base.exists():
@@ -87,4 +88,4 @@ def _asked(settings: FinetuneSettings) -> LoraConfig | None:
     """The adapters that flags ask for: new ones, or those of --lora-load."""
     if (folder := settings.lora.lora_load) is None:
         return settings.lora_config()
-    return replace(read_lora_config(folder), dropout=settings.lora.lora_dropout)
+    return replace(read_lora_config(folder), dropout=settings.lora.lora_dropout or 0.0)

@@ -60,8 +60,8 @@ class LoraSettings:
     """Rank of the adapters; tunes them alone. Without it all weights are tuned."""
     lora_alpha: float = 32.0
     """The adapters' output is multiplied by alpha / rank."""
-    lora_dropout: float = 0.0
-    """Share of the adapters' inputs to drop."""
+    lora_dropout: float | None = None
+    """Share of the adapters' inputs to drop; a new run drops none where it is not said."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Megatron's names (linear_qkv, linear_proj, linear_fc1, linear_fc2), Hugging Face's (q_proj,
     gate_proj ...), or all-linear."""
@@ -179,7 +179,7 @@ class FinetuneSettings(TrainingSettings):
         return LoraConfig(
             rank=lora.lora_r,
             alpha=lora.lora_alpha,
-            dropout=lora.lora_dropout,
+            dropout=lora.lora_dropout or 0.0,
             targets=lora.lora_target_modules,
             use_rslora=lora.use_rslora,
         )
