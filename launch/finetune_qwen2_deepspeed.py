@@ -7,6 +7,6 @@ import sys
 
 # reading ahead starts processes that import this file again: nothing else happens at import
 if __name__ == "__main__":
-    from qwen2_ascend.finetuning.deepspeed.finetune import main
+    from qwen2_ascend.finetuning.deepspeed.command import main
 
     sys.exit(main())

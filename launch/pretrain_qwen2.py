@@ -4,6 +4,6 @@ import sys
 
 # saving a checkpoint starts processes that import this file again: nothing else happens at import
 if __name__ == "__main__":
-    from qwen2_ascend.training.pretrain import main
+    from qwen2_ascend.training.command import main
 
     sys.exit(main())

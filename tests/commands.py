@@ -27,8 +27,8 @@ PROGRAMS = {
     "align": "qwen2_ascend.alignment.align",
     "generate": "qwen2_ascend.inference.generate",
     "evaluate": "qwen2_ascend.evaluation.evaluate",
-    "pretrain": "qwen2_ascend.training.pretrain",
-    "finetune": "qwen2_ascend.finetuning.finetune",
+    "pretrain": "qwen2_ascend.training.command",
+    "finetune": "qwen2_ascend.finetuning.command",
     "qwen2-ascend": "qwen2_ascend.cli",
 }
 

@@ -20,9 +20,9 @@ from qwen2_ascend.launching import launched
     [
         *(("cli", [name], [f"usage: qwen2-ascend {name}"]) for name in cli.COMMANDS),
         ("benchmark.command", ["train"], ["--micro-batch-size"]),
-        ("training.pretrain", [], ["--tensor-model-parallel-size"]),
-        ("finetuning.finetune", [], ["--num-train-epochs"]),
-        ("finetuning.deepspeed.finetune", [], ["--zero-stage"]),
+        ("training.command", [], ["--tensor-model-parallel-size"]),
+        ("finetuning.command", [], ["--num-train-epochs"]),
+        ("finetuning.deepspeed.command", [], ["--zero-stage"]),
         ("alignment.align", [], ["--noise-factor"]),
         ("evaluation.evaluate", [], ["--text-file"]),
         ("inference.generate", [], ["--prompt-file", "--repetition-penalty", "--chat"]),

@@ -1,8 +1,9 @@
 """Imports stand at the top; one inside a function brings a package that is to come later or never.
 
 `--help` and refusals do not wait for torch, megatron-core is imported once the runtime has
-started, and what belongs to an extra need not be installed. Everything else stands at the top;
-the package itself imports nothing there, so that each of its modules can be had alone.
+started, and what belongs to an extra need not be installed. Everything else stands at the top, but
+for one import of a command.py, which --help does without; the package itself imports nothing there,
+so that each of its modules can be had alone.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Imports:
             for module, tree in self.trees.items()
             if "." in module
             for node in inside_functions(tree)
+            if not (module.endswith(".command") and len(list(inside_functions(tree))) == 1)
             if not self._brings(node) - self.packages(module)
         ]
 
@@ -99,6 +101,14 @@ def inside_functions(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 def test_an_import_inside_a_function_brings_something() -> None:
     found = Imports(PACKAGE).needless()
     assert found == []
+
+
+@pytest.mark.parametrize("room", ["training", "finetuning", "finetuning.deepspeed"])
+def test_a_launcher_imports_in_stages(room: str) -> None:
+    """No mistake waits for torch, and nothing brings megatron-core before the start."""
+    imports, heavy = Imports(PACKAGE), {"torch", "transformers", "megatron", "deepspeed"}
+    assert not imports.packages(f"{PACKAGE.name}.{room}.launch") & heavy
+    assert imports.packages(f"{PACKAGE.name}.training.start") & heavy == {"torch"}
 
 
 @pytest.mark.parametrize(

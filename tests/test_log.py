@@ -104,7 +104,7 @@ def test_lines_go_above_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_script_that_imports_the_package_has_its_logging_to_itself() -> None:
     """Python's own default: a warning goes to stderr as it is, a line of the log nowhere."""
     script = (
-        "import logging, qwen2_ascend.launching, qwen2_ascend.training.pretrain\n"
+        "import logging, qwen2_ascend.launching, qwen2_ascend.training.launch\n"
         "assert not logging.getLogger().handlers\n"
         "assert not logging.getLogger('qwen2_ascend').handlers\n"
         "logging.getLogger('qwen2_ascend.checkpoint.load').info('a line')\n"

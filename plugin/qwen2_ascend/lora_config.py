@@ -83,6 +83,7 @@ class LoraConfig:
         except UserError as error:
             faults += error.faults
         raise_if(faults)
+        object.__setattr__(self, "alpha", float(self.alpha))
 
     @property
     def scaling(self) -> float:

@@ -14,9 +14,9 @@ import pytest
 
 from data.chats import said, write_rows
 from data.corpora import write_indexed
-from qwen2_ascend.finetuning import finetune
-from qwen2_ascend.finetuning.deepspeed import finetune as finetune_deepspeed
-from qwen2_ascend.training import pretrain
+from qwen2_ascend.finetuning import command as finetune
+from qwen2_ascend.finetuning.deepspeed import command as finetune_deepspeed
+from qwen2_ascend.training import command as pretrain
 
 Started = Callable[[Callable[..., int], str], list[str]]
 NEEDED = "--config 0.5B --seq-length 32 --lr 1e-5 --train-iters 3 --global-batch-size 2"

@@ -82,15 +82,17 @@ def play(kind: pairs.Kind, row: pairs.Row, folder: Path, data: Path) -> list[dic
 def begin_once(settings: Any) -> bool:
     """What the launcher does, but that the process goes on; whether the run is complete."""
     from qwen2_ascend.finetuning import finetune
-    from qwen2_ascend.training import pretrain
-    from qwen2_ascend.training.plan import make_plan
-    from qwen2_ascend.training.settings import PretrainSettings, validate
-    from qwen2_ascend.training.setup import begin, train_and_report
+    from qwen2_ascend.finetuning import launch as tuning
+    from qwen2_ascend.training import launch, pretrain
+    from qwen2_ascend.training.settings import PretrainSettings
+    from qwen2_ascend.training.setup import train_and_report
+    from qwen2_ascend.training.start import begin
 
-    if isinstance(settings, PretrainSettings):
-        plan, running = begin(settings, make_plan, validate, pretrain.check_data)
+    of: Any = launch if isinstance(settings, PretrainSettings) else tuning
+    own = launch.checked_plan(settings, of.make_plan, of.validate, of.check_data)
+    plan, running = begin(settings, of.make_plan, own)
+    if of is launch:
         return train_and_report(pretrain.prepare(plan, running), plan)
-    plan, running = begin(settings, finetune.make_plan, finetune.validate, finetune.check_data)
     training, plan = finetune.prepare(plan, running)
     storage = finetune.lora_storage(training, plan)
     is_complete = train_and_report(training, plan, storage and storage.checkpointer)

@@ -415,12 +415,8 @@ def fp16_is_refused_where_deepspeed_has_none(run: Run) -> str:
 
 def start(run: Run, flags: str, load: Path | None = None) -> tuple[ZeroRun, Callable[[], Path]]:
     """A run as `launch/finetune_qwen2_deepspeed.py` builds it, and what saves its state."""
-    from qwen2_ascend.finetuning.deepspeed.finetune import (
-        checkpointer,
-        lora_storage,
-        make_plan,
-        prepare,
-    )
+    from qwen2_ascend.finetuning.deepspeed.finetune import checkpointer, lora_storage, prepare
+    from qwen2_ascend.finetuning.deepspeed.launch import make_plan
     from qwen2_ascend.finetuning.deepspeed.settings import parse, validate
 
     plan = make_plan(parse([*flags.split(), "--load", str(load or hugging_face_folder(run))]))

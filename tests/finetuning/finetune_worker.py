@@ -303,7 +303,8 @@ class TuningRun(NamedTuple):
 
 def start(run: Run, flags: str, load: Path | None = None) -> TuningRun:
     """A run as `launch/finetune_qwen2.py` builds it."""
-    from qwen2_ascend.finetuning.finetune import lora_storage, make_plan, prepare
+    from qwen2_ascend.finetuning.finetune import lora_storage, prepare
+    from qwen2_ascend.finetuning.plan import make_plan
     from qwen2_ascend.finetuning.settings import parse, validate
     from qwen2_ascend.training.checkpointing import megatron_checkpointer
     from qwen2_ascend.training.setup import checkpoint_identity

@@ -26,8 +26,8 @@ def command_lines() -> list[tuple[str, str]]:
     scaling = "--rope-scaling-type yarn --rope-scaling-original-max-position-embeddings 64 "
     scaling += "--rope-scaling-factor"
     return [
-        ("half", lora),
-        ("whole", lora),
+        ("half", f"{lora} --lora-dropout 0.25"),
+        ("whole", lora.replace("--lora-r 2", "")),
         ("again", lora),
         ("another run", lora.replace("--train-iters 4", "--train-iters 6")),
         ("alone", alone),
@@ -82,6 +82,8 @@ def test_a_run_that_is_stopped_exports_nothing_and_goes_on(world: World) -> None
 def test_the_exports_are_of_the_last_checkpoint(world: World) -> None:
     folder, _ = world
     exported = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.25
     last = folder / "run" / "iter_0000004" / "adapter_model.safetensors"
     assert exported == last.read_bytes()
     assert (folder / "tuned" / "model.safetensors").stat().st_size > 100_000

@@ -143,7 +143,7 @@ def test_packed_documents_are_refused_by_an_older_operator(monkeypatch):
 
 def faults_at_start(flags):
     from qwen2_ascend.training.settings import parse
-    from qwen2_ascend.training.setup import _packed_blocks_faults
+    from qwen2_ascend.training.start import _packed_blocks_faults
 
     needed = "--config 7B --data-path x --seq-length 32 --lr 1e-5 --train-iters 3"
     settings = parse(f"{needed} --context-parallel-size 2 {flags}".split())

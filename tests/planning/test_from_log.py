@@ -264,8 +264,8 @@ def test_a_run_writes_what_the_planner_reads(tmp_path: Path, capsys) -> None:
         f"--global-batch-size 4 --micro-batch-size 2 --train-iters 3 --lr 1e-3 --recompute-norm "
         f"--report-dir {tmp_path / 'run'}"
     )
-    script = "import sys; from qwen2_ascend.training import pretrain\n"
-    script += "sys.exit(pretrain.main(sys.argv[1:]))"
+    script = "import sys; from qwen2_ascend.training import command\n"
+    script += "sys.exit(command.main(sys.argv[1:]))"
     said = run_python("-c", script, *flags.split()).out
     assert "planned for" not in said and "iteration 3/3" in said
     metrics = tmp_path / "run" / "metrics.jsonl"

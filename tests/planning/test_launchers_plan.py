@@ -8,9 +8,11 @@ from commands import run_python
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.finetuning import finetune as tuning
-from qwen2_ascend.finetuning.deepspeed import finetune as by_zero
+from qwen2_ascend.finetuning import command as tuning
+from qwen2_ascend.finetuning.deepspeed import command as by_zero
 from qwen2_ascend.finetuning.deepspeed import settings as zero_settings
+from qwen2_ascend.finetuning.deepspeed.launch import finetune as finetune_by_zero
+from qwen2_ascend.finetuning.launch import finetune
 from qwen2_ascend.planning import report, search
 from qwen2_ascend.planning.devices import find_device
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Zero
@@ -18,7 +20,8 @@ from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stag
 from qwen2_ascend.planning.parameters import num_parameters
 from qwen2_ascend.planning.search import Machine, plan_of
 from qwen2_ascend.planning.zero import zero_at_rest, zero_memory
-from qwen2_ascend.training import pretrain as pretraining
+from qwen2_ascend.training import command as pretraining
+from qwen2_ascend.training import launch
 from qwen2_ascend.training import settings as pretraining_settings
 from qwen2_ascend.training.planned import as_run_layout, expected
 
@@ -122,7 +125,7 @@ def test_a_chunk_recomputes_its_own_layers() -> None:
 )
 def test_what_cannot_be_planned_is_refused(flags: str, words: str, capsys) -> None:
     with pytest.raises(UserError, match=words):
-        pretraining.pretrain(pretraining_settings.parse(f"{COMMAND} {flags}".split()))
+        launch.pretrain(pretraining_settings.parse(f"{COMMAND} {flags}".split()))
 
 
 def test_lora_and_dpo_are_planned(tmp_path, capsys) -> None:
@@ -133,16 +136,16 @@ def test_lora_and_dpo_are_planned(tmp_path, capsys) -> None:
         f"--load {tmp_path / 'hf'} --data-path chats.jsonl --seq-length 32 --train-iters 3 "
         "--lr 1e-3 --lora-r 4 --plan 2"
     )
-    tuning.finetune(parse(command.split()))
+    finetune(parse(command.split()))
     assert "LoRA rank 4" in capsys.readouterr().out
-    tuning.finetune(parse(f"{command} --stage dpo".split()))
+    finetune(parse(f"{command} --stage dpo".split()))
     assert "LoRA rank 4, pairs of sequences of 32" in capsys.readouterr().out
 
 
 def test_nothing_is_trained_or_written(tmp_path) -> None:
     script = (
-        "import sys; from qwen2_ascend.training import pretrain\n"
-        f"status = pretrain.main('{COMMAND} --save {tmp_path / 'out'} --plan 16'.split())\n"
+        "import sys; from qwen2_ascend.training import command\n"
+        f"status = command.main('{COMMAND} --save {tmp_path / 'out'} --plan 16'.split())\n"
         "assert status == 0 and 'megatron' not in sys.modules, status"
     )
     run_python("-c", script)
@@ -202,7 +205,16 @@ def test_zero_s_own_file_is_planned(tmp_path) -> None:
 )
 def test_what_of_zero_cannot_be_planned_is_refused(flags: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        by_zero.finetune(zero_settings.parse(f"{ZERO_COMMAND} --plan 8 {flags}".split()))
+        finetune_by_zero(zero_settings.parse(f"{ZERO_COMMAND} --plan 8 {flags}".split()))
+
+
+@pytest.mark.parametrize("main", [tuning.main, by_zero.main])
+def test_a_folder_that_could_not_be_written_at_the_end_is_refused(main, tmp_path, capsys) -> None:
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "notes.txt").write_text("mine")
+    saved = f"--save {tmp_path / 'out'} --save-hf {tmp_path / 'tuned'}"
+    assert main(f"{ZERO_COMMAND} {saved} --plan 8".split()) == 2
+    assert f"--save-hf {tmp_path / 'tuned'} is there already" in capsys.readouterr().err
 
 
 def test_more_stages_and_ranks_hold_less() -> None:

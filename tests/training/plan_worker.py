@@ -83,8 +83,9 @@ def plan_of(flags: str) -> RunPlan:
     from functools import partial
 
     from qwen2_ascend.machine import rank
-    from qwen2_ascend.training.plan import broadcast_plan, make_plan
+    from qwen2_ascend.training.plan import make_plan
     from qwen2_ascend.training.settings import parse
+    from qwen2_ascend.training.start import broadcast_plan
 
     settings = parse(f"{FLAGS} {flags}".split())
     own = make_plan(settings) if rank() == 0 else None

@@ -81,7 +81,7 @@ def test_pythons_own_collector_rests_in_between(fails: bool) -> None:
 
 def test_a_run_collects_so(collected: list[int]) -> None:
     """Collected before its first step, after steps 2 and 4, and around step 3's validation loss."""
-    from qwen2_ascend.training import loop, setup
+    from qwen2_ascend.training import setup
 
     settings = SimpleNamespace(
         runtime=RuntimeSettings(manual_gc=True, manual_gc_interval=2),
@@ -98,7 +98,7 @@ def test_a_run_collects_so(collected: list[int]) -> None:
             if progress.iteration == 3:
                 on_validation(1.0)
 
-    with mock.patch.object(loop, "train", train), mock.patch.object(setup, "_step"):
+    with mock.patch.object(setup, "train", train), mock.patch.object(setup, "_step"):
         assert setup._train(run, mock.Mock(), mock.Mock(), None)
     assert collected == [2, 2, 2, 0, 2]
     assert during == [False] * 4 and gc.isenabled()

@@ -23,8 +23,8 @@ PARTS = 24
 
 Runs = Callable[[str], tuple[Path, int]]
 KILLED = -9
-PRETRAIN, FINETUNE = "qwen2_ascend.training.pretrain", "qwen2_ascend.finetuning.finetune"
-ZERO = "qwen2_ascend.finetuning.deepspeed.finetune"
+PRETRAIN, FINETUNE = "qwen2_ascend.training.command", "qwen2_ascend.finetuning.command"
+ZERO = "qwen2_ascend.finetuning.deepspeed.command"
 EVERY_WRITE = 100
 """Writes into a file that has no name yet differ little; so many count as one call."""
 MODULES = (

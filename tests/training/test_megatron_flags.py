@@ -9,9 +9,9 @@ import pytest
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.finetuning import finetune
 from qwen2_ascend.finetuning import settings as finetuning
 from qwen2_ascend.finetuning.deepspeed import settings as deepspeed
+from qwen2_ascend.finetuning.plan import make_plan
 from qwen2_ascend.pasted_flags import pasted_notes
 from qwen2_ascend.training import settings as pretraining
 from qwen2_ascend.training.megatron_flags import training_flags
@@ -256,12 +256,12 @@ def test_yarn_of_numbers_that_are_none_is_refused(flag: str, words: str) -> None
 def test_an_adapter_does_not_carry_yarn(tmp_path: Path) -> None:
     folder = make_tiny_hugging_face_folder(tmp_path / "hf")
     flags = f"--load {folder} --data-path a --seq-length 32 --lr 1e-5 --train-iters 3 {YARN}"
-    made = finetune.make_plan(finetuning.parse(flags.split()))
+    made = make_plan(finetuning.parse(flags.split()))
     assert made.config.yarn is not None and made.config.yarn.factor == 8
     with pytest.raises(UserError, match="write rope_scaling into the config"):
-        finetune.make_plan(finetuning.parse(f"{flags} --lora-r 8".split()))
+        make_plan(finetuning.parse(f"{flags} --lora-r 8".split()))
     plain = flags.replace(YARN, "--lora-r 8")
-    assert finetune.make_plan(finetuning.parse(plain.split())).config == tiny_config()
+    assert make_plan(finetuning.parse(plain.split())).config == tiny_config()
 
 
 def test_other_names_of_what_is_a_setting() -> None:

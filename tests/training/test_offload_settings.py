@@ -6,6 +6,7 @@ import pytest
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.training import offload
 from qwen2_ascend.training.offload import config_keywords
 from qwen2_ascend.training.settings import parse, validate
 
@@ -41,13 +42,11 @@ def test_megatron_lms_flags_are_taken() -> None:
 
 def test_a_release_whose_optimizer_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """megatron-core 0.12 is such."""
-    import megatron.core.optimizer as of_megatron
-
     settings = parse(f"{NEEDED} {OFFLOAD}".split())
 
     class Older:
         pass
 
-    monkeypatch.setattr(of_megatron, "OptimizerConfig", Older)
+    monkeypatch.setattr(offload, "OptimizerConfig", Older)
     with pytest.raises(UserError, match=r"install megatron-core 0\.16"):
         config_keywords(settings.optimizer, "npu")

@@ -26,7 +26,7 @@ from qwen2_ascend.inference.opening import config_folder
 from qwen2_ascend.inference.tokenizer import Tokenizer
 from qwen2_ascend.launching import launched, silence_foreign_warnings
 from qwen2_ascend.machine import num_cores, world_size
-from qwen2_ascend.training.setup import megatron_arguments
+from qwen2_ascend.training.settings import megatron_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from qwen2_ascend import machine
 from qwen2_ascend.benchmark.device import started_runtime
 from qwen2_ascend.benchmark.train_side import own_plan
 from qwen2_ascend.benchmark.work import State, Work
-from qwen2_ascend.training.setup import start_runtime
+from qwen2_ascend.training.start import start_runtime
 
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},

@@ -14,7 +14,7 @@ from qwen2_ascend.training import settings as s
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.plan import RunPlan, make_plan
-from qwen2_ascend.training.setup import start_runtime
+from qwen2_ascend.training.start import start_runtime
 
 
 def prepare(argument: str) -> Callable[[int], dict[str, Any]]:

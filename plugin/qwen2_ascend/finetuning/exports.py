@@ -51,6 +51,8 @@ def find_exports(plan: RunPlan[FinetuneSettings]) -> tuple[str, ...]:
             made.append(flag)
         elif folder is not None:
             faults += _folder_faults(plan, flag, folder)
+    if export.save_hf and SAVE_HF not in made and plan.lora is not None and plan.base is None:
+        faults.append("--save-hf with LoRA needs --load: there is no folder to merge it into.")
     if export.save_hf and export.save_hf == export.save_adapter:
         faults.append(f"{SAVE_HF} and {SAVE_ADAPTER} name the same folder {export.save_hf}.")
     if export.save_hf and SAVE_HF not in made and not faults:
@@ -131,7 +133,8 @@ def _check_conversion(plan: RunPlan[FinetuneSettings], folder: Path) -> None:
     Raises:
         UserError: what would not fit then.
     """
-    if plan.lora is not None and plan.base is not None:
+    if plan.lora is not None:
+        assert plan.base is not None
         dtype = merged_dtype(plan)
         prepare(Conversion(load_dir=plan.base, save_dir=folder, save_model_type="hf", dtype=dtype))
 

@@ -1,62 +1,42 @@
-"""Fine-tuning from the command line to the exit status: what `launch/finetune_qwen2.py` runs."""
+"""Fine-tuning after the start: data, model, objective and training."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
-from qwen2_ascend.data.chat.check import check_chat_data
-from qwen2_ascend.errors import UserError
-from qwen2_ascend.finetuning.exports import find_exports, finish, is_all_done
-from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
-from qwen2_ascend.finetuning.settings import F, FinetuneSettings, parse, validate
+from qwen2_ascend.data.chat.build import ChatDatasetBuilder, ChatDatasets
+from qwen2_ascend.finetuning.adapter import load_adapter
+from qwen2_ascend.finetuning.dpo import prepare_dpo
+from qwen2_ascend.finetuning.exports import finish, is_all_done
+from qwen2_ascend.finetuning.lora import apply_lora
+from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
+from qwen2_ascend.finetuning.saved_lora import SavedLora
+from qwen2_ascend.finetuning.settings import FinetuneSettings
 from qwen2_ascend.finetuning.taught import tokenizer_folder
-from qwen2_ascend.launching import launched
-from qwen2_ascend.training import plan as plans
-from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
+from qwen2_ascend.runtime import Runtime
+from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.plan import RunPlan
 from qwen2_ascend.training.setup import (
-    begin,
     build_chunks,
     build_run,
     checkpoint_identity,
-    from_sound_checkpoint,
-    is_planned_only,
     log_resumed,
     resume_if_saved,
     train_and_report,
 )
 
-if TYPE_CHECKING:
-    from qwen2_ascend.data.chat.build import ChatDatasets
-    from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
-    from qwen2_ascend.runtime import Runtime
-    from qwen2_ascend.training.loop import TrainingRun
-
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of `launch/finetune_qwen2.py` with these flags, or sys.argv's."""
-    return launched(lambda: finetune(parse(arguments)), goes_on=True)
-
-
-def finetune(settings: FinetuneSettings) -> None:
-    """Tunes as `settings` say, as one rank of torchrun's or as a process alone.
+def tune(plan: RunPlan[FinetuneSettings], runtime: Runtime) -> None:
+    """Tunes to the end or until told to stop, makes the exports, and parts the ranks.
 
     Raises:
-        UserError: settings, data or checkpoint are not as they have to be.
-        NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
+        UserError: data or checkpoint are not as they have to be.
     """
-    if not is_planned_only(settings, plan_of_run, validate):
-        from_sound_checkpoint(settings, _finetune)
-
-
-def _finetune(settings: FinetuneSettings) -> None:
-    plan, runtime = begin(settings, make_plan, validate, check_data)
     if is_all_done(plan):
         finish(plan, runtime, True)
         return
@@ -64,88 +44,6 @@ def _finetune(settings: FinetuneSettings) -> None:
     storage = lora_storage(run, plan)
     is_complete = train_and_report(run, plan, storage and storage.checkpointer)
     finish(plan, runtime, is_complete, storage)
-
-
-def check_data(settings: FinetuneSettings) -> None:
-    """What can be said of the data before there is a process group.
-
-    Raises:
-        UserError: every fault at once.
-    """
-    check_chat_data(settings.data, settings.chat, settings.tuning.stage)
-
-
-def make_plan(settings: F, found: Found | None = None) -> RunPlan[F]:
-    """Opens what --load and --lora-load name; reads headers only.
-
-    The arguments are those of `training.plan.make_plan`.
-
-    Raises:
-        UserError: nothing usable is there, it contradicts the flags, or the run's end could not
-            be written.
-    """
-    plan = plan_of_run(settings, found)
-    return with_exports(plan) if found is None else plan
-
-
-def with_exports(plan: RunPlan[F]) -> RunPlan[F]:
-    """The plan with the exports that are there; rank 0 looks.
-
-    Raises:
-        UserError: an export could not be made at the end.
-    """
-    return replace(plan, found=plan.found._replace(exports=find_exports(plan)))
-
-
-def plan_of_run(settings: F, found: Found | None) -> RunPlan[F]:
-    """The plan that `make_plan` makes, without the exports."""
-    plan = _opened(settings, found)
-    if plan.lora is not None and plan.source is not None and plan.config != plan.source.config:
-        raise UserError(
-            "--rope-scaling-type yarn: an adapter does not say how its base model counts "
-            f"positions; write rope_scaling into the config.json of {plan.base} instead."
-        )
-    return plan
-
-
-def _opened(settings: F, found: Found | None) -> RunPlan[F]:
-    load = settings.model.load
-    saved = find_saved_lora(load and folder_of("load", load, found))
-    if load is None or saved is None:
-        plan = plans.make_plan(settings, found)
-        if settings.lora.is_on and plan.saved is not None:
-            raise UserError(
-                f"--load {load}: holds a run that tunes all weights; --finetune takes its weights "
-                "alone, to put adapters on them."
-            )
-        lora = settings.lora_config()
-        if settings.lora.lora_load is not None:
-            given = read_lora_config(settings.lora.lora_load)
-            lora = replace(given, dropout=settings.lora.lora_dropout)
-        return replace(plan, lora=lora)
-    if settings.lora.is_on and settings.lora_config() != replace(
-        saved.lora, dropout=settings.lora.lora_dropout
-    ):
-        raise UserError(
-            f"--load {load}: is a run with LoRA of rank {saved.lora.rank}, alpha "
-            f"{saved.lora.alpha:g} on {', '.join(saved.lora.targets)}; say the same, or nothing."
-        )
-    base = settings.model.pretrained_checkpoint or saved.base
-    if base is None or not base.exists():
-        raise UserError(
-            f"{saved.folder}: its base model was {base or 'random'}, which is not there; name it "
-            "with --pretrained-checkpoint."
-        )
-    # the base is opened as --pretrained-checkpoint is
-    model = replace(settings.model, load=None, pretrained_checkpoint=base)
-    plan = plans.make_plan(replace(settings, model=model), found)
-    folders = {**plan.found.folders, "load": within(load, saved.folder)}
-    return replace(
-        plan,
-        saved=saved,
-        lora=replace(saved.lora, dropout=settings.lora.lora_dropout),
-        found=plan.found._replace(folders=folders),
-    )
 
 
 def prepare(
@@ -171,8 +69,6 @@ def prepare(
         length=plan.length,
     )
     if settings.tuning.stage == "dpo":
-        from qwen2_ascend.finetuning.dpo import prepare_dpo
-
         prepare_dpo(run, plan)
     resume_if_saved(run, plan)
     if isinstance(plan.saved, SavedLora) and (storage := lora_storage(run, plan)):
@@ -184,8 +80,6 @@ def lora_storage(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> MegatronL
     """What reads and writes the adapters; None where all weights are tuned."""
     if plan.lora is None:
         return None
-    from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
-
     return MegatronLora(run, checkpoint_identity(plan), plan.lora, plan.base)
 
 
@@ -195,9 +89,6 @@ def add_adapters(chunks: Sequence[Any], plan: RunPlan[FinetuneSettings]) -> None
     Raises:
         UserError: the given adapter is not of this model.
     """
-    from qwen2_ascend.finetuning.adapter import load_adapter
-    from qwen2_ascend.finetuning.lora import apply_lora
-
     config, layout, lora = plan.config, plan.layout, plan.lora
     assert lora is not None
     apply_lora(chunks, lora, config, layout, seed=plan.settings.runtime.seed)
@@ -218,8 +109,6 @@ def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
     Raises:
         UserError: the data is not there, damaged or too little.
     """
-    from qwen2_ascend.data.chat.build import ChatDatasetBuilder
-
     settings = plan.settings
     data, global_batch_size = settings.data, settings.global_batch_size(plan.world_size)
     built = ChatDatasetBuilder(

@@ -60,8 +60,8 @@ class LoraSettings:
     """Rank of the adapters; tunes them alone. Without it all weights are tuned."""
     lora_alpha: float = 32.0
     """The adapters' output is multiplied by alpha / rank."""
-    lora_dropout: float = 0.0
-    """Share of the adapters' inputs to drop."""
+    lora_dropout: float | None = None
+    """Share of the adapters' inputs to drop; a new run drops none where it is not said."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Megatron's names (linear_qkv, linear_proj, linear_fc1, linear_fc2), Hugging Face's (q_proj,
     gate_proj ...), or all-linear."""
@@ -74,6 +74,17 @@ class LoraSettings:
     def is_on(self) -> bool:
         """Whether adapters are tuned, not the weights."""
         return self.lora_r is not None or self.lora_load is not None
+
+    @classmethod
+    def of(cls, lora: LoraConfig) -> LoraSettings:
+        """The flags that ask for these adapters."""
+        return cls(
+            lora_r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            lora_target_modules=lora.targets,
+            use_rslora=lora.use_rslora,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +179,7 @@ class FinetuneSettings(TrainingSettings):
         return LoraConfig(
             rank=lora.lora_r,
             alpha=lora.lora_alpha,
-            dropout=lora.lora_dropout,
+            dropout=lora.lora_dropout or 0.0,
             targets=lora.lora_target_modules,
             use_rslora=lora.use_rslora,
         )
@@ -216,7 +227,7 @@ def _tuning_faults(settings: FinetuneSettings) -> list[str]:
 
 
 def _adapter_faults(settings: FinetuneSettings) -> list[str]:
-    model, lora, export, faults = settings.model, settings.lora, settings.export, Faults()
+    lora, export, faults = settings.lora, settings.export, Faults()
     faults.collect(settings.lora_config)
     if lora.lora_r is not None and lora.lora_load is not None:
         faults.append("--lora-r and --lora-load: give one of them; an adapter has its rank.")
@@ -224,8 +235,6 @@ def _adapter_faults(settings: FinetuneSettings) -> list[str]:
         faults.append("--save-adapter needs --lora-r or --lora-load: there is no adapter.")
     if export.save_hf and settings.checkpoint.save is None:
         faults.append("--save-hf needs --save: the folder is made from the last checkpoint.")
-    if export.save_hf and lora.is_on and not (model.load or model.pretrained_checkpoint):
-        faults.append("--save-hf with LoRA needs --load: there is no folder to merge it into.")
     return faults
 
 

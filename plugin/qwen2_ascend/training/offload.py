@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.optimizer import OptimizerConfig
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings
@@ -24,8 +25,6 @@ def config_keywords(settings: OptimizerSettings, device: str) -> dict[str, Any]:
     """
     if not settings.optimizer_cpu_offload or device == "cpu":
         return {}
-    from megatron.core.optimizer import OptimizerConfig
-
     if not hasattr(OptimizerConfig(), "use_precision_aware_optimizer_no_fp8_or_ds_fp8"):
         raise UserError(
             "--optimizer-cpu-offload: the installed megatron-core's optimizer cannot leave the "

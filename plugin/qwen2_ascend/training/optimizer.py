@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
 from qwen2_ascend.dtypes import TORCH_DTYPES
@@ -25,9 +27,6 @@ from qwen2_ascend.training import offload
 from qwen2_ascend.training.halves import Pair, SplitMains, split_mains
 from qwen2_ascend.training.o2 import HalfMomentsAdamW
 from qwen2_ascend.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from megatron.core.optimizer import MegatronOptimizer
 
 
 class Slice(NamedTuple):
@@ -60,8 +59,6 @@ def build_optimizer(chunks: Sequence[Any], settings: TrainingSettings) -> Megatr
         chunks: model chunks in megatron-core's DistributedDataParallel.
         settings: what `settings.validate` has checked.
     """
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
     optimizer, precision = settings.optimizer, settings.precision
     device = next(chunks[0].parameters()).device.type
     keywords = dict(
@@ -162,8 +159,6 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
 
 def _clip(part: Any, parameters: list[torch.Tensor], grad_norm: float) -> None:
     """Brings the norm of the gradient down to the largest that is allowed."""
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
     is_hybrid = offload.is_hybrid(part.optimizer)
     if _is_fused(part.optimizer) and parameters[0].device.type == "cpu":
         # torch's kernel divides as it reads; megatron-core's way is two passes over all gradients

@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -25,7 +24,7 @@ from qwen2_ascend.checkpoint.iteration import resumable_iterations
 from qwen2_ascend.checkpoint.manifest import check_iteration
 from qwen2_ascend.checkpoint.source import lacks_config, open_source
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import DamagedError, Faults, UserError, raise_if
+from qwen2_ascend.errors import DamagedError, UserError, raise_if
 from qwen2_ascend.flags import flag_of
 from qwen2_ascend.parallel import ParallelLayout
 from qwen2_ascend.training.length import RunLength
@@ -51,7 +50,7 @@ PATHS = (
 )
 """Flags with paths, which nodes may have of their own, besides those that are paths by their type;
 a number of workers may be a node's own too."""
-MAKING = ("optimizer", "precision", "batch", "data", "tuning", "lora", "chat")
+MAKING = ("optimizer", "precision", "batch", "data", "tuning", "chat")
 """Groups of settings that decide what a finished run has learnt."""
 
 
@@ -149,10 +148,12 @@ class RunPlan(Generic[S_co]):
             said["batch"].pop(name)
         if said.get("tuning", {}).get("num_train_epochs") is not None:
             said["batch"].pop("train_iters")  # `with_epochs` sets it
-        said["model"] = asdict(self.config)
+        said["model"], said["lora"] = asdict(self.config), self.lora and asdict(self.lora)
         said["seed"] = settings.runtime.seed
         save = settings.checkpoint.save
         said["save"] = os.path.realpath(save) if save else None
+        if not save and "lora" in groups:
+            said["lora_load"] = settings.lora.lora_load  # a run that goes on need not say it again
         return _hash(json.dumps(said, default=str, sort_keys=True))
 
 
@@ -221,38 +222,6 @@ def _load(settings: TrainingSettings, found: Found | None) -> Path | None:
         "--pretrained-checkpoint says where to start, or when --save is the same folder.)"
         f"{hub_hint(load)}"
     )
-
-
-def broadcast_plan(
-    make: Callable[[Found | None], RunPlan[S]], own: RunPlan[S] | None, timeout_seconds: float
-) -> RunPlan[S]:
-    """This rank's plan, of what rank 0 found, once it is known to be the same on all ranks.
-
-    Args:
-        make: makes a rank's plan of what rank 0 found.
-        own: rank 0's plan, which is made already.
-        timeout_seconds: how long a rank waits for the others.
-
-    Raises:
-        UserError: on every rank, with what is not the same on all of them.
-    """
-    from qwen2_ascend.runtime import agreement, meeting
-
-    meeting.meet(timeout_seconds)
-    found, facts = agreement.broadcast_from_first((own.found, own.facts()) if own else (None, {}))
-    faults = Faults()
-    plan = own or faults.collect(partial(make, found))
-    if plan is not None:
-        mine = plan.facts()
-        faults += [
-            f"{name}: {mine.get(name)}, and {facts.get(name)} on rank 0; start all ranks with "
-            "the same flags and the same files."
-            for name in dict.fromkeys((*facts, *mine))
-            if mine.get(name) != facts.get(name)
-        ]
-    agreement.raise_together(faults)
-    assert plan is not None
-    return plan
 
 
 def flags(settings: Any) -> dict[str, Any]:

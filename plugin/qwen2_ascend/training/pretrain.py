@@ -1,75 +1,38 @@
-"""Pretraining from the command line to the exit status: what `launch/pretrain_qwen2.py` runs.
-
-Imports of torch and megatron-core wait until the settings are known to be right: `--help` and
-refusals answer at once, and `--mindspeed` has to come before megatron-core.
-"""
+"""Pretraining after the start: data, model and training."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwen2_ascend.data.blends import check_pretraining_data
+from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.launching import launched
-from qwen2_ascend.training.plan import RunPlan, make_plan
-from qwen2_ascend.training.settings import PretrainSettings, parse, validate
+from qwen2_ascend.runtime import Runtime
+from qwen2_ascend.training.loop import TrainingRun
+from qwen2_ascend.training.mock_data import MockDataset
+from qwen2_ascend.training.plan import RunPlan
+from qwen2_ascend.training.settings import PretrainSettings
 from qwen2_ascend.training.setup import (
-    begin,
     build_chunks,
     build_run,
-    from_sound_checkpoint,
-    is_planned_only,
     resume_if_saved,
     run_side_files,
     train_and_report,
 )
 
-if TYPE_CHECKING:
-    from qwen2_ascend.runtime import Runtime
-    from qwen2_ascend.training.loop import TrainingRun
-
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of `launch/pretrain_qwen2.py` with these flags, or sys.argv's."""
-    return launched(lambda: pretrain(parse(arguments)), goes_on=True)
-
-
-def pretrain(settings: PretrainSettings) -> None:
-    """Trains as `settings` say, as one rank of torchrun's or as a process alone.
+def train(plan: RunPlan[PretrainSettings], runtime: Runtime) -> None:
+    """Trains to the end or until told to stop, and parts the ranks.
 
     Raises:
-        UserError: settings, data or checkpoint are not as they have to be.
-        NonFiniteError: the loss or the gradient norm is not finite, and that is to end the run.
+        UserError: data or checkpoint are not as they have to be.
     """
-    if not is_planned_only(settings, make_plan, validate):
-        from_sound_checkpoint(settings, _pretrain)
-
-
-def _pretrain(settings: PretrainSettings) -> None:
-    plan, runtime = begin(settings, make_plan, validate, check_data)
     train_and_report(prepare(plan, runtime), plan)
     runtime.close()
-
-
-def check_data(settings: PretrainSettings) -> None:
-    """What can be said of the data before there is a process group.
-
-    Raises:
-        UserError: every fault at once.
-    """
-    data = settings.data
-    check_pretraining_data(
-        data_path=data.data_path,
-        train_data_path=data.train_data_path,
-        valid_data_path=data.valid_data_path,
-        split=data.split,
-    )
 
 
 def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime) -> TrainingRun:
@@ -108,13 +71,9 @@ def pretraining_data(plan: RunPlan[PretrainSettings]) -> tuple[Any, Any]:
     data, seed = settings.data, settings.runtime.seed
     num_train, num_valid = length.num_samples, data.eval_iters * length.global_batch_size
     if data.mock_data:
-        from qwen2_ascend.training.mock_data import MockDataset
-
         sizes = (settings.batch.seq_length, plan.config.vocab_size)
         valid = MockDataset(num_valid, *sizes, seed=seed + 1) if num_valid else None
         return MockDataset(num_train, *sizes, seed=seed), valid
-
-    from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
 
     datasets = PretrainingDatasetBuilder(
         num_samples=(num_train, num_valid, 0),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from qwen2_ascend.runtime.megatron_compat import check_wsd_decay_style
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings
-
-if TYPE_CHECKING:
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 def build_schedule(
@@ -25,8 +24,6 @@ def build_schedule(
     Raises:
         UserError: the installed megatron-core does not have `lr_wsd_decay_style`.
     """
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
     if settings.lr_decay_style == "WSD":
         check_wsd_decay_style(settings.lr_wsd_decay_style)
     decay_iters = max(1, settings.lr_decay_iters or length.train_iters)

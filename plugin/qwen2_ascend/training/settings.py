@@ -527,6 +527,18 @@ def shared_faults(
     return faults + _length_faults(settings, config)
 
 
+def megatron_arguments(settings: TrainingSettings) -> dict[str, int | bool]:
+    """What MindSpeed is told of the run."""
+    parallel, precision = settings.parallel, settings.precision
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+    }
+
+
 def _layout_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:
     faults = Faults(number_faults(settings.parallel, at_least_one=LAYOUT_SIZES))
     if not faults:

@@ -8,5 +8,6 @@ lora.py         the Megatron path's adapters on transformers' model
 checkpoint.py   checkpoints: a Hugging Face folder with DeepSpeed's own beside it
 optimizer_state.py, lora_checkpoint.py
                 a LoRA run's checkpoints, which are those of the Megatron path
-finetune.py     from the command line to the exit status
+command.py, launch.py, finetune.py
+                the stages of a launcher, as `training.launch` says
 """

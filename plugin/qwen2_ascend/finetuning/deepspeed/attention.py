@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.ops import get_ops
@@ -31,14 +32,14 @@ def register_attention(backend: str, *, plain: Collection[str] = ()) -> str:
         UserError: the backend or transformers' interface is not there.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-    except ImportError as error:
+        interface, masks = transformers.AttentionInterface, transformers.AttentionMaskInterface
+    except AttributeError as error:
         raise UserError(
             f"transformers has no attention interface ({error}); 4.53 and later do."
         ) from None
     name = f"qwen2_ascend_{'unfused' if 'attention' in plain else backend}"
-    AttentionInterface.register(name, partial(_attend, get_ops(backend, plain=plain).attention))
-    AttentionMaskInterface.register(name, _no_mask)
+    interface.register(name, partial(_attend, get_ops(backend, plain=plain).attention))
+    masks.register(name, _no_mask)
     return name
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen2Config as HuggingFaceConfig
+from transformers import Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen2_ascend.checkpoint.transformers_model import Whole, as_it_is, load_weights, shape_of
 from qwen2_ascend.config import Qwen2Config
@@ -217,10 +220,6 @@ def _build_model(
     ds_config: dict[str, Any],
 ) -> torch.nn.Module:
     """transformers' model on the device, with any weights; with ZeRO-3 each rank has its part."""
-    from transformers import Qwen2Config as HuggingFaceConfig
-    from transformers import Qwen2ForCausalLM
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
     fusion = settings.fusion
     hf_config = HuggingFaceConfig(**config.to_hugging_face())
     hf_config._attn_implementation = register_attention(

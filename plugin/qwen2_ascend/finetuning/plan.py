@@ -1,0 +1,91 @@
+"""The plan of a tuning run, LoRA or not: opened, and held to what the flags say of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.exports import find_exports
+from qwen2_ascend.finetuning.saved_lora import find_saved_lora
+from qwen2_ascend.finetuning.settings import F, FinetuneSettings, LoraSettings
+from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.training import plan as plans
+from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
+
+
+def make_plan(settings: F, found: Found | None = None) -> RunPlan[F]:
+    """Opens what --load and --lora-load name; reads headers only.
+
+    The arguments are those of `training.plan.make_plan`.
+
+    Raises:
+        UserError: nothing usable is there, it contradicts the flags, or the run's end could not
+            be written.
+    """
+    plan = plan_of_run(settings, found)
+    return with_exports(plan) if found is None else plan
+
+
+def with_exports(plan: RunPlan[F]) -> RunPlan[F]:
+    """The plan with the exports that are there; rank 0 looks.
+
+    Raises:
+        UserError: an export could not be made at the end.
+    """
+    return replace(plan, found=plan.found._replace(exports=find_exports(plan)))
+
+
+def plan_of_run(settings: F, found: Found | None) -> RunPlan[F]:
+    """The plan that `make_plan` makes, without the exports."""
+    plan = _opened(settings, found)
+    if plan.lora is not None and plan.source is not None and plan.config != plan.source.config:
+        raise UserError(
+            "--rope-scaling-type yarn: an adapter does not say how its base model counts "
+            f"positions; write rope_scaling into the config.json of {plan.base} instead."
+        )
+    return plan
+
+
+def _opened(settings: F, found: Found | None) -> RunPlan[F]:
+    load = settings.model.load
+    saved = find_saved_lora(load and folder_of("load", load, found))
+    if load is None or saved is None:
+        plan = plans.make_plan(settings, found)
+        if settings.lora.is_on and plan.saved is not None:
+            raise UserError(
+                f"--load {load}: holds a run that tunes all weights; --finetune takes its weights "
+                "alone, to put adapters on them."
+            )
+        return replace(plan, lora=_asked(settings))
+    lora, dropout = saved.lora, settings.lora.lora_dropout
+    dropout = lora.dropout if dropout is None else dropout
+    if replace(_asked(settings) or lora, dropout=dropout) != lora:
+        raise UserError(
+            f"--load {load}: is a run with LoRA of rank {lora.rank}, alpha {lora.alpha:g}, dropout "
+            f"{lora.dropout:g} on {', '.join(lora.targets)}; say the same, or nothing."
+        )
+    base = settings.model.pretrained_checkpoint or saved.base
+    if base is None or not base.exists():
+        raise UserError(
+            f"{saved.folder}: its base model was {base or 'random'}, which is not there; name it "
+            "with --pretrained-checkpoint."
+        )
+    # the base is opened as --pretrained-checkpoint is, and what was not said has been settled
+    model = replace(settings.model, load=None, pretrained_checkpoint=base)
+    settings = replace(settings, model=model, lora=LoraSettings.of(lora))
+    plan = plans.make_plan(settings, found)
+    folders = {**plan.found.folders, "load": within(load, saved.folder)}
+    return replace(
+        plan,
+        saved=saved,
+        lora=lora,
+        found=plan.found._replace(folders=folders),
+    )
+
+
+def _asked(settings: FinetuneSettings) -> LoraConfig | None:
+    """The adapters that flags ask for: new ones, or those of --lora-load."""
+    if (folder := settings.lora.lora_load) is None:
+        return settings.lora_config()
+    return replace(read_lora_config(folder), dropout=settings.lora.lora_dropout or 0.0)

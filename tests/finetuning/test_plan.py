@@ -1,0 +1,81 @@
+"""The plan of a LoRA run that goes on: what the command line need not say again, and may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import make_tiny_hugging_face_folder, tiny_config
+from pasted.models import save_adapter
+from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning import plan as megatron
+from qwen2_ascend.finetuning import settings as tuning
+from qwen2_ascend.finetuning.deepspeed import launch as deepspeed
+from qwen2_ascend.finetuning.deepspeed import settings as tuning_by_zero
+from qwen2_ascend.lora_config import LoraConfig
+
+LORA = LoraConfig(rank=2, alpha=4, dropout=0.25, targets=("q_proj", "v_proj"))
+SAID = "--lora-r 2 --lora-alpha 4 --lora-target-modules q_proj v_proj"
+NEEDED = "--seq-length 32 --lr 1e-5 --data-path chats --train-iters 3"
+PATHS = [(tuning, megatron), (tuning_by_zero, deepspeed)]
+"""Flags and plans of megatron-core's and of DeepSpeed's launcher."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a LoRA run after 2 steps."""
+    base = make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
+    folder = tmp_path / "run"
+    folder.mkdir()
+    iteration = save_adapter(folder / "iter_0000002", tiny_config(), LORA)
+    progress = {"iteration": 2, "consumed_samples": 2}
+    state = {"base": str(base), "progress": progress}
+    (iteration / "run.json").write_text(json.dumps(state))
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    return folder
+
+
+def planned(path: tuple[Any, Any], run: Path, flags: str) -> Any:
+    settings, plans = path
+    words = f"{NEEDED} --load {run} --save {run} {flags}".split()
+    plan = plans.make_plan(settings.parse(words))
+    settings.validate(plan.settings, plan.config, 1)
+    return plan
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+def test_what_is_not_said_again_is_as_it_was(path: tuple[Any, Any], run: Path) -> None:
+    """Checks, the planner and the mark of an export know it too."""
+    exports = f"--save-adapter {run.parent}/adapter --save-hf {run.parent}/tuned"
+    silent, said = (planned(path, run, f"{flags} {exports}") for flags in ("", SAID))
+    assert silent.lora == said.lora == LORA
+    assert silent.settings.lora_rank == 2
+    assert silent.identity() == said.identity()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+@pytest.mark.parametrize("flags", ["--lora-dropout 0", f"{SAID} --lora-dropout 0.5", "--lora-r 3"])
+def test_what_is_said_otherwise_is_refused(path: tuple[Any, Any], run: Path, flags: str) -> None:
+    was = "rank 2, alpha 4, dropout 0.25 on q_proj, v_proj; say the same, or nothing"
+    with pytest.raises(UserError, match=was):
+        planned(path, run, flags)
+    assert planned(path, run, "--lora-dropout 0.25").lora == LORA
+
+
+def test_the_adapter_that_it_began_with_may_be_said_again(run: Path) -> None:
+    adapter = save_adapter(run.parent / "adapter", tiny_config(), LORA)
+    plan = planned(PATHS[0], run, f"--lora-load {adapter}")
+    assert plan.lora == LORA and plan.saved.folder == run / "iter_0000002"
+    new = save_adapter(run.parent / "new", tiny_config(), LoraConfig(rank=3))
+    with pytest.raises(UserError, match="is a run with LoRA of rank 2"):
+        planned(PATHS[0], run, f"--lora-load {new}")
+
+
+def test_a_folder_that_is_not_there_yet_has_no_weights_to_merge_into(tmp_path: Path) -> None:
+    make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
+    flags = f"--config {tmp_path}/hf --lora-r 2 --save-hf {tmp_path}/tuned"
+    with pytest.raises(UserError, match="--save-hf with LoRA needs --load"):
+        planned(PATHS[0], tmp_path / "run", flags)
