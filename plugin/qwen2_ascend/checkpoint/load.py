@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from qwen2_ascend.checkpoint.adapter import Adapter
 from qwen2_ascend.checkpoint.copying import Reader, SourceChecks
@@ -24,15 +25,13 @@ from qwen2_ascend.checkpoint.rules import Shard, TensorSlice, megatron_pieces
 from qwen2_ascend.checkpoint.slices import Run, parts_of
 from qwen2_ascend.checkpoint.source import open_source
 from qwen2_ascend.checkpoint.verify import check_replicas
+from qwen2_ascend.dtypes import DTYPE_NAMES
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.parallel import ParallelLayout
 
-if TYPE_CHECKING:
-    import torch
-
 logger = logging.getLogger(__name__)
 
-Slices = Iterable[tuple[TensorSlice, Run, "torch.Tensor"]]
+Slices = Iterable[tuple[TensorSlice, Run, torch.Tensor]]
 """A tensor of this rank, which run of its elements, and the tensor that takes them."""
 
 
@@ -178,10 +177,6 @@ def _check(expected: Mapping, parameters: Mapping[str, torch.Tensor]) -> None:
 
 def _staging(parameter: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
     """A CPU tensor to fill, the parameter itself where it can be, and its memory as an array."""
-    import torch
-
-    from qwen2_ascend.dtypes import DTYPE_NAMES
-
     tensor = parameter
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         tensor = torch.empty(parameter.shape, dtype=parameter.dtype)

@@ -44,9 +44,20 @@ def get_ops(backend: str = "torch", *, plain: Collection[str] = ()) -> Ops:
         )
     if backend not in ("torch", "npu"):
         raise UserError(f"backend={backend!r} is not known; use 'torch' or 'npu'.")
-    ops = _torch_ops() if backend == "torch" else _npu_ops()
+    from qwen2_ascend.ops import attention, rms_norm, rotary, swiglu, unfused  # with torch
+
+    usual = Ops(
+        attention.attention,
+        attention.cached_attention,
+        attention.partial_attention,
+        rms_norm.rms_norm,
+        rotary.rotary,
+        swiglu.swiglu,
+    )
+    ops = usual if backend == "torch" else _npu_ops()
+    own = usual._replace(attention=unfused.attention, partial_attention=unfused.partial_attention)
     names = {*plain} | ({"partial_attention"} if "attention" in plain else set())
-    return ops._replace(**{name: getattr(_unfused_ops(), name) for name in names})
+    return ops._replace(**{name: getattr(own, name) for name in names})
 
 
 def _npu_ops() -> Ops:
@@ -58,18 +69,3 @@ def _npu_ops() -> Ops:
             "`qwen2-ascend doctor` says what is missing, backend='torch' runs without it."
         ) from error
     return Ops(*(getattr(npu, name) for name in Ops._fields))
-
-
-def _unfused_ops() -> Ops:
-    from qwen2_ascend.ops.unfused import attention, partial_attention
-
-    return _torch_ops()._replace(attention=attention, partial_attention=partial_attention)
-
-
-def _torch_ops() -> Ops:
-    from qwen2_ascend.ops.attention import attention, cached_attention, partial_attention
-    from qwen2_ascend.ops.rms_norm import rms_norm
-    from qwen2_ascend.ops.rotary import rotary
-    from qwen2_ascend.ops.swiglu import swiglu
-
-    return Ops(attention, cached_attention, partial_attention, rms_norm, rotary, swiglu)

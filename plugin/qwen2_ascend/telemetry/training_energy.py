@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.runtime.power import Place
 from qwen2_ascend.telemetry.energy import Energy, EnergyMeter, format_energy
-
-if TYPE_CHECKING:
-    from qwen2_ascend.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +190,6 @@ def _why_not(runtime: Runtime, meter: EnergyMeter) -> str:
 
 def told_by_ranks(runtime: Runtime, text: str | None) -> str:
     """What ranks have to say, the same thing once; empty when none has. Every rank calls it."""
-    import torch
-
     everyones: list[str | None] = [None] * runtime.world_size
     torch.distributed.all_gather_object(everyones, text)
     said: dict[str, list[int]] = {}
@@ -208,8 +206,6 @@ def told_by_ranks(runtime: Runtime, text: str | None) -> str:
 
 def _gather(runtime: Runtime, values: Sequence[float]) -> list[list[float]]:
     """A row of every rank."""
-    import torch
-
     own = torch.tensor(values, dtype=torch.float32, device=runtime.device)  # HCCL has no fp64
     rows = [torch.empty_like(own) for _ in range(runtime.world_size)]
     torch.distributed.all_gather(rows, own)
