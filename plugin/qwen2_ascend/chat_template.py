@@ -392,6 +392,9 @@ def _stop_clock() -> None:
 
 
 def _on_tick(number: int, frame: object) -> None:
+    global _deadline
     # the timer counts all threads' time
     if _deadline is not None and time.thread_time() >= _deadline:
+        # the next tick may come while this ends, which takes long after a rendering that wrote much
+        _deadline = time.thread_time() + SECONDS
         raise _OutOfTime

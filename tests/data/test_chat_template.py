@@ -97,6 +97,14 @@ def test_a_template_without_end_is_ended(
     assert render(tokenizer, CHAT) == transformers_text(tokenizer, CHAT)
 
 
+def test_an_end_is_not_ended_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next tick comes while the first one's exception is still on its way to the user."""
+    monkeypatch.setattr(chat_template, "_deadline", 0.0)
+    with pytest.raises(chat_template._OutOfTime):
+        chat_template._on_tick(0, None)
+    chat_template._on_tick(0, None)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_sandbox_refuses_is_one_printable_line(tokenizer, name: str) -> None:
     with pytest.raises(ChatError, match="the chat template refuses it") as caught:
