@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 """What goes before the number of processes and a script."""
 PROGRAMS = {
-    "align": "qwen2_ascend.alignment.align",
+    "align": "qwen2_ascend.alignment.command",
     "generate": "qwen2_ascend.inference.generate",
     "evaluate": "qwen2_ascend.evaluation.evaluate",
     "pretrain": "qwen2_ascend.training.pretrain",

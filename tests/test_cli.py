@@ -23,7 +23,7 @@ from qwen2_ascend.launching import launched
         ("training.pretrain", [], ["--tensor-model-parallel-size"]),
         ("finetuning.finetune", [], ["--num-train-epochs"]),
         ("finetuning.deepspeed.finetune", [], ["--zero-stage"]),
-        ("alignment.align", [], ["--noise-factor"]),
+        ("alignment.command", [], ["--noise-factor"]),
         ("evaluation.evaluate", [], ["--text-file"]),
         ("inference.generate", [], ["--prompt-file", "--repetition-penalty", "--chat"]),
     ],
