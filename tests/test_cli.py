@@ -24,8 +24,8 @@ from qwen2_ascend.launching import launched
         ("finetuning.finetune", [], ["--num-train-epochs"]),
         ("finetuning.deepspeed.finetune", [], ["--zero-stage"]),
         ("alignment.command", [], ["--noise-factor"]),
-        ("evaluation.evaluate", [], ["--text-file"]),
-        ("inference.generate", [], ["--prompt-file", "--repetition-penalty", "--chat"]),
+        ("evaluation.command", [], ["--text-file"]),
+        ("inference.command", [], ["--prompt-file", "--repetition-penalty", "--chat"]),
     ],
 )
 def test_help_imports_nothing_heavy(module: str, words: list[str], said: list[str]) -> None:

@@ -185,7 +185,8 @@ def no_causal_mask(chunks: list[Any]) -> None:
         context = scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=True)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    layer(chunks, 3).self_attention.core_attention._attention = attend
+    core = layer(chunks, 3).self_attention.core_attention
+    core._ops = core._ops._replace(attention=attend)
 
 
 def another_order_of_positions(chunks: list[Any]) -> None:
