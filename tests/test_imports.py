@@ -101,6 +101,11 @@ def test_an_import_inside_a_function_brings_something() -> None:
     assert found == []
 
 
+@pytest.mark.parametrize("module", ["alignment.align", "evaluation.evaluate", "inference.generate"])
+def test_what_runs_before_the_start_brings_no_megatron(module: str) -> None:
+    assert "megatron" not in Imports(PACKAGE).packages(f"{PACKAGE.name}.{module}")
+
+
 @pytest.mark.parametrize(
     "code, right",
     [

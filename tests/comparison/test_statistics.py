@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from qwen2_ascend.comparison import statistics
-from qwen2_ascend.comparison.dumps import to_numpy
 from qwen2_ascend.comparison.statistics import (
     coarser,
     describe,
@@ -23,6 +22,7 @@ from qwen2_ascend.comparison.statistics import (
     logits_agreement,
     ulp_distance,
 )
+from qwen2_ascend.comparison.torch_dumps import to_numpy
 
 BF16, FP16, FP32, FP64 = (np.dtype(t) for t in (ml_dtypes.bfloat16, "f2", "f4", "f8"))
 TORCH = {BF16: torch.bfloat16, FP16: torch.float16, FP32: torch.float32, FP64: torch.float64}

@@ -45,8 +45,8 @@ def full_attention(chunks: list[Any]) -> None:
             q, k, v, heads, "SBH", scale=softmax_scale, sparse_mode=2
         )[0]
 
-    attention = chunks[0].decoder.layers[2].self_attention.core_attention
-    attention._ops = attention._ops._replace(attention=attend)
+    core = chunks[0].decoder.layers[2].self_attention.core_attention
+    core._ops = core._ops._replace(attention=attend)
 
 
 @pytest.mark.filterwarnings("default")
