@@ -3,6 +3,6 @@
 import sys
 
 if __name__ == "__main__":
-    from qwen2_ascend.alignment.align import main
+    from qwen2_ascend.alignment.command import main
 
     sys.exit(main())

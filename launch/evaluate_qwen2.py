@@ -3,6 +3,6 @@
 import sys
 
 if __name__ == "__main__":
-    from qwen2_ascend.evaluation.evaluate import main
+    from qwen2_ascend.evaluation.command import main
 
     sys.exit(main())

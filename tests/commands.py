@@ -24,9 +24,9 @@ TESTS = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 """What goes before the number of processes and a script."""
 PROGRAMS = {
-    "align": "qwen2_ascend.alignment.align",
-    "generate": "qwen2_ascend.inference.generate",
-    "evaluate": "qwen2_ascend.evaluation.evaluate",
+    "align": "qwen2_ascend.alignment.command",
+    "generate": "qwen2_ascend.inference.command",
+    "evaluate": "qwen2_ascend.evaluation.command",
     "pretrain": "qwen2_ascend.training.command",
     "finetune": "qwen2_ascend.finetuning.command",
     "qwen2-ascend": "qwen2_ascend.cli",

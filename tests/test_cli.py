@@ -23,9 +23,9 @@ from qwen2_ascend.launching import launched
         ("training.command", [], ["--tensor-model-parallel-size"]),
         ("finetuning.command", [], ["--num-train-epochs"]),
         ("finetuning.deepspeed.command", [], ["--zero-stage"]),
-        ("alignment.align", [], ["--noise-factor"]),
-        ("evaluation.evaluate", [], ["--text-file"]),
-        ("inference.generate", [], ["--prompt-file", "--repetition-penalty", "--chat"]),
+        ("alignment.command", [], ["--noise-factor"]),
+        ("evaluation.command", [], ["--text-file"]),
+        ("inference.command", [], ["--prompt-file", "--repetition-penalty", "--chat"]),
     ],
 )
 def test_help_imports_nothing_heavy(module: str, words: list[str], said: list[str]) -> None:

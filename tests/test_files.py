@@ -159,7 +159,8 @@ SYSTEM = "the system's own files, not a folder's"
 CHECKED = "opened with open_regular before, or found by is_file()"
 ALLOWED = {
     "alignment/align.py": {"_text_tokens": NAMED_BY_USER},
-    "comparison/dumps.py": {"load": CHECKED, "_read_npz": CHECKED, "_load_pt": CHECKED},
+    "comparison/dumps.py": {"load": CHECKED, "_read_npz": CHECKED},
+    "comparison/torch_dumps.py": {"_load_pt": CHECKED},
     "alignment/record.py": {"_tensors": CHECKED},
     "benchmark/checkpoint_side.py": {"*": "the benchmark's own files"},
     "benchmark/measure.py": {"*": SYSTEM},

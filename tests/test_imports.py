@@ -111,6 +111,11 @@ def test_a_launcher_imports_in_stages(room: str) -> None:
     assert imports.packages(f"{PACKAGE.name}.training.start") & heavy == {"torch"}
 
 
+@pytest.mark.parametrize("module", ["alignment.align", "evaluation.evaluate", "inference.generate"])
+def test_what_runs_before_the_start_brings_no_megatron(module: str) -> None:
+    assert "megatron" not in Imports(PACKAGE).packages(f"{PACKAGE.name}.{module}")
+
+
 @pytest.mark.parametrize(
     "code, right",
     [

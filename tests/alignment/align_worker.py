@@ -58,8 +58,9 @@ def judged(
     dump: Path | None = None,
 ) -> Judgement | None:
     """The whole way; the judgement is rank 0's."""
-    from qwen2_ascend.alignment.align import judge, judge_curve, run_subject
     from qwen2_ascend.alignment.record import save_record
+    from qwen2_ascend.alignment.subject import run_subject
+    from qwen2_ascend.alignment.verdict import judge, judge_curve
 
     settings, source, tokens = given(run, flags, config)
     record, curve = run_subject(settings, source, run.runtime, tokens, plant)
@@ -184,7 +185,8 @@ def no_causal_mask(chunks: list[Any]) -> None:
         context = scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=True)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    layer(chunks, 3).self_attention.core_attention._attention = attend
+    core = layer(chunks, 3).self_attention.core_attention
+    core._ops = core._ops._replace(attention=attend)
 
 
 def another_order_of_positions(chunks: list[Any]) -> None:
@@ -316,7 +318,8 @@ def a_fault_of_backward_is_located(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def a_fault_of_the_optimizer_is_seen(run: Run) -> str:
     """Half the learning rate: the first loss is right, the second is not."""
-    from qwen2_ascend.alignment.align import judge, judge_curve, run_subject
+    from qwen2_ascend.alignment.subject import run_subject
+    from qwen2_ascend.alignment.verdict import judge, judge_curve
 
     settings, source, tokens = given(run, f"{TP2} --train-iters 2 --lr 1e-3")
     half = replace(settings, checks=replace(settings.checks, lr=5e-4))

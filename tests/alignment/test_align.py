@@ -15,6 +15,7 @@ from alignment.command_lines import COMMANDS, SHAPE
 from commands import World, run_commands
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from qwen2_ascend.alignment import judge as judging
+from qwen2_ascend.alignment.align import align
 from qwen2_ascend.alignment.record import Record, load_record, save_record
 from qwen2_ascend.alignment.reference import compute, load_model, widened
 from qwen2_ascend.alignment.report import to_json
@@ -272,6 +273,13 @@ def test_a_missing_package_is_named_before_any_work(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"pip install 'qwen2-ascend\[report\]'"):
         validate(parse(["--load", "x", "--report", "out"]), CONFIG, 1)
     validate(parse(["--load", "x", "--json", "out.json"]), CONFIG, 1)
+
+
+def test_a_refused_text_leaves_no_process_group(folder: Path) -> None:
+    """The process could not align again: groups are there once."""
+    with pytest.raises(UserError, match="no tokenizer can be read"):
+        align(parse(["--load", str(folder), "--prompt", "hello", "--device", "cpu"]))
+    assert not torch.distributed.is_initialized()
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -635,8 +635,9 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("case", SAFETENSORS)
-def test_bad_tensors_of_a_rank(case, tmp_path):
-    """The readers find them, with no manifest to compare with."""
+@pytest.mark.parametrize("has_manifest", [True, False], ids=["manifest", "no manifest"])
+def test_bad_tensors_of_a_rank(case, has_manifest, tmp_path):
+    """The readers find them, whether or not there is a manifest to compare with."""
     edit, words = SAFETENSORS[case]
     hf = make_hugging_face_folder(tmp_path / "hf")
     convert(hf, tmp_path / "mg", *tp(2), "--save-format", "safetensors").require()
@@ -644,7 +645,8 @@ def test_bad_tensors_of_a_rank(case, tmp_path):
     weights = load_file(path)
     edit(weights)
     save_safetensors(path, weights)
-    (tmp_path / "mg" / MANIFEST_FILE).unlink()
+    if not has_manifest:
+        (tmp_path / "mg" / MANIFEST_FILE).unlink()
     refused(tmp_path / "mg", to="hf", words=words)
 
 

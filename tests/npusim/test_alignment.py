@@ -45,7 +45,8 @@ def full_attention(chunks: list[Any]) -> None:
             q, k, v, heads, "SBH", scale=softmax_scale, sparse_mode=2
         )[0]
 
-    chunks[0].decoder.layers[2].self_attention.core_attention._attention = attend
+    core = chunks[0].decoder.layers[2].self_attention.core_attention
+    core._ops = core._ops._replace(attention=attend)
 
 
 @pytest.mark.filterwarnings("default")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from distributed.jobs import read_metrics
 from logs import logged_lines
 from qwen2_ascend.training import logging
 from qwen2_ascend.training.logging import Reporter, Step, draw_loss
@@ -47,6 +47,12 @@ def reporter(**changes) -> Reporter:
         world_size=2,
     )
     return Reporter(**{**plain, **changes})
+
+
+def rows(folder: Path) -> list[dict]:
+    """Every line, which all have to be whole."""
+    text = (folder / logging.METRICS_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_one_line_per_interval_with_every_figure(lines: list[str]) -> None:
@@ -96,7 +102,7 @@ def test_no_figure_of_a_device_is_told_that_is_not_there(lines: list[str], tmp_p
     report = reporter(log_interval=1, flops_per_step=None, report_dir=tmp_path)
     report.step(step(1, peak_memory_bytes=None))
     assert "TFLOP/s" not in lines[0] and "GiB" not in lines[0]
-    assert not {"tflops_per_device", "peak_memory_bytes"} & set(read_metrics(tmp_path)[0])
+    assert not {"tflops_per_device", "peak_memory_bytes"} & set(rows(tmp_path)[0])
 
 
 def test_skipped_steps_and_the_loss_scale_are_shown(lines: list[str]) -> None:
@@ -114,7 +120,7 @@ def test_metrics_go_into_json_lines_and_a_picture(lines: list[str], tmp_path: Pa
     report.step(step(4, loss=math.inf))
     report.validation(4, 1.25)
     report.close()
-    found = read_metrics(tmp_path)
+    found = rows(tmp_path)
     assert [row["iteration"] for row in found] == [1, 2, 3, 4, 4]
     assert found[3]["loss"] is None and found[4]["validation_loss"] == 1.25
     picture = (tmp_path / logging.PICTURE_FILE).read_bytes()
@@ -130,7 +136,7 @@ def test_a_resumed_run_continues_the_curve(tmp_path: Path) -> None:
         file.write('{"iteration": 4, "lo')  # killed while writing
     second = reporter(report_dir=tmp_path, log_interval=1, first_iteration=2)
     second.step(step(3, loss=9.0))
-    assert [(row["iteration"], row["loss"]) for row in read_metrics(tmp_path)] == [
+    assert [(row["iteration"], row["loss"]) for row in rows(tmp_path)] == [
         (1, 4.0),
         (2, 2.0),
         (3, 9.0),
@@ -148,7 +154,7 @@ def test_metrics_that_cannot_be_written_are_missed_once_and_tried_again(
     assert told.count("metrics.jsonl is not complete: ") == 1 and len(told.splitlines()) == 1
     (tmp_path / logging.METRICS_FILE).rmdir()
     report.step(step(3))
-    assert [row["iteration"] for row in read_metrics(tmp_path)] == [3]
+    assert [row["iteration"] for row in rows(tmp_path)] == [3]
 
 
 def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
@@ -200,7 +206,7 @@ def test_without_the_report_extra_one_line_says_so(
     report.close()
     assert sum("not installed" in line for line in lines) == 2
     assert not (tmp_path / logging.PICTURE_FILE).exists()
-    assert read_metrics(tmp_path)[0]["iteration"] == 4
+    assert rows(tmp_path)[0]["iteration"] == 4
 
 
 def test_no_metrics_no_picture(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core import parallel_state
 
 from qwen2_ascend.alignment.capture import COLUMNS, GATE_UP, GROUPS, QKV, SEQUENCE, Taken
 from qwen2_ascend.alignment.sublayers import LOGITS, LOSS
@@ -52,8 +53,6 @@ def gather_activations(
         sequence_parallel: whether tensor-parallel ranks share the sequence.
         sequence_cut: which part of every sequence this rank has; None is all of it.
     """
-    from megatron.core import parallel_state
-
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     own: dict[str, torch.Tensor] = {}
     disagreement: dict[str, float] = {}
@@ -98,8 +97,6 @@ def _difference(ours: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _from_tensor_parallel_ranks(tensor: torch.Tensor) -> list[torch.Tensor]:
-    from megatron.core import parallel_state
-
     group: Any = parallel_state.get_tensor_model_parallel_group()
     pieces = [torch.empty_like(tensor) for _ in range(group.size())]
     torch.distributed.all_gather(pieces, tensor.contiguous(), group=group)
@@ -154,8 +151,6 @@ def gather_gradients(
         padded_vocab_size: rows of the embedding over all ranks.
         runtime: the started one.
     """
-    from megatron.core import parallel_state
-
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     own = {

@@ -42,8 +42,8 @@ from qwen2_ascend.alignment.sublayers import (
     split_name,
     sublayers,
 )
-from qwen2_ascend.comparison.dumps import to_numpy
 from qwen2_ascend.comparison.statistics import difference, logits_agreement
+from qwen2_ascend.comparison.torch_dumps import to_numpy
 from qwen2_ascend.dtypes import TORCH_DTYPES
 
 PIECE = 1 << 22

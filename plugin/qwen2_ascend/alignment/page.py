@@ -1,11 +1,19 @@
-"""One HTML page with everything in it: verdict, pictures, tables; needs jinja2 (torch has it)."""
+"""One HTML page with everything in it: verdict, pictures, tables.
+
+It needs matplotlib, and jinja2, which torch has.
+"""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+
 from qwen2_ascend.alignment.judge import Between, Judgement
+from qwen2_ascend.alignment.picture import curve_png, heat_map_png
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -100,24 +108,33 @@ backward pass down to it.</p>
 """
 
 
-def render_page(
+def write_pages(
+    judgement: Judgement, between: Between | None, verdict: str, files: Mapping[str, Path]
+) -> None:
+    """Writes the heat map and the page, where `files` has "png" and "html".
+
+    Args:
+        judgement: the judgement of this run.
+        between: the comparison with another run.
+        verdict: the finding in words.
+        files: where to write them.
+    """
+    picture = heat_map_png(judgement)
+    if "png" in files:
+        files["png"].write_bytes(picture)
+    if "html" in files:
+        curve = curve_png(judgement) if judgement.steps else None
+        page = _render(judgement, between, verdict, picture, curve)
+        files["html"].write_text(page, encoding="utf-8")
+
+
+def _render(
     judgement: Judgement,
     between: Between | None,
     verdict: str,
     picture: bytes,
     curve: bytes | None,
 ) -> str:
-    """The page.
-
-    Args:
-        judgement: the judgement of this run.
-        between: the comparison with another run.
-        verdict: the finding in words.
-        picture: the heat map, PNG.
-        curve: the loss curve, PNG.
-    """
-    from jinja2 import Environment
-
     environment: Any = Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(TEMPLATE).render(
         j=judgement,

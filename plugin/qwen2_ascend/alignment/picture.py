@@ -6,6 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
 from qwen2_ascend.alignment.judge import Finding, Judgement
 from qwen2_ascend.alignment.sublayers import EMBEDDING, FINAL_NORM, LAYER, LOGITS, LOSS, full_name
 from qwen2_ascend.figures import new_figure, png, with_grid
@@ -77,16 +81,12 @@ def _log_total(finding: Finding) -> float:
 
 def _ratio_colours(judgement: Judgement) -> tuple[str, Any]:
     """Blue below the limit, white at it, red above; a fault is red however large others are."""
-    from matplotlib.colors import TwoSlopeNorm
-
     limit = math.log10(judgement.noise_factor)
     top = max(max(map(_log_ratio, judgement.findings)), limit + 0.5)
     return "RdBu_r", TwoSlopeNorm(vcenter=limit, vmin=-1.0, vmax=min(top, limit + 4))
 
 
 def _total_range(judgement: Judgement) -> Any:
-    from matplotlib.colors import Normalize
-
     found = [_log_total(finding) for finding in judgement.findings]
     found = [value for value in found if value > -18] or [-18.0]
     low, high = math.floor(min(found)), math.ceil(max(found))
@@ -130,8 +130,6 @@ def _label(bar: Any, values: _Map, limit: float | None) -> None:
 
 def _mark(axes: Any, names: Grid, judgement: Judgement) -> None:
     """A cross in every cell that parts, a frame around the first."""
-    from matplotlib.patches import Rectangle
-
     places = {name: (x, y) for y, row in enumerate(names) for x, name in enumerate(row)}
     for finding in judgement.parted:
         if finding.name not in places:
@@ -165,8 +163,6 @@ def _title(judgement: Judgement) -> str:
 
 def curve_png(judgement: Judgement) -> bytes:
     """A picture of both losses above and of their difference against noise below."""
-    from matplotlib.ticker import MaxNLocator
-
     steps = judgement.steps
     figure = new_figure(8, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))

@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils import logging
 
 from qwen2_ascend.alignment.hooks import copied
 from qwen2_ascend.alignment.sublayers import (
@@ -73,10 +78,6 @@ def load_model(source: Source, folder: Path | None, dtype: torch.dtype) -> Any:
         folder: a Hugging Face folder to take instead.
         dtype: the dtype of the weights; wider ones in the file are rounded to it.
     """
-    import transformers
-    from transformers import AutoConfig, Qwen2ForCausalLM
-    from transformers.utils import logging
-
     model: Any
     config: Any
     logging.disable_progress_bar()
@@ -298,16 +299,11 @@ def _sum_of_parts(module: Any, count: int, x: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
-
     heads = _heads(x, cos_sin[0].shape[-1])
     return apply_rotary_pos_emb(heads, heads, *cos_sin)[0].transpose(1, 2).flatten(2)
 
 
 def _attended(attn: Any, q: Tensor, k: Tensor, v: Tensor, implementation: str) -> Tensor:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
-
     heads = [_heads(x, attn.head_dim) for x in (q, k, v)]
     attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     mask = None

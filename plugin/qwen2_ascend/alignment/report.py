@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_ascend.alignment.judge import Between, Finding, Judgement
-from qwen2_ascend.alignment.page import render_page
-from qwen2_ascend.alignment.picture import curve_png, heat_map_png
 from qwen2_ascend.alignment.sublayers import LAYER, LOGITS, split_name
 from qwen2_ascend.markdown import aligned
 
@@ -238,14 +236,9 @@ def write_files(judgement: Judgement, between: Between | None, files: Mapping[st
         text = json.dumps(to_json(judgement, between), indent=1) + "\n"
         files["json"].write_text(text, encoding="utf-8")
     if "html" in files or "png" in files:
-        picture = heat_map_png(judgement)
-        if "png" in files:
-            files["png"].write_bytes(picture)
-        if "html" in files:
-            curve = curve_png(judgement) if judgement.steps else None
-            verdict = describe_verdict(judgement, between)
-            page = render_page(judgement, between, verdict, picture, curve)
-            files["html"].write_text(page, encoding="utf-8")
+        from qwen2_ascend.alignment.page import write_pages  # matplotlib, which is an extra's
+
+        write_pages(judgement, between, describe_verdict(judgement, between), files)
     for path in files.values():
         logger.info(f"report: {path}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from qwen2_ascend.alignment.capture import WHOLE, Taken, joined, places
 from qwen2_ascend.alignment.gather import gather_activations, gather_gradients
 from qwen2_ascend.alignment.hooks import copied
+from qwen2_ascend.alignment.memory import give_memory_back
 from qwen2_ascend.alignment.record import Record
 from qwen2_ascend.alignment.settings import AlignSettings
 from qwen2_ascend.alignment.sublayers import LOSS
@@ -30,8 +31,34 @@ from qwen2_ascend.model.sequence_cut import SequenceCut
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.training.setup import build_run
 
+if TYPE_CHECKING:
+    from qwen2_ascend.alignment.judge import Curve
+
 Plant = Callable[[list[Any]], None]
 """Changes the loaded chunks; tests plant faults so."""
+
+
+def run_subject(
+    settings: AlignSettings,
+    source: Source,
+    runtime: Runtime,
+    tokens: Tensor,
+    plant: Plant | None = None,
+) -> tuple[Record | None, Curve | None]:
+    """The record (on rank 0) and, where asked for, the losses of training steps.
+
+    Args:
+        settings: what `validate` has checked.
+        source: the weights.
+        runtime: the started one, with the groups of the layout.
+        tokens: `[steps, n, b, s + 1]`.
+        plant: changes the loaded chunks, as tests do.
+    """
+    curve = None
+    if settings.checks.train_iters:
+        curve = train(settings, source, runtime, tokens.flatten(0, 2), plant)
+        give_memory_back()  # weights, gradients and optimizer
+    return record(settings, source, runtime, tokens[0], plant), curve
 
 
 def build(

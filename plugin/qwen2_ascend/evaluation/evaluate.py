@@ -1,6 +1,6 @@
-"""Evaluation from the command line to the exit status: what `launch/evaluate_qwen2.py` runs.
+"""An evaluation from its settings to the table.
 
-The log goes to stderr, the table to stdout.
+megatron-core is imported once the engine has been started; lm-eval is an extra.
 """
 
 from __future__ import annotations
@@ -8,33 +8,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwen2_ascend import markdown
 from qwen2_ascend.errors import UserError, raise_if
-from qwen2_ascend.evaluation.lm_eval_run import Rows, run_named_tasks
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
-from qwen2_ascend.evaluation.settings import EvaluateSettings, parse, validate
+from qwen2_ascend.evaluation.settings import EvaluateSettings, validate
+from qwen2_ascend.evaluation.table import table
 from qwen2_ascend.files import write_file
+from qwen2_ascend.inference.generation_config import Defaults
 from qwen2_ascend.inference.opening import config_folder, open_model, open_tokenizer, start_engine
-from qwen2_ascend.launching import launched
+from qwen2_ascend.inference.tokenizer import Tokenizer
 from qwen2_ascend.machine import world_size
 from qwen2_ascend.vocabulary import unknown_tokens
 
-if TYPE_CHECKING:
-    from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.generation_config import Defaults
-    from qwen2_ascend.inference.tokenizer import Tokenizer
-
 logger = logging.getLogger(__name__)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `launch/evaluate_qwen2.py`; gives its exit status."""
-    return launched(lambda: evaluate(parse(arguments)), log="stderr")
 
 
 def evaluate(settings: EvaluateSettings) -> None:
@@ -47,8 +36,6 @@ def evaluate(settings: EvaluateSettings) -> None:
     source = opened.source
     validate(settings, source.config, world_size())
     _require_lm_eval(settings)
-
-    from qwen2_ascend.inference.generation_config import Defaults
 
     tokenizer = open_tokenizer(settings.model, source)
     defaults = Defaults(config_folder(source))
@@ -63,15 +50,16 @@ def evaluate(settings: EvaluateSettings) -> None:
     notes = settings.model.notes(settings.pasted, EVALUATE_FLAGS, source.config)
     for line in (*notes, *(local.describe() if local else ())):
         logger.info(line)
-    rows = _perplexities(settings, engine, texts)
+
+    from qwen2_ascend.evaluation.perplexity import perplexities  # with megatron-core
+
+    rows = perplexities(settings, engine, texts)
     details: dict[str, Any] = {}
-    if settings.lm_eval.tasks:
-        task_rows, details = run_named_tasks(settings, engine, tokenizer, defaults)
+    if _lm_eval_flag(settings):
+        from qwen2_ascend.evaluation.lm_eval_run import run_all
+
+        task_rows, details = run_all(settings, engine, tokenizer, defaults, local)
         rows += task_rows
-    if local is not None:
-        task_rows, found = local.run(engine, tokenizer, defaults)
-        rows += task_rows
-        details = {name: {**details.get(name, {}), **found[name]} for name in found} or details
     if runtime.rank == 0:
         print(table(rows), flush=True)
         if settings.output_json is not None:
@@ -104,18 +92,6 @@ def _require_end_of_text(
         )
 
 
-def table(rows: Rows) -> str:
-    """Results as a Markdown table."""
-    head = ("task", "metric", "value", "stderr", "samples")
-    return markdown.table(head, ([_cell(row.get(name)) for name in head] for row in rows))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def _read_texts(
     paths: Sequence[Path], tokenizer: Tokenizer, vocab_size: int
 ) -> list[tuple[Path, list[int], int]]:
@@ -135,30 +111,3 @@ def _read_texts(
         texts.append((path, tokens, len(raw)))
     raise_if(faults)
     return texts
-
-
-def _perplexities(
-    settings: EvaluateSettings, engine: Engine, texts: Sequence[tuple[Path, list[int], int]]
-) -> Rows:
-    from qwen2_ascend.evaluation.perplexity import perplexity
-    from qwen2_ascend.evaluation.scoring import Scorer
-
-    window, stride = settings.window(engine.config), settings.stride(engine.config)
-    rows: Rows = []
-    for path, tokens, num_bytes in texts:
-        found = asdict(
-            perplexity(Scorer(engine), tokens, num_bytes=num_bytes, window=window, stride=stride)
-        )
-        samples = found.pop("num_tokens")
-        rows += [
-            {
-                "task": path.name,
-                "metric": name,
-                "value": value,
-                "samples": samples,
-                "window": window,
-                "stride": stride,
-            }
-            for name, value in found.items()
-        ]
-    return rows

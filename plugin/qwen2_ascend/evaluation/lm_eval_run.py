@@ -1,28 +1,46 @@
-"""One run of lm-eval over this project's model, and its results as rows of a table."""
+"""Runs of lm-eval over this project's model, and their results as rows of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
+
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.evaluation.lm_eval_adapter import Qwen2LM
+from qwen2_ascend.evaluation.local_run import LocalTasks
+from qwen2_ascend.evaluation.settings import EvaluateSettings, TaskSettings
+from qwen2_ascend.evaluation.table import Rows
+from qwen2_ascend.inference.engine import Engine
+from qwen2_ascend.inference.generation_config import Defaults
+from qwen2_ascend.inference.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from qwen2_ascend.evaluation.settings import EvaluateSettings
-    from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.generation_config import Defaults
-    from qwen2_ascend.inference.tokenizer import Tokenizer
 
-Rows = list[dict[str, Any]]
-
-
-def run_named_tasks(
-    settings: EvaluateSettings, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
+def run_all(
+    settings: EvaluateSettings,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    defaults: Defaults,
+    local: LocalTasks | None,
 ) -> tuple[Rows, dict[str, Any]]:
     """Rows for the table, and lm-eval's own results; nothing but on the first rank of a node."""
-    from lm_eval.tasks import TaskManager
+    run = partial(_run, settings, engine, tokenizer, defaults)
+    rows: Rows = []
+    details: dict[str, Any] = {}
+    if settings.lm_eval.tasks:
+        rows, details = run(**_named_tasks(settings.lm_eval))
+    if local is not None:
+        more, found = run(**local.options())
+        rows += local.finished(more)
+        details = {name: {**details.get(name, {}), **found[name]} for name in found} or details
+    return rows, details
 
-    wanted = settings.lm_eval
+
+def _named_tasks(wanted: TaskSettings) -> dict[str, Any]:
+    """The tasks of --tasks, as lm-eval's `simple_evaluate` takes them."""
     include = None if wanted.include_path is None else str(wanted.include_path)
     manager = TaskManager(include_path=include)
     if unknown := [name for name in wanted.tasks if name not in manager.all_tasks]:
@@ -30,29 +48,20 @@ def run_named_tasks(
             f"--tasks {' '.join(unknown)}: lm-eval has no such task; its own are listed by "
             "`lm-eval ls tasks`, yours are found with --include-path."
         )
-    return run_tasks(
-        settings,
-        engine,
-        tokenizer,
-        defaults,
-        tasks=list(wanted.tasks),
-        task_manager=manager,
-        apply_chat_template=wanted.apply_chat_template,
-    )
+    return {
+        "tasks": list(wanted.tasks),
+        "task_manager": manager,
+        "apply_chat_template": wanted.apply_chat_template,
+    }
 
 
-def run_tasks(
+def _run(
     settings: EvaluateSettings,
     engine: Engine,
     tokenizer: Tokenizer,
     defaults: Defaults,
     **options: Any,
 ) -> tuple[Rows, dict[str, Any]]:
-    """Rows for the table, and lm-eval's own results; nothing but on the first rank of a node."""
-    from lm_eval.evaluator import simple_evaluate
-
-    from qwen2_ascend.evaluation.lm_eval_adapter import Qwen2LM
-
     results: Any = simple_evaluate(
         model=Qwen2LM(engine, tokenizer, defaults, seed=settings.seed),
         num_fewshot=settings.lm_eval.num_fewshot,

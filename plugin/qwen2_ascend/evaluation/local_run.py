@@ -5,21 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.tasks import TaskManager
 
 from qwen2_ascend.evaluation.benchmarks import Benchmark, read_benchmark
-from qwen2_ascend.evaluation.lm_eval_run import Rows, run_tasks
 from qwen2_ascend.evaluation.local_tasks import local_tasks
 from qwen2_ascend.evaluation.programs import Programs
 from qwen2_ascend.evaluation.settings import EvaluateSettings
+from qwen2_ascend.evaluation.table import Rows
+from qwen2_ascend.inference.tokenizer import Tokenizer
 from qwen2_ascend.machine import rank
-
-if TYPE_CHECKING:
-    from qwen2_ascend.inference.engine import Engine
-    from qwen2_ascend.inference.generation_config import Defaults
-    from qwen2_ascend.inference.tokenizer import Tokenizer
 
 
 class LocalTasks:
@@ -49,26 +45,23 @@ class LocalTasks:
         if "multiple_choice" in is_generated and self._settings.local.max_new_tokens is not None:
             yield "--max-new-tokens: choices are scored, nothing is generated"
 
-    def run(
-        self, engine: Engine, tokenizer: Tokenizer, defaults: Defaults
-    ) -> tuple[Rows, dict[str, Any]]:
-        """Rows for the table, and lm-eval's own results; only on the first rank of a node."""
-        rows, details = run_tasks(
-            self._settings,
-            engine,
-            tokenizer,
-            defaults,
-            tasks=[task for tasks in self._tasks.values() for task in tasks],
-            task_manager=TaskManager(include_defaults=False),
-            apply_chat_template=self._has_template,
+    def options(self) -> dict[str, Any]:
+        """The benchmarks as lm-eval's `simple_evaluate` takes them."""
+        return {
+            "tasks": [task for tasks in self._tasks.values() for task in tasks],
+            "task_manager": TaskManager(include_defaults=False),
+            "apply_chat_template": self._has_template,
             # turns of a prompt type are examples; else one question has them all in it
-            fewshot_as_multiturn=self._settings.model.prompt_type is not None,
-        )
+            "fewshot_as_multiturn": self._settings.model.prompt_type is not None,
+        }
+
+    def finished(self, rows: Rows) -> Rows:
+        """The rows with those of whole benchmarks; the model's programs are written."""
         if "human_eval" in self._tasks:
             self._programs.write()
         if rows:
             rows += [row for one in self._benchmarks for row in self._totals(one, rows)]
-        return rows, details
+        return rows
 
     def _totals(self, benchmark: Benchmark, rows: Rows) -> Rows:
         """A benchmark's metrics over all of its files; each question counts once."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from qwen2_ascend.evaluation.scoring import Scorer, windows
+from qwen2_ascend.evaluation.settings import EvaluateSettings
+from qwen2_ascend.evaluation.table import Rows
+from qwen2_ascend.inference.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +52,34 @@ def perplexity(
         bits_per_byte=total / math.log(2) / num_bytes,
         num_tokens=len(scored),
     )
+
+
+def perplexities(
+    settings: EvaluateSettings, engine: Engine, texts: Sequence[tuple[Path, list[int], int]]
+) -> Rows:
+    """Rows for the table.
+
+    Args:
+        settings: the window and its stride.
+        engine: this rank's.
+        texts: each one's file, tokens and number of bytes.
+    """
+    window, stride = settings.window(engine.config), settings.stride(engine.config)
+    rows: Rows = []
+    for path, tokens, num_bytes in texts:
+        found = asdict(
+            perplexity(Scorer(engine), tokens, num_bytes=num_bytes, window=window, stride=stride)
+        )
+        samples = found.pop("num_tokens")
+        rows += [
+            {
+                "task": path.name,
+                "metric": name,
+                "value": value,
+                "samples": samples,
+                "window": window,
+                "stride": stride,
+            }
+            for name, value in found.items()
+        ]
+    return rows

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import distributed
+
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.inference.communication import from_rank_zero
 from qwen2_ascend.inference.generator import Generator, Request
 from qwen2_ascend.machine import rank
 
@@ -61,7 +63,7 @@ def chat(generator: Generator, manner: Manner, max_new_tokens: Callable[[int], i
     """
     messages: Messages = []
     turn = 0
-    while (line := from_rank_zero(_read_line(), generator.engine.device)) is not None:
+    while (line := _from_rank_zero(_read_line(), generator.engine.device)) is not None:
         if line.strip() in manner.ends:
             break
         if line.strip() in manner.begins:
@@ -97,6 +99,15 @@ def check_template(manner: Manner) -> None:
         manner.encode([{"role": "user", "content": "?"}])
     except UserError as error:
         raise UserError(f"a chat cannot be written: {fault}" for fault in error.faults) from None
+
+
+def _from_rank_zero(value: Any, device: torch.device) -> Any:
+    """`value` of rank 0, any object that can be pickled, on every rank."""
+    if distributed.get_world_size() == 1:
+        return value
+    holder = [value]
+    distributed.broadcast_object_list(holder, 0, device=None if device.type == "cpu" else device)
+    return holder[0]
 
 
 def _read_line() -> str | None:

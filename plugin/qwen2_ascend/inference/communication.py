@@ -103,15 +103,6 @@ def shared_by_last_stage(
     return shared
 
 
-def from_rank_zero(value: Any, device: torch.device) -> Any:
-    """`value` of rank 0, any object that can be pickled, on every rank."""
-    if distributed.get_world_size() == 1:
-        return value
-    holder = [value]
-    distributed.broadcast_object_list(holder, 0, device=None if device.type == "cpu" else device)
-    return holder[0]
-
-
 def _gathered(part: Tensor) -> list[Tensor]:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     parts = [torch.empty_like(part) for _ in range(tp)]

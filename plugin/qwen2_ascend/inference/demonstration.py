@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen2_ascend.inference.beams import beam_search
 from qwen2_ascend.inference.chat import Manner, chat, check_template, show
-from qwen2_ascend.inference.engine import Engine
 from qwen2_ascend.inference.generator import Request
 from qwen2_ascend.inference.settings import GenerateSettings, SamplingSettings, Task
 from qwen2_ascend.inference.text_settings import TextSettings, text_settings
 
 if TYPE_CHECKING:
+    from qwen2_ascend.inference.engine import Engine
     from qwen2_ascend.inference.tokenizer import Tokenizer
 
 QUESTION = "how are you?"
@@ -85,9 +84,11 @@ class Demonstration:
             request = Request(index=0, tokens=tokens, max_new_tokens=room)
             (done,) = text.generator(engine, self._tokenizer).run([request])
             return done.text
-        beams = Engine(engine.model, engine.config, num_rows=2 * NUM_BEAMS)
+
+        from qwen2_ascend.inference.beams import beam_search  # with megatron-core
+
         new = beam_search(
-            beams,
+            engine.with_rows(2 * NUM_BEAMS),
             tokens,
             num_beams=NUM_BEAMS,
             max_new_tokens=room,

@@ -128,6 +128,10 @@ class Engine:
             device=self.device,
         )
 
+    def with_rows(self, num_rows: int) -> Engine:
+        """Another engine of the same model."""
+        return Engine(self.model, self.config, num_rows=num_rows)
+
     def reserve(self, num_tokens: int) -> None:
         """Makes room for sequences of up to `num_tokens` tokens."""
         wanted = -(-num_tokens // ROUND_UP) * ROUND_UP

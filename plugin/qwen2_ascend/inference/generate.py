@@ -1,17 +1,16 @@
-"""Generation from the command line to the exit status: what `launch/generate_qwen2.py` runs.
-
-Imports of torch and megatron-core wait until the settings are known to be right. The log goes to
-stderr, so that stdout has the texts only.
-"""
+"""Generation from its settings to the texts; `opening` starts the engine, with megatron-core."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
+from qwen2_ascend.checkpoint.readers.base import Source
 from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.inference.chat import Manner, chat
+from qwen2_ascend.inference.demonstration import Demonstration
+from qwen2_ascend.inference.generator import Generator, Request
 from qwen2_ascend.inference.opening import (
     OpenedModel,
     config_folder,
@@ -21,24 +20,14 @@ from qwen2_ascend.inference.opening import (
 )
 from qwen2_ascend.inference.pasted import GENERATE_FLAGS
 from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
-from qwen2_ascend.inference.settings import GenerateSettings, parse, validate
-from qwen2_ascend.launching import launched
+from qwen2_ascend.inference.settings import GenerateSettings, validate
+from qwen2_ascend.inference.text_settings import TextSettings, text_settings
+from qwen2_ascend.inference.tokenizer import Tokenizer
 from qwen2_ascend.machine import world_size
+from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.vocabulary import unknown_tokens
 
-if TYPE_CHECKING:
-    from qwen2_ascend.checkpoint.readers.base import Source
-    from qwen2_ascend.inference.generator import Generator, Request
-    from qwen2_ascend.inference.text_settings import TextSettings
-    from qwen2_ascend.inference.tokenizer import Tokenizer
-    from qwen2_ascend.runtime import Runtime
-
 logger = logging.getLogger(__name__)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `launch/generate_qwen2.py`; gives its exit status."""
-    return launched(lambda: generate(parse(arguments)), log="stderr")
 
 
 def generate(settings: GenerateSettings) -> None:
@@ -59,8 +48,6 @@ def generate(settings: GenerateSettings) -> None:
 
 def _demonstrate(settings: GenerateSettings, opened: OpenedModel) -> None:
     """What MindSpeed-LLM's inference.py does."""
-    from qwen2_ascend.inference.demonstration import Demonstration
-
     source = opened.source
     tokenizer = open_tokenizer(settings.model, source)
     vocab_size = source.config.vocab_size
@@ -72,9 +59,6 @@ def _demonstrate(settings: GenerateSettings, opened: OpenedModel) -> None:
 
 
 def _chat(settings: GenerateSettings, opened: OpenedModel) -> None:
-    from qwen2_ascend.inference.chat import Manner, chat
-    from qwen2_ascend.inference.text_settings import text_settings
-
     source = opened.source
     tokenizer = open_tokenizer(settings.model, source)
     text = text_settings(settings.sampling, config_folder(source), tokenizer, is_chat=True)
@@ -88,8 +72,6 @@ def _chat(settings: GenerateSettings, opened: OpenedModel) -> None:
 
 def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     """Continues the prompts."""
-    from qwen2_ascend.inference.text_settings import text_settings
-
     prompts = read_prompts(settings.prompts)
     output = OutputFile(settings.prompts, prompts) if settings.prompts.output_file else None
     source = opened.source
@@ -124,8 +106,6 @@ def _requests(
     Raises:
         UserError: prompts that the chat template refuses or that leave no room; many at once.
     """
-    from qwen2_ascend.inference.generator import Request
-
     context = source.config.max_position_embeddings
     requests, faults = [], []
     for index, prompt in enumerate(prompts):

@@ -1,7 +1,4 @@
-"""Opens an engine with its weights from the flags that name a model.
-
-Imports of torch and megatron-core wait until the settings are known to be right.
-"""
+"""Opens an engine with its weights from the flags that name a model."""
 
 from __future__ import annotations
 
@@ -117,7 +114,7 @@ def start_engine(
     logger.info(f"{runtime.describe()}, TP{layout.tp} PP{layout.pp}, {dtype}, {backend} operators")
     runtimes.initialize_model_parallel(layout, source.config.num_layers)
 
-    from qwen2_ascend.inference.engine import load_engine
+    from qwen2_ascend.inference.engine import load_engine  # with megatron-core
 
     start = time.monotonic()
     engine = load_engine(

@@ -151,7 +151,8 @@ def transformer_config(
         dtype: bf16, fp16, fp32, or, for proofs, fp64.
         sequence_parallel: cut the norms' and residuals' sequence over the tensor-parallel ranks.
         **options: further fields of TransformerConfig, under their own names; nothing is dropped
-            without attention_dropout and hidden_dropout.
+            without attention_dropout and hidden_dropout. recompute_num_layers counts the layers
+            of a unit with recompute_method "uniform", those of a stage with "block".
 
     Raises:
         UserError: sequence parallelism without tensor parallelism, or a cut that the installed

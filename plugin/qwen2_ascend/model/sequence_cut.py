@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from qwen2_ascend.parallel import ParallelLayout, sequence_ranges
@@ -32,8 +33,6 @@ class SequenceCut:
     @classmethod
     def of_layout(cls, layout: ParallelLayout) -> SequenceCut | None:
         """This rank's, of the process groups that `layout` was initialized with; None at CP1."""
-        from megatron.core import parallel_state
-
         if layout.cp == 1:
             return None
         group = parallel_state.get_context_parallel_group()
@@ -79,8 +78,6 @@ def cut_attention(layers: Iterable[Any], cut: SequenceCut | None) -> None:
 
 def is_first_part() -> bool:
     """Whether this is the first of the ranks that share each sequence."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_context_parallel_rank() == 0
 
 
@@ -90,8 +87,6 @@ def sum_over_parts(own: Tensor) -> Tensor:
     So what is computed of the sum counts once, though every one of these ranks computes it: the
     gradient of a weight is added up over them.
     """
-    from megatron.core import parallel_state
-
     if parallel_state.get_context_parallel_world_size() == 1:
         return own
     return _Sum.apply(own, parallel_state.get_context_parallel_group())  # pyright: ignore

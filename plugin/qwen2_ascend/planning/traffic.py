@@ -61,7 +61,7 @@ def micro_batches_traffic(cut: RunLayout, stage: int) -> dict[Kind, float]:
 
 
 def update_traffic(cut: RunLayout, stage: int) -> float:
-    """Bytes that it sends for the update."""
+    """Bytes that one rank of `stage` sends in a step for the update."""
     return _sent(_data_parallel(cut, stage))["DP"] if cut.replicas > 1 else 0.0
 
 

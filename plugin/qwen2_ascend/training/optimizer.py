@@ -187,8 +187,10 @@ def can_lower_loss_scale(optimizer: MegatronOptimizer) -> bool:
 
 def _scaler(optimizer: Any) -> Any:
     """What scales the loss; None without one."""
-    scalers = (getattr(part, "grad_scaler", None) for part in parts(optimizer))
-    return next((scaler for scaler in scalers if scaler is not None), None)
+    scalers = [getattr(part, "grad_scaler", None) for part in parts(optimizer)]
+    found = [scaler for scaler in scalers if scaler is not None]
+    assert len(found) <= 1, "one loss has one scale"
+    return found[0] if found else None
 
 
 def _on_host(scale: torch.Tensor) -> float:

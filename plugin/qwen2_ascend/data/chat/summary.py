@@ -54,7 +54,7 @@ def print_summary(
     if unused:
         shown = [
             f"{one_line(key.removeprefix(UNUSED), 40)} ({rows:,} rows)"
-            for key, rows in sorted(unused.items(), key=lambda item: -item[1])
+            for key, rows in sorted(unused.items(), key=lambda item: (-item[1], item[0]))
         ]
         more = f" and {len(shown) - MOST_KEYS} more" if len(shown) > MOST_KEYS else ""
         print(f"  keys not used    {', '.join(shown[:MOST_KEYS])}{more}")
