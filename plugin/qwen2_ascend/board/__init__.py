@@ -13,7 +13,7 @@ it is no Gradio page. Nothing here imports torch: what needs it runs in a proces
     precision.py    the reports of launch/align_qwen2.py
     preview.py      the first chats of a file and what of them is trained on (a process of its own)
     job.py          the one fine-tuning run that a board has: its command, its log, its end
-    talker.py       a process that holds a model and answers; talking.py is that process
+    talker.py       a process that holds a model and answers: talking.py, with answering.py
     server.py       the pages' requests; access.py is who may make them
     command.py      the command line
     benchmark.py    how fast a folder of many long runs opens
