@@ -21,7 +21,7 @@ from qwen2_ascend.runtime import _HOMES
 from test_structure import module_name
 
 PACKAGE = Path(qwen2_ascend.__file__).parent
-QUICK = {"ml_dtypes", "numpy", "packaging", "psutil", "safetensors", "tqdm", "tyro", "xxhash"}
+QUICK = {"ml_dtypes", "packaging", "psutil", "safetensors", "tqdm", "tyro", "xxhash"}
 """Packages of the core install that nobody waits for."""
 ELSEWHERE = {"safetensors.torch": "torch"}
 """Modules that bring another package than their own."""
@@ -136,7 +136,7 @@ def test_which_imports_bring_something(code: str, right: bool, tmp_path: Path) -
     modules: Mapping[str, str] = {
         "__init__": "",
         "heavy": "import torch",
-        "light": "import numpy",
+        "light": "import tyro",
         "asking": code,
     }
     for name, text in modules.items():

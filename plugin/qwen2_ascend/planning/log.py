@@ -18,7 +18,6 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import json_value, open_regular, read_json
 from qwen2_ascend.planning.devices import Device, Rates, device_called
-from qwen2_ascend.planning.fitting import PRIOR, Measured, fit_machine
 from qwen2_ascend.planning.job import Job, RunLayout, Stack
 from qwen2_ascend.planning.roofline import step_time
 
@@ -168,6 +167,8 @@ def rates_of(runs: Sequence[LoggedRun]) -> Rates:
     Few runs cannot tell all rates apart: those that they do not determine stay in the proportions
     that published runs have.
     """
+    from qwen2_ascend.planning.fitting import PRIOR, Measured, fit_machine  # with numpy
+
     known = runs[0].device.rates
     prior = known if known.layer_seconds > 0 else PRIOR
     steps = [Measured(run.cut, run.device, run.devices_per_node, run.seconds) for run in runs]
