@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from distributed.trainings import (
     tiny_folder,
 )
 from helpers import tiny_config
+from qwen2_ascend.checkpoint.staging import partial_folder
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.lora_config import LoraConfig
 
@@ -289,7 +291,11 @@ def adapters_go_to_peft_and_back(before: str, after: str, case: str, run: Run) -
     trained = evaluate(training)
     first, second = (run.folder / f"{before}-{after}-{case}-{i}" for i in (1, 2))
     save_adapter(training, case, first)
-    save_adapter(training, case, first)  # again, in its place
+    with pytest.raises(UserError, match="something else was written there meanwhile"):
+        save_adapter(training, case, first)
+    if run.runtime.rank == 0:
+        shutil.rmtree(partial_folder(first))
+    run.runtime.barrier()
     assert read_lora_config(first) == lora
     assert sorted(path.name for path in first.parent.glob(f"*{first.name}*")) == [first.name]
 

@@ -123,15 +123,7 @@ class StagedFolder:
         if self._overwrite and self.target.exists() and os.listdir(self.target):
             publish_folder(self.folder, self.target)
         else:
-            fsync_tree(self.folder)
-            try:
-                os.rename(self.folder, self.target)  # over an empty folder, if need be
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                raise UserError(
-                    f"{self.target}: something else was written there meanwhile; it was left alone."
-                ) from None
+            publish_new_folder(self.folder, self.target)
         for made in (self.target, *reversed(self._made)):
             fsync_folder(made.parent)
 
@@ -230,6 +222,25 @@ def publish_folder(folder: Path, target: Path) -> None:
                     f"{target} is complete, but what it replaced could not be removed from {old}: "
                     f"{error.strerror}."
                 ) from None
+
+
+def publish_new_folder(folder: Path, target: Path) -> None:
+    """Flushes a finished folder and makes it the target, where there is nothing but an empty one.
+
+    Raises:
+        UserError: the target came into being meanwhile.
+    """
+    fsync_tree(folder)
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"{target}: something else was written there meanwhile; it was left alone, and what "
+            f"was to stand there is complete in {folder}."
+        ) from None
+    fsync_folder(target.parent)
 
 
 def restore_replaced(target: Path) -> None:

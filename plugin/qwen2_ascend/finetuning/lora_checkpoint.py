@@ -20,7 +20,7 @@ import torch
 
 from qwen2_ascend.checkpoint.formats.megatron_optimizer import MAIN, MOMENTS
 from qwen2_ascend.checkpoint.formats.stored import FileLayout
-from qwen2_ascend.checkpoint.staging import partial_folder, publish_folder
+from qwen2_ascend.checkpoint.staging import partial_folder, publish_new_folder
 from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.adapter import (
     adapter_state,
@@ -30,6 +30,7 @@ from qwen2_ascend.finetuning.adapter import (
 )
 from qwen2_ascend.finetuning.saved_lora import RUN_FILE, SavedLora
 from qwen2_ascend.lora_config import LoraConfig
+from qwen2_ascend.runtime import agreement
 from qwen2_ascend.training import optimizer as optimizers
 from qwen2_ascend.training.checkpointer import Checkpointer, Pending, gathered, host_group
 from qwen2_ascend.training.checkpointing import CheckpointIdentity
@@ -98,25 +99,28 @@ class LoraStorage(ABC):
     def export(self, folder: Path, also: Mapping[str, bytes]) -> None:
         """Writes the adapters as a folder that `peft` loads, and files of `also` beside them.
 
-        It appears whole, also in the place of one that exists, on a disk that all ranks share.
+        It appears whole, on a disk that all ranks share.
 
         Raises:
+            UserError: on every rank: something was written there meanwhile, and is left alone.
             OSError: it cannot be written.
         """
         part, _, finish = self.adapter_part(with_optimizer=False)
         partial, runtime = partial_folder(folder), self.run.runtime
+
+        def publish() -> None:
+            for name, data in also.items():
+                write_file(partial / name, data)
+            finish(partial)
+            publish_new_folder(partial, folder)
+
         if runtime.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         runtime.barrier()
         part.write(partial)
         runtime.barrier()
-        if runtime.rank == 0:
-            for name, data in also.items():
-                write_file(partial / name, data)
-            finish(partial)
-            publish_folder(partial, folder)
-        runtime.barrier()
+        agreement.made_by_first(publish)
 
     def checkpointer(self, log: Callable[[str], None]) -> Checkpointer:
         """What writes the checkpoints, by the settings' `checkpoint`; `log` prints a line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from qwen2_ascend.finetuning.deepspeed.checkpoint import resume_zero, zero_checkpointer
 from qwen2_ascend.finetuning.deepspeed.engine import ZeroRun, build_zero_run
@@ -65,7 +64,7 @@ def checkpointer(
     """Makes what writes the run's checkpoints, given what prints a line."""
     if storage is not None:
         return storage.checkpointer
-    return partial(zero_checkpointer, run, checkpoint_identity(plan))
+    return lambda log: zero_checkpointer(run, checkpoint_identity(plan), log)
 
 
 def lora_storage(run: ZeroRun, plan: Plan) -> ZeroLora | None:
