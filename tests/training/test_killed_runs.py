@@ -176,6 +176,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert driver.run(module, flags).status == 2, "all are damaged"
 
 
+def test_what_a_kill_left_of_older_iterations_goes(
+    whole: Runs, world: Path, driver: Driver, tmp_path: Path
+) -> None:
+    """Killed between the tracker's change and --keep-last's, a complete run removes it."""
+    folder, _ = whole("async")
+    save = tmp_path / "run"
+    shutil.copytree(folder, save)
+    shutil.copytree(save / "iter_0000004", save / "iter_0000002")
+    assert driver.run(*flags_of("async", world, save)).status == 0
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000004"]
+    assert state(save / "iter_0000004") == state(folder / "iter_0000004")
+
+
 def test_a_folder_belongs_to_one_run(world: Path, driver: Driver, tmp_path: Path) -> None:
     from qwen2_ascend.checkpoint.staging import FolderLock
 

@@ -105,6 +105,7 @@ class Checkpointer:
                 self._save.parent.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
                 iterations.recover(self._save)
+                self._remove_older(self._run.progress.iteration)
             except OSError as error:
                 raise UserError(
                     f"--save {self._save}: cannot be written: {error.strerror}."
@@ -232,8 +233,11 @@ class Checkpointer:
         )
         write_file(flight.folder / megatron.MANIFEST_FILE, data)
         iterations.publish_iteration(self._save, flight.number, self._side_files)
+        self._remove_older(flight.number)
+
+    def _remove_older(self, last: int) -> None:
         if self._settings.keep_last is not None:
-            iterations.remove_older(self._save, self._settings.keep_last, flight.number)
+            iterations.remove_older(self._save, self._settings.keep_last, last)
 
     def _give_up(self, number: int, why: str) -> None:
         """Takes an unfinished iteration away, and ends the run if that is wanted."""
