@@ -187,7 +187,8 @@ def _stdout_is_broken() -> bool:
 
 def _say(line: str) -> None:
     with contextlib.suppress(BrokenPipeError):
-        print(line, file=sys.stderr, flush=True)
+        # in one piece, so that what several ranks say does not mix
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ ABSENT_RANK = """
     try:
         runtime.start("npu", mindspeed=False, timeout_seconds=20)
     except UserError as error:
-        print("REFUSED", error, flush=True)
+        print(f"REFUSED {error}\\n", end="", flush=True)  # in one piece: both ranks write
 """
 
 TOO_MANY = """
@@ -58,7 +58,7 @@ TOO_MANY = """
     try:
         runtime.start("npu", mindspeed=False, timeout_seconds=20)
     except UserError as error:
-        print("REFUSED", error, flush=True)
+        print(f"REFUSED {error}\\n", end="", flush=True)  # in one piece: both ranks write
 """
 
 

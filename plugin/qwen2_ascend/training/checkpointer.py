@@ -202,7 +202,8 @@ class Checkpointer:
         begun = time.perf_counter()
         if flight.error is not None:
             rank = self._runtime.rank
-            print(f"error: rank {rank}: {flight.error}", file=sys.stderr, flush=True)
+            said = f"error: rank {rank}: {flight.error}\n"
+            print(said, end="", file=sys.stderr, flush=True)
         if state == _FAILED:
             return self._give_up(flight.number, "a rank could not write its part")
         parts = gathered(flight.written, self._runtime, self._group)
