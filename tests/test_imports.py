@@ -21,7 +21,7 @@ from qwen2_ascend.runtime import _HOMES
 from test_structure import module_name
 
 PACKAGE = Path(qwen2_ascend.__file__).parent
-QUICK = {"ml_dtypes", "packaging", "psutil", "safetensors", "tqdm", "tyro", "xxhash"}
+QUICK = {"ml_dtypes", "psutil", "safetensors", "tqdm", "tyro", "xxhash"}
 """Packages of the core install that nobody waits for."""
 ELSEWHERE = {"safetensors.torch": "torch"}
 """Modules that bring another package than their own."""

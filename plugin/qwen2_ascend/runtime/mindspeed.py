@@ -27,8 +27,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from packaging.version import InvalidVersion, Version
-
 from qwen2_ascend.errors import Lines, UserError
 from qwen2_ascend.markdown import aligned
 
@@ -172,6 +170,8 @@ def release(version: str) -> str:
 
     2.7.1.post2, 2.7.1rc1, 2.7.1a0+git1 and 2.7.1+cpu are of release 2.7.1.
     """
+    from packaging.version import InvalidVersion, Version  # `doctor` runs where it is missing
+
     try:
         numbers = Version(version).release
     except InvalidVersion:
