@@ -23,8 +23,6 @@ from qwen2_ascend.pretrained import one_line
 
 SECONDS = 2.0
 """Processor time that one chat may take; a real one takes about a thousandth of a second."""
-GRACE_SECONDS = 0.25
-"""Processor time until an end that was lost in a destructor is tried again."""
 BYTES = 128 * 2**20
 """Memory that one chat may take, besides BYTES_PER_CHARACTER."""
 BYTES_PER_CHARACTER = 64
@@ -314,8 +312,11 @@ def limited(messages: Messages) -> Iterator[None]:
     _is_limited = True
     before = _limit_memory(BYTES + BYTES_PER_CHARACTER * _characters(messages))
     try:
-        _start_clock()
-        yield
+        try:
+            _start_clock()
+            yield
+        finally:
+            _stop_clock()  # a tick that is heard here, after memory was given back, is the same end
     except _OutOfTime:
         raise LimitError(
             f"the chat template has not finished after {SECONDS:g} seconds of processor time; "
@@ -394,9 +395,6 @@ def _stop_clock() -> None:
 
 
 def _on_tick(number: int, frame: object) -> None:
-    global _deadline
     # the timer counts all threads' time
     if _deadline is not None and time.thread_time() >= _deadline:
-        # the next tick may come while this ends, which takes long after a rendering that wrote much
-        _deadline = time.thread_time() + GRACE_SECONDS
         raise _OutOfTime

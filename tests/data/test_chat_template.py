@@ -99,10 +99,19 @@ def test_a_template_without_end_is_ended(
 
 def test_an_end_is_not_ended_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next tick comes while the first one's exception is still on its way to the user."""
-    monkeypatch.setattr(chat_template, "_deadline", 0.0)
-    with pytest.raises(chat_template._OutOfTime):
-        chat_template._on_tick(0, None)
-    chat_template._on_tick(0, None)
+    stop, ticks = chat_template._stop_clock, [1]
+
+    def heard_late() -> None:
+        if ticks:
+            ticks.pop()
+            chat_template._on_tick(0, None)
+        stop()
+
+    monkeypatch.setattr(chat_template, "_stop_clock", heard_late)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.0)
+    with pytest.raises(LimitError, match="has not finished"), chat_template.limited(CHAT):
+        raise chat_template._OutOfTime
+    assert not ticks and chat_template._deadline is None
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -15,7 +15,7 @@ VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 ZERO1 = "--use-distributed-optimizer"
 OVERLAP = f"{ZERO1} --overlap-grad-reduce --overlap-param-gather"
 WEIGHT_DECAY = 0.1
-"""Of matrices, in every job that `reference` is compared with."""
+"""Every job that `reference` is compared with decays its matrices by it."""
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 

@@ -364,7 +364,7 @@ def train(training: TrainingRun) -> list[Any]:
 
 
 def save_adapter(training: TrainingRun, case: str, folder: Path) -> None:
-    """As --save-adapter does it."""
+    """Exports the adapters as --save-adapter does."""
     from qwen2_ascend.finetuning.lora_checkpoint import MegatronLora
     from qwen2_ascend.training.checkpointing import CheckpointIdentity
 

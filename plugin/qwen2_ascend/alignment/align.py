@@ -27,7 +27,7 @@ from qwen2_ascend.inference.opening import config_folder
 from qwen2_ascend.inference.tokenizer import Tokenizer
 from qwen2_ascend.launching import silence_foreign_warnings
 from qwen2_ascend.machine import num_cores, world_size
-from qwen2_ascend.training.settings import megatron_arguments
+from qwen2_ascend.training.start import start_device
 
 if TYPE_CHECKING:
     from qwen2_ascend.alignment.judge import Curve
@@ -101,13 +101,7 @@ def start(settings: AlignSettings, source: Source) -> Runtime:
         UserError: the device or the number of processes does not do.
     """
     training = settings.training()
-    runtime = runtimes.start(
-        None if settings.machine.device == "auto" else settings.machine.device,
-        mindspeed=training.runtime.wants_mindspeed(),
-        timeout_seconds=60 * settings.parallel.distributed_timeout_minutes,
-        deterministic=settings.machine.deterministic,
-        megatron_arguments=megatron_arguments(training),
-    )
+    runtime = start_device(training)
     raise_if(settings.fusion.faults(runtime.name))
     if settings.precision == "fp64" and runtime.name == "npu":
         raise UserError("--precision fp64: an NPU's operators have no fp64; use --device cpu.")

@@ -140,13 +140,7 @@ def start_runtime(plan: RunPlan) -> Runtime:
     """
     settings = plan.settings
     silence_foreign_warnings()
-    runtime = runtimes.start(
-        None if settings.runtime.device == "auto" else settings.runtime.device,
-        mindspeed=settings.runtime.wants_mindspeed(),
-        timeout_seconds=60 * settings.parallel.distributed_timeout_minutes,
-        deterministic=settings.runtime.deterministic,
-        megatron_arguments=megatron_arguments(settings),
-    )
+    runtime = start_device(settings)
     faults = settings.fusion.faults(runtime.name)
     faults += settings.overlap.device_faults(settings, runtime.name)
     faults += _packed_blocks_faults(settings, plan.layout, runtime.name)
@@ -163,6 +157,21 @@ def start_runtime(plan: RunPlan) -> Runtime:
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
     return runtime
+
+
+def start_device(settings: TrainingSettings) -> Runtime:
+    """The device, and the process group of all ranks.
+
+    Raises:
+        UserError: as `runtime.start`.
+    """
+    return runtimes.start(
+        None if settings.runtime.device == "auto" else settings.runtime.device,
+        mindspeed=settings.runtime.wants_mindspeed(),
+        timeout_seconds=60 * settings.parallel.distributed_timeout_minutes,
+        deterministic=settings.runtime.deterministic,
+        megatron_arguments=megatron_arguments(settings),
+    )
 
 
 def _headline(plan: RunPlan, runtime: Runtime) -> str:
