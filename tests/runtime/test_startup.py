@@ -40,7 +40,12 @@ PLAIN_PROCESS = """
     running.barrier()
     line = running.describe()
 
+    from megatron.core import tensor_parallel
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.add("dropout", 5)
+    with tracker.fork("dropout"):
+        torch.rand(1)
     gradients = torch.rand(1 << 24).split([5, 1 << 23, (1 << 23) - 5])
     norm, exact = get_grad_norm_fp32(gradients), torch.cat(gradients).double().norm().item()
 
@@ -61,7 +66,9 @@ PLAIN_PROCESS = """
 def plain() -> list:
     words = ("-W", "error::UserWarning", "-c", textwrap.dedent(PLAIN_PROCESS))
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return json.loads(run_python(*words, environ=environ).out)
+    done = run_python(*words, environ=environ)
+    assert "RNG" not in done.err, "megatron-core warns of each dropout"
+    return json.loads(done.out)
 
 
 def test_a_plain_process_is_rank_0_of_1(plain: list) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ def redirect_megatron() -> None:
         how="sets the CPU generator",
         until=_UNTIL,
     )
+    logging.getLogger(module).addFilter(_is_no_generator_note)
     apply(
         "megatron.core.optimizer.clip_grads:l2_norm_impl",
         lambda original: _l2_norm,
@@ -125,6 +127,11 @@ def redirect_megatron() -> None:
         how="takes the norms of blocks, and then theirs in fp64",
         until="torch.norm on the CPU adds up in blocks, as torch.sum does",
     )
+
+
+def _is_no_generator_note(record: logging.LogRecord) -> bool:
+    # said in each fork that draws: here the generator of the fork is the CPU's
+    return not record.getMessage().startswith("CPU RNG state changed")
 
 
 def _l2_norm(
