@@ -50,7 +50,9 @@ def _load_pt(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except UnpicklingError as error:
-            refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            refused = re.search(
+                r"GLOBAL (\S+) (was not an allowed global|whose module \S+ is blocked)", str(error)
+            )
             if refused is None:
                 raise
             raise UserError(
