@@ -2,6 +2,8 @@
 
 A `Driver` starts `python killing.py`, which imports everything once. It runs each command in a
 forked child, which counts those calls and sends itself SIGKILL before the one that was asked for.
+A process that is killed leaves its files as they are at that moment. So one run that copies its
+folder before each of those calls shows what every kill would leave: `Driver.states`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,8 @@ from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import xxhash
 
 from commands import environment
 
@@ -39,7 +44,8 @@ class Driver:
     Args:
         folder: for its log.
         modules: what it imports first.
-        first: a command that it runs first, so that its children find warm caches.
+        first: commands that it runs first, so that its children find warm caches; they start no
+            thread.
         every_write: so many writes into files count as one call.
     """
 
@@ -47,7 +53,7 @@ class Driver:
         self,
         folder: Path,
         modules: Sequence[str],
-        first: Sequence[str] = (),
+        first: Sequence[Sequence[str]] = (),
         every_write: int = 1,
     ) -> None:
         self._log = (folder / "log").open("w")
@@ -58,13 +64,29 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environment(),
+            env=environment(DS_ACCELERATOR="cpu"),
         )
 
     def run(self, module: str, flags: Sequence[object], point: int | None = None) -> Killed:
         """Runs the `main` of a module; without a `point` to its end."""
+        return self._ask(module, flags, {"point": point} if point else {})
+
+    def states(
+        self, module: str, flags: Sequence[object], folder: Path, into: Path
+    ) -> tuple[Path, ...]:
+        """What `folder` held before each call of a whole run that changes the disk.
+
+        Returns:
+            Copies of the folder, in `into`, in order; of equal states there is one.
+        """
+        into.mkdir()
+        ended = self._ask(module, flags, {"folder": str(folder), "into": str(into)})
+        assert ended.status == 0, f"{module} {' '.join(map(str, flags))}"
+        return tuple(sorted(into.iterdir()))
+
+    def _ask(self, module: str, flags: Sequence[object], watch: dict[str, Any]) -> Killed:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([module, list(map(str, flags)), point]) + "\n")
+        self._process.stdin.write(json.dumps([module, list(map(str, flags)), watch]) + "\n")
         self._process.stdin.flush()
         return Killed(*json.loads(self._process.stdout.readline()))
 
@@ -82,15 +104,20 @@ class Driver:
 # --- the process ---------------------------------------------------------------------------------
 
 
-class Killer:
-    """Counts calls, of all threads, and kills this process before the one with a given number."""
+class Watch:
+    """Counts calls, of all threads, and does something before each; one call at a time.
 
-    def __init__(self, point: int | None) -> None:
-        self.point = point
+    Args:
+        before: gets the number of the call, from 1 on.
+    """
+
+    def __init__(self, before: Callable[[int], None]) -> None:
         self.calls = 0
-        self._lock = threading.Lock()
+        self._before = before
+        self._lock = threading.RLock()
+        self._is_before = False
 
-    def watch(self, function: Callable, every: int = 1) -> Callable:
+    def on(self, function: Callable, every: int = 1) -> Callable:
         """The function; one of so many calls is counted."""
         made = 0
 
@@ -98,32 +125,70 @@ class Killer:
         def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal made
             with self._lock:
-                self.calls += made % every == 0
-                if made % every == 0 and self.calls == self.point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                made += 1
-            return function(*args, **kwargs)
+                if not self._is_before:
+                    if made % every == 0:
+                        self.calls += 1
+                        self._is_before = True
+                        self._before(self.calls)
+                        self._is_before = False
+                    made += 1
+                return function(*args, **kwargs)
 
         return watched
 
 
-def run(module: str, argv: list[str], point: int | None, every_write: int) -> tuple[int, int]:
+def kill_at(point: int | None) -> Callable[[int], None]:
+    """Kills this process before the call with that number."""
+
+    def before(call: int) -> None:
+        if call == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return before
+
+
+def keep_states(folder: Path, into: Path) -> Callable[[int], None]:
+    """Copies the folder into `into` where it differs from all that was copied before."""
+    seen = {b""}
+
+    def before(call: int) -> None:
+        if (digest := folder_digest(folder)) not in seen:
+            seen.add(digest)
+            shutil.copytree(folder, into / f"{call:06d}", symlinks=True)
+
+    return before
+
+
+def folder_digest(folder: Path) -> bytes:
+    """Of the names and the contents of a folder; empty where there is no folder."""
+    if not folder.is_dir():
+        return b""
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        if path.is_file():
+            digest.update(path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+def run(
+    module: str, argv: list[str], before: Callable[[int], None], every_write: int
+) -> tuple[int, int]:
     """Status and calls of one command in a forked child."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         from qwen2_ascend.checkpoint import staging
 
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        killer = Killer(point)
+        watch = Watch(before)
         for name in DISK_CALLS:
-            setattr(os, name, killer.watch(getattr(os, name)))
-        os.pwrite = killer.watch(os.pwrite, every_write)
-        staging._exchange = killer.watch(staging._exchange)
+            setattr(os, name, watch.on(getattr(os, name)))
+        os.pwrite = watch.on(os.pwrite, every_write)
+        staging._exchange = watch.on(staging._exchange)
         if torch := sys.modules.get("torch"):
-            torch.save = killer.watch(torch.save)  # how DeepSpeed writes
+            torch.save = watch.on(torch.save)  # how DeepSpeed writes
         status = call(module, argv)
-        os.write(write_end, str(killer.calls).encode())
+        os.write(write_end, str(watch.calls).encode())
         os._exit(status)
     os.close(write_end)
     _, status = os.waitpid(pid, 0)
@@ -141,8 +206,10 @@ def call(module: str, argv: list[str]) -> int:
     return failed or statuses[0] or 0
 
 
-def serve(modules: list[str], first: list[str], every_write: int) -> None:
-    """Answers a request on each line of stdin."""
+def serve(modules: list[str], first: list[list[str]], every_write: int) -> None:
+    """Answers a request on each line of stdin; what else is printed goes to the log."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if any(name.startswith("megatron") for name in modules):
         from qwen2_ascend.runtime import cpu
 
@@ -150,13 +217,17 @@ def serve(modules: list[str], first: list[str], every_write: int) -> None:
         cpu.redirect_megatron()
     for name in modules:
         import_module(name)
-    if first:
-        call(first[0], first[1:])
+    for command, *flags in first:
+        call(command, flags)
     gc.collect()
     gc.freeze()  # what is warm now is shared with every child
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     for line in sys.stdin:
-        print(json.dumps(run(*json.loads(line), every_write)), file=answers, flush=True)
+        module, argv, watch = json.loads(line)
+        if "into" in watch:
+            before = keep_states(Path(watch["folder"]), Path(watch["into"]))
+        else:
+            before = kill_at(watch.get("point"))
+        print(json.dumps(run(module, argv, before, every_write)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

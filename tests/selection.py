@@ -17,11 +17,14 @@ import json
 import os
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
 DURATIONS = HERE / "durations.json"
@@ -48,11 +51,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Stopwatch())
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    seconds = config.getoption("--seconds")
+def takes_all(config: pytest.Config) -> bool:
+    """Whether a run leaves nothing out: it is told to, or tests were named."""
     is_whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     named = bool(config.getoption("keyword")) or not is_whole
-    if config.getoption("--all") or (named and seconds is None):
+    return config.getoption("--all") or (named and config.getoption("--seconds") is None)
+
+
+@pytest.fixture(scope="session")
+def a_third(pytestconfig: pytest.Config) -> Callable[[Sequence[T]], Sequence[T]]:
+    """Of many small cases every third, for tests with `every_commit`; the commit says which.
+
+    All of them where nothing is left out.
+    """
+    if takes_all(pytestconfig):
+        return lambda cases: cases
+    return lambda cases: cases[int(_digest(seed())[:8], 16) % 3 :: 3]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seconds = config.getoption("--seconds")
+    if takes_all(config):
         return
     chosen, costs = seed(), stored_durations()
     files: dict[Path, list[pytest.Item]] = defaultdict(list)
@@ -71,10 +90,16 @@ def part(
 ) -> list[pytest.Item]:
     """What a run takes of a file: all that is quick, and of the rest as much as fits.
 
+    What is marked `every_commit` chooses its own part.
+
     The functions take turns, in an order that `chosen` mixes as it does their cases. A case that
     takes n times as long as there is time is taken by one commit in n, when its turn is first.
     """
-    taken = {id(item) for item in items if costs.get(family(item.nodeid), 0) < QUICK}
+    taken = {
+        id(item)
+        for item in items
+        if costs.get(family(item.nodeid), 0) < QUICK or item.get_closest_marker("every_commit")
+    }
     functions: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in sorted(items, key=lambda item: _digest(f"{chosen} {item.nodeid}")):
         if id(item) not in taken:

@@ -12,7 +12,7 @@ COSTS = {"f.py::quick": 0.1, "f.py::some": 2.0, "f.py::long": 40.0}
 
 def items(**cases: int) -> Any:
     return [
-        SimpleNamespace(nodeid=f"f.py::{name}[{number}]")
+        SimpleNamespace(nodeid=f"f.py::{name}[{number}]", get_closest_marker={}.get)
         for name, count in cases.items()
         for number in range(count)
     ]
@@ -25,6 +25,15 @@ def names(taken: Any) -> list[str]:
 def test_what_fits_is_taken_and_all_that_is_quick() -> None:
     taken = names(part(items(quick=50, unknown=5, some=20), COSTS, 6, "a commit"))
     assert (taken.count("quick"), taken.count("unknown"), taken.count("some")) == (50, 5, 3)
+
+
+def test_what_chooses_inside_is_always_taken() -> None:
+    every = items(long=4, some=20)
+    for item in every[:2]:
+        item.get_closest_marker = {"every_commit": True}.get
+    taken = part(every, COSTS, 6, "a commit")
+    assert taken[:2] == every[:2]
+    assert names(taken).count("some") in (0, 3), "its seconds are not those of the others"
 
 
 def test_commits_choose_and_reach_every_case() -> None:

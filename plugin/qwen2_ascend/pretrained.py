@@ -15,7 +15,20 @@ from typing import Any
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import links_out, read_json, reading, require_regular
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+"""What a tokenizer is made of: files, and a folder of files."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 SHOWN = 200
 """Characters that a message quotes of a text from elsewhere."""
@@ -50,8 +63,8 @@ def open_tokenizer(path: str | Path, **keywords: Any) -> Any:
     folder = pretrained_folder(path)
     try:
         # without these transformers 5 makes up a tokenizer that knows no text
-        if not any((folder / name).exists() for name in TOKENIZER_FILES):
-            raise FileNotFoundError(f"there is none of {', '.join(TOKENIZER_FILES)}")
+        if not any((folder / name).exists() for name in VOCABULARY_FILES):
+            raise FileNotFoundError(f"there is none of {', '.join(VOCABULARY_FILES)}")
         tokenizer = open_pretrained(AutoTokenizer, folder, **keywords)
     except UserError:
         raise

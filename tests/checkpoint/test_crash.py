@@ -1,7 +1,7 @@
 """Killed at any moment, the target is the old state or the new one, and --resume finishes it.
 
-The moments are counted, not timed: a conversion runs again and again and kills itself with SIGKILL
-before one after the other of its system calls that change the disk (killing.py).
+The moments are counted, not timed: what is on the disk before each system call that changes it is
+what a kill at that moment leaves (killing.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TENSORS = 9 + 3  # of one layer and around it, on one rank
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     refused = (CONVERT, "--load-dir=/nowhere", "--save-dir=/no", "--save-model-type=hf")
-    driver = Driver(tmp_path_factory.mktemp("driver"), (CONVERT,), refused)
+    driver = Driver(tmp_path_factory.mktemp("driver"), (CONVERT,), [refused])
     yield driver
     driver.close()
 
@@ -63,52 +63,38 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def some_points(num_calls: int) -> list[int]:
-    """Every point at the start and at the end, every third in the long middle of writes."""
-    middle = range(20, num_calls - 30)
-    return [p for p in range(1, num_calls + 1) if p not in middle or p % 3 == 0]
-
-
 def toy(folder: Path, seed: int = 0) -> Path:
     return make_hugging_face_folder(folder, toy_config(num_layers=1), seed=seed)
 
 
+@pytest.mark.every_commit
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
-def test_killed_before_every_change_of_the_disk(old, memory, driver):
-    source = toy(memory / "hf")
-    root, spare = memory / "root", memory / "spare"
+def test_killed_before_every_change_of_the_disk(old, memory, driver, a_third):
+    source, root = toy(memory / "hf"), memory / "root"
     flags = ["--overwrite"] if old else []
     convert(source, memory / "whole", *tp(2), "--workers", 1).require()
     new_state, old_state = tree(memory / "whole"), {}
+    root.mkdir()
     if old:
-        convert(toy(memory / "other", seed=1), spare, "--save-format", "safetensors").require()
-        old_state = tree(spare)
-
-    def start_over() -> None:
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir()
-        if old:
-            shutil.copytree(spare, root / "target")
-
-    start_over()
-    whole_run = driver.run(CONVERT, command(source, root / "target", *flags))
-    assert whole_run.status == 0
-    assert whole_run.calls > 2 * TENSORS + 20
-    seen = set()
-    for point in some_points(whole_run.calls):
-        start_over()
-        assert driver.run(CONVERT, command(source, root / "target", *flags), point).status == -9
+        convert(toy(memory / "other", seed=1), root / "target").require()
+        old_state = tree(root / "target")
+    argv = command(source, root / "target", *flags)
+    states = driver.states(CONVERT, argv, root, memory / "states")
+    assert len(states) > TENSORS
+    for left in [states[-1], *a_third(states)]:
+        shutil.rmtree(root)
+        shutil.copytree(left, root)
         state = tree(root / "target") if (root / "target").exists() else {}
-        assert state in (old_state, new_state), f"half a state after {point} calls"
-        seen.add("new" if state == new_state else "old")
+        assert state in (old_state, new_state), f"half a state: {left}"
         if state == new_state and not (root / ".target.partial").exists():
             continue
         # the target is not there, or is to be replaced: both flags say so where both are needed
         again = [*flags, "--resume"] if state == old_state else ["--resume", "--overwrite"]
-        assert driver.run(CONVERT, command(source, root / "target", *again)).status == 0, point
+        assert driver.run(CONVERT, command(source, root / "target", *again)).status == 0, left
         assert tree(root / "target") == new_state
         assert [p.name for p in root.iterdir()] == ["target"]
-    assert seen == {"old", "new"}
+    assert tree(states[0] / "target") == old_state if old else not (states[0] / "target").exists()
+    assert tree(states[-1] / "target") == new_state
 
 
 def test_killed_while_it_resumes(memory, driver):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -337,7 +338,7 @@ def test_a_file_of_chats_is_prepared_once(tmp_path: Path, capsys) -> None:
     rows = [{"messages": [said("user", f"q {n}"), said("assistant", f"a {n}")]} for n in range(5)]
     path = write_rows(tmp_path / "chats.jsonl", rows)
 
-    def texts() -> set[str]:
+    def texts(tokenizer: Path = tokenizer) -> set[str]:
         data = build(str(path), tokenizer=str(tokenizer), workers=1, pack=True).train
         decode = AutoTokenizer.from_pretrained(tokenizer).decode
         return {decode(sample["labels"][sample["loss_mask"] == 1]) for sample in all_samples(data)}
@@ -346,6 +347,11 @@ def test_a_file_of_chats_is_prepared_once(tmp_path: Path, capsys) -> None:
     assert "".join(sorted(before)).count("<|im_end|>") == 5
     assert "chats            5" in capsys.readouterr().out
     assert texts() == before
+    assert "complete already" in capsys.readouterr().out
+    checkpoint = tmp_path / "run/iter_0000002"  # what a run that goes on reads
+    shutil.copytree(tokenizer, checkpoint, copy_function=shutil.copyfile)
+    (checkpoint / "run.json").write_text("{}")
+    assert texts(checkpoint) == before
     assert "complete already" in capsys.readouterr().out
     write_rows(path, rows[:3])
     assert "".join(texts()).count("<|im_end|>") == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,23 @@ def test_what_is_not_said_again_is_as_it_was(path: tuple[Any, Any], run: Path) -
 
 
 @pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
-@pytest.mark.parametrize("flags", ["--lora-dropout 0", f"{SAID} --lora-dropout 0.5", "--lora-r 3"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lora-dropout 0",
+        f"{SAID} --lora-dropout 0.5",
+        "--lora-r 3",
+        "--lora-alpha 32",
+        "--lora-target-modules all-linear",
+        "--use-rslora",
+    ],
+)
 def test_what_is_said_otherwise_is_refused(path: tuple[Any, Any], run: Path, flags: str) -> None:
     was = "rank 2, alpha 4, dropout 0.25 on q_proj, v_proj; say the same, or nothing"
     with pytest.raises(UserError, match=was):
         planned(path, run, flags)
-    assert planned(path, run, "--lora-dropout 0.25").lora == LORA
+    for flags in ("--lora-dropout 0.25", "--lora-r 2", "--lora-target-modules v_proj q_proj"):
+        assert planned(path, run, flags).lora == LORA
 
 
 def test_the_adapter_that_it_began_with_may_be_said_again(run: Path) -> None:
@@ -72,6 +84,28 @@ def test_the_adapter_that_it_began_with_may_be_said_again(run: Path) -> None:
     new = save_adapter(run.parent / "new", tiny_config(), LoraConfig(rank=3))
     with pytest.raises(UserError, match="is a run with LoRA of rank 2"):
         planned(PATHS[0], run, f"--lora-load {new}")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+def test_an_adapter_has_its_alpha(path: tuple[Any, Any], run: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", tiny_config(), LORA)
+    start = f"--load {tmp_path}/hf --finetune --save {tmp_path}/new --lora-load {adapter}"
+    assert planned(path, run, f"{start} --lora-alpha 4").lora == replace(LORA, dropout=0)
+    assert planned(path, run, f"{start} --lora-dropout 0.5").lora == replace(LORA, dropout=0.5)
+    for flags in ("--lora-alpha 8", "--lora-target-modules q_proj", "--use-rslora"):
+        with pytest.raises(UserError, match=r"adapter: is LoRA of rank 2, alpha 4, .* same, or"):
+            planned(path, run, f"{start} {flags}")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+def test_what_is_said_of_adapters_that_are_not_wanted_is_refused(
+    path: tuple[Any, Any], run: Path, tmp_path: Path
+) -> None:
+    start = f"--load {tmp_path}/hf --finetune --save {tmp_path}/new"
+    assert planned(path, run, start).lora is None
+    for flags in ("--lora-alpha 32", "--lora-dropout 0", "--use-rslora --lora-alpha 2"):
+        with pytest.raises(UserError, match=rf"{flags.split()[0]}.*: give --lora-r RANK or --lora"):
+            planned(path, run, f"{start} {flags}")
 
 
 def test_a_folder_that_is_not_there_yet_has_no_weights_to_merge_into(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs killed at every change of the disk: the same command goes on, to the same bits.
 
-A case tries one place in PARTS; all cases together try all of them.
+What a kill would leave is copied from one run (killing.py); a commit tries a third of it. Some
+processes are really killed, at places that the commit chooses.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import pytest
 from data.chats import chat_rows, save_chat_tokenizer, write_rows
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from killing import Driver
+from selection import PAIRS_SEED
 
-PARTS = 24
+KILLS = 2
+"""How often a run is really killed."""
 
+States = Sequence[Path]
 Runs = Callable[[str], tuple[Path, int]]
 KILLED = -9
 PRETRAIN, FINETUNE = "qwen2_ascend.training.command", "qwen2_ascend.finetuning.command"
@@ -39,6 +44,8 @@ MODULES = (
     "qwen2_ascend.data.chat.build",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.optimizer",
+    "matplotlib.backends.backend_agg",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 )
 COMMON = (
     "--global-batch-size 2 --train-iters 4 --lr 1e-3 --save-interval 2 --device cpu --no-log-energy"
@@ -54,7 +61,10 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    started = Driver(tmp_path_factory.mktemp("driver"), MODULES, every_write=EVERY_WRITE)
+    refused = f"{COMMON} --pretrained-checkpoint /nowhere --seq-length 8 --data-path /no".split()
+    first = [(command, *refused) for command in (PRETRAIN, FINETUNE, ZERO)]
+    folder = tmp_path_factory.mktemp("driver")
+    started = Driver(folder, MODULES, first, every_write=EVERY_WRITE)
     yield started
     started.close()
 
@@ -116,36 +126,45 @@ def losses(save: Path) -> dict[int, float]:
     return {row["iteration"]: row["loss"] for row in rows if "loss" in row}
 
 
-def places(calls: int, part: int) -> range:
-    """The calls before which a run is killed in this part."""
-    assert calls > PARTS, "every part has a place"
-    return range(1 + part, calls + 1, PARTS)
-
-
 def is_clean(save: Path) -> bool:
     return not [path.name for path in save.iterdir() if path.name.startswith(".iter_")]
 
 
+def check_that_it_goes_on(kind: str, world: Path, driver: Driver, save: Path, whole: Path) -> None:
+    """The same command once more makes of a folder what a run makes that nobody killed."""
+    module, flags = flags_of(kind, world, save)
+    assert driver.run(module, flags).status == 0, driver.said()
+    assert state(save / "iter_0000004") == state(whole / "iter_0000004")
+    assert losses(save) == losses(whole)
+    assert (save / "iter_0000002").exists() == (kind != "async"), "--keep-last 1"
+    assert is_clean(save), sorted(path.name for path in save.iterdir())
+
+
+@pytest.mark.every_commit
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_killed_run_goes_on(
-    kind: str, part: int, whole: Runs, world: Path, driver: Driver, tmp_path: Path
+def test_what_a_kill_leaves_goes_on(
+    kind: str, whole: Runs, world: Path, driver: Driver, tmp_path: Path, a_third: Any
 ) -> None:
     folder, calls = whole(kind)
-    expected = state(folder / "iter_0000004")
-    for point in places(calls, part):
-        save = tmp_path / f"killed-{point}"
-        module, flags = flags_of(kind, world, save)
-        assert driver.run(module, flags, point).status == KILLED, point
-        tracker = save / "latest_checkpointed_iteration.txt"
-        announced = tracker.read_text() if tracker.exists() else None
-        again = driver.run(module, flags)
-        assert again.status == 0, (point, announced)
-        assert state(save / "iter_0000004") == expected, point
-        assert losses(save) == losses(folder), point
-        assert (save / "iter_0000002").exists() == (kind != "async"), "--keep-last 1"
-        assert is_clean(save), (point, sorted(path.name for path in save.iterdir()))
+    save = tmp_path / "run"
+    states = driver.states(*flags_of(kind, world, save), save, tmp_path / "states")
+    assert len(states) > calls / 4, "most calls change something"
+    for left in a_third(states):
         shutil.rmtree(save)
+        left.rename(save)
+        check_that_it_goes_on(kind, world, driver, save, folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on(
+    kind: str, whole: Runs, world: Path, driver: Driver, tmp_path: Path
+) -> None:
+    """By a real SIGKILL, of which threads and locks go too."""
+    folder, calls = whole(kind)
+    for point in random.Random(os.environ[PAIRS_SEED] + kind).sample(range(1, calls), KILLS):
+        save = tmp_path / f"killed-{point}"
+        assert driver.run(*flags_of(kind, world, save), point).status == KILLED, point
+        check_that_it_goes_on(kind, world, driver, save, folder)
 
 
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
@@ -201,37 +220,29 @@ def test_a_folder_belongs_to_one_run(world: Path, driver: Driver, tmp_path: Path
     assert driver.run(module, flags).status == 0
 
 
+@pytest.mark.every_commit
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
 def test_the_tracked_iteration_may_be_written_again(
-    kind: str,
-    part: int,
-    exchange: bool,
-    whole: Runs,
-    world: Path,
-    driver: Driver,
-    tmp_path: Path,
+    kind: str, whole: Runs, world: Path, driver: Driver, tmp_path: Path, a_third: Any
 ) -> None:
     """The run goes on from iteration 2, over the iteration 4 that is there and tracked."""
     folder, _ = whole(kind)
-    expected = state(folder / "iter_0000004")
-    module, flags = flags_of(
-        kind, world, tmp_path / "again", load=tmp_path / "again" / "iter_0000002"
-    )
-    shutil.copytree(folder, tmp_path / "again")
-    calls = driver.run(module, flags).calls
+    save = tmp_path / "run"
+    again = flags_of(kind, world, save, load=save / "iter_0000002")
+    shutil.copytree(folder, save)
+    states = driver.states(*again, save, tmp_path / "states")
     assert "iter_0000002 at iteration 2" in driver.said()
-    for point in places(calls, part):
-        save = tmp_path / f"killed-{point}"
-        shutil.copytree(folder, save)
-        module, flags = flags_of(kind, world, save, load=save / "iter_0000002")
-        assert driver.run(module, flags, point).status == KILLED, point
-        if not exchange and (partial := save / ".iter_0000004.partial").exists():
-            # what a file system that cannot exchange two folders shows between two renames
-            os.rename(save / "iter_0000004", save / ".iter_0000004.replaced")
-            assert partial.is_dir()
-        module, flags = flags_of(kind, world, save)
-        assert driver.run(module, flags).status == 0, point
-        assert state(save / "iter_0000004") == expected, point
+    for left in a_third([*states, *_between_two_renames(states)]):
         shutil.rmtree(save)
+        left.rename(save)
+        assert driver.run(*flags_of(kind, world, save)).status == 0, driver.said()
+        assert state(save / "iter_0000004") == state(folder / "iter_0000004")
+
+
+def _between_two_renames(states: States) -> Iterator[Path]:
+    """What a file system that cannot exchange two folders shows of these states."""
+    for path in states:
+        if (path / ".iter_0000004.partial").exists():
+            copy = shutil.copytree(path, path.with_name(f"{path.name}-renamed"))
+            (copy / "iter_0000004").rename(copy / ".iter_0000004.replaced")
+            yield copy

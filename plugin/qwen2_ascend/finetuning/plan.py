@@ -8,10 +8,12 @@ from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.exports import find_exports
 from qwen2_ascend.finetuning.saved_lora import find_saved_lora
-from qwen2_ascend.finetuning.settings import F, FinetuneSettings, LoraSettings
+from qwen2_ascend.finetuning.settings import LORA_FIELDS, F, LoraSettings
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training import plan as plans
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
+
+SAME_OR_NOTHING = "say the same, or nothing."
 
 
 def make_plan(settings: F, found: Found | None = None) -> RunPlan[F]:
@@ -57,14 +59,11 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
                 f"--load {load}: holds a run that tunes all weights; --finetune takes its weights "
                 "alone, to put adapters on them."
             )
-        return replace(plan, lora=_asked(settings))
-    lora, dropout = saved.lora, settings.lora.lora_dropout
-    dropout = lora.dropout if dropout is None else dropout
-    if replace(_asked(settings) or lora, dropout=dropout) != lora:
-        raise UserError(
-            f"--load {load}: is a run with LoRA of rank {lora.rank}, alpha {lora.alpha:g}, dropout "
-            f"{lora.dropout:g} on {', '.join(lora.targets)}; say the same, or nothing."
-        )
+        return replace(plan, lora=_asked(settings.lora))
+    lora = saved.lora
+    started = _adapter(settings.lora) or lora  # the run's first weights
+    if replace(started, **{"dropout": lora.dropout, **settings.lora.said()}) != lora:
+        raise UserError(f"--load {load}: is a run with {_described(lora)}; {SAME_OR_NOTHING}")
     base = settings.model.pretrained_checkpoint or saved.base
     if base is None or not base.exists():
         raise UserError(
@@ -84,8 +83,39 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
     )
 
 
-def _asked(settings: FinetuneSettings) -> LoraConfig | None:
-    """The adapters that flags ask for: new ones, or those of --lora-load."""
-    if (folder := settings.lora.lora_load) is None:
-        return settings.lora_config()
-    return replace(read_lora_config(folder), dropout=settings.lora.lora_dropout or 0.0)
+def _asked(flags: LoraSettings) -> LoraConfig | None:
+    """The adapters of a new run: new ones, or those of --lora-load.
+
+    Raises:
+        UserError: flags contradict the adapter, or say how there should be none.
+    """
+    said = flags.said()
+    if (adapter := _adapter(flags)) is not None:
+        asked = replace(adapter, **{"dropout": 0.0, **said})
+        if asked != replace(adapter, dropout=asked.dropout):
+            raise UserError(
+                f"--lora-load {flags.lora_load}: is {_described(adapter)}; {SAME_OR_NOTHING}"
+            )
+        return asked
+    if said and flags.lora_r is None:
+        given = (
+            f"--{flag.replace('_', '-')}" for flag, name in LORA_FIELDS.items() if name in said
+        )
+        raise UserError(
+            f"{', '.join(given)}: give --lora-r RANK or --lora-load too; without them all weights "
+            "are tuned."
+        )
+    return LoraConfig(**said) if said else None
+
+
+def _adapter(flags: LoraSettings) -> LoraConfig | None:
+    """What --lora-load names."""
+    return None if flags.lora_load is None else read_lora_config(flags.lora_load)
+
+
+def _described(lora: LoraConfig) -> str:
+    scaled = ", rank-stabilized" if lora.use_rslora else ""
+    return (
+        f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{scaled}, dropout {lora.dropout:g} on "
+        f"{', '.join(lora.targets)}"
+    )

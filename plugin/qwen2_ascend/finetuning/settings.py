@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -26,6 +26,14 @@ from qwen2_ascend.training.settings import TrainingSettings, shared_faults
 
 F = TypeVar("F", bound="FinetuneSettings")
 
+LORA_FIELDS = {
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "targets",
+    "use_rslora": "use_rslora",
+}
+"""LoraConfig's field for each flag."""
 RESETS = ("--reset-attention-mask", "--reset-position-ids")
 """Flags of Megatron-LM's and MindSpeed-LLM's that part what is in one sample."""
 
@@ -58,13 +66,13 @@ class LoraSettings:
 
     lora_r: Annotated[int | None, tyro.conf.arg(aliases=["--lora-rank"])] = None
     """Rank of the adapters; tunes them alone. Without it all weights are tuned."""
-    lora_alpha: float = 32.0
-    """The adapters' output is multiplied by alpha / rank."""
+    lora_alpha: float | None = None
+    """The adapters' output is multiplied by alpha / rank; 32 for a new run that does not say it."""
     lora_dropout: float | None = None
     """Share of the adapters' inputs to drop; a new run drops none where it is not said."""
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    lora_target_modules: tuple[str, ...] | None = None
     """Megatron's names (linear_qkv, linear_proj, linear_fc1, linear_fc2), Hugging Face's (q_proj,
-    gate_proj ...), or all-linear."""
+    gate_proj ...), or all-linear, which a new run takes that says nothing."""
     use_rslora: Flag = False
     """Multiply by alpha / sqrt(rank) instead."""
     lora_load: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -74,6 +82,15 @@ class LoraSettings:
     def is_on(self) -> bool:
         """Whether adapters are tuned, not the weights."""
         return self.lora_r is not None or self.lora_load is not None
+
+    def said(self) -> dict[str, Any]:
+        """What is said of adapters, by the names of LoraConfig's fields."""
+        values = {field: getattr(self, flag) for flag, field in LORA_FIELDS.items()}
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and value is not False
+        }
 
     @classmethod
     def of(cls, lora: LoraConfig) -> LoraSettings:
@@ -173,16 +190,7 @@ class FinetuneSettings(TrainingSettings):
         Raises:
             UserError: values that no adapter can have.
         """
-        lora = self.lora
-        if lora.lora_r is None:
-            return None
-        return LoraConfig(
-            rank=lora.lora_r,
-            alpha=lora.lora_alpha,
-            dropout=lora.lora_dropout or 0.0,
-            targets=lora.lora_target_modules,
-            use_rslora=lora.use_rslora,
-        )
+        return None if self.lora.lora_r is None else LoraConfig(**self.lora.said())
 
 
 def parse(arguments: Sequence[str] | None = None) -> FinetuneSettings:

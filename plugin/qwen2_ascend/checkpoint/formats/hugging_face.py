@@ -17,23 +17,11 @@ from qwen2_ascend.checkpoint.formats.safetensors import encode_header, read_head
 from qwen2_ascend.checkpoint.formats.stored import FileLayout, StoredTensor, TensorSpec
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import read_json
+from qwen2_ascend.pretrained import TOKENIZER_FILES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates",
-)
+SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """Carried along with the weights, byte for byte, where they exist."""
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,11 @@ from qwen2_ascend.data.chat.settings import ChatSettings
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.errors import UserError, raise_if
 from qwen2_ascend.files import missing, read_bytes
-from qwen2_ascend.pretrained import pretrained_folder
+from qwen2_ascend.pretrained import TOKENIZER_FILES, pretrained_folder
 
 T = TypeVar("T")
 
 CACHE_FOLDER = ".qwen2_ascend_cache"
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 CODE = (
     "chat_template.py",
     "data/chat/encoding.py",
@@ -77,20 +76,20 @@ def prepared(words: Sequence[str], preparation: Preparation) -> dict[str, str]:
 
 
 def _cached_prefix(word: str, preparation: Preparation) -> Path:
-    """Where the result is kept; other settings, a changed file or other code mean another place."""
+    """Where the result is kept; other settings, a changed file or other code mean another place.
+
+    A tokenizer is the same wherever it lies: a run that goes on reads a copy in its checkpoint.
+    """
     folder = preparation.data_cache_path or Path(word).parent / CACHE_FOLDER
     tokenizer = pretrained_folder(str(preparation.tokenizer))
-    read = [
-        Path(word),
-        *(path for name in TOKENIZER_FILES for path in sorted(tokenizer.glob(name))),
-    ]
-    if preparation.chat.chat_template:
-        read.append(preparation.chat.chat_template)
+    template = preparation.chat.chat_template
     deciding = [
         preparation.task,
         preparation.on_bad_row,
-        astuple(preparation.chat),
-        [(str(path.resolve()), *_stamp(path)) for path in read if path.exists()],
+        astuple(replace(preparation.chat, chat_template=None)),
+        (str(Path(word).resolve()), *_stamp(Path(word))),
+        [(path.name, _digest(path)) for path in _tokenizer_files(tokenizer)],
+        template and template.is_file() and _digest(template),
         _code(),
     ]
     stem = Path(word).name.split(".")[0]
@@ -101,8 +100,19 @@ def _cached_prefix(word: str, preparation: Preparation) -> Path:
 def _code() -> tuple[str, ...]:
     """What decides how a chat comes out, besides its row, the settings and the tokenizer."""
     package = Path(__file__).parents[2]
-    hashes = (xxhash.xxh3_64(read_bytes(package / name)).hexdigest() for name in CODE)
+    hashes = (_digest(package / name) for name in CODE)
     return (*hashes, *map(version, ("transformers", "tokenizers", "jinja2")))
+
+
+def _tokenizer_files(folder: Path) -> Iterator[Path]:
+    """The files among TOKENIZER_FILES that a folder has."""
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        yield from sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+
+
+def _digest(path: Path) -> str:
+    return xxhash.xxh3_64(read_bytes(path)).hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int]:
