@@ -105,8 +105,13 @@ def name_faults(what: str, names: Sequence[str]) -> list[str]:
     """One fault that counts `names` and lists the first of them; none where there are none."""
     if not names:
         return []
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return [f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{more}."]
+    return [f"{len(names)} {what}: {first_of(names)}."]
+
+
+def first_of(names: Sequence[str], most: int = _MOST_NAMED) -> str:
+    """The first of many names, and how many more there are: `a, b and 3 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def at_most(faults: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen2_ascend.alignment.judge import Between, Finding, Judgement
 from qwen2_ascend.alignment.sublayers import LAYER, LOGITS, split_name
+from qwen2_ascend.errors import first_of
 from qwen2_ascend.markdown import aligned
 
 logger = logging.getLogger(__name__)
@@ -106,9 +107,8 @@ def _parted_verdict(judgement: Judgement, first: Finding) -> str:
     if before := names.index(first.name):
         words.append(f"The {before} sublayer(s) before it agree.")
     if rest := parted[1:]:
-        shown = ", ".join(finding.place for finding in rest[:6])
-        more = f" and {len(rest) - 6} more" if len(rest) > 6 else ""
-        words.append(f"These differ by themselves too: {shown}{more}.")
+        places = first_of([finding.place for finding in rest], 6)
+        words.append(f"These differ by themselves too: {places}.")
     elif first is not judgement.findings[-1]:
         words.append("Those after it only inherit its error.")
     return " ".join(words)

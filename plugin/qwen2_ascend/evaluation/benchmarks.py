@@ -22,11 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.files import json_value, read_text
 
 LETTERS = ("A", "B", "C", "D")
-MOST_NAMED = 8
 """Faults of a benchmark's files that are named one by one."""
 Row = dict[str, Any]
 
@@ -97,9 +96,7 @@ def read_benchmark(name: str, folder: Path, num_examples: int | None) -> Benchma
         raise UserError(f"--task-data-path {folder}: has no file {kind.pattern} for --task {name}.")
     reader = _Reader(kind, folder, wanted or 0)
     subjects = [reader.subject(path) for path in paths]
-    if len(reader.faults) > MOST_NAMED:
-        reader.faults[MOST_NAMED:] = [f"... and {len(reader.faults) - MOST_NAMED} more faults."]
-    raise_if(reader.faults)
+    raise_if(at_most(reader.faults))
     return Benchmark(name=name, folder=folder, num_examples=wanted, subjects=subjects)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from qwen2_ascend.checkpoint.readers.base import Source
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.inference.chat import Manner, chat
 from qwen2_ascend.inference.demonstration import Demonstration
 from qwen2_ascend.inference.generator import Generator, Request
@@ -19,7 +19,7 @@ from qwen2_ascend.inference.opening import (
     start_engine,
 )
 from qwen2_ascend.inference.pasted import GENERATE_FLAGS
-from qwen2_ascend.inference.prompts import MOST_NAMED, OutputFile, Prompt, Terminal, read_prompts
+from qwen2_ascend.inference.prompts import OutputFile, Prompt, Terminal, read_prompts
 from qwen2_ascend.inference.settings import GenerateSettings, validate
 from qwen2_ascend.inference.text_settings import TextSettings, text_settings
 from qwen2_ascend.inference.tokenizer import Tokenizer
@@ -131,9 +131,7 @@ def _requests(
             faults.append(f"{prompt.where}: {unknown}")
         room = min(text.max_new_tokens(len(tokens)), context - len(tokens))
         requests.append(Request(index=index, tokens=tokens, max_new_tokens=room))
-    if len(faults) > MOST_NAMED:
-        faults[MOST_NAMED:] = [f"... and {len(faults) - MOST_NAMED} more prompts."]
-    raise_if(faults)
+    raise_if(at_most(faults))
     return requests
 
 

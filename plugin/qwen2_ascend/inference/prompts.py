@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.files import json_kind, json_value, output_faults
 from qwen2_ascend.inference.settings import PromptSettings
 
-MOST_NAMED = 8
 """Faults of a file that are named one by one."""
 
 
@@ -60,9 +59,7 @@ def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
             rows.append((f"{path}:{number}", _row(line)))
         except ValueError as error:
             faults.append(f"{path}:{number}: {error}")
-    if len(faults) > MOST_NAMED:
-        faults[MOST_NAMED:] = [f"... and {len(faults) - MOST_NAMED} more lines."]
-    raise_if(faults)
+    raise_if(at_most(faults))
     if not rows:
         raise UserError(f"--prompt-file {path}: has no prompts.")
     return rows

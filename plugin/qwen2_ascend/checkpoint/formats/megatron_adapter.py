@@ -21,7 +21,7 @@ from qwen2_ascend.checkpoint.formats.stored import WEIGHT_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.rules import Shard, TensorSlice, qwen2_rules
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, raise_if
+from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 from qwen2_ascend.parallel import ParallelLayout
 
@@ -32,7 +32,6 @@ _MATRIX = re.compile(
     r"\.weight"
 )
 _BASE = ".base_layer."
-_MOST_NAMED = 20
 
 
 def open_megatron_adapter(
@@ -61,7 +60,7 @@ def open_megatron_adapter(
     sizes = {one.a.stored.shape[:1] for one in factors}
     faults += [] if len(sizes) == 1 else [f"{folder}: its lora_A have {sorted(sizes)} rows."]
     faults += _missing(folder, factors, layout, config)
-    raise_if(faults[:_MOST_NAMED])
+    raise_if(at_most(faults))
     return Adapter(
         folder=folder,
         lora=LoraConfig(

@@ -26,14 +26,13 @@ from qwen2_ascend.checkpoint.formats.stored import WEIGHT_DTYPES, StoredTensor
 from qwen2_ascend.checkpoint.plan import StoredSlice
 from qwen2_ascend.checkpoint.rules import TensorSlice
 from qwen2_ascend.config import Qwen2Config
-from qwen2_ascend.errors import UserError, name_faults, raise_if, shown
+from qwen2_ascend.errors import UserError, at_most, name_faults, raise_if, shown
 from qwen2_ascend.files import links_out, read_json
 from qwen2_ascend.lora_config import PROJECTIONS, LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_MOST_NAMED = 20
 
 # Settings of PEFT's that change what an adapter computes, and the values that change nothing.
 _UNUSED: dict[str, tuple[Any, ...]] = {
@@ -276,7 +275,7 @@ def _held(path: Path, pieces: Mapping[str, TensorSlice]) -> tuple[StoredSlice, .
         if name in pieces
         and (stored.shape != pieces[name].shape or stored.dtype not in WEIGHT_DTYPES)
     ]
-    faults += wrong[:_MOST_NAMED]
+    faults += at_most(wrong)
     if any("embed_tokens" in name or "lm_head" in name for name in tensors):
         faults.append(
             "it holds an embedding or an output layer, because these were trained or tokens were "

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any, NamedTuple
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, first_of
 
 MAX_INSTRUCTIONS = 10_000_000
 """About 160,000 tensors."""
@@ -108,9 +108,8 @@ def read_pickle(
         fault = f"{what}: not a pickle that torch.save writes, or a damaged one: {_short(error)}."
     if machine.refused:
         names = [_short(name) for name in sorted(machine.refused)]
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         raise UserError(
-            f"{what}: the pickle asks for {', '.join(names[:20])}{more}; refused, not executed. "
+            f"{what}: the pickle asks for {first_of(names)}; refused, not executed. "
             "Only tensors, plain containers and the records of Megatron's checkpoints are read. If "
             "you trust the file, load it where it was made and save it again with plain values."
         )

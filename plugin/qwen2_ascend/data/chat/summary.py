@@ -10,9 +10,9 @@ from qwen2_ascend.data.chat.encoding import UNUSED
 from qwen2_ascend.data.output import Output
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.data.state import State
+from qwen2_ascend.errors import first_of
 from qwen2_ascend.pretrained import one_line
 
-MOST_KEYS = 20
 """Keys that are named one by one."""
 
 
@@ -56,8 +56,7 @@ def print_summary(
             f"{one_line(key.removeprefix(UNUSED), 40)} ({rows:,} rows)"
             for key, rows in sorted(unused.items(), key=lambda item: (-item[1], item[0]))
         ]
-        more = f" and {len(shown) - MOST_KEYS} more" if len(shown) > MOST_KEYS else ""
-        print(f"  keys not used    {', '.join(shown[:MOST_KEYS])}{more}")
+        print(f"  keys not used    {first_of(shown)}")
     listed = f", listed in {output.bad_rows}" if state.bad_rows else ""
     print(f"bad rows  {state.bad_rows:,}{listed}")
     print(f"time      {seconds:,.1f} s")
