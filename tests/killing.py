@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib import import_module
@@ -26,6 +27,8 @@ import xxhash
 
 from commands import environment
 
+FAILED = 99
+"""The status of a command whose states could not be copied."""
 DISK_CALLS = ("ftruncate", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir")
 
 
@@ -72,15 +75,28 @@ class Driver:
         return self._ask(module, flags, {"point": point} if point else {})
 
     def states(
-        self, module: str, flags: Sequence[object], folder: Path, into: Path
+        self,
+        module: str,
+        flags: Sequence[object],
+        folder: Path,
+        into: Path,
+        can_exchange: bool = True,
     ) -> tuple[Path, ...]:
         """What `folder` held before each call of a whole run that changes the disk.
 
+        Args:
+            module: whose `main` is run.
+            flags: its command line.
+            folder: all that the command writes lies in it.
+            into: a new folder, for the copies.
+            can_exchange: whether the file system can exchange two folders in one step.
+
         Returns:
-            Copies of the folder, in `into`, in order; of equal states there is one.
+            Copies of the folder, in order; of equal states there is one.
         """
         into.mkdir()
-        ended = self._ask(module, flags, {"folder": str(folder), "into": str(into)})
+        watch = {"folder": str(folder), "into": str(into), "can_exchange": can_exchange}
+        ended = self._ask(module, flags, watch)
         assert ended.status == 0, f"{module} {' '.join(map(str, flags))}"
         return tuple(sorted(into.iterdir()))
 
@@ -128,13 +144,20 @@ class Watch:
                 if not self._is_before:
                     if made % every == 0:
                         self.calls += 1
-                        self._is_before = True
-                        self._before(self.calls)
-                        self._is_before = False
+                        self._do_before()
                     made += 1
                 return function(*args, **kwargs)
 
         return watched
+
+    def _do_before(self) -> None:
+        self._is_before = True
+        try:
+            self._before(self.calls)
+        except Exception:
+            traceback.print_exc()
+            os._exit(FAILED)  # the command might survive it
+        self._is_before = False
 
 
 def kill_at(point: int | None) -> Callable[[int], None]:
@@ -171,10 +194,12 @@ def folder_digest(folder: Path) -> bytes:
     return digest.digest()
 
 
-def run(
-    module: str, argv: list[str], before: Callable[[int], None], every_write: int
-) -> tuple[int, int]:
+def run(module: str, argv: list[str], asked: dict[str, Any], every_write: int) -> tuple[int, int]:
     """Status and calls of one command in a forked child."""
+    if "into" in asked:
+        before = keep_states(Path(asked["folder"]), Path(asked["into"]))
+    else:
+        before = kill_at(asked.get("point"))
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -184,7 +209,8 @@ def run(
         for name in DISK_CALLS:
             setattr(os, name, watch.on(getattr(os, name)))
         os.pwrite = watch.on(os.pwrite, every_write)
-        staging._exchange = watch.on(staging._exchange)
+        can_exchange = asked.get("can_exchange", True)
+        staging._exchange = watch.on(staging._exchange if can_exchange else lambda *_: False)
         if torch := sys.modules.get("torch"):
             torch.save = watch.on(torch.save)  # how DeepSpeed writes
         status = call(module, argv)
@@ -222,12 +248,7 @@ def serve(modules: list[str], first: list[list[str]], every_write: int) -> None:
     gc.collect()
     gc.freeze()  # what is warm now is shared with every child
     for line in sys.stdin:
-        module, argv, watch = json.loads(line)
-        if "into" in watch:
-            before = keep_states(Path(watch["folder"]), Path(watch["into"]))
-        else:
-            before = kill_at(watch.get("point"))
-        print(json.dumps(run(module, argv, before, every_write)), file=answers, flush=True)
+        print(json.dumps(run(*json.loads(line), every_write)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ QUICK = 0.25
 SEED = "TEST_SEED"
 """Environment variable that chooses the part instead of the commit."""
 PAIRS_SEED = "PAIRS_SEED"
-"""The seed of the tests that choose themselves which flags meet."""
+"""The seed of the tests that choose for themselves: which flags meet, where a run is killed."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

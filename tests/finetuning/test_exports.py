@@ -21,6 +21,8 @@ def command_lines() -> list[tuple[str, str]]:
     alone = f"--load {{d}}/hf {data} --lora-r 2 --train-iters 2 --save-adapter {{d}}/alone"
     sft = f"--load {{d}}/sft --pretrained-checkpoint {{d}}/hf --save {{d}}/sft {data} "
     sft += "--num-train-epochs 1 --exit-interval 1 --save-hf {d}/sft_hf"
+    once = f"--load {{d}}/once --pretrained-checkpoint {{d}}/bf16 --save {{d}}/once {data} "
+    once += "--train-iters 1 --save-hf {d}/once_hf"
     yarn = f"--load {{d}}/yarn --pretrained-checkpoint {{d}}/hf --save {{d}}/yarn {data} "
     yarn += "--train-iters 2 --save-hf {d}/yarn_hf"
     scaling = "--rope-scaling-type yarn --rope-scaling-original-max-position-embeddings 64 "
@@ -36,6 +38,8 @@ def command_lines() -> list[tuple[str, str]]:
         ("sft 1", sft),
         ("sft 2", sft),
         ("sft 2 again", sft),
+        ("once", once),
+        ("once again", once),
         ("yarn, half", f"{yarn} --exit-interval 1 {scaling} 8"),
         ("yarn, another", f"{yarn} {scaling} 4"),
         ("yarn, whole", yarn),
@@ -55,6 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
     folder = tmp_path_factory.mktemp("exports")
     make_tiny_hugging_face_folder(folder / "hf", tiny_config())
+    make_tiny_hugging_face_folder(folder / "bf16", tiny_config(), dtype="bf16")
     mixed = make_tiny_hugging_face_folder(folder / "mixed", tiny_config())
     config = json.loads((mixed / "config.json").read_text())
     key = "dtype" if "dtype" in config else "torch_dtype"
@@ -107,6 +112,12 @@ def test_a_run_without_checkpoints_is_not_trained_twice(world: World) -> None:
     first, second = (world.runs[name].require() for name in ("alone", "alone again"))
     assert "iteration 2/2" in first.out
     assert "is there already, and complete" in second.out and "iteration" not in second.out
+
+
+def test_a_run_in_fp32_of_weights_in_bf16_is_known_by_its_own_checkpoint(world: World) -> None:
+    first, again = (world.runs[name].require() for name in ("once", "once again"))
+    assert "once_hf" in first.there and "iteration 1/1" in first.out
+    assert "is there already, and complete" in again.out
 
 
 def test_epochs_of_all_weights_too(world: World) -> None:

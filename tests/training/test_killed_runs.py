@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,9 +22,6 @@ from data.chats import chat_rows, save_chat_tokenizer, write_rows
 from helpers import make_tiny_hugging_face_folder, tiny_config
 from killing import Driver
 from selection import PAIRS_SEED
-
-KILLS = 2
-"""How often a run is really killed."""
 
 States = Sequence[Path]
 Runs = Callable[[str], tuple[Path, int]]
@@ -85,8 +83,7 @@ def whole(world: Path, driver: Driver) -> Runs:
 
     @functools.cache
     def of(kind: str) -> tuple[Path, int]:
-        if KINDS[kind][0] != PRETRAIN:
-            driver.run(*flags_of(kind, world, world / f"{kind}-first"))  # prepares the chats
+        driver.run(*flags_of(kind, world, world / f"{kind}-first"))  # fills caches
         run = driver.run(*flags_of(kind, world, world / kind))
         assert run.status == 0
         return world / kind, run.calls
@@ -130,14 +127,26 @@ def is_clean(save: Path) -> bool:
     return not [path.name for path in save.iterdir() if path.name.startswith(".iter_")]
 
 
-def check_that_it_goes_on(kind: str, world: Path, driver: Driver, save: Path, whole: Path) -> None:
-    """The same command once more makes of a folder what a run makes that nobody killed."""
-    module, flags = flags_of(kind, world, save)
-    assert driver.run(module, flags).status == 0, driver.said()
+def go_on(kind: str, world: Path, driver: Driver, save: Path, whole: Path) -> None:
+    """The same command once more makes of a folder what a run makes that nobody killed.
+
+    It begins where the tracker says or later, and nothing that it finds there is damaged.
+    """
+    tracker = save / "latest_checkpointed_iteration.txt"
+    announced = int(tracker.read_text()) if tracker.exists() else 0
+    driver.said()
+    ended, said = driver.run(*flags_of(kind, world, save)), driver.said()
+    assert ended.status == 0, said
+    begun = re.search(r"resumed .* at iteration (\d+)\n", said)
+    assert int(begun[1] if begun else 0) >= announced, said
+    assert "NOT used" not in said
     assert state(save / "iter_0000004") == state(whole / "iter_0000004")
+    assert is_clean(save), sorted(path.name for path in save.iterdir())
+
+
+def assert_is_all_there(kind: str, save: Path, whole: Path) -> None:
     assert losses(save) == losses(whole)
     assert (save / "iter_0000002").exists() == (kind != "async"), "--keep-last 1"
-    assert is_clean(save), sorted(path.name for path in save.iterdir())
 
 
 @pytest.mark.every_commit
@@ -146,25 +155,29 @@ def test_what_a_kill_leaves_goes_on(
     kind: str, whole: Runs, world: Path, driver: Driver, tmp_path: Path, a_third: Any
 ) -> None:
     folder, calls = whole(kind)
-    save = tmp_path / "run"
-    states = driver.states(*flags_of(kind, world, save), save, tmp_path / "states")
+    runs = tmp_path / "runs"  # a lock lies beside the run's folder
+    save = runs / "run"
+    states = driver.states(*flags_of(kind, world, save), runs, tmp_path / "states")
     assert len(states) > calls / 4, "most calls change something"
     for left in a_third(states):
-        shutil.rmtree(save)
-        left.rename(save)
-        check_that_it_goes_on(kind, world, driver, save, folder)
+        shutil.rmtree(runs)
+        left.rename(runs)
+        go_on(kind, world, driver, save, folder)
+        assert_is_all_there(kind, save, folder)
 
 
+@pytest.mark.every_commit
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on(
     kind: str, whole: Runs, world: Path, driver: Driver, tmp_path: Path
 ) -> None:
     """By a real SIGKILL, of which threads and locks go too."""
     folder, calls = whole(kind)
-    for point in random.Random(os.environ[PAIRS_SEED] + kind).sample(range(1, calls), KILLS):
-        save = tmp_path / f"killed-{point}"
-        assert driver.run(*flags_of(kind, world, save), point).status == KILLED, point
-        check_that_it_goes_on(kind, world, driver, save, folder)
+    point = random.Random(os.environ[PAIRS_SEED] + kind).randint(1, calls)
+    save = tmp_path / "run"
+    assert driver.run(*flags_of(kind, world, save), point).status == KILLED, point
+    go_on(kind, world, driver, save, folder)
+    assert_is_all_there(kind, save, folder)
 
 
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
@@ -222,27 +235,29 @@ def test_a_folder_belongs_to_one_run(world: Path, driver: Driver, tmp_path: Path
 
 @pytest.mark.every_commit
 @pytest.mark.parametrize("kind", ["torch_dist", "lora"])
+@pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two-renames"])
 def test_the_tracked_iteration_may_be_written_again(
-    kind: str, whole: Runs, world: Path, driver: Driver, tmp_path: Path, a_third: Any
+    kind: str,
+    can_exchange: bool,
+    whole: Runs,
+    world: Path,
+    driver: Driver,
+    tmp_path: Path,
+    a_third: Any,
 ) -> None:
     """The run goes on from iteration 2, over the iteration 4 that is there and tracked."""
     folder, _ = whole(kind)
-    save = tmp_path / "run"
+    runs = tmp_path / "runs"
+    save = runs / "run"
     again = flags_of(kind, world, save, load=save / "iter_0000002")
     shutil.copytree(folder, save)
-    states = driver.states(*again, save, tmp_path / "states")
+    driver.said()
+    states = driver.states(*again, runs, tmp_path / "states", can_exchange)
     assert "iter_0000002 at iteration 2" in driver.said()
-    for left in a_third([*states, *_between_two_renames(states)]):
-        shutil.rmtree(save)
-        left.rename(save)
-        assert driver.run(*flags_of(kind, world, save)).status == 0, driver.said()
-        assert state(save / "iter_0000004") == state(folder / "iter_0000004")
-
-
-def _between_two_renames(states: States) -> Iterator[Path]:
-    """What a file system that cannot exchange two folders shows of these states."""
-    for path in states:
-        if (path / ".iter_0000004.partial").exists():
-            copy = shutil.copytree(path, path.with_name(f"{path.name}-renamed"))
-            (copy / "iter_0000004").rename(copy / ".iter_0000004.replaced")
-            yield copy
+    if not can_exchange:  # the others are those of the other case
+        states = [path for path in states if (path / "run/.iter_0000004.replaced").exists()]
+        assert states
+    for left in a_third(states):
+        shutil.rmtree(runs)
+        left.rename(runs)
+        go_on(kind, world, driver, save, folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen2_ascend.checkpoint.staging import FolderLock
 from qwen2_ascend.data.settings import PreprocessSettings
-from qwen2_ascend.data.state import State, remove_unfinished
+from qwen2_ascend.data.state import STATE, State, remove_unfinished
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import fsync_folder, read_bytes, write_file
 
@@ -35,7 +35,7 @@ class Output:
 
     def is_complete(self, deciding: dict[str, Any]) -> bool:
         """True if --resume was given and a finished run has left just this result."""
-        if not self._settings.resume or self.folder.exists():
+        if not self._settings.resume or (self.folder / STATE).exists():
             return False
         for key in self.keys:
             try:
@@ -44,6 +44,9 @@ class Output:
                 return False
             if raw.get("settings") != deciding or not Path(f"{self.dataset(key)}.idx").exists():
                 return False
+        if self.folder.exists():  # the run was killed while it removed this
+            with _locked(self.folder, self.prefix):
+                shutil.rmtree(self.folder)
         return True
 
     @contextlib.contextmanager

@@ -149,6 +149,7 @@ class RunPlan(Generic[S_co]):
         if said.get("tuning", {}).get("num_train_epochs") is not None:
             said["batch"].pop("train_iters")  # `with_epochs` sets it
         said["model"], said["lora"] = asdict(self.config), self.lora and asdict(self.lora)
+        said["model"].pop("dtype")  # of the file that was read: a run's own checkpoint has another
         said["seed"] = settings.runtime.seed
         save = settings.checkpoint.save
         said["save"] = os.path.realpath(save) if save else None

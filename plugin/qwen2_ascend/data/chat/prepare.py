@@ -108,7 +108,7 @@ def _tokenizer_files(folder: Path) -> Iterator[Path]:
     """The files among TOKENIZER_FILES that a folder has."""
     for name in TOKENIZER_FILES:
         path = folder / name
-        yield from sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        yield from filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path])
 
 
 def _digest(path: Path) -> str:
