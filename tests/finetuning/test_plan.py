@@ -77,6 +77,18 @@ def test_what_is_said_otherwise_is_refused(path: tuple[Any, Any], run: Path, fla
         assert planned(path, run, flags).lora == LORA
 
 
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+def test_a_run_that_goes_on_is_not_said_to_begin(path: tuple[Any, Any], run: Path) -> None:
+    """And what the refusal advises begins a new run on its adapter."""
+    new = f"--save {run.parent}/new"
+    with pytest.raises(UserError, match="holds a LoRA run, which goes on as it began") as caught:
+        planned(path, run, f"--finetune {new}")
+    (fault,) = caught.value.faults
+    plan = planned(path, run, f"{fault.partition(' on its adapter with ')[2].rstrip('.')} {new}")
+    assert plan.saved is None and plan.lora == replace(LORA, dropout=0)
+    assert plan.settings.lora.lora_load == run / "iter_0000002"
+
+
 def test_the_adapter_that_it_began_with_may_be_said_again(run: Path) -> None:
     adapter = save_adapter(run.parent / "adapter", tiny_config(), LORA)
     plan = planned(PATHS[0], run, f"--lora-load {adapter}")
