@@ -24,7 +24,14 @@ def numbers(save: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("keep", "last", "kept"), [(1, 8, [8, 10]), (2, 8, [6, 8, 10]), (2, 10, [8, 10])]
+    ("keep", "last", "kept"),
+    [
+        (1, 8, [8, 10]),
+        (2, 8, [6, 8, 10]),
+        (2, 10, [8, 10]),
+        (0, 8, [8, 10]),
+        (-1, 8, [8, 10]),
+    ],
 )
 def test_the_last_ones_are_kept_and_later_ones_of_an_earlier_run(tmp_path, keep, last, kept):
     make(tmp_path, 2, 4, 6, 8, 10, tracked=last)

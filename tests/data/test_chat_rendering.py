@@ -374,6 +374,11 @@ def test_reasoning_that_the_template_writes_in_its_own_way_is_trained_on(small_t
         assert "so" in trained_text(small_tokenizer, chat, chat_template=template)
 
 
+def test_what_is_trained_on_is_said_once() -> None:
+    with pytest.raises(UserError, match="--train-on-prompt and --mask-history: each says"):
+        ChatSettings(train_on_prompt=True, mask_history=True)
+
+
 def test_a_bom_in_front_of_a_template_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(f"\ufeff{CHATML}", encoding="utf-8")
     assert given_template(ChatSettings(chat_template=tmp_path / "t.jinja")) == CHATML

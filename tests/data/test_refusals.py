@@ -107,6 +107,25 @@ def test_fine_tuning_names_every_fault_of_its_data(
     assert len(faults) == 10, faults
 
 
+@pytest.mark.parametrize("main", TUNERS)
+@pytest.mark.parametrize(
+    "flag", ["--train-on-prompt", "--mask-history", "--map-keys {}", "--chat-template t"]
+)
+def test_how_chats_are_read_is_not_said_of_prepared_ones(
+    main: Callable[..., int], flag: str, started: Started, tmp_path: Path
+) -> None:
+    """Their masks hold; where a file of chats is among the data, it is read so."""
+    chats = write_rows(tmp_path / "chats.jsonl", [CHAT])
+    fault = f"{flag.split()[0]}: the data is prepared"
+    prepared = f"--data-path {tmp_path}/prefix {flag}"
+    one_with(started(main, prepared), fault, "qwen2-ascend preprocess --task sft")
+    for flags in (f"--data-path {tmp_path}/prefix {chats} {flag}", f"--data-path {chats} {flag}"):
+        found = started(main, f"{flags} --clip-grad -1")
+        assert not [one for one in found if fault in one], found
+    found = started(main, f"{prepared} --save {tmp_path}/run --save-hf {tmp_path}/hf")
+    assert bool([one for one in found if fault in one]) == ("template" not in flag), found
+
+
 def test_columns_are_those_of_the_named_format(started: Started, tmp_path: Path) -> None:
     chats = write_rows(tmp_path / "chats.jsonl", [CHAT, CHAT])
     faults = started(finetune.main, f"--data-path {chats} --handler-name sharegpt")

@@ -91,7 +91,8 @@ def _cases() -> dict[str, Case]:
         "cp2-lora-dpo": Case("lora-dpo", CP2, ZERO1),
         "cp2-recompute": Case(
             "packed",
-            f"{CP2} --recompute-granularity full --recompute-method uniform --swap-attention",
+            f"{CP2} --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 2 --swap-attention",
         ),
         "cp2-selective": Case("documents", f"{CP2} --recompute-granularity selective"),
         "cp2-outputs": Case("mock", f"{CP2} --recompute-activation-function --recompute-norm"),

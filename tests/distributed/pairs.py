@@ -164,7 +164,7 @@ KEPT: dict[str, list[Any]] = {
     "--lr-decay-iters": [2],
     "--lr-warmup-iters": [1],
     "--lr-warmup-fraction": [0.4],
-    "--lr-warmup-init": [1e-4],
+    "--lr-warmup-init": [{"--lr-warmup-init": 1e-4, "--lr-warmup-iters": 1}],
     "--lr-wsd-decay-style": [
         {"--lr-decay-style": "WSD", "--lr-wsd-decay-iters": 1, "--lr-wsd-decay-style": "linear"}
     ],
@@ -204,10 +204,11 @@ OF_PRETRAINING: dict[str, list[Any]] = {
             "--data-path": (),
             "--train-data-path": (f"{DATA}corpus",),
             "--valid-data-path": (f"{DATA}corpus",),
+            "--eval-iters": 1,
         }
     ],
     "--data-path": [("0.5", f"{DATA}corpus", "0.5", f"{DATA}corpus")],
-    "--eod-token": [0],
+    "--eod-token": [{"--eod-token": 0, "--eod-mask-loss": True}],
     "--eod-mask-loss": [{"--eod-mask-loss": True, "--eod-token": 0}],
     "--reset-attention-mask": [{"--reset-attention-mask": True, "--eod-token": 0}],
     "--reset-position-ids": [{"--reset-position-ids": True, "--eod-token": 0}],
@@ -221,6 +222,7 @@ OF_TUNING: dict[str, list[Any]] = {
             "--data-path": (),
             "--train-data-path": (f"{DATA}chats",),
             "--valid-data-path": (f"{DATA}chats",),
+            "--eval-iters": 1,
         }
     ],
     "--data-path": [(f"{DATA}chats", f"{DATA}chats")],
@@ -231,6 +233,8 @@ OF_TUNING: dict[str, list[Any]] = {
     "--lora-target-modules": [{"--lora-r": 4, "--lora-target-modules": ("linear_qkv",)}],
     "--use-rslora": [{"--lora-r": 4, "--use-rslora": True}],
     "--save-adapter": [{"--lora-r": 4, "--save-adapter": Path(f"{FOLDER}adapter")}],
+}
+OF_DPO: dict[str, list[Any]] = {
     "--dpo-beta": [0.5],
     "--dpo-loss-type": ["hinge", "ipo"],
     "--dpo-label-smoothing": [0.1],
@@ -287,14 +291,15 @@ class Kind:
     def values(self) -> Mapping[str, list[Any]]:
         """What is tried of each flag."""
         is_pretraining = self.settings is training.PretrainSettings
-        own = OF_PRETRAINING if is_pretraining else OF_TUNING
+        own = OF_PRETRAINING if is_pretraining else OF_TUNING | OF_DPO
         tried = {**self.neutral, **KEPT, **own}
         return {flag: values for flag, values in tried.items() if flag not in self.base_only}
 
     @property
     def base_only(self) -> set[str]:
-        """Flags that make the kind."""
-        return {"--stage", "--pack"} & set(self.base)
+        """Flags that make the kind, and those that only another stage has."""
+        of_pairs = set() if "--stage" in self.base else set(OF_DPO)
+        return {"--stage", "--pack"} & set(self.base) | of_pairs
 
 
 _BASE = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -16,6 +18,7 @@ from qwen2_ascend.finetuning import plan as megatron
 from qwen2_ascend.finetuning import settings as tuning
 from qwen2_ascend.finetuning.deepspeed import launch as deepspeed
 from qwen2_ascend.finetuning.deepspeed import settings as tuning_by_zero
+from qwen2_ascend.finetuning.saved_lora import find_saved_lora
 from qwen2_ascend.lora_config import LoraConfig
 
 LORA = LoraConfig(rank=2, alpha=4, dropout=0.25, targets=("q_proj", "v_proj"))
@@ -75,6 +78,33 @@ def test_what_is_said_otherwise_is_refused(path: tuple[Any, Any], run: Path, fla
         planned(path, run, flags)
     for flags in ("--lora-dropout 0.25", "--lora-r 2", "--lora-target-modules v_proj q_proj"):
         assert planned(path, run, flags).lora == LORA
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+def test_a_run_that_goes_on_is_not_said_to_begin(path: tuple[Any, Any], run: Path) -> None:
+    """And what the refusal advises begins a new run on its adapter."""
+    new = f"--save {run.parent}/new"
+    with pytest.raises(UserError, match="holds a LoRA run, which goes on as it began") as caught:
+        planned(path, run, f"--finetune {new}")
+    (fault,) = caught.value.faults
+    plan = planned(path, run, f"{fault.partition(' on its adapter with ')[2].rstrip('.')} {new}")
+    assert plan.saved is None and plan.lora == replace(LORA, dropout=0)
+    assert plan.settings.lora.lora_load == run / "iter_0000002"
+
+
+def test_a_lost_reference_sends_no_adapter_where_it_is_refused(run: Path) -> None:
+    """--finetune alone is refused of a LoRA run, and is right where all weights are tuned."""
+    from qwen2_ascend.finetuning import dpo
+
+    saved = find_saved_lora(run)
+    assert saved is not None
+    settings = SimpleNamespace(checkpoint=SimpleNamespace(save=None))
+    whole = SimpleNamespace(folder=saved.folder)
+    for resumed, way_out in ((saved, saved.start_anew), (whole, "--finetune")):
+        plan: Any = SimpleNamespace(saved=resumed, settings=settings)
+        with mock.patch.object(dpo, "_identity"), pytest.raises(UserError) as caught:
+            dpo._kept_reference(plan, [])
+        assert str(caught.value).endswith(f"begin a new run with {way_out}.")
 
 
 def test_the_adapter_that_it_began_with_may_be_said_again(run: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from helpers import tiny_config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.deepspeed import settings as zero
 from qwen2_ascend.finetuning.exports import find_exports
 from qwen2_ascend.finetuning.settings import parse, validate
 from qwen2_ascend.training.plan import RunPlan
@@ -35,6 +36,15 @@ def faults_of(flags: str, world_size: int = 1) -> str:
         ("--train-iters 3 --save-hf out", "--save-hf needs --save"),
         ("--train-iters 3 --eval-iters 2", "--eval-iters needs --valid-data-path"),
         ("--train-iters 3 --pad-to-multiple-of 0", "--pad-to-multiple-of 0 must be at least 1"),
+        ("--train-iters 3 --pad-to-multiple-of 8", "8 needs --variable-seq-lengths"),
+        ("--train-iters 3 --dpo-beta 0.5", "--dpo-beta needs --stage dpo"),
+        ("--train-iters 3 --dpo-loss-type ipo", "--dpo-loss-type needs --stage dpo"),
+        ("--train-iters 3 --dpo-label-smoothing 0.1", "--dpo-label-smoothing needs --stage dpo"),
+        ("--train-iters 3 --pref-ftx 1", "--pref-ftx needs --stage dpo"),
+        (
+            "--train-iters 3 --train-data-path a --valid-data-path b",
+            "--valid-data-path needs --eval-iters",
+        ),
     ],
 )
 def test_contradictions_are_refused(flags: str, message: str) -> None:
@@ -50,8 +60,39 @@ def test_sequence_parallel_pads_batches_so_that_tensor_parallel_ranks_divide_the
         assert parse(words.split()).pad_to_multiple_of == padding
 
 
+def test_what_pairs_are_told_by_is_taken_where_there_are_pairs() -> None:
+    flags = "--train-iters 3 --stage dpo --dpo-beta 0.5 --dpo-label-smoothing 0.1 --pref-ftx 1"
+    validate(parse([*NEEDED.split(), *flags.split()]), tiny_config(), 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_noted"),
+    [
+        ("--split 98,2,0", True),
+        ("--split 90,0.5", True),
+        ("--split 98,2,0 --eval-iters 0", False),
+        ("--split 98,2,0 --eval-iters 2", False),
+        ("--split 100,0,0", False),
+        ("--split 98,0.0,2", False),
+        ("", False),
+    ],
+)
+def test_a_share_that_nothing_measures_is_noted(flags: str, is_noted: bool) -> None:
+    notes = parse(f"{NEEDED} --train-iters 3 {flags}".split()).data_notes
+    assert len(notes) == is_noted and all("without --eval-iters" in note for note in notes)
+
+
+@pytest.mark.parametrize("flag", ["--async-save", "--on-save-failure continue"])
+def test_deepspeed_is_not_asked_to_write_all_weights_otherwise(flag: str) -> None:
+    """It writes them itself, while training waits; adapters are written as everywhere."""
+    words = f"{NEEDED} --train-iters 3 --save x {flag}"
+    with pytest.raises(UserError, match=rf"{flag}: .* tune adapters: --lora-r"):
+        zero.validate(zero.parse(words.split()), tiny_config(), 1)
+    zero.validate(zero.parse(f"{words} --lora-r 4".split()), tiny_config(), 1)
+
+
 def test_all_faults_are_named_at_once() -> None:
-    found = faults_of("--dpo-beta 0 --lora-r 0 --micro-batch-size 0")
+    found = faults_of("--stage dpo --dpo-beta 0 --lora-r 0 --micro-batch-size 0")
     assert found.count("\n") == 3, found
 
 

@@ -61,8 +61,25 @@ def test_a_trace_needs_a_folder_that_can_be_written(tmp_path: Path) -> None:
     assert f"{tmp_path}/file is no folder" in profile.faults(1, 20, tmp_path / "file" / "run")[0]
     assert profile.faults(1, 20, tmp_path / "not" / "yet" / "there") == []
     assert list(tmp_path.iterdir()) == [tmp_path / "file"], "asking makes nothing"
-    alone = settings(f"--profile-dir {tmp_path}").profile
-    assert "--profile-dir needs --profile-steps" in alone.faults(1, 20, None)[0]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--profile-dir x",
+        "--profile-step-start 0",
+        "--profile-step-end 5",
+        "--profile-ranks 0 1",
+        "--profile-record-shapes",
+        "--profile-with-memory",
+        "--profile-with-stack",
+        "--profile-level level1",
+    ],
+)
+def test_how_to_record_is_nothing_without_what(flag: str) -> None:
+    (found,) = settings(flag).profile.faults(2, 20, Path("run"))
+    assert found.startswith(f"{flag.split()[0]} needs --profile-steps, as in 10:12, or --profile")
+    assert settings("").profile.faults(2, 20, Path("run")) == []
 
 
 def test_the_length_of_the_run_may_be_known_later() -> None:

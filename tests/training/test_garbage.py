@@ -88,13 +88,15 @@ def test_a_run_collects_so(collected: list[int]) -> None:
         data=SimpleNamespace(eval_interval=3),
     )
     progress = SimpleNamespace(iteration=0)
-    run: Any = SimpleNamespace(settings=settings, progress=progress, valid_data=object())
+    run: Any = SimpleNamespace(
+        settings=settings, progress=progress, train_iters=4, valid_data=object()
+    )
     during: list[bool] = []
 
     def train(run: Any, *, on_step: Any, on_validation: Any, **_: Any) -> None:
         for progress.iteration in range(1, 5):
             during.append(gc.isenabled())
-            on_step(mock.Mock(), 0.1)
+            on_step(mock.Mock(stop_wanted=True), 0.1)
             if progress.iteration == 3:
                 on_validation(1.0)
 

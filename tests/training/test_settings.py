@@ -18,8 +18,18 @@ def settings(flags: str) -> PretrainSettings:
 
 
 def faults(flags: str, world_size: int = 1, config: Qwen2Config | None = None) -> tuple[str, ...]:
+    return faults_of(settings(flags), world_size, config)
+
+
+def faults_of_data(flags: str) -> tuple[str, ...]:
+    return faults_of(parse(f"{GOOD.removeprefix('--mock-data')} {flags}".split()))
+
+
+def faults_of(
+    chosen: PretrainSettings, world_size: int = 1, config: Qwen2Config | None = None
+) -> tuple[str, ...]:
     try:
-        validate(settings(flags), config or tiny_config(), world_size)
+        validate(chosen, config or tiny_config(), world_size)
     except UserError as error:
         return error.faults
     return ()
@@ -37,7 +47,16 @@ def faults(flags: str, world_size: int = 1, config: Qwen2Config | None = None) -
         ("--recompute-granularity full --recompute-method block --recompute-num-layers 1", 1),
         ("--recompute-granularity full --recompute-method block", 1),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-warmup-iters 2", 1),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-wsd-decay-style linear", 1),
+        ("--lr-warmup-init 1e-4 --lr-warmup-iters 2", 1),
+        ("--lr-warmup-init 1e-4 --lr-warmup-fraction 0.2", 1),
         ("--save x --save-interval 5 --exit-interval 5", 1),
+        ("--save x --keep-last 1 --async-save --on-save-failure continue --no-save-rng", 1),
+        (
+            "--swap-attention --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 2",
+            1,
+        ),
         ("--num-layer-list 4", 1),
         ("--device cpu --attention-backend unfused --no-fused-rmsnorm --no-fused-adamw", 1),
         ("--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb", 1),
@@ -82,6 +101,29 @@ def test_good_settings_are_accepted(flags: str, world_size: int) -> None:
         ("--recompute-num-layers 2", "need --recompute-granularity full"),
         ("--data-path a", "give one of --data-path"),
         ("--save-interval 5", "--save-interval needs --save"),
+        ("--keep-last 2", "--keep-last needs --save"),
+        ("--async-save", "--async-save needs --save"),
+        ("--no-save-optim", "--no-save-optim needs --save"),
+        ("--no-save-rng", "--no-save-rng needs --save"),
+        ("--on-save-failure continue", "--on-save-failure needs --save"),
+        ("--ckpt-format torch", "--ckpt-format needs --save"),
+        ("--save x --keep-last 0", "--keep-last 0 must be at least 1"),
+        ("--save x --keep-last -1", "--keep-last -1 must be at least 1"),
+        ("--exit-interval 5", "to try 5 steps say --train-iters 5"),
+        ("--lr-wsd-decay-iters 2", "--lr-wsd-decay-iters needs --lr-decay-style WSD"),
+        ("--lr-wsd-decay-style linear", "--lr-wsd-decay-style needs --lr-decay-style WSD"),
+        ("--lr-warmup-init 1e-4", "--lr-warmup-init 0.0001 needs --lr-warmup-iters or"),
+        ("--eod-mask-loss", "has no documents; leave --eod-mask-loss out"),
+        ("--eod-token 3", "has no documents; leave --eod-token out"),
+        (
+            "--reset-attention-mask --eod-token 3",
+            "has no documents; leave --reset-attention-mask and --eod-token out",
+        ),
+        ("--valid-data-path a --eval-iters 1", "--mock-data measures the validation loss on"),
+        (
+            "--swap-attention --recompute-granularity full --recompute-method uniform",
+            "--swap-attention: of layers that are recomputed whole, one at a time,",
+        ),
         ("--padded-vocab-size 100", "padded_vocab_size=100 is below vocab_size=256"),
         ("--device cpu --use-flash-attn", "--use-flash-attn asks for a kernel of torch_npu's, and"),
         ("--device cuda --attention-backend fused", "--attention-backend fused asks for a kernel"),
@@ -191,5 +233,36 @@ def test_every_layer_is_recomputed_where_no_number_is_given() -> None:
 
 @pytest.mark.parametrize("token", [-1, 99999])
 def test_an_end_that_no_token_is_is_refused(token: int) -> None:
-    (found,) = faults(f"--eod-token {token}")
+    (found,) = faults_of_data(f"--data-path a --eod-mask-loss --eod-token {token}")
     assert f"--eod-token {token} must be from 0 to" in found
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--data-path a --eod-token 3", "--eod-token 3 needs --eod-mask-loss,"),
+        (
+            "--data-path a --valid-data-path b --eval-iters 1",
+            "--data-path and --valid-data-path: --split takes",
+        ),
+        ("--train-data-path a --valid-data-path b", "--valid-data-path needs --eval-iters"),
+    ],
+)
+def test_data_that_would_not_be_looked_at_is_refused(flags: str, words: str) -> None:
+    (found,) = faults_of_data(flags)
+    assert words in found
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data-path a --eval-iters 0",
+        "--data-path a --eod-mask-loss --eod-token 3",
+        "--data-path a --reset-attention-mask --eod-token 3",
+        "--data-path a --reset-position-ids --eod-token 3",
+        "--train-data-path a --valid-data-path b --eval-iters 0",
+        "--train-data-path a --valid-data-path b --eval-iters 2",
+    ],
+)
+def test_data_that_is_looked_at_or_is_not_by_the_users_word_is_taken(flags: str) -> None:
+    assert faults_of_data(flags) == ()

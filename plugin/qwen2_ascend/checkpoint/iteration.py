@@ -86,15 +86,15 @@ def publish_iteration(save: Path, iteration: int, side_files: Mapping[Path, byte
 def remove_older(save: Path, keep: int, last: int) -> None:
     """Removes the complete iterations before the `keep` that end with `last`, the oldest first.
 
-    Later ones, of a run that went further, stay until they are written again. Each is renamed
-    before its files go, so that none looks whole that is not.
+    Later ones, of a run that went further, stay until they are written again. The last one stays
+    whatever `keep` is. Each is renamed before its files go, so that none looks whole that is not.
 
     Raises:
         OSError: one cannot be removed.
     """
     up_to = iteration_path(save, last)
     complete = [path for path in megatron.complete_iterations(save) if path.name <= up_to.name]
-    for path in complete[keep:][::-1]:
+    for path in complete[max(keep, 1) :][::-1]:
         removed = path.with_name(f".{path.name}.removed")
         os.rename(path, removed)
         shutil.rmtree(removed)

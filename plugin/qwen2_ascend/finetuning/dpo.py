@@ -23,6 +23,7 @@ from torch.nn.functional import logsigmoid, relu
 from qwen2_ascend.data.chat.dataset import EpochDataset
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.files import write_file
+from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
 from qwen2_ascend.model.sequence_cut import is_first_part, sum_over_parts
 from qwen2_ascend.runtime.agreement import made_by_first
@@ -189,10 +190,11 @@ def _kept_reference(
             return identity, (folder / REFERENCE_FILE, kept)
     if resumed is None:
         return identity, None
+    anew = resumed.start_anew if isinstance(resumed, SavedLora) else "--finetune"
     raise UserError(
         f"{resumed.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
         f"{' or '.join(map(str, folders))}: what the model said at the start is lost. Put the "
-        "file and the data back, or begin a new run with --finetune or --lora-load."
+        f"file and the data back, or begin a new run with {anew}."
     )
 
 

@@ -114,7 +114,7 @@ def chat_data(plan: RunPlan[FinetuneSettings]) -> ChatDatasets:
     built = ChatDatasetBuilder(
         seq_length=settings.batch.seq_length,
         seed=settings.runtime.seed,
-        num_samples=(None, data.eval_iters * global_batch_size),
+        num_samples=(None, (data.eval_iters or 0) * global_batch_size),
         task=settings.tuning.stage,
         data_path=data.data_path,
         train_data_path=data.train_data_path,

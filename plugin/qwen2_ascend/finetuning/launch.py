@@ -30,7 +30,10 @@ def check_data(settings: FinetuneSettings) -> None:
     Raises:
         UserError: every fault at once.
     """
-    check_chat_data(settings.data, settings.chat, settings.tuning.stage)
+    saves_template = settings.export.save_hf is not None
+    check_chat_data(
+        settings.data, settings.chat, settings.tuning.stage, saves_template=saves_template
+    )
 
 
 def _tune(plan: RunPlan[FinetuneSettings], runtime: Runtime) -> None:

@@ -60,6 +60,11 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
                 "alone, to put adapters on them."
             )
         return replace(plan, lora=_asked(settings.lora))
+    if settings.model.finetune:
+        raise UserError(
+            f"--finetune with --load {load}: holds a LoRA run, which goes on as it began; leave "
+            f"--finetune out, or begin a new run on its adapter with {saved.start_anew}."
+        )
     lora = saved.lora
     started = _adapter(settings.lora) or lora  # the run's first weights
     if replace(started, **{"dropout": lora.dropout, **settings.lora.said()}) != lora:

@@ -41,6 +41,11 @@ class SavedLora:
         """Where the base model was."""
         return Path(self.state["base"]) if self.state["base"] else None
 
+    @property
+    def start_anew(self) -> str:
+        """The flags that begin a new run on its adapter."""
+        return f"--load {self.base or 'BASE'} --finetune --lora-load {self.folder}"
+
     def check_optimizer(self, kinds: Iterable[str]) -> None:
         """Refuses an optimizer state that lacks one of `kinds`.
 

@@ -17,7 +17,7 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.errors import Faults, raise_if
-from qwen2_ascend.flags import Flag, number_faults
+from qwen2_ascend.flags import Flag, flag_of, number_faults
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import sequence_unit
 from qwen2_ascend.training.length import RunLength
@@ -171,6 +171,17 @@ class FinetuneSettings(TrainingSettings):
         return self.tuning.stage == "dpo"
 
     @property
+    def data_notes(self) -> list[str]:
+        shares = self.data.split.split(",")[1:2]
+        is_kept = bool(self.data.data_path) and any(share.strip(" 0.") for share in shares)
+        if self.data.eval_iters is not None or not is_kept:
+            return []
+        return [
+            f"--split {self.data.split}: the share for validation is not trained on, and without "
+            "--eval-iters its loss is not measured"
+        ]
+
+    @property
     def unplanned(self) -> list[str]:
         return ["--lora-load"] if self.lora.lora_load is not None else []
 
@@ -231,6 +242,10 @@ def _tuning_faults(settings: FinetuneSettings) -> list[str]:
         )
     if tuning.dpo_label_smoothing and tuning.dpo_loss_type != "sigmoid":
         faults.append("--dpo-label-smoothing needs --dpo-loss-type sigmoid.")
+    if tuning.stage != "dpo":
+        names = ("dpo_beta", "dpo_loss_type", "dpo_label_smoothing", "pref_ftx")
+        given = [name for name in names if getattr(tuning, name) != getattr(TuningSettings, name)]
+        faults += [f"{flag_of(name)} needs --stage dpo." for name in given]
     return faults
 
 
@@ -250,4 +265,9 @@ def _data_faults(settings: FinetuneSettings) -> list[str]:
     data, faults = settings.data, []
     if data.eval_iters and not data.valid_data_path and settings.data.split == "100,0,0":
         faults.append("--eval-iters needs --valid-data-path, or a share in --split, as in 98,2,0.")
+    if data.pad_to_multiple_of > 1 and not data.variable_seq_lengths:
+        faults.append(
+            f"--pad-to-multiple-of {data.pad_to_multiple_of} needs --variable-seq-lengths: without "
+            "it every sample is as long as --seq-length."
+        )
     return faults + number_faults(data, at_least_one=("pad_to_multiple_of",))

@@ -317,8 +317,9 @@ def _recomputing(cut: RunLayout, kind: Recompute, choices: Choices) -> RunLayout
         # of each chunk; the cut counts them by stage
         layers = choices.recomputed_layers * cut.num_chunks
         return replace(cut, recompute=kind, recomputed_layers=layers)
-    # whole layers have no single outputs to recompute
-    return replace(cut, recompute=kind, recompute_activation_function=0, recompute_norm=0)
+    # whole layers have no single outputs to recompute, and keep nothing of attention to swap
+    whole = replace(cut, recompute=kind, swap_attention=False)
+    return replace(whole, recompute_activation_function=0, recompute_norm=0)
 
 
 def _fewest_recomputed(cut: RunLayout, machine: Machine) -> Iterator[Plan]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.flags import Flag
+from qwen2_ascend.flags import Flag, flag_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +95,11 @@ class ProfileSettings:
         except UserError as error:
             return list(error.faults)
         if window is None:
-            if self.profile_dir is not None:
-                return ["--profile-dir needs --profile-steps, as in 10:12, or --profile."]
-            return []
+            return [
+                f"{flag_of(one.name)} needs --profile-steps, as in 10:12, or --profile."
+                for one in fields(self)
+                if getattr(self, one.name) != one.default
+            ]
         faults = [
             f"--profile-ranks {rank}: the ranks are 0 to {world_size - 1}."
             for rank in self.profile_ranks

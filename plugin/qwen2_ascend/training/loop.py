@@ -214,7 +214,7 @@ class TrainingRun:
             chunk.eval()
         batches = self.batches_of(self.valid_data)
         total, num_tokens = 0.0, 0
-        for _ in range(self.settings.data.eval_iters):
+        for _ in range(self.settings.data.eval_iters or 0):
             totals = all_gather_losses(self, self.losses(take(self, batches)), False)
             total += totals.loss * totals.num_tokens
             num_tokens += totals.num_tokens
@@ -340,7 +340,7 @@ def train(
         begun = time.perf_counter()
         result = run.step(batches, stop_wanted=stop_wanted())
         on_step(result, time.perf_counter() - begun)
-        if is_due(progress.iteration, settings.data.eval_interval) and run.valid_data is not None:
+        if validates_after(run, result):
             on_validation(run.evaluate())
         if result.stop_wanted:
             reason = "was told to stop (SIGTERM)"
@@ -391,6 +391,18 @@ def take(run: TrainingRun, batches: Iterator[Batch | None]) -> list[Batch | None
 def is_due(iteration: int, interval: int | None) -> bool:
     """Whether something that happens every `interval` steps happens after this one."""
     return interval is not None and iteration % interval == 0
+
+
+def validates_after(run: TrainingRun, result: StepResult) -> bool:
+    """Whether the validation loss is measured after the step that has been made.
+
+    It is at the interval, and after the run's last step unless the run was told to stop there.
+    """
+    if run.valid_data is None:
+        return False
+    iteration = run.progress.iteration
+    is_end = iteration >= run.train_iters and not result.stop_wanted
+    return is_end or is_due(iteration, run.settings.data.eval_interval)
 
 
 def data_parallel_place() -> tuple[int, int]:

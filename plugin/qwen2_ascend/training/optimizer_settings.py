@@ -67,6 +67,7 @@ class OptimizerSettings:
         faults += [
             f"{k} {v} must be from 0 to below 1." for k, v in betas.items() if not 0 <= v < 1
         ]
+        faults += self._unscheduled_faults()
         return faults + self._offload_faults(precision, use_distributed_optimizer)
 
     def schedule_faults(self, train_iters: int) -> list[str]:
@@ -96,6 +97,22 @@ class OptimizerSettings:
                 faults.append(
                     f"--lr-wsd-decay-iters {last} is above the {decay} steps of the decay."
                 )
+        return faults
+
+    def _unscheduled_faults(self) -> list[str]:
+        """Flags about a part of the learning rate's way that it does not have."""
+        faults = []
+        if self.lr_decay_style != "WSD":
+            given = {
+                "--lr-wsd-decay-style": self.lr_wsd_decay_style != "exponential",
+                "--lr-wsd-decay-iters": self.lr_wsd_decay_iters is not None,
+            }
+            faults += [f"{flag} needs --lr-decay-style WSD." for flag in given if given[flag]]
+        if self.lr_warmup_init and not (self.lr_warmup_iters or self.lr_warmup_fraction):
+            faults.append(
+                f"--lr-warmup-init {self.lr_warmup_init} needs --lr-warmup-iters or "
+                "--lr-warmup-fraction."
+            )
         return faults
 
     def _offload_faults(

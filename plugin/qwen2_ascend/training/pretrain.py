@@ -69,7 +69,8 @@ def pretraining_data(plan: RunPlan[PretrainSettings]) -> tuple[Any, Any]:
     """
     settings, length = plan.settings, plan.length
     data, seed = settings.data, settings.runtime.seed
-    num_train, num_valid = length.num_samples, data.eval_iters * length.global_batch_size
+    num_valid = (data.eval_iters or 0) * length.global_batch_size
+    num_train = length.num_samples
     if data.mock_data:
         sizes = (settings.batch.seq_length, plan.config.vocab_size)
         valid = MockDataset(num_valid, *sizes, seed=seed + 1) if num_valid else None

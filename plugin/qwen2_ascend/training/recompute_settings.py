@@ -60,6 +60,12 @@ class RecomputeSettings:
             faults.append(
                 "--recompute-method and --recompute-num-layers need --recompute-granularity full."
             )
+        if self.swap_attention and is_full and self.method_and_layers == ("uniform", 1):
+            faults.append(
+                "--swap-attention: of layers that are recomputed whole, one at a time, attention "
+                "keeps nothing that could wait; leave it out, or say --recompute-method block and "
+                "--recompute-num-layers."
+            )
         faults += self._single_output_faults(num_layers)
         return faults + self._unit_faults(sorted(layers_of_chunks))
 

@@ -7,7 +7,7 @@ the model's shape: the config says it. Nothing here imports torch, so `--help` a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Protocol
 
@@ -15,7 +15,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, UserError, raise_if
-from qwen2_ascend.flags import LAYOUT_SIZES, Flag, layer_list, number_faults
+from qwen2_ascend.flags import LAYOUT_SIZES, Flag, flag_of, layer_list, number_faults
 from qwen2_ascend.parallel import (
     ContextParallelAlgorithm,
     ParallelLayout,
@@ -156,9 +156,10 @@ class DataSettings:
     num_workers: int | None = None
     """Processes per rank that read ahead; by default 0 on a cpu and 2 elsewhere."""
     eval_interval: int = 1000
-    """Steps between two measurements of the validation loss."""
-    eval_iters: int = 0
-    """Batches that the validation loss is measured on; 0 does not measure it."""
+    """Steps between two measurements of the validation loss, which is measured after the last step
+    too."""
+    eval_iters: int | None = None
+    """Batches that the validation loss is measured on; without it, or at 0, it is not measured."""
 
     @property
     def keep_documents_apart(self) -> bool:
@@ -167,7 +168,7 @@ class DataSettings:
 
     def faults(self, config: Qwen2Config) -> list[str]:
         """What contradicts itself, or the model."""
-        faults, token = [], self.eod_token
+        faults, token = self._eod_faults(), self.eod_token
         if (bool(self.data_path), bool(self.train_data_path), self.mock_data).count(True) != 1:
             faults.append(
                 "give one of --data-path, --train-data-path and --mock-data (random tokens)."
@@ -177,12 +178,32 @@ class DataSettings:
                 f"--eod-token {token} must be from 0 to {config.vocab_size - 1}: the model has "
                 f"{config.vocab_size} tokens."
             )
-        if self.mock_data and self.keep_documents_apart:
+        if self.data_path and self.valid_data_path:
             faults.append(
-                "--mock-data has no documents to keep apart; leave --reset-attention-mask and "
-                "--reset-position-ids out."
+                "--data-path and --valid-data-path: --split takes the validation data from "
+                "--data-path; give --train-data-path instead of it, or leave --valid-data-path out."
+            )
+        if self.mock_data and self.valid_data_path:
+            faults.append(
+                "--mock-data measures the validation loss on random tokens too; leave "
+                "--valid-data-path out."
             )
         return faults
+
+    def _eod_faults(self) -> list[str]:
+        """Flags about the ends of documents where nothing asks for these."""
+        asking = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+        given = [flag_of(name) for name in asking if getattr(self, name)]
+        if self.mock_data:
+            given += ["--eod-token"] if self.eod_token is not None else []
+            names = " and ".join(given)
+            return [f"--mock-data has no documents; leave {names} out."] if given else []
+        if self.eod_token is None or given:
+            return []
+        return [
+            f"--eod-token {self.eod_token} needs --eod-mask-loss, --reset-attention-mask or "
+            "--reset-position-ids: nothing else depends on where a document ends."
+        ]
 
 
 class LoopDataSettings(Protocol):
@@ -193,7 +214,9 @@ class LoopDataSettings(Protocol):
     @property
     def eval_interval(self) -> int: ...
     @property
-    def eval_iters(self) -> int: ...
+    def eval_iters(self) -> int | None: ...
+    @property
+    def valid_data_path(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,10 +247,18 @@ class CheckpointSettings:
 
     def faults(self) -> list[str]:
         """What contradicts itself."""
-        faults = number_faults(self, at_least_one=("save_interval",))
-        if self.save is None and self.save_interval is not None:
-            faults.append("--save-interval needs --save.")
-        return faults
+        faults = number_faults(self, at_least_one=("save_interval", "keep_last"))
+        return faults + ([] if self.save is not None else self._unsaved_faults())
+
+    def _unsaved_faults(self) -> list[str]:
+        """Flags about what is written, where nothing is."""
+        names = ("save_interval", "ckpt_format", "async_save", "keep_last", "on_save_failure")
+        return [
+            f"{flag_of(one.name)} needs --save."
+            for one in fields(self)
+            if one.name in (*names, "no_save_optim", "no_save_rng")
+            and getattr(self, one.name) != one.default
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +384,11 @@ class TrainingSettings:
     def trains_pairs(self) -> bool:
         """Whether a sample is two sequences."""
         return False
+
+    @property
+    def data_notes(self) -> list[str]:
+        """What a log says of the data that these flags leave unused."""
+        return []
 
     @property
     def unplanned(self) -> list[str]:
@@ -517,6 +553,7 @@ def shared_faults(
     faults += number_faults(
         settings.data, at_least_one=("eval_interval",), not_negative=("eval_iters", "num_workers")
     )
+    faults += _unasked_faults(settings)
     faults += settings.fusion.faults(device)
     faults += settings.overlap.faults(settings, config)
     if device in ("cpu", "cuda"):
@@ -567,6 +604,22 @@ def _world_faults(settings: TrainingSettings, world_size: int) -> list[str]:
             f"use a --global-batch-size that is a multiple of {unit * layout.pp}."
         ]
     return []
+
+
+def _unasked_faults(settings: TrainingSettings) -> list[str]:
+    """Flags that ask for what only another flag has done."""
+    data, interval, faults = settings.data, settings.batch.exit_interval, []
+    if interval is not None and settings.checkpoint.save is None:
+        faults.append(
+            f"--exit-interval {interval} saves and ends, and needs --save; to try {interval} steps "
+            f"say --train-iters {interval}."
+        )
+    if data.valid_data_path and data.eval_iters is None:
+        faults.append(
+            "--valid-data-path needs --eval-iters, the batches that the validation loss is "
+            "measured on; 0 does not measure it."
+        )
+    return faults
 
 
 def _length_faults(settings: TrainingSettings, config: Qwen2Config) -> list[str]:

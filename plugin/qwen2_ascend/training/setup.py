@@ -33,7 +33,7 @@ from qwen2_ascend.training.description import write_description
 from qwen2_ascend.training.garbage import ManualCollection
 from qwen2_ascend.training.length import RunLength
 from qwen2_ascend.training.logging import Reporter, Step
-from qwen2_ascend.training.loop import Progress, TrainingRun, is_due, train, wrap_chunks
+from qwen2_ascend.training.loop import Progress, TrainingRun, train, validates_after, wrap_chunks
 from qwen2_ascend.training.optimizer import build_optimizer
 from qwen2_ascend.training.plan import RunPlan
 from qwen2_ascend.training.planned import Expected, expected, layout_of_run
@@ -269,8 +269,7 @@ def _train(
 ) -> bool:
     def on_step(result: Any, seconds: float) -> None:
         reporter.step(_step(run, result, seconds, instruments.step(seconds)))
-        is_next = is_due(run.progress.iteration, run.settings.data.eval_interval)
-        will_evaluate = is_next and run.valid_data is not None
+        will_evaluate = validates_after(run, result)
         garbage.after_step(run.progress.iteration, will_evaluate=will_evaluate)
 
     def on_validation(loss: float) -> None:

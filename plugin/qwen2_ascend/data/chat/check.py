@@ -31,8 +31,16 @@ MAX_ARRAY_BYTES = 64 * 2**20
 """The largest JSON array that is read for it, as a whole; the preparation reads any."""
 
 
-def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> None:
+def check_chat_data(
+    data: ChatDataSettings, chat: ChatSettings, task: str, *, saves_template: bool = False
+) -> None:
     """What can be said of the data of a task, sft or dpo, before there is a process group.
+
+    Args:
+        data: all flags about the data.
+        chat: all flags about chats.
+        task: sft or dpo.
+        saves_template: whether --chat-template is written beside the tuned model.
 
     Raises:
         UserError: data that is missing, unreadable, empty, damaged or in no known format, or
@@ -43,6 +51,8 @@ def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> No
     faults += packing_faults(task, data.pack, data.variable_seq_lengths)
     flags = ("--data-path", "--train-data-path", "--valid-data-path")
     words = {word: flag for flag, given in zip(flags, paths, strict=True) for word in given}
+    if words and not any(map(is_chat_file, words)):
+        faults += _prepared_faults(chat, task, saves_template)
     for word, flag in words.items():
         if not is_chat_file(word):
             for side in () if _is_number(word) else SIDES[task]:
@@ -53,6 +63,22 @@ def check_chat_data(data: ChatDataSettings, chat: ChatSettings, task: str) -> No
         else:
             faults.collect(partial(_check_file, word, chat, task))
     raise_if(faults)
+
+
+def _prepared_faults(chat: ChatSettings, task: str, saves_template: bool) -> list[str]:
+    """Flags about how chats are read, where all have been read before."""
+    given = {
+        "--train-on-prompt": chat.train_on_prompt,
+        "--mask-history": chat.mask_history,
+        "--map-keys": chat.map_keys is not None,
+        "--chat-template": chat.chat_template is not None and not saves_template,
+    }
+    return [
+        f"{flag}: the data is prepared, and its tokens and masks hold; prepare it again with "
+        f"qwen2-ascend preprocess --task {task} {flag}, or give the file of chats."
+        for flag in given
+        if given[flag]
+    ]
 
 
 def path_faults(

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import raise_if
 from qwen2_ascend.flags import Flag
 from qwen2_ascend.prompt_types import PromptType
 
@@ -56,11 +56,18 @@ class ChatSettings:
     """Train only on the assistant's last turn."""
 
     def __post_init__(self) -> None:
+        faults = []
         if self.prompt_type is not None and self.chat_template is not None:
-            raise UserError(
+            faults.append(
                 f"--prompt-type {self.prompt_type} and --chat-template {self.chat_template}: each "
                 "says how chats are written; give one of them."
             )
+        if self.train_on_prompt and self.mask_history:
+            faults.append(
+                "--train-on-prompt and --mask-history: each says what is trained on; give one of "
+                "them."
+            )
+        raise_if(faults)
 
     @property
     def format(self) -> str:
@@ -96,6 +103,7 @@ class ChatDataSettings:
     num_workers: int | None = None
     """Processes per rank that read ahead; by default 0 on a cpu and 2 elsewhere."""
     eval_interval: int = 1000
-    """Steps between two measurements of the validation loss."""
-    eval_iters: int = 0
-    """Batches that the validation loss is measured on; 0 does not measure it."""
+    """Steps between two measurements of the validation loss, which is measured after the last step
+    too."""
+    eval_iters: int | None = None
+    """Batches that the validation loss is measured on; without it, or at 0, it is not measured."""

@@ -233,4 +233,22 @@ def validate(
     faults.collect(
         lambda: deepspeed_config(settings.zero, settings, world_size, settings.runtime.device)
     )
-    raise_if(faults)
+    raise_if(faults + _saving_faults(settings))
+
+
+def _saving_faults(settings: ZeroFinetuneSettings) -> list[str]:
+    """What cannot be asked of the files of all weights, which DeepSpeed writes itself."""
+    if settings.lora.is_on:
+        return []
+    checkpoint, faults = settings.checkpoint, []
+    if checkpoint.async_save:
+        faults.append(
+            "--async-save: DeepSpeed writes all weights while training waits; leave it out, or "
+            "tune adapters: --lora-r."
+        )
+    if checkpoint.on_save_failure == "continue":
+        faults.append(
+            "--on-save-failure continue: where DeepSpeed cannot write all weights the run ends; "
+            "leave it out, or tune adapters: --lora-r."
+        )
+    return faults
