@@ -24,6 +24,9 @@ COMMANDS = {
         "The run compared with: ALIGNED",
     ),
     "from-dump": Line("--load hf --from-dump dump", 0, "ALIGNED: 36 sublayers and 27 gradients"),
+    "from-dump-forward": Line(
+        "--load hf --from-dump dump --no-gradients", 0, "ALIGNED: 36 sublayers agree"
+    ),
     "bf16": Line("--load hf --bf16 --seq-length 12 --no-gradients", 0, "ALIGNED: 36 sublayers a"),
     "fp16": Line("--load hf --fp16 --seq-length 12", 0, "ALIGNED: 36 sublayers and 27 gradients"),
     "fp16-parted": Line(

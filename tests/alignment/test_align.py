@@ -245,6 +245,15 @@ def test_a_broken_record_is_refused(own, tmp_path: Path) -> None:
         ("--dump d --dump-only --report r", 1, "there is no report"),
         ("--compare-with nowhere", 1, "nowhere: holds no description.json"),
         ("--from-dump nowhere", 2, "--from-dump needs one process"),
+        ("--lr 1e-3 --clip-grad 0", 1, "--lr, --clip-grad: there are no steps without --train-it"),
+        (
+            "--from-dump d --bf16 --tensor-model-parallel-size 2 --seq-length 9 --prompt x "
+            "--use-flash-attn --device npu --dump e --train-iters 2 --lr 1",
+            1,
+            "--from-dump runs nothing; leave --bf16, --tensor-model-parallel-size, --seq-length, "
+            "--prompt, --train-iters, --lr, --dump, --use-flash-attn, --device out.",
+        ),
+        ("--compare-with d --prompt x", 1, "--compare-with brings its own tokens; leave --prompt"),
         ("--html nowhere/page.html", 1, "/nowhere; make it first"),
         ("--reference-model nowhere", 1, "--reference-model nowhere: holds no config.json"),
     ],
@@ -254,6 +263,20 @@ def test_mistakes_are_told_before_any_work(flags: str, world_size: int, told: st
     with pytest.raises(UserError) as caught:
         validate(settings, CONFIG, world_size)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--from-dump {} --device cpu --no-mindspeed --no-gradients --noise-factor 5 --json a.json",
+        "--from-dump {} --compare-with {} --reference-model {}",
+        "--compare-with {} --prompt x --train-iters 2 --lr 1e-3",
+    ],
+)
+def test_what_a_dump_is_judged_by_may_be_said(flags: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "description.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    validate(parse(["--load", "m", *flags.replace("{}", str(tmp_path)).split()]), CONFIG, 1)
 
 
 def test_all_mistakes_are_told_at_once() -> None:

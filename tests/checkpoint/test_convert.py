@@ -31,7 +31,9 @@ from checkpoint.toys import (
     tree,
 )
 from commands import run_python
+from qwen2_ascend.checkpoint.command import main
 from qwen2_ascend.config import Qwen2Config
+from qwen2_ascend.errors import UserError
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where nothing is flushed to a disk, so that many examples take little time."""
@@ -433,9 +435,28 @@ def test_megatron_lm_needs_no_flag_to_say_what_is_loaded(tmp_path):
 def test_flags_that_mean_nothing_for_the_target_are_refused(tmp_path):
     source = make_hugging_face_folder(tmp_path / "hf")
     convert(source, tmp_path / "mg").require()
-    message = convert(tmp_path / "mg", tmp_path / "back", *tp(2), to="hf").require(2).err
+
+    def refused(to: str, *flags: object) -> str:
+        return convert(tmp_path / "mg", tmp_path / "back", *flags, to=to).require(2).err
+
+    message = refused("hf", *tp(2))
     assert "--target-tensor-parallel-size: for shards only" in message
+    message = refused("hf", "--save-format", "torch_dist")
+    assert "--save-format torch_dist: for shards only" in message
+    assert "--max-shard-size: for Hugging Face" in refused("mg", "--max-shard-size", "2GB")
     convert(tmp_path / "mg", tmp_path / "back", *tp(1), *pp(1), to="hf").require()
+    flags = ["--save-format", "safetensors", "--max-shard-size", "2GB"]
+    convert(tmp_path / "mg", tmp_path / "said", *flags, to="hf").require()
+
+
+@pytest.mark.parametrize("save_format", ["megatron", "safetensors", "torch_dist"])
+def test_a_format_of_shards_does_not_become_a_hugging_face_folder(save_format, tmp_path):
+    """Which shards become where no kind is said: a folder of safetensors, too."""
+    convert(make_hugging_face_folder(tmp_path / "hf"), tmp_path / "mg").require()
+    words = ["--load-dir", tmp_path / "mg", "--save-dir", tmp_path / "b"]
+    with pytest.raises(UserError, match=f"--save-format {save_format} .* say --save-model-type mg"):
+        main([*map(str, words), "--save-format", save_format])
+    assert not (tmp_path / "b").exists()
 
 
 IMPORTS = """

@@ -422,6 +422,11 @@ def test_the_tool_is_the_command(folder) -> None:
         (["a.npy", "a.npy", "--json", "no/x.json"], "there is no folder"),
         (["a.npy", "a.npy", "--png", "."], "--png .: is a folder; name a file in it."),
         (["a.npy", "a.npy", "--names", "b*"], "none of 1 names fits; there are for example 'a'."),
+        (["a.npy", "a.npy", "--logits", "b*"], "--logits b*: none of 1 names fits; there are for"),
+        (["a.npy", "a.npy", "--gradients", "b*"], "--gradients b*: none of 1 names fits; there"),
+        (["a.npy", "a.npy", "--min-top1", "1"], "'a'; name them with --logits PATTERN."),
+        (["a.npy", "a.npy", "--max-kl", "1e-3"], "--max-kl 0.001 judges logits, which are called"),
+        (["logits.npy", "logits.npy", "--min-top1", "1"], "none of 1 names fits"),
         (["a.npy", "a.npy", "--png", "x.png", "--png-name", "b"], "there are for example 'a'."),
         (["a.npy", "z.npz", "--common-only"], "no name is on both sides (ours has for example 'a'"),
         (["bad.pt", "bad.npy"], "error: bad.npy: not a readable .npy file"),
@@ -429,6 +434,7 @@ def test_the_tool_is_the_command(folder) -> None:
 )
 def test_mistakes_end_with_2_and_say_the_way_out(folder, capsys, words, message) -> None:
     np.save("a.npy", np.zeros(2))
+    np.save("logits.npy", np.zeros((0, 2)))
     np.savez("z.npz", z=np.zeros(2), y=np.zeros(2))
     Path("bad.pt").write_bytes(b"bad")
     Path("bad.npy").write_bytes(b"bad")
@@ -436,6 +442,18 @@ def test_mistakes_end_with_2_and_say_the_way_out(folder, capsys, words, message)
     assert status == 2
     assert message in err and out == ""
     assert "Traceback" not in err
+
+
+def test_a_tolerance_for_logits_holds_where_there_are_some(folder, capsys) -> None:
+    """The dumps of two runs, one with other logits and the same in all else."""
+    x = random((4, 8))
+    np.savez("ours.npz", a=x, out=x)
+    np.savez("theirs.npz", a=x, out=-x)
+    words = "--min-cosine -1 --rtol 99 --max-relative-l2 99 --max-kl 99 --min-top1 0.5"
+    loose = words.split()
+    status, out, _ = run("ours.npz", "theirs.npz", *loose, "--logits", "out", capsys=capsys)
+    assert status == 1 and "top-1" in out
+    assert run("ours.npz", "theirs.npz", *loose, capsys=capsys)[0] == 2
 
 
 # -- the picture

@@ -338,6 +338,7 @@ def test_a_template_that_cannot_be_used_is_said_with_its_row(tokenizer, tmp_path
         ({"pack": True}, "--pack needs --seq-length"),
         ({"pack": True, "seq_length": 9, "task": "dpo"}, "preference pairs are not packed"),
         ({"append_eod": True}, "--append-eod is for texts"),
+        ({"split_text_on": "line"}, "--split-text-on is for texts"),
         ({"task": "pretrain", "seq_length": 9}, "--seq-length has no effect without --task sft"),
         (
             {"task": "pretrain", "chat": ChatSettings(train_on_prompt=True)},

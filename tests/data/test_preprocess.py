@@ -197,6 +197,18 @@ def test_input_without_documents_is_an_error(tokenizer_folder, tmp_path: Path) -
 # --- results that are there already ---------------------------------------------------------------
 
 
+def test_a_way_to_cut_texts_is_refused_where_none_is_read(
+    corpus, tokenizer_folder, tmp_path: Path
+) -> None:
+    """A row of JSONL is a document whatever the flag says; a text beside it is cut."""
+    with pytest.raises(UserError, match="--split-text-on line is for text files"):
+        run(tmp_path / "a", corpus, tokenizer_folder, split_text_on="line")
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    files = [corpus, tmp_path / "a.txt"]
+    run(tmp_path / "b", files, tokenizer_folder, split_text_on="line")
+    assert len(open_indexed(tmp_path / "b_text_document")) == len(TEXTS) + 2
+
+
 def test_an_existing_result_is_kept_unless_told(corpus, expected, tokenizer_folder, tmp_path):
     run(tmp_path / "a", corpus, tokenizer_folder)
     other = write_jsonl(tmp_path / "other.jsonl", TEXTS[:3])

@@ -40,6 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     commands = {name: _command(flags, folder) for name, flags in _commands().items()}
     commands["chat"]["stdin"] = f"{TURNS[0]}\n{TURNS[1]}\n/reset\n\n{TURNS[2]}\n/exit\nmore\n"
     commands["sampled chat"]["stdin"] = TURNS[0]
+    commands["short chat"]["stdin"] = f"{TURNS[0]}\n{TURNS[1]}\n"
     return World(folder, run_commands(folder, commands))
 
 
@@ -70,6 +71,7 @@ def _commands() -> dict[str, list[str]]:
         "sampled one": [*file[:-2], "4", "--output-file", "{d}/sampled4.jsonl", "--do-sample",
                         "--temperature", "1.5", "--seed", "3"],
         "chat": [*model, "--chat", "--system-prompt", "to be"],
+        "short chat": [*model, "--chat", "--history-turns", "0"],
         "sampled chat": [*model, "--chat", "--top-p", "0.9"],
         "template": [*model, "--apply-chat-template", "--prompt", TURNS[0]],
         "bad rows": [*model, "--prompt-file", "{d}/bad.jsonl"],
@@ -174,6 +176,11 @@ def test_a_chat_over_a_pipe(world: World, answers) -> None:
         messages.append({"role": "assistant", "content": expected[-1]})
     assert run.out == "".join(f"{text}\n" for text in expected)
     assert "sampling" in world.runs["sampled chat"].require().err
+
+
+def test_a_chat_shows_the_model_as_many_turns_as_asked(world: World, answers) -> None:
+    alone = [answers({"messages": [{"role": "user", "content": turn}]}) for turn in TURNS[:2]]
+    assert world.runs["short chat"].require().out == "".join(f"{text}\n" for text in alone)
 
 
 def test_a_prompt_as_a_message(world: World, answers) -> None:

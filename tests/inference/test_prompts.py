@@ -42,8 +42,26 @@ def test_a_rows_own_system_prompt_is_that_of_its_chat(tmp_path: Path) -> None:
     [
         ({"messages": [BRIEF, said("user", "q")], "system": "Be long."}, "two system prompts"),
         ({"messages": [said("user", "q")], "system": ["Be long."]}, '"system" is .*, not a text'),
+        ({"prompt": "q", "system": "Be long."}, '"system" is .* say --apply-chat-template'),
     ],
 )
 def test_system_prompts_that_cannot_be_are_said(row, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"p.jsonl:1: .*{reason}"):
         messages(tmp_path, json.loads(json.dumps(row)))
+
+
+@pytest.mark.parametrize("flag", ["system_prompt", "prompt_type"])
+def test_what_no_row_of_a_file_would_get_is_refused(flag: str, tmp_path: Path) -> None:
+    """A "prompt" is continued as it is; a chat beside it, or the template, takes the flag."""
+
+    def read(*rows: dict[str, Any], **flags: Any) -> int:
+        flags["prompt_file"] = write_rows(tmp_path / "p.jsonl", list(rows))
+        if flag == "system_prompt":
+            return len(read_prompts(PromptSettings(system_prompt="Be brief.", **flags)))
+        return len(read_prompts(PromptSettings(**flags), "qwen"))
+
+    plain = {"prompt": "q"}
+    with pytest.raises(UserError, match=r"^--.* has none; say --apply-chat-template"):
+        read(plain, plain)
+    assert read(plain, plain, apply_chat_template=True) == 2
+    assert read(plain, {"messages": [said("user", "q")]}) == 2

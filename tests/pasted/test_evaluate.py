@@ -72,6 +72,9 @@ def test_every_line_starts(line: CommandLine) -> None:
         (["--origin-postprocess"], "is not supported"),
         (["--instruction-template", "a"], "--include-path"),
         (["--padded-vocab-size", "100"], "below the vocabulary"),
+        (["--window", "64"], "--window is for --text-file; leave it out"),
+        (["--stride", "64"], "--stride is for --text-file; leave it out"),
+        (["--include-path", "."], "--include-path is for --tasks; leave it out"),
     ],
 )
 def test_what_does_not_hold_is_refused(more: list[str], words: str) -> None:
@@ -80,6 +83,23 @@ def test_what_does_not_hold_is_refused(more: list[str], words: str) -> None:
         validate(settings_of(line._replace(flags=[*line.flags, *more])), config_of(line), 8)
     (fault,) = caught.value.faults
     assert words in fault
+
+
+@pytest.mark.parametrize(
+    "flags", ["--limit 3", "--num-fewshot 0", "--system-prompt a", "--apply-chat-template"]
+)
+def test_flags_of_questions_need_some(flags: str) -> None:
+    """Perplexity is measured on a text as it is, and on the whole of it."""
+
+    def faults(*more: str) -> list[str]:
+        words = ["--load", "m", "--text-file", __file__, *flags.split(), *more]
+        with pytest.raises(UserError) as caught:
+            validate(parse(words), CONFIG, 0)
+        return list(caught.value.faults[1:])  # the first is about the processes
+
+    assert faults() == [f"{flags.split()[0]} is for --tasks and --task; leave it out."]
+    assert faults("--tasks", "hellaswag") == []
+    assert faults("--task", "mmlu", "--task-data-path", "a") == []
 
 
 # --- run truly, on a tiny model -------------------------------------------------------------------

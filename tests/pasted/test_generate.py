@@ -29,6 +29,7 @@ LORA_LINE = "2.2.0/qwen2/generate_qwen2_7b_lora_ptd"
 NEW = 12
 QUESTION = "how are you?"
 TURNS = ("is it?", "and then", "for 日本")
+STOP = "be"
 SYSTEM = "You are a helpful assistant."
 CONFIG = tiny_config(vocab_size=400, max_position_embeddings=CONTEXT)
 LORA = LoraConfig(rank=8, alpha=16, targets=("all-linear",))
@@ -101,6 +102,29 @@ def test_what_does_not_hold_is_refused(more: list[str], words: str, adapter: Pat
     assert words in fault
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a", "--hf-chat-template"], "say --apply-chat-template"),
+        (["--prompt-file", "a", "--hf-chat-template"], "say --apply-chat-template"),
+        (["--prompt", "a", "--history-turns", "1"], "--history-turns needs --chat or --task chat"),
+        (["--chat", "--history-turns", "-1"], "--history-turns -1"),
+        (["--chat", "--hf-chat-template", "--prompt-type", "qwen"], "give one of them"),
+        (["--chat", "--hf-chat-template", "--history-turns", "0"], None),
+        (["--prompt", "a", "--hf-chat-template", "--apply-chat-template"], None),
+        (["--task", "chat", "--hf-chat-template", "--history-turns", "1"], None),
+    ],
+)
+def test_flags_of_turns_hold_or_are_refused(flags: list[str], words: str | None) -> None:
+    """A prompt of one's own is continued as it is where no flag makes a message of it."""
+    settings = parse(["--load", "model", *flags])
+    if words is None:
+        validate(settings, CONFIG, 1)
+        return
+    with pytest.raises(UserError, match=words):
+        validate(settings, CONFIG, 1)
+
+
 # --- run truly, on a tiny model -------------------------------------------------------------------
 
 
@@ -140,6 +164,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "chat": [*_flags("2.2.0/qwen25/chat_qwen25_7b_ptd", folder, "shards"), *top_1],
         "plain chat": [*plain, *top_1],
         "template": [*plain, "--hf-chat-template", "--history-turns", "0", *top_1],
+        "stop": [*base, "--task", "beam_search", "--stop", STOP],
         "seed": _flags("2.2.0/qwen25/generate_qwen25_7b_ptd", folder, "hf", seed=7),
         "one prompt": [*base, "--prompt", "the of", "--greedy"],
         "in turns": [*base, *in_turns, "--prompt", TURNS[0], "--greedy"],
@@ -195,6 +220,12 @@ def test_a_line_without_a_task_shows_all_ways_and_chats(world: World) -> None:
     assert "--use-mcore-models: all models are megatron-core's" in run.err
     other = sections(world.runs["seed"].out)
     assert other["greedy"] == found["greedy"] and other["do_sample"] != found["do_sample"]
+
+
+def test_a_stop_string_ends_the_best_beam(world: World) -> None:
+    found = sections(world.runs["stop"].require().out)["beam_search"]
+    whole = sections(world.runs["generate"].out)["beam_search"]
+    assert found == whole.partition(STOP)[0] != whole
 
 
 def test_an_adapter_is_merged(world: World) -> None:

@@ -179,6 +179,18 @@ def test_the_command_plans_on_the_machine_of_the_log(tmp_path: Path, capsys) -> 
     assert found.plans[0].cut.label() in qwen2_ascend_says(logs, capsys)
 
 
+@pytest.mark.parametrize("logged", [True, False])
+def test_flags_say_otherwise_than_the_log_either_way(logged: bool, tmp_path: Path) -> None:
+    """A log of DPO with scores in memory is asked about SFT without, and the other way."""
+    cut = replace(LOGGED[0], job=replace(JOB, pairs=logged, keeps_scores=logged))
+    log = write_log(tmp_path, cut)
+    stage, backend = ("sft", "auto") if logged else ("dpo", "unfused")
+    as_logged = qwen2_ascend.plan(from_log=(log,)).job
+    assert (as_logged.pairs, as_logged.keeps_scores) == (logged, logged)
+    asked = qwen2_ascend.plan(from_log=(log,), stage=stage, attention_backend=backend).job
+    assert (asked.pairs, asked.keeps_scores) == (not logged, not logged)
+
+
 def qwen2_ascend_says(logs: list[Path], capsys) -> str:
     main(["--from-log", *map(str, logs), "--num-devices", "16", "--global-batch-size", "128"])
     return capsys.readouterr().out

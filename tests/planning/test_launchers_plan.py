@@ -14,6 +14,7 @@ from qwen2_ascend.finetuning.deepspeed import settings as zero_settings
 from qwen2_ascend.finetuning.deepspeed.launch import finetune as finetune_by_zero
 from qwen2_ascend.finetuning.launch import finetune
 from qwen2_ascend.planning import report, search
+from qwen2_ascend.planning.command import main as plan
 from qwen2_ascend.planning.devices import find_device
 from qwen2_ascend.planning.job import ALL_LAYERS, Job, RunLayout, Zero
 from qwen2_ascend.planning.memory import HCCL_BYTES, communicators, fullest_stage
@@ -105,6 +106,18 @@ def test_what_the_planner_knows_it_is_told(flags: str, fields: dict) -> None:
     settings, cut = planned(flags)
     assert {name: getattr(cut, name) for name in fields} == fields
     assert cut.job.cross_entropy_chunk_size == settings.recompute.cross_entropy_chunk_size
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_uniform_by_several_layers_is_said_to_be_planned_by_one(number: int, capsys) -> None:
+    uniform = (
+        f"--recompute-granularity full --recompute-method uniform --recompute-num-layers {number}"
+    )
+    assert pretraining.main(f"{COMMAND} {uniform} --plan 16 --plan-device 910B3".split()) == 0
+    by_launcher = capsys.readouterr().out
+    plan(f"--model 0.5B --num-devices 2 {uniform} --device 910B3".split())
+    for said in (by_launcher, capsys.readouterr().out):
+        assert ("uniform is planned as with 1" in said) == (number > 1)
 
 
 def test_a_chunk_recomputes_its_own_layers() -> None:

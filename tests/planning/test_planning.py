@@ -506,6 +506,14 @@ def _keywords(flags: str) -> dict:
         ("--optimizer-cpu-offload --optimizer-offload-fraction 0", "above 0 and at most 1"),
         ("--optimizer-cpu-offload --dtype fp32", "needs --bf16"),
         ("--optimizer-cpu-offload --o2-optimizer", "give one of them"),
+        ("--recompute-num-layers 2", "--recompute-num-layers needs --recompute-method"),
+        ("--recompute-granularity full --recompute-norm", "^--recompute-norm: .* say .* block"),
+        (
+            "--recompute-granularity full --recompute-method uniform "
+            "--recompute-activation-function",
+            "^--recompute-activation-function: .* uniform computes all layers again, whole",
+        ),
+        ("--zero-stage 2 --overlap-grad-reduce", "--overlap-grad-reduce is not planned with"),
     ],
 )
 def test_flags_that_exclude_each_other_are_refused(flags, fault):

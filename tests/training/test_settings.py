@@ -50,6 +50,8 @@ def faults_of(
         ("--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-wsd-decay-style linear", 1),
         ("--lr-warmup-init 1e-4 --lr-warmup-iters 2", 1),
         ("--lr-warmup-init 1e-4 --lr-warmup-fraction 0.2", 1),
+        ("--bf16 --initial-loss-scale 4096", 1),
+        ("--bf16 --loss-scale 8", 1),
         ("--save x --save-interval 5 --exit-interval 5", 1),
         ("--save x --keep-last 1 --async-save --on-save-failure continue --no-save-rng", 1),
         (
@@ -90,6 +92,11 @@ def test_good_settings_are_accepted(flags: str, world_size: int) -> None:
         ("--bf16 --fp16", "--bf16 and --fp16"),
         ("--reuse-fp32-param", "--reuse-fp32-param needs --bf16"),
         ("--reuse-fp32-param --fp16", "--reuse-fp32-param needs --bf16"),
+        ("--loss-scale 8", "--loss-scale needs --fp16 or --bf16"),
+        (
+            "--fp16 --loss-scale 8 --hysteresis 1 --initial-loss-scale 64",
+            "--loss-scale 8 is fixed, so --initial-loss-scale, --hysteresis would have no effect",
+        ),
         ("--o2-gradient", "--o2-gradient needs --bf16"),
         ("--o2-gradient --fp16", "--o2-gradient needs --bf16"),
         ("--o2-optimizer", "--o2-optimizer needs --bf16"),

@@ -47,10 +47,12 @@ def align(settings: AlignSettings) -> bool:
 
     silence_foreign_warnings()
     output = settings.output
-    other = None if output.compare_with is None else _loaded(output.compare_with, source.config)
+    other = None
+    if output.compare_with is not None:
+        other = _loaded(output.compare_with, source.config, settings)
     curve = tokens = None
     if output.from_dump is not None:
-        record = _loaded(output.from_dump, source.config)
+        record = _loaded(output.from_dump, source.config, settings)
         if other is not None and record.tokens.tolist() != other.tokens.tolist():
             raise UserError(
                 "--from-dump and --compare-with hold runs on different tokens; make one of them "
@@ -157,8 +159,11 @@ def _text_tokens(settings: AlignSettings, source: Source) -> Tensor | None:
     return torch.tensor(Tokenizer(folder).encode(text))
 
 
-def _loaded(folder: Path, config: Qwen2Config) -> Record:
+def _loaded(folder: Path, config: Qwen2Config, settings: AlignSettings) -> Record:
+    """What a run has dumped, as far as it is to be judged."""
     record = load_record(folder)
+    if settings.checks.no_gradients:
+        record = replace(record, gradients={})
     theirs, ours = record.config.to_hugging_face(), config.to_hugging_face()
     raise_if(
         f"{folder}: {k}={theirs.get(k)}, and the model of --load has {ours[k]}."

@@ -6,9 +6,9 @@ The names are those of the other launchers. Nothing here imports torch, so `--he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,7 +16,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.figures import report_faults
 from qwen2_ascend.files import output_faults
-from qwen2_ascend.flags import Flag
+from qwen2_ascend.flags import Flag, flag_of
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
@@ -96,6 +96,10 @@ class CheckSettings:
     """Largest norm of the whole gradient; 0 does not clip."""
     noise_factor: float = 4.0
     """A sublayer differs if its error is more than this many times the measured noise."""
+
+
+OF_STEPS = ("lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+"""What of these is for the steps of --train-iters alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +252,7 @@ def validate(settings: AlignSettings, config: Qwen2Config, world_size: int) -> N
     faults += _token_faults(settings.tokens)
     faults += _precision_faults(settings, config)
     faults += _output_faults(settings)
+    faults += _idle_faults(settings)
     raise_if(dict.fromkeys(faults))
 
 
@@ -314,8 +319,6 @@ def _output_faults(settings: AlignSettings) -> list[str]:
         faults.append("--dump-only judges nothing; leave --compare-with and --train-iters out.")
     if output.dump_only and output.files():
         faults.append("--dump-only judges nothing, so there is no report; leave one out.")
-    if output.from_dump is not None and (output.dump or settings.checks.train_iters):
-        faults.append("--from-dump runs nothing; leave --dump and --train-iters out.")
     for path in {output.compare_with, output.from_dump} - {None}:
         if path is not None and not (path / "description.json").is_file():
             faults.append(f"{path}: holds no description.json; give what --dump has written.")
@@ -328,3 +331,44 @@ def _output_faults(settings: AlignSettings) -> list[str]:
     for flag in ("html", "png", "json"):
         faults += output_faults(f"--{flag}", getattr(output, flag))
     return faults
+
+
+def _idle_faults(settings: AlignSettings) -> list[str]:
+    """Flags that are given and that nothing reads, because of others that are there or are not."""
+    output, tokens, faults = settings.output, settings.tokens, []
+    if output.from_dump is not None:
+        if given := _said_of_a_run(settings):
+            faults.append(f"--from-dump runs nothing; leave {', '.join(given)} out.")
+        return faults
+    if not settings.checks.train_iters and (given := _said(settings.checks, OF_STEPS)):
+        faults.append(f"{', '.join(given)}: there are no steps without --train-iters.")
+    has_text = tokens.prompt is not None or tokens.prompt_file is not None
+    if output.compare_with is not None and has_text and not settings.checks.train_iters:
+        faults.append("--compare-with brings its own tokens; leave --prompt and --prompt-file out.")
+    return faults
+
+
+def _said_of_a_run(settings: AlignSettings) -> list[str]:
+    """Flags of the model's run, or of what follows it, that are not as they are by default."""
+    model = ("padded_vocab_size", "precision", "bf16", "fp16")
+    # a dump is judged on the CPU, and without MindSpeed
+    machine = ["mindspeed", "deterministic"]
+    machine += ["device"] if settings.machine.device != "cpu" else []
+    return [
+        *_said(settings.model, model),
+        *_said(settings.parallel),
+        *_said(settings.tokens),
+        *_said(settings.checks, ("train_iters", *OF_STEPS)),
+        *_said(settings.output, ("dump",)),
+        *_said(settings.fusion),
+        *_said(settings.machine, machine),
+    ]
+
+
+def _said(group: Any, names: Sequence[str] | None = None) -> list[str]:
+    """The flags of a group, or those of them that are named, whose values are no defaults."""
+    return [
+        flag_of(one.name)
+        for one in fields(group)
+        if (names is None or one.name in names) and getattr(group, one.name) != one.default
+    ]

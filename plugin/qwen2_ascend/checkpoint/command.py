@@ -77,8 +77,9 @@ class ConvertOptions:
     """What the adapter adapts, in Megatron's or Hugging Face's names; it has to be so."""
     hf_cfg_dir: Path | None = None
     """Folder with config.json and tokenizer, when they are not beside the weights."""
-    save_format: Literal["megatron", "safetensors", "torch_dist"] = "megatron"
-    """Shards' format: mp_rank_*/model_optim_rng.pt, the same tree as safetensors, or torch_dist."""
+    save_format: Literal["megatron", "safetensors", "torch_dist"] | None = None
+    """Shards' format: mp_rank_*/model_optim_rng.pt (by default), the same tree as safetensors, or
+    torch_dist."""
     padded_vocab_size: int | None = None
     """Pad the vocabulary to this many rows, with zeros; they are trimmed on the way back."""
     make_vocab_size_divisible_by: int | None = None
@@ -87,8 +88,8 @@ class ConvertOptions:
     """Cast the weights; without it they are kept bit for bit."""
     allow_overflow: bool = False
     """Write numbers that are too large for --dtype as infinite, instead of refusing them."""
-    max_shard_size: str = "5GB"
-    """Largest safetensors file of a Hugging Face result."""
+    max_shard_size: str | None = None
+    """Largest safetensors file of a Hugging Face result; by default 5GB."""
     workers: int = 0
     """Threads; 0 takes one per core, at most 8."""
     dry_run: bool = False
@@ -159,11 +160,21 @@ def parse_size(text: str) -> int:
 
 
 def _with_kinds(options: ConvertOptions) -> ConvertOptions:
-    """The options with what to write, which is the other kind where they do not say it."""
+    """The options with what to write, which is the other kind where they do not say it.
+
+    Raises:
+        UserError: a format of shards is named, and the other kind is none.
+    """
     if options.save_model_type is not None:
         return options
 
     loaded = options.load_model_type or find_weights(options.load_dir)[0]
+    if loaded == "mg" and options.save_format is not None:
+        raise UserError(
+            f"--save-format {options.save_format} is a format of shards, and shards become a "
+            "Hugging Face folder where nothing else is said; say --save-model-type mg for shards, "
+            "or leave it out."
+        )
     return replace(options, save_model_type="hf" if loaded == "mg" else "mg")
 
 
@@ -185,7 +196,9 @@ def _conversion(options: ConvertOptions) -> Conversion:
         lora=GivenLora(
             rank=options.lora_r, alpha=options.lora_alpha, targets=options.lora_target_modules
         ),
-        max_shard_bytes=parse_size(options.max_shard_size),
+        max_shard_bytes=(
+            None if options.max_shard_size is None else parse_size(options.max_shard_size)
+        ),
     )
 
 

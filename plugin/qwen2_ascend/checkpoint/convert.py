@@ -53,6 +53,7 @@ from qwen2_ascend.progress import Progress
 logger = logging.getLogger(__name__)
 
 SPACE_MARGIN_BYTES = 64 << 20
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,13 @@ class Conversion:
     lora: GivenLora = field(default_factory=GivenLora)
     """What flags say of the adapter."""
     hf_cfg_dir: Path | None = None
-    save_format: str = "megatron"
+    save_format: str | None = None
+    """The format of shards; by default megatron."""
     padded_vocab_size: int | None = None
     make_vocab_size_divisible_by: int | None = None
     dtype: str | None = None
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int | None = None
+    """The largest file of a Hugging Face folder; by default MAX_SHARD_BYTES."""
     workers: int = 0
     """Threads; 0 takes one per core, at most 8."""
     verify: bool = False
@@ -121,7 +124,11 @@ def prepare(request: Conversion) -> ConversionPlan:
     padded = None
     if request.save_model_type == "hf":
         target = hugging_face_target(
-            source.config, dtype, request.max_shard_bytes, source.side_files, MARK
+            source.config,
+            dtype,
+            request.max_shard_bytes or MAX_SHARD_BYTES,
+            source.side_files,
+            MARK,
         )
     else:
         if request.padded_vocab_size is None and request.make_vocab_size_divisible_by is None:
@@ -138,7 +145,7 @@ def prepare(request: Conversion) -> ConversionPlan:
             request.layout,
             padded,
             dtype,
-            request.save_format,
+            request.save_format or "megatron",
             source.side_files,
             MARK,
         )
@@ -412,8 +419,14 @@ def _request_faults(request: Conversion) -> Iterator[str]:
         )
     if request.verify and not request.check_source:
         yield "--verify checks the source too; leave out --no-check-source."
+    if request.save_model_type == "mg" and request.max_shard_bytes is not None:
+        yield "--max-shard-size: for a Hugging Face folder only; leave out with shards."
     if request.save_model_type == "hf":
         shard_flags = {
+            # a Hugging Face folder's files are safetensors, too
+            f"--save-format {request.save_format}": (
+                request.save_format not in (None, "safetensors")
+            ),
             "--target-tensor-parallel-size": request.layout.tp != 1,
             "--target-pipeline-parallel-size": request.layout.pp != 1,
             "--num-layers-per-virtual-pipeline-stage": (

@@ -27,7 +27,7 @@ from qwen2_ascend.comparison.statistics import (
     logits_agreement,
 )
 from qwen2_ascend.comparison.tolerances import Finding, Tolerances
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import UserError, raise_if
 
 LOGITS = ("*logits*",)
 """Names of arrays that are logits, whatever their case, where the rules have none."""
@@ -130,7 +130,8 @@ def match(ours: Dump, theirs: Dump, rules: Rules) -> list[Pair]:
     the file's place in its folder goes before them.
 
     Raises:
-        UserError: no name fits `rules.names`.
+        UserError: no name fits `rules.names`, or what else the rules name; nothing is of logits,
+            and the rules have tolerances for them.
     """
     if _is_lone(ours) and _is_lone(theirs):
         (a,), (b,) = ours.arrays, theirs.arrays
@@ -145,18 +146,37 @@ def match(ours: Dump, theirs: Dump, rules: Rules) -> list[Pair]:
     if rules.names:
         chosen = [pair for pair in pairs if _fits(pair.name, rules.names)]
         if not chosen:
-            examples = ", ".join(repr(pair.name) for pair in pairs[:5])
-            raise UserError(
-                f"--names {' '.join(rules.names)}: none of {len(pairs)} names fits; there are for "
-                f"example {examples}."
-            )
+            raise UserError(f"--names {' '.join(rules.names)}: {_none_fits(pairs)}.")
         pairs = chosen
     if rules.common_only:
         common = [pair for pair in pairs if pair.ours and pair.theirs]
         if not common:
             raise UserError(f"{_nothing_in_common(pairs)}; there is nothing to compare.")
         pairs = common
+    raise_if(_idle_rules(pairs, rules))
     return pairs
+
+
+def _idle_rules(pairs: list[Pair], rules: Rules) -> Iterator[str]:
+    """Rules for logits or gradients by which no pair would be judged."""
+    if rules.gradients and not any(_is_gradient(pair, rules) for pair in pairs):
+        yield f"--gradients {' '.join(rules.gradients)}: {_none_fits(pairs)}."
+    if any(_is_logits(pair, rules) for pair in pairs):
+        return
+    if rules.logits:
+        yield f"--logits {' '.join(rules.logits)}: {_none_fits(pairs)}."
+        return
+    for flag, value in (("--min-top1", rules.min_top1), ("--max-kl", rules.max_kl)):
+        if value is not None:
+            yield (
+                f"{flag} {value:g} judges logits, which are called {' '.join(LOGITS)}: "
+                f"{_none_fits(pairs)}; name them with --logits PATTERN."
+            )
+
+
+def _none_fits(pairs: list[Pair]) -> str:
+    examples = ", ".join(repr(pair.name) for pair in pairs[:5])
+    return f"none of {len(pairs)} names fits; there are for example {examples}"
 
 
 def compare(
@@ -201,8 +221,7 @@ def _compare_pair(pair: Pair, rules: Rules) -> Comparison:
     found = difference(
         a, b, dtype=dtype, rtol=limits.rtol, atol=limits.atol, usual_rows=limits.usual_rows
     )
-    is_logits = _fits(pair.name, rules.logits or LOGITS) and a.ndim > 0 and a.size > 0
-    agreement = logits_agreement(a, b) if is_logits else None
+    agreement = logits_agreement(a, b) if _is_logits(pair, rules) else None
     findings += _nonfinite(ours.summary, theirs.summary, found, rules)
     findings += tolerance.judge(found, agreement, limits)
     return Comparison(
@@ -239,6 +258,13 @@ def _computed_in(pair: Pair, dtype: np.dtype, rules: Rules) -> str:
     coarseness = [dtype_name(x) for x in FLOATS]
     names = [name for name in (dtype_name(dtype), *said) if name in coarseness]
     return min(names, key=coarseness.index)
+
+
+def _is_logits(pair: Pair, rules: Rules) -> bool:
+    """Whether it has rows of logits; a number or an empty array has none."""
+    shapes = [side.shape for side in (pair.ours, pair.theirs) if side]
+    has_rows = all(shape and 0 not in shape for shape in shapes)
+    return has_rows and _fits(pair.name, rules.logits or LOGITS)
 
 
 def _is_gradient(pair: Pair, rules: Rules) -> bool:

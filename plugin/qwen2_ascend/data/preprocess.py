@@ -21,7 +21,7 @@ from qwen2_ascend.data.progress import print_summary
 from qwen2_ascend.data.settings import PreprocessSettings
 from qwen2_ascend.data.state import Counts, State
 from qwen2_ascend.data.tokenization import ENDOFTEXT, Encoder, TokenizerSpec, load_tokenizer
-from qwen2_ascend.errors import UserError
+from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.machine import num_cores
 
 
@@ -35,7 +35,9 @@ def preprocess_texts(settings: PreprocessSettings) -> None:
     started = time.monotonic()
     reading = Reading(settings.json_keys, settings.split_text_on, settings.max_document_bytes)
     files = find_inputs(settings.input, settings.input_format)
-    check_inputs(files, reading)
+    faults = Faults(_cutting_faults(settings, files))
+    faults.collect(lambda: check_inputs(files, reading))
+    raise_if(faults)
     tokenizer = load_tokenizer(settings.tokenizer_name_or_path, settings.eod_token)
     for note in _tokenizer_notes(settings, tokenizer):
         print(f"note: {note}", flush=True)
@@ -76,6 +78,15 @@ def preprocess_texts(settings: PreprocessSettings) -> None:
             )
         output.publish(folder, state)
     print_summary(output, state, time.monotonic() - started, resumed_tokens)
+
+
+def _cutting_faults(settings: PreprocessSettings, files: Sequence[InputFile]) -> Iterator[str]:
+    """What is wrong with --split-text-on, which is for text files alone."""
+    if settings.split_text_on != "file" and all(file.format != "text" for file in files):
+        yield (
+            f"--split-text-on {settings.split_text_on} is for text files, and --input names none; "
+            "leave it out, or say --input-format text."
+        )
 
 
 def _tokenizer_notes(settings: PreprocessSettings, tokenizer: TokenizerSpec) -> Iterator[str]:

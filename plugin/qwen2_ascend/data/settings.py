@@ -47,7 +47,7 @@ class PreprocessSettings:
     input_format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """What the files are; auto goes by their names."""
     split_text_on: Literal["file", "blank-line", "line"] = "file"
-    """What one document of a text file is."""
+    """What one document of a text file is; rows of other files are documents."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do with a row that gives no document: not JSON, no such key, not a string, empty, not
     UTF-8, too long; or no chat, or none with a token to train on."""
@@ -121,6 +121,8 @@ class PreprocessSettings:
             faults.append(
                 "--json-keys is for texts; --map-keys says what the columns of chats are called."
             )
+        if self.split_text_on != "file":
+            faults.append("--split-text-on is for texts; a chat is a row of its file.")
         if self.input_format == "text":
             faults.append("--input-format text: chats are JSON, JSONL or Parquet.")
         if self.seq_length is not None and self.seq_length < 2:

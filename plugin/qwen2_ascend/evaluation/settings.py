@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,7 +17,7 @@ from qwen2_ascend.errors import raise_if
 from qwen2_ascend.evaluation.benchmarks import KINDS
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.files import missing, output_faults
-from qwen2_ascend.flags import Flag, number_faults
+from qwen2_ascend.flags import Flag, flag_of, number_faults
 from qwen2_ascend.inference.settings import ServedModelSettings
 from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.pasted_flags import Pasted, pasted_faults
@@ -147,10 +147,30 @@ def validate(settings: EvaluateSettings, config: Qwen2Config, world_size: int) -
         faults.append(f"--seed {settings.seed} must be from 0 to below 2^63.")
     if tasks.include_path is not None and not tasks.include_path.is_dir():
         faults.append(f"--include-path {tasks.include_path}: no such folder.")
+    faults += _idle_faults(settings)
     faults += output_faults("--output-json", settings.output_json, is_renamed=True)
     faults += _local_faults(settings)
     faults += pasted_faults(settings.pasted, EVALUATE_FLAGS, settings, config)
     raise_if(dict.fromkeys(faults))
+
+
+def _idle_faults(settings: EvaluateSettings) -> list[str]:
+    """Flags of an evaluation that is not asked for, beside another that is."""
+    texts, named = settings.perplexity, settings.lm_eval
+    has_texts, has_tasks = bool(texts.text_file), bool(named.tasks or settings.local.task)
+    idle: list[tuple[str, Any, str]] = []
+    if has_tasks and not has_texts:
+        idle += [(name, texts, "--text-file") for name in ("window", "stride")]
+    if has_texts and not has_tasks:
+        questions = ("apply_chat_template", "system_prompt", "num_fewshot", "limit")
+        idle += [(name, named, "--tasks and --task") for name in questions]
+    if (has_texts or has_tasks) and not named.tasks:
+        idle += [("include_path", named, "--tasks")]
+    return [
+        f"{flag_of(name)} is for {what}; leave it out."
+        for name, group, what in idle
+        if (value := getattr(group, name)) is not None and value is not False
+    ]
 
 
 def _local_faults(settings: EvaluateSettings) -> list[str]:

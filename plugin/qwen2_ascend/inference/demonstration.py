@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qwen2_ascend.inference.chat import Manner, chat, check_template, show
 from qwen2_ascend.inference.generator import Request
 from qwen2_ascend.inference.settings import GenerateSettings, SamplingSettings, Task
+from qwen2_ascend.inference.text import TextStream
 from qwen2_ascend.inference.text_settings import TextSettings, text_settings
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 QUESTION = "how are you?"
 NUM_BEAMS = 2
 MAX_NEW_TOKENS = 128
+HISTORY_TURNS = 3
 TEMPERATURE, TOP_K, TOP_P = 0.7, 50, 0.95
 """Where the flags say nothing else."""
 ENDS = ("q", "quit", "exit", "/exit")
@@ -45,7 +47,7 @@ class Demonstration:
             tokenizer=tokenizer,
             is_plain=is_plain,
             system_prompt=settings.prompts.system_prompt,
-            history_turns=wanted.history_turns,
+            history_turns=(HISTORY_TURNS if wanted.history_turns is None else wanted.history_turns),
             ends=ENDS,
             begins=BEGINS,
         )
@@ -96,7 +98,11 @@ class Demonstration:
             sampling=text.sampling,
             seed=text.settings.seed,
         )
-        return self._tokenizer.decode(list(new))
+        stream = TextStream(self._tokenizer.decode, text.stop, self._tokenizer.special_tokens())
+        for token in new:
+            stream.add(token)
+        stream.end()
+        return stream.text
 
 
 def _of_task(given: SamplingSettings, task: Task) -> SamplingSettings:

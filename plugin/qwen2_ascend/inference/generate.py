@@ -65,14 +65,18 @@ def _chat(settings: GenerateSettings, opened: OpenedModel) -> None:
     text.check([], source.config.vocab_size)
     runtime, engine = start_engine(settings.model, opened, num_rows=1)
     _log(settings, source, text.describe())
-    manner = Manner(tokenizer=tokenizer, system_prompt=settings.prompts.system_prompt)
+    manner = Manner(
+        tokenizer=tokenizer,
+        system_prompt=settings.prompts.system_prompt,
+        history_turns=settings.demonstration.history_turns,
+    )
     chat(text.generator(engine, tokenizer), manner, text.max_new_tokens)
     runtime.close()
 
 
 def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     """Continues the prompts."""
-    prompts = read_prompts(settings.prompts)
+    prompts = read_prompts(settings.prompts, settings.model.prompt_type)
     output = OutputFile(settings.prompts, prompts) if settings.prompts.output_file else None
     source = opened.source
     tokenizer = open_tokenizer(settings.model, source)

@@ -13,8 +13,7 @@ from typing import Any, TextIO
 from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.files import json_kind, json_value, output_faults
 from qwen2_ascend.inference.settings import PromptSettings
-
-"""Faults of a file that are named one by one."""
+from qwen2_ascend.prompt_types import PromptType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +30,34 @@ class Prompt:
         return "messages" in self.row
 
 
-def read_prompts(settings: PromptSettings) -> list[Prompt]:
+def read_prompts(settings: PromptSettings, prompt_type: PromptType | None = None) -> list[Prompt]:
     """All prompts, in their order.
 
+    Args:
+        settings: what is continued.
+        prompt_type: how chats are to be written, if flags say so.
+
     Raises:
-        UserError: the file cannot be read, or lines of it are not prompts; many at once.
+        UserError: the file cannot be read, lines of it are not prompts (many at once), or flags
+            about chats are given and it has none.
     """
     if settings.prompt_file is None:
         rows = [(f"--prompt {i}", {"prompt": text}) for i, text in enumerate(settings.prompt, 1)]
     else:
-        rows = _read_file(settings.prompt_file)
-    return [Prompt(where=where, row=_with_template(row, settings)) for where, row in rows]
+        rows = _read_file(settings.prompt_file, is_templated=settings.apply_chat_template)
+    prompts = [Prompt(where=where, row=_with_template(row, settings)) for where, row in rows]
+    if settings.prompt_file is not None and not any(prompt.is_chat for prompt in prompts):
+        given = {"--system-prompt": settings.system_prompt, "--prompt-type": prompt_type}
+        raise_if(
+            f'{flag} is for "messages", and --prompt-file {settings.prompt_file} has none; say '
+            '--apply-chat-template, which makes a message of each "prompt".'
+            for flag, value in given.items()
+            if value is not None
+        )
+    return prompts
 
 
-def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_file(path: Path, *, is_templated: bool) -> list[tuple[str, dict[str, Any]]]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
@@ -56,7 +69,7 @@ def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            rows.append((f"{path}:{number}", _row(line)))
+            rows.append((f"{path}:{number}", _row(line, is_templated=is_templated)))
         except ValueError as error:
             faults.append(f"{path}:{number}: {error}")
     raise_if(at_most(faults))
@@ -65,8 +78,12 @@ def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _row(line: str) -> dict[str, Any]:
+def _row(line: str, *, is_templated: bool) -> dict[str, Any]:
     """A line's prompt.
+
+    Args:
+        line: a JSON object.
+        is_templated: whether a "prompt" becomes a message.
 
     Raises:
         ValueError: it is none.
@@ -84,6 +101,11 @@ def _row(line: str) -> dict[str, Any]:
         raise ValueError(f'"prompt" is {row["prompt"]!r}, not a text.')
     if not isinstance(row.get("system"), str | None):
         raise ValueError(f'"system" is {row["system"]!r}, not a text.')
+    if row.get("system") and "prompt" in row and not is_templated:
+        raise ValueError(
+            '"system" is for "messages"; say --apply-chat-template, which makes a message of '
+            '"prompt".'
+        )
     messages = row.get("messages", [{"role": "user"}])
     if not (isinstance(messages, list) and messages):
         raise ValueError('"messages" is not a list of messages.')

@@ -196,8 +196,9 @@ class DemonstrationSettings:
     hf_chat_template: Flag = False
     """With --task: write turns as the tokenizer's chat template does. Without this and without
     --prompt-type the texts stand one after the other as they are."""
-    history_turns: int = 3
-    """With --task chat: questions, with their answers, that the model still sees."""
+    history_turns: int | None = None
+    """Questions, with their answers, that the model still sees in a chat; by default 3 with --task
+    chat, and all with --chat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,11 +312,28 @@ def _prompt_faults(settings: GenerateSettings) -> list[str]:
         faults.append("--overwrite and --resume: give one of them.")
     if output is not None and prompts.chat:
         faults.append("--output-file is for prompts, not for --chat.")
+    faults += _turn_faults(settings)
     templated = prompts.chat or prompts.apply_chat_template or prompts.prompt_file is not None
     if prompts.system_prompt is not None and not templated and not tasks:
         faults.append("--system-prompt needs --chat, --apply-chat-template or a --prompt-file.")
     if settings.model.prompt_type is not None and not templated and not tasks:
         faults.append("--prompt-type needs --chat, --apply-chat-template or a --prompt-file.")
+    return faults
+
+
+def _turn_faults(settings: GenerateSettings) -> list[str]:
+    """Flags about turns that have no effect, or contradict each other."""
+    prompts, wanted, faults = settings.prompts, settings.demonstration, []
+    faults += number_faults(wanted, not_negative=("history_turns",))
+    in_turns = prompts.chat or bool(settings.tasks())
+    if wanted.history_turns is not None and not in_turns:
+        faults.append("--history-turns needs --chat or --task chat; a prompt has no history.")
+    if wanted.hf_chat_template and not (in_turns or prompts.apply_chat_template):
+        faults.append(
+            "--hf-chat-template needs --task; for prompts of your own say --apply-chat-template."
+        )
+    if wanted.hf_chat_template and settings.model.prompt_type is not None:
+        faults.append("--hf-chat-template and --prompt-type: give one of them.")
     return faults
 
 
@@ -327,9 +345,6 @@ def _task_faults(settings: GenerateSettings) -> list[str]:
             "--task asks a question of its own; leave it out with --prompt, --prompt-file, --chat, "
             "--apply-chat-template and --output-file."
         )
-    faults += number_faults(wanted, not_negative=("history_turns",))
-    if wanted.hf_chat_template and settings.model.prompt_type is not None:
-        faults.append("--hf-chat-template and --prompt-type: give one of them.")
     is_plain = not wanted.hf_chat_template and settings.model.prompt_type is None
     if prompts.system_prompt is not None and is_plain:
         faults.append("--system-prompt with --task needs --prompt-type or --hf-chat-template.")

@@ -23,6 +23,7 @@ from qwen2_ascend.planning.job import ALL_LAYERS, Job, Zero
 from qwen2_ascend.planning.picture import draw
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
 from qwen2_ascend.training.overlap import OverlapSettings
+from qwen2_ascend.training.recompute_settings import RECOMPUTED_WHOLE
 
 YesNo = Literal["yes", "no"]
 DEFAULT_DEVICE = "910B"
@@ -30,6 +31,7 @@ NEVER_WITH_ZERO = (
     *("lora_r", "cross_entropy_chunk_size", "num_layer_list", "sequence_parallel"),
     *("use_distributed_optimizer", "optimizer_cpu_offload", "reuse_fp32_param", "o2_gradient"),
     *("o2_optimizer", "swap_attention", "recompute_norm", "recompute_activation_function"),
+    "overlap_grad_reduce",
 )
 """Options that are not planned with --zero-stage, whatever their values."""
 NOT_WITH_ZERO = ("stage dpo", "attention_backend unfused")
@@ -83,14 +85,14 @@ class PlanOptions:
     """Sequences that go through a rank at once; by default 1, 2, 4 and 8 are tried."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """The dtype of weights and activations; by default bf16."""
-    attention_backend: Literal["auto", "unfused"] = "auto"
-    """unfused keeps s x s scores per head; auto is a kernel that does not."""
+    attention_backend: Literal["auto", "unfused"] | None = None
+    """unfused keeps s x s scores per head; auto, the default, is a kernel that does not."""
     cross_entropy_chunk_size: int | None = None
     """Tokens whose logits exist at once; by default all."""
     lora_r: int | None = None
     """Fine-tune LoRA adapters of this rank on all linear layers, instead of all weights."""
-    stage: Literal["pretrain", "sft", "dpo"] = "pretrain"
-    """dpo: a sample is two sequences."""
+    stage: Literal["pretrain", "sft", "dpo"] | None = None
+    """dpo: a sample is two sequences; by default pretrain."""
     tensor_model_parallel_size: int | None = None
     """Only layouts with this; by default all are tried, as with what follows."""
     pipeline_model_parallel_size: int | None = None
@@ -115,7 +117,7 @@ class PlanOptions:
     recompute_method: Literal["uniform", "block"] | None = None
     """Full recomputing: uniform is by single layers; block recomputes the first of each chunk."""
     recompute_num_layers: int | None = None
-    """How many layers block recomputes."""
+    """How many layers block recomputes; uniform is planned by 1, whatever this is."""
     recompute_activation_function: YesNo | None = None
     """Only layouts that compute SwiGLU's output again, or that do not."""
     recompute_activation_function_num_layers: int | None = None
@@ -212,6 +214,8 @@ def run(options: PlanOptions) -> None:
         print("\n".join([*log.table(logs, result.machine.rates or log.rates_of(logs)), ""]))
     else:
         print(_which_bin(options.device or DEFAULT_DEVICE), end="")
+    if options.recompute_method == "uniform":
+        print(report.uniform_note(options.recompute_num_layers), end="")
     print(report.text(result, top=options.top, commands=options.commands))
     if options.json:
         report.write_json(result, options.json)
@@ -313,7 +317,12 @@ def _zero(options: PlanOptions) -> Zero | None:
 
 
 def _is_yes(asked: YesNo | None) -> bool | None:
-    return None if asked is None else asked == "yes"
+    return _is(asked, "yes")
+
+
+def _is(asked: str | None, value: str) -> bool | None:
+    """Whether an option has a value; None where it is not given."""
+    return None if asked is None else asked == value
 
 
 def _number_of_layers(asked: YesNo | None, number: int | None) -> int | None:
@@ -334,10 +343,10 @@ def _job(options: PlanOptions, logs: Sequence[log.LoggedRun]) -> Job:
         "seq_length": options.seq_length,
         "global_batch_size": options.global_batch_size,
         "dtype": options.dtype,
-        "keeps_scores": options.attention_backend == "unfused" or None,
+        "keeps_scores": _is(options.attention_backend, "unfused"),
         "cross_entropy_chunk_size": options.cross_entropy_chunk_size,
         "lora_rank": options.lora_r,
-        "pairs": options.stage == "dpo" or None,
+        "pairs": _is(options.stage, "dpo"),
     }
     given = {name: value for name, value in given.items() if value is not None}
     if logs:
@@ -395,9 +404,15 @@ def _combination_faults(options: PlanOptions) -> list[str]:
         faults.append("--recompute-method needs --recompute-granularity full.")
     if options.recompute_method == "block" and options.recompute_num_layers is None:
         faults.append("--recompute-method block needs --recompute-num-layers.")
+    if options.recompute_method is None and options.recompute_num_layers is not None:
+        faults.append("--recompute-num-layers needs --recompute-method.")
+    is_whole = options.recompute_granularity == "full" and options.recompute_method != "block"
     for what in (f"recompute_{output}" for output in OUTPUTS):
-        if getattr(options, what) != "yes" and getattr(options, f"{what}_num_layers") is not None:
+        is_on = getattr(options, what) == "yes"
+        if not is_on and getattr(options, f"{what}_num_layers") is not None:
             faults.append(f"{flag_of(what)}-num-layers needs {flag_of(what)}.")
+        if is_on and is_whole:
+            faults.append(RECOMPUTED_WHOLE.format(flag_of(what)))
     return faults + _training_faults(options) + _zero_faults(options)
 
 

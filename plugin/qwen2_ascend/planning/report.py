@@ -55,6 +55,17 @@ def text(result: Result, *, top: int, commands: int) -> str:
     return "\n".join(lines)
 
 
+def uniform_note(num_layers: int | None) -> str:
+    """The line that says how uniform recomputing is planned; nothing where that is as asked."""
+    if num_layers in (None, 1):
+        return ""
+    return (
+        f"--recompute-num-layers {num_layers}: uniform is planned as with 1, each layer on its "
+        f"own; by {num_layers}, fewer inputs of layers are kept and more of them are computed at "
+        "once.\n"
+    )
+
+
 class Said(NamedTuple):
     """A text of TEXTS by its name, filled in with texts, numbers and others of these."""
 

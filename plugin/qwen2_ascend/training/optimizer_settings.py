@@ -197,6 +197,7 @@ class PrecisionSettings:
         )
         if self.bf16 and self.fp16:
             faults.append("--bf16 and --fp16: give one of them.")
+        faults += self._scale_faults()
         if self.reuse_fp32_param and not self.bf16:
             faults.append(
                 "--reuse-fp32-param needs --bf16: other weights are no halves of fp32 ones."
@@ -207,3 +208,22 @@ class PrecisionSettings:
             if getattr(self, name) and not self.bf16
         ]
         return faults
+
+    def _scale_faults(self) -> list[str]:
+        """What would not scale the loss.
+
+        Published scripts give --initial-loss-scale with --bf16, which never scales; that may stay.
+        """
+        if self.loss_scale is None:
+            return []
+        if not (self.bf16 or self.fp16):
+            return ["--loss-scale needs --fp16 or --bf16; in fp32 nothing is scaled."]
+        dynamic = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+        defaults = PrecisionSettings()
+        found = [flag_of(x) for x in dynamic if getattr(self, x) != getattr(defaults, x)]
+        if not (found and self.fp16):
+            return []
+        return [
+            f"--loss-scale {self.loss_scale:g} is fixed, so {', '.join(found)} would have no "
+            "effect; leave one out."
+        ]

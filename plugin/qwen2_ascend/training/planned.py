@@ -41,7 +41,9 @@ def planned(settings: TrainingSettings, config: Qwen2Config) -> str:
         [search.plan_of(cut, machine)],
         search.fewest_devices(cut.job, machine, search.Choices(zero=cut.zero)),
     )
-    return report.text(result, top=1, commands=0)
+    method, layers = settings.recompute.method_and_layers
+    note = report.uniform_note(layers) if method == "uniform" else ""
+    return note + report.text(result, top=1, commands=0)
 
 
 class Expected(NamedTuple):

@@ -9,6 +9,11 @@ from typing import Literal
 from qwen2_ascend.flags import Flag, flag_of, number_faults
 from qwen2_ascend.planning.job import ALL_LAYERS
 
+RECOMPUTED_WHOLE = (
+    "{}: --recompute-method uniform computes all layers again, whole; leave it out, or say "
+    "--recompute-method block."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeSettings:
@@ -80,10 +85,7 @@ class RecomputeSettings:
                 faults.append(f"{flag}-num-layers {number} must be from 0 to {num_layers}.")
             is_whole = self.recompute_granularity == "full"
             if is_on and is_whole and self.recompute_method == "uniform":
-                faults.append(
-                    f"{flag}: --recompute-method uniform computes all layers again, whole; leave "
-                    "it out, or say --recompute-method block."
-                )
+                faults.append(RECOMPUTED_WHOLE.format(flag))
         return faults
 
     def _unit_faults(self, counts: Sequence[int]) -> list[str]:
