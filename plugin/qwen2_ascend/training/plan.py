@@ -103,12 +103,18 @@ class RunPlan(Generic[S_co]):
         """How long the run is; with --num-train-epochs known after `with_epochs`."""
         return self.settings.length(self.world_size, **self.made())
 
+    @property
+    def saved_state(self) -> Mapping[str, Any]:
+        """What the checkpoint that is resumed says of its run; empty where none is resumed."""
+        if self.saved is None:
+            return {}
+        return getattr(self.saved, "common", None) or self.saved.state  # pyright: ignore
+
     def made(self) -> dict[str, int]:
         """Steps made and samples consumed by the run that is resumed."""
         if self.saved is None:
             return {"iteration": 0, "consumed_samples": 0}
-        state = getattr(self.saved, "common", None) or self.saved.state  # pyright: ignore
-        progress = state["progress"]
+        progress = self.saved_state["progress"]
         return {name: int(progress[name]) for name in ("iteration", "consumed_samples")}
 
     def with_epochs(self, samples_per_epoch: int) -> RunPlan[S_co]:
