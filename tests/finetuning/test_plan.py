@@ -108,6 +108,24 @@ def test_what_is_said_of_adapters_that_are_not_wanted_is_refused(
             planned(path, run, f"{start} {flags}")
 
 
+def test_yarn_does_not_come_late_to_a_zero_run_of_all_weights(tmp_path: Path) -> None:
+    """The run goes on as it began; with --finetune its weights may begin a new one."""
+    folder = tmp_path / "zero"
+    iteration = make_tiny_hugging_face_folder(folder / "iter_0000002", tiny_config())
+    progress = {"iteration": 2, "consumed_samples": 2}
+    (iteration / "zero.json").write_text(json.dumps({"progress": progress}))
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    yarn = "--rope-scaling-type yarn --rope-scaling-factor 2 "
+    yarn += "--rope-scaling-original-max-position-embeddings 64"
+    assert planned(PATHS[1], folder, "").made()["iteration"] == 2
+    with pytest.raises(
+        UserError, match=r"the run in .*zero is without it, and goes on as it began"
+    ):
+        planned(PATHS[1], folder, yarn)
+    anew = planned(PATHS[1], folder, f"{yarn} --finetune --save {tmp_path}/new")
+    assert anew.saved is None and anew.config.yarn is not None
+
+
 def test_a_folder_that_is_not_there_yet_has_no_weights_to_merge_into(tmp_path: Path) -> None:
     make_tiny_hugging_face_folder(tmp_path / "hf", tiny_config())
     flags = f"--config {tmp_path}/hf --lora-r 2 --save-hf {tmp_path}/tuned"

@@ -196,11 +196,8 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         # the optimizer's state has as many rows as the weights had
         model = replace(model, padded_vocab_size=saved.padded_vocab_size)
     config = settings.config_of_run(source.config)
-    if saved and not saved.is_foreign and config != source.config:
-        raise UserError(
-            f"--rope-scaling-type yarn: the run in {load} is without it, and goes on as it began; "
-            "leave it out, or begin a new run from its weights with --finetune and another --save."
-        )
+    if saved and not saved.is_foreign:
+        require_same_positions(folder, config, source)
     return RunPlan(
         settings=replace(settings, model=model),
         config=config,
@@ -209,6 +206,24 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         saved=saved,
         found=found or Found({what: within(folder, source.folder)}),
     )
+
+
+def require_same_positions(load: Path, config: Qwen2Config, source: Source) -> None:
+    """Refuses YaRN for a run that goes on and began without it.
+
+    Args:
+        load: the run's folder.
+        config: what the flags make of the model.
+        source: the run's weights.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if config != source.config:
+        raise UserError(
+            f"--rope-scaling-type yarn: the run in {load} is without it, and goes on as it began; "
+            "leave it out, or begin a new run from its weights with --finetune and another --save."
+        )
 
 
 def _load(settings: TrainingSettings, found: Found | None) -> Path | None:
