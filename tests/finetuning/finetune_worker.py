@@ -306,7 +306,10 @@ LORA = "--lora-r 4 --lora-alpha 8 --micro-batch-size 2"
 @CHECKS.add(world_size=2)
 def a_resumed_lora_run_goes_on(run: Run) -> str:
     flags = f"{TP2} {LORA} --lora-dropout 0.1 --data-path {chats(run)} --pack"
-    return resumed_losses(run, "lora", flags, flags, tolerance=0.0)
+    said = resumed_losses(run, "lora", flags, flags, tolerance=0.0)
+    state = json.loads((run.folder / "lora" / "iter_0000002" / "run.json").read_text())
+    assert state["base_model"].keys() == {"stored_as", "values"}, state
+    return said
 
 
 @CHECKS.add(world_size=2)

@@ -144,7 +144,7 @@ class TrainingRun:
     """Rows of a batch that one sample makes: 2 for a preference pair."""
     before_update: Callable[[], None] = lambda: None
     """Called in every step before weights or optimizer state change."""
-    marks: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, Any] = field(default_factory=dict)
     """What every checkpoint says of the run besides its progress."""
     beside: Mapping[str, bytes] = field(default_factory=dict)
     """Files, on rank 0, that lie beside the checkpoints from the moment the folder is this run's;
