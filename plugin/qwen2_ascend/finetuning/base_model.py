@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
+from qwen2_ascend.checkpoint.sample import sample_of
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import open_regular, reading
 
 if TYPE_CHECKING:
     from qwen2_ascend.checkpoint.readers.base import Source
@@ -25,30 +23,11 @@ logger = logging.getLogger(__name__)
 
 MARK = "base_model"
 """What a checkpoint calls it."""
-NUM_TENSORS, NUM_BYTES = 64, 4096
-"""So many tensors of a model are looked at, and so much of each."""
 
 
 def base_marks(plan: RunPlan) -> Mapping[str, Any]:
     """What the checkpoints of a LoRA run say of its base model; nothing where that is random."""
-    return {} if plan.source is None else {MARK: sample_of(plan.source)}
-
-
-def sample_of(source: Source) -> dict[str, str]:
-    """Hashes of how the tensors are stored, and of the first bytes of some.
-
-    The latter are compared only where the former are the same: in another format or layout the same
-    weights have other bytes in these places.
-    """
-    held = sorted(source.held, key=lambda one: (one.name, one.piece.box))
-    listed = [(one.name, one.piece.box, one.stored.dtype) for one in held]
-    stored_as = xxhash.xxh3_64(repr(listed).encode())
-    values = xxhash.xxh3_64()
-    for one in held[:: -(-len(held) // NUM_TENSORS)]:
-        with reading(one.stored.path), open_regular(one.stored.path) as file:
-            file.seek(one.stored.offset)
-            values.update(file.read(min(one.stored.num_bytes, NUM_BYTES)))
-    return {"stored_as": stored_as.hexdigest(), "values": values.hexdigest()}
+    return {} if plan.source is None else {MARK: sample_of(plan.source.held)}
 
 
 def base_folder(given: Path | None, saved: SavedLora) -> Path | None:
@@ -70,7 +49,7 @@ def require_same_base(saved: SavedLora, source: Source) -> None:
     Raises:
         UserError: with the way out.
     """
-    was, now = saved.state.get(MARK), sample_of(source)
+    was, now = saved.state.get(MARK), sample_of(source.held)
     if was == now:
         return
     if was is not None and was["stored_as"] == now["stored_as"]:
