@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from qwen2_ascend.data.blends import parse_blend
 from qwen2_ascend.data.command import main
 from qwen2_ascend.data.indexed import IndexedDatasetBuilder, fingerprint, open_indexed
-from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
+from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, is_repeated
 from qwen2_ascend.data.sampler import BATCH_KEYS, build_data_iterator
 from qwen2_ascend.errors import UserError
 
@@ -67,6 +68,25 @@ def test_samples_are_what_the_model_trains_on(tmp_path: Path) -> None:
     assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
     assert sample["loss_mask"].tolist() == [1.0] * 16
     assert sample["position_ids"].tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("path", [("A",), ("0.5", "A", "0.5", "B")], ids=["one", "blend"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_order_depends_on_the_length_beyond_an_epoch(
+    path: tuple[str, ...], apart: bool, tmp_path: Path
+) -> None:
+    """Property: what `is_repeated` says no to leaves the first samples where they were."""
+
+    def first(num_samples: int) -> tuple[Any, list[list[int]]]:
+        sizes = {"num_samples": (num_samples, 0, 0), "keep_documents_apart": apart}
+        data = build(*path, cache=tmp_path, **sizes).train
+        return data, [data[index]["tokens"].tolist() for index in range(50)]
+
+    short, order = first(100)
+    longer, kept = first(250)
+    beyond, other = first(1600)
+    assert not is_repeated(short, 2.5) and not is_repeated(longer, 1) and kept == order
+    assert is_repeated(short, 16) and is_repeated(beyond, 1) and other != order
 
 
 def test_splits_do_not_overlap(tmp_path: Path) -> None:

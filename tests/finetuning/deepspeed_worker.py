@@ -140,6 +140,27 @@ for _name, (_world_size, _flags) in {
     CHECKS.case(f"resume-{_name}", _world_size, a_resumed_run_goes_on, _flags)
 
 
+@CHECKS.add(world_size=1)
+def a_resumed_run_follows_its_command_line(run: Run) -> str:
+    """At each stage what is said anew of clipping and of Adam is what the next steps do."""
+    anew = "--adam-beta1 0.5 --adam-beta2 0.95 --adam-eps 1e-3 --clip-grad"
+    for stage in (1, 2, 3):
+        folder, flags = run.folder / f"anew{stage}", f"--zero-stage {stage} --micro-batch-size 8"
+        flags = f"{flags_of(run, flags)} --save {folder}"
+        steps_and_save(run, flags)
+        kept, halved, loose = (
+            steps_of(start(run, f"{flags} {more}", load=folder)[0], 2)[0]
+            for more in ("", f"{anew} 0.05", f"{anew} 5")
+        )
+        training = start(run, f"{flags} {anew} 0.05", load=folder)[0]
+        assert training.optimizer.clip_grad == 0.05
+        for group in training.optimizer.param_groups:
+            assert tuple(group["betas"]) == (0.5, 0.95) and group["eps"] == 1e-3
+        assert kept[0] == halved[0] == loose[0], "the state is that of the checkpoint"
+        assert len({kept[1], halved[1], loose[1]}) == 3, (stage, kept, halved, loose)
+    return ""
+
+
 @CHECKS.add(world_size=2)
 def a_checkpoint_is_a_hugging_face_folder(run: Run) -> str:
     """transformers gives its next batch the loss of the run's next step, at ZeRO-3."""

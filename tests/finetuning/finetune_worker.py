@@ -16,10 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytest
+
 from distributed import trainings
 from distributed.harness import Checks, Run, main
 from distributed.trainings import PP2, RECOMPUTE, TP2, VPP2, apart, join, save_once, tiny_folder
 from helpers import tiny_config
+from logs import logged_lines
+from qwen2_ascend.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 TOLERANCE = 5e-7
 STEPS, LENGTH, GLOBAL_BATCH, LR, CLIP = 4, 32, 8, 3e-3, 0.3
 CHATS, PAIRS = 26, 10
+
+REFERENCE = "dpo_reference.safetensors"
 
 CHECKS = Checks()
 
@@ -188,7 +194,7 @@ def a_resumed_dpo_run_keeps_its_reference(run: Run) -> str:
 @CHECKS.add(world_size=2)
 def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
     """Each start saves into a folder of its own; the third knows nothing of the first's."""
-    from qwen2_ascend.finetuning.dpo import _Kept
+    from safetensors.torch import safe_open
 
     flags = f"{FLAGS} {TP2} --stage dpo --micro-batch-size 2 --data-path {pairs(run)}"
     expected, _ = trained(start(run, flags).run)
@@ -200,15 +206,96 @@ def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
         prepared.save()
         load = folder
     assert losses == expected, (losses, expected)
-    kept = [
-        _Kept.read(run.folder / f"dpo-on-{number}" / "dpo_reference.safetensors")
-        for number in range(3)
-    ]
-    first = kept[0]
-    for own in kept:
-        assert own and first and own.log_probs.equal(first.log_probs)
-        assert own[1:] == first[1:], "it is said to be of other pairs or weights"
+    kept = []
+    for number in range(3):
+        with safe_open(run.folder / f"dpo-on-{number}" / REFERENCE, "pt") as file:
+            kept.append((file.metadata(), file.get_tensor("log_probs")))
+    for metadata, log_probs in kept:
+        assert log_probs.equal(kept[0][1])
+        assert metadata == kept[0][0], "it is said to be of other pairs or weights"
     return str(losses)
+
+
+@CHECKS.add(world_size=1)
+def a_refused_start_leaves_the_reference_of_the_run_that_has_the_folder(run: Run) -> str:
+    """And what another run has written there all the same is not taken for this run's."""
+    from qwen2_ascend.checkpoint.staging import FolderLock
+
+    folder = run.folder / "dpo-taken"
+    flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)}"
+    first = start(run, f"{flags} --save {folder}")
+    trained(first.run, steps=2)
+    first.save()
+    before, lock = (folder / REFERENCE).read_bytes(), FolderLock(folder)
+    lock.acquire()
+    model = tiny_folder(run, "another-model", ffn_hidden_size=64)
+    with pytest.raises(UserError, match="another process is writing it"):
+        start(run, f"{flags} --save {folder}", load=model).save()
+    lock.release()
+    assert (folder / REFERENCE).read_bytes() == before
+    start(run, f"{flags} --save {folder}", load=folder)
+
+    other = run.folder / "dpo-of-another"
+    start(run, f"{flags} --save {other}", load=model).save()
+    shutil.copyfile(other / REFERENCE, folder / REFERENCE)
+    with pytest.raises(UserError, match="is not the reference that it began with") as caught:
+        start(run, f"{flags} --save {folder}", load=folder)
+    return str(caught.value)
+
+
+@CHECKS.add(world_size=1)
+def validation_of_a_resumed_dpo_run_is_by_its_first_model(run: Run) -> str:
+    """Pairs that it has not scored are left out, and the run goes on; those it has stay."""
+    from qwen2_ascend.finetuning.dpo import UNSCORED
+
+    flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)} --split 80,20,0"
+    found = None
+    for name, first in (("without", ""), ("with", "--eval-iters 1")):
+        folder = run.folder / f"dpo-valid-{name}"
+        begun = start(run, f"{flags} --save {folder} {first}")
+        trained(begun.run, steps=2)
+        begun.save()
+        for later in ("", "--eval-iters 1", ""):
+            with logged_lines() as lines:
+                again = start(run, f"{flags} --save {folder} {later}", load=folder)
+            again.save()
+            is_scored = bool(first and later)
+            assert (again.run.valid_data is not None) == is_scored
+            assert (UNSCORED in lines) == (bool(later) and not is_scored), lines
+            if is_scored:
+                assert again.run.objective.reference.equal(begun.run.objective.reference)
+                found = again.run.evaluate()
+    return str(found)
+
+
+@CHECKS.add(world_size=1)
+def a_reference_of_an_older_release_is_taken(run: Run) -> str:
+    """Which has one tensor and one hash for the pairs of training and validation together."""
+    import torch
+    import xxhash
+    from safetensors.torch import safe_open, save_file
+
+    folder = run.folder / "dpo-older"
+    flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)} --split 80,20,0"
+    flags += f" --eval-iters 1 --save {folder}"
+    begun = start(run, flags)
+    trained(begun.run, steps=2)
+    begun.run.marks = {}
+    begun.save()
+    rows = xxhash.xxh3_64()
+    for source in (begun.run.train_data.source, begun.run.valid_data.data.source):
+        for pair in (source[index] for index in range(len(source))):
+            for side in pair.values():
+                rows.update(side["tokens"].numpy().tobytes())
+                rows.update(side["loss_mask"].numpy().tobytes())
+    with safe_open(folder / REFERENCE, "pt") as file:
+        weights = file.metadata()["weights"]
+    metadata = {"pairs": rows.hexdigest(), "weights": weights}
+    reference = begun.run.objective.reference
+    save_file({"log_probs": reference}, folder / REFERENCE, metadata)
+    again = start(run, flags, load=folder)
+    assert torch.equal(again.run.objective.reference, reference)
+    return str(tuple(reference.shape))
 
 
 # --- LoRA ----------------------------------------------------------------------------------------
@@ -219,7 +306,10 @@ LORA = "--lora-r 4 --lora-alpha 8 --micro-batch-size 2"
 @CHECKS.add(world_size=2)
 def a_resumed_lora_run_goes_on(run: Run) -> str:
     flags = f"{TP2} {LORA} --lora-dropout 0.1 --data-path {chats(run)} --pack"
-    return resumed_losses(run, "lora", flags, flags, tolerance=0.0)
+    said = resumed_losses(run, "lora", flags, flags, tolerance=0.0)
+    state = json.loads((run.folder / "lora" / "iter_0000002" / "run.json").read_text())
+    assert state["base_model"].keys() == {"stored_as", "values"}, state
+    return said
 
 
 @CHECKS.add(world_size=2)
@@ -276,9 +366,13 @@ def ranks_take_one_reference_for_all_copies_of_the_weights(run: Run) -> str:
     torch.distributed.barrier()
     flags = f"{FLAGS} --stage dpo --micro-batch-size 4 --data-path {pairs(run)} "
     flags += f"--save {run.folder}/kept"
-    computed, kept = (start(run, flags, load=own).run.objective for _ in range(2))
-    assert torch.equal(computed.reference, kept.reference)
-    return str(tuple(kept.reference.shape))
+    references = []
+    for _ in range(2):
+        started = start(run, flags, load=own)
+        started.save()
+        references.append(started.run.objective.reference)
+    assert torch.equal(*references)
+    return str(tuple(references[0].shape))
 
 
 # --- shared --------------------------------------------------------------------------------------

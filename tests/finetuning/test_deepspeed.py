@@ -216,6 +216,26 @@ def test_all_weights_on_another_number_of_ranks_are_refused_with_the_way_out() -
     _check_cut(run, SavedZero(folder=Path("out"), state={**state, "world_size": 2}))
 
 
+@needs_deepspeed
+def test_a_resumed_dynamic_loss_scale_goes_on_by_the_rules_of_this_run() -> None:
+    """And a constant one, on either side, is what the flags say."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    from qwen2_ascend.finetuning.deepspeed.checkpoint import take_scale
+
+    rules: Any = {"min_scale": 1.0, "delayed_shift": 1, "consecutive_hysteresis": False}
+    saved = DynamicLossScaler(init_scale=2.0**8, scale_window=1000, **rules)
+    saved.cur_scale, saved.cur_iter, saved.last_overflow_iter = 128.0, 2, 0
+    own = DynamicLossScaler(init_scale=2.0**16, scale_window=7, **rules)
+    take_scale(own, saved)
+    assert (own.cur_scale, own.scale_window) == (128.0, 7)
+    assert (own.cur_iter, own.last_overflow_iter) == (2, 0)
+    constant = LossScaler(scale=64.0)
+    take_scale(constant, saved)
+    take_scale(own, constant)
+    assert constant.cur_scale == 64.0 and own.cur_scale == 128.0
+
+
 def model_and_chats(folder: Path) -> Path:
     from finetuning.finetune_worker import _write
 

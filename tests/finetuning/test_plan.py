@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ from unittest import mock
 import pytest
 
 from helpers import make_tiny_hugging_face_folder, tiny_config
+from logs import logged_lines
 from pasted.models import save_adapter
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning import plan as megatron
 from qwen2_ascend.finetuning import settings as tuning
+from qwen2_ascend.finetuning.base_model import base_marks
 from qwen2_ascend.finetuning.deepspeed import launch as deepspeed
 from qwen2_ascend.finetuning.deepspeed import settings as tuning_by_zero
 from qwen2_ascend.finetuning.saved_lora import find_saved_lora
@@ -136,6 +139,76 @@ def test_what_is_said_of_adapters_that_are_not_wanted_is_refused(
     for flags in ("--lora-alpha 32", "--lora-dropout 0", "--use-rslora --lora-alpha 2"):
         with pytest.raises(UserError, match=rf"{flags.split()[0]}.*: give --lora-r RANK or --lora"):
             planned(path, run, f"{start} {flags}")
+
+
+@pytest.fixture
+def run_on_iteration(run: Path) -> Path:
+    """The folder of the run that `run`'s base model is an iteration of; it has moved on since."""
+    folder = run.parent / "pretraining"
+    for number in (1, 2):
+        make_tiny_hugging_face_folder(folder / f"iter_000000{number}", tiny_config(), seed=number)
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    say(run, base=str(folder / "iter_0000001"))
+    return folder
+
+
+def say(run: Path, **changes: Any) -> None:
+    """Changes what the checkpoint in `run` says."""
+    file = run / "iter_0000002" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+def test_adapters_stay_on_the_iteration_that_they_began_on(
+    path: tuple[Any, Any], run: Path, run_on_iteration: Path
+) -> None:
+    """On rank 0, and on another whose node has a copy elsewhere."""
+    first = run_on_iteration / "iter_0000001"
+    plan = planned(path, run, f"--pretrained-checkpoint {run_on_iteration}")
+    assert plan.base.resolve() == first.resolve()
+    copy = run.parent / "copy"
+    shutil.copytree(run_on_iteration, copy)
+    settings, plans = path
+    words = f"{NEEDED} --load {run} --save {run} --pretrained-checkpoint {copy}".split()
+    assert plans.make_plan(settings.parse(words), plan.found).base == copy / "iter_0000001"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
+def test_another_base_model_is_refused_or_said(path: tuple[Any, Any], run: Path) -> None:
+    """By values where the checkpoint has a sample of them; an older one says where it was."""
+    base, other = run.parent / "hf", run.parent / "other"
+    make_tiny_hugging_face_folder(other, tiny_config(), seed=1)
+    with logged_lines() as said:
+        assert planned(path, run, f"--pretrained-checkpoint {other}").base == other
+    assert any(f"{other}; the adapters began on {base}" in line for line in said)
+
+    say(run, **base_marks(planned(path, run, "")))
+    shutil.copytree(base, run.parent / "moved")
+    assert planned(path, run, f"--pretrained-checkpoint {run.parent}/moved").saved is not None
+    with pytest.raises(UserError, match="is not the base model that the adapters in"):
+        planned(path, run, f"--pretrained-checkpoint {other}")
+    shutil.rmtree(base)
+    make_tiny_hugging_face_folder(base, tiny_config(), seed=1)
+    with pytest.raises(UserError, match=r"as it was then.*: the weights have other values"):
+        planned(path, run, "")
+
+
+def test_yarn_does_not_come_late_to_a_zero_run_of_all_weights(tmp_path: Path) -> None:
+    """The run goes on as it began; with --finetune its weights may begin a new one."""
+    folder = tmp_path / "zero"
+    iteration = make_tiny_hugging_face_folder(folder / "iter_0000002", tiny_config())
+    progress = {"iteration": 2, "consumed_samples": 2}
+    (iteration / "zero.json").write_text(json.dumps({"progress": progress}))
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    yarn = "--rope-scaling-type yarn --rope-scaling-factor 2 "
+    yarn += "--rope-scaling-original-max-position-embeddings 64"
+    assert planned(PATHS[1], folder, "").made()["iteration"] == 2
+    with pytest.raises(
+        UserError, match=r"the run in .*zero is without it, and goes on as it began"
+    ):
+        planned(PATHS[1], folder, yarn)
+    anew = planned(PATHS[1], folder, f"{yarn} --finetune --save {tmp_path}/new")
+    assert anew.saved is None and anew.config.yarn is not None
 
 
 def test_a_folder_that_is_not_there_yet_has_no_weights_to_merge_into(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_stopped_run_goes_on(world: World) -> None:
     """What was there stays; the torn line is made again."""
     run = world.runs["resumed"].require()
     assert "1 of 4 results are there already" in run.err
+    assert "stopped.jsonl.part is an older release's" in run.err
     found = rows(world.folder / "stopped.jsonl")
     assert found[0]["response"] == "KEPT"
     assert found[1:] == rows(world.folder / "out.jsonl")[1:]

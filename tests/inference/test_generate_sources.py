@@ -140,3 +140,25 @@ def test_an_interrupted_run_leaves_no_file_that_looks_whole(tmp_path: Path) -> N
     done = [json.loads(line) for line in lines]
     assert 0 < len(done) < len(rows)
     assert [row["prompt"] for row in done] == [row["prompt"] for row in rows[: len(done)]]
+    _only_the_same_goes_on(flags, part, rows)
+
+
+def _only_the_same_goes_on(flags: str, part: Path, rows: list[dict[str, str]]) -> None:
+    """No file mixes two models or two ways to choose; a complete one needs no model."""
+    model_with_tokenizer(part.parent / "other", ffn_hidden_size=64)
+    before = part.read_bytes()
+    for another, changed in (
+        (f"{flags} --temperature 2 --seed 1", ["sampling greedy", "(now drawn", "seed None (now"]),
+        (flags.replace("/hf ", "/other "), [f"with {part.parent}/hf: weights "]),
+    ):
+        told = run_python(LAUNCH, *another.split(), "--resume", status=2).err
+        assert f"--resume: {part} was begun otherwise" in told
+        assert [words for words in changed if words not in told] == []
+        assert part.read_bytes() == before
+    whole = "".join(f"{json.dumps({**row, 'response': 'kept'})}\n" for row in rows)
+    part.write_text(whole, encoding="utf-8")
+    told = run_python(LAUNCH, *flags.split(), "--resume").err
+    assert "all 60 results are there already" in told and "device cpu" not in told
+    out = part.with_suffix("")
+    assert out.read_text(encoding="utf-8") == whole
+    assert not list(part.parent.glob(f"{part.name}*"))

@@ -10,7 +10,7 @@ import pytest
 
 from data.chats import said, write_rows
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.inference.prompts import read_prompts
+from qwen2_ascend.inference.prompts import OutputFile, read_prompts
 from qwen2_ascend.inference.settings import PromptSettings
 
 BRIEF, LONG = said("system", "Be brief."), said("system", "Be long.")
@@ -65,3 +65,21 @@ def test_what_no_row_of_a_file_would_get_is_refused(flag: str, tmp_path: Path) -
         read(plain, plain)
     assert read(plain, plain, apply_chat_template=True) == 2
     assert read(plain, {"messages": [said("user", "q")]}) == 2
+
+
+def test_columns_that_a_result_replaces_do_not_hinder_a_resume(tmp_path: Path) -> None:
+    rows = [{"prompt": text, "response": "own", "finish_reason": "own"} for text in "ab"]
+    path, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
+    settings = PromptSettings(prompt_file=path, output_file=out)
+    stopped = OutputFile(settings, read_prompts(settings))
+    stopped.is_made_by({"weights": "1", "stop": ["x", 2]})
+    stopped.open()
+    stopped.add(0, {"response": "new", "finish_reason": "eos"})
+    assert stopped._file is not None
+    stopped._file.close()  # killed
+    settings = PromptSettings(prompt_file=path, output_file=out, resume=True)
+    again = OutputFile(settings, read_prompts(settings))
+    assert again.num_done == 1 and not again.is_complete
+    again.is_made_by({"weights": "1", "stop": ["x", 2]})
+    with pytest.raises(UserError, match=r"begun otherwise.*: weights 1 \(now 2\)\. Say what"):
+        again.is_made_by({"weights": "2", "stop": ["x", 2]})

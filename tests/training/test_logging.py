@@ -194,6 +194,24 @@ def test_tensorboard_has_the_losses_each_under_its_own_name(tmp_path: Path) -> N
     assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("train/validation")]
 
 
+def test_tensorboard_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = reporter(tensorboard_dir=tmp_path, log_interval=1)
+    for iteration in range(1, 5):
+        first.step(step(iteration))
+    first.validation(4, 1.5)
+    first.close()
+    second = reporter(tensorboard_dir=tmp_path, log_interval=1, first_iteration=2)
+    second.step(step(3, loss=9.0))
+    second.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 4.0), (2, 2.0), (3, 9.0)]
+    assert not events.Scalars("validation/loss")
+
+
 def test_without_the_report_extra_one_line_says_so(
     lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from commands import World, environment, run_commands, run_python
 from data.corpora import write_indexed
 from distributed.jobs import read_metrics
 from helpers import make_tiny_hugging_face_folder, tiny_config
+from logs import logged_lines
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pretrain_qwen2.py"
 SIZES = "--seq-length 16 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3"
@@ -205,3 +207,34 @@ def test_rank_0_checks_for_all_before_any_rank_is_joined() -> None:
     words = [LAUNCH, *flags.split(), *SIZES.split()]
     ended = run_python(*words, status=2, environ=rank_0_of_3).require(2)
     assert "tensor_model_parallel_size=3" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "was", "now", "is_said"),
+    [
+        (3300, 100, 200, False),
+        (3000, 100, 200, True),
+        (3000, 200, 100, True),
+        (900, 100, 100, False),
+    ],
+    ids=["within an epoch", "longer", "shorter", "the same"],
+)
+def test_another_order_of_the_data_is_said(tokens: int, was: int, now: int, is_said: bool) -> None:
+    """Where a resumed run takes another number of samples, and repeats its data for them."""
+    from qwen2_ascend.training.pretrain import log_another_order
+
+    data: Any = SimpleNamespace(
+        num_samples=now,
+        config=SimpleNamespace(sequence_length=16),
+        dataset=SimpleNamespace(sequence_lengths=np.array([tokens - 100, 100, 5000])),
+        indices=np.array([0, 1]),
+    )
+    plan: Any = SimpleNamespace(
+        saved_state={"opt_param_scheduler": {"wd_incr_steps": was}},
+        length=SimpleNamespace(num_samples=now),
+    )
+    with logged_lines() as lines:
+        log_another_order(plan, data)
+    assert [f"was to take {was} samples, and now takes {now};" in line for line in lines] == (
+        [True] if is_said else []
+    )

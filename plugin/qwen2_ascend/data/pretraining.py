@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -217,6 +218,28 @@ class PretrainingDatasetBuilder:
         with _process_group(), _cache_errors(config.path_to_cache), by_node:
             builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
             return PretrainingDatasets(*builder.build())
+
+
+def is_repeated(dataset: Any, share: float) -> bool:
+    """Whether some part of a blend is read more than once by `share` of the samples of `dataset`.
+
+    megatron-core shuffles the epochs of a part together, all of them or all but the last. So the
+    order of a part that is repeated depends on how many samples are wanted; that of one which lasts
+    does not.
+
+    Args:
+        dataset: a GPTDataset, a BlendedDataset of them, or DocumentRows around either.
+        share: above 1 for a dataset of more samples than these.
+    """
+    dataset = getattr(dataset, "data", dataset)
+    parts = getattr(dataset, "datasets", [dataset])
+    return any(
+        # a sample's last label is one token more
+        share * part.num_samples * part.config.sequence_length + 1
+        > part.dataset.sequence_lengths[part.indices].sum(dtype=np.int64)
+        for part in parts
+        if part.num_samples is not None
+    )
 
 
 def split_matrix(split: str) -> list[tuple[float, float]]:

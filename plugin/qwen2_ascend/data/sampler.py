@@ -3,7 +3,8 @@
 The order is Megatron's (`MegatronPretrainingSampler`): samples go out in the order of the dataset,
 which is shuffled already, `micro_batch_size` at a time to each data-parallel rank in turn. Nothing
 is remembered between batches, so a run continues exactly where it stopped at any data-parallel
-size that divides its global batch.
+size that divides its global batch, as long as the dataset's order is what it was: that of several
+epochs depends on how many samples the run is to take (`pretraining.is_repeated`).
 """
 
 from __future__ import annotations

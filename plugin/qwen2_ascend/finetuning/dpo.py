@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,6 @@ from torch.nn.functional import logsigmoid, relu
 
 from qwen2_ascend.data.chat.dataset import EpochDataset
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.files import write_file
 from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.finetuning.settings import FinetuneSettings, TuningSettings
 from qwen2_ascend.model.sequence_cut import is_first_part, sum_over_parts
@@ -35,6 +34,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "dpo_reference.safetensors"
+TRAIN, VALID = "train", "valid"
+_KEYS = {TRAIN: "", VALID: "valid_"}
+"""What the names in REFERENCE_FILE of each source begin with."""
+MARK = "dpo_reference"
+"""What a checkpoint calls the digest of the reference that its run uses."""
+UNSCORED = (
+    "validation: not done, since the model as it was when the run began has not scored these "
+    "pairs; give the validation data that it began with, or begin a new run to have it"
+)
 METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
 
 
@@ -117,11 +125,12 @@ def prepare_dpo(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> None:
         UserError: a run is resumed whose reference is lost, or was made of other pairs.
     """
     run.rows_per_sample, run.metric_names = 2, METRIC_NAMES
-    sources = [data.source for data in (run.train_data, run.valid_data) if data is not None]
+    reference = _reference(run, plan)
+    log_probs = [reference[TRAIN].log_probs]
     if run.valid_data is not None:
-        run.valid_data = _Numbered(run.valid_data, first=len(sources[0]))
-    reference = _reference(run, plan, sources)
-    run.objective = DpoObjective(reference.to(run.runtime.device), plan.settings.tuning)
+        run.valid_data = _Numbered(run.valid_data, first=len(log_probs[0]))
+        log_probs.append(reference[VALID].log_probs)
+    run.objective = DpoObjective(torch.cat(log_probs).to(run.runtime.device), plan.settings.tuning)
 
 
 class _Numbered:
@@ -142,40 +151,38 @@ class _Numbered:
         return batch
 
 
-def _reference(
-    run: TrainingRun, plan: RunPlan[FinetuneSettings], sources: list[Any]
-) -> torch.Tensor:
-    """Log-probabilities `[pairs, 2]` of all sources on every rank, computed now or kept from
-    before."""
+def _reference(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> Mapping[str, _Scored]:
+    """What is said of each source of `run` on every rank, computed now or kept from before.
+
+    Without validation where a resumed run's has not been scored by the model it began as.
+    """
+    sources = {TRAIN: run.train_data.source}
+    if run.valid_data is not None:
+        sources[VALID] = run.valid_data.source
     identity, kept = made_by_first(lambda: _kept_reference(plan, sources))
-    save = plan.settings.checkpoint.save
-    if kept is not None:
-        path, reference = kept
-        logger.info(f"reference log-probabilities: {path}")
-        if save is not None and save.absolute() != path.parent.absolute():
-            # a later start may know that folder alone; the reference stays that of its weights
-            _keep(run, save, reference)
-        return reference.log_probs
-    parts = []
-    for source in sources:
+    scored = dict(kept.scored) if kept else {}
+    for name, source in sources.items():
+        pairs = identity.pairs[name]
+        if name in scored and scored[name].pairs == pairs:
+            continue
+        if plan.saved is not None:  # its model is not what it was at the start
+            logger.info(UNSCORED)
+            run.valid_data = None
+            continue
         logger.info(f"reference log-probabilities of {len(source):,} pairs: computing")
-        parts.append(reference_log_probs(run, source))
-    log_probs = torch.cat(parts)
-    if save is not None:
-        _keep(run, save, _Kept(log_probs, **identity))
-    return log_probs
-
-
-def _keep(run: TrainingRun, folder: Path, reference: _Kept) -> None:
-    if run.runtime.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        reference.write(folder / REFERENCE_FILE)
+        scored[name] = _Scored(reference_log_probs(run, source), pairs)
+    run.marks = {**run.marks, MARK: scored[TRAIN].digest()}
+    if plan.settings.checkpoint.save is not None and run.runtime.rank == 0:
+        # a later start may know that folder alone; the reference stays that of its weights
+        reference = _Kept(kept.weights if kept else identity.weights, scored)
+        run.beside = {**run.beside, REFERENCE_FILE: reference.encoded()}
+    return scored
 
 
 def _kept_reference(
-    plan: RunPlan[FinetuneSettings], sources: list[Any]
-) -> tuple[dict[str, str], tuple[Path, _Kept] | None]:
-    """What pairs and weights these are; and their file with what it says, if there is one.
+    plan: RunPlan[FinetuneSettings], sources: Mapping[str, Any]
+) -> tuple[_Identity, _Kept | None]:
+    """What pairs and weights these are; and what a file says of them, if there is one.
 
     Raises:
         UserError: a run is resumed whose reference is lost, or was made of other pairs.
@@ -183,14 +190,26 @@ def _kept_reference(
     identity, resumed, save = _identity(plan, sources), plan.saved, plan.settings.checkpoint.save
     folders = [resumed.folder.parent] if resumed else []
     folders += [save] if save else []
+    began_with, others = plan.saved_state.get(MARK), []
     for folder in dict.fromkeys(folders):
-        if (kept := _Kept.read(folder / REFERENCE_FILE)) is None:
+        path = folder / REFERENCE_FILE
+        kept = _Kept.read(path, identity)
+        if kept is None or kept.scored[TRAIN].pairs != identity.pairs[TRAIN]:
             continue
-        if kept.pairs == identity["pairs"] and (resumed or kept.weights == identity["weights"]):
-            return identity, (folder / REFERENCE_FILE, kept)
+        if resumed and began_with not in (None, kept.scored[TRAIN].digest()):
+            others.append(str(path))
+        elif resumed or kept.weights == identity.weights:
+            logger.info(f"reference log-probabilities: {path}")
+            return identity, kept
     if resumed is None:
         return identity, None
     anew = resumed.start_anew if isinstance(resumed, SavedLora) else "--finetune"
+    if others:
+        raise UserError(
+            f"{resumed.folder} is resumed, and {' and '.join(others)} is not the reference that it "
+            "began with: another run, on other weights, has written it. Put the file of this run "
+            f"back, or begin a new run with {anew} and another --save."
+        )
     raise UserError(
         f"{resumed.folder} is resumed, and there is no {REFERENCE_FILE} of these pairs in "
         f"{' or '.join(map(str, folders))}: what the model said at the start is lost. Put the "
@@ -249,48 +268,101 @@ def _from_last_stages(run: TrainingRun, found: torch.Tensor) -> torch.Tensor:
     return sums[:, :2] / sums[:, 2:]
 
 
-def _identity(plan: RunPlan[FinetuneSettings], sources: list[Any]) -> dict[str, str]:
+class _Identity(NamedTuple):
     """What rank 0 tells the pairs and the reference's weights by."""
-    pairs = xxhash.xxh3_64()
-    for row in _rows(sources):
-        pairs.update(row)
+
+    pairs: dict[str, str]
+    """A hash of each source's pairs."""
+    num_train: int
+    all_pairs: str
+    """The hash of all of them, as the files of older releases have it."""
+    weights: str
+
+
+def _identity(plan: RunPlan[FinetuneSettings], sources: Mapping[str, Any]) -> _Identity:
+    all_pairs, pairs = xxhash.xxh3_64(), {}
+    for name, source in sources.items():
+        own = xxhash.xxh3_64()
+        for row in _rows(source):
+            own.update(row)
+            all_pairs.update(row)
+        pairs[name] = own.hexdigest()
     files = [] if plan.source is None else list(plan.source.files)
     if plan.settings.lora.lora_load is not None:
         files += sorted(plan.settings.lora.lora_load.glob("adapter_*"))
     stats = [(path.resolve(), path.stat()) for path in files]
     weights = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     seed = None if files else plan.settings.runtime.seed
-    return {"pairs": pairs.hexdigest(), "weights": json.dumps([weights, seed])}
+    return _Identity(pairs, len(sources[TRAIN]), all_pairs.hexdigest(), json.dumps([weights, seed]))
 
 
-def _rows(sources: list[Any]) -> Iterator[bytes]:
-    for source in sources:
-        for index in range(len(source)):
-            for side in source[index].values():
-                yield side["tokens"].numpy().tobytes()
-                yield side["loss_mask"].numpy().tobytes()
+def _rows(source: Any) -> Iterator[bytes]:
+    for index in range(len(source)):
+        for side in source[index].values():
+            yield side["tokens"].numpy().tobytes()
+            yield side["loss_mask"].numpy().tobytes()
+
+
+class _Scored(NamedTuple):
+    """What the reference says of a source."""
+
+    log_probs: torch.Tensor
+    """`[pairs, 2]`, chosen and rejected, on the host."""
+    pairs: str
+    """The hash of the pairs."""
+
+    def digest(self) -> str:
+        """Tells these log-probabilities from those of other weights."""
+        return xxhash.xxh3_64_hexdigest(self.log_probs.contiguous().numpy().tobytes())
+
+
+def _of_sources(scored: dict[str, _Scored], identity: _Identity) -> dict[str, _Scored]:
+    """`scored` by source; older releases put both into one, and have hashed them together."""
+    both = scored[TRAIN]
+    if VALID in scored or VALID not in identity.pairs or both.pairs != identity.all_pairs:
+        return scored
+    parts = both.log_probs.split([identity.num_train, len(both.log_probs) - identity.num_train])
+    return {
+        name: _Scored(part, identity.pairs[name])
+        for name, part in zip((TRAIN, VALID), parts, strict=True)
+    }
 
 
 class _Kept(NamedTuple):
     """The contents of REFERENCE_FILE."""
 
-    log_probs: torch.Tensor
-    pairs: str
     weights: str
+    scored: Mapping[str, _Scored]
+    """By TRAIN, and VALID where there is one."""
 
     @classmethod
-    def read(cls, path: Path) -> _Kept | None:
+    def read(cls, path: Path, identity: _Identity) -> _Kept | None:
+        """What the file says; None where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
         if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                return cls(file.get_tensor("log_probs"), metadata["pairs"], metadata["weights"])
+                said = file.metadata() or {}
+                scored = {
+                    name: _Scored(file.get_tensor(f"{key}log_probs"), said[f"{key}pairs"])
+                    for name, key in _KEYS.items()
+                    if name == TRAIN or f"{key}pairs" in said
+                }
+                return cls(said["weights"], _of_sources(scored, identity))
         except (SafetensorError, KeyError) as error:
             raise UserError(
                 f"{path} is damaged ({error}); delete it to compute it again."
             ) from None
 
-    def write(self, path: Path) -> None:
-        metadata = {"pairs": self.pairs, "weights": self.weights}
-        write_file(path, save_tensors({"log_probs": self.log_probs.contiguous()}, metadata))
+    def encoded(self) -> bytes:
+        """The file."""
+        metadata, tensors = {"weights": self.weights}, {}
+        for name, key in _KEYS.items():
+            if name in self.scored:
+                tensors[f"{key}log_probs"] = self.scored[name].log_probs.contiguous()
+                metadata[f"{key}pairs"] = self.scored[name].pairs
+        return save_tensors(tensors, metadata)

@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen2_ascend.data.chat.build import ChatDatasetBuilder, ChatDatasets
 from qwen2_ascend.finetuning.adapter import load_adapter
+from qwen2_ascend.finetuning.base_model import base_marks
 from qwen2_ascend.finetuning.dpo import prepare_dpo
 from qwen2_ascend.finetuning.exports import finish, is_all_done
 from qwen2_ascend.finetuning.lora import apply_lora
@@ -70,10 +71,17 @@ def prepare(
     )
     if settings.tuning.stage == "dpo":
         prepare_dpo(run, plan)
+    mark_base(run, plan)
     resume_if_saved(run, plan)
     if isinstance(plan.saved, SavedLora) and (storage := lora_storage(run, plan)):
         log_resumed(run, plan.saved.folder, storage.resume(plan.saved))
     return run, plan
+
+
+def mark_base(run: TrainingRun, plan: RunPlan[Any]) -> None:
+    """Has the checkpoints of a LoRA run say what its base model is; rank 0 writes that."""
+    if plan.lora is not None and run.runtime.rank == 0:
+        run.marks = {**run.marks, **base_marks(plan)}
 
 
 def lora_storage(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> MegatronLora | None:

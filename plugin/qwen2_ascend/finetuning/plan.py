@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
 from qwen2_ascend.errors import UserError
+from qwen2_ascend.finetuning.base_model import base_folder, require_same_base
 from qwen2_ascend.finetuning.exports import find_exports
 from qwen2_ascend.finetuning.saved_lora import find_saved_lora
 from qwen2_ascend.finetuning.settings import LORA_FIELDS, F, LoraSettings
@@ -69,7 +70,9 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
     started = _adapter(settings.lora) or lora  # the run's first weights
     if replace(started, **{"dropout": lora.dropout, **settings.lora.said()}) != lora:
         raise UserError(f"--load {load}: is a run with {_described(lora)}; {SAME_OR_NOTHING}")
-    base = settings.model.pretrained_checkpoint or saved.base
+    given = settings.model.pretrained_checkpoint
+    # the other ranks' folder may be a copy: rank 0 tells them where in it the base is
+    base = base_folder(given, saved) if found is None else given or saved.base
     if base is None or not base.exists():
         raise UserError(
             f"{saved.folder}: its base model was {base or 'random'}, which is not there; name it "
@@ -80,6 +83,10 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
     settings = replace(settings, model=model, lora=LoraSettings.of(lora))
     plan = plans.make_plan(settings, found)
     folders = {**plan.found.folders, "load": within(load, saved.folder)}
+    if found is None and plan.source is not None:
+        require_same_base(saved, plan.source)
+        where = given or base
+        folders["pretrained_checkpoint"] = within(where.resolve(), plan.source.folder.resolve())
     return replace(
         plan,
         saved=saved,

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+import xxhash
 
 from qwen2_ascend.checkpoint.readers.base import Source
+from qwen2_ascend.checkpoint.sample import sample_of
 from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.inference.chat import Manner, chat
 from qwen2_ascend.inference.demonstration import Demonstration
@@ -19,11 +23,18 @@ from qwen2_ascend.inference.opening import (
     start_engine,
 )
 from qwen2_ascend.inference.pasted import GENERATE_FLAGS
-from qwen2_ascend.inference.prompts import OutputFile, Prompt, Terminal, read_prompts
+from qwen2_ascend.inference.prompts import (
+    MODEL,
+    RESULTS,
+    OutputFile,
+    Prompt,
+    Terminal,
+    read_prompts,
+)
 from qwen2_ascend.inference.settings import GenerateSettings, validate
 from qwen2_ascend.inference.text_settings import TextSettings, text_settings
 from qwen2_ascend.inference.tokenizer import Tokenizer
-from qwen2_ascend.machine import world_size
+from qwen2_ascend.machine import rank, world_size
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.vocabulary import unknown_tokens
 
@@ -85,6 +96,14 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     requests = _requests(prompts, tokenizer, source, text)
     text.check(requests, source.config.vocab_size)
     num_done = output.num_done if output else 0
+    if output is not None:
+        output.is_made_by(_made_by(settings, opened, text, requests))
+        if output.is_complete:
+            logger.info(f"all {num_done} results are there already")
+            if rank() == 0:
+                output.open()
+                output.close()
+            return
 
     num_rows = min(settings.prompts.batch_size, len(requests))
     runtime, engine = start_engine(settings.model, opened, num_rows=num_rows)
@@ -94,6 +113,29 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     generator = text.generator(engine, tokenizer)
     _run(generator, requests[num_done:], prompts, output, runtime)
     runtime.close()
+
+
+def _made_by(
+    settings: GenerateSettings,
+    opened: OpenedModel,
+    text: TextSettings,
+    requests: Sequence[Request],
+) -> dict[str, Any]:
+    """What texts depend on besides the prompts, in plain values by the words for a message."""
+    source, adapter, sampling = opened.source, opened.adapter, text.sampling
+    said: dict[str, Any] = {MODEL: str(settings.model.load)}
+    said["weights"] = sample_of(source.held)["values"]
+    if adapter is not None:
+        said["adapter"] = f"{sample_of(adapter.held)['values']}, {adapter.lora.describe(None)}"
+    said["dtype"] = settings.model.dtype(source.config)
+    said["sampling"] = f"{'drawn' if sampling.do_sample else 'greedy'} {dict(sampling.options)}"
+    if sampling.do_sample:
+        said["seed"] = settings.sampling.seed
+    said["length"] = text.defaults.describe_length(settings.sampling)
+    said["stop"] = [*text.stop, *text.eos_tokens]
+    # by the tokenizer and its chat template
+    said["tokens of the first prompt"] = xxhash.xxh3_64_hexdigest(repr(requests[0].tokens).encode())
+    return said
 
 
 def _log(settings: GenerateSettings, source: Source, more: Iterable[str]) -> None:
@@ -169,13 +211,8 @@ def _run(
         if terminal is not None:
             terminal.end(done.index)
         elif is_first and output is not None:
-            result = {
-                "response": done.text,
-                "finish_reason": done.finish_reason,
-                "num_prompt_tokens": lengths[done.index],
-                "num_new_tokens": len(done.tokens),
-            }
-            output.add(done.index, result)
+            new = (done.text, done.finish_reason, lengths[done.index], len(done.tokens))
+            output.add(done.index, dict(zip(RESULTS, new, strict=True)))
     if is_first and output is not None:
         output.close()
     seconds = time.monotonic() - start

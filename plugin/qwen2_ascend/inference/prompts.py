@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qwen2_ascend.errors import UserError, at_most, raise_if
-from qwen2_ascend.files import json_kind, json_value, output_faults
+from qwen2_ascend.files import json_kind, json_value, output_faults, read_bytes, write_file
 from qwen2_ascend.inference.settings import PromptSettings
 from qwen2_ascend.prompt_types import PromptType
+
+logger = logging.getLogger(__name__)
+
+RESULTS = ("response", "finish_reason", "num_prompt_tokens", "num_new_tokens")
+"""What a result adds to its prompt's line, in place of columns of the same names."""
+MODEL = "model"
+"""Where the model is, in what is said of how results are made; it is not compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,8 @@ def _with_template(row: dict[str, Any], settings: PromptSettings) -> dict[str, A
 class OutputFile:
     """Results of all `prompts` as JSONL, in their order, written as FILE.part until complete.
 
+    FILE.part.json beside it says what else the results depend on.
+
     Raises:
         UserError: it is there already, or FILE.part is not the beginning of this run.
     """
@@ -157,6 +167,39 @@ class OutputFile:
         self.num_done = self._find_done() if resume and self._part.exists() else 0
         """Results that a stopped run has left."""
         self._next = self.num_done
+        self._made_by: Mapping[str, Any] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all results are there, and only the name is missing."""
+        return self.num_done == len(self._prompts)
+
+    def is_made_by(self, made_by: Mapping[str, Any]) -> None:
+        """Says what the results depend on besides their prompts, before any is written.
+
+        Raises:
+            UserError: results that a stopped run has left are of another model, or were chosen
+                otherwise.
+        """
+        self._made_by = made_by
+        if not self.num_done:
+            return
+        if not self._made_by_file.exists():
+            logger.info(
+                f"{self._part} is an older release's, which does not say by which model and "
+                "options it was begun; it goes on with these"
+            )
+            return
+        was = self._read_made_by()
+        names = [name for name in {**was, **made_by} if name != MODEL]  # which may have moved
+        changed = [name for name in names if was.get(name) != made_by.get(name)]
+        if changed:
+            shown = (f"{name} {was.get(name)} (now {made_by.get(name)})" for name in changed)
+            raise UserError(
+                f"--resume: {self._part} was begun otherwise, with {was.get(MODEL)}: "
+                f"{'; '.join(shown)}. Say what it was "
+                "begun with, or --overwrite to begin anew."
+            )
 
     def open(self) -> None:
         """Begins to write; on one rank only.
@@ -167,6 +210,7 @@ class OutputFile:
         try:
             self._file = self._part.open("a" if self.num_done else "w", encoding="utf-8")
             self._file.truncate(self._kept_bytes)
+            write_file(self._made_by_file, json.dumps(self._made_by, indent=1).encode())
         except OSError as error:
             raise UserError(f"--output-file {self._part}: {error.strerror}.") from None
 
@@ -186,6 +230,21 @@ class OutputFile:
         os.fsync(self._file.fileno())
         self._file.close()
         self._part.replace(self._path)
+        self._made_by_file.unlink(missing_ok=True)
+
+    @property
+    def _made_by_file(self) -> Path:
+        return self._part.with_name(f"{self._part.name}.json")
+
+    def _read_made_by(self) -> dict[str, Any]:
+        try:
+            was = json_value(read_bytes(self._made_by_file))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--resume: {self._made_by_file} cannot be read ({error}), so it is not known "
+                f"which model has made {self._part}; say --overwrite to begin anew."
+            ) from None
+        return was if isinstance(was, dict) else {}
 
     def _find_done(self) -> int:
         """Whole lines of FILE.part; a torn last one does not count."""
@@ -197,7 +256,8 @@ class OutputFile:
                 found = json_value(line)
             except ValueError:
                 found = None
-            wanted = self._prompts[number].row
+            row = self._prompts[number].row
+            wanted = {key: value for key, value in row.items() if key not in RESULTS}
             if not isinstance(found, dict) or "response" not in found:
                 raise UserError(self._another_run(number))
             if any(found.get(key) != value for key, value in wanted.items()):

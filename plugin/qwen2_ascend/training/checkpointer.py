@@ -45,6 +45,7 @@ class Run(Protocol):
     settings: Any
     runtime: Runtime
     progress: Any
+    beside: Mapping[str, bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,8 @@ class Checkpointer:
     def claim(self) -> None:
         """Takes the folder, so that no other run saves into it, and puts right what a kill left.
 
+        What the run keeps beside its checkpoints is written now.
+
         Raises:
             UserError: another run has it, or it cannot be written.
         """
@@ -106,6 +109,9 @@ class Checkpointer:
                 self._lock.acquire()
                 iterations.recover(self._save)
                 self._remove_older(self._run.progress.iteration)
+                for name, data in self._run.beside.items():
+                    self._save.mkdir(exist_ok=True)
+                    write_file(self._save / name, data)
             except OSError as error:
                 raise UserError(
                     f"--save {self._save}: cannot be written: {error.strerror}."

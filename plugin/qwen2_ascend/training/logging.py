@@ -97,7 +97,10 @@ class Reporter:
         log_above(self._bar)
         if tensorboard_dir:
             self._tensorboard = attempt(
-                f"TensorBoard in {tensorboard_dir}", _tensorboard_writer, tensorboard_dir
+                f"TensorBoard in {tensorboard_dir}",
+                _tensorboard_writer,
+                tensorboard_dir,
+                first_iteration,
             )
         if self.report_dir:
             attempt(METRICS_FILE, _forget_after, self.report_dir / METRICS_FILE, first_iteration)
@@ -334,10 +337,12 @@ def _forget_after(metrics: Path, iteration: int) -> None:
     write_file(metrics, "".join(f"{line}\n" for line in kept).encode())
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _tensorboard_writer(folder: Path, first_iteration: int) -> Any:
+    """What writes events, after which a reader drops those of an earlier run beyond the checkpoint
+    that this one goes on from; None without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.info("--tensorboard-dir: tensorboard is not installed (pip: qwen2-ascend[report]).")
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first_iteration + 1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -144,6 +144,11 @@ class TrainingRun:
     """Rows of a batch that one sample makes: 2 for a preference pair."""
     before_update: Callable[[], None] = lambda: None
     """Called in every step before weights or optimizer state change."""
+    marks: Mapping[str, Any] = field(default_factory=dict)
+    """What every checkpoint says of the run besides its progress."""
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    """Files, on rank 0, that lie beside the checkpoints from the moment the folder is this run's;
+    not before, when another run may be saving into it."""
 
     @property
     def global_batch_size(self) -> int:

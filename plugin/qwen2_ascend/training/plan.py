@@ -103,12 +103,18 @@ class RunPlan(Generic[S_co]):
         """How long the run is; with --num-train-epochs known after `with_epochs`."""
         return self.settings.length(self.world_size, **self.made())
 
+    @property
+    def saved_state(self) -> Mapping[str, Any]:
+        """What the checkpoint that is resumed says of its run; empty where none is resumed."""
+        if self.saved is None:
+            return {}
+        return getattr(self.saved, "common", None) or self.saved.state  # pyright: ignore
+
     def made(self) -> dict[str, int]:
         """Steps made and samples consumed by the run that is resumed."""
         if self.saved is None:
             return {"iteration": 0, "consumed_samples": 0}
-        state = getattr(self.saved, "common", None) or self.saved.state  # pyright: ignore
-        progress = state["progress"]
+        progress = self.saved_state["progress"]
         return {name: int(progress[name]) for name in ("iteration", "consumed_samples")}
 
     def with_epochs(self, samples_per_epoch: int) -> RunPlan[S_co]:
@@ -191,11 +197,8 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         # the optimizer's state has as many rows as the weights had
         model = replace(model, padded_vocab_size=saved.padded_vocab_size)
     config = settings.config_of_run(source.config)
-    if saved and not saved.is_foreign and config != source.config:
-        raise UserError(
-            f"--rope-scaling-type yarn: the run in {load} is without it, and goes on as it began; "
-            "leave it out, or begin a new run from its weights with --finetune and another --save."
-        )
+    if saved and not saved.is_foreign:
+        require_same_positions(folder, config, source)
     return RunPlan(
         settings=replace(settings, model=model),
         config=config,
@@ -204,6 +207,24 @@ def make_plan(settings: S, found: Found | None = None) -> RunPlan[S]:
         saved=saved,
         found=found or Found({what: within(folder, source.folder)}),
     )
+
+
+def require_same_positions(load: Path, config: Qwen2Config, source: Source) -> None:
+    """Refuses YaRN for a run that goes on and began without it.
+
+    Args:
+        load: the run's folder.
+        config: what the flags make of the model.
+        source: the run's weights.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if config != source.config:
+        raise UserError(
+            f"--rope-scaling-type yarn: the run in {load} is without it, and goes on as it began; "
+            "leave it out, or begin a new run from its weights with --finetune and another --save."
+        )
 
 
 def _load(settings: TrainingSettings, found: Found | None) -> Path | None:

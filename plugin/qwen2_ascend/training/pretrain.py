@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder
+from qwen2_ascend.data.pretraining import PretrainingDatasetBuilder, is_repeated
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.training.loop import TrainingRun
@@ -58,7 +58,22 @@ def prepare(plan: RunPlan[PretrainSettings], runtime: Runtime) -> TrainingRun:
         length=plan.length,
     )
     resume_if_saved(run, plan)
+    if runtime.rank == 0 and not plan.settings.data.mock_data:
+        log_another_order(plan, train_data)
     return run
+
+
+def log_another_order(plan: RunPlan[PretrainSettings], train_data: Any) -> None:
+    """Says where a resumed run may read its data in another order than it began with."""
+    schedule = plan.saved_state.get("opt_param_scheduler") or {}
+    was, now = schedule.get("wd_incr_steps"), plan.length.num_samples
+    if was in (None, now) or not is_repeated(train_data, max(was, now) / now):
+        return
+    logger.info(
+        f"data: the run that is resumed was to take {was:,} samples, and now takes {now:,}; the "
+        "order of data that is read more than once depends on that, so some samples may come "
+        "again and others not at all; --train-iters and --global-batch-size as they were keep it"
+    )
 
 
 def pretraining_data(plan: RunPlan[PretrainSettings]) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from qwen2_ascend.training.rng_state import set_rng_state
 def progress_state(run: TrainingRun) -> dict[str, Any]:
     """What `restore_progress` puts back, in plain values."""
     return {
+        **run.marks,
         "progress": asdict(run.progress),
         "opt_param_scheduler": run.schedule.state_dict(),
     }

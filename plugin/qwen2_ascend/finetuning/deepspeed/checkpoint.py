@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def resume_zero(run: ZeroRun, saved: SavedZero) -> list[str]:
         notes.append("the checkpoint has no optimizer state: Adam's moments start at zero")
     elif not settings.no_load_optim:
         _check_cut(run, saved)
-        _load_engine(run, saved.folder)
+        with _settings_kept(run.optimizer):
+            _load_engine(run, saved.folder)
     notes += restore_progress(run, state, with_schedule=not settings.no_load_optim)
     if not settings.no_load_rng and state["rng"]:
         same_ranks = state["world_size"] == run.runtime.world_size
@@ -136,6 +138,29 @@ def _load_engine(run: ZeroRun, folder: Path) -> None:
         ) from error
     if path is None:
         raise UserError(f"{folder / TAG}: there is no DeepSpeed checkpoint; --no-load-optim.")
+
+
+@contextmanager
+def _settings_kept(zero: Any) -> Iterator[None]:
+    """What the flags say of the optimizer stays as it is while DeepSpeed loads its state.
+
+    DeepSpeed takes over how the run that is resumed clipped, scaled its loss and averaged.
+    """
+    clip_grad, scaler = zero.clip_grad, zero.loss_scaler
+    said = [{name: group[name] for name in ("betas", "eps")} for group in zero.param_groups]
+    yield
+    zero.clip_grad = clip_grad
+    for group, own in zip(zero.param_groups, said, strict=True):
+        group.update(own)
+    take_scale(scaler, zero.loss_scaler)
+    zero.loss_scaler, zero.dynamic_loss_scale = scaler, scaler.dynamic
+
+
+def take_scale(scaler: Any, saved: Any) -> None:
+    """Goes on from the scale of `saved` where both are dynamic, by the rules of `scaler`."""
+    if scaler.dynamic and saved.dynamic:
+        for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
+            setattr(scaler, name, getattr(saved, name))
 
 
 def _safe(inner: Any) -> Any:

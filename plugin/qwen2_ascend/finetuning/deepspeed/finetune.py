@@ -10,7 +10,7 @@ from qwen2_ascend.finetuning.deepspeed.lora_checkpoint import ZeroLora
 from qwen2_ascend.finetuning.deepspeed.saved import SavedZero
 from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings
 from qwen2_ascend.finetuning.exports import finish, is_all_done
-from qwen2_ascend.finetuning.finetune import adapter_to_load, chat_data
+from qwen2_ascend.finetuning.finetune import adapter_to_load, chat_data, mark_base
 from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.training.checkpointer import Checkpointer
@@ -50,6 +50,7 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[ZeroRun, Plan]:
         valid_data=data.valid,
         adapter=adapter_to_load(plan),
     )
+    mark_base(run, plan)
     saved = plan.saved
     if isinstance(saved, SavedLora) and (storage := lora_storage(run, plan)):
         log_resumed(run, saved.folder, storage.resume(saved))

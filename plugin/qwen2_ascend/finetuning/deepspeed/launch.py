@@ -11,7 +11,13 @@ from qwen2_ascend.finetuning.deepspeed.settings import ZeroFinetuneSettings, val
 from qwen2_ascend.finetuning.launch import check_data
 from qwen2_ascend.finetuning.plan import plan_of_run, with_exports
 from qwen2_ascend.training.launch import launch
-from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
+from qwen2_ascend.training.plan import (
+    Found,
+    RunPlan,
+    folder_of,
+    require_same_positions,
+    within,
+)
 from qwen2_ascend.training.saved_run import SavedRun
 
 if TYPE_CHECKING:
@@ -54,7 +60,10 @@ def make_plan(
         plan = plan_of_run(replace(settings, model=model), told)
         folders = {**plan.found.folders, "load": within(load, saved.folder)}
         plan = replace(plan, found=plan.found._replace(folders=folders))
-        plan = plan if settings.model.finetune else replace(plan, saved=saved)
+        if not settings.model.finetune:
+            assert plan.source is not None
+            require_same_positions(load, plan.config, plan.source)
+            plan = replace(plan, saved=saved)
     if isinstance(plan.saved, SavedRun):
         raise UserError(
             f"--load {load}: holds a run of megatron-core's, which launch/finetune_qwen2.py "
