@@ -443,7 +443,7 @@ def test_flags_that_mean_nothing_for_the_target_are_refused(tmp_path):
     assert "--target-tensor-parallel-size: for shards only" in message
     message = refused("hf", "--save-format", "torch_dist")
     assert "--save-format torch_dist: for shards only" in message
-    assert "--max-shard-size: for Hugging Face" in refused("mg", "--max-shard-size", "2GB")
+    assert "--max-shard-size: for a Hugging Face" in refused("mg", "--max-shard-size", "2GB")
     convert(tmp_path / "mg", tmp_path / "back", *tp(1), *pp(1), to="hf").require()
     flags = ["--save-format", "safetensors", "--max-shard-size", "2GB"]
     convert(tmp_path / "mg", tmp_path / "said", *flags, to="hf").require()
