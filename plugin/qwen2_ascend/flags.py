@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any
 
 import tyro
@@ -44,6 +46,19 @@ def number_faults(
 def flag_of(field: str) -> str:
     """The flag that sets a field: --micro-batch-size."""
     return f"--{field.replace('_', '-')}"
+
+
+def given_flags(group: Any, names: Collection[str] | None = None) -> list[str]:
+    """The flags of a group of settings, or of its fields that are named, that have no default."""
+    return [
+        flag_of(one.name)
+        for one in fields(group)
+        if (names is None or one.name in names) and getattr(group, one.name) != _default(one)
+    ]
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def layer_list(text: str | None) -> tuple[int, ...] | None:

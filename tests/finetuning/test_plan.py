@@ -93,6 +93,8 @@ def test_a_run_that_goes_on_is_not_said_to_begin(path: tuple[Any, Any], run: Pat
     plan = planned(path, run, f"{fault.partition(' on its adapter with ')[2].rstrip('.')} {new}")
     assert plan.saved is None and plan.lora == replace(LORA, dropout=0)
     assert plan.settings.lora.lora_load == run / "iter_0000002"
+    again = planned(path, run, "--finetune")  # as when it was begun, and then was killed
+    assert again.saved is not None and again.lora == LORA
 
 
 def test_a_lost_reference_sends_no_adapter_where_it_is_refused(run: Path) -> None:
@@ -103,10 +105,10 @@ def test_a_lost_reference_sends_no_adapter_where_it_is_refused(run: Path) -> Non
     assert saved is not None
     settings = SimpleNamespace(checkpoint=SimpleNamespace(save=None))
     whole = SimpleNamespace(folder=saved.folder)
-    for resumed, way_out in ((saved, saved.start_anew), (whole, "--finetune")):
-        plan: Any = SimpleNamespace(saved=resumed, settings=settings)
+    for resumed, way_out in ((saved, saved.start_anew()), (whole, "--finetune")):
+        plan: Any = SimpleNamespace(saved=resumed, saved_state={}, settings=settings)
         with mock.patch.object(dpo, "_identity"), pytest.raises(UserError) as caught:
-            dpo._kept_reference(plan, [])
+            dpo._kept_reference(plan, {})
         assert str(caught.value).endswith(f"begin a new run with {way_out}.")
 
 

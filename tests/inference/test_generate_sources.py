@@ -149,7 +149,7 @@ def _only_the_same_goes_on(flags: str, part: Path, rows: list[dict[str, str]]) -
     before = part.read_bytes()
     for another, changed in (
         (f"{flags} --temperature 2 --seed 1", ["sampling greedy", "(now drawn", "seed None (now"]),
-        (flags.replace("/hf ", "/other "), [f"with {part.parent}/hf: weights "]),
+        (flags.replace("/hf ", "/other "), [f"with {part.parent}/hf: config "]),
     ):
         told = run_python(LAUNCH, *another.split(), "--resume", status=2).err
         assert f"--resume: {part} was begun otherwise" in told

@@ -513,6 +513,7 @@ def _keywords(flags: str) -> dict:
             "--recompute-activation-function",
             "^--recompute-activation-function: .* uniform computes all layers again, whole",
         ),
+        ("--recompute-granularity full --swap-attention", "^--swap-attention: .* say .* block"),
         ("--zero-stage 2 --overlap-grad-reduce", "--overlap-grad-reduce is not planned with"),
     ],
 )

@@ -6,9 +6,9 @@ The names are those of the other launchers. Nothing here imports torch, so `--he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,7 +16,7 @@ from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import raise_if
 from qwen2_ascend.figures import report_faults
 from qwen2_ascend.files import output_faults
-from qwen2_ascend.flags import Flag, flag_of
+from qwen2_ascend.flags import Flag, given_flags
 from qwen2_ascend.launching import parse_flags
 from qwen2_ascend.training.fusion import FusionSettings
 from qwen2_ascend.training.optimizer_settings import OptimizerSettings, PrecisionSettings
@@ -340,7 +340,7 @@ def _idle_faults(settings: AlignSettings) -> list[str]:
         if given := _said_of_a_run(settings):
             faults.append(f"--from-dump runs nothing; leave {', '.join(given)} out.")
         return faults
-    if not settings.checks.train_iters and (given := _said(settings.checks, OF_STEPS)):
+    if not settings.checks.train_iters and (given := given_flags(settings.checks, OF_STEPS)):
         faults.append(f"{', '.join(given)}: there are no steps without --train-iters.")
     has_text = tokens.prompt is not None or tokens.prompt_file is not None
     if output.compare_with is not None and has_text and not settings.checks.train_iters:
@@ -355,20 +355,11 @@ def _said_of_a_run(settings: AlignSettings) -> list[str]:
     machine = ["mindspeed", "deterministic"]
     machine += ["device"] if settings.machine.device != "cpu" else []
     return [
-        *_said(settings.model, model),
-        *_said(settings.parallel),
-        *_said(settings.tokens),
-        *_said(settings.checks, ("train_iters", *OF_STEPS)),
-        *_said(settings.output, ("dump",)),
-        *_said(settings.fusion),
-        *_said(settings.machine, machine),
-    ]
-
-
-def _said(group: Any, names: Sequence[str] | None = None) -> list[str]:
-    """The flags of a group, or those of them that are named, whose values are no defaults."""
-    return [
-        flag_of(one.name)
-        for one in fields(group)
-        if (names is None or one.name in names) and getattr(group, one.name) != one.default
+        *given_flags(settings.model, model),
+        *given_flags(settings.parallel),
+        *given_flags(settings.tokens),
+        *given_flags(settings.checks, ("train_iters", *OF_STEPS)),
+        *given_flags(settings.output, ("dump",)),
+        *given_flags(settings.fusion),
+        *given_flags(settings.machine, machine),
     ]

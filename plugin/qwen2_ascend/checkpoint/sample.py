@@ -5,7 +5,7 @@ Every step of a training changes some of them; to read all would take minutes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import xxhash
 
@@ -19,8 +19,7 @@ MOST_TENSORS, MOST_BYTES = 512, 4096
 def sample_of(held: Iterable[StoredSlice]) -> dict[str, str]:
     """Hashes of how tensors are stored (`stored_as`), and of bytes of theirs (`values`).
 
-    The latter say something only where the former are the same: in another format or layout the
-    same weights have other bytes in these places.
+    `may_be_same` compares them.
 
     Raises:
         UserError: a file cannot be read.
@@ -36,3 +35,12 @@ def sample_of(held: Iterable[StoredSlice]) -> dict[str, str]:
             values.update(file.read(min(one.stored.num_bytes, MOST_BYTES)))
     stored_as = xxhash.xxh3_64_hexdigest(repr(listed).encode())
     return {"stored_as": stored_as, "values": values.hexdigest()}
+
+
+def may_be_same(was: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Whether two samples can be of the same weights.
+
+    In another format or layout the same weights have other bytes in these places; that says
+    nothing.
+    """
+    return was["stored_as"] != now["stored_as"] or was["values"] == now["values"]

@@ -108,7 +108,7 @@ def _deciding_settings(
 ) -> dict[str, Any]:
     backend = tokenizer.backend or tokenizer.path
     return {
-        "input": [[os.path.realpath(f.path), f.format, f.size, f.mtime_ns] for f in files],
+        "input": [[os.path.abspath(f.path), f.format, f.size, f.mtime_ns] for f in files],
         "json_keys": list(settings.json_keys),
         "split_text_on": settings.split_text_on,
         "max_document_bytes": settings.max_document_bytes,

@@ -26,7 +26,6 @@ from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.files import json_value, read_text
 
 LETTERS = ("A", "B", "C", "D")
-"""Faults of a benchmark's files that are named one by one."""
 Row = dict[str, Any]
 
 

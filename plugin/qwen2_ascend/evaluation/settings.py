@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -17,7 +17,7 @@ from qwen2_ascend.errors import raise_if
 from qwen2_ascend.evaluation.benchmarks import KINDS
 from qwen2_ascend.evaluation.pasted import EVALUATE_FLAGS
 from qwen2_ascend.files import missing, output_faults
-from qwen2_ascend.flags import Flag, flag_of, number_faults
+from qwen2_ascend.flags import Flag, given_flags, number_faults
 from qwen2_ascend.inference.settings import ServedModelSettings
 from qwen2_ascend.launching import parse_pasted
 from qwen2_ascend.pasted_flags import Pasted, pasted_faults
@@ -158,18 +158,16 @@ def _idle_faults(settings: EvaluateSettings) -> list[str]:
     """Flags of an evaluation that is not asked for, beside another that is."""
     texts, named = settings.perplexity, settings.lm_eval
     has_texts, has_tasks = bool(texts.text_file), bool(named.tasks or settings.local.task)
-    idle: list[tuple[str, Any, str]] = []
+    idle: dict[str, list[str]] = {}
     if has_tasks and not has_texts:
-        idle += [(name, texts, "--text-file") for name in ("window", "stride")]
+        idle["--text-file"] = given_flags(texts, ("window", "stride"))
     if has_texts and not has_tasks:
         questions = ("apply_chat_template", "system_prompt", "num_fewshot", "limit")
-        idle += [(name, named, "--tasks and --task") for name in questions]
+        idle["--tasks and --task"] = given_flags(named, questions)
     if (has_texts or has_tasks) and not named.tasks:
-        idle += [("include_path", named, "--tasks")]
+        idle["--tasks"] = given_flags(named, ("include_path",))
     return [
-        f"{flag_of(name)} is for {what}; leave it out."
-        for name, group, what in idle
-        if (value := getattr(group, name)) is not None and value is not False
+        f"{flag} is for {what}; leave it out." for what, flags in idle.items() for flag in flags
     ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2_ascend.checkpoint.sample import sample_of
+from qwen2_ascend.checkpoint.sample import may_be_same, sample_of
 from qwen2_ascend.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def require_same_base(saved: SavedLora, source: Source) -> None:
     was, now = saved.state.get(MARK), sample_of(source.held)
     if was == now:
         return
-    if was is not None and was["stored_as"] == now["stored_as"]:
+    if was is not None and not may_be_same(was, now):
         raise UserError(
             f"{source.folder}: is not the base model that the adapters in {saved.folder} were "
             f"trained on ({saved.base} as it was then): the weights have other values. Name that "
-            "model with --pretrained-checkpoint, or begin a new run on this one with --load "
-            f"{source.folder} --lora-load {saved.folder} and another --save."
+            "model with --pretrained-checkpoint, or begin a new run on this one with "
+            f"{saved.start_anew(source.folder)} and another --save."
         )
     if saved.base is not None and source.folder.resolve() != saved.base.resolve():
         logger.info(f"base model: {source.folder}; the adapters began on {saved.base}")

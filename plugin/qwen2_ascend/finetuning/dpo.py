@@ -41,7 +41,7 @@ MARK = "dpo_reference"
 """What a checkpoint calls the digest of the reference that its run uses."""
 UNSCORED = (
     "validation: not done, since the model as it was when the run began has not scored these "
-    "pairs; give the validation data that it began with, or begin a new run to have it"
+    "pairs; {}begin a new run to have it"
 )
 METRIC_NAMES = ("rewards_chosen", "rewards_rejected", "rewards_accuracy", "rewards_margin")
 
@@ -166,7 +166,8 @@ def _reference(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> Mapping[str
         if name in scored and scored[name].pairs == pairs:
             continue
         if plan.saved is not None:  # its model is not what it was at the start
-            logger.info(UNSCORED)
+            other = "give the validation data that it began with, or " if name in scored else ""
+            logger.info(UNSCORED.format(other))
             run.valid_data = None
             continue
         logger.info(f"reference log-probabilities of {len(source):,} pairs: computing")
@@ -203,7 +204,7 @@ def _kept_reference(
             return identity, kept
     if resumed is None:
         return identity, None
-    anew = resumed.start_anew if isinstance(resumed, SavedLora) else "--finetune"
+    anew = resumed.start_anew() if isinstance(resumed, SavedLora) else "--finetune"
     if others:
         raise UserError(
             f"{resumed.folder} is resumed, and {' and '.join(others)} is not the reference that it "

@@ -18,6 +18,7 @@ from qwen2_ascend.finetuning.saved_lora import SavedLora
 from qwen2_ascend.finetuning.settings import FinetuneSettings
 from qwen2_ascend.finetuning.taught import tokenizer_folder
 from qwen2_ascend.runtime import Runtime
+from qwen2_ascend.runtime.agreement import made_by_first
 from qwen2_ascend.training.loop import TrainingRun
 from qwen2_ascend.training.plan import RunPlan
 from qwen2_ascend.training.setup import (
@@ -79,9 +80,9 @@ def prepare(
 
 
 def mark_base(run: TrainingRun, plan: RunPlan[Any]) -> None:
-    """Has the checkpoints of a LoRA run say what its base model is; rank 0 writes that."""
-    if plan.lora is not None and run.runtime.rank == 0:
-        run.marks = {**run.marks, **base_marks(plan)}
+    """Has the checkpoints of a LoRA run say what its base model is; rank 0 looks."""
+    if plan.lora is not None and plan.settings.checkpoint.save is not None:
+        run.marks = {**run.marks, **made_by_first(lambda: base_marks(plan))}
 
 
 def lora_storage(run: TrainingRun, plan: RunPlan[FinetuneSettings]) -> MegatronLora | None:

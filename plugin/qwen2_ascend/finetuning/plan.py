@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import replace
 
 from qwen2_ascend.checkpoint.formats.peft_adapter import read_lora_config
 from qwen2_ascend.errors import UserError
 from qwen2_ascend.finetuning.base_model import base_folder, require_same_base
 from qwen2_ascend.finetuning.exports import find_exports
-from qwen2_ascend.finetuning.saved_lora import find_saved_lora
-from qwen2_ascend.finetuning.settings import LORA_FIELDS, F, LoraSettings
+from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
+from qwen2_ascend.finetuning.settings import LORA_FIELDS, F, FinetuneSettings, LoraSettings
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training import plan as plans
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
+
+logger = logging.getLogger(__name__)
 
 SAME_OR_NOTHING = "say the same, or nothing."
 
@@ -62,10 +66,7 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
             )
         return replace(plan, lora=_asked(settings.lora))
     if settings.model.finetune:
-        raise UserError(
-            f"--finetune with --load {load}: holds a LoRA run, which goes on as it began; leave "
-            f"--finetune out, or begin a new run on its adapter with {saved.start_anew}."
-        )
+        _require_own(settings, saved)
     lora = saved.lora
     started = _adapter(settings.lora) or lora  # the run's first weights
     if replace(started, **{"dropout": lora.dropout, **settings.lora.said()}) != lora:
@@ -93,6 +94,17 @@ def _opened(settings: F, found: Found | None) -> RunPlan[F]:
         lora=lora,
         found=plan.found._replace(folders=folders),
     )
+
+
+def _require_own(settings: FinetuneSettings, saved: SavedLora) -> None:
+    """Refuses --finetune with a LoRA run, unless this command line has begun it and goes on."""
+    load, save = settings.model.load, settings.checkpoint.save
+    if load is None or save is None or os.path.realpath(load) != os.path.realpath(save):
+        raise UserError(
+            f"--finetune with --load {load}: holds a LoRA run, which goes on as it began; leave "
+            f"--finetune out, or begin a new run on its adapter with {saved.start_anew()}."
+        )
+    logger.info(f"--finetune: {save} holds this run already, which goes on")
 
 
 def _asked(flags: LoraSettings) -> LoraConfig | None:

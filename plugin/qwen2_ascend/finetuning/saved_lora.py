@@ -41,10 +41,9 @@ class SavedLora:
         """Where the base model was."""
         return Path(self.state["base"]) if self.state["base"] else None
 
-    @property
-    def start_anew(self) -> str:
-        """The flags that begin a new run on its adapter."""
-        return f"--load {self.base or 'BASE'} --finetune --lora-load {self.folder}"
+    def start_anew(self, base: Path | None = None) -> str:
+        """The flags that begin a new run on its adapter, with its own base model or another."""
+        return f"--load {base or self.base or 'BASE'} --finetune --lora-load {self.folder}"
 
     def check_optimizer(self, kinds: Iterable[str]) -> None:
         """Refuses an optimizer state that lacks one of `kinds`.

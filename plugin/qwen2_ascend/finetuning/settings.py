@@ -17,7 +17,7 @@ import tyro
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.data.chat.settings import ChatDataSettings, ChatSettings
 from qwen2_ascend.errors import Faults, raise_if
-from qwen2_ascend.flags import Flag, flag_of, number_faults
+from qwen2_ascend.flags import Flag, given_flags, number_faults
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.parallel import sequence_unit
 from qwen2_ascend.training.length import RunLength
@@ -244,8 +244,7 @@ def _tuning_faults(settings: FinetuneSettings) -> list[str]:
         faults.append("--dpo-label-smoothing needs --dpo-loss-type sigmoid.")
     if tuning.stage != "dpo":
         names = ("dpo_beta", "dpo_loss_type", "dpo_label_smoothing", "pref_ftx")
-        given = [name for name in names if getattr(tuning, name) != getattr(TuningSettings, name)]
-        faults += [f"{flag_of(name)} needs --stage dpo." for name in given]
+        faults += [f"{flag} needs --stage dpo." for flag in given_flags(tuning, names)]
     return faults
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import xxhash
@@ -34,7 +35,7 @@ from qwen2_ascend.inference.prompts import (
 from qwen2_ascend.inference.settings import GenerateSettings, validate
 from qwen2_ascend.inference.text_settings import TextSettings, text_settings
 from qwen2_ascend.inference.tokenizer import Tokenizer
-from qwen2_ascend.machine import rank, world_size
+from qwen2_ascend.machine import world_size
 from qwen2_ascend.runtime import Runtime
 from qwen2_ascend.vocabulary import unknown_tokens
 
@@ -98,11 +99,10 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     num_done = output.num_done if output else 0
     if output is not None:
         output.is_made_by(_made_by(settings, opened, text, requests))
-        if output.is_complete:
+        if output.is_complete and world_size() == 1:  # several ranks have to meet first
             logger.info(f"all {num_done} results are there already")
-            if rank() == 0:
-                output.open()
-                output.close()
+            output.open()
+            output.close()
             return
 
     num_rows = min(settings.prompts.batch_size, len(requests))
@@ -124,9 +124,11 @@ def _made_by(
     """What texts depend on besides the prompts, in plain values by the words for a message."""
     source, adapter, sampling = opened.source, opened.adapter, text.sampling
     said: dict[str, Any] = {MODEL: str(settings.model.load)}
-    said["weights"] = sample_of(source.held)["values"]
+    said["weights"] = sample_of(source.held)
+    config = repr(replace(source.config, dtype="fp32"))  # that of the file says nothing
+    said["config"] = xxhash.xxh3_64_hexdigest(config.encode())
     if adapter is not None:
-        said["adapter"] = f"{sample_of(adapter.held)['values']}, {adapter.lora.describe(None)}"
+        said["adapter"], said["LoRA"] = sample_of(adapter.held), adapter.lora.describe(None)
     said["dtype"] = settings.model.dtype(source.config)
     said["sampling"] = f"{'drawn' if sampling.do_sample else 'greedy'} {dict(sampling.options)}"
     if sampling.do_sample:

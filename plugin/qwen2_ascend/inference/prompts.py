@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from qwen2_ascend.checkpoint.sample import may_be_same
 from qwen2_ascend.errors import UserError, at_most, raise_if
 from qwen2_ascend.files import json_kind, json_value, output_faults, read_bytes, write_file
 from qwen2_ascend.inference.settings import PromptSettings
@@ -139,6 +140,14 @@ def _with_template(row: dict[str, Any], settings: PromptSettings) -> dict[str, A
     return row
 
 
+def _change(name: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What has changed of what results depend on; empty where nothing has."""
+    before, after = was.get(name), now.get(name)
+    if isinstance(before, dict) and isinstance(after, dict):
+        return "" if may_be_same(before, after) else f"{name} of other values"
+    return "" if before == after else f"{name} {before} (now {after})"
+
+
 class OutputFile:
     """Results of all `prompts` as JSONL, in their order, written as FILE.part until complete.
 
@@ -192,13 +201,10 @@ class OutputFile:
             return
         was = self._read_made_by()
         names = [name for name in {**was, **made_by} if name != MODEL]  # which may have moved
-        changed = [name for name in names if was.get(name) != made_by.get(name)]
-        if changed:
-            shown = (f"{name} {was.get(name)} (now {made_by.get(name)})" for name in changed)
+        if changed := [text for name in names if (text := _change(name, was, made_by))]:
             raise UserError(
                 f"--resume: {self._part} was begun otherwise, with {was.get(MODEL)}: "
-                f"{'; '.join(shown)}. Say what it was "
-                "begun with, or --overwrite to begin anew."
+                f"{'; '.join(changed)}. Say what it was begun with, or --overwrite to begin anew."
             )
 
     def open(self) -> None:

@@ -413,6 +413,8 @@ def _combination_faults(options: PlanOptions) -> list[str]:
             faults.append(f"{flag_of(what)}-num-layers needs {flag_of(what)}.")
         if is_on and is_whole:
             faults.append(RECOMPUTED_WHOLE.format(flag_of(what)))
+    if is_whole and options.swap_attention == "yes":
+        faults.append(RECOMPUTED_WHOLE.format("--swap-attention"))
     return faults + _training_faults(options) + _zero_faults(options)
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.flags import Flag, flag_of
+from qwen2_ascend.flags import Flag, given_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,8 @@ class ProfileSettings:
             return list(error.faults)
         if window is None:
             return [
-                f"{flag_of(one.name)} needs --profile-steps, as in 10:12, or --profile."
-                for one in fields(self)
-                if getattr(self, one.name) != one.default
+                f"{flag} needs --profile-steps, as in 10:12, or --profile."
+                for flag in given_flags(self)
             ]
         faults = [
             f"--profile-ranks {rank}: the ranks are 0 to {world_size - 1}."

@@ -340,12 +340,14 @@ def train(
     if checkpointer is not None:
         run.before_update = checkpointer.wait_until_copied
     batches = run.batches() if progress.iteration < run.train_iters else iter(())
-    saved_at, reason = progress.iteration, None
+    saved_at, reason, validates = progress.iteration, None, False
     while progress.iteration < run.train_iters and reason is None:
         begun = time.perf_counter()
         result = run.step(batches, stop_wanted=stop_wanted())
         on_step(result, time.perf_counter() - begun)
-        if validates_after(run, result):
+        validates = validates_after(run, result)
+        is_end = progress.iteration >= run.train_iters
+        if validates and not is_end:
             on_validation(run.evaluate())
         if result.stop_wanted:
             reason = "was told to stop (SIGTERM)"
@@ -354,7 +356,7 @@ def train(
         if checkpointer is None:
             continue
         checkpointer.poll()
-        is_last = reason is not None or progress.iteration >= run.train_iters
+        is_last = reason is not None or is_end
         if not is_last and is_due(progress.iteration, settings.checkpoint.save_interval):
             checkpointer.save()
             saved_at = progress.iteration
@@ -362,6 +364,8 @@ def train(
         if saved_at != progress.iteration:
             checkpointer.save(is_last=True)
         checkpointer.finish()
+    if validates and progress.iteration >= run.train_iters:
+        on_validation(run.evaluate())  # now that the last checkpoint is on the disk
     with gathered_parameters(run.chunks):
         pass  # whoever reads the weights from here on finds them whole
     return reason if progress.iteration < run.train_iters else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen2_ascend.flags import Flag, flag_of, number_faults
+from qwen2_ascend.flags import Flag, flag_of, given_flags, number_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +219,7 @@ class PrecisionSettings:
         if not (self.bf16 or self.fp16):
             return ["--loss-scale needs --fp16 or --bf16; in fp32 nothing is scaled."]
         dynamic = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
-        defaults = PrecisionSettings()
-        found = [flag_of(x) for x in dynamic if getattr(self, x) != getattr(defaults, x)]
+        found = given_flags(self, dynamic)
         if not (found and self.fp16):
             return []
         return [

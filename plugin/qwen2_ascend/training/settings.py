@@ -7,7 +7,7 @@ the model's shape: the config says it. Nothing here imports torch, so `--help` a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Protocol
 
@@ -15,7 +15,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, UserError, raise_if
-from qwen2_ascend.flags import LAYOUT_SIZES, Flag, flag_of, layer_list, number_faults
+from qwen2_ascend.flags import LAYOUT_SIZES, Flag, flag_of, given_flags, layer_list, number_faults
 from qwen2_ascend.parallel import (
     ContextParallelAlgorithm,
     ParallelLayout,
@@ -253,12 +253,8 @@ class CheckpointSettings:
     def _unsaved_faults(self) -> list[str]:
         """Flags about what is written, where nothing is."""
         names = ("save_interval", "ckpt_format", "async_save", "keep_last", "on_save_failure")
-        return [
-            f"{flag_of(one.name)} needs --save."
-            for one in fields(self)
-            if one.name in (*names, "no_save_optim", "no_save_rng")
-            and getattr(self, one.name) != one.default
-        ]
+        given = given_flags(self, (*names, "no_save_optim", "no_save_rng"))
+        return [f"{flag} needs --save." for flag in given]
 
 
 @dataclass(frozen=True, kw_only=True)

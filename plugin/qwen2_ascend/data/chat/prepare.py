@@ -87,7 +87,7 @@ def _cached_prefix(word: str, preparation: Preparation) -> Path:
         preparation.task,
         preparation.on_bad_row,
         astuple(replace(preparation.chat, chat_template=None)),
-        (str(Path(word).resolve()), *_stamp(Path(word))),
+        (os.path.abspath(word), *_stamp(Path(word))),  # as the result's own record has it
         [(path.name, _digest(path)) for path in _tokenizer_files(tokenizer)],
         template and template.is_file() and _digest(template),
         _code(),

@@ -94,7 +94,7 @@ def _deciding_settings(
     pad_token = tokenizer.pad_token_id
     deciding = {
         "task": settings.task,
-        "input": [[os.path.realpath(f.path), f.format, f.size, f.mtime_ns] for f in files],
+        "input": [[os.path.abspath(f.path), f.format, f.size, f.mtime_ns] for f in files],
         "formats": [asdict(found) for found in formats.values()],
         "max_document_bytes": settings.max_document_bytes,
         "tokenizer": xxhash.xxh3_64(backend.encode()).hexdigest(),

@@ -13,8 +13,6 @@ from qwen2_ascend.data.state import State
 from qwen2_ascend.errors import first_of
 from qwen2_ascend.pretrained import one_line
 
-"""Keys that are named one by one."""
-
 
 def print_summary(
     output: Output,

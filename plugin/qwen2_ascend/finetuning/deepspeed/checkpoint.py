@@ -146,14 +146,15 @@ def _settings_kept(zero: Any) -> Iterator[None]:
 
     DeepSpeed takes over how the run that is resumed clipped, scaled its loss and averaged.
     """
-    clip_grad, scaler = zero.clip_grad, zero.loss_scaler
+    clip_grad, scaler = zero.clip_grad, getattr(zero, "loss_scaler", None)
     said = [{name: group[name] for name in ("betas", "eps")} for group in zero.param_groups]
     yield
     zero.clip_grad = clip_grad
     for group, own in zip(zero.param_groups, said, strict=True):
         group.update(own)
-    take_scale(scaler, zero.loss_scaler)
-    zero.loss_scaler, zero.dynamic_loss_scale = scaler, scaler.dynamic
+    if scaler is not None:  # its optimizer for bf16 scales nothing
+        take_scale(scaler, zero.loss_scaler)
+        zero.loss_scaler, zero.dynamic_loss_scale = scaler, scaler.dynamic
 
 
 def take_scale(scaler: Any, saved: Any) -> None:
