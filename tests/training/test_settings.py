@@ -52,6 +52,7 @@ def faults_of(
         ("--lr-warmup-init 1e-4 --lr-warmup-fraction 0.2", 1),
         ("--bf16 --initial-loss-scale 4096", 1),
         ("--bf16 --loss-scale 8", 1),
+        ("--ckpt-format torch --no-save-optim --no-save-rng", 1),
         ("--save x --save-interval 5 --exit-interval 5", 1),
         ("--save x --keep-last 1 --async-save --on-save-failure continue --no-save-rng", 1),
         (
@@ -110,10 +111,7 @@ def test_good_settings_are_accepted(flags: str, world_size: int) -> None:
         ("--save-interval 5", "--save-interval needs --save"),
         ("--keep-last 2", "--keep-last needs --save"),
         ("--async-save", "--async-save needs --save"),
-        ("--no-save-optim", "--no-save-optim needs --save"),
-        ("--no-save-rng", "--no-save-rng needs --save"),
         ("--on-save-failure continue", "--on-save-failure needs --save"),
-        ("--ckpt-format torch", "--ckpt-format needs --save"),
         ("--save x --keep-last 0", "--keep-last 0 must be at least 1"),
         ("--save x --keep-last -1", "--keep-last -1 must be at least 1"),
         ("--exit-interval 5", "to try 5 steps say --train-iters 5"),

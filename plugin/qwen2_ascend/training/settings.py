@@ -251,10 +251,9 @@ class CheckpointSettings:
         return faults + ([] if self.save is not None else self._unsaved_faults())
 
     def _unsaved_faults(self) -> list[str]:
-        """Flags about what is written, where nothing is."""
-        names = ("save_interval", "ckpt_format", "async_save", "keep_last", "on_save_failure")
-        given = given_flags(self, (*names, "no_save_optim", "no_save_rng"))
-        return [f"{flag} needs --save." for flag in given]
+        """Flags by which a user expects checkpoints, where none is written."""
+        names = ("save_interval", "async_save", "keep_last", "on_save_failure")
+        return [f"{flag} needs --save." for flag in given_flags(self, names)]
 
 
 @dataclass(frozen=True, kw_only=True)
