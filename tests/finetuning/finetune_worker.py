@@ -261,7 +261,7 @@ def validation_of_a_resumed_dpo_run_is_by_its_first_model(run: Run) -> str:
             again.save()
             is_scored = bool(first and later)
             assert (again.run.valid_data is not None) == is_scored
-            assert (UNSCORED in lines) == (bool(later) and not is_scored), lines
+            assert (UNSCORED.format("") in lines) == (bool(later) and not is_scored), lines
             if is_scored:
                 assert again.run.objective.reference.equal(begun.run.objective.reference)
                 found = again.run.evaluate()
