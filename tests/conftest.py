@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,14 @@ def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     folder = tmp_path_factory.mktemp("launches")
     return Launches(folder, selection.wanted_checks(request.session.items))
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one, so that hundreds of runs flush to no disk."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        yield Path(name)

@@ -183,7 +183,7 @@ def keep_states(folder: Path, into: Path) -> Callable[[int], None]:
 
 
 def folder_digest(folder: Path) -> bytes:
-    """Of the names and the contents of a folder; empty where there is no folder."""
+    """The hash of the names and the contents of a folder; it is empty where there is no folder."""
     if not folder.is_dir():
         return b""
     digest = xxhash.xxh3_128()

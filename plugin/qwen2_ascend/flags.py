@@ -49,7 +49,8 @@ def flag_of(field: str) -> str:
 
 
 def given_flags(group: Any, names: Collection[str] | None = None) -> list[str]:
-    """The flags of a group of settings, or of its fields that are named, that have no default."""
+    """The flags of a group of settings, or of the named fields of it, whose values are no
+    defaults."""
     return [
         flag_of(one.name)
         for one in fields(group)

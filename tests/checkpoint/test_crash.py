@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -50,17 +49,6 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 def command(source: Path, target: Path, *flags: object) -> list[object]:
     argv = ["--load-dir", source, "--save-dir", target, "--save-model-type", "mg", "--workers", 1]
     return [*argv, *tp(2), *flags]
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one, so that hundreds of runs flush to no disk."""
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        yield Path(name)
 
 
 def toy(folder: Path, seed: int = 0) -> Path:

@@ -218,7 +218,7 @@ def a_dpo_run_that_moves_on_takes_its_reference_along(run: Run) -> str:
 
 @CHECKS.add(world_size=1)
 def a_refused_start_leaves_the_reference_of_the_run_that_has_the_folder(run: Run) -> str:
-    """And what another run has written there all the same is not taken for this run's."""
+    """What another run has written there all the same is not taken for this run's, either."""
     from qwen2_ascend.checkpoint.staging import FolderLock
 
     folder = run.folder / "dpo-taken"

@@ -218,7 +218,7 @@ def test_all_weights_on_another_number_of_ranks_are_refused_with_the_way_out() -
 
 @needs_deepspeed
 def test_a_resumed_dynamic_loss_scale_goes_on_by_the_rules_of_this_run() -> None:
-    """And a constant one, on either side, is what the flags say."""
+    """A constant one, on either side, is what the flags say."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     from qwen2_ascend.finetuning.deepspeed.checkpoint import take_scale

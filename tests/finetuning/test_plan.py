@@ -85,7 +85,7 @@ def test_what_is_said_otherwise_is_refused(path: tuple[Any, Any], run: Path, fla
 
 @pytest.mark.parametrize("path", PATHS, ids=["megatron", "deepspeed"])
 def test_a_run_that_goes_on_is_not_said_to_begin(path: tuple[Any, Any], run: Path) -> None:
-    """And what the refusal advises begins a new run on its adapter."""
+    """What the refusal advises begins a new run on its adapter."""
     new = f"--save {run.parent}/new"
     with pytest.raises(UserError, match="holds a LoRA run, which goes on as it began") as caught:
         planned(path, run, f"--finetune {new}")

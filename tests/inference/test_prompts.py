@@ -73,7 +73,7 @@ def test_columns_that_a_result_replaces_do_not_hinder_a_resume(tmp_path: Path) -
     settings = PromptSettings(prompt_file=path, output_file=out)
     stopped = OutputFile(settings, read_prompts(settings))
     weights = {"stored_as": "hf", "values": "1"}
-    stopped.is_made_by({"weights": weights, "stop": ["x", 2]})
+    stopped.require_made_by({"weights": weights, "stop": ["x", 2]})
     stopped.open()
     stopped.add(0, {"response": "new", "finish_reason": "eos"})
     assert stopped._file is not None
@@ -81,8 +81,8 @@ def test_columns_that_a_result_replaces_do_not_hinder_a_resume(tmp_path: Path) -
     settings = PromptSettings(prompt_file=path, output_file=out, resume=True)
     again = OutputFile(settings, read_prompts(settings))
     assert again.num_done == 1 and not again.is_complete
-    again.is_made_by({"weights": weights, "stop": ["x", 2]})
-    again.is_made_by({"weights": {"stored_as": "shards", "values": "2"}, "stop": ["x", 2]})
+    again.require_made_by({"weights": weights, "stop": ["x", 2]})
+    again.require_made_by({"weights": {"stored_as": "shards", "values": "2"}, "stop": ["x", 2]})
     change = r"weights of other values; stop \['x', 2\] \(now \[\]\)"
     with pytest.raises(UserError, match=rf"begun otherwise.*: {change}\. Say what"):
-        again.is_made_by({"weights": {**weights, "values": "2"}, "stop": []})
+        again.require_made_by({"weights": {**weights, "values": "2"}, "stop": []})

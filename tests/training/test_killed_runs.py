@@ -152,12 +152,12 @@ def assert_is_all_there(kind: str, save: Path, whole: Path) -> None:
 @pytest.mark.every_commit
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_kill_leaves_goes_on(
-    kind: str, whole: Runs, world: Path, driver: Driver, tmp_path: Path, a_third: Any
+    kind: str, whole: Runs, world: Path, driver: Driver, memory: Path, a_third: Any
 ) -> None:
     folder, calls = whole(kind)
-    runs = tmp_path / "runs"  # a lock lies beside the run's folder
+    runs = memory / "runs"  # a lock lies beside the run's folder
     save = runs / "run"
-    states = driver.states(*flags_of(kind, world, save), runs, tmp_path / "states")
+    states = driver.states(*flags_of(kind, world, save), runs, memory / "states")
     assert len(states) > calls / 4, "most calls change something"
     for left in a_third(states):
         shutil.rmtree(runs)
@@ -242,17 +242,17 @@ def test_the_tracked_iteration_may_be_written_again(
     whole: Runs,
     world: Path,
     driver: Driver,
-    tmp_path: Path,
+    memory: Path,
     a_third: Any,
 ) -> None:
     """The run goes on from iteration 2, over the iteration 4 that is there and tracked."""
     folder, _ = whole(kind)
-    runs = tmp_path / "runs"
+    runs = memory / "runs"
     save = runs / "run"
     again = flags_of(kind, world, save, load=save / "iter_0000002")
     shutil.copytree(folder, save)
     driver.said()
-    states = driver.states(*again, runs, tmp_path / "states", can_exchange)
+    states = driver.states(*again, runs, memory / "states", can_exchange)
     assert "iter_0000002 at iteration 2" in driver.said()
     if not can_exchange:  # the others are those of the other case
         states = [path for path in states if (path / "run/.iter_0000004.replaced").exists()]

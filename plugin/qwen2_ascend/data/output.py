@@ -34,7 +34,10 @@ class Output:
         return Path(f"{self.prefix}_{key.replace('/', '_')}_document")
 
     def is_complete(self, deciding: dict[str, Any]) -> bool:
-        """True if --resume was given and a finished run has left just this result."""
+        """True if --resume was given and a finished run has left just this result.
+
+        What that run, killed at its end, may have left of its work folder goes.
+        """
         if not self._settings.resume or (self.folder / STATE).exists():
             return False
         for key in self.keys:

@@ -12,6 +12,7 @@ from qwen2_ascend.finetuning.base_model import base_folder, require_same_base
 from qwen2_ascend.finetuning.exports import find_exports
 from qwen2_ascend.finetuning.saved_lora import SavedLora, find_saved_lora
 from qwen2_ascend.finetuning.settings import LORA_FIELDS, F, FinetuneSettings, LoraSettings
+from qwen2_ascend.flags import given_flags
 from qwen2_ascend.lora_config import LoraConfig
 from qwen2_ascend.training import plan as plans
 from qwen2_ascend.training.plan import Found, RunPlan, folder_of, within
@@ -122,12 +123,9 @@ def _asked(flags: LoraSettings) -> LoraConfig | None:
             )
         return asked
     if said and flags.lora_r is None:
-        given = (
-            f"--{flag.replace('_', '-')}" for flag, name in LORA_FIELDS.items() if name in said
-        )
         raise UserError(
-            f"{', '.join(given)}: give --lora-r RANK or --lora-load too; without them all weights "
-            "are tuned."
+            f"{', '.join(given_flags(flags, LORA_FIELDS))}: give --lora-r RANK or --lora-load too; "
+            "without them all weights are tuned."
         )
     return LoraConfig(**said) if said else None
 

@@ -98,7 +98,7 @@ def _continue(settings: GenerateSettings, opened: OpenedModel) -> None:
     text.check(requests, source.config.vocab_size)
     num_done = output.num_done if output else 0
     if output is not None:
-        output.is_made_by(_made_by(settings, opened, text, requests))
+        output.require_made_by(_made_by(settings, opened, text, requests))
         if output.is_complete and world_size() == 1:  # several ranks have to meet first
             logger.info(f"all {num_done} results are there already")
             output.open()

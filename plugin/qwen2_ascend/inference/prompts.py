@@ -183,7 +183,7 @@ class OutputFile:
         """Whether all results are there, and only the name is missing."""
         return self.num_done == len(self._prompts)
 
-    def is_made_by(self, made_by: Mapping[str, Any]) -> None:
+    def require_made_by(self, made_by: Mapping[str, Any]) -> None:
         """Says what the results depend on besides their prompts, before any is written.
 
         Raises:

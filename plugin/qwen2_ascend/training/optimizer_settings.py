@@ -103,11 +103,8 @@ class OptimizerSettings:
         """Flags about a part of the learning rate's way that it does not have."""
         faults = []
         if self.lr_decay_style != "WSD":
-            given = {
-                "--lr-wsd-decay-style": self.lr_wsd_decay_style != "exponential",
-                "--lr-wsd-decay-iters": self.lr_wsd_decay_iters is not None,
-            }
-            faults += [f"{flag} needs --lr-decay-style WSD." for flag in given if given[flag]]
+            given = given_flags(self, ("lr_wsd_decay_style", "lr_wsd_decay_iters"))
+            faults += [f"{flag} needs --lr-decay-style WSD." for flag in given]
         if self.lr_warmup_init and not (self.lr_warmup_iters or self.lr_warmup_fraction):
             faults.append(
                 f"--lr-warmup-init {self.lr_warmup_init} needs --lr-warmup-iters or "

@@ -15,7 +15,7 @@ import tyro
 
 from qwen2_ascend.config import Qwen2Config
 from qwen2_ascend.errors import Faults, UserError, raise_if
-from qwen2_ascend.flags import LAYOUT_SIZES, Flag, flag_of, given_flags, layer_list, number_faults
+from qwen2_ascend.flags import LAYOUT_SIZES, Flag, given_flags, layer_list, number_faults
 from qwen2_ascend.parallel import (
     ContextParallelAlgorithm,
     ParallelLayout,
@@ -192,12 +192,10 @@ class DataSettings:
 
     def _eod_faults(self) -> list[str]:
         """Flags about the ends of documents where nothing asks for these."""
-        asking = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-        given = [flag_of(name) for name in asking if getattr(self, name)]
+        given = given_flags(self, ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"))
         if self.mock_data:
-            given += ["--eod-token"] if self.eod_token is not None else []
-            names = " and ".join(given)
-            return [f"--mock-data has no documents; leave {names} out."] if given else []
+            names = " and ".join(given + given_flags(self, ("eod_token",)))
+            return [f"--mock-data has no documents; leave {names} out."] if names else []
         if self.eod_token is None or given:
             return []
         return [

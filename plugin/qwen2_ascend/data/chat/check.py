@@ -23,6 +23,7 @@ from qwen2_ascend.data.inputs import InputFile, Position, Reading
 from qwen2_ascend.data.tokenization import parse_row
 from qwen2_ascend.errors import Faults, UserError, raise_if
 from qwen2_ascend.files import missing, reading
+from qwen2_ascend.flags import given_flags
 
 ROWS_TO_DETECT = 100
 MAX_ROW_BYTES = 16 * 2**20
@@ -67,17 +68,11 @@ def check_chat_data(
 
 def _prepared_faults(chat: ChatSettings, task: str, saves_template: bool) -> list[str]:
     """Flags about how chats are read, where all have been read before."""
-    given = {
-        "--train-on-prompt": chat.train_on_prompt,
-        "--mask-history": chat.mask_history,
-        "--map-keys": chat.map_keys is not None,
-        "--chat-template": chat.chat_template is not None and not saves_template,
-    }
+    names = ("train_on_prompt", "mask_history", "map_keys")
     return [
         f"{flag}: the data is prepared, and its tokens and masks hold; prepare it again with "
         f"qwen2-ascend preprocess --task {task} {flag}, or give the file of chats."
-        for flag in given
-        if given[flag]
+        for flag in given_flags(chat, names if saves_template else (*names, "chat_template"))
     ]
 
 
