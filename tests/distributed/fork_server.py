@@ -35,6 +35,8 @@ import psutil
 POLL_SECONDS = 0.02
 """How soon the end of a rank is seen."""
 MODULES = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "megatron.core.dist_checkpointing",
     "megatron.core.distributed",
     "megatron.core.optimizer",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npusim.references import _require, reference
+from npusim.references import _require, mm, reference
 
 COLUMNS = range(256, 65535)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -25,7 +25,7 @@ def _(outputs, *, input, x2, hcom, world_size, gather_index, gather_output, **ot
     _require(x2.shape[0] in COLUMNS, f"{x2.shape[0]} columns are not in [256, 65535)")
     _require((outputs[1].numel() > 0) == gather_output, "gather_output and what is allocated")
     total = _exchanged("all_gather_into_tensor", input, hcom, world_size)
-    return _product(total, x2), total if gather_output else None
+    return mm(total, x2), total if gather_output else None
 
 
 @reference("npu_mm_reduce_scatter_base")
@@ -34,7 +34,7 @@ def _(_outputs, *, input, x2, hcom, world_size, reduce_op, **others):
     _require(x2.shape[0] in COLUMNS, f"{x2.shape[0]} columns are not in [256, 65535)")
     rows = input.shape[0]
     _require(rows % world_size == 0, f"{rows} rows cannot be shared by {world_size} ranks")
-    return _exchanged("reduce_scatter_tensor", _product(input, x2), hcom, 1 / world_size)
+    return _exchanged("reduce_scatter_tensor", mm(input, x2), hcom, 1 / world_size)
 
 
 def _check(
@@ -49,11 +49,6 @@ def _check(
     _require(x2.is_contiguous() or x2.t().is_contiguous(), "x2 may be transposed, not cut")
     given = [name for name, value in others.items() if value]
     _require(not given, f"{given} are not for training in 16 bits")
-
-
-def _product(x1: Tensor, x2: Tensor) -> Tensor:
-    """A product as torch multiplies: added up in fp32 and rounded once, as the matrix unit does."""
-    return torch.mm(x1, x2)
 
 
 def _group(hcom: str) -> dist.ProcessGroup:

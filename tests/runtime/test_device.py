@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen2_ascend.errors import UserError
-from qwen2_ascend.runtime import ledger, mindspeed, npu, select_device
+from qwen2_ascend.runtime import Runtime, ledger, mindspeed, npu, select_device
 
 
 @pytest.fixture
@@ -182,3 +182,26 @@ def test_cuda_without_a_device_is_refused() -> None:
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(UserError, match="sees no CUDA device"):
         select_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "supported", "says"),
+    [
+        ("cpu", "bf16", False, True),
+        ("cpu", "bf16", True, False),
+        ("cpu", "fp16", False, True),
+        ("cpu", "fp32", False, False),
+        ("cuda", "bf16", False, False),
+    ],
+)
+def test_a_cpu_that_multiplies_slowly_is_said(
+    name: str, dtype: str, supported: bool, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for answer in ("bf16", "fp16"):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, f"_is_mkldnn_{answer}_supported", lambda: supported, raising=True
+        )
+    place = {"backend": "gloo", "rank": 0, "world_size": 1, "local_rank": 0, "timeout_seconds": 1}
+    runtime = Runtime(name=name, device=torch.device("cpu"), on_close=lambda _: None, **place)
+    notes = runtime.dtype_notes(dtype)
+    assert [f"leave --{dtype} out" in note for note in notes] == [True] * says

@@ -42,7 +42,6 @@ MODULES = (
     "qwen2_ascend.data.chat.build",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.optimizer",
-    "matplotlib.backends.backend_agg",
     "deepspeed.runtime.zero.muon.muon_optimizer",
 )
 COMMON = (

@@ -167,6 +167,20 @@ class Runtime:
             f"torch {torch.__version__}, megatron-core {version}"
         )
 
+    def dtype_notes(self, dtype: str) -> tuple[str, ...]:
+        """What a log should say of a run that is computed in `dtype` here.
+
+        Args:
+            dtype: fp32, bf16 or fp16.
+        """
+        supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda: True)
+        if self.name != "cpu" or supported():
+            return ()
+        return (
+            f"warning: torch has no fast {dtype} products for this CPU; a training step may take "
+            f"tens of times as long as in fp32. To try things here leave --{dtype} out",
+        )
+
     def close(self) -> None:
         """Leaves the process groups; nothing may communicate afterwards."""
         destroy_model_parallel()

@@ -152,7 +152,8 @@ def start_runtime(plan: RunPlan) -> Runtime:
     pasted = pasted_notes(settings.pasted, training_flags(type(settings)))
     overlap = settings.overlap.notes(settings.parallel.tensor_model_parallel_size)
     precision = settings.precision.notes(settings.optimizer)
-    for note in (*overlap, *precision, *settings.data_notes, *pasted, *runtime.notes):
+    dtype = runtime.dtype_notes(settings.precision_name())
+    for note in (*dtype, *overlap, *precision, *settings.data_notes, *pasted, *runtime.notes):
         logger.info(note)
     runtimes.initialize_model_parallel(plan.layout, plan.config.num_layers)
     runtime.seed_all(settings.runtime.seed)
