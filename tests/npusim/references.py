@@ -13,12 +13,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from torch.utils._pytree import tree_map_only
 
 NPU_REFERENCES: dict[str, Callable[..., object]] = {}
 ATEN_REFERENCES: dict[str, Callable[..., object]] = {}
@@ -632,18 +633,11 @@ def _added_up_in_fp32(operator: Callable[..., Any]) -> Callable[..., Any]:
     matrices at a hundredth of fp32's speed.
     """
 
-    def multiply(first: Tensor, *others: Any, out: Tensor | None = None, **scales: Any) -> Any:
-        def wide(x: Any) -> Any:
-            return x.float() if isinstance(x, Tensor) else x
-
-        def rounded(x: Any) -> Any:
-            return x.to(first.dtype) if isinstance(x, Tensor) else x
-
-        if first.dtype not in (torch.float16, torch.bfloat16):
-            result = operator(first, *others, **scales)
-        else:
-            wider = operator(wide(first), *map(wide, others), **scales)
-            result = tuple(map(rounded, wider)) if isinstance(wider, tuple) else rounded(wider)
+    def multiply(*factors: Any, out: Tensor | None = None, **scales: Any) -> Any:
+        dtype = factors[0].dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            factors = tree_map_only(Tensor, Tensor.float, factors)
+        result = tree_map_only(Tensor, lambda x: x.to(dtype), operator(*factors, **scales))
         return result if out is None else out.copy_(result)
 
     return multiply
