@@ -1,5 +1,5 @@
 # make quickstart   the main job on a small model: split, train, merge, compare
-# make test         what every commit runs: of each file so many tests that they take 6 seconds
+# make test         what every commit runs: of each file so many tests that they take 4 seconds
 # make test-all     everything that can be tested on this machine
 # make test-compat  what depends on megatron-core, with the oldest and the newest release
 # make test-torch   what depends on torch and torch_npu, with newer releases of both

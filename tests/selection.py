@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 HERE = Path(__file__).parent
 DURATIONS = HERE / "durations.json"
-SECONDS = 6
+SECONDS = 4
 """The seconds of each file, in one process on a quiet machine."""
 QUICK = 0.25
 """Seconds below which a case is neither stored nor left out."""
