@@ -173,6 +173,7 @@ class Runtime:
         Args:
             dtype: fp32, bf16 or fp16.
         """
+        # torch asks this of 16 bits alone: of fp32 there is no such operator
         supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda: True)
         if self.name != "cpu" or supported():
             return ()
